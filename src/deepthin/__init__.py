@@ -1,0 +1,18 @@
+"""deepthin: neural networks at 2 % to 0.1 % of their size. Importing it loads no framework."""
+
+from deepthin.method import BudgetError, ConfigError, DeepThinError, FormatError, NonFiniteError
+from deepthin.methods import METHODS
+from deepthin.storage import inspect, load
+
+__version__ = "0.1.0"
+__all__ = [
+    "METHODS",
+    "BudgetError",
+    "ConfigError",
+    "DeepThinError",
+    "FormatError",
+    "NonFiniteError",
+    "__version__",
+    "inspect",
+    "load",
+]

@@ -1,0 +1,184 @@
+"""DeepThin: two small factors of an auxiliary matrix, read row by row into the weight so that its symmetry breaks.
+
+Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, sections 2 and 3. The same class is the paper's two baselines: with
+``n = cols`` the re-layout does nothing and a plain rank factorisation remains; with a seed the entries are scattered.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from jaxtyping import Float
+from numpy.random import Generator
+
+from deepthin.bits import permutation
+from deepthin.method import Array, BudgetError, Code, ConfigError, Namespace, round_up
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """The weight is ``(xf @ wf)``, flattened, cut to ``rows * cols`` entries and viewed as ``rows x cols``.
+
+    ``xf`` (the paper's X_f) is m x r and ``wf`` (its W_f) is r x n, with ``m = ceil(rows * cols / n)``: the paper's
+    column-major write of a (fan-in x outputs) matrix is this plain view in torch's (outputs, inputs) layout. If n and
+    the fan-in ``cols`` have no common divisor, every row of the weight starts at another phase of ``wf`` and the
+    weight can have full rank although r is 1; see docs/theory.md.
+    """
+
+    shape: tuple[int, int]  # (rows, cols) of the dense matrix
+    n: int  # columns of the auxiliary matrix
+    rank: int  # r, the inner dimension of the product
+    seed: int | None = None  # None: laid out in order; an integer: scattered by the permutation that it draws
+
+    trains: ClassVar[Literal["codes"]] = "codes"
+
+    def __post_init__(self) -> None:
+        """Refuse fields that no ``fit`` makes: they come from a file or from a slip."""
+        sizes = (*self.shape, self.n, self.rank)
+        if len(sizes) != 4 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"Factor needs positive integers, got shape={self.shape}, n={self.n}, rank={self.rank}.")
+        if not (self.seed is None or type(self.seed) is int):
+            raise ValueError(f"Factor needs an integer seed or none, got {self.seed!r}.")
+
+    @property
+    def m(self) -> int:
+        """Rows of the auxiliary matrix: the fewest that hold every weight."""
+        return -(-self.shape[0] * self.shape[1] // self.n)
+
+    @classmethod
+    def fit(
+        cls,
+        shape: tuple[int, int],
+        max_bits: int,
+        *,
+        rank: int | Literal["max"] = 1,
+        n: int | Literal["coprime", "fan-in"] = "coprime",
+        seed: int | None = None,
+    ) -> Self:
+        """The plan for ``max_bits``: the smallest n that is coprime with the fan-in and keeps ``r (m + n)`` in budget.
+
+        Of the two roots of ``r n^2 - budget n + r rows cols = 0`` the small one is taken, since the product then
+        reuses each partial sum most often. ``rank="max"`` takes the largest r that has a plan; ``n="fan-in"`` is the
+        plain rank factorisation; an integer n is taken as it stands, to study the symmetry. Raises BudgetError with
+        the smallest reachable size, ConfigError for an option that makes no sense.
+        """
+        if rank != "max" and (not isinstance(rank, int) or rank < 1):
+            raise ConfigError(f"rank = {rank!r} is not a rank: give a positive integer or 'max'.")
+        if n not in ("coprime", "fan-in") and (not isinstance(n, int) or n < 1):
+            raise ConfigError(f"n = {n!r} is not a width: give 'coprime', 'fan-in' or a positive integer.")
+        floats = max_bits // FLOAT_BITS
+        if n == "coprime":
+            plan = _coprime_plan(shape, floats, rank)
+        else:
+            plan = _fixed_plan(shape, floats, rank, shape[1] if n == "fan-in" else n)
+        if plan is not None:
+            return cls(shape, *plan, seed)
+
+        least_rank = 1 if rank == "max" else rank
+        smallest = cls(shape, _squarest(shape) if n == "coprime" else shape[1] if n == "fan-in" else n, least_rank, seed)
+        ratio = smallest.bits() / (FLOAT_BITS * shape[0] * shape[1])
+        name = "Rank factorisation" if n == "fan-in" else "DeepThin" if seed is None else "DeepThin-shuffled"
+        raise BudgetError(
+            f"{name} cannot store {shape[0]}x{shape[1]} in {max_bits} bits: the smallest plan (m={smallest.m}, "
+            f"n={smallest.n}, r={least_rank}) needs {smallest.bits()}. Use ratio >= {round_up(ratio)}"
+            + (" or a smaller rank." if least_rank > 1 else "."),
+            smallest_bits=smallest.bits(),
+            smallest_ratio=ratio,
+        )
+
+    def bits(self) -> int:
+        """32 bits for each entry of the two factors."""
+        return FLOAT_BITS * self.rank * (self.m + self.n)
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``xf`` is m x r, ``wf`` is r x n."""
+        return {"xf": (self.m, self.rank), "wf": (self.rank, self.n)}
+
+    def derived(self) -> Code:
+        """The permutation of the shuffled baseline; nothing otherwise."""
+        return {} if self.seed is None else {"order": permutation(self.seed, self.shape[0] * self.shape[1])}
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """Both factors normal with standard deviation ``(std^2 / r)^(1/4)``, so that a weight's is ``std``."""
+        each = (std**2 / self.rank) ** 0.25
+        return {
+            entry: rng.normal(0.0, each, size=shape).astype(np.float32) for entry, shape in self.code_shapes().items()
+        }
+
+    def encode(
+        self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
+    ) -> Code:
+        """The truncated SVD of the auxiliary matrix, scaled so that the entries of both factors are alike in size.
+
+        The last row is incomplete where n does not divide ``rows * cols``: the SVD is that of the complete rows and
+        the last one gets its least-squares coefficients, so encoding a decoded weight gives that weight again.
+        Costs an SVD of an m x n matrix. ``importance`` is not used: a weighted low-rank fit has no closed form.
+        """
+        flat = xp.reshape(weight, (-1,))
+        if self.seed is not None:
+            flat = xp.take(flat, xp.asarray(np.argsort(self.derived()["order"], kind="stable")))
+        complete = flat.shape[0] // self.n
+        tail = flat[complete * self.n :]
+        padded = tail.shape[0] > 0 and complete < self.rank  # too few complete rows to span the rank
+        if padded:
+            flat = xp.concatenate([flat, 0 * flat[: self.n * (complete + 1) - flat.shape[0]]])
+            complete += 1
+        u, sigma, vt = xp.linalg.svd(xp.reshape(flat[: complete * self.n], (complete, self.n)), full_matrices=False)
+        root = xp.sqrt(sigma[: self.rank])
+        balance = (self.m / self.n) ** 0.25
+        xf = u[:, : self.rank] * (root * balance)
+        # A vanishing term keeps a wf, since with both factors at zero no gradient would ever reach it.
+        wf = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[: self.rank]
+        if tail.shape[0] > 0 and not padded:
+            last = xp.matmul(tail[None, :], xp.linalg.pinv(wf[:, : tail.shape[0]]))
+            xf = xp.concatenate([xf, last])
+        return {"xf": xf, "wf": wf}
+
+    def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
+        """Costs ``r m n`` multiplications, whatever the layout."""
+        flat = xp.reshape(xp.matmul(code["xf"], code["wf"]), (-1,))[: self.shape[0] * self.shape[1]]
+        if self.seed is not None:
+            flat = xp.take(flat, code["order"])
+        return xp.reshape(flat, self.shape)
+
+
+def _coprime_plan(shape: tuple[int, int], floats: int, rank: int | Literal["max"]) -> tuple[int, int] | None:
+    """(n, r) with the smallest n coprime with the fan-in, or None."""
+    area = shape[0] * shape[1]
+    if rank == "max":
+        largest = int(floats / (2 * math.sqrt(area)))
+        return next((plan for r in range(largest, 0, -1) if (plan := _coprime_plan(shape, floats, r))), None)
+    discriminant = floats**2 - 4 * rank**2 * area
+    if discriminant < 0:
+        return None
+    n_small, n_large = ((floats + sign * math.sqrt(discriminant)) / (2 * rank) for sign in (-1, 1))
+    for n in range(max(rank, math.floor(n_small)), math.ceil(n_large) + 1):
+        m = -(-area // n)
+        if m >= rank and math.gcd(n, shape[1]) == 1 and rank * (m + n) <= floats:
+            return n, rank
+    return None
+
+
+def _fixed_plan(shape: tuple[int, int], floats: int, rank: int | Literal["max"], n: int) -> tuple[int, int] | None:
+    """(n, r) for an n that is given, or None."""
+    m = -(-shape[0] * shape[1] // n)
+    if rank == "max":
+        rank = min(floats // (m + n), m, n)
+    return (n, rank) if 0 < rank and rank * (m + n) <= floats else None
+
+
+def _squarest(shape: tuple[int, int]) -> int:
+    """The n, coprime with the fan-in, of the smallest rank-1 plan: next to the square root of the weight count."""
+    area = shape[0] * shape[1]
+    root = max(math.isqrt(area), 1)
+    best_n, best = 1, area + 1
+    for distance in range(root + 1):
+        if root + distance + area / (root + distance) >= best:  # a lower bound that grows with the distance
+            break
+        for n in (root - distance, root + distance):
+            if n >= 1 and math.gcd(n, shape[1]) == 1 and n - (-area // n) < best:
+                best_n, best = n, n - (-area // n)
+    return best_n

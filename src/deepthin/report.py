@@ -1,0 +1,109 @@
+"""What became of each matrix, in bytes of the written file: one row a matrix, and totals that add up to the file."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepthin.method import Method
+
+
+@dataclass(frozen=True)
+class Row:
+    """One matrix: ``bytes`` are those of its tensors in the file, ``error`` is relative, in the Frobenius norm."""
+
+    name: str
+    method: str
+    shape: tuple[int, ...]
+    dense_bytes: int
+    bytes: int
+    error: float = math.nan  # NaN where nothing was approximated: drawn from scratch, or read from a file
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])  # of the method: m, n, rank ...
+
+    @property
+    def ratio(self) -> float:
+        """``bytes / dense_bytes``."""
+        return self.bytes / self.dense_bytes if self.dense_bytes else math.nan
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of the method, so that ``row.rank`` reads like ``row.bytes``."""
+        fields = self.__dict__.get("fields", {})
+        if name in fields:
+            return fields[name]
+        raise AttributeError(f"The row of {self.__dict__.get('name')} has no {name!r}; it has {sorted(fields)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; a NaN error becomes None."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fields"}
+        error = None if math.isnan(self.error) else self.error
+        return {**own, **self.fields, "ratio": self.ratio, "error": error, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, and the whole: ``total_bytes`` is the size of the written file, found by writing it."""
+
+    rows: tuple[Row, ...]
+    total_bytes: int
+    dense_bytes: int  # of the dense model: every parameter and buffer
+    other_bytes: int = 0  # of tensors that have no row: biases, normalisation, buffers
+
+    @property
+    def ratio(self) -> float:
+        """``total_bytes / dense_bytes``: biases, headers and checksums are all counted."""
+        return self.total_bytes / self.dense_bytes if self.dense_bytes else math.nan
+
+    @property
+    def header_bytes(self) -> int:
+        """What the file holds besides tensors: names, settings, checksums."""
+        return self.total_bytes - self.other_bytes - sum(row.bytes for row in self.rows)
+
+    def to_json(self) -> str:
+        """The rows and the totals as a JSON object."""
+        totals = {name: getattr(self, name) for name in ("total_bytes", "dense_bytes", "other_bytes", "header_bytes")}
+        rows = [row.to_dict() for row in self.rows]
+        return json.dumps({"rows": rows, **totals, "ratio": self.ratio}, indent=1)
+
+    def __str__(self) -> str:
+        heads = ("matrix", "method", "shape", "dense bytes", "bytes", "ratio", "error", "plan")
+        body = [
+            (
+                row.name,
+                row.method,
+                "x".join(map(str, row.shape)),
+                f"{row.dense_bytes:,}",
+                f"{row.bytes:,}",
+                f"{row.ratio:.4f}",
+                "" if math.isnan(row.error) else f"{row.error:.3f}",
+                " ".join(f"{key}={value}" for key, value in row.fields.items() if value is not None),
+            )
+            for row in self.rows
+        ]
+        if self.other_bytes:
+            body.append(("biases, buffers", "as they are", "", "", f"{self.other_bytes:,}", "", "", ""))
+        body.append(("names, checksums", "", "", "", f"{self.header_bytes:,}", "", "", ""))
+        total = ("file", "", "", f"{self.dense_bytes:,}", f"{self.total_bytes:,}", f"{self.ratio:.4f}", "", "")
+        return table(heads, [*body, total], right=(3, 4, 5, 6))
+
+
+def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Plain text columns: a head, a rule, and the last line set off as a total."""
+    widths = [max(len(line[i]) for line in (heads, *body)) for i in range(len(heads))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(padded).rstrip()
+
+    rule = "-" * len(line(["-" * w for w in widths]))
+    return "\n".join([line(heads), rule, *map(line, body[:-1]), rule, line(body[-1])])
+
+
+def describe(method: Method | None) -> dict[str, Any]:
+    """A method's fields and properties, its shape apart: what a row shows of the plan."""
+    if method is None:
+        return {}
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
+    properties = {name: getattr(method, name) for name, value in vars(type(method)).items() if type(value) is property}
+    return {name: value for name, value in {**properties, **fields}.items() if name != "shape"}

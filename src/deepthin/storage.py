@@ -1,0 +1,299 @@
+"""The ``.thin`` file: a valid safetensors file whose every byte is checked (docs/format.md is normative).
+
+Writing is atomic, and the bytes depend on the contents alone. Reading trusts nothing: whatever is wrong with a file,
+FormatError says so before anything large is allocated.
+"""
+
+import dataclasses
+import glob
+import json
+import math
+import os
+import secrets
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors
+
+from deepthin.method import BudgetError, FormatError, Method
+from deepthin.methods import METHODS
+from deepthin.report import Report, Row, describe
+from deepthin.rules import matrix_shape
+
+VERSION = 1
+MAX_BYTES = 4 << 30
+_CHECKSUM = "__crc32__"
+_STALE_SECONDS = 3600
+_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_ITEM_BYTES |= {"U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_NUMPY = {"F64": "<f8", "I64": "<i8", "U64": "<u8", "C64": "<c8", "F32": "<f4", "I32": "<i4", "U32": "<u4"}
+_NUMPY |= {"F16": "<f2", "I16": "<i2", "U16": "<u2", "I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """One stored tensor: its safetensors type, its shape, and its bytes, little-endian and row by row."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | bytearray | memoryview
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Raw":
+        """A NumPy array as a stored tensor; TypeError for a type that safetensors does not have."""
+        names = {np.dtype(code): name for name, code in _NUMPY.items()}
+        if array.dtype.newbyteorder("<") not in names:
+            raise TypeError(f"A .thin file cannot hold arrays of type {array.dtype}. It can hold: {', '.join(_NUMPY)}.")
+        kind = array.dtype.newbyteorder("<")
+        return cls(names[kind], array.shape, np.ascontiguousarray(array, dtype=kind).tobytes())
+
+    def numpy(self) -> np.ndarray:
+        """The tensor as a NumPy array; bfloat16, which NumPy lacks, is widened to float32 without loss."""
+        if self.dtype == "BF16":
+            wide = np.frombuffer(self.data, "<u2").astype("<u4") << np.uint32(16)
+            return wide.view("<f4").reshape(self.shape)
+        return np.frombuffer(self.data, _NUMPY[self.dtype]).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Thin:
+    """One tensor in compressed form: ``shape`` is the tensor's own, ``method.shape`` that of its matrix."""
+
+    name: str  # of the method, as users write it
+    method: Method
+    shape: tuple[int, ...]
+    code: Mapping[str, Raw]
+
+    @property
+    def bytes(self) -> int:
+        """Of the stored tensors."""
+        return sum(len(raw.data) for raw in self.code.values())
+
+    def decode(self) -> np.ndarray:
+        """The dense tensor; codes in half precision are decoded in float32."""
+        code = {entry: raw.numpy() for entry, raw in self.code.items()}
+        code = {entry: a.astype(np.float32) if a.dtype == np.float16 else a for entry, a in code.items()}
+        flat = np.reshape(self.method.decode(code | self.method.derived(), cast(Any, np)), (-1,))
+        return flat[: math.prod(self.shape)].reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """All that a file holds: compressed tensors, tensors as they are, and names that share another name's tensor."""
+
+    thin: Mapping[str, Thin]
+    dense: Mapping[str, Raw] = field(default_factory=dict[str, Raw])
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def report(self, errors: Mapping[str, float] | None = None) -> Report:
+        """One row a matrix, and the totals of the file as ``to_bytes`` writes it."""
+        rows = [
+            Row(
+                name,
+                thin.name,
+                thin.shape,
+                4 * math.prod(thin.shape),
+                thin.bytes,
+                (errors or {}).get(name, float("nan")),
+                describe(thin.method),
+            )
+            for name, thin in self.thin.items()
+        ]
+        dense = {name: len(raw.data) for name, raw in self.dense.items()}
+        matrices = [name for name, raw in self.dense.items() if len(raw.shape) > 1]
+        rows += [Row(name, "dense", self.dense[name].shape, dense[name], dense[name]) for name in matrices]
+        return Report(
+            rows=tuple(sorted(rows, key=lambda row: row.name)),
+            total_bytes=len(to_bytes(self)),
+            dense_bytes=sum(dense.values()) + sum(4 * math.prod(thin.shape) for thin in self.thin.values()),
+            other_bytes=sum(bytes_ for name, bytes_ in dense.items() if name not in matrices),
+        )
+
+
+def to_bytes(contents: Contents) -> bytes:
+    """The file. Equal contents give equal bytes, whatever the order of the dictionaries."""
+    tensors = dict(contents.dense)
+    for name, thin in contents.thin.items():
+        tensors |= {f"{name}/{entry}": raw for entry, raw in thin.code.items()}
+    if _CHECKSUM in tensors or len(tensors) < len(contents.dense) + sum(len(t.code) for t in contents.thin.values()):
+        raise ValueError("Two tensors would have one name in the file: rename the tensor whose name contains a slash.")
+    header = {
+        "version": VERSION,
+        "thin": {
+            name: {"method": thin.name, "fields": dataclasses.asdict(cast(Any, thin.method)), "shape": thin.shape}
+            for name, thin in contents.thin.items()
+        },
+        "aliases": dict(contents.aliases),
+        "crc32": {name: f"{zlib.crc32(raw.data):08x}" for name, raw in tensors.items()},
+    }
+    order = sorted(tensors, key=lambda name: (-_ITEM_BYTES[tensors[name].dtype], name))  # aligned, however many
+    index: dict[str, Any] = {"__metadata__": {"deepthin": json.dumps(header, sort_keys=True, separators=(",", ":"))}}
+    end = 0
+    for name in order:
+        start, end = end, end + len(tensors[name].data)
+        index[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": [start, end]}
+    index[_CHECKSUM] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
+    text = json.dumps(index, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    body = b"".join([len(text).to_bytes(8, "little"), text, *(tensors[name].data for name in order)])
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def from_bytes(data: bytes, where: str = "the file") -> Contents:
+    """The contents of a file; FormatError, naming ``where``, for anything but an intact file of this version."""
+    try:
+        tensors = {
+            name: Raw(view["dtype"], tuple(view["shape"]), view["data"]) for name, view in safetensors.deserialize(data)
+        }
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        header = json.loads(metadata["deepthin"]) if "deepthin" in metadata else None
+    except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise FormatError(f"{where} is damaged, or no .thin file: {error}.") from None
+    if header is None:
+        raise FormatError(
+            f"{where} is a safetensors file, but no .thin file: it has no deepthin header. "
+            "To compress such weights, run: deepthin compress --weights FILE."
+        )
+    if data[-4:] != zlib.crc32(memoryview(data)[:-4]).to_bytes(4, "little"):
+        sums = header.get("crc32") if isinstance(header, dict) else None
+        wrong = [
+            name
+            for name, raw in tensors.items()
+            if isinstance(sums, dict) and name in sums and sums[name] != f"{zlib.crc32(raw.data):08x}"
+        ]
+        raise FormatError(f"{where} is damaged: the checksum of {', '.join(wrong) or 'its header'} does not match.")
+    try:
+        return _contents(header, tensors)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise FormatError(f"{where}: its header does not describe a model ({type(error).__name__}: {error}).") from None
+
+
+def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
+    """Check a header that an attacker may have written against the tensors that are really there."""
+    if header["version"] != VERSION:
+        raise FormatError(f"it is of format version {header['version']!r}; this deepthin reads version {VERSION}.")
+    if set(header) != {"version", "thin", "aliases", "crc32"}:
+        raise FormatError(f"its header has the keys {sorted(header)}.")
+    if (checksum := tensors.pop(_CHECKSUM, None)) is None or (checksum.dtype, checksum.shape) != ("U8", (4,)):
+        raise FormatError("it has no checksum.")
+    if header["crc32"] != {name: f"{zlib.crc32(raw.data):08x}" for name, raw in tensors.items()}:
+        raise FormatError("the checksums in its header are not those of its tensors.")
+    for name, raw in tensors.items():
+        if raw.dtype not in _ITEM_BYTES:
+            raise FormatError(f"{name} is of type {raw.dtype}; known are {', '.join(_ITEM_BYTES)}.")
+        raw.numpy()  # a shape that NumPy cannot hold raises here
+    thin: dict[str, Thin] = {}
+    for name, entry in header["thin"].items():
+        if set(entry) != {"method", "fields", "shape"}:
+            raise FormatError(f"the entry of {name} has the keys {sorted(entry)}.")
+        if not isinstance(entry["method"], str) or entry["method"] not in METHODS:
+            raise FormatError(f"{name} is stored by method {entry['method']!r}; known are {', '.join(METHODS)}.")
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in entry["fields"].items()}
+        method = METHODS[entry["method"]](**fields)
+        shape = tuple(entry["shape"])
+        if not all(type(length) is int and length > 0 for length in shape) or matrix_shape(shape) != method.shape:
+            raise FormatError(f"{name} is a tensor of shape {shape}, but its plan stores a {method.shape} matrix.")
+        code: dict[str, Raw] = {}
+        for key, expected in method.code_shapes().items():
+            raw = tensors.pop(f"{name}/{key}", None)
+            if raw is None or raw.shape != expected or raw.dtype not in _FLOATS:
+                found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
+                raise FormatError(f"{name}/{key} must be floating numbers of shape {expected}, but {found}.")
+            code[key] = raw
+        thin[name] = Thin(entry["method"], method, shape, code)
+    aliases = dict(header["aliases"])
+    for name, target in aliases.items():
+        if name in thin or name in tensors or not (target in thin or target in tensors):
+            raise FormatError(f"the name {name} is declared to share {target!r}, which cannot be.")
+    if twice := thin.keys() & tensors.keys():
+        raise FormatError(f"{sorted(twice)} are stored twice.")
+    return Contents(thin, tensors, aliases)
+
+
+def read(path: str | Path) -> Contents:
+    """The contents of the file at ``path``; OSError if it cannot be read, FormatError if it is not intact."""
+    return from_bytes(Path(path).read_bytes(), str(path))
+
+
+def write(contents: Contents, path: str | Path, max_bytes: int | None = None) -> int:
+    """Write a file atomically and return its size in bytes; BudgetError, nothing written, if above ``max_bytes``."""
+    data = to_bytes(contents)
+    if max_bytes is not None and len(data) > max_bytes:
+        raise BudgetError(
+            f"The file would have {len(data)} bytes, above the limit of {max_bytes}: nothing was written. "
+            "Compress with [model] file_bytes to meet a limit.",
+            smallest_bits=8 * len(data),
+            smallest_ratio=len(data) / max(contents.report().dense_bytes, 1),
+        )
+    write_atomically(path, data)
+    return len(data)
+
+
+def load(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
+    """The dense state dict, decoded by NumPy: the same names, biases and buffers included.
+
+    ``max_bytes`` caps the decoded size, since a small file may declare a huge matrix; FormatError above it.
+    """
+    contents = read(path)
+    declared = sum(4 * math.prod(thin.shape) for thin in contents.thin.values())
+    if declared > max_bytes:
+        raise FormatError(
+            f"{path} decodes to {declared} bytes, above the limit of {max_bytes}. "
+            "If you trust the file, pass a larger max_bytes."
+        )
+    arrays = {name: raw.numpy() for name, raw in contents.dense.items()}
+    arrays |= {name: thin.decode() for name, thin in contents.thin.items()}
+    arrays |= {name: arrays[target] for name, target in contents.aliases.items()}
+    return dict(sorted(arrays.items()))
+
+
+def inspect(path: str | Path) -> Report:
+    """What a file holds, without decoding anything."""
+    return read(path).report()
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace the file at ``path`` by ``data``: after a crash or a full disk either the old or the new file is whole.
+
+    The bytes go to a temporary file beside it, are forced to disk, and take the name in one step. Temporary files that
+    an earlier crash left more than an hour ago are removed. OSError names the path; then the old file still stands.
+    """
+    path = Path(path)
+    prefix = f".{path.name}."
+    for stale in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        try:
+            if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                stale.unlink()
+        except FileNotFoundError:
+            continue  # another save cleaned it up
+    temporary = path.parent / f"{prefix}{secrets.token_hex(8)}.tmp"
+    try:
+        try:
+            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(file, view) :]
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write: {os.strerror(error.errno or 0)}", str(path)) from error
+

@@ -1,0 +1,19 @@
+"""deepthin for torch: thin layers, compression in place, files, and what belongs to training."""
+
+from deepthin.torch.compress import compress, materialize, parameter_groups, plan, same_size
+from deepthin.torch.files import load, save
+from deepthin.torch.layers import ThinLayer, ThinLinear
+from deepthin.torch.weight import ThinWeight
+
+__all__ = [
+    "ThinLayer",
+    "ThinLinear",
+    "ThinWeight",
+    "compress",
+    "load",
+    "materialize",
+    "parameter_groups",
+    "plan",
+    "same_size",
+    "save",
+]

@@ -1,0 +1,244 @@
+"""From a dense model to a thin one, in place, and back; and what belongs to training it."""
+
+import dataclasses
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepthin.method import BudgetError, ConfigError, NonFiniteError
+from deepthin.methods import METHODS
+from deepthin.methods.factor import Factor
+from deepthin.report import Report
+from deepthin.rules import Planned, Rules
+from deepthin.rules import Tensor as Named
+from deepthin.storage import Contents, Raw, Thin, to_bytes
+from deepthin.torch import product
+from deepthin.torch.files import contents
+from deepthin.torch.layers import THIN, ThinLayer, make_plain, make_thin
+from deepthin.torch.weight import ThinWeight
+
+
+def compress(
+    model: nn.Module,
+    rules: Mapping[str, Any] | str | Path | Rules,
+    init: Literal["trained", "scratch"] = "trained",
+    seed: int = 0,
+    importance: Mapping[str, Tensor] | None = None,
+) -> Report:
+    """Store the matrices that ``rules`` name in compressed form, in place, and report what became of each.
+
+    ``init="trained"`` encodes the weights as they are; at extreme sizes that loses what the network has learned, and a
+    warning says when fine-tuning is needed. ``init="scratch"`` draws fresh factors, whose weights have a tenth of He's
+    variance, from ``seed``; biases keep their own start either way. ``importance`` maps names to tensors of the
+    weights' shape, for methods that weigh errors. Shared tensors stay shared. The model is changed only if all goes
+    well: ConfigError and BudgetError are raised before, NonFiniteError for a NaN or infinity in a weight.
+    """
+    if init not in ("trained", "scratch"):
+        raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
+    found, owners = _tensors(model)
+    planned = [p for p in _plan(model, Rules.parse(rules), found) if p.method is not None]
+    weights: dict[str, ThinWeight] = {}
+    errors: dict[str, float] = {}
+    for plan in planned:
+        name, method = plan.tensor.name, plan.method
+        dense = _value(owners[name])
+        if method is None:
+            continue
+        if init == "scratch" and dense.dim() > 1:
+            std = math.sqrt(0.2 / method.shape[1])
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            weights[name] = ThinWeight.draw(plan.name, method, dense, rng, std)
+        else:
+            _check_finite(name, dense)
+            weights[name] = ThinWeight.encode(plan.name, method, dense, (importance or {}).get(name))
+            with torch.no_grad():
+                norm = dense.norm().item()
+                errors[name] = (weights[name]() - dense).norm().item() / norm if norm > 0 else 0.0
+        weights[name].requires_grad_(dense.requires_grad)
+    for name, weight in weights.items():
+        for layer, parameter in owners[name]:
+            make_thin(layer, {parameter: weight})
+    worst = max(errors, key=lambda name: errors[name], default="")
+    if init == "trained" and errors and errors[worst] > 0.5:
+        warnings.warn(
+            f"The relative error of {worst} is {errors[worst]:.2f}: at this size the trained weights are lost. "
+            "Train on before use, with the learning rates of deepthin.torch.parameter_groups; a start from "
+            "init='scratch' is as good.",
+            stacklevel=2,
+        )
+    return contents(model).report(errors)
+
+
+def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
+    """What ``compress`` would make of a model, without touching it; a model on the meta device will do.
+
+    Rows of DeepThin's methods also tell ``path``, the way in which 32 items would be multiplied, and ``cost``, its
+    predicted time over that of a dense layer.
+    """
+    found, _ = _tensors(model)
+    planned = _plan(model, Rules.parse(rules), found)
+    report = _planned_contents(contents(model), planned).report()
+    methods = {p.tensor.name: p.method for p in planned}
+    rows = [
+        dataclasses.replace(row, fields={**row.fields, **_expected(method)})
+        if isinstance(method := methods.get(row.name), Factor) and len(row.shape) > 1
+        else row
+        for row in report.rows
+    ]
+    return dataclasses.replace(report, rows=tuple(rows))
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """Back to plain dense layers, in place: every thin parameter becomes the dense tensor that it decodes to."""
+    done: dict[int, nn.Parameter] = {}
+    for layer in list(model.modules()):
+        if isinstance(layer, ThinLayer):
+            dense: dict[str, nn.Parameter] = {}
+            for name, weight in layer.thin.items():
+                if id(weight) not in done:
+                    trained = any(parameter.requires_grad for parameter in weight.parameters())
+                    with torch.no_grad():
+                        done[id(weight)] = nn.Parameter(weight().clone(), requires_grad=trained)
+                dense[name] = done[id(weight)]
+            make_plain(layer, dense)
+    return model
+
+
+def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimiser; ``lr`` is what suits the dense network.
+
+    A code wants a larger rate than a dense weight: with the dense rate DeepThin loses to every rival. The factors are
+    METHODS[name].learning_rate, found by experiment (docs/training.md).
+    """
+    groups: dict[str, list[nn.Parameter]] = {"dense": []}
+    seen: set[int] = set()
+    for module in model.modules():
+        name = module.name if isinstance(module, ThinWeight) else "dense"
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                groups.setdefault(name, []).append(parameter)
+    scale = {name: 1.0 if name == "dense" else METHODS[name].learning_rate for name in groups}
+    return [{"params": found, "lr": lr * scale[name], "name": name} for name, found in groups.items() if found]
+
+
+def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
+    """The largest width such that the matrices (two or more dimensions) of ``build(width)`` take at most that.
+
+    The rival that needs no library. ``build`` is called on the meta device; the size must grow with the width.
+    """
+
+    def taken(width: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() * p.element_size() for p in build(width).parameters() if p.dim() > 1)
+
+    if (least := taken(1)) > weight_bytes:
+        raise BudgetError(
+            f"No network of this shape fits {weight_bytes} bytes: the one of width 1 takes {least}.",
+            smallest_bits=8 * least,
+            smallest_ratio=math.nan,
+        )
+    high = 2
+    while taken(high) <= weight_bytes:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if taken(middle) <= weight_bytes else (low, middle)
+    return low
+
+
+def _tensors(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Module, str]]]]:
+    """Every dense parameter as rules see it, and by name the layers that hold it: more than one where it is shared."""
+    names: dict[int, list[str]] = {}
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ThinWeight):
+            continue
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                parameters[id(parameter)] = parameter
+                names.setdefault(id(parameter), []).append(f"{path}.{own}".lstrip("."))
+                if not any(layer is module and held == own for layer, held in holders.get(id(parameter), [])):
+                    holders.setdefault(id(parameter), []).append((module, own))
+    found: list[Named] = []
+    for key, parameter in parameters.items():
+        uncovered = [m for m, _ in holders[key] if not isinstance(m, ThinLayer) and type(m) not in THIN]
+        layer = type((uncovered or [holders[key][0][0]])[0]).__name__
+        found.append(Named(names[key][0], tuple(parameter.shape), layer, not uncovered, tuple(names[key][1:])))
+    return found, {names[key][0]: held for key, held in holders.items()}
+
+
+def _plan(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]:
+    if rules.file_bytes is None:
+        return rules.plan(found)
+    limit, base = rules.file_bytes, contents(model)
+
+    def written(planned: list[Planned]) -> int:
+        return len(to_bytes(_planned_contents(base, planned)))
+
+    try:
+        low = 0
+        best = rules.plan(found, low)
+    except BudgetError as error:
+        low = error.smallest_bits
+        best = rules.plan(found, low)
+    smallest = _planned_contents(base, best)
+    if (least := len(to_bytes(smallest))) > limit:
+        kept = sum(len(raw.data) for raw in smallest.dense.values())
+        raise BudgetError(
+            f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which {kept} are "
+            f"tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
+            smallest_bits=8 * least,
+            smallest_ratio=least / base.report().dense_bytes,
+        )
+    high = 8 * limit
+    while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
+        middle = (low + high) // 2
+        planned = rules.plan(found, middle)
+        if written(planned) <= limit:
+            low, best = middle, planned
+        else:
+            high = middle
+    return best
+
+
+def _planned_contents(base: Contents, planned: list[Planned]) -> Contents:
+    """What the file would hold, with codes of zeros: its size does not depend on their values."""
+    thin: dict[str, Thin] = {}
+    for p in planned:
+        if p.method is not None:
+            kind = base.dense[p.tensor.name].dtype
+            item = len(base.dense[p.tensor.name].data) // math.prod(p.tensor.shape)
+            code = {k: Raw(kind, s, bytes(item * math.prod(s))) for k, s in p.method.code_shapes().items()}
+            thin[p.tensor.name] = Thin(p.name, p.method, p.tensor.shape, code)
+    dense = {name: raw for name, raw in base.dense.items() if name not in thin}
+    return Contents({**base.thin, **thin}, dense, base.aliases)
+
+
+def _expected(method: Factor) -> dict[str, Any]:
+    predicted = product.costs(method, 32, dense_ready=True)
+    path = min(predicted, key=lambda path: predicted[path])
+    return {"path": path, "cost": round(predicted[path] / predicted["dense"], 3)}
+
+
+def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
+    return owner[0][0]._parameters[owner[0][1]]  # pyright: ignore[reportReturnType] -- _tensors lists no missing ones
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ConfigError(f"{name} is on the meta device and has no values: load weights first, or use init='scratch'.")
+    if not torch.isfinite(weight).all():
+        where = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
+        raise NonFiniteError(
+            f"{name} is {weight[where].item()} at index {where}: nothing was compressed. Load finite weights first."
+        )

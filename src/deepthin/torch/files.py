@@ -1,0 +1,200 @@
+"""Models to ``.thin`` files and back, under the names of the dense model's state dict."""
+
+import difflib
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deepthin import storage
+from deepthin.method import ConfigError
+from deepthin.storage import Contents, Raw, Thin
+from deepthin.torch.layers import THIN, ThinLayer, make_thin, thin_weights
+from deepthin.torch.weight import ThinWeight
+
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+}  # fmt: skip
+_NAMES = {kind: name for name, kind in _TYPES.items()}
+
+
+def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> int:
+    """Write all parameters and saved buffers, atomically, and return the bytes written.
+
+    BudgetError, with nothing written, above ``max_bytes``; TypeError for a tensor that the file cannot hold.
+    """
+    return storage.write(contents(model), path, max_bytes)
+
+
+def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = None) -> nn.Module:
+    """Put a file's tensors into ``model``, whose stored matrices become thin in place; returns the model.
+
+    ``model`` has the architecture that was saved: dense, thin, or built on the meta device (where nothing dense is ever
+    allocated; tensors then go to main memory). ``names`` maps names in the file to names in the model. Whatever does
+    not fit raises ConfigError before the model is touched; a damaged file raises FormatError.
+    """
+    stored = _renamed(storage.read(path), names or {}, str(path))
+    thin_now = thin_weights(model)
+    have = {**{name: weight.shape for name, weight in thin_now.items()}}
+    have |= {name: tuple(tensor.shape) for name, tensor in _dense_tensors(model).items()}
+    wanted = {name: thin.shape for name, thin in stored.thin.items()}
+    wanted |= {name: raw.shape for name, raw in stored.dense.items()}
+    wanted |= {name: wanted[target] for name, target in stored.aliases.items()}
+    _check(wanted, have, str(path))
+    for name in _names_of(stored, stored.thin):
+        layer, _, parameter = _owner(model, name)
+        if not isinstance(layer, ThinLayer) and (type(layer) not in THIN or parameter not in layer._parameters):
+            raise ConfigError(f"{path} stores {name} thin, but {type(layer).__name__} in the model has no thin version.")
+
+    for name, thin in stored.thin.items():
+        code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
+        old = thin_now[name].code()[next(iter(code))] if name in thin_now else _dense_tensors(model)[name]
+        device = "cpu" if old.is_meta else old.device
+        weight = ThinWeight(
+            thin.name, thin.method, thin.shape, {entry: tensor.to(device) for entry, tensor in code.items()}
+        ).requires_grad_(old.requires_grad)
+        for shared in (name, *(alias for alias, target in stored.aliases.items() if target == name)):
+            layer, _, parameter = _owner(model, shared)
+            make_thin(layer, {parameter: weight})
+    replaced: dict[int, Tensor] = {}
+    for name in _names_of(stored, stored.dense):
+        _put(model, name, _tensor(stored.dense[stored.aliases.get(name, name)]), replaced)
+    if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
+        warnings.warn(
+            f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
+            stacklevel=2,
+        )
+    return model
+
+
+def contents(model: nn.Module) -> Contents:
+    """All that a model would save: thin tensors, the rest as it is, and which names share a tensor."""
+    thin: dict[str, Thin] = {}
+    dense: dict[str, Raw] = {}
+    aliases: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for name, weight in sorted(thin_weights(model).items()):
+        if (kept := first.setdefault(id(weight), name)) != name:
+            aliases[name] = kept
+        else:
+            thin[name] = Thin(weight.name, weight.method, weight.shape, {k: _raw(k, t) for k, t in weight.code().items()})
+    for name, tensor in sorted(_dense_tensors(model).items()):
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = id(tensor) if tensor.is_meta or tensor.numel() == 0 else place
+        if (kept := first.setdefault(key, name)) != name:
+            aliases[name] = kept
+        else:
+            dense[name] = _raw(name, tensor)
+    return Contents(thin, dense, aliases)
+
+
+def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the state dict holds besides the codes of thin tensors; parameters themselves, not detached copies."""
+    inside = [f"{path}." for path, module in model.named_modules(remove_duplicate=False) if type(module) is ThinWeight]
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} in the state dict is {type(tensor).__name__}, no tensor: a file cannot hold it.")
+        if not name.startswith(tuple(inside)):
+            found[name] = tensor
+    return found
+
+
+def _raw(name: str, tensor: Tensor) -> Raw:
+    if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
+        raise TypeError(f"{name} is {tensor.dtype}, {tensor.layout}: a .thin file holds dense {', '.join(_TYPES)} only.")
+    if tensor.is_meta:  # the size of a file can be told before there are values
+        return Raw(_NAMES[tensor.dtype], tuple(tensor.shape), bytes(tensor.numel() * tensor.element_size()))
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return Raw(_NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
+
+
+def _tensor(raw: Raw) -> Tensor:
+    """The tensor of stored bytes, which it takes over without a copy."""
+    if not raw.data:
+        return torch.empty(raw.shape, dtype=_TYPES[raw.dtype])
+    data = raw.data if isinstance(raw.data, bytearray) else bytearray(raw.data)
+    return torch.frombuffer(data, dtype=_TYPES[raw.dtype]).view(raw.shape)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), path, own
+
+
+def _names_of(stored: Contents, tensors: Mapping[str, object]) -> list[str]:
+    """The names of these tensors and every name that shares one of them."""
+    return [*tensors, *(name for name, target in stored.aliases.items() if target in tensors)]
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[int, Tensor]) -> None:
+    """Copy into what the model has; replace what is on the meta device, or thin, keeping shared tensors shared."""
+    layer, _, own = _owner(model, name)
+    if isinstance(layer, ThinLayer) and own in layer.thin:
+        weight = layer.thin[own]
+        del layer.thin[own]
+        layer.register_parameter(own, _once(weight, tensor, replaced, next(weight.parameters())))
+        return
+    holder = layer._parameters if own in layer._parameters else layer._buffers
+    old = holder[own]
+    if old is None:
+        raise ConfigError(f"{name} is in the file, but the model has none.")
+    if old.is_meta:
+        holder[own] = _once(old, tensor, replaced, old)
+    else:
+        with torch.no_grad():
+            old.copy_(tensor)
+
+
+def _once(key: object, tensor: Tensor, replaced: dict[int, Tensor], like: Tensor) -> nn.Parameter:
+    """What takes the place of a tensor or ThinWeight: the same for every name that shares it."""
+    if id(key) not in replaced:
+        tensor = tensor.to("cpu" if like.is_meta else like.device)
+        is_parameter = isinstance(like, nn.Parameter)
+        replaced[id(key)] = nn.Parameter(tensor, requires_grad=like.requires_grad) if is_parameter else tensor
+    return replaced[id(key)]  # pyright: ignore[reportReturnType] -- a buffer's stand-in goes back among the buffers
+
+
+def _renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
+    known = {*stored.thin, *stored.dense, *stored.aliases}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"names: {path} holds no {name!r}.{_closest(name, known)}")
+
+    def renamed(old: Mapping[str, object]) -> dict[str, object]:
+        return {names.get(name, name): value for name, value in old.items()}
+
+    if len({names.get(name, name) for name in known}) < len(known):
+        raise ConfigError("names: two names of the file would become one in the model.")
+    aliases = {names.get(name, name): names.get(target, target) for name, target in stored.aliases.items()}
+    return Contents(renamed(stored.thin), renamed(stored.dense), aliases)  # pyright: ignore[reportArgumentType]
+
+
+def _check(wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]], path: str) -> None:
+    if extra := sorted(wanted.keys() - have.keys()):
+        raise ConfigError(
+            f"{path} holds {extra[0]!r}, which the model has not{_more(extra)}.{_closest(extra[0], have.keys() - wanted)} "
+            "Build the architecture that was saved, or pass names={file name: model name}."
+        )
+    if missing := sorted(have.keys() - wanted.keys()):
+        raise ConfigError(
+            f"{path} holds no {missing[0]!r}, which the model has{_more(missing)}. Build the architecture that was "
+            "saved, or pass names={file name: model name}."
+        )
+    for name, shape in wanted.items():
+        if shape != have[name]:
+            raise ConfigError(f"{name} has shape {shape} in {path}, but {have[name]} in the model.")
+
+
+def _more(names: list[str]) -> str:
+    return f" (nor {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _closest(name: str, names: "set[str] | Mapping[str, object]") -> str:
+    best = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
+    return f" Closest: {best[0]!r}." if best else ""

@@ -1,0 +1,226 @@
+"""``x @ W.T`` without the weight W: DeepThin's fused product as standard torch operations.
+
+The paper (Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 3 and Figure 1) reuses partial sums over every n-th
+output; here the same reuse is one correlation of the input with each row of ``wf`` and then n small matrix products,
+one for every phase at which an output may start. docs/theory.md derives it. Everything has gradients, of any order.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from deepthin.methods.factor import Factor
+
+Path = Literal["dense", "factors", "direct", "fft"]
+
+# Nanoseconds on one core in single precision, fitted to `deepthin bench train` and `linear`; only their ratios matter.
+_MULTIPLY = 0.016  # a multiply-add of a large matrix product
+_SMALL_MULTIPLY = 0.06  # one in the small products of the phases
+_BUTTERFLY = 0.16  # one step of a real FFT, per entry and level
+_MOVE = 0.8  # writing an entry into another order
+_WRITE = 0.5  # an entry of the dense weight, per rank term
+_CALL = 4_000.0  # starting an operation that has to be recorded for the gradient
+_FFT_CALLS, _DIRECT_CALLS = 22, 16
+
+
+class _Tables(NamedTuple):
+    """Where entries go, for one plan: ``windows`` (n*K*S) rows of xf, ``outputs`` (R), ``readers`` (D*m) of windows."""
+
+    windows: Int64[Tensor, "n*K*S"]
+    outputs: Int64[Tensor, "R"]
+    readers: Int64[Tensor, "D*m"]
+    blocks: int  # S: consecutive rows of xf that one output reads
+    depth: int  # K: outputs that share a phase
+
+
+def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
+    """Predicted nanoseconds of every way to multiply ``batch`` items by a factored weight.
+
+    ``dense_ready`` says that the dense weight exists already, so that only its product counts.
+    """
+    (rows, cols), n, rank = method.shape, method.n, method.rank
+    area = rows * cols
+    found: dict[Path, float] = {"dense": batch * area * _MULTIPLY + (0 if dense_ready else area * (rank + 1) * _WRITE)}
+    if method.seed is not None:
+        return found
+    if n == cols:
+        return found | {"factors": batch * rank * (rows + cols) * _MULTIPLY}
+    if math.gcd(n, cols) > 1:
+        return found
+    length = n * -(-(cols + n - 1) // n)
+    taps = rows * length // n * rank  # what the phases multiply for one item, and what is gathered for all
+    second = (batch * _SMALL_MULTIPLY + _MOVE) * taps + batch * (rank * length + rows) * _MOVE
+    points = fft_length(length)
+    transforms = batch * points * math.log2(points) * (1 + rank) * _BUTTERFLY
+    windows = batch * rank * length * (2 * n * _MULTIPLY + 2 * _MOVE)
+    return found | {"direct": second + windows + _DIRECT_CALLS * _CALL, "fft": second + transforms + _FFT_CALLS * _CALL}
+
+
+def choose(method: Factor, batch: int, dense_ready: bool) -> Path:
+    """The way with the least predicted cost: a pure function of the plan, the batch and the cache."""
+    predicted = costs(method, batch, dense_ready)
+    return min(predicted, key=lambda path: predicted[path])
+
+
+def factor_linear(
+    method: Factor,
+    x: Float[Tensor, "*batch cols"],
+    xf: Float[Tensor, "m r"],
+    wf: Float[Tensor, "r n"],
+    path: Literal["factors", "direct", "fft"],
+) -> Float[Tensor, "*batch rows"]:
+    """``x @ decode().T`` by the structured way ``path``.
+
+    The relative error is that of a dense product for ``factors`` and ``direct``; by ``fft`` it is relative to the
+    largest input of the item, not of the entry. Half precision is computed in single precision and rounded at the end.
+    """
+    if path == "factors":
+        return F.linear(F.linear(x, wf), xf)
+    kind = x.dtype
+    if kind in (torch.float16, torch.bfloat16):
+        x, xf, wf = x.float(), xf.float(), wf.float()
+    items = x.reshape(-1, method.shape[1])
+    tables = _tables(method.shape, method.n, x.device)
+    if path == "fft":
+        y = _TransformProduct.apply(items, xf, wf, method, tables)[0]
+    else:
+        y = _second_stage(_direct(items, wf, tables.blocks), xf, tables)
+    return y.reshape(*x.shape[:-1], method.shape[0]).to(kind)
+
+
+@lru_cache(maxsize=256)
+def _tables(shape: tuple[int, int], n: int, device: torch.device) -> _Tables:
+    """The index tables of a plan whose n is coprime with the fan-in.
+
+    Output j reads xf from row ``j Q div n`` on and meets ``wf`` at offset ``j Q mod n``. The phases are put in the order
+    of descending offset, so that phase o is column o of the correlation, viewed in rows of n.
+    """
+    rows, cols = shape
+    m = -(-rows * cols // n)
+    blocks, depth = -(-(cols + n - 1) // n), -(-rows // n)
+    with torch.inference_mode(False):  # so that a table first made there can serve training later
+        output = torch.arange(depth * n, device=device)
+        slot = (n - 1 - output * cols % n) * depth + output // n
+        start = torch.empty_like(output)
+        start[slot] = output * cols // n
+        used = torch.empty_like(output, dtype=torch.bool)
+        used[slot] = output < rows
+        windows = start[:, None] + torch.arange(blocks, device=device)
+        windows = torch.where((windows < m) & used[:, None], windows, m).flatten()  # m: a row of zeros
+        order = torch.argsort(windows, stable=True)[: int((windows < m).sum())]
+        row = windows[order]
+        counts = torch.bincount(row, minlength=m)
+        most = int(counts.max())
+        place = torch.arange(len(row), device=device) - (torch.cumsum(counts, 0) - counts)[row]
+        readers = torch.full((most, m), len(windows), device=device)  # past the end: an entry of zeros
+        readers[place, row] = order
+        return _Tables(windows, slot[:rows].clone(), readers.flatten(), blocks, depth)
+
+
+def fft_length(least: int) -> int:
+    """The smallest even number of the form 2^a 3^b 5^c that is at least ``least``: lengths that transform fast."""
+    best = 1 << max(least - 1, 1).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            two = max(2, 1 << (-(-least // three) - 1).bit_length())
+            best = min(best, three * two)
+            three *= 3
+        five *= 5
+    return best
+
+
+def _direct(x: Tensor, wf: Tensor, blocks: int) -> Float[Tensor, "items r blocks*n"]:
+    """The correlation of each item with each row of wf, as one product with banded n x (2n-1) matrices."""
+    rank, n = wf.shape
+    padded = F.pad(x, (n - 1, blocks * n - x.shape[1]))
+    pieces = padded.unfold(1, 2 * n - 1, n)  # items x blocks x (2n-1)
+    band = F.pad(wf, (n - 1, n - 1)).unfold(1, 2 * n - 1, 1).flip(1)  # r x n x (2n-1): wf one entry further each row
+    return torch.einsum("bsw,rnw->brsn", pieces, band).reshape(len(x), rank, blocks * n)
+
+
+def _transform(x: Tensor, wf: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same correlation by FFT, and the spectra of x and of the reversed wf."""
+    length = blocks * wf.shape[1]
+    points = fft_length(length)
+    spectrum, filters = torch.fft.rfft(x, points), torch.fft.rfft(wf.flip(1), points)
+    return torch.fft.irfft(spectrum[:, None] * filters, points)[..., :length], spectrum, filters
+
+
+def _panels(correlation: Tensor, tables: _Tables) -> Float[Tensor, "n blocks*r items"]:
+    """Phase first, items last. Two plain copies, a transposition and then whole rows, beat one general permutation."""
+    items, rank, length = correlation.shape
+    n = length // tables.blocks
+    rows = correlation.reshape(items, -1).t().contiguous().view(rank, tables.blocks, n, items)
+    return rows.permute(2, 1, 0, 3).reshape(n, tables.blocks * rank, items)
+
+
+def _unpanel(panels: Float[Tensor, "n blocks*r items"], tables: _Tables) -> Float[Tensor, "items r blocks*n"]:
+    """What undoes ``_panels``."""
+    n, _, items = panels.shape
+    rows = panels.view(n, tables.blocks, -1, items).permute(2, 1, 0, 3).contiguous()
+    return rows.view(-1, items).t().contiguous().view(items, -1, tables.blocks * n)
+
+
+def _filters(xf: Tensor, tables: _Tables) -> Float[Tensor, "n depth blocks*r"]:
+    return F.pad(xf, (0, 0, 0, 1)).index_select(0, tables.windows).view(-1, tables.depth, tables.blocks * xf.shape[1])
+
+
+def _collect(phases: Float[Tensor, "n depth items"], tables: _Tables) -> Float[Tensor, "items rows"]:
+    return phases.flatten(0, 1).index_select(0, tables.outputs).t().contiguous()
+
+
+def _second_stage(correlation: Tensor, xf: Tensor, tables: _Tables) -> Tensor:
+    return _collect(torch.bmm(_filters(xf, tables), _panels(correlation, tables)), tables)
+
+
+class _TransformProduct(torch.autograd.Function):
+    """The product by FFT with its gradient written out: four transforms a step, gathers instead of scatters."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, xf: Tensor, wf: Tensor, method: Factor, tables: _Tables
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        correlation, spectrum, filters = _transform(x, wf, tables.blocks)
+        panels = _panels(correlation, tables)
+        return _collect(torch.bmm(_filters(xf, tables), panels), tables), panels, spectrum, filters
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, xf, wf, ctx.method, ctx.tables = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, xf, wf, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad, tables = grads[0], ctx.tables
+        x, xf, wf, panels, spectrum, filters = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None, None
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: let autograd derive both
+            y = _second_stage(_transform(x, wf, tables.blocks)[0], xf, tables)
+            wanted = [t for t, needed in zip((x, xf, wf), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
+        (items, cols), (rank, n), depth = x.shape, wf.shape, tables.depth
+        points = 2 * (spectrum.shape[-1] - 1)
+        spread = grad.new_zeros(n * depth, items).index_copy_(0, tables.outputs, grad.t().contiguous()).view(n, depth, items)
+        grad_x = grad_xf = grad_wf = None
+        if ctx.needs_input_grad[1]:
+            reads = torch.bmm(spread, panels.transpose(1, 2)).view(-1, rank)
+            grad_xf = F.pad(reads, (0, 0, 0, 1)).index_select(0, tables.readers).view(-1, len(xf), rank).sum(0)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            back = _unpanel(torch.bmm(_filters(xf, tables).transpose(1, 2), spread), tables)
+            back = torch.fft.rfft(back, points)
+            if ctx.needs_input_grad[0]:
+                grad_x = torch.fft.irfft((back * filters.conj()).sum(1), points)[:, :cols]
+            if ctx.needs_input_grad[2]:
+                grad_wf = torch.fft.irfft((back * spectrum.conj()[:, None]).sum(0), points)[:, :n].flip(1)
+        return grad_x, grad_xf, grad_wf, None, None
