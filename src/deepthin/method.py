@@ -6,7 +6,7 @@ use (``Namespace``) and the errors of the whole library. It imports no framework
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from numpy.random import Generator
 
@@ -45,6 +45,7 @@ class NonFiniteError(DeepThinError):
     """A NaN or an infinity where there must be none; the message names the tensor and the index."""
 
 
+@runtime_checkable
 class Namespace(Protocol):
     """The array functions that a method may use. The modules ``numpy`` and ``torch`` have them all, as they stand.
 
@@ -102,7 +103,7 @@ class Method(Protocol):
         ...
 
     @classmethod
-    def fit(cls, shape: tuple[int, int], max_bits: int) -> Self:
+    def fit(cls, shape: tuple[int, int], max_bits: int) -> "Method":
         """The best setting whose ``bits()`` is at most ``max_bits``; BudgetError if there is none. Options are keywords."""
         ...
 

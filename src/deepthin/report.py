@@ -88,8 +88,8 @@ class Report:
         return table(heads, [*body, total], right=(3, 4, 5, 6))
 
 
-def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Plain text columns: a head, a rule, and the last line set off as a total."""
+def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = (), total: bool = True) -> str:
+    """Plain text columns: a head, a rule, and with ``total`` the last line set off; ``right`` columns are flush right."""
     widths = [max(len(line[i]) for line in (heads, *body)) for i in range(len(heads))]
 
     def line(cells: Sequence[str]) -> str:
@@ -97,7 +97,8 @@ def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[i
         return "  ".join(padded).rstrip()
 
     rule = "-" * len(line(["-" * w for w in widths]))
-    return "\n".join([line(heads), rule, *map(line, body[:-1]), rule, line(body[-1])])
+    lines = [line(heads), rule, *map(line, body)]
+    return "\n".join([*lines[:-1], rule, lines[-1]] if total else lines)
 
 
 def describe(method: Method | None) -> dict[str, Any]:

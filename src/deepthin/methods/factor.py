@@ -6,7 +6,7 @@ Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, sections 2 and 3. The same clas
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -54,20 +54,20 @@ class Factor:
         shape: tuple[int, int],
         max_bits: int,
         *,
-        rank: int | Literal["max"] = 1,
-        n: int | Literal["coprime", "fan-in"] = "coprime",
+        rank: Any = 1,
+        n: Any = "coprime",
         seed: int | None = None,
-    ) -> Self:
+    ) -> "Factor":
         """The plan for ``max_bits``: the smallest n that is coprime with the fan-in and keeps ``r (m + n)`` in budget.
 
         Of the two roots of ``r n^2 - budget n + r rows cols = 0`` the small one is taken, since the product then
-        reuses each partial sum most often. ``rank="max"`` takes the largest r that has a plan; ``n="fan-in"`` is the
-        plain rank factorisation; an integer n is taken as it stands, to study the symmetry. Raises BudgetError with
-        the smallest reachable size, ConfigError for an option that makes no sense.
+        reuses each partial sum most often. ``rank`` is an integer or "max", the largest r that has a plan;
+        ``n="fan-in"`` is the plain rank factorisation; an integer n is taken as it stands, to study the symmetry.
+        Raises BudgetError with the smallest reachable size, ConfigError for an option that makes no sense.
         """
-        if rank != "max" and (not isinstance(rank, int) or rank < 1):
+        if rank != "max" and (type(rank) is not int or rank < 1):
             raise ConfigError(f"rank = {rank!r} is not a rank: give a positive integer or 'max'.")
-        if n not in ("coprime", "fan-in") and (not isinstance(n, int) or n < 1):
+        if n not in ("coprime", "fan-in") and (type(n) is not int or n < 1):
             raise ConfigError(f"n = {n!r} is not a width: give 'coprime', 'fan-in' or a positive integer.")
         floats = max_bits // FLOAT_BITS
         if n == "coprime":
@@ -129,9 +129,12 @@ class Factor:
         u, sigma, vt = xp.linalg.svd(xp.reshape(flat[: complete * self.n], (complete, self.n)), full_matrices=False)
         root = xp.sqrt(sigma[: self.rank])
         balance = (self.m / self.n) ** 0.25
-        xf = u[:, : self.rank] * (root * balance)
+        left = (root * balance)[:, None] * u.T[: self.rank]
         # A vanishing term keeps a wf, since with both factors at zero no gradient would ever reach it.
         wf = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[: self.rank]
+        for _ in range(self.rank - left.shape[0]):  # more terms than a matrix of this shape can use
+            left, wf = xp.concatenate([left, 0 * left[:1]]), xp.concatenate([wf, wf[:1]])
+        xf = left.T
         if tail.shape[0] > 0 and not padded:
             last = xp.matmul(tail[None, :], xp.linalg.pinv(wf[:, : tail.shape[0]]))
             xf = xp.concatenate([xf, last])
@@ -155,9 +158,9 @@ def _coprime_plan(shape: tuple[int, int], floats: int, rank: int | Literal["max"
     if discriminant < 0:
         return None
     n_small, n_large = ((floats + sign * math.sqrt(discriminant)) / (2 * rank) for sign in (-1, 1))
-    for n in range(max(rank, math.floor(n_small)), math.ceil(n_large) + 1):
+    for n in range(max(1, math.floor(n_small)), math.ceil(n_large) + 1):
         m = -(-area // n)
-        if m >= rank and math.gcd(n, shape[1]) == 1 and rank * (m + n) <= floats:
+        if math.gcd(n, shape[1]) == 1 and rank * (m + n) <= floats:
             return n, rank
     return None
 

@@ -1,0 +1,270 @@
+"""The command line: plan, compress, inspect, compare, bench. Every mistake of a user is one line and exit code 2."""
+
+import importlib
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from deepthin.method import ConfigError, DeepThinError
+from deepthin.report import Report
+from deepthin.storage import inspect as inspect_file
+from deepthin.storage import write_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
+
+app = typer.Typer(
+    help="Compress neural networks to 2 % - 0.1 % of their size, and compare the ways to do it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+_notes = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Option(help="Where the dense network is built: `package.module:function`, no arguments.")]
+Config = Annotated[Path | None, typer.Option(help="The TOML file that names matrices, methods and sizes.")]
+Ratio = Annotated[float | None, typer.Option(help="Instead of --config: DeepThin for all matrices at this ratio.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
+
+
+@app.command()
+def plan(model: Model, config: Config = None, ratio: Ratio = None, json_file: Json = None) -> None:
+    """Show what each layer would become, and the bytes of the file, without doing it.
+
+    Example: `deepthin plan --model nets:lenet --config thin.toml`
+    """
+    from deepthin.torch import plan as plan_model
+
+    _show(plan_model(_build(model), _rules(config, ratio)), json_file)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The .thin file to write.")],
+    weights: Annotated[Path, typer.Option(help="The trained state dict: .safetensors, or a torch file (.pt, .pth).")],
+    config: Config = None,
+    ratio: Ratio = None,
+    json_file: Json = None,
+) -> None:
+    """Store trained weights in compressed form: encode what the configuration names and write one small file.
+
+    At extreme sizes the network must be trained on afterwards; a warning says so.
+
+    Example: `deepthin compress --model nets:lenet --weights dense.safetensors --ratio 0.02 --out lenet.thin`
+    """
+    from deepthin.torch import compress as compress_model
+    from deepthin.torch import save
+
+    rules = _rules(config, ratio)
+    network = _build(model)
+    _load_weights(network, weights)
+    with _notes.status("encoding ..."):
+        report = compress_model(network, rules)
+        written = save(network, out)
+    _show(report, json_file)
+    print(f"wrote {out}: {written:,} bytes")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A .thin file.")],
+    json_file: Json = None,
+) -> None:
+    """Show what a .thin file holds, without decoding it; every checksum is verified.
+
+    Example: `deepthin inspect lenet.thin`
+    """
+    _show(inspect_file(file), json_file)
+
+
+@app.command()
+def bench(
+    case: Annotated[str, typer.Argument(help="linear: inference; train: forward and backward.")],
+    ratios: Annotated[str, typer.Option(help="Sizes over dense, comma-separated.")] = "0.0195,0.0099,0.0040,0.0014",
+    batch: Annotated[str, typer.Option(help="Items at once, comma-separated.")] = "128",
+    rows: Annotated[int, typer.Option(min=1, help="Outputs of the layer.")] = 2048,
+    cols: Annotated[int, typer.Option(min=1, help="Inputs of the layer.")] = 2048,
+    rank: Annotated[int, typer.Option(min=1, help="Of the factors.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; the median counts.")] = 21,
+    out: Annotated[Path | None, typer.Option("--out", "--json", help="Also write the rows to this file.")] = None,
+) -> None:
+    """Time a DeepThin layer against dense ones, in turn, in one run.
+
+    Example: `deepthin bench train --ratios 0.0099,0.0040 --batch 128 --threads 1`
+    """
+    from deepthin import bench as engine
+
+    _known(case, engine.CASES, "case")
+    batches = tuple(int(part) for part in batch.split(",") if part.strip().isdigit())
+    if not batches:
+        raise ConfigError(f"--batch {batch!r} must be whole numbers with commas, such as 1,8,32.")
+    found = engine.run(case, (rows, cols), _ratios(ratios), batches, rank, threads, repeats)
+    print(engine.summary(found))
+    _write_json(out, json.dumps(found, indent=1))
+
+
+@app.command()
+def compare(
+    task: Annotated[str, typer.Argument(help="digits")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")] = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "dense,deepthin,shuffled,rank,same-size",
+    ratios: Annotated[str, typer.Option(help="Sizes of the weight matrices over dense, comma-separated.")] = "0.02,0.01",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of every trial.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")] = None,
+    data: Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
+    json_file: Json = None,
+) -> None:
+    """Train one network by several methods at equal bytes, and report error against size.
+
+    Writes results.json, a PNG, report.html and the trained models, as .thin files, into --out. If interrupted, the same
+    command goes on where it stopped.
+
+    Example: `deepthin compare digits --methods dense,deepthin,rank,same-size --ratios 0.02,0.01`
+    """
+    import torch
+
+    from deepthin import compare as engine
+    from deepthin import results
+    from deepthin.tasks import TASKS
+
+    torch.set_num_threads(threads)
+    _known(task, TASKS, "task")
+    chosen = tuple(_known(method.strip(), engine.COMPARED, "method") for method in methods.split(","))
+    settings = engine.Settings(task, chosen, _ratios(ratios), seeds, steps or TASKS[task].DEFAULT_STEPS, data)
+    out = out or Path("runs") / task
+    with _progress() as report_step:
+        rows = engine.compare(settings, out, report_step)
+    page = results.write_page(rows, out, shlex.join(["deepthin", *sys.argv[1:]]))
+    print(results.summary(rows))
+    _write_json(json_file, json.dumps(rows, indent=1))
+    print(f"report: {page}")
+
+
+def main() -> None:
+    """The entry point: errors that a user can mend are one line on stderr."""
+    sys.path.insert(0, str(Path.cwd()))  # so that --model finds modules beside the user
+    warnings.showwarning = lambda message, *_: _say("warning", str(message))
+    try:
+        app()
+    except (DeepThinError, OSError) as error:
+        _say("error", str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _notes.print("interrupted; the same command goes on where it stopped")
+        sys.exit(130)
+
+
+def _say(kind: str, message: str) -> None:
+    """A message as it stands: brackets in it are no markup."""
+    _notes.print(Text.assemble((f"{kind}: ", "bold red" if kind == "error" else "yellow"), message), soft_wrap=True)
+
+
+def _build(spec: str) -> "nn.Module":
+    from torch import nn
+
+    module_name, _, function = spec.partition(":")
+    try:
+        factory: Callable[[], Any] = getattr(importlib.import_module(module_name), function)
+    except ImportError as error:
+        raise ConfigError(f"--model {spec}: cannot import {module_name!r} from {Path.cwd()}: {error}.") from None
+    except (AttributeError, ValueError):
+        raise ConfigError(f"--model {spec}: write package.module:function; {module_name!r} has no {function!r}.") from None
+    network = factory()
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"--model {spec} returned {type(network).__name__}, no torch.nn.Module.")
+    return network
+
+
+def _rules(config: Path | None, ratio: float | None) -> Any:
+    if (config is None) == (ratio is None):
+        raise ConfigError("Give either --config FILE or --ratio NUMBER.")
+    return config if config is not None else {"model": {"ratio": ratio}}
+
+
+def _load_weights(network: "nn.Module", path: Path) -> None:
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        network.load_state_dict(state)
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"--weights {path} cannot be read: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"--weights {path} do not fit --model: {' '.join(str(error).split())}") from None
+
+
+def _known(word: str, valid: Any, what: str) -> str:
+    import difflib
+
+    if word not in valid:
+        closest = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.0)
+        raise ConfigError(f"There is no {what} {word!r}. Did you mean {closest[0]!r}? Valid: {', '.join(valid)}.")
+    return word
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--ratios {text!r} must be numbers with commas, such as 0.02,0.01.") from None
+    if not all(0 < ratio < 1 for ratio in ratios):
+        raise ConfigError(f"--ratios {text!r} must lie between 0 and 1.")
+    return ratios
+
+
+def _show(report: Report, json_file: Path | None) -> None:
+    print(report)
+    _write_json(json_file, report.to_json())
+
+
+def _write_json(path: Path | None, text: str) -> None:
+    if path is not None:
+        write_atomically(path, text.encode())
+
+
+class _progress:
+    """A bar for the trial that runs; on a pipe, a line when each trial begins."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=_notes,
+            disable=not _notes.is_terminal,
+        )
+        self._bar.start()
+        self._name = ""
+        return self._step
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _step(self, name: str, step: int, steps: int) -> None:
+        if name != self._name:
+            self._name, self._task = name, self._bar.add_task(name, total=steps)
+            if not _notes.is_terminal:
+                _notes.print(f"training {name}, {steps} steps")
+        self._bar.update(self._task, completed=step)

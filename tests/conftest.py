@@ -1,0 +1,28 @@
+"""Shapes in signatures are checked while testing; users pay nothing for them."""
+
+import os
+
+import jaxtyping
+import pytest
+from hypothesis import settings
+
+SHAPED = ("bits", "methods.factor", "torch.product", "torch.weight", "torch.layers")  # what has shapes in signatures
+jaxtyping.install_import_hook([f"deepthin.{module}" for module in SHAPED], "beartype.beartype")
+
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    folder = os.environ.get("DEEPTHIN_DATA")
+    if not folder:
+        pytest.skip("DEEPTHIN_DATA names no folder with the data sets")
+    return folder

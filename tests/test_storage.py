@@ -1,0 +1,395 @@
+"""Promises of the file format: 1 (every change is noticed), 3, 4, 5, 6, 7 and 15; docs/format.md is normative."""
+
+import ast
+import errno
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load as safetensors_load
+
+import deepthin
+from deepthin import METHODS, BudgetError, FormatError, storage
+from deepthin.storage import Contents, Raw, Thin, from_bytes, to_bytes, write
+
+
+def small_contents(scale=1.0):
+    rng = np.random.default_rng(0)
+    thin = {}
+    for name, method in (("a.weight", "deepthin"), ("b.weight", "shuffled"), ("c.weight", "rank")):
+        plan = METHODS[method].fit((6, 8), 32 * 20)
+        code = {k: Raw.of((scale * v).astype("f4")) for k, v in plan.init(rng, 0.1).items()}
+        thin[name] = Thin(method, plan, (6, 8), code)
+    dense = {"a.bias": Raw.of(np.arange(6, dtype="f4")), "steps": Raw.of(np.array(7))}
+    return Contents(thin, dense, {"d.weight": "a.weight"})
+
+
+@pytest.fixture
+def data():
+    return to_bytes(small_contents())
+
+
+def resign(data, header):
+    """The file that an attacker writes: a changed header, and checksums that fit it."""
+    length = int.from_bytes(data[:8], "little")
+    index = json.loads(data[8 : 8 + length])
+    index["__metadata__"]["deepthin"] = json.dumps(header)
+    text = json.dumps(index).encode()
+    body = len(text).to_bytes(8, "little") + text + data[8 + length : -4]
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def header_of(data):
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["deepthin"])
+
+
+def test_every_changed_byte_is_noticed(data):
+    """Promise 1: every byte, each bit flipped, and set to 00 and FF."""
+    for at, byte in enumerate(data):
+        for other in {byte ^ (1 << bit) for bit in range(8)} | {0, 255} - {byte}:
+            if other != byte:
+                with pytest.raises(FormatError):
+                    from_bytes(data[:at] + bytes([other]) + data[at + 1 :])
+
+
+def test_every_truncation_and_extension_is_noticed(data):
+    for length in range(len(data)):
+        with pytest.raises(FormatError):
+            from_bytes(data[:length])
+    with pytest.raises(FormatError):
+        from_bytes(data + b"\0")
+
+
+def test_the_damaged_tensor_is_named(data):
+    at = data.index(np.arange(6, dtype="f4").tobytes())
+    with pytest.raises(FormatError, match=r"m\.thin is damaged: the checksum of a\.bias does not match"):
+        from_bytes(data[:at] + b"\x01" + data[at + 1 :], "m.thin")
+
+
+def test_round_trip_is_byte_identical(data):
+    """Promise 15."""
+    assert to_bytes(from_bytes(data)) == data
+
+
+def test_bytes_do_not_depend_on_dictionary_order(data):
+    c = small_contents()
+    turned = Contents(*(dict(reversed(list(part.items()))) for part in (c.thin, c.dense, c.aliases)))
+    assert to_bytes(turned) == data
+
+
+def test_golden_file():
+    """Promise 15: these bytes were written by version 0.1.0 and must load, and be written, for ever."""
+    golden = Path(__file__).with_name("golden_v1.thin").read_bytes()
+    exact = Contents(
+        {
+            name: Thin(t.name, t.method, t.shape, {k: Raw.of(np.arange(np.prod(r.shape), dtype="f4").reshape(r.shape)) for k, r in t.code.items()})
+            for name, t in small_contents().thin.items()
+        },
+        small_contents().dense,
+        small_contents().aliases,
+    )  # fmt: skip
+    assert to_bytes(exact) == golden
+    assert to_bytes(from_bytes(golden)) == golden
+    assert from_bytes(golden).thin["b.weight"].decode()[:2, :3].tolist() == GOLDEN_CORNER
+
+
+GOLDEN_CORNER = [[0.0, 0.0, 0.0], [0.0, 10.0, 12.0]]
+
+
+def test_a_thin_file_is_a_safetensors_file(data):
+    tensors = safetensors_load(data)
+    assert (tensors["a.bias"] == np.arange(6)).all()
+    assert tensors["a.weight/xf"].shape == small_contents().thin["a.weight"].method.code_shapes()["xf"]
+
+
+def test_stated_size_is_the_size_on_disk(tmp_path):
+    """Promise 15: the report, the return value and the file agree, and the parts add up."""
+    path = tmp_path / "m.thin"
+    written = write(small_contents(), path)
+    report = deepthin.inspect(path)
+    assert written == path.stat().st_size == report.total_bytes
+    assert sum(row.bytes for row in report.rows) + report.other_bytes + report.header_bytes == written
+    assert report.dense_bytes == 3 * 4 * 48 + 4 * 6 + 8
+    assert [row.name for row in report.rows] == ["a.weight", "b.weight", "c.weight"]
+    assert report.rows[0].rank == 1
+    assert json.loads(report.to_json())["rows"][2]["method"] == "rank"
+
+
+def test_load_gives_the_dense_state_dict(tmp_path):
+    contents = small_contents()
+    write(contents, tmp_path / "m.thin")
+    arrays = deepthin.load(tmp_path / "m.thin")
+    assert list(arrays) == ["a.bias", "a.weight", "b.weight", "c.weight", "d.weight", "steps"]
+    assert (arrays["d.weight"] == arrays["a.weight"]).all()
+    assert (arrays["a.weight"] == contents.thin["a.weight"].decode()).all()
+    assert arrays["steps"] == 7
+
+
+def test_bfloat16_is_widened_without_loss():
+    halves = np.array([1.5, -2.0, 0.0, 3e38], dtype="f4").view("u4") >> 16
+    raw = Raw("BF16", (4,), halves.astype("<u2").tobytes())
+    assert (raw.numpy().view("u4") >> 16 == halves).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h.update(version=2), "format version 2; this deepthin reads version 1"),
+        (lambda h: h.update(extra=1), "its header has the keys"),
+        (lambda h: h["thin"]["a.weight"].update(method="pickle"), "stored by method 'pickle'; known are deepthin"),
+        (lambda h: h["thin"]["a.weight"].update(run="x"), "the entry of a.weight has the keys"),
+        (lambda h: h["thin"]["a.weight"]["fields"].update(n=0), "positive integers"),
+        (lambda h: h["thin"]["a.weight"]["fields"].update(n=2**63), "must be floating numbers of shape"),
+        (lambda h: h["thin"]["a.weight"]["fields"].update(rank=10**30), "must be floating numbers of shape"),
+        (lambda h: h["thin"]["a.weight"]["fields"].update(shape=[6.0, 8]), "does not describe a model"),
+        (lambda h: h["thin"]["a.weight"]["fields"].update(colour=1), "does not describe a model"),
+        (lambda h: h["thin"]["a.weight"]["fields"].pop("n"), "does not describe a model"),
+        (lambda h: h["thin"]["a.weight"].update(shape=[48, 2]), r"a tensor of shape \(48, 2\), but its plan stores"),
+        (lambda h: h["thin"]["a.weight"].update(shape=[[6], 8]), "a tensor of shape"),
+        (lambda h: h["thin"].update({"a.bias": h["thin"]["a.weight"]}), "is missing"),
+        (lambda h: h["thin"].pop("a.weight"), "share 'a.weight', which cannot be"),
+        (lambda h: h["aliases"].update({"a.bias": "a.weight"}), "which cannot be"),
+        (lambda h: h["aliases"].update({"e": "nowhere"}), "which cannot be"),
+        (lambda h: h["crc32"].pop("a.bias"), "the checksums in its header"),
+        (lambda h: h.pop("thin"), "its header has the keys"),
+        (lambda h: h.update(thin=[]), "does not describe a model"),
+        (lambda h: h.update(aliases=[1]), "does not describe a model"),
+    ],
+)
+def test_hostile_headers_with_good_checksums_are_named(data, change, message):
+    header = header_of(data)
+    change(header)
+    with pytest.raises(FormatError, match=message):
+        from_bytes(resign(data, header))
+
+
+@pytest.mark.parametrize("header", [None, 3, "x", [], {"version": 1}])
+def test_headers_of_another_kind_are_refused(data, header):
+    with pytest.raises(FormatError):
+        from_bytes(resign(data, header))
+
+
+def test_other_files_are_told_apart(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.zeros(3, "f4")}, tmp_path / "plain.safetensors")
+    with pytest.raises(FormatError, match="is a safetensors file, but no .thin file"):
+        deepthin.load(tmp_path / "plain.safetensors")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(FormatError, match="is damaged, or no .thin file"):
+        deepthin.inspect(tmp_path / "text")
+    (tmp_path / "deep").write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    with pytest.raises(FormatError):
+        deepthin.inspect(tmp_path / "deep")
+
+
+def bomb(side):
+    """A file of about a kilobyte whose factors declare a matrix of side x side."""
+    method = METHODS["deepthin"](shape=(side, side), n=side, rank=1)
+    dense = {"pad": Raw.of(np.zeros(4, "f4"))}
+    whole = to_bytes(Contents({}, dense, {}))
+    header = header_of(whole)
+    entry = {"method": "deepthin", "fields": {"shape": [side, side], "n": side, "rank": 1, "seed": None}}
+    header["thin"] = {"w": {**entry, "shape": [side, side]}}
+    return resign(whole, header), method
+
+
+@pytest.mark.parametrize("side", [2**20, 2**31, 2**63, 2**200])
+def test_a_small_file_cannot_declare_a_huge_matrix(side):
+    """Promise 3: refused because the factors themselves are not there, before anything is allocated."""
+    data, _ = bomb(side)
+    tracemalloc.start()
+    with pytest.raises(FormatError):
+        from_bytes(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * len(data) + (1 << 20)
+
+
+def test_the_decoded_size_is_capped(tmp_path):
+    """Promise 3: honest factors of 800 kB that decode to 40 GB."""
+    method = METHODS["deepthin"](shape=(100_000, 100_000), n=100_000, rank=1)
+    code = {k: Raw("F32", s, bytes(4 * int(np.prod(s)))) for k, s in method.code_shapes().items()}
+    path = tmp_path / "big.thin"
+    write(Contents({"w": Thin("deepthin", method, method.shape, code)}), path)
+    with pytest.raises(FormatError, match="decodes to 40000000000 bytes, above the limit of 4294967296"):
+        deepthin.load(path)
+    assert deepthin.inspect(path).dense_bytes == 40_000_000_000
+    with pytest.raises(FormatError, match="above the limit of 100"):
+        write(small_contents(), path)
+        deepthin.load(path, max_bytes=100)
+
+
+def test_load_time_is_linear_in_names():
+    """Promise 4. Ten times the file takes some eleven times as long here; a quadratic reader would take a hundred."""
+
+    def seconds(count):
+        data = to_bytes(Contents({}, {f"layer{i}.bias": Raw.of(np.zeros(1, "f4")) for i in range(count)}))
+        times = []
+        for _ in range(3):
+            gc.collect()
+            gc.disable()  # the collector's passes over so many small objects are no part of the reader
+            start = time.process_time()
+            assert len(from_bytes(data).dense) == count
+            times.append(time.process_time() - start)
+            gc.enable()
+        return min(times)
+
+    assert seconds(50_000) < 30 * seconds(5_000)
+
+
+def test_loading_runs_no_code_from_the_file():
+    """Promise 5: the modules that read files import nothing that executes or unpickles, and open one path only."""
+    for module in ("storage", "method", "methods/__init__", "methods/factor", "rules", "report", "bits"):
+        tree = ast.parse((Path(deepthin.__file__).parent / f"{module}.py").read_text())
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not names & {"eval", "exec", "compile", "__import__", "open"}
+        assert not imports & {"pickle", "marshal", "shelve", "importlib", "subprocess", "runpy", "ctypes"}
+
+
+def test_names_are_never_paths(tmp_path):
+    """Promise 5: a tensor may be called anything; nothing is opened or written but the file itself."""
+    names = ["../../evil", "/etc/passwd", "a\\..\\b", "nul\0byte", "ünï", ""]
+    path = tmp_path / "m.thin"
+    write(Contents({}, {name: Raw.of(np.zeros(2, "f4")) for name in names}), path)
+    assert set(deepthin.load(path)) == set(names)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_tensors_of_one_name_are_refused():
+    contents = small_contents()
+    clash = Contents(contents.thin, {"a.weight/xf": Raw.of(np.zeros(1, "f4"))})
+    with pytest.raises(ValueError, match="one name"):
+        to_bytes(clash)
+
+
+def test_save_above_the_limit_writes_nothing(tmp_path):
+    with pytest.raises(BudgetError, match="above the limit of 10: nothing was written"):
+        write(small_contents(), tmp_path / "m.thin", max_bytes=10)
+    assert not list(tmp_path.iterdir())
+
+
+# Promises 6 and 7: saving is atomic. Every call that reaches the operating system fails, or is the last, in turn.
+
+CALLS = ("open", "write", "fsync", "replace", "close")
+
+
+@pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_failing_disk_leaves_the_old_file_and_no_leftovers(tmp_path, monkeypatch, failure):
+    path = tmp_path / "m.thin"
+    write(small_contents(), path)
+    old = path.read_bytes()
+    for fails_at in range(100):
+        counter = {"left": fails_at, "failed": ""}
+
+        def failing(call, name, counter=counter):
+            def wrapped(*args, **kwargs):
+                if counter["left"] == 0 and not counter["failed"]:
+                    counter["failed"] = name
+                    raise OSError(failure, os.strerror(failure))
+                counter["left"] -= 1
+                return call(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in ("open", "write", "fsync", "replace"):
+                patch.setattr(storage.os, name, failing(getattr(os, name), name))
+            new = small_contents(scale=float(fails_at + 2))
+            if counter["left"] >= 100:
+                break
+            try:
+                write(new, path)
+            except OSError as error:
+                assert error.errno == failure
+                assert str(path) in str(error)
+            else:
+                assert not counter["failed"]
+                assert fails_at >= 6  # open, write, fsync, replace, and the directory's open and fsync
+                return
+        assert path.read_bytes() in (old, to_bytes(new))
+        assert list(tmp_path.iterdir()) == [path]
+        old = path.read_bytes()
+    raise AssertionError("saving never succeeded")
+
+
+def test_short_writes_are_completed(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(storage.os, "write", lambda file, view: real(file, view[:7]))
+    write(small_contents(), tmp_path / "m.thin")
+    monkeypatch.undo()
+    assert (tmp_path / "m.thin").read_bytes() == to_bytes(small_contents())
+
+
+def test_the_file_is_forced_to_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("open", "write", "fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            storage.os, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k)
+        )
+    write(small_contents(), tmp_path / "m.thin")
+    assert calls == ["open", "write", "fsync", "replace", "open", "fsync"]
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[4])
+from test_storage import small_contents
+from deepthin import storage
+left = int(sys.argv[2])
+def killing(call):
+    def wrapped(*args, **kwargs):
+        global left
+        if left == 0:
+            if call is real_write:
+                call(args[0], args[1][:50])  # part of the data is on disk
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return call(*args, **kwargs)
+    return wrapped
+real_write = os.write
+for name in ("open", "write", "fsync", "replace"):
+    setattr(storage.os, name, killing(getattr(os, name)))
+storage.write(small_contents(scale=float(sys.argv[3])), sys.argv[1])
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    """Promise 6: SIGKILL at each call to the operating system; the file is the old or the new one, byte for byte."""
+    path = tmp_path / "m.thin"
+    write(small_contents(), path)
+    outcomes = []
+    for moment in range(7):
+        old = path.read_bytes()
+        command = [sys.executable, "-c", CHILD, str(path), str(moment), str(moment + 2), str(Path(__file__).parent)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        new = to_bytes(small_contents(scale=float(moment + 2)))
+        assert path.read_bytes() in (old, new), done.stderr
+        outcomes.append((done.returncode, path.read_bytes() == new))
+    assert outcomes[:4] == [(-signal.SIGKILL, False)] * 4  # before the file takes the name
+    assert outcomes[4:6] == [(-signal.SIGKILL, True)] * 2  # after
+    assert outcomes[6] == (0, True)
+
+
+def test_stale_temporary_files_are_cleaned(tmp_path):
+    path = tmp_path / "m.thin"
+    stale, fresh, other = (tmp_path / name for name in (".m.thin.aa.tmp", ".m.thin.bb.tmp", ".other.thin.aa.tmp"))
+    for temporary in (stale, fresh, other):
+        temporary.write_bytes(b"x")
+    for temporary in (stale, other):
+        os.utime(temporary, (time.time() - 7200,) * 2)
+    write(small_contents(), path)
+    assert sorted(tmp_path.iterdir()) == sorted([path, fresh, other])
