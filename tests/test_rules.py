@@ -123,7 +123,7 @@ def test_the_models_ratio_is_shared_out_and_kept(allocation, ratio):
     taken = bits(planned)
     assert sum(taken.values()) <= ratio * 32 * AREA
     # What n = 2, 3, 5 ... leave unused at large ratios is no small part; at small ones nothing is left to speak of.
-    assert sum(taken.values()) > (0.98 if ratio <= 0.02 else 0.6) * ratio * 32 * AREA
+    assert sum(taken.values()) > (0.9 if ratio <= 0.02 else 0.6) * ratio * 32 * AREA
 
 
 def test_flat_gives_equal_ratios_and_uniform_bytes_equal_bytes():
@@ -131,9 +131,9 @@ def test_flat_gives_equal_ratios_and_uniform_bytes_equal_bytes():
     area = [1000 * 1000, 500 * 500, 300 * 200]
     flat = bits(Rules.parse({"model": {"ratio": 0.02}}).plan(wide)).values()
     ratios = [taken / (32 * weights) for taken, weights in zip(flat, area, strict=True)]
-    assert max(ratios) < 1.1 * min(ratios)
+    assert max(ratios) < 1.2 * min(ratios)
     equal = bits(Rules.parse({"model": {"ratio": 0.02, "allocation": "uniform-bytes"}}).plan(wide)).values()
-    assert max(equal) < 1.1 * min(equal)
+    assert max(equal) < 1.2 * min(equal)
 
 
 def test_an_own_target_is_fixed_and_the_model_shares_the_rest():

@@ -102,11 +102,13 @@ class Factor:
         return {} if self.seed is None else {"order": permutation(self.seed, self.shape[0] * self.shape[1])}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Both factors normal with standard deviation ``(std^2 / r)^(1/4)``, so that a weight's is ``std``."""
+        """Both factors normal, scaled to a root mean square of exactly ``(std^2 / r)^(1/4)``.
+
+        Without the scaling a wf of few entries would put the spread of all weights to chance.
+        """
         each = (std**2 / self.rank) ** 0.25
-        return {
-            entry: rng.normal(0.0, each, size=shape).astype(np.float32) for entry, shape in self.code_shapes().items()
-        }
+        code = {entry: rng.normal(size=shape) for entry, shape in self.code_shapes().items()}
+        return {entry: (a * (each / np.sqrt(np.mean(a * a)))).astype(np.float32) for entry, a in code.items()}
 
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None

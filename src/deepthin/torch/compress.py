@@ -38,7 +38,7 @@ def compress(
     warning says when fine-tuning is needed. ``init="scratch"`` draws fresh factors, whose weights have a tenth of He's
     variance, from ``seed``; biases keep their own start either way. ``importance`` maps names to tensors of the
     weights' shape, for methods that weigh errors. Shared tensors stay shared. The model is changed only if all goes
-    well: ConfigError and BudgetError are raised before, NonFiniteError for a NaN or infinity in a weight.
+    well: ConfigError and BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded.
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
@@ -51,6 +51,8 @@ def compress(
         dense = _value(owners[name])
         if method is None:
             continue
+        if dense.is_meta:
+            raise ConfigError(f"{name} is on the meta device: build the model with values, or ask `plan` for its sizes.")
         if init == "scratch" and dense.dim() > 1:
             std = math.sqrt(0.2 / method.shape[1])
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -235,8 +237,6 @@ def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
-    if weight.is_meta:
-        raise ConfigError(f"{name} is on the meta device and has no values: load weights first, or use init='scratch'.")
     if not torch.isfinite(weight).all():
         where = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
         raise NonFiniteError(

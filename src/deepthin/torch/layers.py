@@ -60,9 +60,9 @@ def make_thin(layer: nn.Module, weights: Mapping[str, ThinWeight]) -> None:
         layer.thin[name] = weight.train(layer.training)
 
 
-def make_plain(layer: ThinLayer, dense: Mapping[str, nn.Parameter]) -> None:
-    """Undo ``make_thin``: the layer is torch's own again, with these parameters."""
-    layer.__class__ = _PLAIN[type(layer)]
+def make_plain(layer: nn.Module, dense: Mapping[str, nn.Parameter]) -> None:
+    """Undo ``make_thin``: a thin layer is torch's own again, with these parameters."""
+    layer.__class__ = _PLAIN[type(layer)]  # pyright: ignore[reportArgumentType]
     del layer.thin
     for name, parameter in dense.items():
         layer.register_parameter(name, parameter)

@@ -29,11 +29,11 @@ _FFT_CALLS, _DIRECT_CALLS = 22, 16
 
 
 class _Tables(NamedTuple):
-    """Where entries go, for one plan: ``windows`` (n*K*S) rows of xf, ``outputs`` (R), ``readers`` (D*m) of windows."""
+    """Where entries go, for one plan."""
 
-    windows: Int64[Tensor, "n*K*S"]
-    outputs: Int64[Tensor, "R"]
-    readers: Int64[Tensor, "D*m"]
+    windows: Int64[Tensor, "taps"]  # n x K x S: the row of xf that each tap of each output reads
+    outputs: Int64[Tensor, "rows"]  # where each output stands among n x K
+    readers: Int64[Tensor, "reads"]  # D x m: the taps that read each row of xf
     blocks: int  # S: consecutive rows of xf that one output reads
     depth: int  # K: outputs that share a phase
 
@@ -63,6 +63,8 @@ def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
 
 def choose(method: Factor, batch: int, dense_ready: bool) -> Path:
     """The way with the least predicted cost: a pure function of the plan, the batch and the cache."""
+    if batch == 0:
+        return "dense"  # the FFT library takes no empty batches
     predicted = costs(method, batch, dense_ready)
     return min(predicted, key=lambda path: predicted[path])
 
@@ -136,7 +138,7 @@ def fft_length(least: int) -> int:
     return best
 
 
-def _direct(x: Tensor, wf: Tensor, blocks: int) -> Float[Tensor, "items r blocks*n"]:
+def _direct(x: Tensor, wf: Tensor, blocks: int) -> Float[Tensor, "items r length"]:
     """The correlation of each item with each row of wf, as one product with banded n x (2n-1) matrices."""
     rank, n = wf.shape
     padded = F.pad(x, (n - 1, blocks * n - x.shape[1]))
@@ -153,7 +155,7 @@ def _transform(x: Tensor, wf: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tens
     return torch.fft.irfft(spectrum[:, None] * filters, points)[..., :length], spectrum, filters
 
 
-def _panels(correlation: Tensor, tables: _Tables) -> Float[Tensor, "n blocks*r items"]:
+def _panels(correlation: Float[Tensor, "items r length"], tables: _Tables) -> Float[Tensor, "n terms items"]:
     """Phase first, items last. Two plain copies, a transposition and then whole rows, beat one general permutation."""
     items, rank, length = correlation.shape
     n = length // tables.blocks
@@ -161,14 +163,14 @@ def _panels(correlation: Tensor, tables: _Tables) -> Float[Tensor, "n blocks*r i
     return rows.permute(2, 1, 0, 3).reshape(n, tables.blocks * rank, items)
 
 
-def _unpanel(panels: Float[Tensor, "n blocks*r items"], tables: _Tables) -> Float[Tensor, "items r blocks*n"]:
+def _unpanel(panels: Float[Tensor, "n terms items"], tables: _Tables) -> Float[Tensor, "items r length"]:
     """What undoes ``_panels``."""
     n, _, items = panels.shape
     rows = panels.view(n, tables.blocks, -1, items).permute(2, 1, 0, 3).contiguous()
     return rows.view(-1, items).t().contiguous().view(items, -1, tables.blocks * n)
 
 
-def _filters(xf: Tensor, tables: _Tables) -> Float[Tensor, "n depth blocks*r"]:
+def _filters(xf: Tensor, tables: _Tables) -> Float[Tensor, "n depth terms"]:
     return F.pad(xf, (0, 0, 0, 1)).index_select(0, tables.windows).view(-1, tables.depth, tables.blocks * xf.shape[1])
 
 

@@ -54,8 +54,7 @@ class ThinWeight(nn.Module):
     @classmethod
     def draw(cls, name: str, method: Method, like: Tensor, rng: np.random.Generator, std: float) -> "ThinWeight":
         """A from-scratch start whose decoded entries have standard deviation ``std``."""
-        device = "cpu" if like.is_meta else like.device
-        code = {entry: torch.from_numpy(a).to(device, like.dtype) for entry, a in method.init(rng, std).items()}
+        code = {entry: torch.from_numpy(array).to(like) for entry, array in method.init(rng, std).items()}
         return cls(name, method, tuple(like.shape), code)
 
     def code(self) -> dict[str, Tensor]:

@@ -1,0 +1,175 @@
+"""The product without the weight, by every way, against the dense product in float64, and its gradients of both orders."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepthin.methods.factor import Factor
+from deepthin.torch.product import choose, costs, factor_linear, fft_length
+
+EPS32 = float(np.finfo(np.float32).eps)
+
+
+@st.composite
+def problems(draw):
+    """A plan whose n is coprime with the fan-in, as (rows, cols, n, rank), the batch, and a seed."""
+    rows, cols, rank = draw(st.integers(1, 70)), draw(st.integers(1, 70)), draw(st.integers(1, 3))
+    n = draw(st.integers(1, 90).filter(lambda n: math.gcd(n, cols) == 1))
+    return (rows, cols, n, rank), draw(st.integers(1, 5)), draw(st.integers(0, 2**32 - 1))
+
+
+def build(problem):
+    """The plan, a batch of inputs and the factors, in float64."""
+    (rows, cols, n, rank), batch, seed = problem
+    rng = np.random.default_rng(seed)
+    method = Factor((rows, cols), n, rank)
+    shapes = ((batch, cols), *method.code_shapes().values())
+    return method, *(torch.from_numpy(rng.normal(size=shape)) for shape in shapes)
+
+
+def exact(method, x, xf, wf):
+    return x @ method.decode({"xf": xf, "wf": wf}, torch).T
+
+
+def bound(method, x, xf, wf, path):
+    """What float32 may lose: terms of a dot product, or, by FFT, log2 N levels over the energy of the whole item."""
+    sizes = exact(method, x.abs(), xf.abs(), wf.abs())
+    if path == "direct":
+        return (2 * method.n + method.shape[1] // method.n + method.rank + 10) * EPS32 * sizes
+    energy = x.norm(dim=1, keepdim=True) * wf.norm() * xf.abs().sum()
+    return 8 * math.log2(2 * method.n + 2 * method.shape[1] + 4) * EPS32 * energy
+
+
+@given(problems(), st.sampled_from(["direct", "fft"]))
+def test_product_is_the_dense_product(problem, path):
+    method, x, xf, wf = build(problem)
+    y = factor_linear(method, x.float(), xf.float(), wf.float(), path)
+    assert y.dtype == torch.float32
+    assert y.shape == (len(x), method.shape[0])
+    assert ((y.double() - exact(method, x, xf, wf)).abs() <= bound(method, x, xf, wf, path) + 1e-30).all()
+
+
+@given(problems(), st.sampled_from(["direct", "fft"]))
+def test_gradients_are_those_of_the_dense_product(problem, path):
+    method, *tensors = build(problem)
+    tensors = [t.requires_grad_() for t in tensors]
+    y = factor_linear(method, *tensors, path)
+    reference = exact(method, *tensors)
+    grad = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for ours, theirs in zip(
+        torch.autograd.grad(y, tensors, grad), torch.autograd.grad(reference, tensors, grad), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9 * (1 + theirs.abs().max().item() if theirs.numel() else 1))
+
+
+@pytest.mark.parametrize("path", ["direct", "fft"])
+def test_gradcheck_of_both_orders(path):
+    method = Factor((5, 7), 4, 2)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 7), *method.code_shapes().values())
+    inputs = tuple(
+        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in shapes
+    )
+    assert torch.autograd.gradcheck(lambda *t: factor_linear(method, *t, path), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: factor_linear(method, *t, path), inputs)
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_that_are_not_wanted_are_not_made(needed):
+    method = Factor((5, 7), 4, 2)
+    tensors = [
+        torch.randn(shape, requires_grad=wanted)
+        for shape, wanted in zip(((3, 7), *method.code_shapes().values()), needed, strict=True)
+    ]
+    factor_linear(method, *tensors, "fft").sum().backward()
+    assert [t.grad is not None for t in tensors] == list(needed)
+
+
+def test_rank_factorisation_is_two_products():
+    method = Factor((6, 9), 9, 2)
+    x, xf, wf = torch.randn(4, 9), torch.randn(6, 2), torch.randn(2, 9)
+    assert torch.allclose(factor_linear(method, x, xf, wf, "factors"), x @ (xf @ wf).T, atol=1e-5)
+
+
+def test_leading_dimensions_and_strides():
+    method = Factor((6, 9), 4, 1)
+    xf, wf = (torch.randn(shape) for shape in method.code_shapes().values())
+    x = torch.randn(9, 2, 5).permute(2, 1, 0)  # 5 x 2 x 9, not contiguous
+    for path in ("direct", "fft"):
+        y = factor_linear(method, x, xf, wf, path)
+        assert y.shape == (5, 2, 6)
+        assert torch.allclose(y, x @ method.decode({"xf": xf, "wf": wf}, torch).T, atol=1e-4)
+    assert factor_linear(method, x[0, 0], xf, wf, "fft").shape == (6,)
+
+
+@pytest.mark.parametrize("path", ["direct", "fft"])
+def test_a_huge_item_leaves_its_batch_mates_intact(path):
+    """KERNELS: two items in one complex FFT would spoil each other; each item has its own."""
+    method = Factor((60, 90), 7, 1)
+    xf, wf = (torch.randn(shape) for shape in method.code_shapes().values())
+    x = torch.randn(2, 90)
+    alone = factor_linear(method, x[1:], xf, wf, path)
+    x[0] *= 1e6
+    assert torch.allclose(factor_linear(method, x, xf, wf, path)[1:], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["direct", "fft"])
+def test_nan_reaches_the_output(path):
+    method = Factor((6, 9), 4, 1)
+    xf, wf = (torch.randn(shape) for shape in method.code_shapes().values())
+    x = torch.randn(3, 9)
+    x[1, 4] = math.nan
+    y = factor_linear(method, x, xf, wf, path)
+    assert y[1].isnan().any()
+    assert not y[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(kind):
+    method = Factor((60, 90), 7, 1)
+    x, xf, wf = (torch.randn(shape).to(kind) for shape in ((3, 90), *method.code_shapes().values()))
+    y = factor_linear(method, x, xf, wf, "fft")
+    assert y.dtype == kind
+    reference = exact(method, x.double(), xf.double(), wf.double())
+    limit = torch.finfo(kind).eps * reference.abs() + bound(method, x.double(), xf.double(), wf.double(), "fft")
+    assert ((y.double() - reference).abs() <= limit).all()
+
+
+def test_the_choice_follows_the_predicted_cost():
+    big = Factor((2048, 2048), 103, 1)
+    assert choose(big, 128, dense_ready=False) in ("fft", "direct")
+    assert choose(big, 128, dense_ready=True) in ("fft", "direct")
+    assert choose(Factor((10, 100), 13, 1), 1, dense_ready=True) == "dense"
+    assert choose(Factor((2048, 2048), 2048, 4), 128, dense_ready=True) == "factors"
+    assert choose(Factor((2048, 2048), 64, 1), 128, dense_ready=True) == "dense"  # gcd(n, fan-in) = 64: no phases
+    assert choose(Factor((2048, 2048), 103, 1, seed=1), 128, dense_ready=True) == "dense"
+    for ready in (False, True):
+        predicted = costs(big, 32, ready)
+        assert predicted[choose(big, 32, ready)] == min(predicted.values())
+
+
+def test_tables_first_made_in_inference_mode_serve_training():
+    method = Factor((37, 41), 6, 1)
+    xf, wf = (torch.randn(shape, requires_grad=True) for shape in method.code_shapes().values())
+    x = torch.randn(3, 41)
+    with torch.inference_mode():
+        factor_linear(method, x, xf, wf, "fft")
+    factor_linear(method, x, xf, wf, "fft").sum().backward()
+    assert xf.grad is not None
+
+
+@given(st.integers(1, 5000))
+def test_fft_length(least):
+    length = fft_length(least)
+    rest = length
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    assert rest == 1
+    assert length >= least
+    assert length % 2 == 0
+    assert length <= max(2 * least, 2)
