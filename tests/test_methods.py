@@ -153,9 +153,7 @@ def test_rank_error_does_not_grow_with_budget(rows, cols, extra):
 def test_deepthin_plan_is_the_smallest_coprime_n(rows, cols, share):
     """Card 1 of the algorithm: small root, gcd(n, fan-in) = 1; checked by trying every n."""
     floats = int(share * rows * cols)
-    fitting = [
-        n for n in range(1, rows * cols + 2) if math.gcd(n, cols) == 1 and n - (-rows * cols // n) <= floats
-    ]
+    fitting = [n for n in range(1, rows * cols + 2) if math.gcd(n, cols) == 1 and n - (-rows * cols // n) <= floats]
     try:
         assert METHODS["deepthin"].fit((rows, cols), 32 * floats).n == fitting[0]
     except BudgetError as error:

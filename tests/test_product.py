@@ -1,4 +1,4 @@
-"""The product without the weight, by every way, against the dense product in float64, and its gradients of both orders."""
+"""The product without the weight, by every way, against the dense product in float64; gradients of both orders."""
 
 import math
 
@@ -63,7 +63,9 @@ def test_gradients_are_those_of_the_dense_product(problem, path):
     for ours, theirs in zip(
         torch.autograd.grad(y, tensors, grad), torch.autograd.grad(reference, tensors, grad), strict=True
     ):
-        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9 * (1 + theirs.abs().max().item() if theirs.numel() else 1))
+        assert torch.allclose(
+            ours, theirs, rtol=1e-9, atol=1e-9 * (1 + theirs.abs().max().item() if theirs.numel() else 1)
+        )
 
 
 @pytest.mark.parametrize("path", ["direct", "fft"])
@@ -71,9 +73,7 @@ def test_gradcheck_of_both_orders(path):
     method = Factor((5, 7), 4, 2)
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 7), *method.code_shapes().values())
-    inputs = tuple(
-        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in shapes
-    )
+    inputs = tuple(torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in shapes)
     assert torch.autograd.gradcheck(lambda *t: factor_linear(method, *t, path), inputs)
     assert torch.autograd.gradgradcheck(lambda *t: factor_linear(method, *t, path), inputs)
 

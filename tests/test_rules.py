@@ -35,7 +35,8 @@ def bits(planned):
 def test_toml_and_mapping_say_the_same(tmp_path):
     path = tmp_path / "thin.toml"
     path.write_text(
-        '[model]\nratio = 0.02\nignore = ["output"]\n[rules."encoder.fc*"]\nmethod = "deepthin"\nratio = 0.01\nrank = 2\n'
+        '[model]\nratio = 0.02\nignore = ["output"]\n'
+        '[rules."encoder.fc*"]\nmethod = "deepthin"\nratio = 0.01\nrank = 2\n'
     )
     mapping = {
         "model": {"ratio": 0.02, "ignore": ["output"]},
@@ -172,7 +173,9 @@ def test_infeasible_model_ratio_names_the_smallest():
 
 
 def test_infeasible_rule_names_the_matrix():
-    with pytest.raises(BudgetError, match=r"^encoder\.fc1\.weight: DeepThin cannot store 300x784 .* Use ratio >= 0\.0042\.$"):
+    with pytest.raises(
+        BudgetError, match=r"^encoder\.fc1\.weight: DeepThin cannot store 300x784 .* Use ratio >= 0\.0042\.$"
+    ):
         Rules.parse({"rules": {"*fc1": {"ratio": 1e-9}}}).plan(MODEL)
 
 
@@ -186,7 +189,8 @@ def test_infeasible_rule_names_the_matrix():
         ),
         (
             {"rules": {"*": {"method": "depthin", "ratio": 0.1}}},
-            "[rules.\"*\"] method = 'depthin' is unknown. Did you mean 'deepthin'? Valid: deepthin, shuffled, rank, dense.",
+            "[rules.\"*\"] method = 'depthin' is unknown. Did you mean 'deepthin'? "
+            "Valid: deepthin, shuffled, rank, dense.",
         ),
         (
             {"rules": {"*": {"metod": "rank"}}},
@@ -211,7 +215,10 @@ def test_infeasible_rule_names_the_matrix():
             {"rules": {"*": 0.1}},
             "[rules.\"*\"] must be a table such as { method = 'deepthin', ratio = 0.01 }, not 0.1.",
         ),
-        ({"rules": {"re:(": {}}}, "pattern 're:(' is not a regular expression: missing ), unterminated subpattern at position 0."),
+        (
+            {"rules": {"re:(": {}}},
+            "pattern 're:(' is not a regular expression: missing ), unterminated subpattern at position 0.",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_configuration_is_refused_with_the_way_out(rules, message):
@@ -250,7 +257,12 @@ def test_a_pattern_that_matches_only_vectors_says_so():
 KEYS = ["ratio", "file_bytes", "ignore", "allocation"]
 
 
-@given(key=st.sampled_from(KEYS), edit=st.sampled_from("dis"), at=st.integers(0, 20), letter=st.sampled_from(string.ascii_lowercase))
+@given(
+    key=st.sampled_from(KEYS),
+    edit=st.sampled_from("dis"),
+    at=st.integers(0, 20),
+    letter=st.sampled_from(string.ascii_lowercase),
+)
 def test_one_wrong_letter_in_a_key_is_understood(key, edit, at, letter):
     """Promise 14: delete, insert or swap one letter; the right key is suggested."""
     at %= len(key) - 1

@@ -11,6 +11,7 @@ from torch import nn
 import deepthin.torch as dt
 from deepthin.method import BudgetError
 from deepthin.report import table
+from deepthin.torch.layers import thin_weights
 
 CASES = ("linear", "train")
 WARM_UPS = 3
@@ -47,10 +48,10 @@ def run(
             x = torch.randn(batch, shape[1])
             times = _interleaved(_competitors(case, dense, thin, x), repeats)
             best = min(times[name] for name in times if name != "thin")
-            weight = thin[0].thin["weight"]  # pyright: ignore[reportIndexIssue]
+            path = next(iter(thin_weights(thin).values())).path(x)
             rows.append(
                 row
-                | {"n": report.rows[0].n, "rank": rank, "microseconds": times["thin"], "path": weight._path(x)}
+                | {"n": report.rows[0].n, "rank": rank, "microseconds": times["thin"], "path": path}
                 | {"dense_microseconds": times["dense"], "best_dense_microseconds": best, "threads": threads}
             )
     return rows
@@ -66,7 +67,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
             continue
         times = (row["microseconds"], row["dense_microseconds"])
         best = f"{row['best_dense_microseconds'] / times[0]:.1f}x"
-        lines.append((*start, str(row["n"]), f"{times[0]:,.0f}", f"{times[1]:,.0f}", f"{times[1] / times[0]:.1f}x", best))
+        lines.append(
+            (*start, str(row["n"]), f"{times[0]:,.0f}", f"{times[1]:,.0f}", f"{times[1] / times[0]:.1f}x", best)
+        )
     heads = ("case", "layer", "batch", "ratio", "n", "us", "dense us", "over dense", "over best dense")
     return table(heads, lines, right=tuple(range(2, 9)), total=False)
 

@@ -12,7 +12,7 @@ _WORD = 1 << 64
 
 
 def splitmix(seed: int, count: int) -> UInt64[np.ndarray, "count"]:
-    """The first ``count`` 64-bit words that SplitMix64 yields from ``seed`` (any integer; only its low 64 bits matter)."""
+    """The first ``count`` 64-bit words that SplitMix64 yields from ``seed``, of which the low 64 bits matter."""
     step = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(seed % _WORD)
     step = (step ^ (step >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     step = (step ^ (step >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -117,11 +117,17 @@ def bench(
 @app.command()
 def compare(
     task: Annotated[str, typer.Argument(help="digits")],
-    out: Annotated[Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")
+    ] = None,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "dense,deepthin,shuffled,rank,same-size",
-    ratios: Annotated[str, typer.Option(help="Sizes of the weight matrices over dense, comma-separated.")] = "0.02,0.01",
+    ratios: Annotated[
+        str, typer.Option(help="Sizes of the weight matrices over dense, comma-separated.")
+    ] = "0.02,0.01",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of every trial.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")
+    ] = None,
     data: Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
     json_file: Json = None,
@@ -148,8 +154,11 @@ def compare(
         rows = engine.compare(settings, out, report_step)
     page = results.write_page(rows, out, shlex.join(["deepthin", *sys.argv[1:]]))
     print(results.summary(rows))
+    print("\nEvery file was loaded into a new model, which predicted exactly what the trained one did.")
+    if best := results.best_thin(rows):
+        print(f"Best file by development {best['metric']}: {out / best['model']}, {best['bytes']:,} bytes")
+    print(f"Report: {page}")
     _write_json(json_file, json.dumps(rows, indent=1))
-    print(f"report: {page}")
 
 
 def main() -> None:
@@ -180,7 +189,9 @@ def _build(spec: str) -> "nn.Module":
     except ImportError as error:
         raise ConfigError(f"--model {spec}: cannot import {module_name!r} from {Path.cwd()}: {error}.") from None
     except (AttributeError, ValueError):
-        raise ConfigError(f"--model {spec}: write package.module:function; {module_name!r} has no {function!r}.") from None
+        raise ConfigError(
+            f"--model {spec}: write package.module:function; {module_name!r} has no {function!r}."
+        ) from None
     network = factory()
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--model {spec} returned {type(network).__name__}, no torch.nn.Module.")

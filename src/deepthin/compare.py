@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.method import BudgetError, ConfigError
+from deepthin.method import BudgetError, ConfigError, DeepThinError
 from deepthin.methods import METHODS
 from deepthin.storage import write_atomically
 from deepthin.tasks import TASKS
-from deepthin.tasks.training import error_percent, train
+from deepthin.tasks.training import predict, train
 
 DENSE, SAME_SIZE = "dense", "same-size"
 COMPARED = (DENSE, *METHODS, SAME_SIZE)
@@ -51,7 +51,11 @@ class Trial:
     @property
     def name(self) -> str:
         """For files: ``deepthin-0.02-seed0``."""
-        return f"{self.method}-seed{self.seed}" if self.method == DENSE else f"{self.method}-{self.ratio:g}-seed{self.seed}"
+        return (
+            f"{self.method}-seed{self.seed}"
+            if self.method == DENSE
+            else f"{self.method}-{self.ratio:g}-seed{self.seed}"
+        )
 
 
 def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[dict[str, Any]]:
@@ -87,32 +91,37 @@ def thin_model(task: ModuleType, method: str, ratio: float, seed: int) -> nn.Mod
     Raises BudgetError. ``task.ALLOCATION`` and ``task.OPTIONS`` hold what development data chose for each method.
     """
     torch.manual_seed(seed)
-    if method == DENSE:
-        return task.build()
-    if method == SAME_SIZE:
-        return task.build(dt.same_size(task.build, int(ratio * _weight_bytes(task.build()))))
-    model = task.build()
-    rule = {"method": method, **task.OPTIONS.get(method, {})}
-    rules = {"model": {"ratio": ratio, "allocation": task.ALLOCATION}, "rules": {"*": rule}}
-    dt.compress(model, rules, init="scratch", seed=seed)
+    model = task.build(_width(task, method, ratio))
+    if method in METHODS:
+        rule = {"method": method, **task.OPTIONS.get(method, {})}
+        rules = {"model": {"ratio": ratio, "allocation": task.ALLOCATION}, "rules": {"*": rule}}
+        dt.compress(model, rules, init="scratch", seed=seed)
     return model
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() > 1)
+def _width(task: ModuleType, method: str, ratio: float) -> int:
+    """The dense width, except for the same-size network."""
+    return dt.same_size(task.build, int(ratio * _weight_bytes(task))) if method == SAME_SIZE else task.WIDTH
+
+
+def _weight_bytes(task: ModuleType) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() * p.element_size() for p in task.build(task.WIDTH).parameters() if p.dim() > 1)
 
 
 def _run(task: ModuleType, data: Any, trial: Trial, steps: int, out: Path, progress: Progress) -> list[dict[str, Any]]:
-    """One row for each split that is judged; a single row without a value where the size cannot be reached."""
-    dense_model = task.build()
-    dense_bytes = sum(p.numel() * p.element_size() for p in dense_model.parameters())
+    """One row for each split that is judged; a single row without a value where the size cannot be reached.
+
+    What is judged is the file: it is loaded into a new model, which must predict what the trained one does.
+    """
+    with torch.device("meta"):
+        dense_bytes = sum(p.numel() * p.element_size() for p in task.build(task.WIDTH).parameters())
     row: dict[str, Any] = {"task": task.NAME, "method": trial.method, "ratio": trial.ratio, "bytes": None}
     row |= {"dense_bytes": dense_bytes, "seed": trial.seed, "split": "test", "metric": task.METRIC, "value": None}
     try:
         model = thin_model(task, trial.method, trial.ratio, trial.seed)
     except BudgetError as error:
-        return [{**row, "smallest_ratio": error.smallest_bits / 8 / _weight_bytes(dense_model)}]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() > 1)
+        return [{**row, "smallest_ratio": error.smallest_bits / 8 / _weight_bytes(task)}]
     started = time.perf_counter()
     train(
         model,
@@ -124,14 +133,19 @@ def _run(task: ModuleType, data: Any, trial: Trial, steps: int, out: Path, progr
         seed=trial.seed,
         progress=lambda step: progress(trial.name, step, steps),
     )
-    row |= {"seconds": round(time.perf_counter() - started, 2), "weight_bytes": weights}
-    row |= {"model": f"models/{trial.name}.thin"}
-    (out / "models").mkdir(parents=True, exist_ok=True)
+    row |= {"seconds": round(time.perf_counter() - started, 2), "model": f"models/{trial.name}.thin"}
+    (out / "models").mkdir(exist_ok=True)
     row["bytes"] = dt.save(model, out / row["model"])
-    return [
-        {**row, "split": split, "value": error_percent(model, data.inputs[split], data.targets[split])}
-        for split in ("dev", "test")
-    ]
+    with torch.device("meta"):
+        reloaded = task.build(_width(task, trial.method, trial.ratio))
+    dt.load(reloaded, out / row["model"])
+    rows: list[dict[str, Any]] = []
+    for split in ("dev", "test"):
+        predicted = predict(reloaded, data.inputs[split])
+        if not torch.equal(predicted, predict(model, data.inputs[split])):
+            raise DeepThinError(f"{out / row['model']} does not predict what the trained model does: please report it.")
+        rows.append({**row, "split": split, "value": task.metric(predicted, data.targets[split])})
+    return rows
 
 
 def _check_same_run(run: dict[str, Any], out: Path) -> None:

@@ -13,6 +13,9 @@ from numpy.random import Generator
 Array = Any
 """A NumPy array, a torch tensor or a Keras tensor: methods are written once for all of them."""
 
+Trains = Literal["codes", "through"]
+"""What the optimiser is shown: the floating entries of the code, or what the method encodes."""
+
 Code = dict[str, Array]
 """What a method stores: entry name -> array. Floating arrays are trainable, integer arrays are not."""
 
@@ -92,10 +95,10 @@ class Method(Protocol):
     """A way to store a ``rows x cols`` matrix: a frozen value whose fields are the stored header.
 
     ``rows`` are outputs and ``cols`` are inputs, as torch keeps a linear layer. ``trains`` says what the optimiser is
-    shown: ``"codes"``, the floating entries of the code, or ``"through"``, what the method encodes.
+    shown.
     """
 
-    trains: ClassVar[Literal["codes", "through"]]
+    trains: ClassVar[Trains]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,7 +107,7 @@ class Method(Protocol):
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int) -> "Method":
-        """The best setting whose ``bits()`` is at most ``max_bits``; BudgetError if there is none. Options are keywords."""
+        """The best setting whose ``bits()`` is at most ``max_bits``, or BudgetError. Options are keywords."""
         ...
 
     def bits(self) -> int:

@@ -89,7 +89,7 @@ class Report:
 
 
 def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = (), total: bool = True) -> str:
-    """Plain text columns: a head, a rule, and with ``total`` the last line set off; ``right`` columns are flush right."""
+    """Plain text: a head, a rule, and with ``total`` the last line set off; ``right`` names flush-right columns."""
     widths = [max(len(line[i]) for line in (heads, *body)) for i in range(len(heads))]
 
     def line(cells: Sequence[str]) -> str:

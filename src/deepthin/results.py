@@ -57,7 +57,10 @@ def draw(rows: Rows, path: Path) -> Path:
         if method == "dense":
             axes.axhline(means[0], color=colour, linestyle="--", label=f"dense ({sizes[0]:,.0f} kB)")
             continue
-        bars = [[m - low for m, low in zip(means, lows, strict=True)], [h - m for m, h in zip(means, highs, strict=True)]]
+        bars = [
+            [m - low for m, low in zip(means, lows, strict=True)],
+            [h - m for m, h in zip(means, highs, strict=True)],
+        ]
         axes.errorbar(sizes, means, yerr=bars, color=colour, marker=marker, capsize=3, label=method)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -113,10 +116,10 @@ Sizes are bytes of the written file, biases and headers included.</p>
     return path
 
 
-def best_thin(rows: Rows) -> Mapping[str, Any]:
-    """The row with the lowest development value among those that are not dense, to be reloaded and used."""
+def best_thin(rows: Rows) -> Mapping[str, Any] | None:
+    """The row with the lowest development value among those that are not dense."""
     judged = [row for row in rows if row["split"] == "dev" and row["value"] is not None and row["method"] != "dense"]
-    return min(judged, key=lambda row: row["value"])
+    return min(judged, key=lambda row: row["value"], default=None)
 
 
 def _plan(out: Path, row: Mapping[str, Any]) -> Report:

@@ -29,10 +29,11 @@ VERSION = 1
 MAX_BYTES = 4 << 30
 _CHECKSUM = "__crc32__"
 _STALE_SECONDS = 3600
-_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
-_ITEM_BYTES |= {"U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_NUMPY = {"F64": "<f8", "I64": "<i8", "U64": "<u8", "C64": "<c8", "F32": "<f4", "I32": "<i4", "U32": "<u4"}
-_NUMPY |= {"F16": "<f2", "I16": "<i2", "U16": "<u2", "I8": "|i1", "U8": "|u1", "BOOL": "|b1"}
+_NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "C64": "<c8", "BOOL": "|b1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
+}  # fmt: skip
+_ITEM_BYTES = {"BF16": 2, **{name: np.dtype(code).itemsize for name, code in _NUMPY.items()}}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -148,11 +149,10 @@ def to_bytes(contents: Contents) -> bytes:
 def from_bytes(data: bytes, where: str = "the file") -> Contents:
     """The contents of a file; FormatError, naming ``where``, for anything but an intact file of this version."""
     try:
-        tensors = {
-            name: Raw(view["dtype"], tuple(view["shape"]), view["data"]) for name, view in safetensors.deserialize(data)
-        }
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-        header = json.loads(metadata["deepthin"]) if "deepthin" in metadata else None
+        views: list[tuple[str, Any]] = cast(Any, safetensors).deserialize(data)
+        tensors = {name: Raw(view["dtype"], tuple(view["shape"]), view["data"]) for name, view in views}
+        metadata: Any = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        header: Any = json.loads(metadata["deepthin"]) if "deepthin" in metadata else None
     except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise FormatError(f"{where} is damaged, or no .thin file: {error}.") from None
     if header is None:
@@ -161,19 +161,20 @@ def from_bytes(data: bytes, where: str = "the file") -> Contents:
             "To compress such weights, run: deepthin compress --weights FILE."
         )
     if data[-4:] != zlib.crc32(memoryview(data)[:-4]).to_bytes(4, "little"):
-        sums = header.get("crc32") if isinstance(header, dict) else None
-        wrong = [
-            name
-            for name, raw in tensors.items()
-            if isinstance(sums, dict) and name in sums and sums[name] != f"{zlib.crc32(raw.data):08x}"
-        ]
-        raise FormatError(f"{where} is damaged: the checksum of {', '.join(wrong) or 'its header'} does not match.")
+        raise FormatError(f"{where} is damaged: the checksum of {_damaged(header, tensors)} does not match.")
     try:
         return _contents(header, tensors)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise FormatError(f"{where}: its header does not describe a model ({type(error).__name__}: {error}).") from None
+
+
+def _damaged(header: Any, tensors: Mapping[str, Raw]) -> str:
+    """Which tensors a damaged file has got wrong, as far as what is left of its header tells."""
+    sums: Any = cast(Any, header).get("crc32", {}) if isinstance(header, dict) else {}
+    wrong = [name for name, raw in tensors.items() if name in sums and sums[name] != f"{zlib.crc32(raw.data):08x}"]
+    return ", ".join(wrong) or "its header"
 
 
 def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
@@ -196,8 +197,8 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
             raise FormatError(f"the entry of {name} has the keys {sorted(entry)}.")
         if not isinstance(entry["method"], str) or entry["method"] not in METHODS:
             raise FormatError(f"{name} is stored by method {entry['method']!r}; known are {', '.join(METHODS)}.")
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in entry["fields"].items()}
-        method = METHODS[entry["method"]](**fields)
+        fields = {key: tuple(cast(Any, v)) if isinstance(v, list) else v for key, v in entry["fields"].items()}
+        method = METHODS[entry["method"]](**cast(dict[str, Any], fields))
         shape = tuple(entry["shape"])
         if not all(type(length) is int and length > 0 for length in shape) or matrix_shape(shape) != method.shape:
             raise FormatError(f"{name} is a tensor of shape {shape}, but its plan stores a {method.shape} matrix.")
@@ -296,4 +297,3 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             os.close(directory)
     except OSError as error:
         raise OSError(error.errno, f"could not write: {os.strerror(error.errno or 0)}", str(path)) from error
-

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy.random import Generator
 
 from deepthin.bits import permutation
-from deepthin.method import Array, BudgetError, Code, ConfigError, Namespace, round_up
+from deepthin.method import Array, BudgetError, Code, ConfigError, Namespace, Trains, round_up
 
 FLOAT_BITS = 32
 
@@ -33,7 +33,7 @@ class Factor:
     rank: int  # r, the inner dimension of the product
     seed: int | None = None  # None: laid out in order; an integer: scattered by the permutation that it draws
 
-    trains: ClassVar[Literal["codes"]] = "codes"
+    trains: ClassVar[Trains] = "codes"
 
     def __post_init__(self) -> None:
         """Refuse fields that no ``fit`` makes: they come from a file or from a slip."""
@@ -78,7 +78,9 @@ class Factor:
             return cls(shape, *plan, seed)
 
         least_rank = 1 if rank == "max" else rank
-        smallest = cls(shape, _squarest(shape) if n == "coprime" else shape[1] if n == "fan-in" else n, least_rank, seed)
+        smallest = cls(
+            shape, _squarest(shape) if n == "coprime" else shape[1] if n == "fan-in" else n, least_rank, seed
+        )
         ratio = smallest.bits() / (FLOAT_BITS * shape[0] * shape[1])
         name = "Rank factorisation" if n == "fan-in" else "DeepThin" if seed is None else "DeepThin-shuffled"
         raise BudgetError(
@@ -172,7 +174,7 @@ def _fixed_plan(shape: tuple[int, int], floats: int, rank: int | Literal["max"],
     m = -(-shape[0] * shape[1] // n)
     if rank == "max":
         rank = min(floats // (m + n), m, n)
-    return (n, rank) if 0 < rank and rank * (m + n) <= floats else None
+    return (n, rank) if rank > 0 and rank * (m + n) <= floats else None
 
 
 def _squarest(shape: tuple[int, int]) -> int:

@@ -62,18 +62,24 @@ def load(folder: Path | None) -> Data:
         }
         about = "full MNIST: 55,000 to train, 5,000 for development, 10,000 to test"
     return Data(
-        {k: torch.from_numpy((x.reshape(len(x), 784) / 255 - 0.1307) / 0.3081).float() for k, (x, _) in sources.items()},
+        {
+            k: torch.from_numpy((x.reshape(len(x), 784) / 255 - 0.1307) / 0.3081).float()
+            for k, (x, _) in sources.items()
+        },
         {k: torch.from_numpy(np.asarray(y, dtype=np.int64)) for k, (_, y) in sources.items()},
         about,
     )
 
 
-def build(width: int = WIDTH) -> nn.Module:
+def build(width: int) -> nn.Module:
     """784 - width - width / 3 - 10, with ReLU; a small network keeps as many units for the second layer as it can."""
     hidden = max(width // 3, min(width, 10))  # two units before ten classes would flatter its rivals
-    return nn.Sequential(
-        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 10)
-    )
+    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+
+
+def metric(scores: Tensor, targets: Tensor) -> float:
+    """Share of images whose likeliest digit is wrong, in percent."""
+    return 100 * (scores.argmax(1) != targets).double().mean().item()
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:
@@ -81,7 +87,9 @@ def _idx(folder: Path, name: str) -> np.ndarray:
     places = [base / f"{name}{end}" for base in (folder / "mnist", folder) for end in (".gz", "")]
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        raise ConfigError(f"There is no {name}.gz in {folder} or {folder / 'mnist'}: --data must hold MNIST's IDX files.")
+        raise ConfigError(
+            f"There is no {name}.gz in {folder} or {folder / 'mnist'}: --data must hold MNIST's IDX files."
+        )
     raw = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
     rank = raw[3]
     shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])

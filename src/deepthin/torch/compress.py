@@ -52,7 +52,9 @@ def compress(
         if method is None:
             continue
         if dense.is_meta:
-            raise ConfigError(f"{name} is on the meta device: build the model with values, or ask `plan` for its sizes.")
+            raise ConfigError(
+                f"{name} is on the meta device: build the model with values, or ask `plan` for its sizes."
+            )
         if init == "scratch" and dense.dim() > 1:
             std = math.sqrt(0.2 / method.shape[1])
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])

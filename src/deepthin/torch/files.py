@@ -1,7 +1,6 @@
 """Models to ``.thin`` files and back, under the names of the dense model's state dict."""
 
 import difflib
-import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +48,9 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
     for name in _names_of(stored, stored.thin):
         layer, _, parameter = _owner(model, name)
         if not isinstance(layer, ThinLayer) and (type(layer) not in THIN or parameter not in layer._parameters):
-            raise ConfigError(f"{path} stores {name} thin, but {type(layer).__name__} in the model has no thin version.")
+            raise ConfigError(
+                f"{path} stores {name} thin, but {type(layer).__name__} in the model has no thin version."
+            )
 
     for name, thin in stored.thin.items():
         code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
@@ -82,7 +83,9 @@ def contents(model: nn.Module) -> Contents:
         if (kept := first.setdefault(id(weight), name)) != name:
             aliases[name] = kept
         else:
-            thin[name] = Thin(weight.name, weight.method, weight.shape, {k: _raw(k, t) for k, t in weight.code().items()})
+            thin[name] = Thin(
+                weight.name, weight.method, weight.shape, {k: _raw(k, t) for k, t in weight.code().items()}
+            )
     for name, tensor in sorted(_dense_tensors(model).items()):
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         key = id(tensor) if tensor.is_meta or tensor.numel() == 0 else place
@@ -107,7 +110,9 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _raw(name: str, tensor: Tensor) -> Raw:
     if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
-        raise TypeError(f"{name} is {tensor.dtype}, {tensor.layout}: a .thin file holds dense {', '.join(_TYPES)} only.")
+        raise TypeError(
+            f"{name} is {tensor.dtype}, {tensor.layout}: a .thin file holds dense {', '.join(_TYPES)} only."
+        )
     if tensor.is_meta:  # the size of a file can be told before there are values
         return Raw(_NAMES[tensor.dtype], tuple(tensor.shape), bytes(tensor.numel() * tensor.element_size()))
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -178,8 +183,9 @@ def _renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
 def _check(wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]], path: str) -> None:
     if extra := sorted(wanted.keys() - have.keys()):
         raise ConfigError(
-            f"{path} holds {extra[0]!r}, which the model has not{_more(extra)}.{_closest(extra[0], have.keys() - wanted)} "
-            "Build the architecture that was saved, or pass names={file name: model name}."
+            f"{path} holds {extra[0]!r}, which the model has not{_more(extra)}."
+            f"{_closest(extra[0], have.keys() - wanted)} Build the architecture that was saved, "
+            "or pass names={file name: model name}."
         )
     if missing := sorted(have.keys() - wanted.keys()):
         raise ConfigError(

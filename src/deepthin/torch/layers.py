@@ -5,7 +5,7 @@ every reference to the layer, its hooks and its training mode stay. ``weight`` a
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def _generated(name: str) -> property:
 class ThinLayer(nn.Module):
     """What all thin layers share: ``thin`` maps a parameter's name to the ThinWeight that generates it."""
 
-    thin: nn.ModuleDict
+    thin: dict[str, ThinWeight]  # in truth an nn.ModuleDict, whose annotations forget what it holds
 
 
 class ThinLinear(ThinLayer, nn.Linear):
@@ -36,7 +36,7 @@ class ThinLinear(ThinLayer, nn.Linear):
     weight = _generated("weight")  # pyright: ignore[reportAssignmentType] -- a read-only view of a parameter
     bias = _generated("bias")  # pyright: ignore[reportAssignmentType]
 
-    def forward(self, input: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:  # noqa: A002
+    def forward(self, input: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """``input @ weight.T + bias``."""
         if "weight" not in self.thin:
             return super().forward(input)
@@ -54,10 +54,11 @@ def make_thin(layer: nn.Module, weights: Mapping[str, ThinWeight]) -> None:
     """Exchange named parameters of a layer for ThinWeights, in place. The layer may be thin already."""
     if not isinstance(layer, ThinLayer):
         layer.__class__ = THIN[type(layer)]
-        layer.thin = nn.ModuleDict()
+        layer.register_module("thin", nn.ModuleDict())
+    thin = cast(ThinLayer, layer).thin
     for name, weight in weights.items():
         layer._parameters.pop(name, None)
-        layer.thin[name] = weight.train(layer.training)
+        thin[name] = weight.train(layer.training)
 
 
 def make_plain(layer: nn.Module, dense: Mapping[str, nn.Parameter]) -> None:
@@ -74,9 +75,5 @@ def thin_weights(model: nn.Module) -> dict[str, ThinWeight]:
         f"{path}.{name}".lstrip("."): weight
         for path, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, ThinLayer)
-        for name, weight in _items(layer)
+        for name, weight in layer.thin.items()
     }
-
-
-def _items(layer: ThinLayer) -> list[tuple[str, Any]]:
-    return list(layer.thin.items())

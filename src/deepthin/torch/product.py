@@ -49,7 +49,8 @@ def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
     if method.seed is not None:
         return found
     if n == cols:
-        return found | {"factors": batch * rank * (rows + cols) * _MULTIPLY}
+        found["factors"] = batch * rank * (rows + cols) * _MULTIPLY
+        return found
     if math.gcd(n, cols) > 1:
         return found
     length = n * -(-(cols + n - 1) // n)
@@ -58,7 +59,9 @@ def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
     points = fft_length(length)
     transforms = batch * points * math.log2(points) * (1 + rank) * _BUTTERFLY
     windows = batch * rank * length * (2 * n * _MULTIPLY + 2 * _MOVE)
-    return found | {"direct": second + windows + _DIRECT_CALLS * _CALL, "fft": second + transforms + _FFT_CALLS * _CALL}
+    found["direct"] = second + windows + _DIRECT_CALLS * _CALL
+    found["fft"] = second + transforms + _FFT_CALLS * _CALL
+    return found
 
 
 def choose(method: Factor, batch: int, dense_ready: bool) -> Path:
@@ -99,8 +102,8 @@ def factor_linear(
 def _tables(shape: tuple[int, int], n: int, device: torch.device) -> _Tables:
     """The index tables of a plan whose n is coprime with the fan-in.
 
-    Output j reads xf from row ``j Q div n`` on and meets ``wf`` at offset ``j Q mod n``. The phases are put in the order
-    of descending offset, so that phase o is column o of the correlation, viewed in rows of n.
+    Output j reads xf from row ``j Q div n`` on and meets ``wf`` at offset ``j Q mod n``. The phases are put in the
+    order of descending offset, so that phase o is column o of the correlation, viewed in rows of n.
     """
     rows, cols = shape
     m = -(-rows * cols // n)
@@ -213,7 +216,9 @@ class _TransformProduct(torch.autograd.Function):
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
         (items, cols), (rank, n), depth = x.shape, wf.shape, tables.depth
         points = 2 * (spectrum.shape[-1] - 1)
-        spread = grad.new_zeros(n * depth, items).index_copy_(0, tables.outputs, grad.t().contiguous()).view(n, depth, items)
+        spread = (
+            grad.new_zeros(n * depth, items).index_copy_(0, tables.outputs, grad.t().contiguous()).view(n, depth, items)
+        )
         grad_x = grad_xf = grad_wf = None
         if ctx.needs_input_grad[1]:
             reads = torch.bmm(spread, panels.transpose(1, 2)).view(-1, rank)

@@ -20,8 +20,8 @@ class ThinWeight(nn.Module):
     """One tensor in compressed form.
 
     Floating entries of the code are parameters, tables that follow from the method's fields are buffers that are not
-    saved. ``forward()`` is the dense tensor, ``product(x)`` is ``x @ W.T`` by the cheapest way. ``shape`` is that of the
-    tensor; a tensor of one dimension is stored as the near-square matrix ``method.shape`` and cut to length.
+    saved. ``forward()`` is the dense tensor, ``product(x)`` is ``x @ W.T`` by the cheapest way. ``shape`` is that of
+    the tensor; one of a single dimension is stored as the near-square matrix ``method.shape`` and cut to length.
     """
 
     _dense: "tuple[list[Tensor], Tensor] | None" = None  # codes, and the weight that they decode to
@@ -90,16 +90,18 @@ class ThinWeight(nn.Module):
 
     def product(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
         """``x @ W.T``, by the way whose predicted cost is least. Autocast: structured ways compute in float32."""
-        path = self._path(x)
-        if path == "dense":
+        path, method = self.path(x), self.method
+        if path == "dense" or not isinstance(method, Factor):
             return F.linear(x, self())
+        code = self.code()
         if not torch.is_autocast_enabled(x.device.type):
-            return factor_linear(self.method, x, self.xf, self.wf, path)
+            return factor_linear(method, x, code["xf"], code["wf"], path)
         with torch.autocast(x.device.type, enabled=False):
-            y = factor_linear(self.method, x.float(), self.xf.float(), self.wf.float(), path)
+            y = factor_linear(method, x.float(), code["xf"].float(), code["wf"].float(), path)
         return y.to(torch.get_autocast_dtype(x.device.type))
 
-    def _path(self, x: Tensor) -> Path:
+    def path(self, x: Tensor) -> Path:
+        """The way in which ``product`` would multiply ``x`` now."""
         if not isinstance(self.method, Factor):
             return "dense"
         return choose(self.method, x.numel() // max(x.shape[-1], 1), self._keeps())
