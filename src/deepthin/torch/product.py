@@ -18,14 +18,23 @@ from deepthin.methods.factor import Factor
 
 Path = Literal["dense", "factors", "direct", "fft"]
 
-# Nanoseconds on one core in single precision, fitted to `deepthin bench train` and `linear`; only their ratios matter.
-_MULTIPLY = 0.016  # a multiply-add of a large matrix product
-_SMALL_MULTIPLY = 0.06  # one in the small products of the phases
-_BUTTERFLY = 0.16  # one step of a real FFT, per entry and level
-_MOVE = 0.8  # writing an entry into another order
-_WRITE = 0.5  # an entry of the dense weight, per rank term
-_CALL = 4_000.0  # starting an operation that has to be recorded for the gradient
-_FFT_CALLS, _DIRECT_CALLS = 22, 16
+# Nanoseconds for each of `terms`, on one core in single precision, fitted by benchmarks/fit_costs.py to timings: of a
+# product with nothing to record, the dense weight at hand, and of a training step, the dense weight to be made.
+# A choice by them takes 4 % longer than the best one in evaluation, and 3 % in training, on average over its 240 cases.
+_NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
+    True: {
+        "dense": (2.7e3, 0.0246, 0.082, 0.0),
+        "factors": (5.4e3, 0.04, 0.2),
+        "fft": (2.7e5, 0.118, 0.0165, 2.93, 2.06, 65.0),
+        "direct": (1.66e5, 0.05, 0.0, 0.032, 2.75, 1.89, 305.0),
+    },
+    False: {
+        "dense": (1.35e5, 0.0703, 1.19, 0.277),
+        "factors": (4e4, 0.12, 0.6),
+        "fft": (7.0e5, 0.135, 0.0755, 9.75, 6.64, 195.0),
+        "direct": (5.3e5, 0.132, 0.0, 0.051, 8.54, 10.1, 1940.0),
+    },
+}
 
 
 class _Tables(NamedTuple):
@@ -38,30 +47,33 @@ class _Tables(NamedTuple):
     depth: int  # K: outputs that share a phase
 
 
-def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
-    """Predicted nanoseconds of every way to multiply ``batch`` items by a factored weight.
-
-    ``dense_ready`` says that the dense weight exists already, so that only its product counts.
-    """
+def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
+    """For every way to multiply ``batch`` items by a factored weight, the counts that its time depends on."""
     (rows, cols), n, rank = method.shape, method.n, method.rank
     area = rows * cols
-    found: dict[Path, float] = {"dense": batch * area * _MULTIPLY + (0 if dense_ready else area * (rank + 1) * _WRITE)}
+    found: dict[Path, tuple[int | float, ...]] = {"dense": (1, batch * area, area, area * rank)}
     if method.seed is not None:
         return found
     if n == cols:
-        found["factors"] = batch * rank * (rows + cols) * _MULTIPLY
-        return found
+        return {**found, "factors": (1, batch * rank * (rows + cols), rank * (rows + cols))}
     if math.gcd(n, cols) > 1:
         return found
     length = n * -(-(cols + n - 1) // n)
-    taps = rows * length // n * rank  # what the phases multiply for one item, and what is gathered for all
-    second = (batch * _SMALL_MULTIPLY + _MOVE) * taps + batch * (rank * length + rows) * _MOVE
     points = fft_length(length)
-    transforms = batch * points * math.log2(points) * (1 + rank) * _BUTTERFLY
-    windows = batch * rank * length * (2 * n * _MULTIPLY + 2 * _MOVE)
-    found["direct"] = second + windows + _DIRECT_CALLS * _CALL
-    found["fft"] = second + transforms + _FFT_CALLS * _CALL
-    return found
+    taps = rows * length // n * rank  # what the phases multiply for one item, and what is gathered for all
+    phases = (batch * taps, taps, batch * (rank * length + rows), n)
+    transforms = batch * points * math.log2(points) * (1 + rank)
+    windows = (batch * rank * length * n, batch * rank * length)
+    return {**found, "fft": (1, transforms, *phases), "direct": (1, *windows, *phases)}
+
+
+def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
+    """Predicted nanoseconds of every way; ``dense_ready``: the dense weight is kept, and no gradient is wanted."""
+    weights = _NANOSECONDS[dense_ready]
+    return {
+        path: sum(w * c for w, c in zip(weights[path], counts, strict=True))
+        for path, counts in terms(method, batch).items()
+    }
 
 
 def choose(method: Factor, batch: int, dense_ready: bool) -> Path:
