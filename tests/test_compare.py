@@ -1,0 +1,171 @@
+"""The comparison: rows, files, resuming, and what people look at."""
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+import deepthin
+from deepthin import ConfigError, NonFiniteError, results
+from deepthin.compare import Settings, compare, thin_model
+from deepthin.tasks import TASKS, digits
+from deepthin.tasks.training import train
+
+PIECES = {"train": 480, "t10k": 120}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten noisy patterns in MNIST's format: small, and learned in a hundred steps."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, size=(10, 28, 28))
+    for split, count in PIECES.items():
+        labels = rng.integers(0, 10, size=count).astype(np.uint8)
+        images = (0.7 * patterns[labels] + 0.3 * rng.integers(0, 256, size=(count, 28, 28))).astype(np.uint8)
+        for array, name in ((images, "images-idx3"), (labels, "labels-idx1")):
+            head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+            (folder / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    return folder
+
+
+def settings(folder, methods=("dense", "deepthin", "rank", "same-size"), ratios=(0.02,), seeds=1, steps=60):
+    return Settings("digits", methods, ratios, seeds, steps, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return out, compare(settings(folder, ratios=(0.02, 0.001)), out)
+
+
+def test_rows_say_what_was_measured(finished):
+    out, rows = finished
+    assert json.loads((out / "results.json").read_text()) == rows
+    by = {(row["method"], row["ratio"], row["split"]): row for row in rows}
+    assert {key[:2] for key in by} == {("dense", 1.0)} | {
+        (m, r) for m in ("deepthin", "rank", "same-size") for r in (0.02, 0.001)
+    }
+    row = by["deepthin", 0.02, "test"]
+    assert (row["task"], row["metric"], row["seed"]) == ("digits", "error", 0)
+    assert row["dense_bytes"] == 4 * (784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10)
+    assert row["bytes"] == (out / row["model"]).stat().st_size == deepthin.inspect(out / row["model"]).total_bytes
+    assert by["dense", 1.0, "test"]["value"] < 10
+    assert 0 <= row["value"] <= 100
+
+
+def test_a_size_that_cannot_be_reached_is_a_row(finished):
+    _, rows = finished
+    row = next(row for row in rows if row["method"] == "deepthin" and row["ratio"] == 0.001)
+    assert row["value"] is None
+    assert row["bytes"] is None
+    assert row["smallest_ratio"] == pytest.approx(5524 / 4 / 266200)
+
+
+def test_sizes_keep_to_the_ratio(folder):
+    for method in ("deepthin", "shuffled", "rank", "same-size"):
+        model = thin_model(digits, method, 0.02, seed=0)
+        weights = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias"))
+        assert 0.85 * 0.02 * 266_200 < weights <= 0.02 * 266_200, method
+
+
+def test_the_stored_model_predicts_what_the_row_says(finished, folder):
+    out, rows = finished
+    row = next(r for r in rows if (r["method"], r["split"]) == ("deepthin", "test") and r["value"] is not None)
+    model = digits.build(digits.WIDTH)
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in deepthin.load(out / row["model"]).items()})
+    data = digits.load(folder)
+    assert digits.metric(model(data.inputs["test"]), data.targets["test"]) == pytest.approx(row["value"], abs=1)
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(folder, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop_in_second(name, step, _):
+        if name.startswith("deepthin") and step == 20:
+            raise Stopped
+
+    wanted = settings(folder, ("dense", "deepthin", "rank"))
+    with pytest.raises(Stopped):
+        compare(wanted, tmp_path / "a", stop_in_second)
+    assert {row["method"] for row in json.loads((tmp_path / "a" / "results.json").read_text())} == {"dense"}
+    trained = []
+    rows = compare(wanted, tmp_path / "a", lambda name, *_: trained.append(name))
+    assert set(trained) == {"deepthin-0.02-seed0", "rank-0.02-seed0"}
+    straight = compare(wanted, tmp_path / "b")
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in straight]
+    for name in ("deepthin-0.02-seed0", "rank-0.02-seed0"):
+        files = [(tmp_path / run / "models" / f"{name}.thin").read_bytes() for run in "ab"]
+        assert files[0] == files[1]
+    more = []
+    compare(settings(folder, ("dense", "deepthin", "rank"), (0.02, 0.05)), tmp_path / "a", lambda n, *_: more.append(n))
+    assert set(more) == {"deepthin-0.05-seed0", "rank-0.05-seed0"}
+
+
+def test_results_of_different_runs_do_not_mix(folder, tmp_path):
+    compare(settings(folder, ("dense",), steps=5), tmp_path)
+    with pytest.raises(ConfigError, match=r"holds results of another run \(steps = 5, now 6\): choose another --out"):
+        compare(settings(folder, ("dense",), steps=6), tmp_path)
+
+
+def test_summary_and_page(finished):
+    out, rows = finished
+    text = results.summary(rows)
+    assert "not reachable: smallest ratio 0.00519" in text
+    assert text.splitlines()[2].split()[0] == "dense"
+    page = results.write_page(rows, out, "deepthin compare digits --out <here>").read_text()
+    assert (out / "digits.png").stat().st_size > 10_000
+    assert "data:image/png;base64," in page
+    assert "--out &lt;here&gt;" in page
+    assert "<h3>deepthin at 0.02</h3>" in page
+    assert "http" not in page  # it needs no other file
+    best = results.best_thin(rows)
+    assert best["value"] == min(r["value"] for r in rows if r["split"] == "dev" and r["method"] != "dense")
+
+
+def test_spread_over_seeds_is_shown(finished):
+    _, rows = finished
+    doubled = [{**row, "seed": seed, "value": row["value"] and row["value"] + seed} for row in rows for seed in (0, 1)]
+    assert "+-0.50" in results.summary(doubled)
+
+
+def test_missing_data_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"There is no train-images-idx3-ubyte\.gz in"):
+        TASKS["digits"].load(tmp_path)
+
+
+def test_the_digits_that_a_package_ships():
+    data = digits.load(None)
+    assert {split: len(x) for split, x in data.inputs.items()} == {"train": 3500, "dev": 500, "test": 1000}
+    for split, targets in data.targets.items():
+        assert len(targets.unique()) == 10, split
+    assert data.inputs["train"].mean().abs() < 0.05
+    assert data.inputs["train"].std() == pytest.approx(1, abs=0.05)
+
+
+def test_full_mnist(data_folder):
+    from pathlib import Path
+
+    data = digits.load(Path(data_folder))
+    assert {split: len(x) for split, x in data.inputs.items()} == {"train": 55_000, "dev": 5_000, "test": 10_000}
+
+
+def test_a_loss_that_is_no_number_is_named():
+    """Promise 12."""
+    model = digits.build(6)
+    inputs = torch.full((20, 784), float("nan"))
+    with pytest.raises(NonFiniteError, match="The loss is nan at step 0"):
+        train(
+            model,
+            inputs,
+            torch.zeros(20, dtype=torch.int64),
+            steps=3,
+            batch=10,
+            lr=0.1,
+            seed=0,
+            progress=lambda _: None,
+        )
