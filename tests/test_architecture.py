@@ -27,6 +27,7 @@ LEVELS = {
     "tasks": 5,
     "tasks.training": 5,
     "tasks.digits": 5,
+    "tasks.acoustic": 5,
     "compare": 5,
     "results": 5,
     "bench": 5,
@@ -39,7 +40,7 @@ OUTSIDE = {  # what a level may import besides the standard library
     2: {"numpy", "jaxtyping"},
     3: {"numpy", "jaxtyping", "safetensors"},
     4: {"numpy", "jaxtyping", "torch"},
-    5: {"numpy", "torch", "typer", "rich", "matplotlib", "mlxtend", "safetensors"},
+    5: {"numpy", "jaxtyping", "torch", "typer", "rich", "matplotlib", "mlxtend", "safetensors"},
 }
 
 

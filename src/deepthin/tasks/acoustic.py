@@ -1,0 +1,199 @@
+"""Frames of speech with a feed-forward net over spliced features, as TFKaldi trains them: frame error in percent.
+
+Two kinds of folder are read. CMU AN4: Sphinx features (``an4/feat/**/*.mfc``), speaker folders, and ``states.npz`` with a
+forced alignment (utterance -> state a frame). A Kaldi-style folder: ``train`` and ``test``, each with ``feats.txt``
+(``copy-feats scp:feats.scp ark,t:feats.txt``), ``ali.txt`` (``ali-to-pdf final.mdl ark:ali ark,t:ali.txt``) and
+``utt2spk``. Features are static: deltas, normalisation and splicing are done here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from deepthin.method import ConfigError
+
+NAME = "acoustic"
+ABOUT = "phone states of speech frames (AN4, or a Kaldi-style folder): spliced MFCC, ReLU layers; needs --data"
+METRIC = "frame_error"
+WIDTH, DEPTH = 1024, 4
+DEFAULT_STEPS = 900
+BATCH = 256
+JUDGMENTS = 10  # times in a training that the development speakers are asked; the best state is kept
+CONTEXT = 5  # frames to either side
+DEVELOPMENT_SPEAKERS = 8
+
+# Chosen for each method on the development speakers (docs/training.md).
+LEARNING_RATE = 1e-3
+LEARNING_RATES = {"same-size": 4e-3}
+ALLOCATION = {"rank": "uniform-bytes"}
+OPTIONS: dict[str, dict[str, object]] = {}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording: ``features`` are static, ``states`` count from 0."""
+
+    speaker: str
+    features: Float[np.ndarray, "frames dims"]
+    states: Int[np.ndarray, "frames"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Spliced frames by split, ``train``, ``dev`` (training speakers held out) and ``test``; states as targets."""
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    states: int
+    about: str
+
+
+def load(folder: Path | None) -> Data:
+    """All splits of a folder. Of the training speakers, every ninth of the sorted names, eight in all, is held out."""
+    if folder is None:
+        raise ConfigError(
+            "The task acoustic needs --data: a folder with AN4, or a Kaldi-style one (docs/comparison.md)."
+        )
+    parts = next((parts for reader in (_read_an4, _read_kaldi) if (parts := reader(folder)) is not None), None)
+    if parts is None:
+        raise ConfigError(
+            f"{folder} holds neither AN4 (an4/feat, states.npz) nor a Kaldi-style folder (train/feats.txt, "
+            "train/ali.txt, train/utt2spk, and the same under test). See docs/comparison.md."
+        )
+    speakers = sorted({utterance.speaker for utterance in parts["train"]})
+    held_out = set(speakers[:: max(len(speakers) // DEVELOPMENT_SPEAKERS, 1)][:DEVELOPMENT_SPEAKERS])
+    splits = {
+        "train": [u for u in parts["train"] if u.speaker not in held_out],
+        "dev": [u for u in parts["train"] if u.speaker in held_out],
+        "test": parts["test"],
+    }
+    states = 1 + max(int(u.states.max()) for split in splits.values() for u in split)
+    counts = ", ".join(
+        f"{name} {sum(len(u.states) for u in split):,} frames of {len({u.speaker for u in split})} speakers"
+        for name, split in splits.items()
+    )
+    return Data(
+        {name: torch.from_numpy(spliced(split)) for name, split in splits.items()},
+        {name: torch.from_numpy(np.concatenate([u.states for u in split])) for name, split in splits.items()},
+        states,
+        f"{'AN4' if _an4_root(folder) else 'Kaldi-style folder'}: {counts}; {states} states",
+    )
+
+
+def build(data: Data, width: int, depth: int = DEPTH) -> nn.Module:
+    """``depth`` hidden ReLU layers of ``width`` units between the spliced frame and the states."""
+    layers: list[nn.Module] = []
+    inputs = data.inputs["train"].shape[1]
+    for _ in range(depth):
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, data.states))
+
+
+def metric(scores: Tensor, targets: Tensor) -> float:
+    """Share of frames whose likeliest state is wrong, in percent."""
+    return 100 * (scores.argmax(1) != targets).double().mean().item()
+
+
+def spliced(utterances: list[Utterance]) -> Float[np.ndarray, "frames inputs"]:
+    """Features with deltas and double deltas, normalised per speaker, each frame beside its neighbours."""
+    full = [_with_deltas(u.features) for u in utterances]
+    by_speaker: dict[str, list[np.ndarray]] = {}
+    for utterance, features in zip(utterances, full, strict=True):
+        by_speaker.setdefault(utterance.speaker, []).append(features)
+    mean = {speaker: np.concatenate(own).mean(0) for speaker, own in by_speaker.items()}
+    spread = {speaker: np.concatenate(own).std(0) + 1e-8 for speaker, own in by_speaker.items()}
+    rows: list[np.ndarray] = []
+    for utterance, features in zip(utterances, full, strict=True):
+        normal = (features - mean[utterance.speaker]) / spread[utterance.speaker]
+        padded = np.pad(normal, ((CONTEXT, CONTEXT), (0, 0)), mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * CONTEXT + 1, axis=0)  # frames, dims, window
+        rows.append(windows.transpose(0, 2, 1).reshape(len(features), -1).astype(np.float32))
+    return np.concatenate(rows)
+
+
+def _with_deltas(features: np.ndarray) -> np.ndarray:
+    """Static features, their slope over two frames to either side, and the slope of the slope."""
+
+    def slope(x: np.ndarray) -> np.ndarray:
+        padded = np.pad(x, ((2, 2), (0, 0)), mode="edge")
+        return (2 * (padded[4:] - padded[:-4]) + padded[3:-1] - padded[1:-3]) / 10
+
+    first = slope(features)
+    return np.concatenate([features, first, slope(first)], axis=1)
+
+
+def _an4_root(folder: Path) -> Path | None:
+    """The folder that holds ``states.npz`` and ``an4``: the one given, or its subfolder ``an4``."""
+    return next((base for base in (folder / "an4", folder) if (base / "states.npz").exists()), None)
+
+
+def _read_an4(folder: Path) -> dict[str, list[Utterance]] | None:
+    root = _an4_root(folder)
+    if root is None:
+        return None
+    states = np.load(root / "states.npz")
+    found: dict[str, list[Utterance]] = {}
+    for split in ("train", "test"):
+        names = (root / "an4" / "etc" / f"an4_{split}.fileids").read_text().split()
+        paths = [root / "an4" / "feat" / f"{name}.mfc" for name in names]
+        found[split] = [Utterance(p.parent.name, _sphinx(p), states[p.stem].astype(np.int64)) for p in paths]
+    _check(found, root)
+    return found
+
+
+def _sphinx(path: Path) -> np.ndarray:
+    """A Sphinx feature file: a count, then as many big- or little-endian floats, 13 a frame."""
+    raw = path.read_bytes()
+    for order in "<>":
+        if len(raw) >= 4 and int(np.frombuffer(raw, f"{order}i4", 1)[0]) == len(raw) // 4 - 1:
+            return np.frombuffer(raw, f"{order}f4", offset=4).reshape(-1, 13).astype(np.float64)
+    raise ConfigError(f"{path} is no Sphinx feature file: its first number is not the count of those that follow.")
+
+
+def _read_kaldi(folder: Path) -> dict[str, list[Utterance]] | None:
+    if not (folder / "train" / "feats.txt").exists():
+        return None
+    found: dict[str, list[Utterance]] = {}
+    for split in ("train", "test"):
+        base = folder / split
+        speakers = dict(line.split() for line in (base / "utt2spk").read_text().splitlines())
+        lines = (line.split() for line in (base / "ali.txt").read_text().splitlines())
+        states = {name: np.array(rest, dtype=np.int64) for name, *rest in lines}
+        found[split] = [
+            Utterance(speakers[n], f, states[n]) for n, f in _text_archive(base / "feats.txt") if n in states
+        ]
+    _check(found, folder)
+    return found
+
+
+def _text_archive(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Kaldi's text form of matrices: a name, ``[``, a line a frame, and ``]`` after the last."""
+    name, rows = "", list[list[str]]()
+    with path.open() as file:
+        for line in file:
+            words = line.split()
+            if "[" in words:
+                name, rows, words = words[0], [], words[2:]
+            closing = "]" in words
+            if numbers := [word for word in words if word != "]"]:
+                rows.append(numbers)
+            if closing:
+                yield name, np.array(rows, dtype=np.float64)
+
+
+def _check(found: dict[str, list[Utterance]], folder: Path) -> None:
+    for split, utterances in found.items():
+        if not utterances:
+            raise ConfigError(f"{folder} has no utterance with features and an alignment for {split!r}.")
+        for u in utterances:
+            if len(u.features) != len(u.states):
+                raise ConfigError(
+                    f"{folder}, {split}: an utterance of {u.speaker} has {len(u.features)} frames, but its alignment "
+                    f"{len(u.states)}."
+                )
