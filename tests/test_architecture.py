@@ -23,6 +23,7 @@ LEVELS = {
     "torch.weight": 4,
     "torch.layers": 4,
     "torch.files": 4,
+    "torch.huggingface": 4,
     "torch.compress": 4,
     "tasks": 5,
     "tasks.training": 5,
@@ -39,7 +40,7 @@ OUTSIDE = {  # what a level may import besides the standard library
     1: {"numpy", "jaxtyping"},
     2: {"numpy", "jaxtyping"},
     3: {"numpy", "jaxtyping", "safetensors"},
-    4: {"numpy", "jaxtyping", "torch"},
+    4: {"numpy", "jaxtyping", "torch", "transformers"},
     5: {"numpy", "jaxtyping", "torch", "typer", "rich", "matplotlib", "mlxtend", "safetensors"},
 }
 

@@ -13,11 +13,16 @@ import deepthin
 from deepthin import bench, cli
 
 FACTORY = """
+import torch
 from torch import nn
 def net():
     return nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 10))
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.odd = nn.Parameter(torch.zeros(9, 9))
 def conv():
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(60, 10))
+    return nn.Sequential(Odd(), nn.Linear(60, 10))
 def number():
     return 3
 """
@@ -84,7 +89,7 @@ def test_compress_then_inspect(run, here):
         (["plan", "--model", "factories:number", "--ratio", "0.1"], "returned int, no torch.nn.Module"),
         (["plan", "--model", "factories:net"], "Give either --config FILE or --ratio NUMBER."),
         (["plan", "--model", "factories:net", "--ratio", "2"], "[model] ratio = 2.0 must be above 0 and at most 1."),
-        (["plan", "--model", "factories:conv", "--ratio", "0.1"], "a parameter of Conv2d, which has no thin version"),
+        (["plan", "--model", "factories:conv", "--ratio", "0.1"], "0.odd: Odd has no thin version"),
         (["plan", "--model", "factories:net", "--ratio", "1e-9"], "Use [model] ratio >= "),
         (["plan", "--model", "factories:net", "--config", "none.toml"], "There is no configuration file 'none.toml'"),
         (["inspect", "none.thin"], "No such file or directory: 'none.thin'"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deepthin import METHODS, BudgetError, ConfigError
 from deepthin.bits import permutation, splitmix
 from deepthin.methods.factor import Factor
-from deepthin.storage import Contents, Raw, Thin, from_bytes, to_bytes
+from deepthin.storage import Contents, Part, Raw, Thin, from_bytes, to_bytes
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -63,7 +63,7 @@ def test_code_shapes_are_those_of_the_codes(plan):
 def test_stored_bytes_are_at_most_bits(plan):
     name, method, _, rng = plan
     code = {k: Raw.of(v) for k, v in method.init(rng, 0.1).items()}
-    stored = from_bytes(to_bytes(Contents({"w": Thin(name, method, method.shape, code)}))).thin["w"]
+    stored = from_bytes(to_bytes(Contents({"w": Thin(name, method, {"w": Part(method.shape)}, code)}))).thin["w"]
     assert 8 * stored.bytes <= method.bits()
     assert stored.method == method
 

@@ -15,8 +15,8 @@ MODEL = [
     Tensor("encoder.fc1.bias", (300,)),
     Tensor("encoder.fc2.weight", (100, 300)),
     Tensor("encoder.fc2.bias", (100,)),
-    Tensor("norm.weight", (100,), "LayerNorm", covered=False),
-    Tensor("norm.bias", (100,), "LayerNorm", covered=False),
+    Tensor("norm.weight", (100,), "LayerNorm has no thin version"),
+    Tensor("norm.bias", (100,), "LayerNorm has no thin version"),
     Tensor("output.weight", (10, 100)),
     Tensor("output.bias", (10,)),
 ]
@@ -25,11 +25,12 @@ AREA = 300 * 784 + 100 * 300 + 10 * 100
 
 
 def matched(rules):
-    return {name: rule.pattern for name, rule in Rules.parse(rules).match(MODEL).items()}
+    return {name: rule.pattern for name, (_, rule) in Rules.parse(rules).match(MODEL).items()}
 
 
 def bits(planned):
-    return {p.tensor.name: 32 * math.prod(p.tensor.shape) if p.method is None else p.method.bits() for p in planned}
+    dense = {p.tensors[0].name: 32 * math.prod(p.tensors[0].shape) for p in planned}
+    return {p.tensors[0].name: dense[p.tensors[0].name] if p.method is None else p.method.bits() for p in planned}
 
 
 def test_toml_and_mapping_say_the_same(tmp_path):
@@ -89,12 +90,12 @@ def test_a_shared_tensor_is_reached_by_any_of_its_names():
 
 
 def test_a_layer_without_thin_version_is_never_silent():
-    tensors = [*MODEL, Tensor("conv1.weight", (8, 1, 3, 3), "Conv2d", covered=False)]
+    tensors = [*MODEL, Tensor("conv1.weight", (8, 1, 3, 3), "Odd has no thin version")]
     with pytest.raises(ConfigError) as caught:
         Rules.parse({"model": {"ratio": 0.1}}).match(tensors)
     assert str(caught.value) == (
-        "rule '*' reaches conv1.weight, a parameter of Conv2d, which has no thin version. Covered are the parameters "
-        "of Linear. Add 'conv1' to [model] ignore to keep it dense."
+        "rule '*' reaches conv1.weight: Odd has no thin version. Covered are the parameters of linear, convolution, "
+        "embedding, recurrent and attention layers of torch.nn. Add 'conv1' to [model] ignore to keep it dense."
     )
     assert list(Rules.parse({"model": {"ratio": 0.1, "ignore": ["conv1"]}}).match(tensors)) == MATRICES
 
@@ -195,7 +196,7 @@ def test_infeasible_rule_names_the_matrix():
         (
             {"rules": {"*": {"metod": "rank"}}},
             "[rules.\"*\"], method deepthin has no key 'metod'. Did you mean 'method'? "
-            "Valid: method, ratio, bytes, rank, n, seed.",
+            "Valid: method, ratio, bytes, group, rank, n, seed.",
         ),
         ({"model": {"ratio": "0.1"}}, "[model] ratio = '0.1' must be a number."),
         ({"model": {"ratio": True}}, "[model] ratio = True must be a number."),

@@ -19,7 +19,7 @@ from safetensors.numpy import load as safetensors_load
 
 import deepthin
 from deepthin import METHODS, BudgetError, FormatError, storage
-from deepthin.storage import Contents, Raw, Thin, from_bytes, to_bytes, write
+from deepthin.storage import Contents, Part, Raw, Thin, from_bytes, to_bytes, write
 
 
 def small_contents(scale=1.0):
@@ -28,7 +28,7 @@ def small_contents(scale=1.0):
     for name, method in (("a.weight", "deepthin"), ("b.weight", "shuffled"), ("c.weight", "rank")):
         plan = METHODS[method].fit((6, 8), 32 * 20)
         code = {k: Raw.of((scale * v).astype("f4")) for k, v in plan.init(rng, 0.1).items()}
-        thin[name] = Thin(method, plan, (6, 8), code)
+        thin[name] = Thin(method, plan, {name: Part((6, 8))}, code)
     dense = {"a.bias": Raw.of(np.arange(6, dtype="f4")), "steps": Raw.of(np.array(7))}
     return Contents(thin, dense, {"d.weight": "a.weight"})
 
@@ -46,6 +46,10 @@ def resign(data, header):
     text = json.dumps(index).encode()
     body = len(text).to_bytes(8, "little") + text + data[8 + length : -4]
     return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def parts_of(header):
+    return header["thin"]["a.weight"]["parts"]
 
 
 def header_of(data):
@@ -95,13 +99,13 @@ def test_golden_file():
     """Promise 15: these bytes were written by version 0.1.0 and must load, and be written, for ever."""
     golden = Path(__file__).with_name("golden_v1.thin").read_bytes()
     counted = {
-        name: Thin(t.name, t.method, t.shape, {entry: counting(raw.shape) for entry, raw in t.code.items()})
+        name: Thin(t.name, t.method, t.parts, {entry: counting(raw.shape) for entry, raw in t.code.items()})
         for name, t in small_contents().thin.items()
     }
     exact = Contents(counted, small_contents().dense, small_contents().aliases)
     assert to_bytes(exact) == golden
     assert to_bytes(from_bytes(golden)) == golden
-    assert from_bytes(golden).thin["b.weight"].decode()[:2, :3].tolist() == GOLDEN_CORNER
+    assert from_bytes(golden).thin["b.weight"].decode()["b.weight"][:2, :3].tolist() == GOLDEN_CORNER
 
 
 GOLDEN_CORNER = [[0.0, 0.0, 0.0], [0.0, 10.0, 12.0]]
@@ -132,7 +136,7 @@ def test_load_gives_the_dense_state_dict(tmp_path):
     arrays = deepthin.load(tmp_path / "m.thin")
     assert list(arrays) == ["a.bias", "a.weight", "b.weight", "c.weight", "d.weight", "steps"]
     assert (arrays["d.weight"] == arrays["a.weight"]).all()
-    assert (arrays["a.weight"] == contents.thin["a.weight"].decode()).all()
+    assert (arrays["a.weight"] == contents.thin["a.weight"].decode()["a.weight"]).all()
     assert arrays["steps"] == 7
 
 
@@ -155,9 +159,17 @@ def test_bfloat16_is_widened_without_loss():
         (lambda h: h["thin"]["a.weight"]["fields"].update(shape=[6.0, 8]), "does not describe a model"),
         (lambda h: h["thin"]["a.weight"]["fields"].update(colour=1), "does not describe a model"),
         (lambda h: h["thin"]["a.weight"]["fields"].pop("n"), "does not describe a model"),
-        (lambda h: h["thin"]["a.weight"].update(shape=[48, 2]), r"a tensor of shape \(48, 2\), but its plan stores"),
-        (lambda h: h["thin"]["a.weight"].update(shape=[[6], 8]), "a tensor of shape"),
-        (lambda h: h["thin"].update({"a.bias": h["thin"]["a.weight"]}), "is missing"),
+        (lambda h: parts_of(h)[0][1].update(shape=[48, 2]), "needs 96 entries, but its plan stores"),
+        (lambda h: parts_of(h)[0][1].update(shape=[8, 6]), r"has the shape \(8, 6\), but its plan stores"),
+        (lambda h: parts_of(h)[0][1].update(shape=[[6], 8]), "the tensor a.weight is described as"),
+        (lambda h: parts_of(h)[0][1].update(shape=[0, 8]), "the tensor a.weight is described as"),
+        (lambda h: parts_of(h)[0][1].update(scale=0.0), "the tensor a.weight is described as"),
+        (lambda h: parts_of(h)[0][1].update(transposed=1), "the tensor a.weight is described as"),
+        (lambda h: parts_of(h)[0][1].update(colour=1), "the tensor a.weight is described by"),
+        (lambda h: parts_of(h).append(parts_of(h)[0]), "the tensors of a.weight are"),
+        (lambda h: parts_of(h).clear(), "the tensors of a.weight are"),
+        (lambda h: parts_of(h)[0].__setitem__(0, "b.weight"), "the tensors of a.weight are"),
+        (lambda h: h["thin"].update({"a.bias": h["thin"]["a.weight"]}), "the tensors of a.bias are"),
         (lambda h: h["thin"].pop("a.weight"), "share 'a.weight', which cannot be"),
         (lambda h: h["aliases"].update({"a.bias": "a.weight"}), "which cannot be"),
         (lambda h: h["aliases"].update({"e": "nowhere"}), "which cannot be"),
@@ -201,7 +213,7 @@ def bomb(side):
     whole = to_bytes(Contents({}, dense, {}))
     header = header_of(whole)
     entry = {"method": "deepthin", "fields": {"shape": [side, side], "n": side, "rank": 1, "seed": None}}
-    header["thin"] = {"w": {**entry, "shape": [side, side]}}
+    header["thin"] = {"w": {**entry, "parts": [["w", {"shape": [side, side]}]]}}
     return resign(whole, header), method
 
 
@@ -222,7 +234,7 @@ def test_the_decoded_size_is_capped(tmp_path):
     method = METHODS["deepthin"](shape=(100_000, 100_000), n=100_000, rank=1)
     code = {k: Raw("F32", s, bytes(4 * int(np.prod(s)))) for k, s in method.code_shapes().items()}
     path = tmp_path / "big.thin"
-    write(Contents({"w": Thin("deepthin", method, method.shape, code)}), path)
+    write(Contents({"w": Thin("deepthin", method, {"w": Part(method.shape)}, code)}), path)
     with pytest.raises(FormatError, match="decodes to 40000000000 bytes, above the limit of 4294967296"):
         deepthin.load(path)
     assert deepthin.inspect(path).dense_bytes == 40_000_000_000

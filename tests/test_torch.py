@@ -15,7 +15,7 @@ from torch import nn
 import deepthin
 import deepthin.torch as dt
 from deepthin import BudgetError, ConfigError, FormatError, NonFiniteError
-from deepthin.torch.layers import thin_weights
+from deepthin.torch.layers import thin_tensors
 
 RATIO = {"model": {"ratio": 0.1}}
 
@@ -285,7 +285,7 @@ def test_loading_into_a_layer_that_cannot_be_thin(tmp_path):
 
     model = network()
     model[0] = Special(40, 60)
-    with pytest.raises(ConfigError, match="stores 0.weight thin, but Special in the model has no thin version"):
+    with pytest.raises(ConfigError, match="stores 0.weight thin, but in the model Special has no thin version"):
         dt.load(model, tmp_path / "m.thin")
 
 
@@ -368,8 +368,13 @@ def test_same_size_is_the_widest_that_fits():
 
 
 def test_other_layers_get_a_clear_message():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 10))
-    with pytest.raises(ConfigError, match=r"reaches 0\.weight, a parameter of Conv2d, which has no thin version"):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(16, 16))
+
+    model = nn.Sequential(Odd(), nn.Flatten(), nn.Linear(16, 10))
+    with pytest.raises(ConfigError, match=r"reaches 0\.table: Odd has no thin version\. Covered are"):
         dt.compress(model, RATIO)
     report = dt.compress(model, {"model": {"ratio": 0.3, "ignore": ["0"]}}, init="scratch")
     assert [row.method for row in report.rows] == ["dense", "deepthin"]
@@ -387,13 +392,16 @@ def test_non_finite_weights_are_named_and_nothing_changes(name, value):
     assert type(model[0]) is nn.Linear
 
 
-def test_a_model_without_values_can_be_planned_only():
+def test_a_model_without_values(tmp_path, x):
     with torch.device("meta"):
         model = network()
-    for init in ("trained", "scratch"):
-        with pytest.raises(ConfigError, match="0.weight is on the meta device: build the model with values"):
-            dt.compress(model, RATIO, init=init)
+    with pytest.raises(ConfigError, match="0.weight is on the meta device and has no values"):
+        dt.compress(model, RATIO)
     assert dt.plan(model, RATIO).total_bytes == dt.plan(network(), RATIO).total_bytes
+    dt.compress(model, RATIO, init="scratch")
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    dt.save(thin(), tmp_path / "m.thin")
+    assert torch.equal(dt.load(model, tmp_path / "m.thin").eval()(x), thin()(x))
 
 
 def test_wrong_init_is_refused():
@@ -470,7 +478,7 @@ def test_moving_to_another_type_or_device(x):
 def test_derived_tables_are_not_in_the_state_dict():
     model = thin({"model": {"ratio": 0.1}, "rules": {"*": {"method": "shuffled"}}})
     assert not [name for name in model.state_dict() if "order" in name]
-    orders = [weight.order for weight in thin_weights(model).values()]
+    orders = [weight.order for weight, _ in thin_tensors(model).values()]
     assert not torch.equal(orders[0][:500], orders[1][:500])  # every matrix has its own
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import deepthin.torch as dt
 from deepthin.method import BudgetError
 from deepthin.report import table
-from deepthin.torch.layers import thin_weights
+from deepthin.torch.layers import thin_tensors
 
 CASES = ("linear", "train")
 WARM_UPS = 3
@@ -48,7 +48,7 @@ def run(
             x = torch.randn(batch, shape[1])
             times = _interleaved(_competitors(case, dense, thin, x), repeats)
             best = min(times[name] for name in times if name != "thin")
-            path = next(iter(thin_weights(thin).values())).path(x)
+            path = next(iter(thin_tensors(thin).values()))[0].path(x)
             rows.append(
                 row
                 | {"n": report.rows[0].n, "rank": rank, "microseconds": times["thin"], "path": path}

@@ -22,7 +22,8 @@ from deepthin.methods import METHODS
 DENSE = "dense"
 ALLOCATIONS = ("flat", "uniform-bytes")
 _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
-_RULE_KEYS = ("method", "ratio", "bytes")
+_RULE_KEYS = ("method", "ratio", "bytes", "group")
+GROUPS = ("flat", "rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +32,65 @@ class Tensor:
 
     name: str  # dotted, as in the state dict: "encoder.fc1.weight"
     shape: tuple[int, ...]
-    layer: str = "Linear"  # the type of the module that owns it
-    covered: bool = True  # whether that module has a thin version
+    uncovered: str = ""  # why it cannot be thin, if it cannot
     also: tuple[str, ...] = ()  # further names under which the model shares this tensor
+    transposed: bool = False  # kept as (inputs, outputs)
+    std: float = 1.0  # the standard deviation of a from-scratch start
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What becomes of one tensor. ``method`` is None for a matrix that stays dense."""
+    """What becomes of a tensor, or of a group together. ``method`` is None for a matrix that stays dense."""
 
-    tensor: Tensor
+    tensors: tuple[Tensor, ...]
     name: str  # of the method, as users write it
     method: Method | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What one code is to hold: a tensor, or the members of a group."""
+
+    rule: "Rule"
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def name(self) -> str:
+        return self.tensors[0].name
+
+    @property
+    def dense_bits(self) -> int:
+        return 32 * sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the matrix to be stored."""
+        if self.rule.group == "rows":
+            matrices = [_matrix(tensor) for tensor in self.tensors]
+            return sum(rows for rows, _ in matrices), matrices[0][1]
+        return _matrix(self.tensors[0]) if len(self.tensors) == 1 else matrix_shape((self.dense_bits // 32,))
+
+    def fit(self, max_bits: int) -> Method:
+        """The method within a budget; what cannot be done is said with the tensor's name."""
+        named = METHODS[self.rule.method]
+        options = dict(self.rule.options)
+        if "seed" in named.preset:
+            options.setdefault("seed", zlib.crc32(self.name.encode()))  # no two matrices share a table
+        try:
+            return named.fit(self.shape, max_bits, **options)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{self.name}: {error}", smallest_bits=error.smallest_bits, smallest_ratio=error.smallest_ratio
+            ) from None
+        except ConfigError as error:
+            raise ConfigError(f"rule {self.rule.pattern!r}: {error}") from None
+
+    def smallest_bits(self) -> int:
+        """The least that the rule's method needs."""
+        try:
+            return self.fit(0).bits()
+        except BudgetError as error:
+            return error.smallest_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +102,7 @@ class Rule:
     ratio: float | None = None
     bytes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    group: str | None = None  # "flat" or "rows": one code for all that the rule covers
 
     @property
     def own_target(self) -> bool:
@@ -61,34 +110,11 @@ class Rule:
         sized = self.method in METHODS and METHODS[self.method].sized_by & self.options.keys()
         return self.ratio is not None or self.bytes is not None or bool(sized)
 
-    def max_bits(self, shape: tuple[int, int]) -> int:
-        """The rule's own target for one matrix, in bits."""
+    def max_bits(self, dense_bits: int) -> int:
+        """The rule's own target for one matrix, or for a whole group, in bits."""
         if self.bytes is not None:
             return 8 * self.bytes
-        dense_bits = 32 * shape[0] * shape[1]
         return int(self.ratio * dense_bits) if self.ratio is not None else 32 * dense_bits
-
-    def fit(self, tensor: Tensor, max_bits: int) -> Method:
-        """The method for one tensor; what cannot be done is said with the tensor's name."""
-        named = METHODS[self.method]
-        options = dict(self.options)
-        if "seed" in named.preset:
-            options.setdefault("seed", zlib.crc32(tensor.name.encode()))  # no two matrices share a table
-        try:
-            return named.fit(matrix_shape(tensor.shape), max_bits, **options)
-        except BudgetError as error:
-            raise BudgetError(
-                f"{tensor.name}: {error}", smallest_bits=error.smallest_bits, smallest_ratio=error.smallest_ratio
-            ) from None
-        except ConfigError as error:
-            raise ConfigError(f"rule {self.pattern!r}: {error}") from None
-
-    def smallest_bits(self, tensor: Tensor) -> int:
-        """The least that this rule's method needs for one tensor."""
-        try:
-            return self.fit(tensor, 0).bits()
-        except BudgetError as error:
-            return error.smallest_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +155,12 @@ class Rules:
         rules = tuple(_parse_rule(pattern, table) for pattern, table in _table(source, "rules").items())
         return cls(rules or (Rule("*"),), ratio, file_bytes, tuple(ignore), allocation)
 
-    def match(self, tensors: Sequence[Tensor]) -> dict[str, Rule]:
-        """The rule of every tensor that has one; the first match wins.
+    def match(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Rule]]:
+        """Every tensor that has a rule, and that rule; the first match wins.
 
         A pattern covers a matrix whose name, or whose module's name at any level, it matches. A tensor with fewer than
         two dimensions is reached by its exact name or by a pattern that ends in ``bias``. A pattern that matches
-        nothing, and a rule that reaches a layer without a thin version, raise ConfigError.
+        nothing, and a rule that reaches what cannot be thin, raise ConfigError.
         """
         ignored: set[str] = set()
         for pattern in self.ignore:
@@ -144,14 +170,14 @@ class Rules:
             for tensor in self._reached(rule.pattern, tensors, "[rules]"):
                 if tensor.name in ignored or tensor.name in matched:
                     continue
-                if not tensor.covered and rule.method != DENSE:
+                if tensor.uncovered and rule.method != DENSE:
                     raise ConfigError(
-                        f"rule {rule.pattern!r} reaches {tensor.name}, a parameter of {tensor.layer}, which has no "
-                        f"thin version. Covered are the parameters of Linear. Add "
+                        f"rule {rule.pattern!r} reaches {tensor.name}: {tensor.uncovered}. Covered are the parameters "
+                        "of linear, convolution, embedding, recurrent and attention layers of torch.nn. Add "
                         f"{tensor.name.rpartition('.')[0] or tensor.name!r} to [model] ignore to keep it dense."
                     )
                 matched[tensor.name] = rule
-        return {tensor.name: matched[tensor.name] for tensor in tensors if tensor.name in matched}
+        return {tensor.name: (tensor, matched[tensor.name]) for tensor in tensors if tensor.name in matched}
 
     def plan(self, tensors: Sequence[Tensor], model_bits: int | None = None) -> list[Planned]:
         """What becomes of every matrix and of every tensor that a rule names, in the order of ``tensors``.
@@ -160,34 +186,33 @@ class Rules:
         rule has its own target keep that; the rest is shared out by ``allocation``. A matrix of the shared budget that
         no plan makes smaller stays dense. Raises BudgetError with the smallest reachable ratio.
         """
-        matched = self.match(tensors)
-        chosen = {tensor.name: tensor for tensor in tensors if tensor.name in matched}
-        dense_bits = {name: 32 * math.prod(tensor.shape) for name, tensor in chosen.items()}
+        units = _units(self.match(tensors))
         methods: dict[str, Method | None] = {}
-        shared: dict[str, int] = {}  # name -> the least its method needs
-        for name, rule in matched.items():
-            if rule.method == DENSE:
-                methods[name] = None
-            elif rule.own_target:
-                methods[name] = rule.fit(chosen[name], rule.max_bits(matrix_shape(chosen[name].shape)))
+        shared: list[_Unit] = []
+        for unit in units:
+            if unit.rule.method == DENSE:
+                methods[unit.name] = None
+            elif unit.rule.own_target:
+                methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
             elif self.ratio is None and self.file_bytes is None and model_bits is None:
+                pattern = unit.rule.pattern
                 raise ConfigError(
-                    f"rule {rule.pattern!r} has no target: give it ratio or bytes, or [model] a ratio or file_bytes."
+                    f"rule {pattern!r} has no target: give it ratio or bytes, or [model] a ratio or file_bytes."
                 )
-            elif (least := rule.smallest_bits(chosen[name])) < dense_bits[name]:
-                shared[name] = least
+            elif unit.smallest_bits() < unit.dense_bits:
+                shared.append(unit)
             else:
-                methods[name] = None
+                methods[unit.name] = None
         if shared:
-            compared = sum(bits for name, bits in dense_bits.items() if matched[name].method != DENSE)
+            compared = sum(unit.dense_bits for unit in units if unit.rule.method != DENSE)
             if model_bits is None:
                 model_bits = int((self.ratio or 1.0) * compared)
-            taken = sum(
-                dense_bits[name] if method is None else method.bits()
-                for name, method in methods.items()
-                if matched[name].method != DENSE
-            )
-            smallest = taken + sum(shared.values())
+            taken = 0
+            for unit in units:
+                if unit.rule.method != DENSE and unit.name in methods:
+                    method = methods[unit.name]
+                    taken += unit.dense_bits if method is None else method.bits()
+            smallest = taken + sum(unit.smallest_bits() for unit in shared)
             if smallest > model_bits:
                 raise BudgetError(
                     f"The matched matrices cannot be stored in {max(model_bits, 0) // 8} bytes: the smallest plans "
@@ -196,42 +221,43 @@ class Rules:
                     smallest_bits=smallest,
                     smallest_ratio=smallest / compared,
                 )
-            tensors_shared = {name: chosen[name] for name in shared}
-            methods |= self._share(tensors_shared, matched, shared, dense_bits, model_bits - taken)
-        return [
-            Planned(tensor, DENSE if method is None else matched[tensor.name].method, method)
-            for tensor in tensors
-            if (method := methods.get(tensor.name)) is not None or len(tensor.shape) > 1
-        ]
+            methods |= self._share(shared, model_bits - taken)
+        names = {unit.name: unit for unit in units}
+        within = {tensor.name for unit in units for tensor in unit.tensors}
+        planned: list[Planned] = []
+        for tensor in tensors:
+            method = methods.get(tensor.name)
+            if tensor.name in names and method is not None:
+                planned.append(Planned(names[tensor.name].tensors, names[tensor.name].rule.method, method))
+            elif len(tensor.shape) > 1 and (tensor.name not in within or tensor.name in names):
+                planned.append(Planned((tensor,), DENSE, None))
+        return planned
 
-    def _share(
-        self,
-        tensors: Mapping[str, Tensor],
-        matched: Mapping[str, Rule],
-        floors: Mapping[str, int],
-        dense_bits: Mapping[str, int],
-        budget: int,
-    ) -> dict[str, Method]:
+    def _share(self, units: Sequence[_Unit], budget: int) -> dict[str, Method]:
         """Shares of one budget: by weight count or equal, between what a method needs and the dense size.
 
         What the whole-number settings leave over goes to the matrices in turn, largest first.
         """
-        weights = {name: float(dense_bits[name]) if self.allocation == "flat" else 1.0 for name in tensors}
+        floors = [unit.smallest_bits() for unit in units]
+        weights = [float(unit.dense_bits) if self.allocation == "flat" else 1.0 for unit in units]
 
-        def shares(level: float) -> dict[str, float]:
-            return {n: min(max(level * weights[n], floors[n]), dense_bits[n]) for n in tensors}
+        def shares(level: float) -> list[float]:
+            return [
+                min(max(level * weight, floor), unit.dense_bits)
+                for unit, weight, floor in zip(units, weights, floors, strict=True)
+            ]
 
-        low, high = 0.0, max(dense_bits[name] / weights[name] for name in tensors)
+        low, high = 0.0, max(unit.dense_bits / weight for unit, weight in zip(units, weights, strict=True))
         for _ in range(100):
             middle = (low + high) / 2
-            low, high = (middle, high) if sum(shares(middle).values()) <= budget else (low, middle)
-        methods = {name: matched[name].fit(tensors[name], int(share)) for name, share in shares(low).items()}
+            low, high = (middle, high) if sum(shares(middle)) <= budget else (low, middle)
+        methods = {unit.name: unit.fit(int(share)) for unit, share in zip(units, shares(low), strict=True)}
         left = budget - sum(method.bits() for method in methods.values())
-        for name in sorted(tensors, key=lambda name: -dense_bits[name]):
-            larger = matched[name].fit(tensors[name], min(methods[name].bits() + left, dense_bits[name]))
-            if larger.bits() > methods[name].bits():
-                left -= larger.bits() - methods[name].bits()
-                methods[name] = larger
+        for unit in sorted(units, key=lambda unit: -unit.dense_bits):
+            larger = unit.fit(min(methods[unit.name].bits() + left, unit.dense_bits))
+            if larger.bits() > methods[unit.name].bits():
+                left -= larger.bits() - methods[unit.name].bits()
+                methods[unit.name] = larger
         return methods
 
     def _reached(self, pattern: str, tensors: Sequence[Tensor], where: str) -> list[Tensor]:
@@ -258,6 +284,34 @@ class Rules:
                 "Name those exactly, or by a pattern that ends in 'bias'."
             )
         raise ConfigError(f"{where} pattern {pattern!r} matches nothing. {_closest(pattern, sorted(modules | names))}")
+
+
+def _units(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[_Unit]:
+    """Matched tensors one by one, those of a group together; ConfigError for a group that cannot be."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor, rule in matched.values():
+        if rule.group:
+            groups.setdefault(rule.pattern, []).append(tensor)
+    units: list[_Unit] = []
+    for tensor, rule in matched.values():
+        members = groups.get(rule.pattern, [tensor]) if rule.group else [tensor]
+        if members[0] is not tensor:
+            continue
+        if rule.group and (vector := next((t for t in members if len(t.shape) < 2), None)):
+            raise ConfigError(f"rule {rule.pattern!r}: {vector.name} has one dimension and cannot join a group.")
+        if rule.group == "rows" and (
+            odd := next((t for t in members if _matrix(t)[1] != _matrix(members[0])[1]), None)
+        ):
+            raise ConfigError(
+                f"rule {rule.pattern!r}: group = 'rows' stacks matrices of as many inputs, but {members[0].name} has "
+                f"{_matrix(members[0])[1]} and {odd.name} has {_matrix(odd)[1]}. Use group = 'flat', or two rules."
+            )
+        units.append(_Unit(rule, tuple(members)))
+    return units
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int]:
+    return matrix_shape(tensor.shape[::-1] if tensor.transposed else tensor.shape)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -287,7 +341,11 @@ def _parse_rule(pattern: str, table: Any) -> Rule:
     max_bytes = _number(settings, "bytes", int, where)
     if ratio is not None and max_bytes is not None:
         raise ConfigError(f"{where} has both ratio and bytes: give one target.")
-    return Rule(pattern, method, ratio, max_bytes, {key: settings[key] for key in options if key in settings})
+    group = settings.get("group")
+    if group is not None and group not in GROUPS:
+        raise ConfigError(f"{where} group = {group!r} is unknown. {_closest(group, GROUPS)}")
+    given = {key: settings[key] for key in options if key in settings}
+    return Rule(pattern, method, ratio, max_bytes, given, group)
 
 
 def _matcher(pattern: str) -> Any:

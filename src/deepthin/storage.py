@@ -6,13 +6,14 @@ FormatError says so before anything large is allocated.
 
 import dataclasses
 import glob
+import itertools
 import json
 import math
 import os
 import secrets
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -63,12 +64,27 @@ class Raw:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of a decoded matrix: its share of the flattened entries, times ``scale``, in its own shape."""
+
+    shape: tuple[int, ...]
+    scale: float = 1.0
+    transposed: bool = False  # stored (outputs, inputs), where the model keeps (inputs, outputs)
+
+    def cut(self, flat: Any) -> Any:
+        """The tensor from its entries, in any framework."""
+        if self.scale != 1.0:
+            flat = flat * self.scale
+        return flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class Thin:
-    """One tensor in compressed form: ``shape`` is the tensor's own, ``method.shape`` that of its matrix."""
+    """A compressed matrix and the tensors that it holds, one after the other: several in a group, else one."""
 
     name: str  # of the method, as users write it
     method: Method
-    shape: tuple[int, ...]
+    parts: Mapping[str, Part]  # by the tensor's name, in order
     code: Mapping[str, Raw]
 
     @property
@@ -76,43 +92,61 @@ class Thin:
         """Of the stored tensors."""
         return sum(len(raw.data) for raw in self.code.values())
 
-    def decode(self) -> np.ndarray:
-        """The dense tensor; codes in half precision are decoded in float32."""
+    @property
+    def dense_bytes(self) -> int:
+        """Of the tensors as 32-bit floats."""
+        return sum(4 * math.prod(part.shape) for part in self.parts.values())
+
+    def decode(self) -> dict[str, np.ndarray]:
+        """The dense tensors by name; codes in half precision are decoded in float32."""
         code = {entry: raw.numpy() for entry, raw in self.code.items()}
         code = {entry: a.astype(np.float32) if a.dtype == np.float16 else a for entry, a in code.items()}
         flat = np.reshape(self.method.decode(code | self.method.derived(), cast(Any, np)), (-1,))
-        return flat[: math.prod(self.shape)].reshape(self.shape)
+        ends = list(itertools.accumulate(math.prod(part.shape) for part in self.parts.values()))
+        cuts = zip(self.parts.items(), [0, *ends], ends, strict=False)
+        return {name: np.ascontiguousarray(part.cut(flat[start:end])) for (name, part), start, end in cuts}
+
+
+def virtual_shape(parts: Collection[Part]) -> tuple[int, int]:
+    """The matrix that holds these tensors: their own for one of two dimensions or more, near-square for others."""
+    if len(parts) == 1 and len((part := next(iter(parts))).shape) > 1:
+        return matrix_shape(part.shape[::-1] if part.transposed else part.shape)
+    return matrix_shape((sum(math.prod(part.shape) for part in parts),))
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """All that a file holds: compressed tensors, tensors as they are, and names that share another name's tensor."""
+    """All that a file holds: compressed matrices, tensors as they are, and names that share another name's tensor.
+
+    ``thin`` is keyed by the name of each matrix's first tensor.
+    """
 
     thin: Mapping[str, Thin]
     dense: Mapping[str, Raw] = field(default_factory=dict[str, Raw])
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def report(self, errors: Mapping[str, float] | None = None) -> Report:
-        """One row a matrix, and the totals of the file as ``to_bytes`` writes it."""
-        rows = [
-            Row(
-                name,
-                thin.name,
-                thin.shape,
-                4 * math.prod(thin.shape),
-                thin.bytes,
-                (errors or {}).get(name, float("nan")),
-                describe(thin.method),
-            )
-            for name, thin in self.thin.items()
-        ]
+        """One row a tensor of two dimensions or compressed, and the totals of the file as ``to_bytes`` writes it.
+
+        The tensors of a group share its bytes by their size.
+        """
+        rows: list[Row] = []
+        for key, thin in self.thin.items():
+            left, dense_left = thin.bytes, thin.dense_bytes
+            for name, part in thin.parts.items():
+                dense = 4 * math.prod(part.shape)
+                share = left * dense // dense_left
+                left, dense_left = left - share, dense_left - dense
+                group = {"group": key} if len(thin.parts) > 1 else {}
+                error = (errors or {}).get(name, math.nan)
+                rows.append(Row(name, thin.name, part.shape, dense, share, error, {**describe(thin.method), **group}))
         dense = {name: len(raw.data) for name, raw in self.dense.items()}
         matrices = [name for name, raw in self.dense.items() if len(raw.shape) > 1]
         rows += [Row(name, "dense", self.dense[name].shape, dense[name], dense[name]) for name in matrices]
         return Report(
             rows=tuple(sorted(rows, key=lambda row: row.name)),
             total_bytes=len(to_bytes(self)),
-            dense_bytes=sum(dense.values()) + sum(4 * math.prod(thin.shape) for thin in self.thin.values()),
+            dense_bytes=sum(dense.values()) + sum(thin.dense_bytes for thin in self.thin.values()),
             other_bytes=sum(bytes_ for name, bytes_ in dense.items() if name not in matrices),
         )
 
@@ -127,8 +161,12 @@ def to_bytes(contents: Contents) -> bytes:
     header = {
         "version": VERSION,
         "thin": {
-            name: {"method": thin.name, "fields": dataclasses.asdict(cast(Any, thin.method)), "shape": thin.shape}
-            for name, thin in contents.thin.items()
+            key: {
+                "method": thin.name,
+                "fields": dataclasses.asdict(cast(Any, thin.method)),
+                "parts": [[name, _written(part)] for name, part in thin.parts.items()],
+            }
+            for key, thin in contents.thin.items()
         },
         "aliases": dict(contents.aliases),
         "crc32": {name: f"{zlib.crc32(raw.data):08x}" for name, raw in tensors.items()},
@@ -144,6 +182,12 @@ def to_bytes(contents: Contents) -> bytes:
     text += b" " * (-len(text) % 8)
     body = b"".join([len(text).to_bytes(8, "little"), text, *(tensors[name].data for name in order)])
     return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def _written(part: Part) -> dict[str, Any]:
+    """A part as the header has it: what is as usual is left out."""
+    fields = {"shape": part.shape, "scale": part.scale, "transposed": part.transposed}
+    return {key: value for key, value in fields.items() if value != {"scale": 1.0, "transposed": False}.get(key)}
 
 
 def from_bytes(data: bytes, where: str = "the file") -> Contents:
@@ -193,15 +237,20 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
         raw.numpy()  # a shape that NumPy cannot hold raises here
     thin: dict[str, Thin] = {}
     for name, entry in header["thin"].items():
-        if set(entry) != {"method", "fields", "shape"}:
+        if set(entry) != {"method", "fields", "parts"}:
             raise FormatError(f"the entry of {name} has the keys {sorted(entry)}.")
         if not isinstance(entry["method"], str) or entry["method"] not in METHODS:
             raise FormatError(f"{name} is stored by method {entry['method']!r}; known are {', '.join(METHODS)}.")
         fields = {key: tuple(cast(Any, v)) if isinstance(v, list) else v for key, v in entry["fields"].items()}
         method = METHODS[entry["method"]](**cast(dict[str, Any], fields))
-        shape = tuple(entry["shape"])
-        if not all(type(length) is int and length > 0 for length in shape) or matrix_shape(shape) != method.shape:
-            raise FormatError(f"{name} is a tensor of shape {shape}, but its plan stores a {method.shape} matrix.")
+        parts = {own: _part(own, written) for own, written in entry["parts"]}
+        entries = sum(math.prod(part.shape) for part in parts.values())
+        if len(parts) < len(entry["parts"]) or next(iter(parts), None) != name:
+            raise FormatError(f"the tensors of {name} are {[own for own, _ in entry['parts']]}.")
+        if method.shape[0] != -(-entries // method.shape[1]):
+            raise FormatError(f"{name} needs {entries} entries, but its plan stores a {method.shape} matrix.")
+        if len(parts) == 1 and method.shape != virtual_shape(parts.values()):
+            raise FormatError(f"{name} has the shape {parts[name].shape}, but its plan stores a {method.shape} matrix.")
         code: dict[str, Raw] = {}
         for key, expected in method.code_shapes().items():
             raw = tensors.pop(f"{name}/{key}", None)
@@ -209,14 +258,33 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
                 found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
                 raise FormatError(f"{name}/{key} must be floating numbers of shape {expected}, but {found}.")
             code[key] = raw
-        thin[name] = Thin(entry["method"], method, shape, code)
+        thin[name] = Thin(entry["method"], method, parts, code)
+    names = [own for entry in thin.values() for own in entry.parts] + list(tensors)
+    known = set(names)
+    if len(known) < len(names):
+        raise FormatError(f"{max(names, key=names.count)} is stored twice.")
     aliases = dict(header["aliases"])
     for name, target in aliases.items():
-        if name in thin or name in tensors or not (target in thin or target in tensors):
+        if name in known or target not in known:
             raise FormatError(f"the name {name} is declared to share {target!r}, which cannot be.")
-    if twice := thin.keys() & tensors.keys():
-        raise FormatError(f"{sorted(twice)} are stored twice.")
     return Contents(thin, tensors, aliases)
+
+
+def _part(name: str, written: dict[str, Any]) -> Part:
+    """A part from the header; FormatError if its fields are not what they must be."""
+    shape, scale, transposed = written.get("shape"), written.get("scale", 1.0), written.get("transposed", False)
+    fine = isinstance(shape, list) and all(type(length) is int and length > 0 for length in cast(list[Any], shape))
+    if (
+        not isinstance(cast(object, name), str)
+        or not fine
+        or type(scale) is not float
+        or not 0 < scale < math.inf
+        or type(transposed) is not bool
+    ):
+        raise FormatError(f"the tensor {name} is described as {written}.")
+    if written.keys() - {"shape", "scale", "transposed"}:
+        raise FormatError(f"the tensor {name} is described by the keys {sorted(written)}.")
+    return Part(tuple(cast(list[int], shape)), scale, transposed)
 
 
 def read(path: str | Path) -> Contents:
@@ -244,14 +312,15 @@ def load(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
     ``max_bytes`` caps the decoded size, since a small file may declare a huge matrix; FormatError above it.
     """
     contents = read(path)
-    declared = sum(4 * math.prod(thin.shape) for thin in contents.thin.values())
+    declared = sum(thin.dense_bytes for thin in contents.thin.values())
     if declared > max_bytes:
         raise FormatError(
             f"{path} decodes to {declared} bytes, above the limit of {max_bytes}. "
             "If you trust the file, pass a larger max_bytes."
         )
     arrays = {name: raw.numpy() for name, raw in contents.dense.items()}
-    arrays |= {name: thin.decode() for name, thin in contents.thin.items()}
+    for thin in contents.thin.values():
+        arrays |= thin.decode()
     arrays |= {name: arrays[target] for name, target in contents.aliases.items()}
     return dict(sorted(arrays.items()))
 

@@ -146,10 +146,16 @@ class Factor:
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """Costs ``r m n`` multiplications, whatever the layout."""
-        flat = xp.reshape(xp.matmul(code["xf"], code["wf"]), (-1,))[: self.shape[0] * self.shape[1]]
+        flat = self.decode_flat(code, 0, self.shape[0] * self.shape[1], xp)
         if self.seed is not None:
             flat = xp.take(flat, code["order"])
         return xp.reshape(flat, self.shape)
+
+    def decode_flat(self, code: Code, start: int, stop: int, xp: Namespace) -> Float[Array, "entries"]:
+        """The entries ``start`` to ``stop`` of the flattened weight, not scattered, at the cost of those alone."""
+        first = start // self.n
+        rows = code["xf"][first : -(-stop // self.n)]
+        return xp.reshape(xp.matmul(rows, code["wf"]), (-1,))[start - first * self.n : stop - first * self.n]
 
 
 def _coprime_plan(shape: tuple[int, int], floats: int, rank: int | Literal["max"]) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """Frames of speech with a feed-forward net over spliced features, as TFKaldi trains them: frame error in percent.
 
-Two kinds of folder are read. CMU AN4: Sphinx features (``an4/feat/**/*.mfc``), speaker folders, and ``states.npz`` with a
-forced alignment (utterance -> state a frame). A Kaldi-style folder: ``train`` and ``test``, each with ``feats.txt``
+Two kinds of folder are read. CMU AN4: Sphinx features (``an4/feat/**/*.mfc``), speaker folders, and ``states.npz`` with
+a forced alignment (utterance -> state a frame). A Kaldi-style folder: ``train`` and ``test``, each with ``feats.txt``
 (``copy-feats scp:feats.scp ark,t:feats.txt``), ``ali.txt`` (``ali-to-pdf final.mdl ark:ali ark,t:ali.txt``) and
 ``utt2spk``. Features are static: deltas, normalisation and splicing are done here.
 """
@@ -21,7 +21,7 @@ NAME = "acoustic"
 ABOUT = "phone states of speech frames (AN4, or a Kaldi-style folder): spliced MFCC, ReLU layers; needs --data"
 METRIC = "frame_error"
 WIDTH, DEPTH = 1024, 4
-DEFAULT_STEPS = 900
+DEFAULT_STEPS = 1800
 BATCH = 256
 JUDGMENTS = 10  # times in a training that the development speakers are asked; the best state is kept
 CONTEXT = 5  # frames to either side
@@ -29,7 +29,7 @@ DEVELOPMENT_SPEAKERS = 8
 
 # Chosen for each method on the development speakers (docs/training.md).
 LEARNING_RATE = 1e-3
-LEARNING_RATES = {"same-size": 4e-3}
+LEARNING_RATES = {"same-size": 8e-3}
 ALLOCATION = {"rank": "uniform-bytes"}
 OPTIONS: dict[str, dict[str, object]] = {}
 

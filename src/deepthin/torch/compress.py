@@ -18,11 +18,11 @@ from deepthin.methods.factor import Factor
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules
 from deepthin.rules import Tensor as Named
-from deepthin.storage import Contents, Raw, Thin, to_bytes
+from deepthin.storage import Contents, Part, Raw, Thin, to_bytes
 from deepthin.torch import product
 from deepthin.torch.files import contents
-from deepthin.torch.layers import THIN, ThinLayer, make_plain, make_thin
-from deepthin.torch.weight import ThinWeight
+from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, why_not
+from deepthin.torch.weight import ThinPart, ThinWeight
 
 
 def compress(
@@ -36,39 +36,39 @@ def compress(
 
     ``init="trained"`` encodes the weights as they are; at extreme sizes that loses what the network has learned, and a
     warning says when fine-tuning is needed. ``init="scratch"`` draws fresh factors, whose weights have a tenth of He's
-    variance, from ``seed``; biases keep their own start either way. ``importance`` maps names to tensors of the
+    variance, from ``seed``; biases keep their own start either way. On the meta device a fresh start has no values yet. ``importance`` maps names to tensors of the
     weights' shape, for methods that weigh errors. Shared tensors stay shared. The model is changed only if all goes
     well: ConfigError and BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded.
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     found, owners = _tensors(model)
-    planned = [p for p in _plan(model, Rules.parse(rules), found) if p.method is not None]
-    weights: dict[str, ThinWeight] = {}
+    weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
-    for plan in planned:
-        name, method = plan.tensor.name, plan.method
-        dense = _value(owners[name])
+    for planned in _plan(model, Rules.parse(rules), found):
+        method, names = planned.method, [tensor.name for tensor in planned.tensors]
         if method is None:
             continue
-        if dense.is_meta:
-            raise ConfigError(
-                f"{name} is on the meta device: build the model with values, or ask `plan` for its sizes."
-            )
-        if init == "scratch" and dense.dim() > 1:
-            std = math.sqrt(0.2 / method.shape[1])
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            weights[name] = ThinWeight.draw(plan.name, method, dense, rng, std)
+        dense = [_value(owners[name]) for name in names]
+        parts = _parts(planned)
+        if init == "scratch" and dense[0].dim() > 1:
+            rng = np.random.default_rng([seed, zlib.crc32(names[0].encode())])
+            weight = ThinWeight.draw(planned.name, method, parts, dense[0], rng, planned.tensors[0].std)
         else:
-            _check_finite(name, dense)
-            weights[name] = ThinWeight.encode(plan.name, method, dense, (importance or {}).get(name))
+            for name, tensor in zip(names, dense, strict=True):
+                _check_finite(name, tensor)
+            weigh = [importance[name] for name in names] if importance else None
+            weight = ThinWeight.encode(planned.name, method, parts, dense, weigh)
             with torch.no_grad():
-                norm = dense.norm().item()
-                errors[name] = (weights[name]() - dense).norm().item() / norm if norm > 0 else 0.0
-        weights[name].requires_grad_(dense.requires_grad)
-    for name, weight in weights.items():
-        for layer, parameter in owners[name]:
-            make_thin(layer, {parameter: weight})
+                for index, (name, tensor) in enumerate(zip(names, dense, strict=True)):
+                    norm = tensor.norm().item()
+                    errors[name] = (weight(index) - tensor).norm().item() / norm if norm > 0 else 0.0
+        weights.append((planned, weight.requires_grad_(any(tensor.requires_grad for tensor in dense))))
+    for planned, weight in weights:
+        for index, tensor in enumerate(planned.tensors):
+            generated = weight if len(planned.tensors) == 1 else ThinPart(weight, index)
+            for layer, own in owners[tensor.name]:
+                make_thin(layer, {own: generated})
     worst = max(errors, key=lambda name: errors[name], default="")
     if init == "trained" and errors and errors[worst] > 0.5:
         warnings.warn(
@@ -83,16 +83,17 @@ def compress(
 def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
     """What ``compress`` would make of a model, without touching it; a model on the meta device will do.
 
-    Rows of DeepThin's methods also tell ``path``, the way in which 32 items would be multiplied, and ``cost``, its
+    Rows of linear layers also tell ``path``, the way in which 32 items would be multiplied, and ``cost``, its
     predicted time over that of a dense layer.
     """
-    found, _ = _tensors(model)
+    found, owners = _tensors(model)
     planned = _plan(model, Rules.parse(rules), found)
     report = _planned_contents(contents(model), planned).report()
-    methods = {p.tensor.name: p.method for p in planned}
+    layers = {name: type(held[0][0]) for name, held in owners.items()}
+    methods = {tensor.name: p.method for p in planned for tensor in p.tensors if len(p.tensors) == 1}
     rows = [
         dataclasses.replace(row, fields={**row.fields, **_expected(method)})
-        if isinstance(method := methods.get(row.name), Factor) and len(row.shape) > 1
+        if isinstance(method := methods.get(row.name), Factor) and len(row.shape) > 1 and layers[row.name] is nn.Linear
         else row
         for row in report.rows
     ]
@@ -101,16 +102,17 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
 
 def materialize(model: nn.Module) -> nn.Module:
     """Back to plain dense layers, in place: every thin parameter becomes the dense tensor that it decodes to."""
-    done: dict[int, nn.Parameter] = {}
+    done: dict[tuple[int, int], nn.Parameter] = {}
     for layer in list(model.modules()):
         if isinstance(layer, ThinLayer):
             dense: dict[str, nn.Parameter] = {}
-            for name, weight in layer.thin.items():
-                if id(weight) not in done:
-                    trained = any(parameter.requires_grad for parameter in weight.parameters())
+            for name, thin in layer.thin.items():
+                key = (id(thin.group), thin.index) if isinstance(thin, ThinPart) else (id(thin), 0)
+                if key not in done:
+                    trained = any(parameter.requires_grad for parameter in thin.parameters())
                     with torch.no_grad():
-                        done[id(weight)] = nn.Parameter(weight().clone(), requires_grad=trained)
-                dense[name] = done[id(weight)]
+                        done[key] = nn.Parameter(thin().clone(), requires_grad=trained)
+                dense[name] = done[key]
             make_plain(layer, dense)
     return model
 
@@ -175,10 +177,21 @@ def _tensors(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Mod
                     holders.setdefault(id(parameter), []).append((module, own))
     found: list[Named] = []
     for key, parameter in parameters.items():
-        uncovered = [m for m, _ in holders[key] if not isinstance(m, ThinLayer) and type(m) not in THIN]
-        layer = type((uncovered or [holders[key][0][0]])[0]).__name__
-        found.append(Named(names[key][0], tuple(parameter.shape), layer, not uncovered, tuple(names[key][1:])))
+        reasons = [reason for layer, own in holders[key] if (reason := why_not(layer, own))]
+        turned = {is_transposed(layer) for layer, _ in holders[key]}
+        if len(turned) > 1:
+            reasons.append("a tensor shared by layers that keep it in different orders is not covered")
+        shape, also = tuple(parameter.shape), tuple(names[key][1:])
+        std = fresh_std(holders[key][0][0], shape) if not reasons and len(shape) > 1 else 1.0
+        turned_matrix = turned == {True} and len(shape) == 2
+        found.append(Named(names[key][0], shape, "; ".join(reasons), also, turned_matrix, std))
     return found, {names[key][0]: held for key, held in holders.items()}
+
+
+def _parts(planned: Planned) -> list[Part]:
+    """The tensors of a plan as parts of its matrix; in a group each is scaled to its own fresh standard deviation."""
+    first = planned.tensors[0]
+    return [Part(t.shape, t.std / first.std, t.transposed) for t in planned.tensors]
 
 
 def _plan(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]:
@@ -220,11 +233,13 @@ def _planned_contents(base: Contents, planned: list[Planned]) -> Contents:
     thin: dict[str, Thin] = {}
     for p in planned:
         if p.method is not None:
-            kind = base.dense[p.tensor.name].dtype
-            item = len(base.dense[p.tensor.name].data) // math.prod(p.tensor.shape)
-            code = {k: Raw(kind, s, bytes(item * math.prod(s))) for k, s in p.method.code_shapes().items()}
-            thin[p.tensor.name] = Thin(p.name, p.method, p.tensor.shape, code)
-    dense = {name: raw for name, raw in base.dense.items() if name not in thin}
+            first = base.dense[p.tensors[0].name]
+            item = len(first.data) // math.prod(first.shape)
+            code = {k: Raw(first.dtype, s, bytes(item * math.prod(s))) for k, s in p.method.code_shapes().items()}
+            parts = dict(zip((tensor.name for tensor in p.tensors), _parts(p), strict=True))
+            thin[p.tensors[0].name] = Thin(p.name, p.method, parts, code)
+    gone = {name for entry in thin.values() for name in entry.parts}
+    dense = {name: raw for name, raw in base.dense.items() if name not in gone}
     return Contents({**base.thin, **thin}, dense, base.aliases)
 
 
@@ -239,6 +254,8 @@ def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ConfigError(f"{name} is on the meta device and has no values: load weights first, or use init='scratch'.")
     if not torch.isfinite(weight).all():
         where = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
         raise NonFiniteError(

@@ -1,5 +1,6 @@
 """Models to ``.thin`` files and back, under the names of the dense model's state dict."""
 
+import dataclasses
 import difflib
 import warnings
 from collections.abc import Mapping
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from deepthin import storage
 from deepthin.method import ConfigError
 from deepthin.storage import Contents, Raw, Thin
-from deepthin.torch.layers import THIN, ThinLayer, make_thin, thin_weights
-from deepthin.torch.weight import ThinWeight
+from deepthin.torch.layers import ThinLayer, make_thin, thin_tensors, why_not
+from deepthin.torch.weight import ThinPart, ThinWeight
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -38,30 +39,34 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
     not fit raises ConfigError before the model is touched; a damaged file raises FormatError.
     """
     stored = _renamed(storage.read(path), names or {}, str(path))
-    thin_now = thin_weights(model)
-    have = {**{name: weight.shape for name, weight in thin_now.items()}}
-    have |= {name: tuple(tensor.shape) for name, tensor in _dense_tensors(model).items()}
-    wanted = {name: thin.shape for name, thin in stored.thin.items()}
+    thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
+    have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
+    have |= {name: tuple(tensor.shape) for name, tensor in dense_now.items()}
+    wanted = {name: part.shape for thin in stored.thin.values() for name, part in thin.parts.items()}
     wanted |= {name: raw.shape for name, raw in stored.dense.items()}
     wanted |= {name: wanted[target] for name, target in stored.aliases.items()}
     _check(wanted, have, str(path))
-    for name in _names_of(stored, stored.thin):
-        layer, _, parameter = _owner(model, name)
-        if not isinstance(layer, ThinLayer) and (type(layer) not in THIN or parameter not in layer._parameters):
-            raise ConfigError(
-                f"{path} stores {name} thin, but {type(layer).__name__} in the model has no thin version."
-            )
+    for name in wanted.keys() - _names_of(stored, stored.dense):
+        layer, own = _owner(model, name)
+        if name not in thin_now and ((reason := why_not(layer, own)) or own not in layer._parameters):
+            raise ConfigError(f"{path} stores {name} thin, but in the model {reason or f'{own} is no parameter'}.")
 
-    for name, thin in stored.thin.items():
+    for thin in stored.thin.values():
         code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
-        old = thin_now[name].code()[next(iter(code))] if name in thin_now else _dense_tensors(model)[name]
+        name = next(iter(thin.parts))
+        old = next(iter(thin_now[name][0].code().values())) if name in thin_now else dense_now[name]
         device = "cpu" if old.is_meta else old.device
         weight = ThinWeight(
-            thin.name, thin.method, thin.shape, {entry: tensor.to(device) for entry, tensor in code.items()}
+            thin.name,
+            thin.method,
+            list(thin.parts.values()),
+            {entry: tensor.to(device) for entry, tensor in code.items()},
         ).requires_grad_(old.requires_grad)
-        for shared in (name, *(alias for alias, target in stored.aliases.items() if target == name)):
-            layer, _, parameter = _owner(model, shared)
-            make_thin(layer, {parameter: weight})
+        for index, part in enumerate(thin.parts):
+            generated = weight if len(thin.parts) == 1 else ThinPart(weight, index)
+            for shared in (part, *(alias for alias, target in stored.aliases.items() if target == part)):
+                layer, own = _owner(model, shared)
+                make_thin(layer, {own: generated})
     replaced: dict[int, Tensor] = {}
     for name in _names_of(stored, stored.dense):
         _put(model, name, _tensor(stored.dense[stored.aliases.get(name, name)]), replaced)
@@ -75,17 +80,27 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
 
 def contents(model: nn.Module) -> Contents:
     """All that a model would save: thin tensors, the rest as it is, and which names share a tensor."""
-    thin: dict[str, Thin] = {}
     dense: dict[str, Raw] = {}
     aliases: dict[str, str] = {}
     first: dict[object, str] = {}
-    for name, weight in sorted(thin_weights(model).items()):
-        if (kept := first.setdefault(id(weight), name)) != name:
+    weights: dict[int, ThinWeight] = {}
+    parts: dict[int, dict[int, str]] = {}  # by ThinWeight: names of its tensors
+    for name, (weight, index) in sorted(thin_tensors(model).items()):
+        if (kept := first.setdefault((id(weight), index), name)) != name:
             aliases[name] = kept
         else:
-            thin[name] = Thin(
-                weight.name, weight.method, weight.shape, {k: _raw(k, t) for k, t in weight.code().items()}
+            weights[id(weight)] = weight
+            parts.setdefault(id(weight), {})[index] = name
+    thin: dict[str, Thin] = {}
+    for key, weight in weights.items():
+        if len(parts[key]) < len(weight.parts):
+            raise ConfigError(
+                f"{', '.join(parts[key].values())} share one code with layers that are no longer in the model: "
+                "materialize the model, then compress it anew."
             )
+        named = {parts[key][index]: part for index, part in enumerate(weight.parts)}
+        code = {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
+        thin[next(iter(named))] = Thin(weight.name, weight.method, named, code)
     for name, tensor in sorted(_dense_tensors(model).items()):
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         key = id(tensor) if tensor.is_meta or tensor.numel() == 0 else place
@@ -98,7 +113,8 @@ def contents(model: nn.Module) -> Contents:
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What the state dict holds besides the codes of thin tensors; parameters themselves, not detached copies."""
-    inside = [f"{path}." for path, module in model.named_modules(remove_duplicate=False) if type(module) is ThinWeight]
+    layers = model.named_modules(remove_duplicate=False)
+    inside = [f"{path}.thin.".lstrip(".") for path, layer in layers if isinstance(layer, ThinLayer)]
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
@@ -127,9 +143,9 @@ def _tensor(raw: Raw) -> Tensor:
     return torch.frombuffer(data, dtype=_TYPES[raw.dtype]).view(raw.shape)
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str, str]:
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, own = name.rpartition(".")
-    return model.get_submodule(path), path, own
+    return model.get_submodule(path), own
 
 
 def _names_of(stored: Contents, tensors: Mapping[str, object]) -> list[str]:
@@ -139,7 +155,7 @@ def _names_of(stored: Contents, tensors: Mapping[str, object]) -> list[str]:
 
 def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[int, Tensor]) -> None:
     """Copy into what the model has; replace what is on the meta device, or thin, keeping shared tensors shared."""
-    layer, _, own = _owner(model, name)
+    layer, own = _owner(model, name)
     if isinstance(layer, ThinLayer) and own in layer.thin:
         weight = layer.thin[own]
         del layer.thin[own]
@@ -166,7 +182,7 @@ def _once(key: object, tensor: Tensor, replaced: dict[int, Tensor], like: Tensor
 
 
 def _renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
-    known = {*stored.thin, *stored.dense, *stored.aliases}
+    known = {*stored.dense, *stored.aliases, *(name for thin in stored.thin.values() for name in thin.parts)}
     for name in names:
         if name not in known:
             raise ConfigError(f"names: {path} holds no {name!r}.{_closest(name, known)}")
@@ -177,7 +193,10 @@ def _renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
     if len({names.get(name, name) for name in known}) < len(known):
         raise ConfigError("names: two names of the file would become one in the model.")
     aliases = {names.get(name, name): names.get(target, target) for name, target in stored.aliases.items()}
-    return Contents(renamed(stored.thin), renamed(stored.dense), aliases)  # pyright: ignore[reportArgumentType]
+    thin = {
+        names.get(key, key): dataclasses.replace(thin, parts=renamed(thin.parts)) for key, thin in stored.thin.items()
+    }
+    return Contents(thin, renamed(stored.dense), aliases)  # pyright: ignore[reportArgumentType]
 
 
 def _check(wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]], path: str) -> None:

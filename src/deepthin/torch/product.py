@@ -90,8 +90,9 @@ def factor_linear(
     xf: Float[Tensor, "m r"],
     wf: Float[Tensor, "r n"],
     path: Literal["factors", "direct", "fft"],
+    offset: int = 0,
 ) -> Float[Tensor, "*batch rows"]:
-    """``x @ decode().T`` by the structured way ``path``.
+    """``x @ W.T`` by the structured way ``path``; W is what the factors decode to, from entry ``offset`` < n on.
 
     The relative error is that of a dense product for ``factors`` and ``direct``; by ``fft`` it is relative to the
     largest input of the item, not of the entry. Half precision is computed in single precision and rounded at the end.
@@ -102,29 +103,29 @@ def factor_linear(
     if kind in (torch.float16, torch.bfloat16):
         x, xf, wf = x.float(), xf.float(), wf.float()
     items = x.reshape(-1, method.shape[1])
-    tables = _tables(method.shape, method.n, x.device)
+    tables = _tables(method.shape, method.n, offset, len(xf), x.device)
     if path == "fft":
-        y = _TransformProduct.apply(items, xf, wf, method, tables)[0]
+        y = _TransformProduct.apply(items, xf, wf, tables)[0]
     else:
         y = _second_stage(_direct(items, wf, tables.blocks), xf, tables)
     return y.reshape(*x.shape[:-1], method.shape[0]).to(kind)
 
 
 @lru_cache(maxsize=256)
-def _tables(shape: tuple[int, int], n: int, device: torch.device) -> _Tables:
-    """The index tables of a plan whose n is coprime with the fan-in.
+def _tables(shape: tuple[int, int], n: int, offset: int, m: int, device: torch.device) -> _Tables:
+    """The index tables of a plan whose n is coprime with the fan-in; ``m`` is the number of rows of xf.
 
-    Output j reads xf from row ``j Q div n`` on and meets ``wf`` at offset ``j Q mod n``. The phases are put in the
-    order of descending offset, so that phase o is column o of the correlation, viewed in rows of n.
+    Output j begins at entry ``p = offset + j Q``: it reads xf from row ``p div n`` on and meets ``wf`` at ``p mod n``.
+    The phases are put in descending order of that, so that phase o is column o of the correlation in rows of n.
     """
     rows, cols = shape
-    m = -(-rows * cols // n)
     blocks, depth = -(-(cols + n - 1) // n), -(-rows // n)
     with torch.inference_mode(False):  # so that a table first made there can serve training later
         output = torch.arange(depth * n, device=device)
-        slot = (n - 1 - output * cols % n) * depth + output // n
+        entry = offset + output * cols
+        slot = (n - 1 - entry % n) * depth + output // n
         start = torch.empty_like(output)
-        start[slot] = output * cols // n
+        start[slot] = entry // n
         used = torch.empty_like(output, dtype=torch.bool)
         used[slot] = output < rows
         windows = start[:, None] + torch.arange(blocks, device=device)
@@ -201,16 +202,14 @@ class _TransformProduct(torch.autograd.Function):
     """The product by FFT with its gradient written out: four transforms a step, gathers instead of scatters."""
 
     @staticmethod
-    def forward(
-        x: Tensor, xf: Tensor, wf: Tensor, method: Factor, tables: _Tables
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, xf: Tensor, wf: Tensor, tables: _Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         correlation, spectrum, filters = _transform(x, wf, tables.blocks)
         panels = _panels(correlation, tables)
         return _collect(torch.bmm(_filters(xf, tables), panels), tables), panels, spectrum, filters
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, xf, wf, ctx.method, ctx.tables = inputs
+        x, xf, wf, ctx.tables = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, xf, wf, *output[1:])
@@ -220,12 +219,12 @@ class _TransformProduct(torch.autograd.Function):
         grad, tables = grads[0], ctx.tables
         x, xf, wf, panels, spectrum, filters = ctx.saved_tensors
         if grad is None:
-            return None, None, None, None, None
+            return None, None, None, None
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: let autograd derive both
             y = _second_stage(_transform(x, wf, tables.blocks)[0], xf, tables)
             wanted = [t for t, needed in zip((x, xf, wf), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
         (items, cols), (rank, n), depth = x.shape, wf.shape, tables.depth
         points = 2 * (spectrum.shape[-1] - 1)
         spread = (
@@ -242,4 +241,4 @@ class _TransformProduct(torch.autograd.Function):
                 grad_x = torch.fft.irfft((back * filters.conj()).sum(1), points)[:, :cols]
             if ctx.needs_input_grad[2]:
                 grad_wf = torch.fft.irfft((back * spectrum.conj()[:, None]).sum(0), points)[:, :n].flip(1)
-        return grad_x, grad_xf, grad_wf, None, None
+        return grad_x, grad_xf, grad_wf, None

@@ -1,0 +1,17 @@
+"""Hugging Face's Conv1D: a linear layer that keeps its weight as (inputs, outputs). Loaded only beside transformers."""
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from deepthin.torch.layers import ThinLayer, _generated
+
+
+class ThinConv1D(ThinLayer, Conv1D):
+    """``input @ weight + bias``; the code is that of the (outputs, inputs) matrix, multiplied as in ThinLinear."""
+
+    weight, bias = _generated("weight"), _generated("bias")
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        """The product by the code, where that is cheaper."""
+        return self.thin["weight"].product(x) + self.bias if "weight" in self.thin else super().forward(x)

@@ -1,0 +1,466 @@
+"""Every layer type that can be thin: it learns, is saved and reloaded exactly, compiled, exported, copied."""
+
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import jaxtyping
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import deepthin
+import deepthin.torch as dt
+from deepthin import ConfigError
+from deepthin.torch.layers import THIN, ThinLayer, thin_tensors
+
+CLASSES = 5
+
+
+class Net(nn.Module):
+    """A layer, whatever it takes and gives, between an input and class scores."""
+
+    def __init__(self, layer, before, after, features):
+        super().__init__()
+        self.layer, self.before, self.after = layer, before, after
+        self.out = nn.Linear(features, CLASSES)
+
+    def forward(self, x):
+        return self.out(self.after(self.layer(*self.before(x))).flatten(1))
+
+
+def first(pair):
+    return pair[0] if isinstance(pair, tuple) else pair
+
+
+def last_step(pair):
+    return pair[0][:, -1]
+
+
+CASES = {
+    "Linear": lambda: (Net(nn.Linear(40, 30), lambda x: (x,), torch.relu, 30), (40,)),
+    "Conv1d": lambda: (Net(nn.Conv1d(6, 12, 5, padding=2), lambda x: (x,), torch.relu, 12 * 10), (6, 10)),
+    "Conv2d": lambda: (Net(nn.Conv2d(4, 16, 3, groups=2), lambda x: (x,), torch.relu, 16 * 16), (4, 6, 6)),
+    "Conv3d": lambda: (
+        Net(nn.Conv3d(2, 8, 3, padding_mode="circular", padding=1), lambda x: (x,), torch.relu, 8 * 64),
+        (2, 4, 4, 4),
+    ),
+    "ConvTranspose1d": lambda: (Net(nn.ConvTranspose1d(8, 6, 4, stride=2), lambda x: (x,), torch.relu, 6 * 12), (8, 5)),
+    "ConvTranspose2d": lambda: (Net(nn.ConvTranspose2d(8, 6, 3), lambda x: (x,), torch.relu, 6 * 25), (8, 3, 3)),
+    "ConvTranspose3d": lambda: (Net(nn.ConvTranspose3d(8, 4, 2), lambda x: (x,), torch.relu, 4 * 27), (8, 2, 2, 2)),
+    "Embedding": lambda: (Net(nn.Embedding(60, 20), lambda x: (x,), torch.tanh, 20 * 6), "ids"),
+    "EmbeddingBag": lambda: (Net(nn.EmbeddingBag(60, 20), lambda x: (x,), torch.tanh, 20), "ids"),
+    "RNN": lambda: (Net(nn.RNN(12, 24, batch_first=True), lambda x: (x,), last_step, 24), (5, 12)),
+    "GRU": lambda: (
+        Net(nn.GRU(12, 16, 2, batch_first=True, bidirectional=True), lambda x: (x,), last_step, 32),
+        (5, 12),
+    ),
+    "LSTM": lambda: (Net(nn.LSTM(12, 24, batch_first=True, proj_size=16), lambda x: (x,), last_step, 16), (5, 12)),
+    "MultiheadAttention": lambda: (
+        Net(nn.MultiheadAttention(24, 4, batch_first=True), lambda x: (x, x, x), first, 24 * 4),
+        (4, 24),
+    ),
+    "MultiheadAttention, kdim": lambda: (
+        Net(nn.MultiheadAttention(24, 4, kdim=20, vdim=20, batch_first=True), lambda x: (x, *[x[..., :20]] * 2), first, 96),
+        (4, 24),
+    ),
+    "TransformerEncoderLayer": lambda: (
+        Net(nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True), lambda x: (x,), first, 96),
+        (4, 24),
+    ),
+}  # fmt: skip
+
+ALL = pytest.mark.parametrize("case", CASES)
+RULES = {"rules": {"layer": {"ratio": 0.2}}}
+
+
+def build(case):
+    torch.manual_seed(0)
+    network, shape = CASES[case]()
+    return network, shape
+
+
+def thin(case, rules=RULES):
+    network, shape = build(case)
+    dt.compress(network, rules, init="scratch")
+    generator = torch.Generator().manual_seed(1)
+    batch = 8
+    x = (
+        torch.randint(60, (batch, 6), generator=generator)
+        if shape == "ids"
+        else torch.randn(batch, *shape, generator=generator)
+    )
+    return network, x
+
+
+def test_every_class_in_the_table_is_tried():
+    tried = {type(build(case)[0].layer) for case in CASES}
+    assert set(THIN) - tried == {type(nn.MultiheadAttention(4, 1).out_proj)}  # inside nn.MultiheadAttention
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch's own, of a kernel that it does without
+@ALL
+def test_it_overfits_and_reloads_exactly(case, tmp_path):
+    network, x = thin(case)
+    assert isinstance(network.layer, ThinLayer) or case == "TransformerEncoderLayer"
+    target = torch.arange(len(x)) % CLASSES
+    optimizer = torch.optim.Adam(dt.parameter_groups(network, 2e-3))
+    for _ in range(300):
+        loss = nn.functional.cross_entropy(network(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    assert loss.item() < 0.1
+    network.eval()
+    y = network(x)
+    dt.save(network, tmp_path / "m.thin")
+    with torch.device("meta"):
+        empty, _ = build(case)
+    for fresh in (build(case)[0], empty):
+        assert torch.equal(dt.load(fresh, tmp_path / "m.thin").eval()(x), y)
+    arrays = deepthin.load(tmp_path / "m.thin")
+    plain, _ = build(case)
+    assert set(arrays) == set(plain.state_dict())
+    plain.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    assert torch.allclose(plain.eval()(x), y, atol=1e-4)
+
+
+@ALL
+def test_every_matrix_is_within_its_ratio(case):
+    network, _ = build(case)
+    report = dt.compress(network, RULES, init="scratch")
+    rows = [row for row in report.rows if row.name.startswith("layer")]
+    assert rows
+    assert all(row.method == "deepthin" and 0 < row.ratio <= 0.2 for row in rows)
+
+
+@ALL
+def test_a_fresh_start_has_the_spread_that_suits_the_layer(case):
+    network, _ = thin(case)
+    plain, _ = build(case)
+    for name, (weight, _) in thin_tensors(network).items():
+        ratio = weight().std().item() / plain.get_parameter(name).std().item()
+        assert 0.15 < ratio < 2.5, name
+
+
+@ALL
+def test_trained_weights_are_encoded(case):
+    network, _ = build(case)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    with pytest.warns(UserWarning, match="Train on before use"):
+        report = dt.compress(network, RULES)
+    for row in report.rows:
+        if row.method == "deepthin":
+            weight, index = thin_tensors(network)[row.name]
+            error = ((weight(index) - before[row.name]).norm() / before[row.name].norm()).item()
+            assert row.error == pytest.approx(error, rel=1e-4)
+            assert error < 1
+
+
+@ALL
+def test_it_survives_what_users_do_to_modules(case):
+    network, x = thin(case)
+    network.eval()
+    y = network(x)
+    stream = io.BytesIO()
+    torch.save(network.layer, stream)
+    stream.seek(0)
+    for layer in (
+        copy.deepcopy(network.layer),
+        pickle.loads(pickle.dumps(network.layer)),
+        torch.load(stream, weights_only=False),
+    ):
+        other = copy.copy(network)
+        other._modules = {**network._modules, "layer": layer}
+        assert torch.equal(other(x), y)
+    other, _ = thin(case)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(other.eval()(x), y)
+    dense = dt.materialize(copy.deepcopy(network))
+    assert not [module for module in dense.modules() if isinstance(module, ThinLayer)]
+    assert set(dense.state_dict()) == set(build(case)[0].state_dict())
+    assert torch.allclose(dense(x), y, atol=1e-5)
+    double = copy.deepcopy(network).double()
+    assert torch.allclose(double(x if x.dtype == torch.int64 else x.double()).float(), y, atol=1e-4)
+
+
+@ALL
+def test_autocast_bfloat16(case):
+    network, x = thin(case)
+    exact = network(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = network(x)
+        y.float().sum().backward()
+    assert torch.allclose(y.float(), exact, atol=0.1 * exact.abs().max().item())
+    assert all(p.grad is not None for p in network.parameters())
+
+
+@ALL
+def test_gradient_checkpointing(case):
+    network, x = thin(case)
+    network(x).sum().backward()
+    expected = {name: p.grad.clone() for name, p in network.named_parameters()}
+    network.zero_grad()
+    checkpoint(network, x, use_reentrant=False).sum().backward()
+    assert all(torch.allclose(p.grad, expected[name], atol=1e-5) for name, p in network.named_parameters())
+
+
+RECURRENT = ("RNN", "GRU", "LSTM")
+
+
+@pytest.fixture
+def compiling():
+    """Inductor is slow and its warnings are its own; tracing the whole graph is what we promise."""
+    torch._dynamo.reset()
+    jaxtyping.config.update("jaxtyping_disable", True)  # the checks of shapes are no part of what is traced
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in RECURRENT])
+def test_training_compiles_to_one_graph(case, compiling):
+    network, x = thin(case)
+    network(x).sum().backward()
+    expected = {name: p.grad.clone() for name, p in network.named_parameters()}
+    network.zero_grad()
+    torch.compile(network, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    assert all(torch.allclose(p.grad, expected[name], atol=1e-4) for name, p in network.named_parameters())
+
+
+@ALL
+def test_inference_compiles_to_one_graph(case, compiling):
+    network, x = thin(case)
+    network.eval()
+    with torch.no_grad():
+        y = network(x)
+        with torch._dynamo.config.patch(allow_rnn=True):
+            compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+            assert torch.allclose(compiled(x), y, atol=1e-4)
+            assert torch.allclose(compiled(x[:3]), y[:3], atol=1e-4)
+
+
+@ALL
+def test_export_with_a_dynamic_batch(case, compiling):
+    network, x = thin(case)
+    network.eval()
+    with torch.no_grad():
+        y = network(x)
+        program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        assert torch.allclose(program.module()(x), y, atol=1e-4)
+        assert torch.allclose(program.module()(x[:3]), y[:3], atol=1e-4)
+    names = {name for name in program.state_dict if ".thin." in name}
+    assert names  # the factors are exported, not the matrix
+    dense = sum(t.numel() for t in build(case)[0].parameters())
+    assert sum(t.numel() for t in program.state_dict.values()) < dense
+
+
+def test_packed_sequences():
+    torch.manual_seed(0)
+    for kind in (nn.RNN, nn.LSTM, nn.GRU):
+        layer = kind(6, 20, 2, bidirectional=True)
+        net = nn.Sequential(layer)
+        dt.compress(net, {"model": {"ratio": 0.3}}, init="scratch")
+        plain = kind(6, 20, 2, bidirectional=True)
+        plain.load_state_dict({n: w(i).detach() for n, (w, i) in _own(layer).items()} | _biases(layer))
+        packed = nn.utils.rnn.pack_sequence([torch.randn(5, 6), torch.randn(3, 6)])
+        ours, theirs = layer(packed)[0].data, plain(packed)[0].data
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        ours.sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+
+
+def _own(layer):
+    return thin_tensors(layer)
+
+
+def _biases(layer):
+    return {name: p for name, p in layer.state_dict().items() if ".thin." not in f".{name}"}
+
+
+def test_the_dense_gates_are_let_go():
+    layer = nn.LSTM(8, 16)
+    net = nn.Sequential(layer)
+    dense = layer.weight_hh_l0
+    dt.compress(net, {"model": {"ratio": 0.3}}, init="scratch")
+    assert not any(value is dense for value in layer.__dict__.get("_flat_weights", []))
+    assert layer.weight_hh_l0.shape == (64, 16)
+    assert [w.shape for w in layer._flat_weights] == [(64, 8), (64, 16), (64,), (64,)]
+    dt.materialize(net)
+    assert type(layer) is nn.LSTM
+    assert isinstance(layer.weight_hh_l0, nn.Parameter)
+    assert layer(torch.randn(3, 2, 8))[0].shape == (3, 2, 16)
+
+
+def test_thin_recurrent_biases():
+    net = nn.Sequential(nn.GRU(8, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dt.compress(net, {"model": {"ratio": 0.5}, "rules": {"*": {}, "0.bias_ih_l0": {}}})
+    assert "bias_ih_l0" in net[0].thin
+    assert net[0](torch.randn(3, 2, 8))[0].shape == (3, 2, 64)
+
+
+def test_an_embedding_tied_to_the_output_layer(tmp_path):
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(2000, 256)
+            self.lstm = nn.LSTM(256, 256, 2, batch_first=True)
+            self.decoder = nn.Linear(256, 2000)
+            self.decoder.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.decoder(self.lstm(self.embed(ids))[0])
+
+    torch.manual_seed(0)
+    model = Language()
+    dense = sum(p.numel() for p in model.parameters())
+    weights = 2000 * 256 + 4 * 1024 * 256
+    report = dt.compress(model, {"model": {"ratio": 0.05}}, init="scratch")
+    assert sum(row.bytes for row in report.rows) <= 0.05 * 4 * weights
+    assert [row.name for row in report.rows] == [
+        "decoder.weight", "lstm.weight_hh_l0", "lstm.weight_hh_l1", "lstm.weight_ih_l0", "lstm.weight_ih_l1",
+    ]  # fmt: skip
+    assert report.dense_bytes == 4 * dense
+    assert dt.save(model, tmp_path / "m.thin") == report.total_bytes
+    ids = torch.randint(2000, (4, 12), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    dt.save(model, tmp_path / "m.thin")
+    loaded = dt.load(Language(), tmp_path / "m.thin").eval()
+    assert loaded.embed.thin["weight"] is loaded.decoder.thin["weight"]
+    assert torch.equal(loaded(ids), model.eval()(ids))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Embedding(50, 20, max_norm=1.0), "changed in place"),
+        (nn.EmbeddingBag(50, 20, sparse=True), "changed in place"),
+        (nn.Bilinear(8, 8, 8), "Bilinear has no thin version"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(30, 30)), "has no thin version"),
+    ],
+)
+def test_what_cannot_be_thin_says_why(layer, reason):
+    with pytest.raises(ConfigError, match=reason):
+        dt.compress(nn.Sequential(layer), {"model": {"ratio": 0.3}})
+
+
+def test_a_model_that_is_one_layer():
+    layer = nn.LSTM(8, 32)
+    dt.compress(layer, {"model": {"ratio": 0.3}}, init="scratch")
+    assert list(thin_tensors(layer)) == ["weight_ih_l0", "weight_hh_l0"]
+    assert layer(torch.randn(3, 2, 8))[0].shape == (3, 2, 32)
+
+
+# Groups
+
+
+def stack(widths=(40, 40, 40, 10)):
+    torch.manual_seed(0)
+    layers = [nn.Linear(a, b) for a, b in zip((40, *widths), widths, strict=False)]
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
+
+
+@pytest.mark.parametrize("group", ["flat", "rows"])
+@pytest.mark.parametrize("method", ["deepthin", "shuffled", "rank"])
+def test_a_group_shares_one_code(group, method, tmp_path):
+    model = stack()
+    report = dt.compress(model, {"rules": {"*": {"method": method, "ratio": 0.1, "group": group}}}, init="scratch")
+    codes = {id(weight) for weight, _ in thin_tensors(model).values()}
+    assert len(codes) == 1
+    assert len(report.rows) == 4
+    assert {row.group for row in report.rows} == {"0.weight"}
+    weights = 3 * 1600 + 400
+    assert 0.07 * 4 * weights < sum(row.bytes for row in report.rows) <= 0.1 * 4 * weights
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
+    x, target = torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    for _ in range(200):
+        loss = nn.functional.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.3 or method == "rank"
+    y = model.eval()(x)
+    assert dt.save(model, tmp_path / "m.thin") == report.total_bytes
+    with torch.device("meta"):
+        empty = stack()
+    for fresh in (stack(), empty):
+        loaded = dt.load(fresh, tmp_path / "m.thin").eval()
+        assert torch.equal(loaded(x), y)
+        assert len({id(weight) for weight, _ in thin_tensors(loaded).values()}) == 1
+        dt.save(loaded, tmp_path / "again.thin")
+        assert (tmp_path / "again.thin").read_bytes() == (tmp_path / "m.thin").read_bytes()
+    dense = stack()
+    dense.load_state_dict({name: torch.from_numpy(a) for name, a in deepthin.load(tmp_path / "m.thin").items()})
+    assert torch.allclose(dense(x), y, atol=1e-4)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    assert torch.allclose(dt.materialize(model)(x), y, atol=1e-5)
+
+
+def test_members_of_a_flat_group_keep_their_own_spread():
+    model = nn.Sequential(nn.Linear(400, 100), nn.Linear(100, 25))
+    dt.compress(model, {"rules": {"*": {"ratio": 0.2, "group": "flat"}}}, init="scratch")
+    assert model[0].weight.std().item() == pytest.approx(math.sqrt(0.2 / 400), rel=0.25)
+    assert model[1].weight.std().item() == pytest.approx(math.sqrt(0.2 / 100), rel=0.25)
+
+
+def test_trained_members_are_encoded_each_at_its_scale():
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    before = [layer.weight.detach().clone() for layer in model]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = dt.compress(model, {"rules": {"*": {"ratio": 0.9, "rank": "max", "group": "flat"}}})
+    for row, weight, layer in zip(report.rows, before, model, strict=True):
+        assert row.error < 0.6
+        assert row.error == pytest.approx(((layer.weight - weight).norm() / weight.norm()).item(), rel=1e-4)
+
+
+def test_the_structured_product_of_a_group_is_the_dense_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 900), nn.Linear(900, 1024))
+    dt.compress(model, {"rules": {"*": {"ratio": 0.01, "group": "flat"}}}, init="scratch")
+    for layer in model:
+        x = torch.randn(128, layer.in_features)
+        part = layer.thin["weight"]
+        assert part.group.path(x, part.index) in ("fft", "direct")
+        reference = x.double() @ layer.weight.double().T
+        assert (part.product(x).double() - reference).norm() < 1e-5 * reference.norm()
+
+
+def test_groups_that_cannot_be():
+    with pytest.raises(
+        ConfigError, match=r"group = 'rows' stacks matrices of as many inputs, but 0.weight has 40 and 1"
+    ):
+        dt.compress(
+            nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 9)),
+            {"rules": {"*": {"ratio": 0.2, "group": "rows"}}},
+        )
+    with pytest.raises(ConfigError, match=r"0.bias has one dimension and cannot join a group"):
+        dt.compress(stack(), {"rules": {"*bias": {"ratio": 0.2, "group": "flat"}}})
+    with pytest.raises(ConfigError, match=r"group = 'row' is unknown. Did you mean 'rows'"):
+        dt.compress(stack(), {"rules": {"*": {"ratio": 0.2, "group": "row"}}})
+
+
+def test_a_group_that_lost_a_layer_is_not_saved(tmp_path):
+    model = stack()
+    dt.compress(model, {"rules": {"*": {"ratio": 0.2, "group": "flat"}}}, init="scratch")
+    with pytest.raises(ConfigError, match="share one code with layers that are no longer in the model"):
+        dt.save(model[:3], tmp_path / "m.thin")
