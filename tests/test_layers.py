@@ -64,7 +64,12 @@ CASES = {
         (4, 24),
     ),
     "MultiheadAttention, kdim": lambda: (
-        Net(nn.MultiheadAttention(24, 4, kdim=20, vdim=20, batch_first=True), lambda x: (x, *[x[..., :20]] * 2), first, 96),
+        Net(
+            nn.MultiheadAttention(24, 4, kdim=20, vdim=20, batch_first=True),
+            lambda x: (x, x[..., :20], x[..., :20]),
+            first,
+            96,
+        ),
         (4, 24),
     ),
     "TransformerEncoderLayer": lambda: (

@@ -36,9 +36,10 @@ def compress(
 
     ``init="trained"`` encodes the weights as they are; at extreme sizes that loses what the network has learned, and a
     warning says when fine-tuning is needed. ``init="scratch"`` draws fresh factors, whose weights have a tenth of He's
-    variance, from ``seed``; biases keep their own start either way. On the meta device a fresh start has no values yet. ``importance`` maps names to tensors of the
-    weights' shape, for methods that weigh errors. Shared tensors stay shared. The model is changed only if all goes
-    well: ConfigError and BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded.
+    variance (torch's own spread for embeddings and recurrent layers), from ``seed``; on the meta device they have no
+    values yet. Biases keep their own start either way. ``importance`` maps names to tensors of the weights' shape, for
+    methods that weigh errors. Shared tensors stay shared. The model is changed only if all goes well: ConfigError and
+    BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded.
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
