@@ -49,7 +49,7 @@ def resign(data, header):
 
 
 def parts_of(header):
-    return header["thin"]["a.weight"]["parts"]
+    return header["thin"]["a.weight"].setdefault("parts", [["a.weight", {"shape": [6, 8]}]])
 
 
 def header_of(data):
@@ -169,7 +169,7 @@ def test_bfloat16_is_widened_without_loss():
         (lambda h: parts_of(h).append(parts_of(h)[0]), "the tensors of a.weight are"),
         (lambda h: parts_of(h).clear(), "the tensors of a.weight are"),
         (lambda h: parts_of(h)[0].__setitem__(0, "b.weight"), "the tensors of a.weight are"),
-        (lambda h: h["thin"].update({"a.bias": h["thin"]["a.weight"]}), "the tensors of a.bias are"),
+        (lambda h: h["thin"].update({"a.bias": h["thin"]["a.weight"]}), "a.bias/xf must be .* but is missing"),
         (lambda h: h["thin"].pop("a.weight"), "share 'a.weight', which cannot be"),
         (lambda h: h["aliases"].update({"a.bias": "a.weight"}), "which cannot be"),
         (lambda h: h["aliases"].update({"e": "nowhere"}), "which cannot be"),

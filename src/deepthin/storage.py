@@ -160,14 +160,7 @@ def to_bytes(contents: Contents) -> bytes:
         raise ValueError("Two tensors would have one name in the file: rename the tensor whose name contains a slash.")
     header = {
         "version": VERSION,
-        "thin": {
-            key: {
-                "method": thin.name,
-                "fields": dataclasses.asdict(cast(Any, thin.method)),
-                "parts": [[name, _written(part)] for name, part in thin.parts.items()],
-            }
-            for key, thin in contents.thin.items()
-        },
+        "thin": {key: _entry(key, thin) for key, thin in contents.thin.items()},
         "aliases": dict(contents.aliases),
         "crc32": {name: f"{zlib.crc32(raw.data):08x}" for name, raw in tensors.items()},
     }
@@ -184,10 +177,14 @@ def to_bytes(contents: Contents) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-def _written(part: Part) -> dict[str, Any]:
-    """A part as the header has it: what is as usual is left out."""
-    fields = {"shape": part.shape, "scale": part.scale, "transposed": part.transposed}
-    return {key: value for key, value in fields.items() if value != {"scale": 1.0, "transposed": False}.get(key)}
+def _entry(key: str, thin: Thin) -> dict[str, Any]:
+    """A compressed matrix as the header has it: what is as usual is left out."""
+    entry: dict[str, Any] = {"method": thin.name, "fields": dataclasses.asdict(cast(Any, thin.method))}
+    if dict(thin.parts) != {key: Part(thin.method.shape)}:
+        usual = dataclasses.asdict(Part(()))
+        written = {name: dataclasses.asdict(part).items() for name, part in thin.parts.items()}
+        entry["parts"] = [[name, {k: v for k, v in items if v != usual[k]}] for name, items in written.items()]
+    return entry
 
 
 def from_bytes(data: bytes, where: str = "the file") -> Contents:
@@ -237,16 +234,17 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
         raw.numpy()  # a shape that NumPy cannot hold raises here
     thin: dict[str, Thin] = {}
     for name, entry in header["thin"].items():
-        if set(entry) != {"method", "fields", "parts"}:
+        if set(entry) - {"parts"} != {"method", "fields"}:
             raise FormatError(f"the entry of {name} has the keys {sorted(entry)}.")
         if not isinstance(entry["method"], str) or entry["method"] not in METHODS:
             raise FormatError(f"{name} is stored by method {entry['method']!r}; known are {', '.join(METHODS)}.")
         fields = {key: tuple(cast(Any, v)) if isinstance(v, list) else v for key, v in entry["fields"].items()}
         method = METHODS[entry["method"]](**cast(dict[str, Any], fields))
-        parts = {own: _part(own, written) for own, written in entry["parts"]}
+        listed = entry.get("parts", [[name, {"shape": list(method.shape)}]])
+        parts = {own: _part(own, written) for own, written in listed}
         entries = sum(math.prod(part.shape) for part in parts.values())
-        if len(parts) < len(entry["parts"]) or next(iter(parts), None) != name:
-            raise FormatError(f"the tensors of {name} are {[own for own, _ in entry['parts']]}.")
+        if len(parts) < len(listed) or next(iter(parts), None) != name:
+            raise FormatError(f"the tensors of {name} are {[own for own, _ in listed]}.")
         if method.shape[0] != -(-entries // method.shape[1]):
             raise FormatError(f"{name} needs {entries} entries, but its plan stores a {method.shape} matrix.")
         if len(parts) == 1 and method.shape != virtual_shape(parts.values()):
