@@ -164,6 +164,21 @@ def test_tied_weights_stay_tied(x, tmp_path):
     assert dense.first.weight is dense.second.weight
 
 
+def test_tied_weights_are_planned_once(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second = nn.Linear(40, 40)
+            self.first = nn.Linear(40, 40)
+            self.first.weight = self.second.weight
+
+    report = dt.plan(Named(), RATIO)
+    assert [row.name for row in report.rows] == ["first.weight"]
+    model = Named()
+    assert dt.compress(model, {"model": {"file_bytes": 2500}}, init="scratch").total_bytes <= 2500
+    assert dt.save(model, tmp_path / "m.thin") <= 2500
+
+
 def test_tied_dense_tensors_stay_tied_on_the_meta_device(tmp_path):
     model = Tied()
     dt.save(model, tmp_path / "m.thin")

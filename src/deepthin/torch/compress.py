@@ -182,11 +182,12 @@ def _tensors(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Mod
         turned = {is_transposed(layer) for layer, _ in holders[key]}
         if len(turned) > 1:
             reasons.append("a tensor shared by layers that keep it in different orders is not covered")
-        shape, also = tuple(parameter.shape), tuple(names[key][1:])
+        name, *also = sorted(names[key])  # files keep a shared tensor under the first of its names
+        shape = tuple(parameter.shape)
         std = fresh_std(holders[key][0][0], shape) if not reasons and len(shape) > 1 else 1.0
         turned_matrix = turned == {True} and len(shape) == 2
-        found.append(Named(names[key][0], shape, "; ".join(reasons), also, turned_matrix, std))
-    return found, {names[key][0]: held for key, held in holders.items()}
+        found.append(Named(name, shape, "; ".join(reasons), tuple(also), turned_matrix, std))
+    return found, {min(names[key]): held for key, held in holders.items()}
 
 
 def _parts(planned: Planned) -> list[Part]:

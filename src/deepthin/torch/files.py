@@ -51,6 +51,9 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
         if name not in thin_now and ((reason := why_not(layer, own)) or own not in layer._parameters):
             raise ConfigError(f"{path} stores {name} thin, but in the model {reason or f'{own} is no parameter'}.")
 
+    sharing: dict[str, list[str]] = {}
+    for alias, target in stored.aliases.items():
+        sharing.setdefault(target, []).append(alias)
     for thin in stored.thin.values():
         code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
         name = next(iter(thin.parts))
@@ -64,7 +67,7 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
         ).requires_grad_(old.requires_grad)
         for index, part in enumerate(thin.parts):
             generated = weight if len(thin.parts) == 1 else ThinPart(weight, index)
-            for shared in (part, *(alias for alias, target in stored.aliases.items() if target == part)):
+            for shared in (part, *sharing.get(part, ())):
                 layer, own = _owner(model, shared)
                 make_thin(layer, {own: generated})
     replaced: dict[int, Tensor] = {}
@@ -102,9 +105,7 @@ def contents(model: nn.Module) -> Contents:
         code = {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
         thin[next(iter(named))] = Thin(weight.name, weight.method, named, code)
     for name, tensor in sorted(_dense_tensors(model).items()):
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        key = id(tensor) if tensor.is_meta or tensor.numel() == 0 else place
-        if (kept := first.setdefault(key, name)) != name:
+        if (kept := first.setdefault(id(tensor), name)) != name:
             aliases[name] = kept
         else:
             dense[name] = _raw(name, tensor)
