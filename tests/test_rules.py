@@ -166,8 +166,8 @@ def test_infeasible_model_ratio_names_the_smallest():
     with pytest.raises(BudgetError) as caught:
         Rules.parse({"model": {"ratio": 1e-9}}).plan(MODEL)
     assert str(caught.value) == (
-        "The matched matrices cannot be stored in 0 bytes: the smallest plans together need 5524. "
-        "Use [model] ratio >= 0.0052, another method, or [model] ignore."
+        "The matched matrices cannot be stored in 0 bytes: the smallest plans, and what the rules' own targets fix, "
+        "need 5524. Use [model] ratio >= 0.0052, another method, or [model] ignore."
     )
     Rules.parse({"model": {"ratio": 0.0052}}).plan(MODEL)
     assert caught.value.smallest_ratio == pytest.approx(5524 / 4 / AREA)

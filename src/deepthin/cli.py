@@ -6,6 +6,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,7 +96,7 @@ def bench(
     rows: Annotated[int, typer.Option(min=1, help="Outputs of the layer.")] = 2048,
     cols: Annotated[int, typer.Option(min=1, help="Inputs of the layer.")] = 2048,
     rank: Annotated[int, typer.Option(min=1, help="Of the factors.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; the median counts.")] = 21,
     out: Annotated[Path | None, typer.Option("--out", "--json", help="Also write the rows to this file.")] = None,
 ) -> None:
@@ -106,8 +107,9 @@ def bench(
     from deepthin import bench as engine
 
     _known(case, engine.CASES, "case")
-    batches = tuple(int(part) for part in batch.split(",") if part.strip().isdigit())
-    if not batches:
+    parts = [part.strip() for part in batch.split(",")]
+    batches = tuple(int(part) for part in parts if part.isdecimal())
+    if len(batches) < len(parts) or 0 in batches:
         raise ConfigError(f"--batch {batch!r} must be whole numbers with commas, such as 1,8,32.")
     found = engine.run(case, (rows, cols), _ratios(ratios), batches, rank, threads, repeats)
     print(engine.summary(found))
@@ -131,7 +133,7 @@ def compare(
     width: Annotated[int | None, typer.Option(min=1, help="Units of a hidden layer  [default: the task's]")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Hidden layers  [default: the task's]")] = None,
     data: Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")] = 1,
     json_file: Json = None,
 ) -> None:
     """Train one network by several methods at equal bytes, and report error against size.
@@ -149,14 +151,15 @@ def compare(
 
     torch.set_num_threads(threads)
     _known(task, TASKS, "task")
-    chosen = tuple(_known(method.strip(), engine.COMPARED, "method") for method in methods.split(","))
+    chosen = tuple(dict.fromkeys(_known(m.strip(), engine.COMPARED, "method") for m in methods.split(",")))
     settings = engine.Settings(task, chosen, _ratios(ratios), seeds, steps, data, width, depth)
     out = out or Path("runs") / task
     with _progress() as report_step:
         rows = engine.compare(settings, out, report_step)
     page = results.write_page(rows, out, shlex.join(["deepthin", *sys.argv[1:]]))
     print(results.summary(rows))
-    print("\nEvery file was loaded into a new model, which predicted exactly what the trained one did.")
+    if any(row["value"] is not None for row in rows):
+        print("\nEvery file was loaded into a new model, which predicted exactly what the trained one did.")
     if best := results.best_thin(rows):
         print(f"Best file by development {best['metric']}: {out / best['model']}, {best['bytes']:,} bytes")
     print(f"Report: {page}")
@@ -190,10 +193,18 @@ def _build(spec: str) -> "nn.Module":
         factory: Callable[[], Any] = getattr(importlib.import_module(module_name), function)
     except ImportError as error:
         raise ConfigError(f"--model {spec}: cannot import {module_name!r} from {Path.cwd()}: {error}.") from None
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, TypeError):
         raise ConfigError(
             f"--model {spec}: write package.module:function; {module_name!r} has no {function!r}."
         ) from None
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ConfigError(
+            f"--model {spec} is {type(factory).__name__}: it must be a function that returns the network."
+        )
+    try:
+        signature(factory).bind()
+    except TypeError as error:
+        raise ConfigError(f"--model {spec}: the function must work without arguments, but has a {error}.") from None
     network = factory()
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--model {spec} returned {type(network).__name__}, no torch.nn.Module.")
@@ -207,10 +218,7 @@ def _rules(config: Path | None, ratio: float | None) -> Any:
 
 
 def _load_weights(network: "nn.Module", path: Path) -> None:
-    import pickle
-
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -218,10 +226,14 @@ def _load_weights(network: "nn.Module", path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file makes a reader raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"--weights {path} cannot be read as a state dict: {reason}") from None
+    try:
         network.load_state_dict(state)
-    except (SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"--weights {path} cannot be read: {str(error).splitlines()[0]}") from None
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ConfigError(f"--weights {path} do not fit --model: {' '.join(str(error).split())}") from None
 
 
@@ -236,7 +248,7 @@ def _known(word: str, valid: Any, what: str) -> str:
 
 def _ratios(text: str) -> tuple[float, ...]:
     try:
-        ratios = tuple(float(part) for part in text.split(","))
+        ratios = tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError:
         raise ConfigError(f"--ratios {text!r} must be numbers with commas, such as 0.02,0.01.") from None
     if not all(0 < ratio < 1 for ratio in ratios):

@@ -115,7 +115,7 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
     about = {"task": settings.task, "steps": run.steps, "data": run.data.about, "network": shape}
     _check_same_run(about, out)
     results = out / "results.json"
-    rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
+    rows: list[dict[str, Any]] = _read(results, list) if results.exists() else []
     done = {Trial(row["method"], row["ratio"], row["seed"]) for row in rows}
     for trial in _trials(settings):
         if trial not in done:
@@ -175,11 +175,22 @@ def _run(run: Run, trial: Trial, out: Path, progress: Progress) -> list[dict[str
     return rows
 
 
+def _read(path: Path, kind: type) -> Any:
+    """What an earlier run wrote; ConfigError if it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it to begin anew.") from None
+    if not isinstance(found, kind):
+        raise ConfigError(f"{path} is damaged (it holds no {kind.__name__}): remove it to begin anew.")
+    return found
+
+
 def _check_same_run(run: dict[str, Any], out: Path) -> None:
     """Results of different runs must not mix in one folder."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "run.json"
-    if path.exists() and (earlier := json.loads(path.read_text())) != run:
+    if path.exists() and (earlier := _read(path, dict)) != run:
         changed = [f"{key} = {earlier.get(key)!r}, now {run[key]!r}" for key in run if earlier.get(key) != run[key]]
         raise ConfigError(f"{out} holds results of another run ({'; '.join(changed)}): choose another --out.")
     write_atomically(path, json.dumps(run, indent=1).encode())

@@ -37,8 +37,8 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a NaN error becomes None."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fields"}
-        error = None if math.isnan(self.error) else self.error
-        return {**own, **self.fields, "ratio": self.ratio, "error": error, "shape": list(self.shape)}
+        error = _or_none(self.error)
+        return {**own, **self.fields, "ratio": _or_none(self.ratio), "error": error, "shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Report:
         """The rows and the totals as a JSON object."""
         totals = {name: getattr(self, name) for name in ("total_bytes", "dense_bytes", "other_bytes", "header_bytes")}
         rows = [row.to_dict() for row in self.rows]
-        return json.dumps({"rows": rows, **totals, "ratio": self.ratio}, indent=1)
+        return json.dumps({"rows": rows, **totals, "ratio": _or_none(self.ratio)}, indent=1)
 
     def __str__(self) -> str:
         heads = ("matrix", "method", "shape", "dense bytes", "bytes", "ratio", "error", "plan")
         body = [
             (
-                row.name,
+                "".join(c if c.isprintable() else repr(c)[1:-1] for c in row.name),
                 row.method,
                 "x".join(map(str, row.shape)),
                 f"{row.dense_bytes:,}",
@@ -86,6 +86,11 @@ class Report:
         body.append(("names, checksums", "", "", "", f"{self.header_bytes:,}", "", "", ""))
         total = ("file", "", "", f"{self.dense_bytes:,}", f"{self.total_bytes:,}", f"{self.ratio:.4f}", "", "")
         return table(heads, [*body, total], right=(3, 4, 5, 6))
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = (), total: bool = True) -> str:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deepthin.method import BudgetError, ConfigError, Method, round_up
 from deepthin.methods import METHODS
@@ -107,14 +107,15 @@ class Rule:
     @property
     def own_target(self) -> bool:
         """Whether the rule itself says how large each of its matrices becomes."""
-        sized = self.method in METHODS and METHODS[self.method].sized_by & self.options.keys()
-        return self.ratio is not None or self.bytes is not None or bool(sized)
+        sizes = METHODS[self.method].sized_by if self.method in METHODS else ()
+        sized = any(isinstance(self.options.get(option), int) for option in sizes)
+        return self.ratio is not None or self.bytes is not None or sized
 
     def max_bits(self, dense_bits: int) -> int:
         """The rule's own target for one matrix, or for a whole group, in bits."""
         if self.bytes is not None:
             return 8 * self.bytes
-        return int(self.ratio * dense_bits) if self.ratio is not None else 32 * dense_bits
+        return _share_of(self.ratio, dense_bits) if self.ratio is not None else 32 * dense_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +148,13 @@ class Rules:
         if ratio is not None and file_bytes is not None:
             raise ConfigError("[model] has both ratio and file_bytes: give one target.")
         ignore = model.get("ignore", ())
-        if isinstance(ignore, str) or not all(isinstance(pattern, str) for pattern in ignore):
+        if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in cast(list[object], ignore)):
             raise ConfigError(f"[model] ignore = {ignore!r} must be a list of patterns, such as ['output'].")
         allocation = model.get("allocation", "flat")
         if allocation not in ALLOCATIONS:
             raise ConfigError(f"[model] allocation = {allocation!r} is unknown. {_closest(allocation, ALLOCATIONS)}")
         rules = tuple(_parse_rule(pattern, table) for pattern, table in _table(source, "rules").items())
-        return cls(rules or (Rule("*"),), ratio, file_bytes, tuple(ignore), allocation)
+        return cls(rules or (Rule("*"),), ratio, file_bytes, tuple(cast(list[str], ignore)), allocation)
 
     def match(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Rule]]:
         """Every tensor that has a rule, and that rule; the first match wins.
@@ -174,7 +175,7 @@ class Rules:
                     raise ConfigError(
                         f"rule {rule.pattern!r} reaches {tensor.name}: {tensor.uncovered}. Covered are the parameters "
                         "of linear, convolution, embedding, recurrent and attention layers of torch.nn. Add "
-                        f"{tensor.name.rpartition('.')[0] or tensor.name!r} to [model] ignore to keep it dense."
+                        f"{_to_ignore(tensor)!r} to [model] ignore to keep it dense."
                     )
                 matched[tensor.name] = rule
         return {tensor.name: (tensor, matched[tensor.name]) for tensor in tensors if tensor.name in matched}
@@ -190,7 +191,7 @@ class Rules:
         methods: dict[str, Method | None] = {}
         shared: list[_Unit] = []
         for unit in units:
-            if unit.rule.method == DENSE:
+            if unit.rule.method == DENSE or unit.dense_bits == 0:
                 methods[unit.name] = None
             elif unit.rule.own_target:
                 methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
@@ -203,10 +204,10 @@ class Rules:
                 shared.append(unit)
             else:
                 methods[unit.name] = None
-        if shared:
+        if model_bits is not None or self.ratio is not None:
             compared = sum(unit.dense_bits for unit in units if unit.rule.method != DENSE)
             if model_bits is None:
-                model_bits = int((self.ratio or 1.0) * compared)
+                model_bits = _share_of(self.ratio or 1.0, compared)
             taken = 0
             for unit in units:
                 if unit.rule.method != DENSE and unit.name in methods:
@@ -215,13 +216,14 @@ class Rules:
             smallest = taken + sum(unit.smallest_bits() for unit in shared)
             if smallest > model_bits:
                 raise BudgetError(
-                    f"The matched matrices cannot be stored in {max(model_bits, 0) // 8} bytes: the smallest plans "
-                    f"together need {smallest // 8}. Use [model] ratio >= {round_up(smallest / compared)}, "
-                    "another method, or [model] ignore.",
+                    f"The matched matrices cannot be stored in {max(model_bits, 0) // 8} bytes: the smallest plans, "
+                    f"and what the rules' own targets fix, need {smallest // 8}. Use [model] ratio >= "
+                    f"{round_up(smallest / compared)}, another method, or [model] ignore.",
                     smallest_bits=smallest,
                     smallest_ratio=smallest / compared,
                 )
-            methods |= self._share(shared, model_bits - taken)
+            if shared:
+                methods |= self._share(shared, model_bits - taken)
         names = {unit.name: unit for unit in units}
         within = {tensor.name for unit in units for tensor in unit.tensors}
         planned: list[Planned] = []
@@ -322,6 +324,16 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return -(-math.prod(shape) // cols), cols
 
 
+def _share_of(ratio: float, bits: int) -> int:
+    """Bits at a ratio; what is a whole number but for rounding stays one."""
+    return math.floor(ratio * bits + 1e-6)
+
+
+def _to_ignore(tensor: Tensor) -> str:
+    """What to write in [model] ignore: the layer, but the tensor itself where patterns for layers do not reach it."""
+    return (tensor.name.rpartition(".")[0] or tensor.name) if len(tensor.shape) > 1 else tensor.name
+
+
 def _dotted(path: str, part: str) -> str:
     return f"{path}.{part}"
 
@@ -336,6 +348,8 @@ def _parse_rule(pattern: str, table: Any) -> Rule:
     if not isinstance(method, str) or (method != DENSE and method not in METHODS):
         raise ConfigError(f"{where} method = {method!r} is unknown. {_closest(method, (*METHODS, DENSE))}")
     options = METHODS[method].options if method in METHODS else ()
+    if method == DENSE and (target := settings.keys() & {"ratio", "bytes", "group"}):
+        raise ConfigError(f"{where} keeps its matrices dense, so {min(target)} has no meaning there: leave it out.")
     _check_keys(settings, (*_RULE_KEYS, *options), f"{where}, method {method}")
     ratio = _number(settings, "ratio", float, where)
     max_bytes = _number(settings, "bytes", int, where)
@@ -352,7 +366,7 @@ def _matcher(pattern: str) -> Any:
     """A test for names: ``re:`` and a regular expression that must match whole, or a glob whose * crosses dots."""
     try:
         return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)).fullmatch
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}.") from None
 
 

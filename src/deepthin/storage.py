@@ -4,8 +4,8 @@ Writing is atomic, and the bytes depend on the contents alone. Reading trusts no
 FormatError says so before anything large is allocated.
 """
 
+import contextlib
 import dataclasses
-import glob
 import itertools
 import json
 import math
@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +30,13 @@ VERSION = 1
 MAX_BYTES = 4 << 30
 _CHECKSUM = "__crc32__"
 _STALE_SECONDS = 3600
+_MOST_DIMENSIONS = 64  # what NumPy and torch can hold
 _NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "C64": "<c8", "BOOL": "|b1",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
 }  # fmt: skip
 _ITEM_BYTES = {"BF16": 2, **{name: np.dtype(code).itemsize for name, code in _NUMPY.items()}}
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,13 @@ class Thin:
 
     @property
     def dense_bytes(self) -> int:
-        """Of the tensors as 32-bit floats."""
-        return sum(4 * math.prod(part.shape) for part in self.parts.values())
+        """Of the dense tensors, in the type of the code."""
+        return sum(self.item_bytes * math.prod(part.shape) for part in self.parts.values())
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one number of the code."""
+        return _ITEM_BYTES[next(iter(self.code.values())).dtype]
 
     def decode(self) -> dict[str, np.ndarray]:
         """The dense tensors by name; codes in half precision are decoded in float32."""
@@ -107,11 +113,14 @@ class Thin:
         return {name: np.ascontiguousarray(part.cut(flat[start:end])) for (name, part), start, end in cuts}
 
 
-def virtual_shape(parts: Collection[Part]) -> tuple[int, int]:
-    """The matrix that holds these tensors: their own for one of two dimensions or more, near-square for others."""
-    if len(parts) == 1 and len((part := next(iter(parts))).shape) > 1:
-        return matrix_shape(part.shape[::-1] if part.transposed else part.shape)
-    return matrix_shape((sum(math.prod(part.shape) for part in parts),))
+def _possible_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """The matrices that may hold these tensors: a single one's own, or for several near-square, or stacked."""
+    own = [matrix_shape(part.shape[::-1] if part.transposed else part.shape) for part in parts]
+    if len(own) == 1:
+        return own
+    flat = matrix_shape((sum(math.prod(part.shape) for part in parts),))
+    stacked = (sum(rows for rows, _ in own), own[0][1])
+    return [flat, stacked] if len({cols for _, cols in own}) == 1 else [flat]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +143,7 @@ class Contents:
         for key, thin in self.thin.items():
             left, dense_left = thin.bytes, thin.dense_bytes
             for name, part in thin.parts.items():
-                dense = 4 * math.prod(part.shape)
+                dense = thin.item_bytes * math.prod(part.shape)
                 share = left * dense // dense_left
                 left, dense_left = left - share, dense_left - dense
                 group = {"group": key} if len(thin.parts) > 1 else {}
@@ -156,7 +165,9 @@ def to_bytes(contents: Contents) -> bytes:
     tensors = dict(contents.dense)
     for name, thin in contents.thin.items():
         tensors |= {f"{name}/{entry}": raw for entry, raw in thin.code.items()}
-    if _CHECKSUM in tensors or len(tensors) < len(contents.dense) + sum(len(t.code) for t in contents.thin.values()):
+    if {_CHECKSUM, "__metadata__"} & tensors.keys():
+        raise ValueError(f"No tensor may be called {_CHECKSUM} or __metadata__: rename it.")
+    if len(tensors) < len(contents.dense) + sum(len(t.code) for t in contents.thin.values()):
         raise ValueError("Two tensors would have one name in the file: rename the tensor whose name contains a slash.")
     header = {
         "version": VERSION,
@@ -213,14 +224,15 @@ def from_bytes(data: bytes, where: str = "the file") -> Contents:
 
 def _damaged(header: Any, tensors: Mapping[str, Raw]) -> str:
     """Which tensors a damaged file has got wrong, as far as what is left of its header tells."""
-    sums: Any = cast(Any, header).get("crc32", {}) if isinstance(header, dict) else {}
+    sums: Any = cast(Any, header).get("crc32") if isinstance(header, dict) else None
+    sums = cast(Any, sums) if isinstance(sums, dict) else {}
     wrong = [name for name, raw in tensors.items() if name in sums and sums[name] != f"{zlib.crc32(raw.data):08x}"]
     return ", ".join(wrong) or "its header"
 
 
 def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
     """Check a header that an attacker may have written against the tensors that are really there."""
-    if header["version"] != VERSION:
+    if header["version"] != VERSION or type(header["version"]) is not int:
         raise FormatError(f"it is of format version {header['version']!r}; this deepthin reads version {VERSION}.")
     if set(header) != {"version", "thin", "aliases", "crc32"}:
         raise FormatError(f"its header has the keys {sorted(header)}.")
@@ -242,26 +254,29 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
         method = METHODS[entry["method"]](**cast(dict[str, Any], fields))
         listed = entry.get("parts", [[name, {"shape": list(method.shape)}]])
         parts = {own: _part(own, written) for own, written in listed}
-        entries = sum(math.prod(part.shape) for part in parts.values())
         if len(parts) < len(listed) or next(iter(parts), None) != name:
             raise FormatError(f"the tensors of {name} are {[own for own, _ in listed]}.")
-        if method.shape[0] != -(-entries // method.shape[1]):
-            raise FormatError(f"{name} needs {entries} entries, but its plan stores a {method.shape} matrix.")
-        if len(parts) == 1 and method.shape != virtual_shape(parts.values()):
-            raise FormatError(f"{name} has the shape {parts[name].shape}, but its plan stores a {method.shape} matrix.")
+        if method.shape not in _possible_shapes(list(parts.values())):
+            shapes = " + ".join(str(part.shape) for part in parts.values())
+            raise FormatError(f"{name} holds tensors of shape {shapes}, but its plan stores a {method.shape} matrix.")
         code: dict[str, Raw] = {}
         for key, expected in method.code_shapes().items():
             raw = tensors.pop(f"{name}/{key}", None)
-            if raw is None or raw.shape != expected or raw.dtype not in _FLOATS:
+            if raw is None or raw.shape != expected or raw.dtype not in FLOATS:
                 found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
                 raise FormatError(f"{name}/{key} must be floating numbers of shape {expected}, but {found}.")
             code[key] = raw
+        if len(kinds := {raw.dtype for raw in code.values()}) > 1:
+            raise FormatError(f"the code of {name} mixes the types {', '.join(sorted(kinds))}.")
         thin[name] = Thin(entry["method"], method, parts, code)
-    names = [own for entry in thin.values() for own in entry.parts] + list(tensors)
-    known = set(names)
-    if len(known) < len(names):
-        raise FormatError(f"{max(names, key=names.count)} is stored twice.")
-    aliases = dict(header["aliases"])
+    known = set(tensors)
+    for own in (own for entry in thin.values() for own in entry.parts):
+        if own in known:
+            raise FormatError(f"{own} is stored twice.")
+        known.add(own)
+    aliases: dict[str, str] = header["aliases"]
+    if not isinstance(cast(object, aliases), dict):
+        raise FormatError(f"the shared names are {aliases!r}.")
     for name, target in aliases.items():
         if name in known or target not in known:
             raise FormatError(f"the name {name} is declared to share {target!r}, which cannot be.")
@@ -275,6 +290,7 @@ def _part(name: str, written: dict[str, Any]) -> Part:
     if (
         not isinstance(cast(object, name), str)
         or not fine
+        or len(cast(list[Any], shape)) > _MOST_DIMENSIONS
         or type(scale) is not float
         or not 0 < scale < math.inf
         or type(transposed) is not bool
@@ -307,7 +323,8 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None) ->
 def load(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
     """The dense state dict, decoded by NumPy: the same names, biases and buffers included.
 
-    ``max_bytes`` caps the decoded size, since a small file may declare a huge matrix; FormatError above it.
+    ``max_bytes`` caps the decoded size, since a small file may declare a huge matrix; FormatError above it. Decoding
+    one matrix takes up to twice its size besides, a shuffled one up to eight times (its permutation).
     """
     contents = read(path)
     declared = sum(thin.dense_bytes for thin in contents.thin.values())
@@ -331,22 +348,27 @@ def inspect(path: str | Path) -> Report:
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Replace the file at ``path`` by ``data``: after a crash or a full disk either the old or the new file is whole.
 
-    The bytes go to a temporary file beside it, are forced to disk, and take the name in one step. Temporary files that
-    an earlier crash left more than an hour ago are removed. OSError names the path; then the old file still stands.
+    The bytes go to a temporary file beside it, are forced to disk, and take the name, and an old file's mode, in one
+    step. Temporary files that an earlier crash left more than an hour ago are removed. A link is followed; a pipe or a
+    device is written to. OSError names the path; then the old file still stands.
     """
-    path = Path(path)
-    prefix = f".{path.name}."
-    for stale in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        try:
-            if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
-                stale.unlink()
-        except FileNotFoundError:
-            continue  # another save cleaned it up
-    temporary = path.parent / f"{prefix}{secrets.token_hex(8)}.tmp"
+    path = Path(path).resolve()
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        prefix = f".deepthin-{zlib.crc32(path.name.encode()):08x}-"
+        for stale in path.parent.glob(f"{prefix}*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # another save may clean up as well
+                if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                    stale.unlink()
+        temporary = path.parent / f"{prefix}{secrets.token_hex(8)}.tmp"
         try:
+            mode = path.stat().st_mode & 0o777 if path.exists() else None
             file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
+                if mode is not None:
+                    os.fchmod(file, mode)
                 view = memoryview(data)
                 while view:
                     view = view[os.write(file, view) :]

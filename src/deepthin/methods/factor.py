@@ -56,7 +56,7 @@ class Factor:
         *,
         rank: Any = 1,
         n: Any = "coprime",
-        seed: int | None = None,
+        seed: Any = None,
     ) -> "Factor":
         """The plan for ``max_bits``: the smallest n that is coprime with the fan-in and keeps ``r (m + n)`` in budget.
 
@@ -69,6 +69,8 @@ class Factor:
             raise ConfigError(f"rank = {rank!r} is not a rank: give a positive integer or 'max'.")
         if n not in ("coprime", "fan-in") and (type(n) is not int or n < 1):
             raise ConfigError(f"n = {n!r} is not a width: give 'coprime', 'fan-in' or a positive integer.")
+        if seed is not None and type(seed) is not int:
+            raise ConfigError(f"seed = {seed!r} is not a seed: give an integer.")
         floats = max_bits // FLOAT_BITS
         if n == "coprime":
             plan = _coprime_plan(shape, floats, rank)
@@ -85,7 +87,8 @@ class Factor:
         name = "Rank factorisation" if n == "fan-in" else "DeepThin" if seed is None else "DeepThin-shuffled"
         raise BudgetError(
             f"{name} cannot store {shape[0]}x{shape[1]} in {max_bits} bits: the smallest plan (m={smallest.m}, "
-            f"n={smallest.n}, r={least_rank}) needs {smallest.bits()}. Use ratio >= {round_up(ratio)}"
+            f"n={smallest.n}, r={least_rank}) needs {smallest.bits()}. "
+            + (f"Use ratio >= {round_up(ratio)}" if ratio <= 1 else "That is more than dense: keep it dense")
             + (" or a smaller rank." if least_rank > 1 else "."),
             smallest_bits=smallest.bits(),
             smallest_ratio=ratio,

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,10 @@ def _idx(folder: Path, name: str) -> np.ndarray:
         raise ConfigError(
             f"There is no {name}.gz in {folder} or {folder / 'mnist'}: --data must hold MNIST's IDX files."
         )
-    raw = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
-    rank = raw[3]
-    shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    try:
+        raw = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+        rank = raw[3]
+        shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
+        raise ConfigError(f"{found} is no IDX file, or damaged: {error}.") from None

@@ -38,12 +38,14 @@ def compress(
     warning says when fine-tuning is needed. ``init="scratch"`` draws fresh factors, whose weights have a tenth of He's
     variance (torch's own spread for embeddings and recurrent layers), from ``seed``; on the meta device they have no
     values yet. Biases keep their own start either way. ``importance`` maps names to tensors of the weights' shape, for
-    methods that weigh errors. Shared tensors stay shared. The model is changed only if all goes well: ConfigError and
-    BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded.
+    methods that weigh errors; a name that is missing weighs all alike. Shared tensors stay shared. The model is changed
+    only if all goes well: ConfigError and BudgetError come before, and NonFiniteError for a NaN or infinity in a weight
+    that is encoded.
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     found, owners = _tensors(model)
+    contents(model)  # TypeError now, not after the model has changed, for what no file can hold
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
     for planned in _plan(model, Rules.parse(rules), found):
@@ -51,20 +53,24 @@ def compress(
         if method is None:
             continue
         dense = [_value(owners[name]) for name in names]
+        if len({(tensor.dtype, tensor.device, tensor.requires_grad) for tensor in dense}) > 1:
+            raise ConfigError(
+                f"{', '.join(names)} cannot share a code: they differ in type, device or in being frozen."
+            )
         parts = _parts(planned)
         if init == "scratch" and dense[0].dim() > 1:
-            rng = np.random.default_rng([seed, zlib.crc32(names[0].encode())])
+            rng = np.random.default_rng([seed % 2**64, zlib.crc32(names[0].encode())])
             weight = ThinWeight.draw(planned.name, method, parts, dense[0], rng, planned.tensors[0].std)
         else:
             for name, tensor in zip(names, dense, strict=True):
                 _check_finite(name, tensor)
-            weigh = [importance[name] for name in names] if importance else None
+            weigh = [importance[name] for name in names] if importance and names[0] in importance else None
             weight = ThinWeight.encode(planned.name, method, parts, dense, weigh)
             with torch.no_grad():
                 for index, (name, tensor) in enumerate(zip(names, dense, strict=True)):
                     norm = tensor.norm().item()
                     errors[name] = (weight(index) - tensor).norm().item() / norm if norm > 0 else 0.0
-        weights.append((planned, weight.requires_grad_(any(tensor.requires_grad for tensor in dense))))
+        weights.append((planned, weight.requires_grad_(dense[0].requires_grad)))
     for planned, weight in weights:
         for index, tensor in enumerate(planned.tensors):
             generated = weight if len(planned.tensors) == 1 else ThinPart(weight, index)
@@ -171,6 +177,8 @@ def _tensors(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Mod
         if isinstance(module, ThinWeight):
             continue
         for own, parameter in module._parameters.items():
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise ConfigError(f"{path}.{own} has no shape yet: call the model once, then compress it.".lstrip("."))
             if parameter is not None:
                 parameters[id(parameter)] = parameter
                 names.setdefault(id(parameter), []).append(f"{path}.{own}".lstrip("."))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from deepthin import storage
 from deepthin.method import ConfigError
-from deepthin.storage import Contents, Raw, Thin
-from deepthin.torch.layers import ThinLayer, make_thin, thin_tensors, why_not
+from deepthin.storage import FLOATS, Contents, Raw, Thin
+from deepthin.torch.layers import ThinLayer, is_transposed, make_thin, thin_tensors, why_not
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 _TYPES = {
@@ -46,39 +46,77 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
     wanted |= {name: raw.shape for name, raw in stored.dense.items()}
     wanted |= {name: wanted[target] for name, target in stored.aliases.items()}
     _check(wanted, have, str(path))
-    for name in wanted.keys() - _names_of(stored, stored.dense):
-        layer, own = _owner(model, name)
-        if name not in thin_now and ((reason := why_not(layer, own)) or own not in layer._parameters):
-            raise ConfigError(f"{path} stores {name} thin, but in the model {reason or f'{own} is no parameter'}.")
+    for name in wanted:
+        _check_place(model, name, stored, thin_now, dense_now, str(path))
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
         sharing.setdefault(target, []).append(alias)
     for thin in stored.thin.values():
-        code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
         name = next(iter(thin.parts))
         old = next(iter(thin_now[name][0].code().values())) if name in thin_now else dense_now[name]
-        device = "cpu" if old.is_meta else old.device
-        weight = ThinWeight(
-            thin.name,
-            thin.method,
-            list(thin.parts.values()),
-            {entry: tensor.to(device) for entry, tensor in code.items()},
-        ).requires_grad_(old.requires_grad)
-        for index, part in enumerate(thin.parts):
-            generated = weight if len(thin.parts) == 1 else ThinPart(weight, index)
-            for shared in (part, *sharing.get(part, ())):
-                layer, own = _owner(model, shared)
-                make_thin(layer, {own: generated})
+        code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
+        if not old.is_meta:
+            code = {entry: tensor.to(old.device, old.dtype) for entry, tensor in code.items()}
+        places = [(own, index) for index, part in enumerate(thin.parts) for own in (part, *sharing.get(part, ()))]
+        weight, _ = thin_now.get(name, (None, 0))
+        same = weight is not None and all(thin_now.get(own) == (weight, index) for own, index in places)
+        if weight is not None and same and not old.is_meta and _plan_of(weight) == _plan_of(thin):
+            with torch.no_grad():  # optimisers, and what is frozen, stay as they are
+                for entry, tensor in weight.code().items():
+                    tensor.copy_(code[entry])
+            continue
+        fresh = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code).requires_grad_(old.requires_grad)
+        for own, index in places:
+            layer, parameter = _owner(model, own)
+            make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})
     replaced: dict[int, Tensor] = {}
     for name in _names_of(stored, stored.dense):
-        _put(model, name, _tensor(stored.dense[stored.aliases.get(name, name)]), replaced)
+        tensor = _tensor(stored.dense[stored.aliases.get(name, name)])
+        _put(model, name, tensor.clone() if name in stored.aliases else tensor, replaced)
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
         warnings.warn(
             f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
             stacklevel=2,
         )
     return model
+
+
+def _plan_of(matrix: ThinWeight | Thin) -> tuple[object, ...]:
+    parts = matrix.parts.values() if isinstance(matrix, Thin) else matrix.parts
+    return matrix.name, matrix.method, *parts
+
+
+def _check_place(
+    model: nn.Module,
+    name: str,
+    stored: Contents,
+    thin_now: Mapping[str, tuple[ThinWeight, int]],
+    dense_now: Mapping[str, Tensor],
+    path: str,
+) -> None:
+    """ConfigError if what a file holds under a name cannot stand where the model has it."""
+    layer, own = _owner(model, name)
+    target = stored.aliases.get(name, name)
+    part = next((thin.parts[target] for thin in stored.thin.values() if target in thin.parts), None)
+    now = dense_now.get(name)
+    if part is None:
+        floating = now is None or now.is_floating_point() or now.is_complex()
+        if (stored.dense[target].dtype in FLOATS) != floating:
+            raise ConfigError(
+                f"{path} stores {name} as {stored.dense[target].dtype}, which its kind in the model is not."
+            )
+    elif name not in thin_now and ((reason := why_not(layer, own)) or own not in layer._parameters):
+        raise ConfigError(f"{path} stores {name} thin, but in the model {reason or f'{own} is no parameter'}.")
+    elif part.transposed != (is_transposed(layer) and len(part.shape) == 2):
+        raise ConfigError(f"{path} stores {name} in another order of inputs and outputs than the model keeps it.")
+    if now is not None:
+        twins = [other for other, tensor in dense_now.items() if tensor is now and other != name]
+        for twin in twins:
+            if stored.aliases.get(twin, twin) != target:
+                raise ConfigError(
+                    f"The model shares one tensor as {name} and {twin}, but {path} stores two different ones."
+                )
 
 
 def contents(model: nn.Module) -> Contents:
@@ -120,6 +158,8 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} in the state dict is {type(tensor).__name__}, no tensor: a file cannot hold it.")
+        if name.rpartition(".")[2] == "_extra_state":
+            raise TypeError(f"{name} is a module's own extra state: a file holds parameters and buffers only.")
         if not name.startswith(tuple(inside)):
             found[name] = tensor
     return found
@@ -132,7 +172,7 @@ def _raw(name: str, tensor: Tensor) -> Raw:
         )
     if tensor.is_meta:  # the size of a file can be told before there are values
         return Raw(_NAMES[tensor.dtype], tuple(tensor.shape), bytes(tensor.numel() * tensor.element_size()))
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     return Raw(_NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
 
 

@@ -17,6 +17,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 
+class _Generated(property):
+    """A parameter that is read from what generates it, or, while it is dense, from where torch keeps it."""
+
+
 def _generated(name: str) -> Any:
     def read(layer: "ThinLayer") -> Tensor | None:
         if "thin" in layer._modules and name in layer.thin:
@@ -25,7 +29,7 @@ def _generated(name: str) -> Any:
             return layer._parameters[name]
         raise AttributeError(f"{type(layer).__name__} has no {name!r}.")
 
-    return property(read, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code.")
+    return _Generated(read, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code.")
 
 
 class ThinLayer(nn.Module):
@@ -171,11 +175,27 @@ def why_not(layer: nn.Module, name: str) -> str:
         THIN.setdefault(huggingface.Conv1D, huggingface.ThinConv1D)
     if not isinstance(layer, ThinLayer) and type(layer) not in THIN:
         return f"{type(layer).__name__} has no thin version"
+    if added := sorted(layer._parameters.keys() - parameter_names(layer)):
+        return f"{', '.join(added)} is no parameter of a {type(layer).__name__}, which therefore is more than that"
+    parameter = layer._parameters.get(name)
+    if parameter is not None and not parameter.is_floating_point():
+        return f"it holds {parameter.dtype}, and codes are real numbers"
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
         return "a table with max_norm or sparse gradients is changed in place, which a generated one cannot be"
+    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+        return "its padding row must stay as it is; set padding_idx to None if padded positions are masked anyway"
     if isinstance(layer, nn.MultiheadAttention) and name in ("bias_k", "bias_v"):
         return "these are no matrices"
     return ""
+
+
+def parameter_names(layer: nn.Module) -> list[str]:
+    """The parameters that a layer of this type may have, in torch's order."""
+    if isinstance(layer, nn.RNNBase):
+        return layer._flat_weights_names
+    thin = THIN.get(type(layer), type(layer))
+    generated = [name for base in thin.__mro__ for name, value in vars(base).items() if isinstance(value, _Generated)]
+    return generated + (["bias_k", "bias_v"] if isinstance(layer, nn.MultiheadAttention) else [])
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -185,7 +205,7 @@ def is_transposed(layer: nn.Module) -> bool:
 
 def fresh_std(layer: nn.Module, shape: tuple[int, ...]) -> float:
     """Standard deviation of a from-scratch start: a tenth of He's variance, but torch's own for tables and gates."""
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) or 0 in shape:
         return 1.0
     if isinstance(layer, nn.RNNBase):
         return 1 / math.sqrt(3 * layer.hidden_size)  # uniform within 1 / sqrt(hidden_size)
@@ -212,6 +232,9 @@ def make_plain(layer: nn.Module, dense: Mapping[str, nn.Parameter]) -> None:
     del layer.thin
     for name, parameter in dense.items():
         layer.register_parameter(name, parameter)
+    for name in parameter_names(layer):  # optimiser states go by the order
+        if name in layer._parameters:
+            layer._parameters[name] = layer._parameters.pop(name)
     if isinstance(layer, nn.RNNBase):
         layer._init_flat_weights()
 

@@ -24,7 +24,7 @@ class ThinWeight(nn.Module):
     saved. ``forward(i)`` is the i-th dense tensor, ``product(x, i)`` is ``x @ W.T`` by the cheapest way.
     """
 
-    _dense: "tuple[list[Tensor], dict[int, Tensor]] | None" = None  # codes, and tensors that they decode to
+    _dense: "tuple[list[Tensor], dict[int, tuple[Tensor, int]]] | None" = None  # codes; tensors, and their versions
 
     def __init__(self, name: str, method: Method, parts: Sequence[Part], code: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -88,10 +88,11 @@ class ThinWeight(nn.Module):
         ):
             self._dense = ([entry.detach().clone() for entry in code], {})
         kept = self._dense[1]
-        if index not in kept:
+        if index not in kept or kept[index][0]._version != kept[index][1]:  # someone wrote to what is only to be read
             with torch.inference_mode(False), torch.no_grad():  # it may serve a gradient of the input later
-                kept[index] = self._decode(index)
-        return kept[index]
+                dense = self._decode(index)
+                kept[index] = (dense, dense._version)
+        return kept[index][0]
 
     def product(self, x: Float[Tensor, "*batch cols"], index: int = 0) -> Float[Tensor, "*batch rows"]:
         """``x @ W.T``, by the way whose predicted cost is least. Autocast: structured ways compute in float32."""
@@ -114,12 +115,17 @@ class ThinWeight(nn.Module):
     def path(self, x: Tensor, index: int = 0) -> Path:
         """The way in which ``product`` would multiply ``x`` now.
 
-        While a graph is traced it is the dense one: the weight is then decoded inside the graph, in plain operations.
+        The dense one while a graph is traced or a function transformed: the weight is then decoded in plain operations.
+        Also for inputs that do not go with the code, to fail, or not, as a linear layer does.
         """
         method = self.method
-        if not isinstance(method, Factor) or method.seed is not None or torch.compiler.is_compiling():
+        if not isinstance(method, Factor) or method.seed is not None or _is_traced(x):
             return "dense"
+        kind = next(iter(self.code().values())).dtype
         shape = self._matrix(index)
+        mixed = x.dtype != kind and not torch.is_autocast_enabled(x.device.type)
+        if mixed or not x.is_floating_point() or x.shape[-1:] != shape[1:]:
+            return "dense"
         if method.n == shape[1] and self._cuts[index][0] % method.n:
             return "dense"
         return choose(Factor(shape, method.n, method.rank), math.prod(x.shape[:-1]), self._keeps())
@@ -148,6 +154,12 @@ class ThinWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_dense"}
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether what is computed now is recorded as a graph, transformed by torch.func, or has no values."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed or x.is_meta
 
 
 class ThinPart(nn.Module):
