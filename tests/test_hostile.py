@@ -248,12 +248,57 @@ def test_writing_to_the_kept_weight_has_no_effect():
         assert torch.equal(model(x), y)
 
 
-def test_a_padding_row_is_refused_with_the_way_out():
-    model = nn.Sequential(nn.Embedding(200, 32, padding_idx=0))
-    with pytest.raises(ConfigError, match="set padding_idx to None if padded positions are masked anyway"):
-        dt.compress(model, R, init="scratch")
-    model[0].padding_idx = None
-    dt.compress(model, R, init="scratch")
+class Padded(nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(60, 32, padding_idx=3)
+        self.out = nn.Linear(32, 60, bias=False)
+        if tied:
+            self.out.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.out(torch.tanh(self.embed(ids)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("init", ["scratch", "trained"])
+@pytest.mark.parametrize("group", [None, "flat"])
+def test_a_padding_row_stays_zero(tied, init, group, tmp_path):
+    model = Padded(tied)
+    rule = {"ratio": 0.3} | ({"group": group} if group else {})
+    dt.compress(model, {"rules": {"*": rule}}, init=init)
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
+    for _ in range(3):
+        loss = model(torch.arange(10)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    ids = torch.arange(60)
+    assert not model.embed(torch.tensor([3])).any()
+    assert model.embed.weight[4].all()
+    y = model(ids)
+    dt.save(model, tmp_path / "m.thin")
+    assert torch.equal(dt.load(Padded(tied), tmp_path / "m.thin").eval()(ids), y)
+    dense = Padded(tied)
+    dense.load_state_dict({k: torch.from_numpy(v) for k, v in deepthin.load(tmp_path / "m.thin").items()})
+    assert torch.allclose(dense(ids), y, atol=1e-5)
+    assert torch.allclose(dt.materialize(model)(ids), y, atol=1e-5)
+
+
+def test_padding_that_does_not_fit_is_named(tmp_path):
+    model = Padded()
+    with torch.no_grad():
+        model.embed.weight[3] = 1
+    with pytest.raises(ConfigError, match=r"Row 3 of embed\.weight is padding, .* set it to zero, or"):
+        dt.compress(model, R)
+    dt.save(thin(Padded()), tmp_path / "m.thin")
+    other = Padded()
+    other.embed.padding_idx = 5
+    with pytest.raises(ConfigError, match="with padding row 3, but padding_idx in the model is 5"):
+        dt.load(other, tmp_path / "m.thin")
 
 
 def test_a_group_of_unlike_members_is_refused():

@@ -36,6 +36,7 @@ class Tensor:
     also: tuple[str, ...] = ()  # further names under which the model shares this tensor
     transposed: bool = False  # kept as (inputs, outputs)
     std: float = 1.0  # the standard deviation of a from-scratch start
+    zero_row: int | None = None  # a row that stays zero: the padding of an embedding
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 import safetensors
 
-from deepthin.method import BudgetError, FormatError, Method
+from deepthin.method import BudgetError, FormatError, Method, Namespace
 from deepthin.methods import METHODS
 from deepthin.report import Report, Row, describe
 from deepthin.rules import matrix_shape
@@ -71,12 +71,17 @@ class Part:
     shape: tuple[int, ...]
     scale: float = 1.0
     transposed: bool = False  # stored (outputs, inputs), where the model keeps (inputs, outputs)
+    zero_row: int | None = None  # a row that reads as zeros: the padding of an embedding
 
-    def cut(self, flat: Any) -> Any:
+    def cut(self, flat: Any, xp: Namespace) -> Any:
         """The tensor from its entries, in any framework."""
         if self.scale != 1.0:
             flat = flat * self.scale
-        return flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+        tensor = flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+        if self.zero_row is None:
+            return tensor
+        row, after = self.zero_row, self.zero_row + 1
+        return xp.concatenate([tensor[:row], 0 * tensor[row:after], tensor[after:]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,9 @@ class Thin:
         flat = np.reshape(self.method.decode(code | self.method.derived(), cast(Any, np)), (-1,))
         ends = list(itertools.accumulate(math.prod(part.shape) for part in self.parts.values()))
         cuts = zip(self.parts.items(), [0, *ends], ends, strict=False)
-        return {name: np.ascontiguousarray(part.cut(flat[start:end])) for (name, part), start, end in cuts}
+        return {
+            name: np.ascontiguousarray(part.cut(flat[start:end], cast(Any, np))) for (name, part), start, end in cuts
+        }
 
 
 def _possible_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
@@ -286,7 +293,12 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
 def _part(name: str, written: dict[str, Any]) -> Part:
     """A part from the header; FormatError if its fields are not what they must be."""
     shape, scale, transposed = written.get("shape"), written.get("scale", 1.0), written.get("transposed", False)
-    fine = isinstance(shape, list) and all(type(length) is int and length > 0 for length in cast(list[Any], shape))
+    zero_row = written.get("zero_row")
+    fine = (
+        isinstance(shape, list)
+        and shape != []
+        and all(type(length) is int and length > 0 for length in cast(list[Any], shape))
+    )
     if (
         not isinstance(cast(object, name), str)
         or not fine
@@ -294,11 +306,12 @@ def _part(name: str, written: dict[str, Any]) -> Part:
         or type(scale) is not float
         or not 0 < scale < math.inf
         or type(transposed) is not bool
+        or not (zero_row is None or (type(zero_row) is int and 0 <= zero_row < cast(list[int], shape)[0]))
     ):
         raise FormatError(f"the tensor {name} is described as {written}.")
-    if written.keys() - {"shape", "scale", "transposed"}:
+    if written.keys() - {"shape", "scale", "transposed", "zero_row"}:
         raise FormatError(f"the tensor {name} is described by the keys {sorted(written)}.")
-    return Part(tuple(cast(list[int], shape)), scale, transposed)
+    return Part(tuple(cast(list[int], shape)), scale, transposed, zero_row)
 
 
 def read(path: str | Path) -> Contents:

@@ -21,7 +21,7 @@ from deepthin.rules import Tensor as Named
 from deepthin.storage import Contents, Part, Raw, Thin, to_bytes
 from deepthin.torch import product
 from deepthin.torch.files import contents
-from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, why_not
+from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 
@@ -62,8 +62,13 @@ def compress(
             rng = np.random.default_rng([seed % 2**64, zlib.crc32(names[0].encode())])
             weight = ThinWeight.draw(planned.name, method, parts, dense[0], rng, planned.tensors[0].std)
         else:
-            for name, tensor in zip(names, dense, strict=True):
+            for name, tensor, part in zip(names, dense, parts, strict=True):
                 _check_finite(name, tensor)
+                if part.zero_row is not None and tensor[part.zero_row].any():
+                    raise ConfigError(
+                        f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
+                        "zero: set it to zero, or the layer's padding_idx to None."
+                    )
             weigh = [importance[name] for name in names] if importance and names[0] in importance else None
             weight = ThinWeight.encode(planned.name, method, parts, dense, weigh)
             with torch.no_grad():
@@ -194,14 +199,15 @@ def _tensors(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Mod
         shape = tuple(parameter.shape)
         std = fresh_std(holders[key][0][0], shape) if not reasons and len(shape) > 1 else 1.0
         turned_matrix = turned == {True} and len(shape) == 2
-        found.append(Named(name, shape, "; ".join(reasons), tuple(also), turned_matrix, std))
+        zero_row = next((row for layer, _ in holders[key] if (row := padding_row(layer)) is not None), None)
+        found.append(Named(name, shape, "; ".join(reasons), tuple(also), turned_matrix, std, zero_row))
     return found, {min(names[key]): held for key, held in holders.items()}
 
 
 def _parts(planned: Planned) -> list[Part]:
     """The tensors of a plan as parts of its matrix; in a group each is scaled to its own fresh standard deviation."""
     first = planned.tensors[0]
-    return [Part(t.shape, t.std / first.std, t.transposed) for t in planned.tensors]
+    return [Part(t.shape, t.std / first.std, t.transposed, t.zero_row) for t in planned.tensors]
 
 
 def _plan(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deepthin import storage
 from deepthin.method import ConfigError
 from deepthin.storage import FLOATS, Contents, Raw, Thin
-from deepthin.torch.layers import ThinLayer, is_transposed, make_thin, thin_tensors, why_not
+from deepthin.torch.layers import ThinLayer, is_transposed, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 _TYPES = {
@@ -108,6 +108,11 @@ def _check_place(
             )
     elif name not in thin_now and ((reason := why_not(layer, own)) or own not in layer._parameters):
         raise ConfigError(f"{path} stores {name} thin, but in the model {reason or f'{own} is no parameter'}.")
+    elif isinstance(layer, nn.Embedding) and part.zero_row != padding_row(layer):
+        raise ConfigError(
+            f"{path} stores {name} with padding row {part.zero_row}, but padding_idx in the model is "
+            f"{padding_row(layer)}."
+        )
     elif part.transposed != (is_transposed(layer) and len(part.shape) == 2):
         raise ConfigError(f"{path} stores {name} in another order of inputs and outputs than the model keeps it.")
     if now is not None:

@@ -182,8 +182,6 @@ def why_not(layer: nn.Module, name: str) -> str:
         return f"it holds {parameter.dtype}, and codes are real numbers"
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
         return "a table with max_norm or sparse gradients is changed in place, which a generated one cannot be"
-    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-        return "its padding row must stay as it is; set padding_idx to None if padded positions are masked anyway"
     if isinstance(layer, nn.MultiheadAttention) and name in ("bias_k", "bias_v"):
         return "these are no matrices"
     return ""
@@ -201,6 +199,11 @@ def parameter_names(layer: nn.Module) -> list[str]:
 def is_transposed(layer: nn.Module) -> bool:
     """Whether the layer keeps its matrix as (inputs, outputs)."""
     return type(layer).__name__ in ("Conv1D", "ThinConv1D")
+
+
+def padding_row(layer: nn.Module) -> int | None:
+    """The row of an embedding that is padding: zero, and never trained."""
+    return layer.padding_idx if isinstance(layer, nn.Embedding) else None
 
 
 def fresh_std(layer: nn.Module, shape: tuple[int, ...]) -> float:

@@ -126,7 +126,7 @@ class ThinWeight(nn.Module):
         mixed = x.dtype != kind and not torch.is_autocast_enabled(x.device.type)
         if mixed or not x.is_floating_point() or x.shape[-1:] != shape[1:]:
             return "dense"
-        if method.n == shape[1] and self._cuts[index][0] % method.n:
+        if self.parts[index].zero_row is not None or (method.n == shape[1] and self._cuts[index][0] % method.n):
             return "dense"
         return choose(Factor(shape, method.n, method.rank), math.prod(x.shape[:-1]), self._keeps())
 
@@ -138,9 +138,11 @@ class ThinWeight(nn.Module):
     def _decode(self, index: int) -> Tensor:
         (start, stop), part = self._cuts[index], self.parts[index]
         if isinstance(self.method, Factor) and self.method.seed is None:
-            return part.cut(self.method.decode_flat(self.code(), start, stop, cast(Any, torch)))
+            return part.cut(self.method.decode_flat(self.code(), start, stop, cast(Any, torch)), cast(Any, torch))
         tables = dict(self.named_buffers(recurse=False))
-        return part.cut(self.method.decode({**self.code(), **tables}, cast(Any, torch)).reshape(-1)[start:stop])
+        return part.cut(
+            self.method.decode({**self.code(), **tables}, cast(Any, torch)).reshape(-1)[start:stop], cast(Any, torch)
+        )
 
     def _keeps(self) -> bool:
         """Whether the dense weight is worth keeping: on the CPU, in evaluation, with no gradient to its code."""
