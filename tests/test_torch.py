@@ -140,7 +140,8 @@ def test_parameter_groups_scale_the_rate_by_method():
     model[5].bias.requires_grad_(False)
     groups = {group["name"]: group for group in dt.parameter_groups(model, 0.01)}
     assert {name: group["lr"] for name, group in groups.items()} == {"dense": 0.01, "deepthin": 0.2, "rank": 0.1}
-    assert len(groups["dense"]["params"]) == 5  # three biases less the frozen one, batch norm's two, one weight
+    assert len(groups["dense"]["params"]) == 3  # batch norm's two, and a dense layer's weight, its bias being frozen
+    assert any(p is model[0].bias for p in groups["deepthin"]["params"])  # a bias keeps its layer's pace
     assert sum(len(g["params"]) for g in groups.values()) == sum(p.requires_grad for p in model.parameters())
 
 

@@ -30,7 +30,7 @@ DEVELOPMENT_SPEAKERS = 8
 # Chosen for each method on the development speakers (docs/training.md).
 LEARNING_RATE = 1e-3
 LEARNING_RATES = {"same-size": 8e-3}
-ALLOCATION = {"rank": "uniform-bytes"}
+ALLOCATION = dict.fromkeys(("deepthin", "shuffled", "rank"), "uniform-bytes")
 OPTIONS: dict[str, dict[str, object]] = {}
 
 

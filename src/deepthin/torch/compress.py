@@ -132,13 +132,16 @@ def materialize(model: nn.Module) -> nn.Module:
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimiser; ``lr`` is what suits the dense network.
 
-    A code wants a larger rate than a dense weight: with the dense rate DeepThin loses to every rival. The factors are
-    METHODS[name].learning_rate, found by experiment (docs/training.md).
+    A code wants a larger rate than a dense weight, and so do the biases beside it: with the dense rate DeepThin loses to
+    every rival. The factors are METHODS[name].learning_rate, found by experiment (docs/training.md).
     """
     groups: dict[str, list[nn.Parameter]] = {"dense": []}
     seen: set[int] = set()
     for module in model.modules():
-        name = module.name if isinstance(module, ThinWeight) else "dense"
+        weights = [module] if isinstance(module, ThinWeight) else []
+        if isinstance(module, ThinLayer):
+            weights = [t.group if isinstance(t, ThinPart) else t for t in module.thin.values()]
+        name = weights[0].name if weights else "dense"
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
