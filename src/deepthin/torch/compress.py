@@ -132,8 +132,8 @@ def materialize(model: nn.Module) -> nn.Module:
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimiser; ``lr`` is what suits the dense network.
 
-    A code wants a larger rate than a dense weight, and so do the biases beside it: with the dense rate DeepThin loses to
-    every rival. The factors are METHODS[name].learning_rate, found by experiment (docs/training.md).
+    A code wants a larger rate than a dense weight, and so do the biases beside it: with the dense rate DeepThin loses
+    to every rival. The factors are METHODS[name].learning_rate, found by experiment (docs/training.md).
     """
     groups: dict[str, list[nn.Parameter]] = {"dense": []}
     seen: set[int] = set()
