@@ -158,6 +158,13 @@ def test_compare_prints_the_table_and_names_the_report_last(run, here):
     assert "training" not in err
 
 
+def test_compare_without_matplotlib_says_so_first(run, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    code, _, err = run("compare", "digits")
+    assert code == 2
+    assert "pip install 'deepthin[compare]'" in err
+
+
 def test_bench_writes_its_rows(run, here):
     _, out, _ = run(*"bench train --rows 256 --cols 200 --ratios 0.1,0.001 --batch 4 --repeats 2 --out b.json".split())
     rows = json.loads((here / "b.json").read_text())

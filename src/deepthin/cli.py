@@ -6,6 +6,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -149,6 +150,8 @@ def compare(
     from deepthin import results
     from deepthin.tasks import TASKS
 
+    if find_spec("matplotlib") is None:  # said before the training, not after it
+        raise ConfigError("The figures of a comparison need matplotlib: pip install 'deepthin[compare]'.")
     torch.set_num_threads(threads)
     _known(task, TASKS, "task")
     chosen = tuple(dict.fromkeys(_known(m.strip(), engine.COMPARED, "method") for m in methods.split(",")))
