@@ -1,7 +1,6 @@
 """What a hostile tester found once, so that it stays mended: odd files, odd models, odd words."""
 
 import json
-import math
 import os
 import stat
 import sys
@@ -201,6 +200,24 @@ def test_an_untied_file_does_not_fit_a_tied_model(compressed, device, tmp_path):
         ConfigError, match=r"shares one tensor as \w\.weight and \w\.weight, but .* stores two different"
     ):
         dt.load(tied, tmp_path / "m.thin")
+
+
+def test_an_untied_file_does_not_fit_a_tied_thin_model(tmp_path):
+    dt.save(thin(Two(tied=False)), tmp_path / "m.thin")
+    with pytest.raises(ConfigError, match="shares one tensor as"):
+        dt.load(thin(Two(tied=True)), tmp_path / "m.thin")
+
+
+def test_complex_buffers_come_back(tmp_path):
+    def build():
+        model = net()
+        model.register_buffer("phases", torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64))
+        return model
+
+    dt.save(thin(build()), tmp_path / "m.thin")
+    empty = build()
+    empty.phases.zero_()
+    assert dt.load(empty, tmp_path / "m.thin").phases.tolist() == [1 + 2j, 3 - 4j]
 
 
 def test_a_tied_file_in_an_untied_meta_model_shares_no_memory_by_accident(tmp_path):
@@ -476,4 +493,3 @@ def test_batches_that_are_none(run, batch):
 def test_the_checksum_is_what_the_format_says():
     data = to_bytes(small_contents())
     assert int.from_bytes(data[-4:], "little") == zlib.crc32(data[:-4])
-    assert math.isfinite(len(data))

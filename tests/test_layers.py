@@ -106,7 +106,6 @@ def test_every_class_in_the_table_is_tried():
     assert set(THIN) - tried == {type(nn.MultiheadAttention(4, 1).out_proj)}  # inside nn.MultiheadAttention
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch's own, of a kernel that it does without
 @ALL
 def test_it_overfits_and_reloads_exactly(case, tmp_path):
     network, x = thin(case)

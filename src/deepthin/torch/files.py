@@ -46,8 +46,7 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
     wanted |= {name: raw.shape for name, raw in stored.dense.items()}
     wanted |= {name: wanted[target] for name, target in stored.aliases.items()}
     _check(wanted, have, str(path))
-    for name in wanted:
-        _check_place(model, name, stored, thin_now, dense_now, str(path))
+    _check_places(model, stored, thin_now, dense_now, str(path))
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
@@ -87,41 +86,39 @@ def _plan_of(matrix: ThinWeight | Thin) -> tuple[object, ...]:
     return matrix.name, matrix.method, *parts
 
 
-def _check_place(
+def _check_places(
     model: nn.Module,
-    name: str,
     stored: Contents,
     thin_now: Mapping[str, tuple[ThinWeight, int]],
     dense_now: Mapping[str, Tensor],
     path: str,
 ) -> None:
-    """ConfigError if what a file holds under a name cannot stand where the model has it."""
-    layer, own = _owner(model, name)
-    target = stored.aliases.get(name, name)
-    part = next((thin.parts[target] for thin in stored.thin.values() if target in thin.parts), None)
-    now = dense_now.get(name)
-    if part is None:
-        floating = now is None or now.is_floating_point() or now.is_complex()
-        if (stored.dense[target].dtype in FLOATS) != floating:
+    """ConfigError if what a file holds under some name cannot stand where the model has that name."""
+    parts = {name: part for thin in stored.thin.values() for name, part in thin.parts.items()}
+    for name in _names_of(stored, parts):
+        layer, own = _owner(model, name)
+        part = parts[stored.aliases.get(name, name)]
+        if name not in thin_now and ((reason := why_not(layer, own)) or own not in layer._parameters):
+            raise ConfigError(f"{path} stores {name} thin, but in the model {reason or f'{own} is no parameter'}.")
+        if isinstance(layer, nn.Embedding) and part.zero_row != padding_row(layer):
             raise ConfigError(
-                f"{path} stores {name} as {stored.dense[target].dtype}, which its kind in the model is not."
+                f"{path} stores {name} with padding row {part.zero_row}, but padding_idx in the model is "
+                f"{padding_row(layer)}."
             )
-    elif name not in thin_now and ((reason := why_not(layer, own)) or own not in layer._parameters):
-        raise ConfigError(f"{path} stores {name} thin, but in the model {reason or f'{own} is no parameter'}.")
-    elif isinstance(layer, nn.Embedding) and part.zero_row != padding_row(layer):
-        raise ConfigError(
-            f"{path} stores {name} with padding row {part.zero_row}, but padding_idx in the model is "
-            f"{padding_row(layer)}."
-        )
-    elif part.transposed != (is_transposed(layer) and len(part.shape) == 2):
-        raise ConfigError(f"{path} stores {name} in another order of inputs and outputs than the model keeps it.")
-    if now is not None:
-        twins = [other for other, tensor in dense_now.items() if tensor is now and other != name]
-        for twin in twins:
-            if stored.aliases.get(twin, twin) != target:
-                raise ConfigError(
-                    f"The model shares one tensor as {name} and {twin}, but {path} stores two different ones."
-                )
+        if part.transposed != (is_transposed(layer) and len(part.shape) == 2):
+            raise ConfigError(f"{path} stores {name} in another order of inputs and outputs than the model keeps it.")
+    for name in _names_of(stored, stored.dense):
+        kind, now = stored.dense[stored.aliases.get(name, name)].dtype, dense_now.get(name)
+        if (kind in (*FLOATS, "C64")) != (now is None or now.is_floating_point() or now.is_complex()):
+            raise ConfigError(f"{path} stores {name} as {kind}, which its kind in the model is not.")
+    first: dict[tuple[int, int], str] = {}
+    places = {name: (id(weight), index) for name, (weight, index) in thin_now.items()}
+    for name, place in {**places, **{name: (id(tensor), 0) for name, tensor in dense_now.items()}}.items():
+        twin = first.setdefault(place, name)
+        if stored.aliases.get(twin, twin) != stored.aliases.get(name, name):
+            raise ConfigError(
+                f"The model shares one tensor as {twin} and {name}, but {path} stores two different ones."
+            )
 
 
 def contents(model: nn.Module) -> Contents:
