@@ -26,7 +26,7 @@ docs: .venv/installed  ## the documentation, into site/
 	$(BIN)/python docs/symmetry.py
 	$(BIN)/mkdocs build --strict
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]'
 	touch $@

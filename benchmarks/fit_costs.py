@@ -9,21 +9,22 @@ way that the fitted model chooses over that of the fastest one.
 import itertools
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import nnls
+from torch import nn
 
 from deepthin import METHODS, BudgetError
 from deepthin.methods.factor import Factor
-from deepthin.torch.product import factor_linear, terms
+from deepthin.storage import Part
+from deepthin.torch.product import NATIVE, terms
+from deepthin.torch.weight import ThinWeight
 
-SHAPES = ((2048, 2048), (1024, 1024), (512, 512), (300, 784), (128, 256), (2048, 440))
-RATIOS = (0.2, 0.05, 0.0195, 0.0099, 0.004)
+SHAPES = ((2048, 2048), (1024, 1024), (512, 512), (300, 784), (128, 256), (2048, 440), (64, 64))
+RATIOS = (0.2, 0.05, 0.0195, 0.0099, 0.004, 0.0014)
 RANKS = (1, 4)
-BATCHES = (1, 8, 32, 128, 512)
+BATCHES = (1, 2, 8, 32, 128, 512)
 
 
 Case = tuple[bool, dict[str, tuple[float, ...]], dict[str, float]]
@@ -40,25 +41,34 @@ def median_ns(work: Callable[[], object], repeats: int = 5) -> float:
     return float(np.median(times[1:]))
 
 
-def measure(method: Factor, batch: int, x: torch.Tensor, xf: torch.Tensor, wf: torch.Tensor) -> list[Case]:
+def measure(method: Factor, batch: int) -> list[Case]:
     """Both cases of one plan and batch: evaluation with the dense weight at hand, and a training step."""
-    grad = torch.randn(batch, method.shape[0])
-    ready = method.decode({"xf": xf, "wf": wf}, torch).detach().contiguous()
+    rows, cols = method.shape
+    part = Part(method.shape)
+    weight = ThinWeight.draw("w", method, [part], torch.zeros(0), np.random.default_rng(0), 1.0)
+    x, bias = torch.randn(batch, cols, requires_grad=True), nn.Parameter(torch.zeros(rows))
+    grad = torch.randn(batch, rows)
 
-    def forward(path: str, weight: torch.Tensor | None) -> torch.Tensor:
-        if path != "dense":
-            return factor_linear(method, x, xf, wf, path)
-        return F.linear(x, method.decode({"xf": xf, "wf": wf}, torch) if weight is None else weight)
+    def way(path: str) -> None:
+        weight.path = lambda x, index=0: path  # pyright: ignore[reportAttributeAccessIssue]
+        weight._fast = None
 
-    def step(path: str) -> None:
-        x.grad = xf.grad = wf.grad = None
-        forward(path, None).backward(grad)
+    def step() -> None:
+        x.grad = bias.grad = weight.xf.grad = weight.wf.grad = None
+        weight.product(x, 0, bias).backward(grad)
 
     counts = terms(method, batch)
-    paths = [path for path in counts if path != "direct" or method.n < 300]
-    trained = {path: median_ns(partial(step, path)) for path in paths}
+    trained, judged = {}, {}
+    for path in counts:
+        if path == "direct" and method.n >= 300:
+            continue
+        way(path)
+        trained[path] = median_ns(step)
+    weight.eval()
     with torch.no_grad():
-        judged = {path: median_ns(partial(forward, path, ready)) for path in paths}
+        for path in trained:
+            way(path)
+            judged[path] = median_ns(lambda: weight.product(x, 0, bias))
     return [(True, counts, judged), (False, counts, trained)]
 
 
@@ -70,8 +80,7 @@ def measure_all() -> list[Case]:
             method = METHODS["deepthin"].fit(shape, int(32 * ratio * shape[0] * shape[1]), rank=rank)
         except BudgetError:
             continue
-        factors = (torch.randn(s, requires_grad=True) for s in method.code_shapes().values())
-        cases += measure(method, batch, torch.randn(batch, shape[1], requires_grad=True), *factors)
+        cases += measure(method, batch)
     return cases
 
 
@@ -83,16 +92,21 @@ def main() -> None:
         own = [(counts, times) for is_ready, counts, times in cases if is_ready == ready]
         fitted = {}
         print("evaluation, dense weight kept:" if ready else "training:")
-        for path in ("dense", "fft", "direct"):
+        for path in ("dense", "fft", "direct", "native-direct", "native-fft"):
             counts = np.array([c[path] for c, t in own if path in t])
             times = np.array([t[path] for c, t in own if path in t])
             fitted[path], _ = nnls(counts / times[:, None], np.ones(len(times)))
             print(f"  {path:7}", ", ".join(f"{value:.3g}" for value in fitted[path]))
-        regret = []
-        for counts, times in own:
-            predicted = {path: float(np.dot(fitted[path], counts[path])) for path in times}
-            regret.append(times[min(predicted, key=predicted.__getitem__)] / min(times.values()))
-        print(f"  regret: mean {np.mean(regret):.3f}, 95th percentile {np.percentile(regret, 95):.2f}")
+        for native in (True, False):
+            regret = []
+            for counts, times in own:
+                among = [p for p in times if p == "dense" or (p in NATIVE) == native]
+                predicted = {path: float(np.dot(fitted[path], counts[path])) for path in among}
+                regret.append(times[min(predicted, key=predicted.__getitem__)] / min(times[p] for p in among))
+            print(
+                f"  regret {'with native code' if native else 'in torch'}: mean {np.mean(regret):.3f}, "
+                f"95th percentile {np.percentile(regret, 95):.2f}, worst {max(regret):.1f}"
+            )
 
 
 if __name__ == "__main__":

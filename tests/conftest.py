@@ -6,7 +6,14 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-SHAPED = ("bits", "methods.factor", "torch.product", "torch.weight", "torch.layers")  # what has shapes in signatures
+SHAPED = (
+    "bits",
+    "methods.factor",
+    "torch.product",
+    "torch.operators",
+    "torch.weight",
+    "torch.layers",
+)  # what has shapes in signatures
 jaxtyping.install_import_hook([f"deepthin.{module}" for module in SHAPED], "beartype.beartype")
 
 settings.register_profile("default", deadline=None, derandomize=True)

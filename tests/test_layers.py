@@ -103,7 +103,9 @@ def thin(case, rules=RULES):
 
 def test_every_class_in_the_table_is_tried():
     tried = {type(build(case)[0].layer) for case in CASES}
-    assert set(THIN) - tried == {type(nn.MultiheadAttention(4, 1).out_proj)}  # inside nn.MultiheadAttention
+    assert {kind for kind in THIN if kind.__module__.startswith("torch.")} - tried == {
+        type(nn.MultiheadAttention(4, 1).out_proj)
+    }  # inside nn.MultiheadAttention
 
 
 @ALL
@@ -416,7 +418,7 @@ def test_a_group_shares_one_code(group, method, tmp_path):
     dense.load_state_dict({name: torch.from_numpy(a) for name, a in deepthin.load(tmp_path / "m.thin").items()})
     assert torch.allclose(dense(x), y, atol=1e-4)
     assert torch.equal(copy.deepcopy(model)(x), y)
-    assert torch.allclose(dt.materialize(model)(x), y, atol=1e-5)
+    assert torch.allclose(dt.materialize(model)(x), y, atol=1e-6 * y.abs().max().item())
 
 
 def test_members_of_a_flat_group_keep_their_own_spread():
@@ -444,7 +446,7 @@ def test_the_structured_product_of_a_group_is_the_dense_one():
     for layer in model:
         x = torch.randn(128, layer.in_features)
         part = layer.thin["weight"]
-        assert part.group.path(x, part.index) in ("fft", "direct")
+        assert part.group.path(x, part.index) != "dense"
         reference = x.double() @ layer.weight.double().T
         assert (part.product(x).double() - reference).norm() < 1e-5 * reference.norm()
 

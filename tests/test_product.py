@@ -149,7 +149,11 @@ def test_the_choice_follows_the_predicted_cost():
     assert choose(Factor((2048, 2048), 103, 1, seed=1), 128, dense_ready=True) == "dense"
     for ready in (False, True):
         predicted = costs(big, 32, ready)
-        assert predicted[choose(big, 32, ready)] == min(predicted.values())
+        assert predicted[choose(big, 32, ready, native=True)] == min(predicted.values())
+        assert choose(big, 32, ready) in ("fft", "direct")
+    assert choose(big, 128, dense_ready=False, native=True) == "native-fft"
+    assert choose(Factor((2048, 2048), 31, 1), 128, dense_ready=True, native=True) == "native-direct"
+    assert choose(Factor((2048, 2048), 2048, 4), 1, dense_ready=True, native=True) == "native-direct"
 
 
 def test_tables_first_made_in_inference_mode_serve_training():

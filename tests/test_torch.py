@@ -474,7 +474,7 @@ def test_autocast_on_the_structured_way():
     model = nn.Sequential(nn.Linear(1024, 1024))
     dt.compress(model, {"model": {"ratio": 0.01}}, init="scratch")
     x = torch.randn(64, 1024)
-    assert model[0].thin["weight"].path(x) in ("fft", "direct")
+    assert model[0].thin["weight"].path(x) != "dense"
     exact = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
@@ -513,8 +513,8 @@ def test_the_kept_dense_weight_is_never_stale(mode, x):
     weight = model[0].thin["weight"]
     with mode():
         before = model(x)
-        assert weight._dense is not None
         assert weight() is weight()
+        assert weight._dense is not None
     changes = [
         lambda: weight.xf.data.mul_(2),
         lambda: model.load_state_dict(thin(seed=5).state_dict()),

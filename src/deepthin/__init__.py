@@ -1,5 +1,6 @@
 """deepthin: neural networks at 2 % to 0.1 % of their size. Importing it loads no framework."""
 
+from deepthin.kernels import native_available
 from deepthin.method import BudgetError, ConfigError, DeepThinError, FormatError, NonFiniteError
 from deepthin.methods import METHODS
 from deepthin.storage import inspect, load
@@ -15,4 +16,5 @@ __all__ = [
     "__version__",
     "inspect",
     "load",
+    "native_available",
 ]

@@ -14,4 +14,4 @@ class ThinConv1D(ThinLayer, Conv1D):
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """The product by the code, where that is cheaper."""
-        return self.thin["weight"].product(x) + self.bias if "weight" in self.thin else super().forward(x)
+        return self.thin["weight"].product(x, bias=self.bias) if "weight" in self.thin else super().forward(x)

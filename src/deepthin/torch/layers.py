@@ -23,7 +23,8 @@ class _Generated(property):
 
 def _generated(name: str) -> Any:
     def read(layer: "ThinLayer") -> Tensor | None:
-        if "thin" in layer._modules and name in layer.thin:
+        thin = layer._modules.get("thin")
+        if thin is not None and name in thin._modules:
             return layer.thin[name]()
         if name in layer._parameters:
             return layer._parameters[name]
@@ -45,10 +46,10 @@ class ThinLinear(ThinLayer, nn.Linear):
 
     def forward(self, input: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """``input @ weight.T + bias``."""
-        if "weight" not in self.thin:
+        weight = cast(nn.Module, self._modules["thin"])._modules.get("weight")  # the short way: torch's own is slow
+        if weight is None:
             return super().forward(input)
-        y = self.thin["weight"].product(input)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return cast(ThinWeight, weight).product(input, bias=self.bias)
 
 
 class ThinOutProjection(ThinLinear, NonDynamicallyQuantizableLinear):

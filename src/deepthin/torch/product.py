@@ -16,23 +16,31 @@ from torch import Tensor
 
 from deepthin.methods.factor import Factor
 
-Path = Literal["dense", "factors", "direct", "fft"]
+Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto"]
+"""The weight built first; its two factors in turn; the structured way in torch; the same in native code."""
+
+NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
+LANES, FEW = 8, 3  # how native code splits a batch: items abreast; so few, or fewer, are computed one by one
 
 # Nanoseconds for each of `terms`, on one core in single precision, fitted by benchmarks/fit_costs.py to timings: of a
 # product with nothing to record, the dense weight at hand, and of a training step, the dense weight to be made.
-# A choice by them takes 4 % longer than the best one in evaluation, and 3 % in training, on average over its 240 cases.
+# A choice by them takes 1 % longer than the best one with native code, 3 % in torch, on average over its cases.
 _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
     True: {
-        "dense": (2.7e3, 0.0246, 0.082, 0.0),
-        "factors": (5.4e3, 0.04, 0.2),
-        "fft": (2.7e5, 0.118, 0.0165, 2.93, 2.06, 65.0),
-        "direct": (1.66e5, 0.05, 0.0, 0.032, 2.75, 1.89, 305.0),
+        "dense": (3.28e4, 0.0257, 0.138, 0.00318),
+        "factors": (4e4, 0.04, 0.2),
+        "fft": (3.05e5, 0.262, 0.018, 3.21, 1.35, 99.1),
+        "direct": (1.85e5, 0.055, 0.369, 0.0304, 2.99, 2.17, 414.0),
+        "native-direct": (5.06e3, 0.0286, 0.135, 2.96, 0.13, 0.268),
+        "native-fft": (4.44e3, 1.68, 0.109, 1.28, 1.13, 0.265),
     },
     False: {
-        "dense": (1.35e5, 0.0703, 1.19, 0.277),
-        "factors": (4e4, 0.12, 0.6),
-        "fft": (7.0e5, 0.135, 0.0755, 9.75, 6.64, 195.0),
-        "direct": (5.3e5, 0.132, 0.0, 0.051, 8.54, 10.1, 1940.0),
+        "dense": (2.09e5, 0.0749, 1.43, 0.317),
+        "factors": (1.2e5, 0.12, 0.6),
+        "fft": (7.41e5, 0.576, 0.0731, 11.5, 3.68, 269.0),
+        "direct": (5.84e5, 0.164, 2.46, 0.0711, 9.5, 9.04, 1950.0),
+        "native-direct": (3.9e5, 0.278, 0.761, 14.2, 0.539, 1.08),
+        "native-fft": (3.67e5, 16.1, 0.599, 4.23, 4.63, 1.1),
     },
 }
 
@@ -54,6 +62,7 @@ def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
     found: dict[Path, tuple[int | float, ...]] = {"dense": (1, batch * area, area, area * rank)}
     if method.seed is not None:
         return found
+    found |= _native_terms(rows, cols, n, rank, batch)
     if n == cols:
         return {**found, "factors": (1, batch * rank * (rows + cols), rank * (rows + cols))}
     if math.gcd(n, cols) > 1:
@@ -67,6 +76,25 @@ def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
     return {**found, "fft": (1, transforms, *phases), "direct": (1, *windows, *phases)}
 
 
+def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[Path, tuple[int | float, ...]]:
+    """What docs/performance.md counts: both stages, for items that are computed one by one and for those abreast."""
+    alone = batch % LANES if batch % LANES <= FEW else 0
+    blocks = -(-(batch - alone) // LANES)
+    moved = blocks * (rows + cols)
+    taps = rows * (-(-(cols + n - 1) // n)) * rank
+    if n == cols:
+        multiplies = rank * (rows + cols)
+        return {"native-direct": (1, alone * multiplies, 0, moved, blocks * multiplies, 0)}
+    window = rank * n * (cols + n)
+    points, points1 = fft_length((cols + 1) // 2 + n - 1), fft_length(-(-(cols // 2 + n) // LANES))
+    transforms = (1 + rank) * points * math.log2(points)
+    transforms1 = (1 + rank) * points1 * (LANES + math.log2(points1))
+    return {
+        "native-direct": (1, alone * window, alone * taps, moved, blocks * window, blocks * taps),
+        "native-fft": (1, alone * transforms1, alone * taps, moved, blocks * transforms, blocks * taps),
+    }
+
+
 def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
     """Predicted nanoseconds of every way; ``dense_ready``: the dense weight is kept, and no gradient is wanted."""
     weights = _NANOSECONDS[dense_ready]
@@ -76,12 +104,23 @@ def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
     }
 
 
-def choose(method: Factor, batch: int, dense_ready: bool) -> Path:
-    """The way with the least predicted cost: a pure function of the plan, the batch and the cache."""
+def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) -> Path:
+    """The way with the least predicted cost, of those in torch or, with ``native``, of the dense and the native ones.
+
+    A pure function of its arguments, so that a reloaded model computes the same bits.
+    """
     if batch == 0:
         return "dense"  # the FFT library takes no empty batches
     predicted = costs(method, batch, dense_ready)
-    return min(predicted, key=lambda path: predicted[path])
+    return min(
+        (path for path in predicted if path == "dense" or (path in NATIVE) == native), key=lambda p: predicted[p]
+    )
+
+
+def choose_native(method: Factor, batch: int, training: bool) -> Path:
+    """Native code's faster correlation."""
+    predicted = costs(method, batch, dense_ready=not training)
+    return min((path for path in predicted if path in NATIVE), key=lambda path: predicted[path])
 
 
 def factor_linear(
@@ -221,6 +260,7 @@ class _TransformProduct(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: let autograd derive both
+            x, xf, wf = (t.view_as(t) for t in (x, xf, wf))  # apart: one may have been computed from another
             y = _second_stage(_transform(x, wf, tables.blocks)[0], xf, tables)
             wanted = [t for t, needed in zip((x, xf, wf), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,12 @@ from torch import Tensor, nn
 from deepthin.method import Method
 from deepthin.methods.factor import Factor
 from deepthin.storage import Part
-from deepthin.torch.product import Path, choose, factor_linear
+from deepthin.torch.operators import linear, product, takes
+from deepthin.torch.product import NATIVE, Path, choose, factor_linear
+
+_TYPICAL_BATCH = 32
+_WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_MOST_CHOICES = 1000  # batch sizes whose choice is kept
 
 
 class ThinWeight(nn.Module):
@@ -24,6 +30,7 @@ class ThinWeight(nn.Module):
     saved. ``forward(i)`` is the i-th dense tensor, ``product(x, i)`` is ``x @ W.T`` by the cheapest way.
     """
 
+    _fast: "tuple[Any, ...] | None" = None  # a native product for each tensor, once there was a use for it
     _dense: "tuple[list[Tensor], dict[int, tuple[Tensor, int]]] | None" = None  # codes; tensors, and their versions
 
     def __init__(self, name: str, method: Method, parts: Sequence[Part], code: Mapping[str, Tensor]) -> None:
@@ -32,6 +39,11 @@ class ThinWeight(nn.Module):
         ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
         self._cuts = tuple(zip([0, *ends], ends, strict=False))
         self._entries = tuple(method.code_shapes())
+        self._plans = tuple(self._plan(index) for index in range(len(self.parts)))
+        self._operator_pays = tuple(
+            plan is not None and choose(plan[0], _TYPICAL_BATCH, False, native=True) != "dense" for plan in self._plans
+        )
+        self._choices: dict[tuple[int, int, bool, bool], Path] = {}
         device = next(iter(code.values())).device
         for entry in self._entries:
             self.register_parameter(entry, nn.Parameter(code[entry]))
@@ -94,41 +106,96 @@ class ThinWeight(nn.Module):
                 kept[index] = (dense, dense._version)
         return kept[index][0]
 
-    def product(self, x: Float[Tensor, "*batch cols"], index: int = 0) -> Float[Tensor, "*batch rows"]:
-        """``x @ W.T``, by the way whose predicted cost is least. Autocast: structured ways compute in float32."""
-        path, method = self.path(x, index), self.method
-        if path == "dense" or not isinstance(method, Factor):
+    def product(
+        self, x: Float[Tensor, "*batch cols"], index: int = 0, bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
+        """``x @ W.T + bias``, by the way whose predicted cost is least.
+
+        Autocast: structured ways compute in float32.
+        """
+        y = self._short_way(x, index, bias)
+        if y is not None:
+            return y
+        path, plan, scale = self.path(x, index), self._plans[index], self.parts[index].scale
+        if path == "dense" or plan is None:
             weight = self(index)
-            return x @ weight if self.parts[index].transposed else F.linear(x, weight)
-        (start, stop), code, scale = self._cuts[index], self.code(), self.parts[index].scale
-        first = start // method.n
-        plan = Factor(self._matrix(index), method.n, method.rank)
-        rows, offset = code["xf"][first : -(-stop // method.n)], start - first * method.n
-        if not torch.is_autocast_enabled(x.device.type):
-            y = factor_linear(plan, x, rows, code["wf"], path, offset)
-        else:
-            with torch.autocast(x.device.type, enabled=False):
-                y = factor_linear(plan, x.float(), rows.float(), code["wf"].float(), path, offset)
-            y = y.to(torch.get_autocast_dtype(x.device.type))
-        return y if scale == 1.0 else y * scale
+            if self.parts[index].transposed:
+                return x @ weight if bias is None else x @ weight + bias
+            return F.linear(x, weight, bias)
+        method, first, stop, offset = plan
+        if path in _WAYS and not torch.compiler.is_compiling() and self._keeps():
+            self._open_short_way(index, x.numel() // method.shape[1], path)
+            y = self._short_way(x, index, bias)
+            if y is not None:
+                return y
+        rows, wf = (cast(Tensor, entry) for entry in (self.xf, self.wf))
+        fused = bias if scale == 1.0 and path in NATIVE else None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            x32, rows, wf = (x.float(), rows.float(), wf.float()) if autocast else (x, rows, wf)
+            rows = rows if len(rows) == stop - first else rows[first:stop]
+            if path in NATIVE:
+                kind = path.removeprefix("native-")
+                y = linear(x32, rows, wf, fused, rows=method.shape[0], offset=offset, correlation=kind)
+            else:
+                y = factor_linear(method, x32, rows, wf, cast(Any, path), offset)
+        y = y.to(torch.get_autocast_dtype(x.device.type)) if autocast else y
+        y = y if scale == 1.0 else y * scale
+        return y if bias is None or fused is not None else y + bias.to(y.dtype)
+
+    def _short_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
+        """The native product in a single call, where nothing but its result is wanted and it was used before."""
+        if self._fast is None or self.training or torch.compiler.is_compiling():
+            return None
+        fast, entries = self._fast[index], self._parameters
+        return None if fast is None else fast(x, entries.get("xf"), entries.get("wf"), bias)
+
+    def _open_short_way(self, index: int, batch: int, path: Path) -> None:
+        """From now on, products of so many items with a tensor take the short way."""
+        if self._fast is None:
+            self._fast = tuple(
+                plan and product(plan[0], plan[1], plan[3], part.scale)
+                for plan, part in zip(self._plans, self.parts, strict=True)
+            )
+        fast = self._fast[index]
+        if fast is not None:
+            fast.choose(batch, _WAYS[path])
 
     def path(self, x: Tensor, index: int = 0) -> Path:
         """The way in which ``product`` would multiply ``x`` now.
 
-        The dense one while a graph is traced or a function transformed: the weight is then decoded in plain operations.
-        Also for inputs that do not go with the code, to fail, or not, as a linear layer does.
+        The dense one while a graph is exported or a function transformed: the weight is then decoded in plain
+        operations. Also for inputs that do not go with the code, to fail, or not, as a linear layer does.
         """
-        method = self.method
-        if not isinstance(method, Factor) or method.seed is not None or _is_traced(x):
+        plan = self._plans[index]
+        if plan is None or x.is_meta or x.shape[-1:] != plan[0].shape[1:]:
             return "dense"
-        kind = next(iter(self.code().values())).dtype
-        shape = self._matrix(index)
-        mixed = x.dtype != kind and not torch.is_autocast_enabled(x.device.type)
-        if mixed or not x.is_floating_point() or x.shape[-1:] != shape[1:]:
+        xf, wf = cast(Tensor, self.xf), cast(Tensor, self.wf)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if not x.is_floating_point() or (x.dtype != xf.dtype and not autocast):
             return "dense"
-        if self.parts[index].zero_row is not None or (method.n == shape[1] and self._cuts[index][0] % method.n):
-            return "dense"
-        return choose(Factor(shape, method.n, method.rank), math.prod(x.shape[:-1]), self._keeps())
+        native = takes(xf, wf) and (autocast or takes(x))
+        if _is_traced(x):  # the batch may be a symbol there: one choice for all, the operator has another at run time
+            compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            return "native-auto" if compiled and native and self._operator_pays[index] else "dense"
+        batch, keeps = x.numel() // plan[0].shape[1], self._keeps()
+        known = index, batch, keeps, native
+        if known not in self._choices:
+            if len(self._choices) > _MOST_CHOICES:
+                self._choices.clear()
+            self._choices[known] = choose(plan[0], batch, keeps, native)
+        return self._choices[known]
+
+    def _plan(self, index: int) -> "tuple[Factor, int, int, int] | None":
+        """A tensor's own plan, its rows of xf and the entry where it begins; none where the weight must be built."""
+        method, part = self.method, self.parts[index]
+        if not isinstance(method, Factor) or method.seed is not None or part.zero_row is not None:
+            return None
+        (start, stop), n = self._cuts[index], method.n
+        if len(part.shape) != 2 or (n == self._matrix(index)[1] and start % n):
+            return None
+        first = start // n
+        return Factor(self._matrix(index), n, method.rank), first, -(-stop // n), start - first * n
 
     def _matrix(self, index: int) -> tuple[int, int]:
         """(outputs, inputs) of a tensor of two dimensions."""
@@ -155,13 +222,13 @@ class ThinWeight(nn.Module):
         return f"{self.name}, {' + '.join('x'.join(map(str, part.shape)) for part in self.parts)}, {self.method}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_dense"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_dense", "_fast")}
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether what is computed now is recorded as a graph, transformed by torch.func, or has no values."""
+    """Whether what is computed now is recorded as a graph or transformed by torch.func."""
     transformed = torch._C._are_functorch_transforms_active()
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed or x.is_meta
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed
 
 
 class ThinPart(nn.Module):
@@ -175,9 +242,11 @@ class ThinPart(nn.Module):
         """The dense tensor."""
         return self.group(self.index)
 
-    def product(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
-        """``x @ W.T``."""
-        return self.group.product(x, self.index)
+    def product(
+        self, x: Float[Tensor, "*batch cols"], *, bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
+        """``x @ W.T + bias``."""
+        return self.group.product(x, self.index, bias)
 
     def extra_repr(self) -> str:
         """Which of the group's tensors."""

@@ -1,0 +1,803 @@
+// The kernels of one instruction set: compiled once for each, with DEEPTHIN_TABLE naming the table that it fills.
+//
+// Items of a batch lie abreast, one a lane: [position][lane]. A single item has its positions abreast instead.
+// Nothing here may come from the C++ library's templates: an inline function of theirs, compiled for this instruction set,
+// could be the one copy that the linker keeps for all.
+#include "kernels.h"
+
+#include "fft.h"
+#include "vector.h"
+
+namespace {
+
+using deepthin::Job;
+using deepthin::Plan;
+
+constexpr int TILE = DEEPTHIN_TILE;  // accumulators in registers
+
+template <int W>
+DEEPTHIN_INLINE Vec<W> rectify(Vec<W> value) {
+    return value < 0.0f ? Vec<W>{} : value;  // NaN stays
+}
+
+// Lays scratch memory out; with no memory it counts.
+struct Arena {
+    float* base;
+    int64_t used = 0;
+
+    float* take(int64_t floats) {
+        float* at = base ? base + used : nullptr;
+        used += round_up(floats, 16);
+        return at;
+    }
+};
+
+// One after the other, the phase of output p for p = 0, 1 ..: where it starts in xf and in wf.
+struct Phase {
+    int64_t row, at;  // of xf; of wf
+    int64_t row_step, at_step, n;
+
+    explicit Phase(const Plan& plan)
+        : row(0), at(plan.offset), row_step(plan.cols / plan.n), at_step(plan.cols % plan.n), n(plan.n) {}
+
+    void next() {
+        row += row_step;
+        at += at_step;
+        if (at >= n) {
+            at -= n;
+            row++;
+        }
+    }
+    // ceil((at + cols) / n), without a division
+    int64_t blocks() const { return row_step + (at + at_step > 0) + (at + at_step > n); }
+    int64_t first() const { return n - 1 - at; }  // the position in the correlation of its first term
+};
+
+bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
+
+// ---- Items abreast: three products with a matrix A whose rows lie `stride` apart --------------------------------------
+// A column c = s * rank + a of A belongs to vector s * jump + a * W of P.
+
+struct Columns {
+    int64_t blocks, rank, jump;
+};
+
+// y[k] = sum_c A[k, c] P[c] for K rows; the sums go to `finish(k, sum)`.
+template <int W, int K, class Finish>
+DEEPTHIN_INLINE void multiply_tile(const float* a, int64_t stride, Columns c, const float* p, Finish finish) {
+    Vec<W> sum[K] = {};
+    if (c.rank == 1) {
+        for (int64_t s = 0; s < c.blocks; s++, a++, p += c.jump) {
+            const Vec<W> value = load<W>(p);
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < K; k++) sum[k] += value * a[k * stride];
+        }
+    } else {
+        for (int64_t s = 0; s < c.blocks; s++, p += c.jump)
+            for (int64_t i = 0; i < c.rank; i++, a++) {
+                const Vec<W> value = load<W>(p + i * W);
+                DEEPTHIN_UNROLL
+                for (int k = 0; k < K; k++) sum[k] += value * a[k * stride];
+            }
+    }
+    DEEPTHIN_UNROLL
+    for (int k = 0; k < K; k++) finish(k, sum[k]);
+}
+
+// Rows of A at a time: as many as give enough independent sums, and no more, since each is a stream of its own.
+constexpr int STREAMS = 8;
+
+template <int W, class Finish>
+DEEPTHIN_INLINE void multiply(const float* a, int64_t stride, int64_t rows, Columns c, const float* p, Finish finish) {
+    int64_t k = 0;
+    const auto at = [&](int64_t from) DEEPTHIN_INLINED {
+        return [=](int64_t i, Vec<W> sum) DEEPTHIN_INLINED { finish(from + i, sum); };
+    };
+    for (; k + STREAMS <= rows; k += STREAMS) multiply_tile<W, STREAMS>(a + k * stride, stride, c, p, at(k));
+    for (; k + 4 <= rows; k += 4) multiply_tile<W, 4>(a + k * stride, stride, c, p, at(k));
+    switch (rows - k) {
+        case 3: multiply_tile<W, 3>(a + k * stride, stride, c, p, at(k)); break;
+        case 2: multiply_tile<W, 2>(a + k * stride, stride, c, p, at(k)); break;
+        case 1: multiply_tile<W, 1>(a + k * stride, stride, c, p, at(k)); break;
+    }
+}
+
+// P[c] += sum_k A[k, c] y[k], y's vectors `y_jump` apart: what the gradient of the outputs puts on P.
+template <int W, int C>
+DEEPTHIN_INLINE void spread_tile(const float* a, int64_t stride, int64_t rows, const float* y, int64_t y_jump, Columns c,
+                                 int64_t column, float* p) {
+    Vec<W> sum[C] = {};
+    for (int64_t k = 0; k < rows; k++, a += stride, y += y_jump) {
+        const Vec<W> value = load<W>(y);
+        DEEPTHIN_UNROLL
+        for (int i = 0; i < C; i++) sum[i] += value * a[i];
+    }
+    int64_t s = column / c.rank, r = column % c.rank;
+    DEEPTHIN_UNROLL
+    for (int i = 0; i < C; i++) {
+        float* to = p + s * c.jump + r * W;
+        store<W>(to, load<W>(to) + sum[i]);
+        if (++r == c.rank) {
+            r = 0;
+            s++;
+        }
+    }
+}
+
+template <int W>
+void spread(const float* a, int64_t stride, int64_t rows, const float* y, int64_t y_jump, Columns c, float* p) {
+    const int64_t columns = c.blocks * c.rank;
+    int64_t i = 0;
+    for (; i + TILE <= columns; i += TILE) spread_tile<W, TILE>(a + i, stride, rows, y, y_jump, c, i, p);
+    for (; i + 4 <= columns; i += 4) spread_tile<W, 4>(a + i, stride, rows, y, y_jump, c, i, p);
+    for (; i < columns; i++) spread_tile<W, 1>(a + i, stride, rows, y, y_jump, c, i, p);
+}
+
+// Four rows of A's gradient, VECTORS * W columns of it: A[k, c] += sum over the items of y[k] P[c].
+template <int W, int ROWS, int VECTORS>
+DEEPTHIN_INLINE void outer_tile(const float* y, int64_t y_jump, const float* panel, int64_t width, float* a,
+                                int64_t stride, int64_t columns) {
+    Vec<W> sum[ROWS][VECTORS] = {};
+    for (int b = 0; b < W; b++) {
+        Vec<W> value[VECTORS];
+        DEEPTHIN_UNROLL
+        for (int v = 0; v < VECTORS; v++) value[v] = load<W>(panel + b * width + v * W);
+        DEEPTHIN_UNROLL
+        for (int k = 0; k < ROWS; k++) {
+            const float factor = y[k * y_jump + b];
+            DEEPTHIN_UNROLL
+            for (int v = 0; v < VECTORS; v++) sum[k][v] += value[v] * factor;
+        }
+    }
+    DEEPTHIN_UNROLL
+    for (int k = 0; k < ROWS; k++) {
+        float* to = a + k * stride;
+        DEEPTHIN_UNROLL
+        for (int v = 0; v < VECTORS; v++) {
+            if ((v + 1) * W <= columns) {
+                store<W>(to + v * W, load<W>(to + v * W) + sum[k][v]);
+            } else {
+                for (int64_t i = v * W; i < columns; i++) to[i] += sum[k][v][i - v * W];
+            }
+        }
+    }
+}
+
+// `panel`: the W items one after the other, each with `width` columns of P, a multiple of W.
+template <int W>
+void outer(const float* y, int64_t y_jump, int64_t rows, Columns c, const float* p, float* panel, float* a,
+           int64_t stride) {
+    const int64_t columns = c.blocks * c.rank, width = round_up(columns, W);
+    for (int64_t i = 0; i < columns; i += W) {
+        Vec<W> block[W];
+        int64_t s = i / c.rank, r = i % c.rank;
+        DEEPTHIN_UNROLL
+        for (int l = 0; l < W; l++) {
+            block[l] = i + l < columns ? load<W>(p + s * c.jump + r * W) : Vec<W>{};
+            if (++r == c.rank) {
+                r = 0;
+                s++;
+            }
+        }
+        transpose<W>(block);
+        DEEPTHIN_UNROLL
+        for (int b = 0; b < W; b++) store<W>(panel + b * width + i, block[b]);
+    }
+    for (int64_t i = 0; i < columns; i += 3 * W) {
+        const int64_t rest = columns - i;
+        const auto rows_of = [&]<int VECTORS>() DEEPTHIN_INLINED {
+            int64_t k = 0;
+            for (; k + 4 <= rows; k += 4)
+                outer_tile<W, 4, VECTORS>(y + k * y_jump, y_jump, panel + i, width, a + k * stride + i, stride, rest);
+            for (; k < rows; k++)
+                outer_tile<W, 1, VECTORS>(y + k * y_jump, y_jump, panel + i, width, a + k * stride + i, stride, rest);
+        };
+        if (rest > 2 * W)
+            rows_of.template operator()<3>();
+        else if (rest > W)
+            rows_of.template operator()<2>();
+        else
+            rows_of.template operator()<1>();
+    }
+}
+
+// ---- Items abreast: the correlation ------------------------------------------------------------------------------------
+
+// p[v] += or = sum_t x[v - lead + t] w[t] for v < count; x has `length` vectors and TILE more that may be read at both ends.
+template <int W, bool ADD>
+void correlate(const float* x, int64_t length, const float* w, int64_t n, int64_t lead, float* p, int64_t p_jump,
+               int64_t x_jump, int64_t count) {
+    for (int64_t v = 0; v < count; v += TILE) {
+        const int64_t from = larger(0, lead - v - (TILE - 1)), to = smaller(n, length + lead - v);
+        const float* at = x + (v - lead) * x_jump;
+        Vec<W> sum[TILE] = {};
+        for (int64_t t = from; t < to; t++) {
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < TILE; k++) sum[k] += load<W>(at + (t + k) * x_jump) * w[t];
+        }
+        const int64_t kept = smaller(TILE, count - v);
+        DEEPTHIN_UNROLL
+        for (int k = 0; k < TILE; k++) {
+            if (k < kept) {
+                float* out = p + (v + k) * p_jump;
+                store<W>(out, ADD ? load<W>(out) + sum[k] : sum[k]);
+            }
+        }
+    }
+}
+
+// grad[t] += sum_v p[v] x[v - (n - 1) + t], lane by lane.
+template <int W>
+void correlate_gradient(const float* x, int64_t length, const float* p, int64_t p_jump, int64_t n, float* grad) {
+    const int64_t count = length + n - 1;
+    for (int64_t t = 0; t < n; t += TILE) {
+        const int64_t from = larger(0, n - 1 - t - (TILE - 1)), to = smaller(count, length + n - 1 - t);
+        const float* at = x + (t - (n - 1)) * W;
+        Vec<W> sum[TILE] = {};
+        for (int64_t v = from; v < to; v++) {
+            const Vec<W> value = load<W>(p + v * p_jump);
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < TILE; k++) sum[k] += load<W>(at + (v + k) * W) * value;
+        }
+        const int64_t kept = smaller(TILE, n - t);
+        DEEPTHIN_UNROLL
+        for (int k = 0; k < TILE; k++)
+            if (k < kept) store<W>(grad + (t + k) * W, load<W>(grad + (t + k) * W) + sum[k]);
+    }
+}
+
+// The first and the second half of an item travel as real and imaginary part; the filter is real, so they stay apart.
+int64_t half(const Plan& plan) { return divide_up(plan.cols, 2); }
+
+template <int W>
+struct Space {  // scratch memory of a block of items
+    const Plan& plan;
+    int64_t count;                         // positions of the correlation
+    int64_t least_outputs, more_outputs;  // of each phase, and of how many first ones it is one more
+    bool fft;
+    float *x, *p, *y, *z, *c, *d, *dp, *dx, *panel;
+    int64_t floats;
+
+    Space(const Job& job, float* memory, bool backward) : plan(job.plan), count(plan.cols + plan.n - 1) {
+        Arena arena{memory};
+        least_outputs = plan.rows / plan.phases;
+        more_outputs = plan.rows % plan.phases;
+        fft = job.lanes.points > 0;
+        const int64_t points = job.lanes.points * 2 * W, edge = TILE * W;
+        const int64_t positions = (count + 2 * TILE) * plan.rank * W;
+        x = arena.take((plan.cols + 2 * TILE) * W) + (memory ? edge : 0);
+        p = arena.take(positions);
+        y = arena.take(plan.rows * W);
+        z = arena.take(points);
+        c = arena.take(larger(points, backward ? plan.n : 0));  // without FFT it holds a reversed filter
+        d = dp = dx = panel = nullptr;
+        if (backward) {
+            d = arena.take(points);
+            dp = arena.take(positions) + (memory ? edge * plan.rank : 0);
+            dx = arena.take(plan.cols * W);
+            panel = arena.take(round_up(larger(plan.blocks * plan.rank, is_plain_rank(plan) ? plan.n : 0), W) * W);
+        }
+        floats = arena.used;
+    }
+
+    Columns columns(const Phase& phase) const { return {phase.blocks(), plan.rank, plan.n * plan.rank * W}; }
+    int64_t outputs(int64_t phase) const { return least_outputs + (phase < more_outputs); }
+    int64_t place(const Phase& phase) const { return phase.first() * plan.rank * W; }
+};
+
+template <int W>
+void take_items(const Job& job, Space<W>& space, int64_t first, int64_t items) {
+    const int64_t cols = job.plan.cols;
+    __builtin_memset(space.x - TILE * W, 0, sizeof(float) * TILE * W);
+    rows_to_lanes<W>(job.x + first * cols, cols, items, cols, space.x);
+    __builtin_memset(space.x + cols * W, 0, sizeof(float) * TILE * W);
+}
+
+// Fills p, and by FFT z with the spectrum of x.
+template <int W>
+void correlations(const Job& job, Space<W>& space) {
+    const Plan& plan = job.plan;
+    const int64_t rank = plan.rank;
+    if (is_plain_rank(plan)) {  // one position is read: a product with wf itself
+        float* p = space.p + (plan.n - 1) * rank * W;
+        multiply<W>(job.wf, plan.n, rank, {1, plan.n, 0}, space.x,
+                    [=](int64_t k, Vec<W> sum) DEEPTHIN_INLINED { store<W>(p + k * W, sum); });
+        return;
+    }
+    if (!space.fft) {
+        for (int64_t a = 0; a < rank; a++)
+            correlate<W, false>(space.x, plan.cols, job.wf + a * plan.n, plan.n, plan.n - 1, space.p + a * W, rank * W,
+                                W, space.count);
+        return;
+    }
+    const Transform& plan_of = job.lanes;
+    const int64_t points = plan_of.points, q = half(plan), count = space.count;
+    const float *x = space.x, *z = space.z;
+    forward_transform<W>(
+        plan_of,
+        [=](int64_t i) DEEPTHIN_INLINED {
+            return i < q ? Complex<W>{load<W>(x + i * W), load<W>(x + (i + q) * W)} : Complex<W>{};
+        },
+        space.z);
+    for (int64_t a = 0; a < rank; a++) {
+        const float* h = job.spectra + a * points * 2;
+        inverse_transform<W>(
+            plan_of,
+            [=](int64_t f) DEEPTHIN_INLINED { return times<W>(load_point<W>(z + f * 2 * W), h[2 * f], h[2 * f + 1]); },
+            space.c);
+        const float* c = space.c;
+        float* p = space.p + a * W;
+        const int64_t jump = rank * W, both = smaller(points, count);
+        int64_t v = 0;
+        for (; v < smaller(q, count); v++) store<W>(p + v * jump, load<W>(c + v * 2 * W));
+        for (; v < both; v++) store<W>(p + v * jump, load<W>(c + v * 2 * W) + load<W>(c + (v - q) * 2 * W + W));
+        for (; v < count; v++) store<W>(p + v * jump, load<W>(c + (v - q) * 2 * W + W));
+    }
+}
+
+template <int W>
+uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scratch) {
+    const Plan& plan = job.plan;
+    Space<W> space(job, scratch, false);
+    take_items<W>(job, space, first, items);
+    correlations<W>(job, space);
+    Vec<W> odd = {};  // becomes NaN in the lane of an output that is not finite
+    Vec<W>* const strange = &odd;
+    Phase phase(plan);
+    for (int64_t i = 0; i < smaller(plan.phases, plan.rows); i++, phase.next()) {
+        float* const y = space.y + i * W;
+        const float* const bias = job.bias ? job.bias + i : nullptr;
+        const int64_t apart = plan.phases;
+        const bool relu = job.relu;
+        const float scale = job.scale;
+        multiply<W>(job.xf + phase.row * plan.rank, plan.step * plan.rank, space.outputs(i), space.columns(phase),
+                    space.p + space.place(phase), [=](int64_t k, Vec<W> sum) DEEPTHIN_INLINED {
+                        sum *= scale;
+                        if (bias) sum += bias[k * apart];
+                        *strange += sum - sum;
+                        if (relu) sum = rectify<W>(sum);
+                        store<W>(y + k * apart * W, sum);
+                    });
+    }
+    lanes_to_rows<W>(space.y, plan.rows, items, plan.rows, job.y + first * plan.rows);
+    uint32_t mask = 0;
+    for (int64_t b = 0; b < items; b++) mask |= uint32_t(odd[b] != odd[b]) << b;
+    return mask;
+}
+
+template <int W>
+void backward_block(const Job& job, int64_t first, int64_t items, float* scratch) {
+    const Plan& plan = job.plan;
+    const int64_t rank = plan.rank, n = plan.n, cols = plan.cols;
+    Space<W> space(job, scratch, true);
+    if (job.grad_xf || job.grad_wf) take_items<W>(job, space, first, items);
+    if (job.grad_xf) {
+        correlations<W>(job, space);
+    } else if (job.grad_wf && space.fft) {
+        const float* x = space.x;
+        const int64_t q = half(plan);
+        forward_transform<W>(
+            job.lanes,
+            [=](int64_t i) DEEPTHIN_INLINED {
+                return i < q ? Complex<W>{load<W>(x + i * W), load<W>(x + (i + q) * W)} : Complex<W>{};
+            },
+            space.z);
+    }
+    rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, space.y);
+    const bool further = job.grad_x || job.grad_wf;
+    if (further) __builtin_memset(space.dp - TILE * rank * W, 0, sizeof(float) * (space.count + 2 * TILE) * rank * W);
+    Phase phase(plan);
+    for (int64_t i = 0; i < smaller(plan.phases, plan.rows); i++, phase.next()) {
+        const int64_t outputs = space.outputs(i), at = phase.row * rank, stride = plan.step * rank;
+        const float* y = space.y + i * W;
+        const int64_t apart = plan.phases * W;
+        if (job.grad_xf)
+            outer<W>(y, apart, outputs, space.columns(phase), space.p + space.place(phase), space.panel,
+                     job.grad_xf + at, stride);
+        if (further)
+            spread<W>(job.xf + at, stride, outputs, y, apart, space.columns(phase), space.dp + space.place(phase));
+    }
+    if (!further) return;
+    if (is_plain_rank(plan)) {
+        const float* dp = space.dp + (n - 1) * rank * W;
+        const Columns columns{1, n, 0};
+        if (job.grad_wf) outer<W>(dp, W, rank, columns, space.x, space.panel, job.grad_wf, n);
+        if (job.grad_x) {
+            __builtin_memset(space.dx, 0, sizeof(float) * cols * W);
+            spread<W>(job.wf, n, rank, dp, W, columns, space.dx);
+        }
+    } else if (!space.fft) {
+        for (int64_t a = 0; a < rank; a++) {
+            const float* dp = space.dp + a * W;
+            if (job.grad_wf) correlate_gradient<W>(space.x, cols, dp, rank * W, n, job.grad_wf + a * n * W);
+            if (job.grad_x) {
+                float* reversed = space.c;
+                for (int64_t t = 0; t < n; t++) reversed[t] = job.wf[a * n + n - 1 - t];
+                if (a == 0)
+                    correlate<W, false>(dp, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
+                else
+                    correlate<W, true>(dp, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
+            }
+        }
+    } else {
+        const Transform& plan_of = job.lanes;
+        const int64_t points = plan_of.points, q = half(plan), count = space.count;
+        for (int64_t a = 0; a < rank; a++) {
+            const float* dp = space.dp + a * W;
+            const int64_t jump = rank * W;
+            forward_transform<W>(
+                plan_of,
+                [=](int64_t i) DEEPTHIN_INLINED {
+                    return Complex<W>{i < count ? load<W>(dp + i * jump) : Vec<W>{},
+                                      i + q < count ? load<W>(dp + (i + q) * jump) : Vec<W>{}};
+                },
+                space.c);
+            const float* h = job.spectra + a * points * 2;
+            float* sums = job.grad_wf ? job.grad_wf + a * points * 2 * W : nullptr;
+            for (int64_t f = 0; f < points; f++) {
+                const auto c = load_point<W>(space.c + f * 2 * W);
+                if (sums) {
+                    const auto z = load_point<W>(space.z + f * 2 * W), sum = load_point<W>(sums + f * 2 * W);
+                    store_point<W>(sums + f * 2 * W, {sum.re + (c.re * z.re + c.im * z.im), sum.im + (c.im * z.re - c.re * z.im)});
+                }
+                if (job.grad_x) {
+                    auto back = times<W>(c, h[2 * f], -h[2 * f + 1]);
+                    if (a > 0) back = back + load_point<W>(space.d + f * 2 * W);
+                    store_point<W>(space.d + f * 2 * W, back);
+                }
+            }
+        }
+        if (job.grad_x) {
+            const float* d = space.d;
+            inverse_transform<W>(plan_of, [=](int64_t f) DEEPTHIN_INLINED { return load_point<W>(d + f * 2 * W); }, space.c);
+            for (int64_t i = 0; i < q; i++) {
+                store<W>(space.dx + i * W, load<W>(space.c + i * 2 * W));
+                if (i + q < cols) store<W>(space.dx + (i + q) * W, load<W>(space.c + i * 2 * W + W));
+            }
+        }
+    }
+    if (job.grad_x) lanes_to_rows<W>(space.dx, cols, items, cols, job.grad_x + first * cols);
+}
+
+// `lanes` holds what backward_block added up: one vector of W partial sums for each number of the result.
+template <int W>
+void finish_gradient(const Job& job, float* lanes, float* grad_wf) {
+    const Plan& plan = job.plan;
+    const int64_t n = plan.n, points = job.lanes.points;
+    if (is_plain_rank(plan)) {
+        for (int64_t i = 0; i < plan.rank * n; i++) grad_wf[i] = lanes[i];
+    } else if (points == 0) {
+        for (int64_t i = 0; i < plan.rank * n; i++) grad_wf[i] = sum_lanes<W>(load<W>(lanes + i * W));
+    } else {
+        for (int64_t a = 0; a < plan.rank; a += W) {  // W filters abreast
+            const int64_t filters = smaller(W, plan.rank - a);
+            for (int64_t i = 0; i < points * 2; i++) {
+                Vec<W> sums = {};
+                for (int64_t l = 0; l < filters; l++) sums[l] = sum_lanes<W>(load<W>(lanes + ((a + l) * points * 2 + i) * W));
+                store<W>(lanes + (a * points * 2 + i) * W, sums);  // the first filter's place has been read
+            }
+            float* data = lanes + a * points * 2 * W;
+            inverse_transform<W>(job.lanes, [=](int64_t f) DEEPTHIN_INLINED { return load_point<W>(data + f * 2 * W); }, data);
+            for (int64_t l = 0; l < filters; l++)
+                for (int64_t t = 0; t < n; t++) grad_wf[(a + l) * n + n - 1 - t] = data[t * 2 * W + l] / float(points);
+        }
+    }
+}
+
+// ---- One item: positions abreast ---------------------------------------------------------------------------------------
+
+constexpr int SINGLE = DEEPTHIN_WIDTH;
+
+struct Alone {  // scratch memory of one item
+    int64_t count, padded, half_length, width, panels;
+    float *x, *p, *z, *c, *panel, *tail;
+    int64_t floats;
+
+    Alone(const Job& job, float* memory) {
+        constexpr int W = SINGLE;
+        const Plan& plan = job.plan;
+        Arena arena{memory};
+        count = plan.cols + plan.n - 1;
+        padded = round_up(count, W) + TILE * W;
+        half_length = round_up(divide_up(plan.cols, 2), W);
+        width = round_up(plan.blocks * plan.rank, W);
+        panels = plan.n / plan.common;
+        const int64_t points = job.single.points * 2 * W;
+        x = arena.take(2 * half_length + 2 * TILE * W) + (memory ? TILE * W : 0);
+        p = arena.take(padded);
+        z = arena.take(points);
+        c = arena.take(points);
+        panel = arena.take(panels * width);
+        tail = arena.take(2 * width);
+        floats = arena.used;
+    }
+};
+
+// sum_i a[i] b[i], i < length, a multiple of W
+template <int W>
+DEEPTHIN_INLINE Vec<W> dot(const float* a, const float* b, int64_t length) {
+    Vec<W> sum = {};
+    for (int64_t i = 0; i < length; i += W) sum += load<W>(a + i) * load<W>(b + i);
+    return sum;
+}
+
+// Row after row of a dense matrix times x: y[j] = sum_q a[j, q] x[q], length any.
+template <int W, int K>
+DEEPTHIN_INLINE void dots(const float* a, int64_t stride, int64_t length, const float* x, float* y) {
+    Vec<W> sum[K] = {};
+    int64_t i = 0;
+    for (; i + W <= length; i += W) {
+        const Vec<W> value = load<W>(x + i);
+        DEEPTHIN_UNROLL
+        for (int k = 0; k < K; k++) sum[k] += load<W>(a + k * stride + i) * value;
+    }
+    DEEPTHIN_UNROLL
+    for (int k = 0; k < K; k++) {
+        y[k] = sum_lanes<W>(sum[k]);
+        for (int64_t j = i; j < length; j++) y[k] += a[k * stride + j] * x[j];
+    }
+}
+
+void correlate_single(const Alone& space, const Plan& plan, const float* w) {
+    constexpr int W = SINGLE;
+    const int64_t n = plan.n;
+    for (int64_t v = 0; v < space.count; v += TILE * W) {
+        const int64_t from = larger(0, n - 1 - v - (TILE * W - 1)), to = smaller(n, plan.cols + n - 1 - v);
+        const float* at = space.x + v - (n - 1);
+        Vec<W> sum[TILE] = {};
+        for (int64_t t = from; t < to; t++) {
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < TILE; k++) sum[k] += load<W>(at + t + k * W) * w[t];
+        }
+        DEEPTHIN_UNROLL
+        for (int k = 0; k < TILE; k++)
+            if (v + k * W < space.padded) store<W>(space.p + v + k * W, sum[k]);
+    }
+}
+
+// Positions modulo W are abreast, so that a product of spectra becomes one with a W x W Toeplitz matrix of them.
+void transform_single(const Job& job, const Alone& space, int64_t a) {
+    constexpr int W = SINGLE;
+    const int64_t points = job.single.points, q = space.half_length / W, rows = divide_up(space.count, W);
+    const float *z = space.z, *x = space.x, *c = space.c;
+    if (a == 0)
+        forward_transform<W>(
+            job.single,
+            [=](int64_t i) DEEPTHIN_INLINED {
+                return i < q ? Complex<W>{load<W>(x + i * W), load<W>(x + (i + q) * W)} : Complex<W>{};
+            },
+            space.z);
+    const float* spectra = job.spectra1 + a * points * 4 * W;
+    inverse_transform<W>(
+        job.single,
+        [=](int64_t f) DEEPTHIN_INLINED {
+            const float *value = z + f * 2 * W, *h = spectra + f * 4 * W + W - 1;
+            Vec<W> rr = {}, ii = {}, ri = {}, ir = {};
+            DEEPTHIN_UNROLL
+            for (int l = 0; l < W; l++) {
+                const Vec<W> re = load<W>(h - l), im = load<W>(h + 2 * W - l);
+                rr += re * value[l];
+                ii += im * value[W + l];
+                ri += im * value[l];
+                ir += re * value[W + l];
+            }
+            return Complex<W>{rr - ii, ri + ir};
+        },
+        space.c);
+    for (int64_t i = 0; i < rows; i++) {
+        Vec<W> sum = i < points ? load<W>(c + i * 2 * W) : Vec<W>{};
+        if (i >= q && i - q < points) sum += load<W>(c + (i - q) * 2 * W + W);
+        store<W>(space.p + i * W, sum);
+    }
+}
+
+bool single_item(const Job& job, int64_t item, float* scratch) {
+    constexpr int W = SINGLE;
+    const Plan& plan = job.plan;
+    const int64_t rank = plan.rank, n = plan.n, cols = plan.cols;
+    Alone space(job, scratch);
+    const float* x = job.x + item * cols;
+    if (is_plain_rank(plan)) {
+        __builtin_memset(space.panel, 0, sizeof(float) * space.width);
+        int64_t a = 0;
+        for (; a + 4 <= rank; a += 4) dots<W, 4>(job.wf + a * n, n, n, x, space.panel + a);
+        for (; a < rank; a++) dots<W, 1>(job.wf + a * n, n, n, x, space.panel + a);
+    } else {
+        __builtin_memset(space.x - TILE * W, 0, sizeof(float) * TILE * W);
+        __builtin_memcpy(space.x, x, sizeof(float) * cols);
+        __builtin_memset(space.x + cols, 0, sizeof(float) * (2 * space.half_length - cols + TILE * W));
+        const int64_t width = space.width, common = plan.common, used = plan.blocks * rank;
+        const int64_t first = (n - 1 - plan.offset) % common;
+        for (int64_t a = 0; a < rank; a++) {
+            if (job.single.points)
+                transform_single(job, space, a);
+            else
+                correlate_single(space, plan, job.wf + a * n);
+            for (int64_t s = 0; s < plan.blocks; s++) {  // each phase's terms side by side
+                float* to = space.panel + s * rank + a;
+                const float* from = space.p + s * n;
+                const int64_t end = smaller(n, space.count - s * n);
+                int64_t lane = first;
+                for (; lane < end; lane += common, to += width) *to = from[lane];
+                for (; lane < n; lane += common, to += width) *to = 0.0f;
+            }
+        }
+        if (width > used)
+            for (int64_t i = 0; i < space.panels; i++)
+                for (int64_t j = used; j < width; j++) space.panel[i * width + j] = 0.0f;
+    }
+    // Outputs in order, so that xf is read from its beginning to its end. The last ones read a copy that has an edge.
+    const int64_t width = space.width, length = plan.m * rank, cut = larger(0, length - width);
+    for (int64_t i = 0; i < 2 * width; i++) space.tail[i] = cut + i < length ? job.xf[cut + i] : 0.0f;
+    float* y = job.y + item * plan.rows;
+    Vec<W> odd = {};
+    Phase phase(plan);
+    const int64_t down = phase.at_step / plan.common * width, up = space.panels * width;
+    const float* panel = space.panel + phase.first() / plan.common * width;
+    const auto next = [&]() DEEPTHIN_INLINED {
+        const int64_t before = phase.at;
+        phase.next();
+        panel += (phase.at < before ? up : 0) - down;  // a wrap makes `at` smaller
+    };
+    for (int64_t j = 0; j < plan.rows; j += W) {
+        const int64_t outputs = smaller(W, plan.rows - j);
+        Vec<W> sum[W];
+        if (outputs == W && (phase.row + W * (phase.row_step + 1)) * rank + width <= length) {
+            DEEPTHIN_UNROLL
+            for (int i = 0; i < W; i++, next()) sum[i] = dot<W>(job.xf + phase.row * rank, panel, width);
+        } else {
+            for (int i = 0; i < W; i++) {
+                sum[i] = Vec<W>{};
+                if (i >= outputs) continue;
+                const int64_t at = phase.row * rank;
+                sum[i] = dot<W>(at + width <= length ? job.xf + at : space.tail + at - cut, panel, width);
+                next();
+            }
+        }
+        Vec<W> value = sum_rows<W>(sum) * job.scale;
+        if (job.bias) value += outputs == W ? load<W>(job.bias + j) : load_some<W>(job.bias + j, outputs);
+        odd += value - value;
+        if (job.relu) value = rectify<W>(value);
+        if (outputs == W)
+            store<W>(y + j, value);
+        else
+            for (int64_t i = 0; i < outputs; i++) y[j + i] = value[i];
+    }
+    const float total = sum_lanes<W>(odd);
+    return total == total;
+}
+
+// ---- Spectra of the filters ---------------------------------------------------------------------------------------------
+
+// `sequence(l, i)` is entry i of lane l.
+template <int W, class Sequence>
+void transform_scalars(const Transform& plan, Sequence sequence, float* data) {
+    forward_transform<W>(
+        plan,
+        [&](int64_t i) {
+            Complex<W> point = {};
+            for (int l = 0; l < W; l++) point.re[l] = sequence(l, i);
+            return point;
+        },
+        data);
+}
+
+void spectra(const Plan& plan, const float* wf, const Transform& transform, float* out, float* scratch) {
+    constexpr int W = SINGLE;
+    const int64_t n = plan.n, points = transform.points;
+    for (int64_t a = 0; a < plan.rank; a += W) {
+        const int64_t filters = smaller(W, plan.rank - a);
+        transform_scalars<W>(
+            transform,
+            [=](int l, int64_t i) { return l < filters && i < n ? wf[(a + l) * n + n - 1 - i] / float(points) : 0.0f; },
+            scratch);
+        for (int64_t l = 0; l < filters; l++)
+            for (int64_t f = 0; f < points * 2; f++) out[(a + l) * points * 2 + f] = scratch[f * W + l];
+    }
+}
+
+void spectra1(const Plan& plan, const float* wf, const Transform& transform, float* out, float* scratch) {
+    constexpr int W = SINGLE;
+    const int64_t n = plan.n, points = transform.points;
+    for (int64_t a = 0; a < plan.rank; a++)
+        for (int part = 0; part < 2; part++) {  // shifts 1 - W .. 0, then 1 .. W
+            transform_scalars<W>(
+                transform,
+                [=](int l, int64_t i) {
+                    const int64_t t = i * W + l + part * W - (W - 1);
+                    return 0 <= t && t < n ? wf[a * n + n - 1 - t] / float(points) : 0.0f;
+                },
+                scratch);
+            for (int64_t f = 0; f < points; f++)
+                for (int side = 0; side < 2; side++)
+                    __builtin_memcpy(out + ((a * points + f) * 2 + side) * 2 * W + part * W, scratch + (f * 2 + side) * W,
+                                     sizeof(float) * W);
+        }
+}
+
+// ---- Sparse rows, for comparison ----------------------------------------------------------------------------------------
+
+void csr_single(const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, const float* bias,
+                const float* x, float* y) {
+    for (int64_t j = 0; j < rows; j++) {
+        float sum[4] = {};
+        int64_t i = starts[j];
+        for (; i + 4 <= starts[j + 1]; i += 4) {
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < 4; k++) sum[k] += values[i + k] * x[columns[i + k]];
+        }
+        for (; i < starts[j + 1]; i++) sum[0] += values[i] * x[columns[i]];
+        y[j] = (sum[0] + sum[1]) + (sum[2] + sum[3]) + (bias ? bias[j] : 0.0f);
+    }
+}
+
+template <int W>
+void csr_block(const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
+               const float* bias, const float* x, float* y, int64_t items, float* scratch) {
+    float *lanes = scratch, *out = scratch + cols * W;
+    rows_to_lanes<W>(x, cols, items, cols, lanes);
+    for (int64_t j = 0; j < rows; j++) {
+        Vec<W> sum[4] = {};
+        int64_t i = starts[j];
+        for (; i + 4 <= starts[j + 1]; i += 4) {
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < 4; k++) sum[k] += load<W>(lanes + columns[i + k] * W) * values[i + k];
+        }
+        for (; i < starts[j + 1]; i++) sum[0] += load<W>(lanes + columns[i] * W) * values[i];
+        Vec<W> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        if (bias) total += bias[j];
+        store<W>(out + j * W, total);
+    }
+    lanes_to_rows<W>(out, rows, items, rows, y);
+}
+
+// ---- The table -----------------------------------------------------------------------------------------------------------
+
+#if DEEPTHIN_WIDTH > 8
+constexpr int FEW = 8;  // items abreast where there are no more
+#define DEEPTHIN_BY_WIDTH(call) (width == FEW ? call<FEW> : call<DEEPTHIN_WIDTH>)
+#else
+constexpr int FEW = 0;
+#define DEEPTHIN_BY_WIDTH(call) call<DEEPTHIN_WIDTH>
+#endif
+
+template <int W>
+int64_t space_of(const Job& job, bool backward) {
+    return Space<W>(job, nullptr, backward).floats;
+}
+
+int64_t forward_scratch(const Job& job, [[maybe_unused]] int width) { return DEEPTHIN_BY_WIDTH(space_of)(job, false); }
+int64_t backward_scratch(const Job& job, [[maybe_unused]] int width) { return DEEPTHIN_BY_WIDTH(space_of)(job, true); }
+int64_t single_scratch(const Job& job) { return Alone(job, nullptr).floats; }
+
+uint32_t forward(const Job& job, [[maybe_unused]] int width, int64_t first, int64_t items, float* scratch) {
+    return DEEPTHIN_BY_WIDTH(forward_block)(job, first, items, scratch);
+}
+void backward(const Job& job, [[maybe_unused]] int width, int64_t first, int64_t items, float* scratch) {
+    DEEPTHIN_BY_WIDTH(backward_block)(job, first, items, scratch);
+}
+void finish_grad_wf(const Job& job, [[maybe_unused]] int width, float* lanes, float* grad_wf) {
+    DEEPTHIN_BY_WIDTH(finish_gradient)(job, lanes, grad_wf);
+}
+int64_t csr_scratch(int64_t rows, int64_t cols, int width) { return width == 1 ? 0 : (rows + cols) * width; }
+void csr(const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
+         const float* bias, const float* x, float* y, int width, int64_t items, float* scratch) {
+    if (width == 1)
+        csr_single(values, columns, starts, rows, bias, x, y);
+    else
+        DEEPTHIN_BY_WIDTH(csr_block)(values, columns, starts, rows, cols, bias, x, y, items, scratch);
+}
+
+}  // namespace
+
+namespace deepthin {
+#define DEEPTHIN_TEXT(x) #x
+#define DEEPTHIN_NAME(x) DEEPTHIN_TEXT(x)
+#define DEEPTHIN_JOIN(a, b) a##b
+#define DEEPTHIN_SYMBOL(x) DEEPTHIN_JOIN(kernels_, x)
+extern const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE);
+const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE) = {
+    DEEPTHIN_NAME(DEEPTHIN_TABLE), {DEEPTHIN_WIDTH, FEW}, ::forward_scratch, ::backward_scratch, ::forward,
+    ::backward,
+    ::single_scratch, ::single_item, ::spectra, ::spectra1, ::finish_grad_wf, ::csr_scratch, ::csr};
+}  // namespace deepthin

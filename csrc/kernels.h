@@ -1,0 +1,106 @@
+// What the rest of the library may call: plain pointers and lengths, no Python, no torch.
+//
+// The algebra is that of Sotoudeh and Baghsorkhi (2018, arXiv:1802.06944), section 3; docs/performance.md derives it.
+// A weight W of rows x cols has the entries W[j, q] = sum_a xf[e / n, a] * wf[a, e % n], e = offset + j * cols + q.
+// Then y[j] = sum_{s, a} xf[e_j / n + s, a] * P_a[s * n + n - 1 - e_j % n], e_j = offset + j * cols, where P_a is the full
+// correlation of x with row a of wf: P_a[v] = sum_t x[v - (n - 1) + t] * wf[a, t], 0 <= v < cols + n - 1.
+#pragma once
+#include <cstdint>
+
+namespace deepthin {
+
+struct Plan {
+    int64_t rows, cols;  // outputs, inputs
+    int64_t n, rank;     // wf is rank x n, row-major
+    int64_t m;           // xf is m x rank, row-major: m = ceil((offset + rows * cols) / n)
+    int64_t offset;      // entry of the factors' product at which W begins, below n
+    // What follows from them (see `complete`):
+    int64_t common;  // g = gcd(n, cols): only positions v that agree modulo g are ever read
+    int64_t phases;  // n / g: outputs that many apart meet wf at the same place
+    int64_t step;    // cols / g: rows of xf between two such outputs
+    int64_t blocks;  // rows of xf that an output reads, at most
+};
+
+// Transform of `points` complex numbers; radix by radix, no bit reversal: the inverse undoes the forward order.
+struct Transform {
+    static constexpr int MAX_LEVELS = 24;
+    int64_t points = 0;
+    int levels = 0;
+    int radix[MAX_LEVELS] = {};
+    const float* twiddles[MAX_LEVELS] = {};  // exp(-2 pi i j k / length): for each j, the k = 1 .. radix - 1
+};
+
+// One product or gradient, shared by all threads that work on it.
+struct Job {
+    Plan plan;
+    const float *xf, *wf, *bias, *x;  // x is batch x cols; bias may be null
+    float* y;                         // batch x rows
+    float scale;
+    bool relu;
+    // By FFT when `lanes.points` is set. Spectra are those of the reversed wf, over points, in the transform's order.
+    Transform lanes;        // of items abreast
+    const float* spectra;   // rank x points x {re, im}
+    Transform single;       // of one item, whose positions modulo W are abreast
+    const float* spectra1;  // rank x points x {re, im} x 2 W: of all 2 W - 1 shifts
+    // Gradients of one slice of the batch; any may be null.
+    const float* grad;       // batch x rows
+    float *grad_x, *grad_xf;  // batch x cols; m x rank, added to
+    float* grad_wf;          // partial sums, see `gradient_floats`: added to
+};
+
+// The kernels of one instruction set. `width` is the number of items abreast: widths[0], or widths[1] where it is not 0.
+struct Kernels {
+    const char* name;
+    int widths[2];
+    int64_t (*forward_scratch)(const Job&, int width);  // floats
+    int64_t (*backward_scratch)(const Job&, int width);
+    // Outputs that are not finite are marked in the result, a bit an item: the caller computes them anew, exactly.
+    uint32_t (*forward)(const Job&, int width, int64_t first, int64_t items, float* scratch);
+    void (*backward)(const Job&, int width, int64_t first, int64_t items, float* scratch);
+    int64_t (*single_scratch)(const Job&);
+    bool (*single)(const Job&, int64_t item, float* scratch);  // whether all outputs are finite
+    // Spectra in the layouts of Job; scratch is 2 W floats a point.
+    void (*spectra)(const Plan&, const float* wf, const Transform&, float* out, float* scratch);
+    void (*spectra1)(const Plan&, const float* wf, const Transform&, float* out, float* scratch);
+    void (*finish_grad_wf)(const Job&, int width, float* lanes, float* grad_wf);  // rank x n
+    int64_t (*csr_scratch)(int64_t rows, int64_t cols, int width);
+    void (*csr)(const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
+                const float* bias, const float* x, float* y, int width, int64_t items, float* scratch);
+};
+
+// What `Job::grad_wf` holds: W partial sums of each number of wf or, by FFT, of its spectrum; or wf itself, if n = cols.
+inline int64_t gradient_floats(const Job& job, int width) {
+    const Plan& plan = job.plan;
+    if (plan.n == plan.cols && plan.offset == 0) return plan.rank * plan.n;
+    return plan.rank * (job.lanes.points ? job.lanes.points * 2 : plan.n) * width;
+}
+
+#if defined(__x86_64__)
+extern const Kernels kernels_v2, kernels_v3, kernels_v4;
+#else
+extern const Kernels kernels_baseline;
+#endif
+
+// The best set that this machine can run, or the one that `name` asks for; null where it cannot.
+const Kernels* find_kernels(const char* name);
+
+// Plans, numbers in `rows, cols, n, rank, offset`; throws std::invalid_argument.
+Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset);
+
+// y = scale x W^T + bias, rectified if asked. Items whose outputs are not all finite are computed again entry by entry, so that
+// NaN and infinity come out as from a dense product. The result does not depend on `threads`.
+void forward(const Kernels&, const Plan&, const float* x, const float* xf, const float* wf, const float* bias, float* y,
+             int64_t batch, bool fft, float scale, bool relu, int threads);
+
+// Gradients of x, xf and wf, given that of y; those that are null are left out.
+void backward(const Kernels&, const Plan&, const float* x, const float* xf, const float* wf, const float* grad,
+              float* grad_x, float* grad_xf, float* grad_wf, int64_t batch, bool fft, int threads);
+
+// y = x A^T + bias for a sparse A of rows x cols; throws std::invalid_argument where an index is out of range.
+void csr(const Kernels&, const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
+         int64_t entries, const float* bias, const float* x, float* y, int64_t batch, int threads);
+
+// Tests: the allocation after `count` more fails; negative: none does.
+void fail_allocation_after(int64_t count);
+
+}  // namespace deepthin

@@ -1,0 +1,240 @@
+"""The product without the weight as a torch operator, ``torch.ops.deepthin.factor_linear``: compiled where it can be.
+
+Registered with shapes, gradients and an autocast rule, so that torch.compile, torch.export and autograd take it as one
+of their own. Single precision on the CPU runs the native kernels of deepthin.kernels, all else the torch operations of
+deepthin.torch.product. There is nothing to pack: the kernels read the factors where they lie, so no copy can be stale.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from deepthin import kernels
+from deepthin.methods.factor import Factor
+from deepthin.torch.product import choose_native, factor_linear
+
+_library = torch.library.Library("deepthin", "DEF")
+_library.define(
+    "factor_linear(Tensor x, Tensor xf, Tensor wf, Tensor? bias, int rows, int offset, str correlation, bool relu) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "factor_linear_backward(Tensor grad, Tensor x, Tensor xf, Tensor wf, int rows, int offset, str correlation, "
+    "bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def linear(
+    x: Float[Tensor, "*batch cols"],
+    xf: Float[Tensor, "m r"],
+    wf: Float[Tensor, "r n"],
+    bias: Float[Tensor, " rows"] | None = None,
+    *,
+    rows: int,
+    offset: int = 0,
+    correlation: str = "auto",
+    relu: bool = False,
+) -> Float[Tensor, "*batch rows"]:
+    """``x @ W.T + bias``, rectified if asked; W, rows x cols, is what the factors decode to from entry ``offset`` on.
+
+    ``correlation`` is ``direct``, ``fft`` or ``auto``, whichever is predicted to be faster. Gradients of every operand,
+    of any order. Under autocast the operands are taken to float32.
+    """
+    return torch.ops.deepthin.factor_linear(x, xf, wf, bias, rows, offset, correlation, relu)
+
+
+def product(method: Factor, first: int, offset: int, scale: float) -> Any:
+    """A callable for ``scale * x @ W.T + bias`` with the least delay, or none without native code.
+
+    It takes x, xf, wf and the bias or None, and returns None where these are not plain float32 tensors on the CPU, a
+    gradient is wanted, something records or watches operations, or no way was chosen for the batch (``choose``).
+    """
+    if not _short_way:
+        return None
+    return kernels.native().Product(*method.shape, method.n, method.rank, offset, first, scale)
+
+
+_short_way = kernels.native_available and kernels.native().use_torch(
+    Tensor,
+    torch.nn.Parameter,
+    torch.is_grad_enabled,
+    torch.get_num_threads,
+    [
+        torch._C._len_torch_dispatch_stack,
+        torch._C._are_functorch_transforms_active,
+        torch._C._get_tracing_state,
+        partial(torch.is_autocast_enabled, "cpu"),
+    ],
+)
+
+
+def takes(*operands: Tensor | None) -> bool:
+    """Whether all of them are what the native kernels read: float32 tensors in the CPU's memory, of any strides."""
+    return kernels.native_available and all(
+        t is None or (t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided) for t in operands
+    )
+
+
+def _method(x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int) -> Factor:
+    """The plan, its shapes checked against each other."""
+    torch._check(wf.dim() == 2 and xf.dim() == 2 and x.dim() > 0, lambda: "x needs a dimension, xf and wf two.")
+    (rank, n), cols = wf.shape, x.shape[-1]
+    m = -(-(offset + rows * cols) // n)
+    torch._check(
+        0 <= offset < n and xf.shape[0] == m and xf.shape[1] == rank,
+        lambda: (
+            f"{rows} x {cols} weights from entry {offset} of rows of {n} need an xf of {m} x {rank}, "
+            f"not {tuple(xf.shape)}, and an offset below {n}."
+        ),
+    )
+    return Factor((rows, cols), n, rank)
+
+
+def _forward(
+    x: Tensor, xf: Tensor, wf: Tensor, bias: Tensor | None, rows: int, offset: int, correlation: str, relu: bool
+) -> Tensor:
+    if correlation not in ("auto", "direct", "fft"):
+        raise ValueError(f"correlation={correlation!r} must be 'auto', 'direct' or 'fft'.")
+    method = _method(x, xf, wf, rows, offset)
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"The bias is {tuple(bias.shape)}: {rows} outputs need ({rows},).")
+    if not takes(x, xf, wf, bias):
+        y = _in_torch(method, x, xf, wf, offset)
+        y = y if bias is None else y + bias
+        return y.relu() if relu else y
+    operands = tuple(None if t is None else t.contiguous() for t in (x, xf, wf, bias))
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32, device="cpu")
+    kernels.native().forward(
+        *method.shape,
+        method.n,
+        method.rank,
+        offset,
+        *(0 if t is None else t.data_ptr() for t in (*operands, y)),
+        y.numel() // rows,
+        _by_fft(method, x, correlation, training=False),
+        relu,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _backward(
+    grad: Tensor, x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int, correlation: str, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    method = _method(x, xf, wf, rows, offset)
+    if not takes(grad, x, xf, wf):
+        whole = _gradients_in_torch(grad, x, xf, wf, rows, offset)
+        made = [g if want else x.new_empty(0) for g, want in zip(whole, wanted, strict=True)]
+        return made[0], made[1], made[2]
+    operands = tuple(t.contiguous() for t in (x, xf, wf, grad))
+    made = [
+        torch.empty(t.shape, dtype=torch.float32, device="cpu") if want else x.new_empty(0)
+        for t, want in zip((x, xf, wf), wanted, strict=True)
+    ]
+    kernels.native().backward(
+        *method.shape,
+        method.n,
+        method.rank,
+        offset,
+        *(t.data_ptr() for t in operands),
+        *(t.data_ptr() if want else 0 for t, want in zip(made, wanted, strict=True)),
+        grad.numel() // rows,
+        _by_fft(method, x, correlation, training=True),
+        torch.get_num_threads(),
+    )
+    return made[0], made[1], made[2]
+
+
+def _by_fft(method: Factor, x: Tensor, correlation: str, training: bool) -> bool:
+    if correlation != "auto":
+        return correlation == "fft"
+    return choose_native(method, math.prod(x.shape[:-1]), training) == "native-fft"
+
+
+def _in_torch(method: Factor, x: Tensor, xf: Tensor, wf: Tensor, offset: int) -> Tensor:
+    """Any type, any device."""
+    if method.n != method.shape[1] and math.gcd(method.n, method.shape[1]) == 1 and x.numel():
+        return factor_linear(method, x, xf, wf, "fft", offset)
+    rows, cols = method.shape
+    return F.linear(x, (xf @ wf).reshape(-1)[offset : offset + rows * cols].view(rows, cols))
+
+
+def _gradients_in_torch(
+    grad: Tensor, x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Any type, any device, and gradients again: by the weight."""
+    cols, entries = x.shape[-1], len(xf) * wf.shape[1]
+    used = rows * cols
+    weight = (xf @ wf).reshape(-1)[offset : offset + used].view(rows, cols)
+    flat = (grad.reshape(-1, rows).T @ x.reshape(-1, cols)).reshape(-1)
+    flat = F.pad(flat, (offset, entries - offset - used)).view(len(xf), -1)
+    return grad @ weight, flat @ wf.T, xf.T @ flat
+
+
+def _fake_forward(
+    x: Tensor, xf: Tensor, wf: Tensor, bias: Tensor | None, rows: int, offset: int, correlation: str, relu: bool
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int, correlation: str, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = [t.new_empty(t.shape) if want else x.new_empty(0) for t, want in zip((x, xf, wf), wanted, strict=True)]
+    return made[0], made[1], made[2]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, xf, wf, _, *ctx.plan, ctx.relu = inputs
+    ctx.save_for_backward(x, xf, wf, *((output,) if ctx.relu else ()))
+
+
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, xf, wf, *output = ctx.saved_tensors
+    if ctx.relu:
+        grad = grad * (output[0] > 0)
+    rows, offset, correlation = ctx.plan
+    wanted = list(ctx.needs_input_grad[:3])
+    made: list[Tensor | None] = [None, None, None]
+    if any(wanted):
+        found = torch.ops.deepthin.factor_linear_backward(grad, x, xf, wf, rows, offset, correlation, wanted)
+        made = [g if want else None for g, want in zip(found, wanted, strict=True)]
+    bias = grad.reshape(-1, rows).sum(0) if ctx.needs_input_grad[3] else None
+    return *made, bias, None, None, None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *operands, rows, offset, _, ctx.wanted = inputs
+    ctx.plan = rows, offset
+    ctx.save_for_backward(*operands)
+
+
+def _grad_of_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the gradients, from the same formulas in torch operations."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():  # aliases: what one operand owes to another is none of this formula's business
+        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        first = _gradients_in_torch(*inputs, *ctx.plan)
+        outputs = [g for g, want in zip(first, ctx.wanted, strict=True) if want]
+        weights = [h for h, want in zip(grads, ctx.wanted, strict=True) if want]
+        found = torch.autograd.grad(outputs, inputs, weights, create_graph=again, allow_unused=True)
+    return *found, None, None, None, None
+
+
+_library.impl("factor_linear", _forward, "CompositeExplicitAutograd")
+_library.impl("factor_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("deepthin::factor_linear", _fake_forward, lib=_library)
+torch.library.register_fake("deepthin::factor_linear_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("deepthin::factor_linear", _grad, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    "deepthin::factor_linear_backward", _grad_of_grad, setup_context=_save_backward, lib=_library
+)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("deepthin::factor_linear", _device, torch.float32, lib=_library)

@@ -1,0 +1,357 @@
+"""The operator in torch: registration, gradients, graphs, precision, and that nothing kept is ever out of date."""
+
+import copy
+import math
+import pickle
+import threading
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import deepthin
+import deepthin.torch as dt
+from deepthin import kernels
+from deepthin.methods.factor import Factor
+from deepthin.torch.operators import linear
+
+native = pytest.mark.skipif(not kernels.native_available, reason="no native kernels here")
+OPERATOR = torch.ops.deepthin.factor_linear.default
+
+
+def operands(rows=30, cols=40, n=7, rank=2, batch=(9,), offset=0, kind=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    m = -(-(offset + rows * cols) // n)
+    return [
+        torch.randn(shape, generator=generator, dtype=kind) for shape in ((*batch, cols), (m, rank), (rank, n), (rows,))
+    ]
+
+
+def dense(x, xf, wf, bias, rows, offset=0):
+    cols = x.shape[-1]
+    return x @ (xf @ wf).reshape(-1)[offset : offset + rows * cols].view(rows, cols).T + bias
+
+
+def wide(ratio=0.01, width=1024, **options):
+    """A model of one layer for which native code pays at every batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width))
+    dt.compress(model, {"rules": {"*": {"ratio": ratio, "rank": 1, **options}}}, init="scratch")
+    return model
+
+
+def test_whether_there_is_native_code_is_said():
+    assert deepthin.native_available is kernels.native_available
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("correlation", ["auto", "direct", "fft"])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_the_operator_is_the_dense_layer(correlation, relu, offset):
+    x, xf, wf, bias = operands(batch=(2, 5), offset=offset)
+    y = linear(x, xf, wf, bias, rows=30, offset=offset, correlation=correlation, relu=relu)
+    want = dense(x, xf, wf, bias, 30, offset)
+    assert torch.allclose(y, want.relu() if relu else want, atol=1e-4)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("correlation", ["direct", "fft"])
+@pytest.mark.parametrize("batch", [(1,), (3, 11), (200,)])
+def test_gradients_of_all_operands(batch, correlation, relu):
+    tensors = [t.requires_grad_() for t in operands(batch=batch)]
+    y = linear(*tensors, rows=30, correlation=correlation, relu=relu)
+    want = dense(*tensors, 30)
+    want = want.relu() if relu else want
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    for ours, theirs in zip(
+        torch.autograd.grad(y, tensors, grad), torch.autograd.grad(want, tensors, grad), strict=True
+    ):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_gradients_of_any_order():
+    """In float64 by torch operations; those of the native gradients follow the same formulas."""
+    tensors = [t.requires_grad_() for t in operands(5, 7, 4, 2, (3,), kind=torch.float64)]
+    work = lambda *t: linear(*t, rows=5)  # noqa: E731
+    assert torch.autograd.gradcheck(work, tensors)
+    assert torch.autograd.gradgradcheck(work, tensors)
+
+
+@native
+def test_second_gradients_of_the_native_operator():
+    tensors = [t.requires_grad_() for t in operands(batch=(12,))]
+    found = []
+    for y in (linear(*tensors, rows=30, correlation="fft"), dense(*tensors, 30)):
+        first = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trained", [False, True])
+def test_opcheck(kind, trained):
+    x, xf, wf, bias = (t.requires_grad_(trained) for t in operands(kind=kind))
+    for arguments in [(x, xf, wf, bias, 30, 0, "auto", False), (x, xf, wf, None, 30, 0, "fft", True)]:
+        torch.library.opcheck(OPERATOR, arguments)
+    grad = torch.randn(9, 30, dtype=kind)
+    arguments = (grad, *(t.detach() for t in (x, xf, wf)), 30, 0, "direct", [True, False, True])
+    torch.library.opcheck(torch.ops.deepthin.factor_linear_backward.default, arguments)
+
+
+def test_operands_that_do_not_go_together():
+    x, xf, wf, bias = operands()
+    with pytest.raises(
+        RuntimeError, match=r"30 x 40 weights from entry 0 of rows of 7 need an xf of 172 x 2, not \(171"
+    ):
+        linear(x, xf[1:], wf, bias, rows=30)
+    with pytest.raises(ValueError, match=r"The bias is \(29,\): 30 outputs need \(30,\)"):
+        linear(x, xf, wf, bias[1:], rows=30)
+    with pytest.raises(ValueError, match="correlation='slow' must be 'auto', 'direct' or 'fft'"):
+        linear(x, xf, wf, bias, rows=30, correlation="slow")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_types_take_the_torch_way(kind):
+    tensors = [t.to(kind) for t in operands()]
+    y = linear(*tensors, rows=30)
+    assert y.dtype == kind
+    want = dense(*(t.double() for t in tensors), 30)
+    assert (y.double() - want).abs().max() <= 3 * torch.finfo(kind).eps * want.abs().max() + 1e-6
+    assert linear(*(t.to("meta") for t in tensors), rows=30).shape == (9, 30)
+
+
+def test_autocast_computes_in_single_precision():
+    tensors = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(tensors[0].bfloat16(), *tensors[1:], rows=30)
+    assert y.dtype == torch.float32
+    assert torch.allclose(y, linear(tensors[0].bfloat16().float(), *tensors[1:], rows=30))
+
+
+def test_views_of_negated_numbers():
+    tensors = operands(batch=(3,))
+    x = torch._neg_view(tensors[0])
+    assert torch.allclose(linear(x, *tensors[1:], rows=30), dense(-tensors[0], *tensors[1:], 30), atol=1e-4)
+    model = wide().eval()
+    x = torch.randn(1, 1024)
+    with torch.no_grad():
+        model(x)  # from now on the short way
+        assert torch.equal(model(torch._neg_view(x)), model(-x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.xf, self.wf, self.bias = (nn.Parameter(t) for t in operands()[1:])
+
+    def forward(self, x):
+        return linear(x, self.xf, self.wf, self.bias, rows=30, relu=True) * 2
+
+
+def test_export_with_a_dynamic_batch():
+    net = Net()
+    program = torch.export.export(net, (torch.randn(4, 40),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert "deepthin.factor_linear" in str(program.graph)
+    for batch in (1, 6, 33):
+        x = torch.randn(batch, 40)
+        assert torch.allclose(program.module()(x), net(x), atol=1e-5)
+
+
+def test_compiled_training_is_one_graph():
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        net, twin = Net(), Net()
+        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        x = torch.randn(11, 40)
+        net(x).square().sum().backward()
+        compiled(x).square().sum().backward()
+        for ours, theirs in zip(twin.parameters(), net.parameters(), strict=True):
+            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@native
+def test_a_compiled_layer_calls_the_operator():
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        graphs = []
+
+        def backend(graph, _):
+            graphs.append(str(graph.graph))
+            return graph
+
+        model, x = wide(), torch.randn(40, 1024)
+        y = torch.compile(model, fullgraph=True, backend=backend)(x)
+        assert len(graphs) == 1
+        assert "deepthin.factor_linear" in graphs[0]
+        assert torch.allclose(y, model(x), atol=1e-4)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_an_exported_layer_needs_no_library():
+    """Plain operations: the program runs where deepthin is not installed."""
+    program = torch.export.export(wide().eval(), (torch.randn(2, 1024),))
+    assert "deepthin" not in "".join(str(node.target) for node in program.graph.nodes)
+
+
+@native
+class TestTheShortWay:
+    """A layer in evaluation: one call of native code, which looks at everything itself."""
+
+    def test_it_is_taken_and_gives_the_same_bits(self):
+        model, x = wide().eval(), torch.randn(5, 1024)
+        layer, weight = model[0], model[0].thin["weight"]
+        with torch.no_grad():
+            first = model(x)
+            assert weight._short_way(x, 0, layer.bias) is not None
+            assert torch.equal(model(x), first)
+        assert weight._short_way(x, 0, layer.bias) is None  # a gradient of the code is wanted
+        assert model(x).requires_grad
+        assert torch.allclose(model(x), first, atol=1e-5)
+
+    def test_it_is_left_where_it_must_be(self):
+        model, x = wide().eval().requires_grad_(False), torch.randn(5, 1024)
+        weight, bias = model[0].thin["weight"], model[0].bias
+        y = model(x)
+        way = lambda x, bias=bias: weight._short_way(x, 0, bias)  # noqa: E731
+        assert torch.equal(way(x), y)
+        assert way(x.clone().requires_grad_()) is None
+        assert way(x.double()) is None
+        assert way(x.to("meta")) is None
+        assert way(x[:, :1023]) is None
+        assert way(torch.randn(1024, 1024)[:5].t().contiguous().t()) is None  # columns first
+        assert way(torch.randn(6, 1024)) is None  # no choice was made for six
+        assert way(x, bias[1:]) is None
+        assert way(x, bias.double()) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert way(x) is None
+            assert model(x).dtype == torch.bfloat16
+        with torch.utils.flop_counter.FlopCounterMode(display=False):
+            assert way(x) is None
+        assert torch.func.vmap(model)(x[None]).shape == (1, 5, 1024)
+        model.train()
+        assert way(x) is None
+        model.eval()
+        weight.xf = nn.Parameter(weight.xf[1:])
+        assert way(x) is None
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_every_change_of_the_code_is_seen(self, mode, tmp_path):
+        model, x = wide().eval(), torch.randn(3, 1024)
+        dt.save(model, tmp_path / "m.thin")
+        weight = model[0].thin["weight"]
+
+        def check():
+            with mode():
+                y = model(x)
+                assert torch.equal(weight._short_way(x, 0, model[0].bias), y)
+            want = x.double() @ model[0].weight.double().T + model[0].bias.double()
+            assert (y - want).abs().max() < 1e-5 * want.abs().max()
+            return y
+
+        first = check()
+        with mode():
+            weight.wf.mul_(2)  # no version counts it in inference mode
+            check()
+            weight.xf.data.mul_(2)  # nor here in any
+            check()
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(x).square().sum().backward()
+        optimizer.step()
+        model.eval()
+        check()
+        model.load_state_dict(wide(seed=None).state_dict(), assign=True)
+        check()
+        dt.load(model, tmp_path / "m.thin")
+        assert torch.equal(check(), first)
+
+    def test_copies_and_pickles(self):
+        model, x = wide().eval(), torch.randn(3, 1024)
+        with torch.no_grad():
+            y = model(x)
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert torch.equal(twin(x), y)
+
+    def test_many_threads_on_one_model(self):
+        """Promise 11, through the layer."""
+        model = wide(width=512).eval()
+        xs = [torch.randn(batch, 512) for batch in (1, 2, 5, 9)]
+        wrong = []
+        with torch.no_grad():
+            want = [model(x) for x in xs]
+
+        def call(i):
+            with torch.no_grad():
+                for _ in range(200):
+                    if not torch.equal(model(xs[i % 4]), want[i % 4]):
+                        wrong.append(i)
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+    @pytest.mark.parametrize("batch", [1, 8, 32])
+    @pytest.mark.parametrize("ratio", [0.0195, 0.0099, 0.004, 0.0014])
+    def test_the_error_is_not_larger_than_the_dense_layers(self, ratio, batch):
+        model, x = wide(ratio, 2048).eval(), torch.randn(batch, 2048)
+        code = {entry: t.detach().double() for entry, t in model[0].thin["weight"].code().items()}
+        exact = model[0].thin["weight"].method.decode(code, torch)
+        bias = model[0].bias.detach()
+        want = x.double() @ exact.T + bias
+        with torch.no_grad():
+            assert model[0].thin["weight"].path(x).startswith("native")
+            ours = (model(x) - want).norm()
+        assert ours <= (nn.functional.linear(x, exact.float(), bias) - want).norm()
+
+    @pytest.mark.parametrize("batch", [1, 9])
+    def test_nan_reaches_every_output_of_its_item_only(self, batch):
+        model, x = wide().eval(), torch.randn(batch, 1024)
+        x[batch // 2, 5] = math.nan
+        with torch.no_grad():
+            y = model(x)
+        assert y[batch // 2].isnan().all()
+        assert y.isnan().sum() == 1024
+
+    def test_a_weight_shared_by_two_layers_has_second_gradients(self):
+        """One layer's input then depends on the code of the other."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+        dt.compress(model, {"rules": {"*": {"ratio": 0.3, "rank": 1, "n": 7, "group": "flat"}}}, init="scratch")
+        group, x = model[0].thin["weight"].group, torch.randn(5, 64)
+        found = []
+        for way in ("native-fft", "fft", "dense"):
+            group.path = lambda x, index=0, way=way: way
+            code = list(group.parameters())
+            first = torch.autograd.grad(model(x).square().sum(), code, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), code))
+        for ours in found[:2]:
+            for one, other in zip(ours, found[2], strict=True):
+                assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+    def test_a_group_member_that_begins_within_a_row(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 500), nn.Linear(500, 512))
+        dt.compress(model, {"rules": {"*": {"ratio": 0.01, "rank": 1, "group": "flat"}}}, init="scratch")
+        group = model[0].thin["weight"].group.eval()
+        for layer in model.eval():
+            x = torch.randn(4, layer.in_features)
+            with torch.no_grad():
+                y, index = layer(x), layer.thin["weight"].index
+                assert torch.equal(group._short_way(x, index, layer.bias), y)
+                assert (y - nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-5 * y.abs().max()
+
+
+@native
+def test_a_plan_of_the_library_is_that_of_the_kernels():
+    method = Factor((20, 30), 7, 1)
+    x, xf, wf = (np.ones(s, np.float32) for s in ((2, 30), *method.code_shapes().values()))
+    assert np.array_equal(kernels.linear(method, x, xf, wf), np.full((2, 20), 30, np.float32))
