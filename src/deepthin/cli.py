@@ -91,30 +91,55 @@ def inspect(
 
 @app.command()
 def bench(
-    case: Annotated[str, typer.Argument(help="linear: inference; train: forward and backward.")],
-    ratios: Annotated[str, typer.Option(help="Sizes over dense, comma-separated.")] = "0.0195,0.0099,0.0040,0.0014",
-    batch: Annotated[str, typer.Option(help="Items at once, comma-separated.")] = "128",
+    case: Annotated[
+        str, typer.Argument(help="linear: a layer; tfkaldi: the paper's network; train: a layer, forward and backward.")
+    ],
+    ratios: Annotated[
+        str, typer.Option(help="Sizes over dense, comma-separated  [default: the paper's eight]", show_default=False)
+    ] = "0.0195,0.0129,0.0099,0.0057,0.0040,0.0027,0.0020,0.0014",
+    batch: Annotated[
+        str | None, typer.Option(help="Items at once, comma-separated  [default: 1,8,32; train: 128]")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Outputs of the layer.")] = 2048,
     cols: Annotated[int, typer.Option(min=1, help="Inputs of the layer.")] = 2048,
     rank: Annotated[int, typer.Option(min=1, help="Of the factors.")] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; the median counts.")] = 21,
-    out: Annotated[Path | None, typer.Option("--out", "--json", help="Also write the rows to this file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "--json", help="Where the rows go; the chart lies beside it  [default: runs/bench/CASE.json]"
+        ),
+    ] = None,
 ) -> None:
-    """Time a DeepThin layer against dense ones, in turn, in one run.
+    """Time DeepThin against dense, int8, low-rank and sparse products, in turn, in one run.
 
-    Example: `deepthin bench train --ratios 0.0099,0.0040 --batch 128 --threads 1`
+    Prints how many times faster it is, warm and with flushed caches, and writes the rows and a chart; that of tfkaldi
+    shows the paper's Table 2 beside ours.
+
+    Example: `deepthin bench linear --ratios 0.0099,0.0040 --batch 1,32 --threads 1`
     """
     from deepthin import bench as engine
+    from deepthin import kernels
 
     _known(case, engine.CASES, "case")
-    parts = [part.strip() for part in batch.split(",")]
+    parts = [part.strip() for part in (batch or ("128" if case == "train" else "1,8,32")).split(",")]
     batches = tuple(int(part) for part in parts if part.isdecimal())
     if len(batches) < len(parts) or 0 in batches:
         raise ConfigError(f"--batch {batch!r} must be whole numbers with commas, such as 1,8,32.")
-    found = engine.run(case, (rows, cols), _ratios(ratios), batches, rank, threads, repeats)
+    if not kernels.native_available:
+        _notes.print(Text(f"No native kernels ({kernels.why_not}): products run on torch operations.", style="yellow"))
+    sizes = _ratios(ratios)
+    with _progress() as report_step:
+        found = engine.run(
+            case, (rows, cols), sizes, batches, rank, threads, repeats, lambda i, total: report_step("timing", i, total)
+        )
     print(engine.summary(found))
+    out = out or Path("runs") / "bench" / f"{case}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     _write_json(out, json.dumps(found, indent=1))
+    if find_spec("matplotlib") is not None and any(row["microseconds"] for row in found):
+        print(f"{engine.draw(found, out.with_suffix('.png'))} shows it.")
 
 
 @app.command()
