@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow docs clean
+.PHONY: demo test check slow sanitize docs clean
 
 demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reload the best file, write a report
 	rm -rf runs/demo
@@ -15,6 +15,22 @@ test: .venv/installed  ## the whole test suite
 
 slow: .venv/installed  ## tests that take minutes
 	$(BIN)/python -m pytest -n 2 -m slow --override-ini addopts="-ra --strict-markers"
+
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then those with threads under ThreadSanitizer.
+sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide code too (GCC, some minutes)
+	$(BIN)/pip install --quiet --constraint constraints.txt cmake ninja nanobind
+	for kind in address,undefined thread; do \
+		$(BIN)/cmake -S . -B build/sanitize-$$kind -G Ninja -DPython_EXECUTABLE=$$PWD/$(BIN)/python \
+			-DDEEPTHIN_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_MAKE_PROGRAM=$$PWD/$(BIN)/ninja && \
+		$(BIN)/cmake --build build/sanitize-$$kind || exit 1; \
+	done
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OPENBLAS_NUM_THREADS=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		$(BIN)/python tests/sanitized.py build/sanitize-address,undefined -q -p no:cacheprovider tests/test_kernels.py \
+		-k "not guard and not touched and not memory and not forced"
+	OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 suppressions=$$PWD/tests/tsan.supp" LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) \
+		$(BIN)/python tests/sanitized.py build/sanitize-thread -q -p no:cacheprovider tests/test_kernels.py \
+		-k "(threads or callers) and not forked"
 
 check: .venv/installed  ## formatting, lint, types, import directions
 	$(BIN)/ruff format --check

@@ -18,6 +18,7 @@ from torch import nn
 from deepthin import METHODS, BudgetError
 from deepthin.methods.factor import Factor
 from deepthin.storage import Part
+from deepthin.torch import operators
 from deepthin.torch.product import NATIVE, terms
 from deepthin.torch.weight import ThinWeight
 
@@ -52,6 +53,7 @@ def measure(method: Factor, batch: int) -> list[Case]:
     def way(path: str) -> None:
         weight.path = lambda x, index=0: path  # pyright: ignore[reportAttributeAccessIssue]
         weight._fast = None
+        operators._by_fft = lambda method, x, correlation, training: path == "native-fft"
 
     def step() -> None:
         x.grad = bias.grad = weight.xf.grad = weight.wf.grad = None

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <mutex>
 #include <string>
@@ -71,11 +72,76 @@ bool is_true(nb::handle function) {
     return truth != 0;
 }
 
+// Whether nothing watches or records operations now.
+bool is_quiet(const Torch& torch) {
+    for (nb::handle watcher : torch.watchers)
+        if (is_true(watcher)) return false;
+    return true;
+}
+
+// A plain float32 tensor in the CPU's memory, row-major, whose gradient nobody wants. False, and no error, for all else.
+bool read_tensor(const Torch& torch, PyObject* object, bool grad, deepthin::dlpack::Tensor& tensor) {
+    if (!object || (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter)) return false;
+    if (grad) {
+        nb::object wanted = nb::steal(PyObject_GetAttr(object, torch.requires_grad.ptr()));
+        if (wanted.ptr() != Py_False) return false;
+    }
+    if (torch.api->from_python(object, &tensor) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    return tensor.is_float32_on_cpu() && tensor.is_row_major();
+}
+
+// The same for an input, which may also be a view whose numbers are not what lies in memory.
+bool read_input(const Torch& torch, nb::handle x, bool grad, deepthin::dlpack::Tensor& tensor) {
+    if (Py_TYPE(x.ptr()) != torch.tensor || is_true(x.attr("is_neg"))) return false;
+    return read_tensor(torch, x.ptr(), grad, tensor) && tensor.ndim > 0;
+}
+
+int64_t items(const deepthin::dlpack::Tensor& x) {
+    int64_t batch = 1;
+    for (int32_t i = 0; i + 1 < x.ndim; i++) batch *= x.shape[i];
+    return batch;
+}
+
+// A new tensor like `x` with other columns, filled by `fill(data)` while other threads may run Python.
+template <class Fill>
+nb::object make_tensor(const Torch& torch, const deepthin::dlpack::Tensor& x, int64_t columns, Fill fill) {
+    std::vector<int64_t> shape(x.shape, x.shape + x.ndim);
+    shape.back() = columns;
+    deepthin::dlpack::Tensor like{nullptr, x.device, x.ndim, x.dtype, shape.data(), nullptr, 0};
+    deepthin::dlpack::ManagedTensor* made = nullptr;
+    const auto fail = [](void*, const char*, const char* message) {
+        nb::gil_scoped_acquire locked;
+        PyErr_SetString(PyExc_MemoryError, message);
+    };
+    if (torch.api->allocate(&like, &made, nullptr, fail) != 0) throw nb::python_error();
+    nb::object count = nb::steal(PyObject_CallNoArgs(torch.num_threads.ptr()));
+    try {
+        const int threads = nb::cast<int>(count);
+        nb::gil_scoped_release unlocked;
+        fill(made->tensor.floats(), threads);
+    } catch (...) {
+        made->deleter(made);
+        throw;
+    }
+    void* object = nullptr;
+    if (torch.api->to_python(made, &object) != 0) throw nb::python_error();
+    return nb::steal(static_cast<PyObject*>(object));
+}
+
 // y = scale x W^T + bias for one weight, from tensors as they come. None where that is not for the kernels to do.
 class Product {
   public:
+    struct Operands {
+        const float *xf, *wf, *bias;
+    };
+
     Product(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset, int64_t first, float scale)
-        : plan_(deepthin::make_plan(rows, cols, n, rank, offset)), first_(first), scale_(scale) {}
+        : plan(deepthin::make_plan(rows, cols, n, rank, offset)), first_(first), scale_(scale) {}
+
+    const Plan plan;
 
     // The way to take for a batch, when no gradient is wanted: 0 none of these, 1 direct, 2 by FFT.
     void choose(int64_t batch, int way) {
@@ -84,80 +150,128 @@ class Product {
         ways_[batch] = way;
     }
 
+    int way(int64_t batch) {
+        std::lock_guard<nb::ft_mutex> hold(lock_);
+        auto found = ways_.find(batch);
+        return found == ways_.end() || batch == 0 ? 0 : found->second;
+    }
+
+    // Bias: null or None for none.
+    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, Operands& operands) const {
+        deepthin::dlpack::Tensor rows, columns, shift;
+        const bool shifted = bias && bias != Py_None;
+        if (!read_tensor(torch, xf, grad, rows) || !read_tensor(torch, wf, grad, columns) ||
+            (shifted && !read_tensor(torch, bias, grad, shift)))
+            return false;
+        if (rows.ndim != 2 || rows.shape[1] != plan.rank || rows.shape[0] < first_ + plan.m || columns.ndim != 2 ||
+            columns.shape[0] != plan.rank || columns.shape[1] != plan.n ||
+            (shifted && (shift.ndim != 1 || shift.shape[0] != plan.rows)))
+            return false;
+        operands = {rows.floats() + first_ * plan.rank, columns.floats(), shifted ? shift.floats() : nullptr};
+        return true;
+    }
+
+    void run(const Kernels& set, const Operands& o, const float* x, float* y, int64_t batch, int way, bool relu,
+             int threads) const {
+        deepthin::forward(set, plan, x, o.xf, o.wf, o.bias, y, batch, way == 2, scale_, relu, threads);
+    }
+
     nb::object operator()(nb::handle x, nb::handle xf, nb::handle wf, nb::handle bias) {
         const Torch* torch = torch_of_process;
-        if (!torch || Py_TYPE(x.ptr()) != torch->tensor) return nb::none();
+        if (!torch) return nb::none();
         const bool grad = is_true(torch->is_grad_enabled);
-        if (is_true(x.attr("is_neg"))) return nb::none();  // its numbers are not what lies in memory
-        deepthin::dlpack::Tensor tensors[4];
-        PyObject* const objects[4] = {x.ptr(), xf.ptr(), wf.ptr(), bias.ptr()};
-        const int count = bias.is_none() ? 3 : 4;
-        for (nb::handle watcher : torch->watchers)
-            if (is_true(watcher)) return nb::none();
-        for (int i = 0; i < count; i++) {
-            PyObject* object = objects[i];
-            if (Py_TYPE(object) != torch->tensor && Py_TYPE(object) != torch->parameter) return nb::none();
-            if (grad) {
-                nb::object wanted = nb::steal(PyObject_GetAttr(object, torch->requires_grad.ptr()));
-                if (wanted.ptr() != Py_False) return nb::none();
-            }
-            if (torch->api->from_python(object, &tensors[i]) != 0) {
-                PyErr_Clear();
-                return nb::none();
-            }
-            if (!tensors[i].is_float32_on_cpu() || !tensors[i].is_row_major()) return nb::none();
-        }
-        const auto &in = tensors[0], &rows = tensors[1], &columns = tensors[2];
-        if (in.ndim < 1 || in.shape[in.ndim - 1] != plan_.cols || rows.ndim != 2 || rows.shape[1] != plan_.rank ||
-            rows.shape[0] < first_ + plan_.m || columns.ndim != 2 || columns.shape[0] != plan_.rank ||
-            columns.shape[1] != plan_.n || (count == 4 && (tensors[3].ndim != 1 || tensors[3].shape[0] != plan_.rows)))
+        deepthin::dlpack::Tensor in;
+        Operands operands;
+        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || in.shape[in.ndim - 1] != plan.cols ||
+            !read(*torch, xf.ptr(), wf.ptr(), bias.ptr(), grad, operands))
             return nb::none();
-        std::vector<int64_t> shape(in.shape, in.shape + in.ndim);
-        shape.back() = plan_.rows;
-        int64_t batch = 1;
-        for (int32_t i = 0; i + 1 < in.ndim; i++) batch *= in.shape[i];
-        int way = 0;
-        {
-            std::lock_guard<nb::ft_mutex> hold(lock_);
-            auto found = ways_.find(batch);
-            if (found != ways_.end()) way = found->second;
-        }
-        if (way == 0 || batch == 0) return nb::none();
-        deepthin::dlpack::Tensor like{nullptr, in.device, in.ndim, in.dtype, shape.data(), nullptr, 0};
-        deepthin::dlpack::ManagedTensor* made = nullptr;
-        const auto fail = [](void*, const char*, const char* message) {
-            nb::gil_scoped_acquire locked;
-            PyErr_SetString(PyExc_MemoryError, message);
-        };
-        if (torch->api->allocate(&like, &made, nullptr, fail) != 0) throw nb::python_error();
-        nb::object threads = nb::steal(PyObject_CallNoArgs(torch->num_threads.ptr()));
-        const int thread_count = nb::cast<int>(threads);
-        try {
-            const Kernels& set = kernels();
-            nb::gil_scoped_release unlocked;
-            deepthin::forward(set, plan_, in.floats(), rows.floats() + first_ * plan_.rank, columns.floats(),
-                              count == 4 ? tensors[3].floats() : nullptr, made->tensor.floats(), batch, way == 2, scale_, false,
-                              thread_count);
-        } catch (...) {
-            made->deleter(made);
-            throw;
-        }
-        void* object = nullptr;
-        if (torch->api->to_python(made, &object) != 0) throw nb::python_error();
-        return nb::steal(static_cast<PyObject*>(object));
+        const int64_t batch = items(in);
+        const int chosen = way(batch);
+        if (chosen == 0) return nb::none();
+        const Kernels& set = kernels();
+        return make_tensor(*torch, in, plan.rows, [&](float* y, int threads) {
+            run(set, operands, in.floats(), y, batch, chosen, false, threads);
+        });
     }
 
   private:
-    Plan plan_;
     int64_t first_;  // row of xf where W begins
     float scale_;
     nb::ft_mutex lock_;
     std::unordered_map<int64_t, int> ways_;
 };
 
+// Several products in a row, each rectified or not, in one call. The modules that they stand for must be as they were.
+class Chain {
+  public:
+    // Links: (Product, parameters of its weight, parameters of its layer, whether rectified). Conditions, all of them
+    // about dictionaries: `same` (dictionary, key, the object that it must hold), `lacking` (dictionary, key), `empty`.
+    // Kinds: (object, its class).
+    Chain(nb::list links, nb::list same, nb::list lacking, nb::list empty, nb::list kinds)
+        : links_(links), same_(same), lacking_(lacking), empty_(empty), kinds_(kinds) {}
+
+    // None: not now. NotImplemented: never again, the modules have changed.
+    nb::object operator()(nb::handle x) {
+        const Torch* torch = torch_of_process;
+        if (!torch) return nb::none();
+        for (nb::handle item : kinds_)
+            if (reinterpret_cast<PyObject*>(Py_TYPE(at(item, 0))) != at(item, 1)) return changed();
+        for (nb::handle item : same_)
+            if (PyDict_GetItemWithError(at(item, 0), at(item, 1)) != at(item, 2)) return changed();
+        for (nb::handle item : lacking_)
+            if (PyDict_GetItemWithError(at(item, 0), at(item, 1))) return nb::none();
+        for (nb::handle hooks : empty_)
+            if (PyDict_Size(hooks.ptr()) != 0) return nb::none();
+        const bool grad = is_true(torch->is_grad_enabled);
+        deepthin::dlpack::Tensor in;
+        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in)) return nb::none();
+        struct Step {
+            const Product* product;
+            Product::Operands operands;
+            int way;
+            bool relu;
+        };
+        std::vector<Step> steps;
+        int64_t width = in.shape[in.ndim - 1], widest = 0;
+        const int64_t batch = items(in);
+        for (nb::handle link : links_) {
+            Product& product = *nb::inst_ptr<Product>(nb::handle(at(link, 0)));
+            PyObject *weight = at(link, 1), *layer = at(link, 2);
+            Step step{&product, {}, product.way(batch), at(link, 3) == Py_True};
+            if (step.way == 0 || product.plan.cols != width ||
+                !product.read(*torch, PyDict_GetItemString(weight, "xf"), PyDict_GetItemString(weight, "wf"),
+                              PyDict_GetItemString(layer, "bias"), grad, step.operands))
+                return nb::none();
+            width = product.plan.rows;
+            widest = std::max(widest, width);
+            steps.push_back(step);
+        }
+        const Kernels& set = kernels();
+        return make_tensor(*torch, in, width, [&](float* y, int threads) {
+            thread_local std::vector<float> between[2];
+            for (auto& memory : between)
+                if (int64_t(memory.size()) < batch * widest) memory.resize(batch * widest);
+            const float* from = in.floats();
+            for (std::size_t i = 0; i < steps.size(); i++) {
+                const Step& step = steps[i];
+                float* to = i + 1 == steps.size() ? y : between[i % 2].data();
+                step.product->run(set, step.operands, from, to, batch, step.way, step.relu, threads);
+                from = to;
+            }
+        });
+    }
+
+  private:
+    static PyObject* at(nb::handle tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
+    static nb::object changed() { return nb::borrow(nb::handle(Py_NotImplemented)); }
+
+    nb::list links_, same_, lacking_, empty_, kinds_;
+};
+
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // a model that lives to the end of the process is no leak
     m.doc() = "Compiled kernels. Use them through deepthin.kernels, which checks what is handed over.";
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", [] {
@@ -176,7 +290,10 @@ NB_MODULE(_native, m) {
     nb::class_<Product>(m, "Product")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("choose", &Product::choose)
-        .def("__call__", &Product::operator(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+        .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+    nb::class_<Chain>(m, "Chain")
+        .def(nb::init<nb::list, nb::list, nb::list, nb::list, nb::list>())
+        .def("__call__", &Chain::operator());
     m.def("fail_allocation_after", &deepthin::fail_allocation_after);
     m.def(
         "forward",

@@ -40,13 +40,12 @@ struct Phase {
     explicit Phase(const Plan& plan)
         : row(0), at(plan.offset), row_step(plan.cols / plan.n), at_step(plan.cols % plan.n), n(plan.n) {}
 
-    void next() {
-        row += row_step;
+    bool next() {  // whether it begins another row of the factors' product
         at += at_step;
-        if (at >= n) {
-            at -= n;
-            row++;
-        }
+        const int64_t wrap = at >= n;  // as a number: a branch would be mispredicted
+        at -= n & -wrap;
+        row += row_step + wrap;
+        return wrap;
     }
     // ceil((at + cols) / n), without a division
     int64_t blocks() const { return row_step + (at + at_step > 0) + (at + at_step > n); }
@@ -133,42 +132,11 @@ void spread(const float* a, int64_t stride, int64_t rows, const float* y, int64_
     for (; i < columns; i++) spread_tile<W, 1>(a + i, stride, rows, y, y_jump, c, i, p);
 }
 
-// Four rows of A's gradient, VECTORS * W columns of it: A[k, c] += sum over the items of y[k] P[c].
-template <int W, int ROWS, int VECTORS>
-DEEPTHIN_INLINE void outer_tile(const float* y, int64_t y_jump, const float* panel, int64_t width, float* a,
-                                int64_t stride, int64_t columns) {
-    Vec<W> sum[ROWS][VECTORS] = {};
-    for (int b = 0; b < W; b++) {
-        Vec<W> value[VECTORS];
-        DEEPTHIN_UNROLL
-        for (int v = 0; v < VECTORS; v++) value[v] = load<W>(panel + b * width + v * W);
-        DEEPTHIN_UNROLL
-        for (int k = 0; k < ROWS; k++) {
-            const float factor = y[k * y_jump + b];
-            DEEPTHIN_UNROLL
-            for (int v = 0; v < VECTORS; v++) sum[k][v] += value[v] * factor;
-        }
-    }
-    DEEPTHIN_UNROLL
-    for (int k = 0; k < ROWS; k++) {
-        float* to = a + k * stride;
-        DEEPTHIN_UNROLL
-        for (int v = 0; v < VECTORS; v++) {
-            if ((v + 1) * W <= columns) {
-                store<W>(to + v * W, load<W>(to + v * W) + sum[k][v]);
-            } else {
-                for (int64_t i = v * W; i < columns; i++) to[i] += sum[k][v][i - v * W];
-            }
-        }
-    }
-}
-
-// `panel`: the W items one after the other, each with `width` columns of P, a multiple of W.
+// The columns of P, item after item: W rows of `width` columns, a multiple of W, those past the end zero.
 template <int W>
-void outer(const float* y, int64_t y_jump, int64_t rows, Columns c, const float* p, float* panel, float* a,
-           int64_t stride) {
-    const int64_t columns = c.blocks * c.rank, width = round_up(columns, W);
-    for (int64_t i = 0; i < columns; i += W) {
+void lay_out(Columns c, const float* p, float* panel, int64_t width) {
+    const int64_t columns = c.blocks * c.rank;
+    for (int64_t i = 0; i < width; i += W) {
         Vec<W> block[W];
         int64_t s = i / c.rank, r = i % c.rank;
         DEEPTHIN_UNROLL
@@ -183,14 +151,60 @@ void outer(const float* y, int64_t y_jump, int64_t rows, Columns c, const float*
         DEEPTHIN_UNROLL
         for (int b = 0; b < W; b++) store<W>(panel + b * width + i, block[b]);
     }
+}
+
+// Outputs of several blocks of items: row k of block g begins at `rows + g * block + k * jump`.
+struct Outputs {
+    const float* rows;
+    int64_t jump, blocks, block;
+};
+
+// ROWS rows of A's gradient, VECTORS * W columns: A[k, c] += sum over the items of y[k] P[c].
+template <int W, int ROWS, int VECTORS>
+DEEPTHIN_INLINE void outer_tile(Outputs y, const float* panel, int64_t width, float* a, const float* end,
+                                int64_t stride, int64_t columns) {
+    Vec<W> sum[ROWS][VECTORS] = {};
+    for (int64_t g = 0; g < y.blocks; g++, y.rows += y.block)
+        for (int b = 0; b < W; b++, panel += width) {
+            Vec<W> value[VECTORS];
+            DEEPTHIN_UNROLL
+            for (int v = 0; v < VECTORS; v++) value[v] = load<W>(panel + v * W);
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < ROWS; k++) {
+                const float factor = y.rows[k * y.jump + b];
+                DEEPTHIN_UNROLL
+                for (int v = 0; v < VECTORS; v++) sum[k][v] += value[v] * factor;
+            }
+        }
+    DEEPTHIN_UNROLL
+    for (int k = 0; k < ROWS; k++) {
+        DEEPTHIN_UNROLL
+        for (int v = 0; v < VECTORS; v++) {
+            float* at = a + k * stride + v * W;
+            if ((v + 1) * W <= columns) {
+                store<W>(at, load<W>(at) + sum[k][v]);
+            } else if (at + W <= end) {  // what lies after the columns is another output's, and stays as it is
+                store<W>(at, load<W>(at) + first_lanes<W>(sum[k][v], columns - v * W));
+            } else {
+                for (int64_t i = 0; i < columns - v * W; i++) at[i] += sum[k][v][i];
+            }
+        }
+    }
+}
+
+// The same for all columns and `rows` rows. A's memory reaches to `end`.
+template <int W>
+void outer(Outputs y, int64_t rows, const float* panel, int64_t width, int64_t columns, float* a, const float* end,
+           int64_t stride) {
     for (int64_t i = 0; i < columns; i += 3 * W) {
         const int64_t rest = columns - i;
         const auto rows_of = [&]<int VECTORS>() DEEPTHIN_INLINED {
+            Outputs at = y;
             int64_t k = 0;
-            for (; k + 4 <= rows; k += 4)
-                outer_tile<W, 4, VECTORS>(y + k * y_jump, y_jump, panel + i, width, a + k * stride + i, stride, rest);
-            for (; k < rows; k++)
-                outer_tile<W, 1, VECTORS>(y + k * y_jump, y_jump, panel + i, width, a + k * stride + i, stride, rest);
+            for (; k + 4 <= rows; k += 4, at.rows += 4 * y.jump)
+                outer_tile<W, 4, VECTORS>(at, panel + i, width, a + k * stride + i, end, stride, rest);
+            for (; k < rows; k++, at.rows += y.jump)
+                outer_tile<W, 1, VECTORS>(at, panel + i, width, a + k * stride + i, end, stride, rest);
         };
         if (rest > 2 * W)
             rows_of.template operator()<3>();
@@ -249,12 +263,16 @@ void correlate_gradient(const float* x, int64_t length, const float* p, int64_t 
 // The first and the second half of an item travel as real and imaginary part; the filter is real, so they stay apart.
 int64_t half(const Plan& plan) { return divide_up(plan.cols, 2); }
 
+// Blocks of items whose gradients of xf are added up in registers: each sum is taken from memory and put back once.
+constexpr int BUNDLE = 4;
+
 template <int W>
-struct Space {  // scratch memory of a block of items
+struct Space {  // scratch memory of a block of items, or of a bundle of them
     const Plan& plan;
     int64_t count;                         // positions of the correlation
     int64_t least_outputs, more_outputs;  // of each phase, and of how many first ones it is one more
     bool fft;
+    int64_t width;  // columns of a panel
     float *x, *p, *y, *z, *c, *d, *dp, *dx, *panel;
     int64_t floats;
 
@@ -263,19 +281,22 @@ struct Space {  // scratch memory of a block of items
         least_outputs = plan.rows / plan.phases;
         more_outputs = plan.rows % plan.phases;
         fft = job.lanes.points > 0;
+        width = round_up(plan.blocks * plan.rank, W);
         const int64_t points = job.lanes.points * 2 * W, edge = TILE * W;
         const int64_t positions = (count + 2 * TILE) * plan.rank * W;
         x = arena.take((plan.cols + 2 * TILE) * W) + (memory ? edge : 0);
         p = arena.take(positions);
-        y = arena.take(plan.rows * W);
+        y = arena.take(plan.rows * W * (backward ? BUNDLE : 1));
         z = arena.take(points);
-        c = arena.take(larger(points, backward ? plan.n : 0));  // without FFT it holds a reversed filter
+        // Without FFT it holds a reversed filter or, for plain rank, the items one after the other.
+        c = arena.take(larger(points, backward ? round_up(plan.n, W) * (is_plain_rank(plan) ? W : 1) : 0));
         d = dp = dx = panel = nullptr;
         if (backward) {
             d = arena.take(points);
             dp = arena.take(positions) + (memory ? edge * plan.rank : 0);
             dx = arena.take(plan.cols * W);
-            panel = arena.take(round_up(larger(plan.blocks * plan.rank, is_plain_rank(plan) ? plan.n : 0), W) * W);
+            const int64_t panels = smaller(plan.phases, plan.rows) * BUNDLE * W * width;
+            panel = arena.take(panels);
         }
         floats = arena.used;
     }
@@ -365,11 +386,12 @@ uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scra
     return mask;
 }
 
+// One of the blocks of a bundle: gradients of x and wf at once, what that of xf needs into the panels.
 template <int W>
-void backward_block(const Job& job, int64_t first, int64_t items, float* scratch) {
+void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t items, float* y, float* panels,
+                    int64_t panel_jump) {
     const Plan& plan = job.plan;
     const int64_t rank = plan.rank, n = plan.n, cols = plan.cols;
-    Space<W> space(job, scratch, true);
     if (job.grad_xf || job.grad_wf) take_items<W>(job, space, first, items);
     if (job.grad_xf) {
         correlations<W>(job, space);
@@ -383,25 +405,26 @@ void backward_block(const Job& job, int64_t first, int64_t items, float* scratch
             },
             space.z);
     }
-    rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, space.y);
+    rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, y);
     const bool further = job.grad_x || job.grad_wf;
     if (further) __builtin_memset(space.dp - TILE * rank * W, 0, sizeof(float) * (space.count + 2 * TILE) * rank * W);
     Phase phase(plan);
     for (int64_t i = 0; i < smaller(plan.phases, plan.rows); i++, phase.next()) {
-        const int64_t outputs = space.outputs(i), at = phase.row * rank, stride = plan.step * rank;
-        const float* y = space.y + i * W;
-        const int64_t apart = plan.phases * W;
-        if (job.grad_xf)
-            outer<W>(y, apart, outputs, space.columns(phase), space.p + space.place(phase), space.panel,
-                     job.grad_xf + at, stride);
+        const Columns columns = space.columns(phase);
+        if (job.grad_xf) lay_out<W>(columns, space.p + space.place(phase), panels + i * panel_jump, space.width);
         if (further)
-            spread<W>(job.xf + at, stride, outputs, y, apart, space.columns(phase), space.dp + space.place(phase));
+            spread<W>(job.xf + phase.row * rank, plan.step * rank, space.outputs(i), y + i * W, plan.phases * W, columns,
+                      space.dp + space.place(phase));
     }
     if (!further) return;
     if (is_plain_rank(plan)) {
         const float* dp = space.dp + (n - 1) * rank * W;
         const Columns columns{1, n, 0};
-        if (job.grad_wf) outer<W>(dp, W, rank, columns, space.x, space.panel, job.grad_wf, n);
+        if (job.grad_wf) {
+            const int64_t width = round_up(n, W);
+            lay_out<W>(columns, space.x, space.c, width);
+            outer<W>({dp, W, 1, 0}, rank, space.c, width, n, job.grad_wf, job.grad_wf + rank * n, n);
+        }
         if (job.grad_x) {
             __builtin_memset(space.dx, 0, sizeof(float) * cols * W);
             spread<W>(job.wf, n, rank, dp, W, columns, space.dx);
@@ -459,7 +482,24 @@ void backward_block(const Job& job, int64_t first, int64_t items, float* scratch
     if (job.grad_x) lanes_to_rows<W>(space.dx, cols, items, cols, job.grad_x + first * cols);
 }
 
-// `lanes` holds what backward_block added up: one vector of W partial sums for each number of the result.
+template <int W>
+void backward_bundle(const Job& job, int64_t first, int64_t items, float* scratch) {
+    const Plan& plan = job.plan;
+    Space<W> space(job, scratch, true);
+    const int64_t blocks = divide_up(items, W), panel = W * space.width;
+    for (int64_t g = 0; g < blocks; g++)
+        backward_block<W>(job, space, first + g * W, smaller(W, items - g * W), space.y + g * plan.rows * W,
+                          space.panel + g * panel, blocks * panel);
+    Phase phase(plan);
+    for (int64_t i = 0; job.grad_xf && i < smaller(plan.phases, plan.rows); i++, phase.next()) {
+        const Columns columns = space.columns(phase);
+        outer<W>({space.y + i * W, plan.phases * W, blocks, plan.rows * W}, space.outputs(i),
+                 space.panel + i * blocks * panel, space.width, columns.blocks * columns.rank,
+                 job.grad_xf + phase.row * plan.rank, job.grad_xf + plan.m * plan.rank, plan.step * plan.rank);
+    }
+}
+
+// `lanes` holds what backward_block has added up: one vector of W partial sums for each number of the result.
 template <int W>
 void finish_gradient(const Job& job, float* lanes, float* grad_wf) {
     const Plan& plan = job.plan;
@@ -498,7 +538,7 @@ struct Alone {  // scratch memory of one item
         const Plan& plan = job.plan;
         Arena arena{memory};
         count = plan.cols + plan.n - 1;
-        padded = round_up(count, W) + TILE * W;
+        padded = larger(round_up(count, W) + TILE * W, plan.blocks * plan.n + W);
         half_length = round_up(divide_up(plan.cols, 2), W);
         width = round_up(plan.blocks * plan.rank, W);
         panels = plan.n / plan.common;
@@ -591,6 +631,25 @@ void transform_single(const Job& job, const Alone& space, int64_t a) {
     }
 }
 
+// The terms of each phase side by side, all phases, rank 1: rows of n -> n rows of `width`, filled up with zeros.
+void arrange(const Alone& space, const Plan& plan) {
+    constexpr int W = SINGLE;
+    const int64_t n = plan.n, width = space.width;
+    __builtin_memset(space.p + space.count, 0, sizeof(float) * (space.padded - space.count));
+    int64_t lane = 0;
+    for (; lane + W <= n; lane += W)
+        for (int64_t s = 0; s < width; s += W) {
+            Vec<W> block[W];
+            DEEPTHIN_UNROLL
+            for (int i = 0; i < W; i++) block[i] = s + i < plan.blocks ? load<W>(space.p + (s + i) * n + lane) : Vec<W>{};
+            transpose<W>(block);
+            DEEPTHIN_UNROLL
+            for (int i = 0; i < W; i++) store<W>(space.panel + (lane + i) * width + s, block[i]);
+        }
+    for (; lane < n; lane++)
+        for (int64_t s = 0; s < width; s++) space.panel[lane * width + s] = s < plan.blocks ? space.p[s * n + lane] : 0.0f;
+}
+
 bool single_item(const Job& job, int64_t item, float* scratch) {
     constexpr int W = SINGLE;
     const Plan& plan = job.plan;
@@ -613,7 +672,9 @@ bool single_item(const Job& job, int64_t item, float* scratch) {
                 transform_single(job, space, a);
             else
                 correlate_single(space, plan, job.wf + a * n);
-            for (int64_t s = 0; s < plan.blocks; s++) {  // each phase's terms side by side
+            const bool simple = common == 1 && rank == 1;
+            if (simple) arrange(space, plan);
+            for (int64_t s = 0; s < plan.blocks && !simple; s++) {  // each phase's terms side by side
                 float* to = space.panel + s * rank + a;
                 const float* from = space.p + s * n;
                 const int64_t end = smaller(n, space.count - s * n);
@@ -634,26 +695,8 @@ bool single_item(const Job& job, int64_t item, float* scratch) {
     Phase phase(plan);
     const int64_t down = phase.at_step / plan.common * width, up = space.panels * width;
     const float* panel = space.panel + phase.first() / plan.common * width;
-    const auto next = [&]() DEEPTHIN_INLINED {
-        const int64_t before = phase.at;
-        phase.next();
-        panel += (phase.at < before ? up : 0) - down;  // a wrap makes `at` smaller
-    };
-    for (int64_t j = 0; j < plan.rows; j += W) {
-        const int64_t outputs = smaller(W, plan.rows - j);
-        Vec<W> sum[W];
-        if (outputs == W && (phase.row + W * (phase.row_step + 1)) * rank + width <= length) {
-            DEEPTHIN_UNROLL
-            for (int i = 0; i < W; i++, next()) sum[i] = dot<W>(job.xf + phase.row * rank, panel, width);
-        } else {
-            for (int i = 0; i < W; i++) {
-                sum[i] = Vec<W>{};
-                if (i >= outputs) continue;
-                const int64_t at = phase.row * rank;
-                sum[i] = dot<W>(at + width <= length ? job.xf + at : space.tail + at - cut, panel, width);
-                next();
-            }
-        }
+    const auto next = [&]() DEEPTHIN_INLINED { panel += (up & -int64_t(phase.next())) - down; };
+    const auto finish = [&](int64_t j, Vec<W>* sum, int64_t outputs) DEEPTHIN_INLINED {
         Vec<W> value = sum_rows<W>(sum) * job.scale;
         if (job.bias) value += outputs == W ? load<W>(job.bias + j) : load_some<W>(job.bias + j, outputs);
         odd += value - value;
@@ -662,6 +705,33 @@ bool single_item(const Job& job, int64_t item, float* scratch) {
             store<W>(y + j, value);
         else
             for (int64_t i = 0; i < outputs; i++) y[j + i] = value[i];
+    };
+    int64_t j = 0;
+    const auto inner = [&]<int VECTORS>() DEEPTHIN_INLINED {  // `width` as a constant, or 0
+        for (; j + W <= plan.rows && (phase.row + W * (phase.row_step + 1)) * rank + width <= length; j += W) {
+            Vec<W> sum[W];
+            DEEPTHIN_UNROLL
+            for (int i = 0; i < W; i++, next())
+                sum[i] = dot<W>(job.xf + phase.row * rank, panel, VECTORS ? VECTORS * W : width);
+            finish(j, sum, W);
+        }
+    };
+    switch (width / W) {
+        case 1: inner.template operator()<1>(); break;
+        case 2: inner.template operator()<2>(); break;
+        case 3: inner.template operator()<3>(); break;
+        case 4: inner.template operator()<4>(); break;
+        case 5: inner.template operator()<5>(); break;
+        default: inner.template operator()<0>();
+    }
+    for (; j < plan.rows; j += W) {
+        const int64_t outputs = smaller(W, plan.rows - j);
+        Vec<W> sum[W] = {};
+        for (int i = 0; i < outputs; i++, next()) {
+            const int64_t at = phase.row * rank;
+            sum[i] = dot<W>(at + width <= length ? job.xf + at : space.tail + at - cut, panel, width);
+        }
+        finish(j, sum, outputs);
     }
     const float total = sum_lanes<W>(odd);
     return total == total;
@@ -774,7 +844,7 @@ uint32_t forward(const Job& job, [[maybe_unused]] int width, int64_t first, int6
     return DEEPTHIN_BY_WIDTH(forward_block)(job, first, items, scratch);
 }
 void backward(const Job& job, [[maybe_unused]] int width, int64_t first, int64_t items, float* scratch) {
-    DEEPTHIN_BY_WIDTH(backward_block)(job, first, items, scratch);
+    DEEPTHIN_BY_WIDTH(backward_bundle)(job, first, items, scratch);
 }
 void finish_grad_wf(const Job& job, [[maybe_unused]] int width, float* lanes, float* grad_wf) {
     DEEPTHIN_BY_WIDTH(finish_gradient)(job, lanes, grad_wf);
@@ -797,7 +867,7 @@ namespace deepthin {
 #define DEEPTHIN_SYMBOL(x) DEEPTHIN_JOIN(kernels_, x)
 extern const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE);
 const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE) = {
-    DEEPTHIN_NAME(DEEPTHIN_TABLE), {DEEPTHIN_WIDTH, FEW}, ::forward_scratch, ::backward_scratch, ::forward,
+    DEEPTHIN_NAME(DEEPTHIN_TABLE), {DEEPTHIN_WIDTH, FEW}, BUNDLE, ::forward_scratch, ::backward_scratch, ::forward,
     ::backward,
     ::single_scratch, ::single_item, ::spectra, ::spectra1, ::finish_grad_wf, ::csr_scratch, ::csr};
 }  // namespace deepthin

@@ -52,6 +52,7 @@ struct Job {
 struct Kernels {
     const char* name;
     int widths[2];
+    int bundle;  // blocks of items that `backward` takes at once, at most
     int64_t (*forward_scratch)(const Job&, int width);  // floats
     int64_t (*backward_scratch)(const Job&, int width);
     // Outputs that are not finite are marked in the result, a bit an item: the caller computes them anew, exactly.

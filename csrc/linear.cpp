@@ -394,9 +394,9 @@ void backward(const Kernels& kernels, const Plan& plan, const float* x, const fl
         job.spectra = kept->get();
     }
     const int width = kernels.widths[1] && batch <= kernels.widths[1] ? kernels.widths[1] : kernels.widths[0];
-    const int64_t blocks = (batch + width - 1) / width;
+    const int64_t bundle = width * kernels.bundle, bundles = (batch + bundle - 1) / bundle;
     // Slices of the batch, each with sums of its own: as many as the batch says, so that threads do not matter.
-    const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(8, batch / 64));
+    const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(8, bundles / 2));
     const int64_t xf_floats = plan.m * plan.rank, wf_floats = grad_wf ? gradient_floats(job, width) : 0;
     Memory sums_xf = allocate(grad_xf ? (slices - 1) * xf_floats : 0), sums_wf = allocate(slices * wf_floats);
     in_parallel(slices, threads, [&](int64_t slice) {
@@ -410,8 +410,8 @@ void backward(const Kernels& kernels, const Plan& plan, const float* x, const fl
             std::memset(part.grad_wf, 0, sizeof(float) * wf_floats);
         }
         float* memory = scratch(kernels.backward_scratch(part, width));
-        for (int64_t i = blocks * slice / slices; i < blocks * (slice + 1) / slices; i++)
-            kernels.backward(part, width, i * width, std::min<int64_t>(width, batch - i * width), memory);
+        for (int64_t i = bundles * slice / slices; i < bundles * (slice + 1) / slices; i++)
+            kernels.backward(part, width, i * bundle, std::min<int64_t>(bundle, batch - i * bundle), memory);
     });
     for (int64_t slice = 1; slice < slices; slice++) {
         const float* from = sums_xf.get() + (slice - 1) * xf_floats;

@@ -37,6 +37,15 @@ DEEPTHIN_INLINE Vec<W> load_some(const float* from, int64_t count) {
     return value;
 }
 
+// All lanes but the first `count` become zero.
+template <int W>
+DEEPTHIN_INLINE Vec<W> first_lanes(Vec<W> value, int64_t count) {
+    Vec<W> number;
+    DEEPTHIN_UNROLL
+    for (int i = 0; i < W; i++) number[i] = float(i);
+    return number < float(count) ? value : Vec<W>{};
+}
+
 DEEPTHIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 DEEPTHIN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 DEEPTHIN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

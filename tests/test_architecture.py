@@ -24,6 +24,7 @@ LEVELS = {
     "torch.operators": 4,
     "torch.weight": 4,
     "torch.layers": 4,
+    "torch.sequential": 4,
     "torch.files": 4,
     "torch.huggingface": 4,
     "torch.compress": 4,

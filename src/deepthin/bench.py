@@ -134,8 +134,8 @@ def _network(shapes: Shapes) -> nn.Sequential:
 def _compressed(shapes: Shapes, ratio: float, rank: int, method: str = "deepthin") -> tuple[nn.Sequential, int]:
     """A thin network, and n of its largest matrix."""
     model = _network(shapes)
-    rule: dict[str, Any] = {"method": method, "ratio": ratio, **({"rank": rank} if method == "deepthin" else {})}
-    report = dt.compress(model, {"rules": {"*": rule}}, init="scratch")
+    rule = {"method": method, **({"rank": rank} if method == "deepthin" else {})}
+    report = dt.compress(model, {"model": {"ratio": ratio}, "rules": {"*": rule}}, init="scratch")
     return model, max(report.rows, key=lambda row: row.dense_bytes).n or 0
 
 

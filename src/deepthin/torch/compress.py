@@ -22,6 +22,7 @@ from deepthin.storage import Contents, Part, Raw, Thin, to_bytes
 from deepthin.torch import product
 from deepthin.torch.files import contents
 from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
+from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 
@@ -81,6 +82,7 @@ def compress(
             generated = weight if len(planned.tensors) == 1 else ThinPart(weight, index)
             for layer, own in owners[tensor.name]:
                 make_thin(layer, {own: generated})
+    make_sequential(model)
     worst = max(errors, key=lambda name: errors[name], default="")
     if init == "trained" and errors and errors[worst] > 0.5:
         warnings.warn(
@@ -126,6 +128,7 @@ def materialize(model: nn.Module) -> nn.Module:
                         done[key] = nn.Parameter(thin().clone(), requires_grad=trained)
                 dense[name] = done[key]
             make_plain(layer, dense)
+    make_plain_sequential(model)
     return model
 
 

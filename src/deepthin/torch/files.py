@@ -13,6 +13,7 @@ from deepthin import storage
 from deepthin.method import ConfigError
 from deepthin.storage import FLOATS, Contents, Raw, Thin
 from deepthin.torch.layers import ThinLayer, is_transposed, make_thin, padding_row, thin_tensors, why_not
+from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 _TYPES = {
@@ -69,6 +70,7 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
         for own, index in places:
             layer, parameter = _owner(model, own)
             make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})
+    make_sequential(model)
     replaced: dict[int, Tensor] = {}
     for name in _names_of(stored, stored.dense):
         tensor = _tensor(stored.dense[stored.aliases.get(name, name)])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deepthin.method import Method
 from deepthin.methods.factor import Factor
 from deepthin.storage import Part
-from deepthin.torch.operators import linear, product, takes
+from deepthin.torch.operators import eager_linear, linear, product, takes
 from deepthin.torch.product import NATIVE, Path, choose, factor_linear
 
 _TYPICAL_BATCH = 32
@@ -124,7 +124,8 @@ class ThinWeight(nn.Module):
             return F.linear(x, weight, bias)
         method, first, stop, offset = plan
         if path in _WAYS and not torch.compiler.is_compiling() and self._keeps():
-            self._open_short_way(index, x.numel() // method.shape[1], path)
+            if (fast := self.short_way(index)) is not None:
+                fast.choose(x.numel() // method.shape[1], _WAYS[path])
             y = self._short_way(x, index, bias)
             if y is not None:
                 return y
@@ -135,8 +136,10 @@ class ThinWeight(nn.Module):
             x32, rows, wf = (x.float(), rows.float(), wf.float()) if autocast else (x, rows, wf)
             rows = rows if len(rows) == stop - first else rows[first:stop]
             if path in NATIVE:
-                kind = path.removeprefix("native-")
-                y = linear(x32, rows, wf, fused, rows=method.shape[0], offset=offset, correlation=kind)
+                if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:
+                    y = linear(x32, rows, wf, fused, rows=method.shape[0], offset=offset, correlation="auto")
+                else:
+                    y = eager_linear(x32, rows, wf, fused, method.shape[0], offset)
             else:
                 y = factor_linear(method, x32, rows, wf, cast(Any, path), offset)
         y = y.to(torch.get_autocast_dtype(x.device.type)) if autocast else y
@@ -150,16 +153,14 @@ class ThinWeight(nn.Module):
         fast, entries = self._fast[index], self._parameters
         return None if fast is None else fast(x, entries.get("xf"), entries.get("wf"), bias)
 
-    def _open_short_way(self, index: int, batch: int, path: Path) -> None:
-        """From now on, products of so many items with a tensor take the short way."""
+    def short_way(self, index: int) -> Any:
+        """The native product of a tensor, which ``choose`` tells what it may be used for; or none."""
         if self._fast is None:
             self._fast = tuple(
                 plan and product(plan[0], plan[1], plan[3], part.scale)
                 for plan, part in zip(self._plans, self.parts, strict=True)
             )
-        fast = self._fast[index]
-        if fast is not None:
-            fast.choose(batch, _WAYS[path])
+        return self._fast[index]
 
     def path(self, x: Tensor, index: int = 0) -> Path:
         """The way in which ``product`` would multiply ``x`` now.

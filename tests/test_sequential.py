@@ -1,0 +1,184 @@
+"""Thin nn.Sequential: the same bits in one native call, and the ordinary way as soon as anything is not as it was."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import deepthin.torch as dt
+from deepthin import kernels
+from deepthin.torch.sequential import ThinSequential
+
+pytestmark = pytest.mark.skipif(not kernels.native_available, reason="no native kernels here")
+
+
+def network(**options):
+    torch.manual_seed(0)
+    layers = [nn.Linear(60, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 256), nn.Linear(256, 200, bias=False)]
+    model = nn.Sequential(*layers, nn.ReLU())
+    dt.compress(model, {"model": {"ratio": 0.05}, "rules": {"*": {"rank": 1, **options}}}, init="scratch")
+    for layer in model:
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.normal_(layer.bias)
+    return model.eval()
+
+
+def one_by_one(model, x):
+    for module in model:
+        x = module(x)
+    return x
+
+
+def chained(model, x):
+    """The result of the chain alone, or none."""
+    ((_, chain),) = model._runs[1]
+    y = chain(x)
+    return None if y is NotImplemented else y
+
+
+@pytest.fixture
+def ready():
+    """A model that has its chain, and an input."""
+    model, x = network(), torch.randn(3, 60)
+    with torch.no_grad():
+        model(x)
+        model(x)
+        assert chained(model, x) is not None
+        yield model, x
+
+
+@pytest.mark.parametrize("options", [{}, {"group": "flat"}])
+@pytest.mark.parametrize("batch", [(1,), (9,), (2, 4), ()])
+def test_the_same_bits(batch, options):
+    model, x = network(**options), torch.randn(*batch, 60)
+    assert type(model) is ThinSequential
+    with torch.no_grad():
+        want = one_by_one(model, x)
+        for _ in range(3):
+            assert torch.equal(model(x), want)
+        assert torch.equal(chained(model, x), want)
+
+
+def test_every_change_of_a_weight_is_seen(ready):
+    model, x = ready
+    for change in (
+        lambda: model[0].thin["weight"].xf.mul_(2),
+        lambda: model[3].bias.data.add_(1),
+        lambda: setattr(model[3].thin["weight"], "wf", nn.Parameter(model[3].thin["weight"].wf * 3)),
+        lambda: model[0].bias.zero_(),
+    ):
+        before = model(x)
+        change()
+        assert torch.equal(model(x), one_by_one(model, x))
+        assert not torch.equal(model(x), before)
+        assert chained(model, x) is not None
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_called(ready, hook):
+    model, x = ready
+    calls = []
+    handle = getattr(model[1], hook)(lambda *_: calls.append(1))
+    model(x)
+    assert calls == [1]
+    assert chained(model, x) is None
+    handle.remove()
+    model(x)
+    assert calls == [1]
+    assert chained(model, x) is not None
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert len(calls) == 8  # six modules and the whole
+
+
+def test_modules_that_change(ready):
+    model, x = ready
+    for change in (
+        lambda: model.__setitem__(1, nn.Tanh()),
+        lambda: model.append(nn.Sigmoid()),
+        lambda: model.__delitem__(2),
+        lambda: setattr(model[0], "forward", lambda x: torch.zeros(len(x), 256)),
+        lambda: model[0].__dict__.pop("forward"),
+    ):
+        before = model(x)
+        change()
+        for _ in range(2):
+            assert torch.equal(model(x), one_by_one(model, x))
+        assert type(model) is ThinSequential
+        assert before.shape[0] == 3
+    plain = dt.materialize(copy.deepcopy(model))
+    assert type(plain) is nn.Sequential
+    assert torch.allclose(plain(x), model(x), atol=1e-5)
+
+
+def test_a_layer_materialised_alone(ready):
+    model, x = ready
+    before = model(x)
+    dt.materialize(model[0])
+    for _ in range(2):
+        assert torch.allclose(model(x), before, atol=1e-5)
+    assert type(model[0]) is nn.Linear
+    with pytest.warns(UserWarning, match="relative error"):
+        dt.compress(model, {"rules": {"3.bias": {"ratio": 0.5}}})  # generated, so not where a parameter would be
+    for _ in range(3):
+        assert torch.equal(model(x), one_by_one(model, x))
+
+
+def test_idle_dropout_is_passed_over_and_busy_dropout_is_not(ready):
+    model, x = ready
+    quiet = model(x)
+    model[2].train()
+    assert not torch.equal(model(x), quiet)
+    assert not torch.equal(model(x), quiet)
+    model[2].eval()
+    assert torch.equal(model(x), quiet)
+
+
+def test_what_is_wanted_besides_the_result(ready):
+    model, x = ready
+    y = model(x)
+    with torch.enable_grad():
+        assert model(x).requires_grad
+        assert torch.allclose(model(x), y, atol=1e-5)
+    assert model.train()(x).shape == y.shape
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    assert torch.allclose(model.double()(x.double()).float(), y, atol=1e-5)
+    assert chained(model, x) is None
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 61, dtype=torch.float64))
+
+
+def test_copies_and_files(ready, tmp_path):
+    model, x = ready
+    y = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), y)
+        assert torch.equal(twin(x), y)
+    dt.save(model, tmp_path / "m.thin")
+    layers = [nn.Linear(60, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 256), nn.Linear(256, 200, bias=False)]
+    loaded = dt.load(nn.Sequential(*layers, nn.ReLU()), tmp_path / "m.thin").eval()
+    assert type(loaded) is ThinSequential
+    assert torch.equal(loaded(x), y)
+    assert torch.equal(loaded(x), y)
+
+
+def test_other_modules_around_and_between():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(60, 256), nn.ReLU(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 9)
+    )
+    dt.compress(model, {"model": {"ratio": 0.05}, "rules": {"*": {"rank": 1}}}, init="scratch")
+    x = torch.randn(3, 6, 10)
+    with torch.no_grad():
+        want = one_by_one(model.eval(), x)
+        for _ in range(3):
+            assert torch.equal(model(x), want)
+    assert [len(modules) for modules, _ in model._runs[1]] == [1, 3, 1, 1]
+    assert [chain is not None for _, chain in model._runs[1]] == [False, True, False, False]
