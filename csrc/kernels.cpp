@@ -61,6 +61,35 @@ struct Columns {
     int64_t blocks, rank, jump;
 };
 
+// Cuts `count` into as few tiles of at most MOST as will do, all of them about as large: small ones leave the arithmetic
+// units waiting. `work<size>(first)`.
+template <int MOST, class Work>
+DEEPTHIN_INLINE void in_even_tiles(int64_t count, Work work) {
+    for (int64_t first = 0, tiles = divide_up(count, MOST); tiles > 0; tiles--) {
+        const int64_t size = divide_up(count - first, tiles);
+        switch (size) {
+            case 1: work.template operator()<1>(first); break;
+            case 2: work.template operator()<2>(first); break;
+            case 3: work.template operator()<3>(first); break;
+            case 4: work.template operator()<4>(first); break;
+            case 5: work.template operator()<5>(first); break;
+            case 6: work.template operator()<6>(first); break;
+            case 7: work.template operator()<7>(first); break;
+            case 8: work.template operator()<8>(first); break;
+            default:
+                if constexpr (MOST > 8) {
+                    switch (size) {
+                        case 9: work.template operator()<9>(first); break;
+                        case 10: work.template operator()<10>(first); break;
+                        case 11: work.template operator()<11>(first); break;
+                        default: work.template operator()<12>(first);
+                    }
+                }
+        }
+        first += size;
+    }
+}
+
 // y[k] = sum_c A[k, c] P[c] for K rows; the sums go to `finish(k, sum)`.
 template <int W, int K, class Finish>
 DEEPTHIN_INLINE void multiply_tile(const float* a, int64_t stride, Columns c, const float* p, Finish finish) {
@@ -88,20 +117,13 @@ constexpr int STREAMS = 8;
 
 template <int W, class Finish>
 DEEPTHIN_INLINE void multiply(const float* a, int64_t stride, int64_t rows, Columns c, const float* p, Finish finish) {
-    int64_t k = 0;
-    const auto at = [&](int64_t from) DEEPTHIN_INLINED {
-        return [=](int64_t i, Vec<W> sum) DEEPTHIN_INLINED { finish(from + i, sum); };
-    };
-    for (; k + STREAMS <= rows; k += STREAMS) multiply_tile<W, STREAMS>(a + k * stride, stride, c, p, at(k));
-    for (; k + 4 <= rows; k += 4) multiply_tile<W, 4>(a + k * stride, stride, c, p, at(k));
-    switch (rows - k) {
-        case 3: multiply_tile<W, 3>(a + k * stride, stride, c, p, at(k)); break;
-        case 2: multiply_tile<W, 2>(a + k * stride, stride, c, p, at(k)); break;
-        case 1: multiply_tile<W, 1>(a + k * stride, stride, c, p, at(k)); break;
-    }
+    in_even_tiles<STREAMS>(rows, [&]<int K>(int64_t k) DEEPTHIN_INLINED {
+        multiply_tile<W, K>(a + k * stride, stride, c, p,
+                            [=](int64_t i, Vec<W> sum) DEEPTHIN_INLINED { finish(k + i, sum); });
+    });
 }
 
-// P[c] += sum_k A[k, c] y[k], y's vectors `y_jump` apart: what the gradient of the outputs puts on P.
+// P[c] = sum_k A[k, c] y[k], y's vectors `y_jump` apart: what the gradient of the outputs puts on P.
 template <int W, int C>
 DEEPTHIN_INLINE void spread_tile(const float* a, int64_t stride, int64_t rows, const float* y, int64_t y_jump, Columns c,
                                  int64_t column, float* p) {
@@ -114,8 +136,7 @@ DEEPTHIN_INLINE void spread_tile(const float* a, int64_t stride, int64_t rows, c
     int64_t s = column / c.rank, r = column % c.rank;
     DEEPTHIN_UNROLL
     for (int i = 0; i < C; i++) {
-        float* to = p + s * c.jump + r * W;
-        store<W>(to, load<W>(to) + sum[i]);
+        store<W>(p + s * c.jump + r * W, sum[i]);
         if (++r == c.rank) {
             r = 0;
             s++;
@@ -125,11 +146,9 @@ DEEPTHIN_INLINE void spread_tile(const float* a, int64_t stride, int64_t rows, c
 
 template <int W>
 void spread(const float* a, int64_t stride, int64_t rows, const float* y, int64_t y_jump, Columns c, float* p) {
-    const int64_t columns = c.blocks * c.rank;
-    int64_t i = 0;
-    for (; i + TILE <= columns; i += TILE) spread_tile<W, TILE>(a + i, stride, rows, y, y_jump, c, i, p);
-    for (; i + 4 <= columns; i += 4) spread_tile<W, 4>(a + i, stride, rows, y, y_jump, c, i, p);
-    for (; i < columns; i++) spread_tile<W, 1>(a + i, stride, rows, y, y_jump, c, i, p);
+    in_even_tiles<12>(c.blocks * c.rank, [&]<int C>(int64_t i) DEEPTHIN_INLINED {
+        spread_tile<W, C>(a + i, stride, rows, y, y_jump, c, i, p);
+    });
 }
 
 // The columns of P, item after item: W rows of `width` columns, a multiple of W, those past the end zero.
@@ -273,7 +292,7 @@ struct Space {  // scratch memory of a block of items, or of a bundle of them
     int64_t least_outputs, more_outputs;  // of each phase, and of how many first ones it is one more
     bool fft;
     int64_t width;  // columns of a panel
-    float *x, *p, *y, *z, *c, *d, *dp, *dx, *panel;
+    float *x, *p, *y, *z, *c, *d, *dx, *panel;
     int64_t floats;
 
     Space(const Job& job, float* memory, bool backward) : plan(job.plan), count(plan.cols + plan.n - 1) {
@@ -285,15 +304,14 @@ struct Space {  // scratch memory of a block of items, or of a bundle of them
         const int64_t points = job.lanes.points * 2 * W, edge = TILE * W;
         const int64_t positions = (count + 2 * TILE) * plan.rank * W;
         x = arena.take((plan.cols + 2 * TILE) * W) + (memory ? edge : 0);
-        p = arena.take(positions);
+        p = arena.take(positions) + (memory ? edge * plan.rank : 0);
         y = arena.take(plan.rows * W * (backward ? BUNDLE : 1));
         z = arena.take(points);
         // Without FFT it holds a reversed filter or, for plain rank, the items one after the other.
         c = arena.take(larger(points, backward ? round_up(plan.n, W) * (is_plain_rank(plan) ? W : 1) : 0));
-        d = dp = dx = panel = nullptr;
+        d = dx = panel = nullptr;
         if (backward) {
-            d = arena.take(points);
-            dp = arena.take(positions) + (memory ? edge * plan.rank : 0);
+            d = plan.rank > 1 ? arena.take(points) : nullptr;
             dx = arena.take(plan.cols * W);
             const int64_t panels = smaller(plan.phases, plan.rows) * BUNDLE * W * width;
             panel = arena.take(panels);
@@ -406,53 +424,57 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
             space.z);
     }
     rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, y);
-    const bool further = job.grad_x || job.grad_wf;
-    if (further) __builtin_memset(space.dp - TILE * rank * W, 0, sizeof(float) * (space.count + 2 * TILE) * rank * W);
+    const int64_t phases = smaller(plan.phases, plan.rows);
     Phase phase(plan);
-    for (int64_t i = 0; i < smaller(plan.phases, plan.rows); i++, phase.next()) {
-        const Columns columns = space.columns(phase);
-        if (job.grad_xf) lay_out<W>(columns, space.p + space.place(phase), panels + i * panel_jump, space.width);
-        if (further)
-            spread<W>(job.xf + phase.row * rank, plan.step * rank, space.outputs(i), y + i * W, plan.phases * W, columns,
-                      space.dp + space.place(phase));
-    }
-    if (!further) return;
+    for (int64_t i = 0; job.grad_xf && i < phases; i++, phase.next())
+        lay_out<W>(space.columns(phase), space.p + space.place(phase), panels + i * panel_jump, space.width);
+    if (!job.grad_x && !job.grad_wf) return;
+    float* const dp = space.p;  // the gradient takes the correlation's place
     if (is_plain_rank(plan)) {
-        const float* dp = space.dp + (n - 1) * rank * W;
+        // one position is all that counts
+    } else if (plan.common == 1 && plan.rows >= n) {  // every position is read by some output: only the edges are left
+        __builtin_memset(dp - TILE * rank * W, 0, sizeof(float) * TILE * rank * W);
+        __builtin_memset(dp + space.count * rank * W, 0, sizeof(float) * TILE * rank * W);
+    } else {
+        __builtin_memset(dp - TILE * rank * W, 0, sizeof(float) * (space.count + 2 * TILE) * rank * W);
+    }
+    phase = Phase(plan);
+    for (int64_t i = 0; i < phases; i++, phase.next())
+        spread<W>(job.xf + phase.row * rank, plan.step * rank, space.outputs(i), y + i * W, plan.phases * W,
+                  space.columns(phase), dp + space.place(phase));
+    if (is_plain_rank(plan)) {
+        const float* reads = dp + (n - 1) * rank * W;
         const Columns columns{1, n, 0};
         if (job.grad_wf) {
             const int64_t width = round_up(n, W);
             lay_out<W>(columns, space.x, space.c, width);
-            outer<W>({dp, W, 1, 0}, rank, space.c, width, n, job.grad_wf, job.grad_wf + rank * n, n);
+            outer<W>({reads, W, 1, 0}, rank, space.c, width, n, job.grad_wf, job.grad_wf + rank * n, n);
         }
-        if (job.grad_x) {
-            __builtin_memset(space.dx, 0, sizeof(float) * cols * W);
-            spread<W>(job.wf, n, rank, dp, W, columns, space.dx);
-        }
+        if (job.grad_x) spread<W>(job.wf, n, rank, reads, W, columns, space.dx);
     } else if (!space.fft) {
         for (int64_t a = 0; a < rank; a++) {
-            const float* dp = space.dp + a * W;
-            if (job.grad_wf) correlate_gradient<W>(space.x, cols, dp, rank * W, n, job.grad_wf + a * n * W);
+            const float* own = dp + a * W;
+            if (job.grad_wf) correlate_gradient<W>(space.x, cols, own, rank * W, n, job.grad_wf + a * n * W);
             if (job.grad_x) {
                 float* reversed = space.c;
                 for (int64_t t = 0; t < n; t++) reversed[t] = job.wf[a * n + n - 1 - t];
                 if (a == 0)
-                    correlate<W, false>(dp, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
+                    correlate<W, false>(own, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
                 else
-                    correlate<W, true>(dp, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
+                    correlate<W, true>(own, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
             }
         }
     } else {
         const Transform& plan_of = job.lanes;
         const int64_t points = plan_of.points, q = half(plan), count = space.count;
         for (int64_t a = 0; a < rank; a++) {
-            const float* dp = space.dp + a * W;
+            const float* own = dp + a * W;
             const int64_t jump = rank * W;
             forward_transform<W>(
                 plan_of,
                 [=](int64_t i) DEEPTHIN_INLINED {
-                    return Complex<W>{i < count ? load<W>(dp + i * jump) : Vec<W>{},
-                                      i + q < count ? load<W>(dp + (i + q) * jump) : Vec<W>{}};
+                    return Complex<W>{i < count ? load<W>(own + i * jump) : Vec<W>{},
+                                      i + q < count ? load<W>(own + (i + q) * jump) : Vec<W>{}};
                 },
                 space.c);
             const float* h = job.spectra + a * points * 2;
@@ -461,21 +483,22 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
                 const auto c = load_point<W>(space.c + f * 2 * W);
                 if (sums) {
                     const auto z = load_point<W>(space.z + f * 2 * W), sum = load_point<W>(sums + f * 2 * W);
-                    store_point<W>(sums + f * 2 * W, {sum.re + (c.re * z.re + c.im * z.im), sum.im + (c.im * z.re - c.re * z.im)});
+                    store_point<W>(sums + f * 2 * W,
+                                   {sum.re + (c.re * z.re + c.im * z.im), sum.im + (c.im * z.re - c.re * z.im)});
                 }
                 if (job.grad_x) {
                     auto back = times<W>(c, h[2 * f], -h[2 * f + 1]);
                     if (a > 0) back = back + load_point<W>(space.d + f * 2 * W);
-                    store_point<W>(space.d + f * 2 * W, back);
+                    store_point<W>((a + 1 < rank ? space.d : space.c) + f * 2 * W, back);
                 }
             }
         }
         if (job.grad_x) {
-            const float* d = space.d;
-            inverse_transform<W>(plan_of, [=](int64_t f) DEEPTHIN_INLINED { return load_point<W>(d + f * 2 * W); }, space.c);
+            float* c = space.c;
+            inverse_transform<W>(plan_of, [=](int64_t f) DEEPTHIN_INLINED { return load_point<W>(c + f * 2 * W); }, c);
             for (int64_t i = 0; i < q; i++) {
-                store<W>(space.dx + i * W, load<W>(space.c + i * 2 * W));
-                if (i + q < cols) store<W>(space.dx + (i + q) * W, load<W>(space.c + i * 2 * W + W));
+                store<W>(space.dx + i * W, load<W>(c + i * 2 * W));
+                if (i + q < cols) store<W>(space.dx + (i + q) * W, load<W>(c + i * 2 * W + W));
             }
         }
     }

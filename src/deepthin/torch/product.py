@@ -104,6 +104,7 @@ def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
     }
 
 
+@lru_cache(maxsize=4096)
 def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) -> Path:
     """The way with the least predicted cost, of those in torch or, with ``native``, of the dense and the native ones.
 
@@ -117,6 +118,7 @@ def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) 
     )
 
 
+@lru_cache(maxsize=4096)
 def choose_native(method: Factor, batch: int, training: bool) -> Path:
     """Native code's faster correlation."""
     predicted = costs(method, batch, dense_ready=not training)

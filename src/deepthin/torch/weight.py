@@ -20,7 +20,6 @@ from deepthin.torch.product import NATIVE, Path, choose, factor_linear
 
 _TYPICAL_BATCH = 32
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
-_MOST_CHOICES = 1000  # batch sizes whose choice is kept
 
 
 class ThinWeight(nn.Module):
@@ -43,7 +42,6 @@ class ThinWeight(nn.Module):
         self._operator_pays = tuple(
             plan is not None and choose(plan[0], _TYPICAL_BATCH, False, native=True) != "dense" for plan in self._plans
         )
-        self._choices: dict[tuple[int, int, bool, bool], Path] = {}
         device = next(iter(code.values())).device
         for entry in self._entries:
             self.register_parameter(entry, nn.Parameter(code[entry]))
@@ -179,13 +177,7 @@ class ThinWeight(nn.Module):
         if _is_traced(x):  # the batch may be a symbol there: one choice for all, the operator has another at run time
             compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
             return "native-auto" if compiled and native and self._operator_pays[index] else "dense"
-        batch, keeps = x.numel() // plan[0].shape[1], self._keeps()
-        known = index, batch, keeps, native
-        if known not in self._choices:
-            if len(self._choices) > _MOST_CHOICES:
-                self._choices.clear()
-            self._choices[known] = choose(plan[0], batch, keeps, native)
-        return self._choices[known]
+        return choose(plan[0], x.numel() // plan[0].shape[1], self._keeps(), native)
 
     def _plan(self, index: int) -> "tuple[Factor, int, int, int] | None":
         """A tensor's own plan, its rows of xf and the entry where it begins; none where the weight must be built."""
