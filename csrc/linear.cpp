@@ -151,19 +151,19 @@ void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>&
 
 // ---- Transforms --------------------------------------------------------------------------------------------------------
 
-// The radices of `points`, or none if it has other factors. Time is about that of the passes over memory.
+// The radices of `points`, or none if it has other factors. Measured: a 4 first and an 8 last make the fastest passes.
 std::vector<int> radices(int64_t points) {
-    std::vector<int> found;
-    for (int radix : {5, 3})
-        for (; points % radix == 0; points /= radix) found.push_back(radix);
     int twos = 0;
     for (; points % 2 == 0; points /= 2) twos++;
+    const int last = twos % 2 == 0 ? 0 : twos == 1 ? 2 : 8;
+    int fours = (twos - (last == 8 ? 3 : last / 2)) / 2;
+    std::vector<int> found;
+    if (fours > 0) found.push_back(4), fours--;
+    for (int radix : {5, 3})
+        for (; points % radix == 0; points /= radix) found.push_back(radix);
     if (points > 1) return {};
-    if (twos % 2) {
-        found.push_back(twos == 1 ? 2 : 8);
-        twos -= twos == 1 ? 1 : 3;
-    }
-    for (; twos; twos -= 2) found.push_back(4);
+    found.insert(found.end(), fours, 4);
+    if (last) found.push_back(last);
     return found;
 }
 
