@@ -287,6 +287,7 @@ NB_MODULE(_native, m) {
     });
     m.def("width", [] { return kernels().widths[0]; });
     m.def("use_torch", &use_torch);
+    m.def("use_openmp", [](std::uintptr_t address) { deepthin::use_openmp(reinterpret_cast<deepthin::OpenMpParallel>(address)); });
     nb::class_<Product>(m, "Product")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("choose", &Product::choose)

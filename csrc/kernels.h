@@ -101,6 +101,10 @@ void backward(const Kernels&, const Plan&, const float* x, const float* xf, cons
 void csr(const Kernels&, const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
          int64_t entries, const float* bias, const float* x, float* y, int64_t batch, int threads);
 
+// GOMP_parallel of the GNU OpenMP library that a framework has loaded: its threads then serve here too. Null: our own.
+using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+void use_openmp(OpenMpParallel parallel);
+
 // Tests: the allocation after `count` more fails; negative: none does.
 void fail_allocation_after(int64_t count);
 

@@ -1,6 +1,7 @@
 // What is done once a product, whatever the instruction set: plans, transforms, memory, threads, and what is not finite.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdlib>
@@ -62,68 +63,86 @@ float* scratch(int64_t floats) {
 
 // ---- Threads -----------------------------------------------------------------------------------------------------------
 
+// Waits some time with open eyes: waking a thread takes longer than many a product.
+template <class Condition>
+bool spin_until(Condition condition) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    do {
+        for (int i = 0; i < 64; i++) {
+            if (condition()) return true;
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return condition();
+}
+
 // Threads that wait for work. One product at a time has them; another that comes meanwhile does its work alone.
 class Pool {
   public:
     void run(int64_t tasks, int threads, const std::function<void(int64_t)>& work) {
         std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
-        if (threads < 2 || tasks < 2 || !mine.owns_lock()) {
+        if (!mine.owns_lock()) {
             for (int64_t i = 0; i < tasks; i++) work(i);
             return;
         }
-        const int64_t helpers = std::min<int64_t>(threads, tasks) - 1;
+        const int64_t helpers = std::min<int64_t>({threads, tasks, MOST}) - 1;
+        while (started_ < helpers) {
+            std::thread([this, number = started_] { serve(number); }).detach();
+            started_++;
+        }
+        work_ = &work;
+        tasks_ = tasks;
+        next_ = 0;
+        failure_ = nullptr;
+        active_ = helpers;
         {
-            std::lock_guard<std::mutex> hold(state_);
-            while (int64_t(started_) < helpers) {
-                std::thread([this, number = started_] { serve(number); }).detach();
-                started_++;
-            }
-            work_ = &work;
-            tasks_ = tasks;
-            next_ = 0;
-            failure_ = nullptr;
-            wanted_ = helpers;
-            active_ = helpers;
-            turn_++;
+            std::lock_guard<std::mutex> hold(lock_);
+            turn_ = (turn_ / MOST + 1) * MOST + helpers;
         }
         wake_.notify_all();
         take_tasks();
-        std::unique_lock<std::mutex> hold(state_);
-        done_.wait(hold, [this] { return active_ == 0; });
+        if (!spin_until([this] { return active_ == 0; })) {
+            std::unique_lock<std::mutex> hold(lock_);
+            done_.wait(hold, [this] { return active_ == 0; });
+        }
         if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
   private:
+    static constexpr int64_t MOST = 1024;  // threads
+
     void take_tasks() {
         try {
             for (int64_t i; (i = next_.fetch_add(1)) < tasks_;) (*work_)(i);
         } catch (...) {
             next_ = tasks_;
-            std::lock_guard<std::mutex> hold(state_);
+            std::lock_guard<std::mutex> hold(lock_);
             if (!failure_) failure_ = std::current_exception();
         }
     }
 
     void serve(int64_t number) {
-        uint64_t seen = 0;
-        std::unique_lock<std::mutex> hold(state_);
-        for (;;) {
-            wake_.wait(hold, [&] { return turn_ != seen; });
+        for (int64_t seen = 0;;) {
+            if (!spin_until([&] { return turn_ != seen; })) {
+                std::unique_lock<std::mutex> hold(lock_);
+                wake_.wait(hold, [&] { return turn_ != seen; });
+            }
             seen = turn_;
-            if (number >= wanted_) continue;
-            hold.unlock();
+            if (number >= seen % MOST) continue;
             take_tasks();
-            hold.lock();
+            std::lock_guard<std::mutex> hold(lock_);
             if (--active_ == 0) done_.notify_one();
         }
     }
 
-    std::mutex busy_, state_;
+    std::mutex busy_, lock_;
     std::condition_variable wake_, done_;
     const std::function<void(int64_t)>* work_ = nullptr;
-    int64_t tasks_ = 0, wanted_ = 0, active_ = 0, started_ = 0;
-    uint64_t turn_ = 0;
-    std::atomic<int64_t> next_{0};
+    int64_t tasks_ = 0, started_ = 0;
+    std::atomic<int64_t> turn_{0};  // counts the products; its remainder by MOST is how many helpers the last one has
+    std::atomic<int64_t> next_{0}, active_{0};
     std::exception_ptr failure_;
 };
 
@@ -142,11 +161,38 @@ Pool& pool() {
     return *found;
 }
 
+// The threads of a framework's GNU OpenMP, where we were told of them: two pools would fight for the same cores.
+std::atomic<OpenMpParallel> framework_threads{nullptr};
+
+struct Region {
+    const std::function<void(int64_t)>& work;
+    const int64_t tasks;
+    std::atomic<int64_t> next{0};
+    std::mutex lock;
+    std::exception_ptr failure;
+
+    static void enter(void* self) {
+        Region& region = *static_cast<Region*>(self);
+        try {
+            for (int64_t i; (i = region.next.fetch_add(1)) < region.tasks;) region.work(i);
+        } catch (...) {
+            region.next = region.tasks;
+            std::lock_guard<std::mutex> hold(region.lock);
+            region.failure = std::current_exception();
+        }
+    }
+};
+
 void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>& work) {
-    if (threads < 2 || tasks < 2)
+    if (threads < 2 || tasks < 2) {
         for (int64_t i = 0; i < tasks; i++) work(i);
-    else
+    } else if (const OpenMpParallel parallel = framework_threads.load()) {
+        Region region{work, tasks};
+        parallel(Region::enter, &region, unsigned(std::min<int64_t>(threads, tasks)), 0);
+        if (region.failure) std::rethrow_exception(region.failure);
+    } else {
         pool().run(tasks, threads, work);
+    }
 }
 
 // ---- Transforms --------------------------------------------------------------------------------------------------------
@@ -317,6 +363,8 @@ Transform transform_of_items(const Plan& plan) {
 bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
 
 }  // namespace
+
+void use_openmp(OpenMpParallel parallel) { framework_threads = parallel; }
 
 void fail_allocation_after(int64_t count) { allocations_left = count; }
 

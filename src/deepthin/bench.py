@@ -35,6 +35,7 @@ PAPER = {
 }
 
 _TURNS_BEFORE = 2  # calls right before the one that is timed, so that its data is where it would be in steady use
+_BUSY_SECONDS = 0.005  # until another library's threads have stopped to wait, busily, for more work
 _FLUSH_BYTES = 96 << 20  # more than the caches hold
 _COLUMNS = {  # what is timed, and the name of its column
     "operator": "microseconds",
@@ -267,7 +268,10 @@ def _interleaved(
         for name, ratio, work in timings:
             for warm, times in zip((True, False), found, strict=True):
                 if warm:
+                    began = time.perf_counter()
                     for _ in range(_TURNS_BEFORE):
+                        work()
+                    while torch.get_num_threads() > 1 and time.perf_counter() - began < _BUSY_SECONDS:
                         work()
                 elif flush is None:
                     continue

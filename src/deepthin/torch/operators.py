@@ -5,8 +5,10 @@ of their own. Single precision on the CPU runs the native kernels of deepthin.ke
 deepthin.torch.product. There is nothing to pack: the kernels read the factors where they lie, so no copy can be stale.
 """
 
+import ctypes
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -73,6 +75,19 @@ short_ways: bool = kernels.native_available and kernels.native().use_torch(
         partial(torch.is_autocast_enabled, "cpu"),
     ],
 )
+
+
+def _share_threads() -> None:
+    """Let the kernels run on the threads that torch has, where these are GNU OpenMP's: two pools fight for the cores."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        parallel = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
+        if parallel is not None:
+            kernels.native().use_openmp(ctypes.cast(parallel, ctypes.c_void_p).value)
+            return
+
+
+if kernels.native_available:
+    _share_threads()
 
 
 def takes(*operands: Tensor | None) -> bool:
