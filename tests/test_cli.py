@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one clear line, files written."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deepthin
-from deepthin import bench, cli
+from deepthin import bench, cli, kernels
 
 FACTORY = """
 import torch
@@ -169,14 +170,45 @@ def test_bench_writes_its_rows(run, here):
     _, out, _ = run(*"bench train --rows 256 --cols 200 --ratios 0.1,0.001 --batch 4 --repeats 2 --out b.json".split())
     rows = json.loads((here / "b.json").read_text())
     assert [row["microseconds"] is None for row in rows] == [False, True]
-    named = "case rows cols batch ratio n rank microseconds dense_microseconds best_dense_microseconds threads"
+    named = "case rows cols batch ratio n rank microseconds dense_microseconds best_dense_microseconds threads isa"
     assert rows[0].keys() >= set(named.split())
     assert "smallest ratio" in out
+    assert (here / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_of_inference_times_packed_weights_too():
-    rows = bench.run("linear", (64, 64), (0.2,), (2,), rank=1, threads=1, repeats=2)
-    assert 0 < rows[0]["best_dense_microseconds"] <= rows[0]["dense_microseconds"]
+def test_bench_of_a_layer_times_every_rival_warm_and_cold():
+    (row,) = bench.run("linear", (64, 96), (0.2,), (2,), rank=1, threads=1, repeats=2)
+    for temperature in ("", "cold_"):
+        times = {name: row[f"{temperature}{name}_microseconds"] for name in ("dense", "packed", "best_dense", "rank")}
+        assert times["best_dense"] == min(times["dense"], times["packed"])
+        assert all(time > 0 for time in times.values())
+        if kernels.native_available:
+            assert row[f"{temperature}microseconds"] > 0
+            assert row[f"{temperature}layer_microseconds"] > 0
+            assert row[f"{temperature}csr_microseconds"] > 0
+    assert "best dense, cold" in bench.summary([row])
+
+
+def test_bench_of_the_papers_network_draws_its_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "TFKALDI", ((40, 30), (50, 40), (20, 50)))
+    rows = bench.run("tfkaldi", (1, 1), (0.2, 0.1), (1, 3), rank=1, threads=1, repeats=1)
+    assert [(row["batch"], row["ratio"]) for row in rows] == [(1, 0.2), (1, 0.1), (3, 0.2), (3, 0.1)]
+    assert all(row["microseconds"] > 0 and row["rows"] == 20 and row["cols"] == 30 for row in rows)
+    assert bench.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_says_where_there_are_no_kernels(here):
+    command = [
+        sys.executable,
+        "-m",
+        "deepthin",
+        *"bench linear --rows 64 --cols 64 --ratios 0.2 --batch 2 --repeats 1".split(),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "DEEPTHIN_ISA": "none"}, check=True
+    )
+    assert done.stderr.count("No native kernels") == 1
+    assert "instruction set none" in done.stdout
 
 
 def test_the_installed_command():

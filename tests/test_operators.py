@@ -349,6 +349,21 @@ class TestTheShortWay:
 
 
 @native
+def test_torchs_number_of_threads_does_not_change_a_bit():
+    """The kernels run on torch's own threads, forward and backward."""
+    model, x, found = wide(), torch.randn(300, 1024), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        try:
+            y = model(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+        finally:
+            torch.set_num_threads(1)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+@native
 def test_a_plan_of_the_library_is_that_of_the_kernels():
     method = Factor((20, 30), 7, 1)
     x, xf, wf = (np.ones(s, np.float32) for s in ((2, 30), *method.code_shapes().values()))

@@ -341,7 +341,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         at = [place + (number - (len(series) - 1) / 2) * width for place in range(len(ratios))]
         axes.bar(at, [values.get(ratio, 0.0) for ratio in ratios], width, color=colour, label=label)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=1)
+    axes.set_ylim(1, 4 * max(value for _, _, values in series for value in values.values()))  # room for the legend
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
     axes.set_xlabel("size of the weights over dense")

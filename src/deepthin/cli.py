@@ -130,9 +130,9 @@ def bench(
     if not kernels.native_available:
         _notes.print(Text(f"No native kernels ({kernels.why_not}): products run on torch operations.", style="yellow"))
     sizes = _ratios(ratios)
-    with _progress() as report_step:
+    with _progress("timing", "rounds") as report_step:
         found = engine.run(
-            case, (rows, cols), sizes, batches, rank, threads, repeats, lambda i, total: report_step("timing", i, total)
+            case, (rows, cols), sizes, batches, rank, threads, repeats, lambda i, total: report_step(case, i, total)
         )
     print(engine.summary(found))
     out = out or Path("runs") / "bench" / f"{case}.json"
@@ -182,7 +182,7 @@ def compare(
     chosen = tuple(dict.fromkeys(_known(m.strip(), engine.COMPARED, "method") for m in methods.split(",")))
     settings = engine.Settings(task, chosen, _ratios(ratios), seeds, steps, data, width, depth)
     out = out or Path("runs") / task
-    with _progress() as report_step:
+    with _progress("training", "steps") as report_step:
         rows = engine.compare(settings, out, report_step)
     page = results.write_page(rows, out, shlex.join(["deepthin", *sys.argv[1:]]))
     print(results.summary(rows))
@@ -295,7 +295,10 @@ def _write_json(path: Path | None, text: str) -> None:
 
 
 class _progress:
-    """A bar for the trial that runs; on a pipe, a line when each trial begins."""
+    """A bar for what runs; on a pipe, a line when it begins."""
+
+    def __init__(self, doing: str, unit: str) -> None:
+        self._doing, self._unit = doing, unit
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -319,5 +322,5 @@ class _progress:
         if name != self._name:
             self._name, self._task = name, self._bar.add_task(name, total=steps)
             if not _notes.is_terminal:
-                _notes.print(f"training {name}, {steps} steps")
+                _notes.print(f"{self._doing} {name}, {steps} {self._unit}")
         self._bar.update(self._task, completed=step)

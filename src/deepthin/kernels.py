@@ -7,6 +7,7 @@ compiler at installation there is no native module: ``native_available`` is fals
 """
 
 import os
+from importlib import import_module
 from types import ModuleType
 from typing import Literal
 
@@ -26,13 +27,11 @@ def _load() -> tuple[ModuleType | None, str]:
     if asked == "none":
         return None, "DEEPTHIN_ISA=none"
     try:
-        from deepthin import _native  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        native = import_module("deepthin._native")
+    except ModuleNotFoundError:
+        return None, "deepthin was installed without a C++ compiler; install one, then deepthin again"
     except ImportError as error:
-        built = not isinstance(error, ModuleNotFoundError)
-        return None, str(
-            error
-        ) if built else "deepthin was installed without a C++ compiler: install one, then deepthin again"
-    native: ModuleType = _native
+        return None, str(error)
     if not native.select(asked):
         raise ConfigError(f"DEEPTHIN_ISA={asked!r}: this machine runs {', '.join(native.isas())}, or none.")
     return native, ""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepthin import kernels
 from deepthin.method import BudgetError, ConfigError, NonFiniteError
 from deepthin.methods import METHODS
 from deepthin.methods.factor import Factor
@@ -267,7 +268,7 @@ def _planned_contents(base: Contents, planned: list[Planned]) -> Contents:
 
 def _expected(method: Factor) -> dict[str, Any]:
     predicted = product.costs(method, 32, dense_ready=True)
-    path = min(predicted, key=lambda path: predicted[path])
+    path = product.choose(method, 32, dense_ready=True, native=kernels.native_available)
     return {"path": path, "cost": round(predicted[path] / predicted["dense"], 3)}
 
 

@@ -78,7 +78,7 @@ short_ways: bool = kernels.native_available and kernels.native().use_torch(
 
 
 def _share_threads() -> None:
-    """Let the kernels run on the threads that torch has, where these are GNU OpenMP's: two pools fight for the cores."""
+    """Let the kernels run on torch's threads, where these are GNU OpenMP's: two pools fight for the cores."""
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
         parallel = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
         if parallel is not None:
