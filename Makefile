@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check slow sanitize docs clean
+.PHONY: demo test check slow sanitize portable docs clean
 
 demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reload the best file, write a report
 	rm -rf runs/demo
@@ -21,7 +21,7 @@ sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide co
 	$(BIN)/pip install --quiet --constraint constraints.txt cmake ninja nanobind
 	for kind in address,undefined thread; do \
 		$(BIN)/cmake -S . -B build/sanitize-$$kind -G Ninja -DPython_EXECUTABLE=$$PWD/$(BIN)/python \
-			-DDEEPTHIN_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_MAKE_PROGRAM=$$PWD/$(BIN)/ninja && \
+			-DDEEPTHIN_SANITIZE=$$kind -DDEEPTHIN_EMULATE_V4=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_MAKE_PROGRAM=$$PWD/$(BIN)/ninja && \
 		$(BIN)/cmake --build build/sanitize-$$kind || exit 1; \
 	done
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OPENBLAS_NUM_THREADS=1 \
@@ -31,6 +31,12 @@ sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide co
 	OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 suppressions=$$PWD/tests/tsan.supp" LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) \
 		$(BIN)/python tests/sanitized.py build/sanitize-thread -q -p no:cacheprovider tests/test_kernels.py \
 		-k "(threads or callers) and not forked"
+
+portable:  ## the kernels on 64-bit ARM, emulated (Debian: g++-aarch64-linux-gnu, qemu-user)
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++20 -O3 -Wno-psabi -static -DDEEPTHIN_TABLE=baseline -DDEEPTHIN_WIDTH=8 \
+		-DDEEPTHIN_TILE=12 csrc/kernels.cpp csrc/linear.cpp tests/portable.cpp -o build/portable-arm
+	qemu-aarch64 build/portable-arm
 
 check: .venv/installed  ## formatting, lint, types, import directions
 	$(BIN)/ruff format --check

@@ -165,6 +165,8 @@ Pool& pool() {
 std::atomic<OpenMpParallel> framework_threads{nullptr};
 
 struct Region {
+    Region(const std::function<void(int64_t)>& work, int64_t tasks) : work(work), tasks(tasks) {}
+
     const std::function<void(int64_t)>& work;
     const int64_t tasks;
     std::atomic<int64_t> next{0};
@@ -187,7 +189,7 @@ void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>&
     if (threads < 2 || tasks < 2) {
         for (int64_t i = 0; i < tasks; i++) work(i);
     } else if (const OpenMpParallel parallel = framework_threads.load()) {
-        Region region{work, tasks};
+        Region region(work, tasks);
         parallel(Region::enter, &region, unsigned(std::min<int64_t>(threads, tasks)), 0);
         if (region.failure) std::rethrow_exception(region.failure);
     } else {
@@ -385,8 +387,12 @@ Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offs
 const Kernels* find_kernels(const char* name) {
 #if defined(__x86_64__)
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#if defined(DEEPTHIN_EMULATE_V4)
+    const bool v4 = v3;
+#else
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
     const std::pair<const Kernels*, bool> known[] = {
         {&kernels_v4, v4}, {&kernels_v3, v3}, {&kernels_v2, __builtin_cpu_supports("sse4.2") != 0}};
 #else
