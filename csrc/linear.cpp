@@ -148,21 +148,29 @@ class Pool {
 
 std::atomic<Pool*> pool_of_process{nullptr};
 
-// Never destroyed: its threads may wait in it when the process ends. A forked child has no threads and gets its own.
+// The threads of a framework's GNU OpenMP, where we were told of them: two pools would fight for the same cores.
+std::atomic<OpenMpParallel> framework_threads{nullptr};
+
+// A forked child has none of its parent's threads: it gets a pool of its own. (OpenMP would wait for them for ever.)
+void mind_forks() {
+#if !defined(_WIN32)
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+        pool_of_process.store(nullptr);
+        framework_threads.store(nullptr);
+    });
+    (void)registered;
+#endif
+}
+
+// Never destroyed: its threads may wait in it when the process ends.
 Pool& pool() {
     Pool* found = pool_of_process.load();
     if (found) return *found;
-#if !defined(_WIN32)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool_of_process.store(nullptr); });
-    (void)registered;
-#endif
+    mind_forks();
     auto fresh = std::make_unique<Pool>();
     if (pool_of_process.compare_exchange_strong(found, fresh.get())) return *fresh.release();
     return *found;
 }
-
-// The threads of a framework's GNU OpenMP, where we were told of them: two pools would fight for the same cores.
-std::atomic<OpenMpParallel> framework_threads{nullptr};
 
 struct Region {
     Region(const std::function<void(int64_t)>& work, int64_t tasks) : work(work), tasks(tasks) {}
@@ -366,7 +374,10 @@ bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset
 
 }  // namespace
 
-void use_openmp(OpenMpParallel parallel) { framework_threads = parallel; }
+void use_openmp(OpenMpParallel parallel) {
+    mind_forks();
+    framework_threads = parallel;
+}
 
 void fail_allocation_after(int64_t count) { allocations_left = count; }
 

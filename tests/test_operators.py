@@ -2,8 +2,11 @@
 
 import copy
 import math
+import os
 import pickle
+import signal
 import threading
+import time
 
 import jaxtyping
 import numpy as np
@@ -361,6 +364,30 @@ def test_torchs_number_of_threads_does_not_change_a_bit():
             torch.set_num_threads(1)
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+@native
+def test_a_forked_child_does_not_wait_for_its_parents_threads():
+    """GNU OpenMP would, for ever."""
+    model, x = wide().eval(), torch.randn(64, 1024)
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            want = model(x)
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if np.array_equal(model(x).numpy(), want.numpy()) else 1)  # torch.equal would wait, too
+    finally:
+        torch.set_num_threads(1)
+    for _ in range(300):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert (done, status) == (child, 0)
 
 
 @native
