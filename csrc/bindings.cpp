@@ -40,9 +40,11 @@ void check_batch(const Plan& plan, int64_t batch) {
 struct Torch {
     const deepthin::dlpack::ExchangeApi* api = nullptr;
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
-    nb::object is_grad_enabled, num_threads, requires_grad;
+    nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach;
     nb::list watchers;  // functions that return 0, False or None where nothing watches or records operations
 } *torch_of_process = nullptr;
+
+nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
 
 // Tells how tensors are read. False where this torch has no exchange table that is understood.
 bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabled, nb::handle num_threads,
@@ -58,24 +60,27 @@ bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabl
     torch->parameter = reinterpret_cast<PyTypeObject*>(parameter.ptr());
     torch->is_grad_enabled = nb::borrow(is_grad_enabled);
     torch->num_threads = nb::borrow(num_threads);
-    torch->requires_grad = nb::str("requires_grad");
+    torch->requires_grad = intern("requires_grad");
+    torch->is_neg = intern("is_neg");
+    torch->detach = intern("detach");
     torch->watchers = watchers;
     torch_of_process = torch;
     return true;
 }
 
-bool is_true(nb::handle function) {
-    PyObject* result = PyObject_CallNoArgs(function.ptr());
+nb::object call(PyObject* result) {  // a new reference, or what Python has raised
     if (!result) throw nb::python_error();
-    const int truth = result == Py_False || result == Py_None ? 0 : PyObject_IsTrue(result);
-    Py_DECREF(result);
-    return truth != 0;
+    return nb::steal(result);
+}
+
+bool is_true(nb::object value) {
+    return value.ptr() == Py_False || value.is_none() ? false : PyObject_IsTrue(value.ptr()) != 0;
 }
 
 // Whether nothing watches or records operations now.
 bool is_quiet(const Torch& torch) {
     for (nb::handle watcher : torch.watchers)
-        if (is_true(watcher)) return false;
+        if (is_true(call(PyObject_CallNoArgs(watcher.ptr())))) return false;
     return true;
 }
 
@@ -90,13 +95,17 @@ bool read_tensor(const Torch& torch, PyObject* object, bool grad, deepthin::dlpa
         PyErr_Clear();
         return false;
     }
-    return tensor.is_float32_on_cpu() && tensor.is_row_major();
+    return tensor.data && tensor.is_float32_on_cpu() && tensor.is_row_major();
 }
 
-// The same for an input, which may also be a view whose numbers are not what lies in memory.
+// Whether the numbers are those that lie in memory with the sign reversed.
+bool is_negated(const Torch& torch, PyObject* object) {
+    return is_true(call(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr())));
+}
+
 bool read_input(const Torch& torch, nb::handle x, bool grad, deepthin::dlpack::Tensor& tensor) {
-    if (Py_TYPE(x.ptr()) != torch.tensor || is_true(x.attr("is_neg"))) return false;
-    return read_tensor(torch, x.ptr(), grad, tensor) && tensor.ndim > 0;
+    return Py_TYPE(x.ptr()) == torch.tensor && read_tensor(torch, x.ptr(), grad, tensor) && tensor.ndim > 0 &&
+           !is_negated(torch, x.ptr());
 }
 
 int64_t items(const deepthin::dlpack::Tensor& x) {
@@ -136,6 +145,7 @@ class Product {
   public:
     struct Operands {
         const float *xf, *wf, *bias;
+        nb::object held[3];  // what keeps that memory while other threads run Python
     };
 
     Product(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset, int64_t first, float scale)
@@ -157,8 +167,9 @@ class Product {
     }
 
     // Bias: null or None for none.
-    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, Operands& operands) const {
+    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, Operands& operands) {
         deepthin::dlpack::Tensor rows, columns, shift;
+        const nb::object owned[] = {nb::borrow(xf), nb::borrow(wf), nb::borrow(bias)};  // torch may let threads run below
         const bool shifted = bias && bias != Py_None;
         if (!read_tensor(torch, xf, grad, rows) || !read_tensor(torch, wf, grad, columns) ||
             (shifted && !read_tensor(torch, bias, grad, shift)))
@@ -167,8 +178,9 @@ class Product {
             columns.shape[0] != plan.rank || columns.shape[1] != plan.n ||
             (shifted && (shift.ndim != 1 || shift.shape[0] != plan.rows)))
             return false;
-        operands = {rows.floats() + first_ * plan.rank, columns.floats(), shifted ? shift.floats() : nullptr};
-        return true;
+        operands = {rows.floats() + first_ * plan.rank, columns.floats(), shifted ? shift.floats() : nullptr, {}};
+        return hold(torch, 0, xf, rows, operands) && hold(torch, 1, wf, columns, operands) &&
+               (!shifted || hold(torch, 2, bias, shift, operands));
     }
 
     void run(const Kernels& set, const Operands& o, const float* x, float* y, int64_t batch, int way, bool relu,
@@ -179,7 +191,7 @@ class Product {
     nb::object operator()(nb::handle x, nb::handle xf, nb::handle wf, nb::handle bias) {
         const Torch* torch = torch_of_process;
         if (!torch) return nb::none();
-        const bool grad = is_true(torch->is_grad_enabled);
+        const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
         deepthin::dlpack::Tensor in;
         Operands operands;
         if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || in.shape[in.ndim - 1] != plan.cols ||
@@ -195,78 +207,160 @@ class Product {
     }
 
   private:
+    // A parameter's memory may be exchanged under it (`p.data = ...`): an alias, made once, owns what is read. False for
+    // a view with reversed signs.
+    bool hold(const Torch& torch, int which, PyObject* object, const deepthin::dlpack::Tensor& tensor, Operands& operands) {
+        std::lock_guard<nb::ft_mutex> locked(lock_);
+        Alias& alias = aliases_[which];
+        if (alias.of != object || alias.memory != tensor.data) {
+            if (is_negated(torch, object)) return false;
+            nb::object made = call(PyObject_CallMethodNoArgs(object, torch.detach.ptr()));
+            deepthin::dlpack::Tensor now;
+            if (!read_tensor(torch, made.ptr(), false, now) || now.data != tensor.data) return false;
+            alias = {object, tensor.data, made};
+        }
+        operands.held[which] = alias.tensor;
+        return true;
+    }
+
+    struct Alias {
+        PyObject* of = nullptr;
+        void* memory = nullptr;
+        nb::object tensor;
+    } aliases_[3];
     int64_t first_;  // row of xf where W begins
     float scale_;
     nb::ft_mutex lock_;
     std::unordered_map<int64_t, int> ways_;
 };
 
-// Several products in a row, each rectified or not, in one call. The modules that they stand for must be as they were.
+// Several products in a row, each rectified or not, in one call: while the modules that they stand for are what they were.
 class Chain {
   public:
-    // Links: (Product, parameters of its weight, parameters of its layer, whether rectified). Conditions, all of them
-    // about dictionaries: `same` (dictionary, key, the object that it must hold), `lacking` (dictionary, key), `empty`.
-    // Kinds: (object, its class).
-    Chain(nb::list links, nb::list same, nb::list lacking, nb::list empty, nb::list kinds)
-        : links_(links), same_(same), lacking_(lacking), empty_(empty), kinds_(kinds) {}
+    // Links: (module, Product, group, part, thin) of a linear layer, whose `thin` holds under "weight" the part, or the
+    // group itself where that is the same; (module,) of a rectifier; (module, None) of what does nothing outside training.
+    // Globals: those of the module that has the hooks of all modules.
+    Chain(nb::list links, nb::dict globals) : links_(links), globals_(globals) {
+        for (nb::handle link : links) {
+            seen_.push_back(Py_TYPE(at(link, 0)));
+            group_types_.push_back(size(link) > 2 ? Py_TYPE(at(link, 2)) : nullptr);
+        }
+    }
 
     // None: not now. NotImplemented: never again, the modules have changed.
     nb::object operator()(nb::handle x) {
         const Torch* torch = torch_of_process;
         if (!torch) return nb::none();
-        for (nb::handle item : kinds_)
-            if (reinterpret_cast<PyObject*>(Py_TYPE(at(item, 0))) != at(item, 1)) return changed();
-        for (nb::handle item : same_)
-            if (PyDict_GetItemWithError(at(item, 0), at(item, 1)) != at(item, 2)) return changed();
-        for (nb::handle item : lacking_)
-            if (PyDict_GetItemWithError(at(item, 0), at(item, 1))) return nb::none();
-        for (nb::handle hooks : empty_)
-            if (PyDict_Size(hooks.ptr()) != 0) return nb::none();
-        const bool grad = is_true(torch->is_grad_enabled);
+        const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
         deepthin::dlpack::Tensor in;
         if (!is_quiet(*torch) || !read_input(*torch, x, grad, in)) return nb::none();
-        struct Step {
-            const Product* product;
-            Product::Operands operands;
-            int way;
-            bool relu;
-        };
         std::vector<Step> steps;
         int64_t width = in.shape[in.ndim - 1], widest = 0;
         const int64_t batch = items(in);
-        for (nb::handle link : links_) {
-            Product& product = *nb::inst_ptr<Product>(nb::handle(at(link, 0)));
-            PyObject *weight = at(link, 1), *layer = at(link, 2);
-            Step step{&product, {}, product.way(batch), at(link, 3) == Py_True};
-            if (step.way == 0 || product.plan.cols != width ||
-                !product.read(*torch, PyDict_GetItemString(weight, "xf"), PyDict_GetItemString(weight, "wf"),
-                              PyDict_GetItemString(layer, "bias"), grad, step.operands))
+        static const Names& names = *new Names;
+        if (!is_empty(globals_, names.all_hooks) || !is_empty(globals_, names.all_pre_hooks)) return nb::none();
+        for (std::size_t i = 0; i < nb::len(links_); i++) {
+            nb::handle link = PyList_GET_ITEM(links_.ptr(), i);
+            PyObject* module = at(link, 0);
+            if (Py_TYPE(module) != seen_[i]) return changed();
+            nb::object own = dictionary(module);
+            if (get(own, names.forward) || !is_empty(own, names.hooks) || !is_empty(own, names.pre_hooks)) return nb::none();
+            if (size(link) == 1) {
+                steps.back().relu = true;
+                continue;
+            }
+            if (size(link) == 2) {
+                if (get(own, names.training) != Py_False) return changed();
+                continue;
+            }
+            PyObject *group = at(link, 2), *part = at(link, 3), *thin = at(link, 4);
+            if (Py_TYPE(group) != group_types_[i] || get(get(own, names.modules), names.thin) != thin) return changed();
+            nb::object within = dictionary(thin), state = dictionary(group);
+            PyObject* parts = get(within, names.modules);
+            if (get(parts, names.weight) != part || get(state, names.training) != Py_False) return changed();
+            if (part != group && get(get(dictionary(part), names.modules), names.group) != group) return changed();
+            if (get(parts, names.bias) || get(state, names.product)) return nb::none();
+            PyObject* code = get(state, names.parameters);
+            Product& product = *nb::inst_ptr<Product>(nb::handle(at(link, 1)));
+            steps.push_back({nb::borrow(at(link, 1)), &product, {}, product.way(batch), false});
+            if (steps.back().way == 0 || product.plan.cols != width ||
+                !product.read(*torch, get(code, names.xf), get(code, names.wf), get(get(own, names.parameters), names.bias),
+                              grad, steps.back().operands))
                 return nb::none();
             width = product.plan.rows;
             widest = std::max(widest, width);
-            steps.push_back(step);
         }
         const Kernels& set = kernels();
+        const int64_t cols = in.shape[in.ndim - 1];
         return make_tensor(*torch, in, width, [&](float* y, int threads) {
+            // Some items at a time: so many that threads have enough to do, so few that what is between stays small. A
+            // multiple of all widths, so that the bits are those of the whole batch.
+            const int64_t most = std::max<int64_t>(64, (int64_t(1) << 20) / widest / 64 * 64);
             thread_local std::vector<float> between[2];
-            for (auto& memory : between)
-                if (int64_t(memory.size()) < batch * widest) memory.resize(batch * widest);
-            const float* from = in.floats();
-            for (std::size_t i = 0; i < steps.size(); i++) {
-                const Step& step = steps[i];
-                float* to = i + 1 == steps.size() ? y : between[i % 2].data();
-                step.product->run(set, step.operands, from, to, batch, step.way, step.relu, threads);
-                from = to;
+            for (auto& memory : between) memory.resize(std::max<std::size_t>(memory.size(), std::min(batch, most) * widest));
+            for (int64_t first = 0; first < batch; first += most) {
+                const int64_t count = std::min(most, batch - first);
+                const float* from = in.floats() + first * cols;
+                for (std::size_t i = 0; i < steps.size(); i++) {
+                    const Step& step = steps[i];
+                    float* to = i + 1 == steps.size() ? y + first * width : between[i % 2].data();
+                    step.product->run(set, step.operands, from, to, count, step.way, step.relu, threads);
+                    from = to;
+                }
             }
         });
     }
 
+    static int traverse(PyObject* self, visitproc visit, void* arg) {
+        Py_VISIT(Py_TYPE(self));
+        if (!nb::inst_ready(self)) return 0;
+        Py_VISIT(nb::inst_ptr<Chain>(self)->links_.ptr());
+        Py_VISIT(nb::inst_ptr<Chain>(self)->globals_.ptr());
+        return 0;
+    }
+
+    static int clear(PyObject* self) {
+        if (nb::inst_ready(self)) nb::inst_ptr<Chain>(self)->links_ = nb::list();
+        return 0;
+    }
+
   private:
+    struct Step {
+        nb::object owner;
+        Product* product;
+        Product::Operands operands;
+        int way;
+        bool relu;
+    };
+    struct Names {
+        nb::object forward = intern("forward"), hooks = intern("_forward_hooks"), pre_hooks = intern("_forward_pre_hooks"),
+                   training = intern("training"), modules = intern("_modules"), parameters = intern("_parameters"),
+                   thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
+                   product = intern("product"), xf = intern("xf"), wf = intern("wf"),
+                   all_hooks = intern("_global_forward_hooks"), all_pre_hooks = intern("_global_forward_pre_hooks");
+    };
+
     static PyObject* at(nb::handle tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
+    static Py_ssize_t size(nb::handle tuple) { return PyTuple_GET_SIZE(tuple.ptr()); }
+    static nb::object dictionary(PyObject* object) { return call(PyObject_GenericGetDict(object, nullptr)); }
+    // Null where there is no such entry; borrowed, while the GIL is held.
+    static PyObject* get(nb::handle dictionary, const nb::object& key) {
+        return dictionary && PyDict_Check(dictionary.ptr()) ? PyDict_GetItemWithError(dictionary.ptr(), key.ptr()) : nullptr;
+    }
+    static bool is_empty(nb::handle dictionary, const nb::object& key) {
+        PyObject* hooks = get(dictionary, key);
+        return hooks && PyDict_Check(hooks) && PyDict_Size(hooks) == 0;
+    }
     static nb::object changed() { return nb::borrow(nb::handle(Py_NotImplemented)); }
 
-    nb::list links_, same_, lacking_, empty_, kinds_;
+    nb::list links_;
+    nb::dict globals_;
+    std::vector<PyTypeObject*> seen_, group_types_;
 };
+
+PyType_Slot chain_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Chain::traverse)},
+                             {Py_tp_clear, reinterpret_cast<void*>(&Chain::clear)},
+                             {0, nullptr}};
 
 }  // namespace
 
@@ -292,8 +386,8 @@ NB_MODULE(_native, m) {
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("choose", &Product::choose)
         .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
-    nb::class_<Chain>(m, "Chain")
-        .def(nb::init<nb::list, nb::list, nb::list, nb::list, nb::list>())
+    nb::class_<Chain>(m, "Chain", nb::type_slots(chain_slots))
+        .def(nb::init<nb::list, nb::dict>())
         .def("__call__", &Chain::operator());
     m.def("fail_allocation_after", &deepthin::fail_allocation_after);
     m.def(

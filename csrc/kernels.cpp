@@ -549,7 +549,9 @@ void finish_gradient(const Job& job, float* lanes, float* grad_wf) {
 
 // ---- One item: positions abreast ---------------------------------------------------------------------------------------
 
-constexpr int SINGLE = DEEPTHIN_WIDTH;
+// No more than 8: the spectra's product takes as many instructions with 16, and all else more (measured: up to 1.4 times
+// the time).
+constexpr int SINGLE = DEEPTHIN_WIDTH < 8 ? DEEPTHIN_WIDTH : 8;
 
 struct Alone {  // scratch memory of one item
     int64_t count, padded, half_length, width, panels;
@@ -890,7 +892,7 @@ namespace deepthin {
 #define DEEPTHIN_SYMBOL(x) DEEPTHIN_JOIN(kernels_, x)
 extern const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE);
 const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE) = {
-    DEEPTHIN_NAME(DEEPTHIN_TABLE), {DEEPTHIN_WIDTH, FEW}, BUNDLE, ::forward_scratch, ::backward_scratch, ::forward,
+    DEEPTHIN_NAME(DEEPTHIN_TABLE), {DEEPTHIN_WIDTH, FEW}, SINGLE, BUNDLE, ::forward_scratch, ::backward_scratch, ::forward,
     ::backward,
     ::single_scratch, ::single_item, ::spectra, ::spectra1, ::finish_grad_wf, ::csr_scratch, ::csr};
 }  // namespace deepthin

@@ -41,7 +41,7 @@ struct Job {
     Transform lanes;        // of items abreast
     const float* spectra;   // rank x points x {re, im}
     Transform single;       // of one item, whose positions modulo W are abreast
-    const float* spectra1;  // rank x points x {re, im} x 2 W: of all 2 W - 1 shifts
+    const float* spectra1;  // rank x points x {re, im} x 2 V: of all 2 V - 1 shifts, V = Kernels::single_width
     // Gradients of one slice of the batch; any may be null.
     const float* grad;       // batch x rows
     float *grad_x, *grad_xf;  // batch x cols; m x rank, added to
@@ -52,6 +52,7 @@ struct Job {
 struct Kernels {
     const char* name;
     int widths[2];
+    int single_width;  // positions abreast, where an item is on its own
     int bundle;  // blocks of items that `backward` takes at once, at most
     int64_t (*forward_scratch)(const Job&, int width);  // floats
     int64_t (*backward_scratch)(const Job&, int width);

@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -275,42 +276,66 @@ class Spectra {
     using Kept = std::shared_ptr<const Memory>;
 
     Kept get(const Kernels& kernels, const Plan& plan, const float* wf, const Transform& transform, bool single) {
-        const int64_t length = plan.rank * plan.n, width = kernels.widths[0];
-        const auto same = [&](const Entry& entry) {
-            return entry.kernels == &kernels && entry.single == single && entry.points == transform.points &&
-                   entry.n == plan.n && int64_t(entry.wf.size()) == length &&
-                   std::memcmp(entry.wf.data(), wf, sizeof(float) * length) == 0;
-        };
+        const int64_t length = plan.rank * plan.n, width = std::max(kernels.widths[0], kernels.single_width);
+        const uint64_t hash = hash_of(wf, length) ^ uint64_t(transform.points * 2 + single) ^ reinterpret_cast<uintptr_t>(&kernels);
         {
             std::lock_guard<std::mutex> hold(lock_);
-            for (auto i = entries_.begin(); i != entries_.end(); ++i)
-                if (same(*i)) {
-                    entries_.splice(entries_.begin(), entries_, i);
-                    return entries_.front().spectra;
+            if (auto place = places_.find(hash); place != places_.end()) {
+                const Entry& entry = *place->second;
+                if (entry.kernels == &kernels && entry.single == single && entry.points == transform.points &&
+                    entry.n == plan.n && int64_t(entry.wf.size()) == length &&
+                    std::memcmp(entry.wf.data(), wf, sizeof(float) * length) == 0) {
+                    entries_.splice(entries_.begin(), entries_, place->second);
+                    return entry.spectra;
                 }
+            }
         }
-        const int64_t floats = plan.rank * transform.points * (single ? 4 * width : 2);
+        // Of a copy, which no other thread can write to meanwhile: what is kept under it must be its transform.
+        Entry entry{&kernels, single, transform.points, plan.n, {wf, wf + length}, hash, 0, nullptr};
+        const int64_t floats = plan.rank * transform.points * (single ? 4 * kernels.single_width : 2);
         Memory memory = allocate(floats), points = allocate(transform.points * 2 * width);
-        (single ? kernels.spectra1 : kernels.spectra)(plan, wf, transform, memory.get(), points.get());
-        auto kept = std::make_shared<const Memory>(std::move(memory));
+        (single ? kernels.spectra1 : kernels.spectra)(plan, entry.wf.data(), transform, memory.get(), points.get());
+        Kept kept = entry.spectra = std::make_shared<const Memory>(std::move(memory));
+        entry.floats = floats + length + 64;
         std::lock_guard<std::mutex> hold(lock_);
-        entries_.push_front({&kernels, single, transform.points, plan.n, {wf, wf + length}, floats, kept});
-        for (floats_ += floats; floats_ > LIMIT && entries_.size() > 1; entries_.pop_back()) floats_ -= entries_.back().floats;
+        floats_ += entry.floats;
+        entries_.push_front(std::move(entry));
+        places_[hash] = entries_.begin();  // what had this hash is found no more, and goes in its time
+        for (; floats_ > LIMIT && entries_.size() > 1; entries_.pop_back()) {
+            const auto oldest = std::prev(entries_.end());
+            floats_ -= oldest->floats;
+            if (auto place = places_.find(oldest->hash); place != places_.end() && place->second == oldest) places_.erase(place);
+        }
         return kept;
     }
 
   private:
+    static uint64_t hash_of(const float* numbers, int64_t count) {
+        constexpr int LANES = 4;  // so that no step waits for the one before
+        uint64_t hash[LANES] = {1, 2, 3, 4};
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t bits;
+            std::memcpy(&bits, numbers + i, sizeof bits);
+            uint64_t& lane = hash[i % LANES];
+            lane = (lane ^ bits) * 0x9E3779B97F4A7C15u;
+            lane ^= lane >> 32;
+        }
+        return ((hash[0] * 31 + hash[1]) * 31 + hash[2]) * 31 + hash[3];
+    }
+
     static constexpr int64_t LIMIT = 16 << 20;  // 64 MiB, the latest used
     struct Entry {
         const Kernels* kernels;
         bool single;
         int64_t points, n;
         std::vector<float> wf;
+        uint64_t hash;
         int64_t floats;
         Kept spectra;
     };
     std::mutex lock_;
     std::list<Entry> entries_;
+    std::unordered_map<uint64_t, std::list<Entry>::iterator> places_;
     int64_t floats_ = 0;
 };
 
@@ -428,7 +453,7 @@ void forward(const Kernels& kernels, const Plan& plan, const float* x, const flo
             job.spectra = kept->get();
         }
         if (blocks.back().width == 1) {
-            const int64_t width = kernels.widths[0], half = ((plan.cols + 1) / 2 + width - 1) / width;
+            const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
             job.single = transform_of(half + (plan.n + width - 2) / width);
             kept1 = spectra().get(kernels, plan, wf, job.single, true);
             job.spectra1 = kept1->get();

@@ -5,6 +5,8 @@ import math
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -311,7 +313,8 @@ class TestTheShortWay:
         with torch.no_grad():
             assert model[0].thin["weight"].path(x).startswith("native")
             ours = (model(x) - want).norm()
-        assert ours <= (nn.functional.linear(x, exact.float(), bias) - want).norm()
+        theirs = (nn.functional.linear(x, exact.float(), bias) - want).norm()
+        assert ours <= max(theirs, 2.5e-7 * want.norm())  # a BLAS of 16 lanes has 2.2e-7, one of 8 lanes 2.5 to 4.5e-7
 
     @pytest.mark.parametrize("batch", [1, 9])
     def test_nan_reaches_every_output_of_its_item_only(self, batch):
@@ -395,3 +398,146 @@ def test_a_plan_of_the_library_is_that_of_the_kernels():
     method = Factor((20, 30), 7, 1)
     x, xf, wf = (np.ones(s, np.float32) for s in ((2, 30), *method.code_shapes().values()))
     assert np.array_equal(kernels.linear(method, x, xf, wf), np.full((2, 20), 30, np.float32))
+
+
+@native
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use
+def test_tangents_go_along():
+    model = wide().eval()
+    x, tangent = torch.randn(3, 1024), torch.randn(3, 1024)
+    with torch.no_grad():
+        model(x)
+        model(x)
+        weight = model[0].weight
+        with torch.autograd.forward_ad.dual_level():
+            y = model(torch.autograd.forward_ad.make_dual(x, tangent))
+            found = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert torch.allclose(found, tangent @ weight.T, atol=1e-4)
+    for wanted in (True, False):
+        model.requires_grad_(wanted)
+        with torch.autograd.forward_ad.dual_level():
+            y = model(torch.autograd.forward_ad.make_dual(x, tangent))
+            assert torch.allclose(torch.autograd.forward_ad.unpack_dual(y).tangent, found, atol=1e-4)
+
+
+@native
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_jacobians_and_hessians(vectorize):
+    model, x = wide(width=256, ratio=0.05), torch.randn(2, 256)
+    weight = model[0].weight.detach()
+    jacobian = torch.autograd.functional.jacobian(lambda x: model(x)[:, :3], x, vectorize=vectorize)
+    assert torch.allclose(jacobian[1, :, 1], weight[:3], atol=1e-4)
+    hessian = torch.autograd.functional.hessian(lambda x: model(x).square().sum(), x[0], vectorize=vectorize)
+    assert torch.allclose(hessian, 2 * weight.T @ weight, atol=1e-2)
+
+
+@native
+def test_tensors_that_are_more_or_less_than_their_memory():
+    class Named(torch.Tensor):
+        pass
+
+    method = wide()[0].thin["weight"].method
+    x, xf, wf, bias = operands(1024, 1024, method.n, 1)
+    weight, y = (xf @ wf).reshape(-1)[: 1024 * 1024].view(1024, 1024), linear(x, xf, wf, bias, rows=1024)
+    zero = torch._efficientzerotensor(1024)
+    for given, want in (
+        ((x.as_subclass(Named), xf, wf, bias), y),
+        ((x, xf.as_subclass(Named), wf, bias), y),
+        ((x, xf, wf, zero), x @ weight.T),
+        ((x, xf, torch._neg_view(-wf), bias), y),
+    ):
+        assert torch.allclose(linear(*given, rows=1024), want, atol=1e-3)
+    model = wide().eval()
+    thin = model[0].thin["weight"]
+    with torch.no_grad():
+        for _ in range(3):
+            want = model(x)
+        thin.wf = nn.Parameter(torch._neg_view(-thin.wf.detach()))
+        assert torch.allclose(model(x), want, atol=1e-5)
+        model[0].bias = nn.Parameter(zero)
+        assert torch.allclose(model(x), x @ model[0].weight.T, atol=1e-4)
+
+
+@native
+def test_a_gradient_of_another_shape_is_refused():
+    x, xf, wf, _ = operands()
+    with pytest.raises(ValueError, match=r"The gradient is \(9, 29\)"):
+        torch.ops.deepthin.factor_linear_backward(torch.zeros(9, 29), x, xf, wf, 30, 0, "auto", [True] * 3)
+    with pytest.raises(ValueError, match="no entries"):
+        linear(x, xf[:0], wf[:, :0], rows=30)
+
+
+def test_inputs_that_are_no_tensors():
+    """In a process of its own, where annotations are not checked, as in a user's."""
+    script = """
+import numpy as np, torch, deepthin.torch as dt
+from torch import nn
+model = nn.Sequential(nn.Linear(1024, 1024)).eval()
+dt.compress(model, {"rules": {"*": {"ratio": 0.01, "rank": 1}}}, init="scratch")
+try:
+    model(np.zeros((2, 1024), np.float32))
+except TypeError as error:
+    print("linear(): argument 'input'" in str(error))
+x = torch.randn(2, 1024)
+with torch.no_grad():
+    traced = torch.fx.symbolic_trace(model)
+    print(torch.allclose(traced(x), model(x), atol=1e-4))
+    model[0].thin["weight"].xf.mul_(2)  # it reads the code, not a copy of the weight
+    print(torch.allclose(traced(x), model(x), atol=1e-4))
+    model(torch.nested.nested_tensor([x, x]))
+"""
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (shown.stdout.split(), shown.returncode) == (["True"] * 3, 0), shown.stderr
+
+
+def test_models_stacked_by_functional_calls():
+    models = [wide(), wide()]
+    for i, model in enumerate(models):
+        model.eval()
+        nn.init.normal_(model[0].thin["weight"].xf, generator=torch.Generator().manual_seed(i))
+    stacked, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(3, 1024)
+    with torch.no_grad():
+        y = torch.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))(stacked, buffers)
+        assert torch.allclose(y[1], models[1](x), atol=1e-3)
+
+
+def test_replicas_of_data_parallel():
+    """What torch.nn.parallel.replicate does on each device."""
+    layer, x = wide().eval()[0], torch.randn(2, 1024)
+    replica = layer._replicate_for_data_parallel()
+    replica._modules = dict(layer._modules)
+    replica.bias = layer.bias.detach() * 1
+    assert torch.allclose(replica(x), layer(x), atol=1e-5)
+    with pytest.raises(AttributeError, match="generated"):
+        replica.weight = layer.weight
+
+
+@native
+def test_a_code_that_others_write_to_never_poisons_what_is_kept():
+    """Spectra and dense weights are kept by value: under each value must lie what follows from it."""
+    model, x = wide().eval(), torch.randn(1, 1024)
+    thin = model[0].thin["weight"]
+    values = [torch.randn_like(thin.wf) for _ in range(2)]
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            for value in values:
+                thin.wf.data.copy_(value)
+
+    with torch.no_grad():
+        worker = threading.Thread(target=write)
+        worker.start()
+        for _ in range(300):
+            model(x)
+            thin()
+        stop.set()
+        worker.join()
+        for value in values:
+            thin.wf.copy_(value)
+            want = x.double() @ (thin.xf @ thin.wf).reshape(-1)[: 1024 * 1024].view(1024, 1024).double().T
+            assert torch.allclose(model(x).double(), want + model[0].bias, atol=1e-4)
+            assert torch.allclose((x @ thin().T).double(), want, atol=1e-4)

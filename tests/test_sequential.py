@@ -1,7 +1,11 @@
 """Thin nn.Sequential: the same bits in one native call, and the ordinary way as soon as anything is not as it was."""
 
 import copy
+import gc
 import pickle
+import threading
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -182,3 +186,96 @@ def test_other_modules_around_and_between():
             assert torch.equal(model(x), want)
     assert [len(modules) for modules, _ in model._runs[1]] == [1, 3, 1, 1]
     assert [chain is not None for _, chain in model._runs[1]] == [False, True, False, False]
+
+
+def test_changes_that_leave_the_modules_where_they_are(ready):
+    model, x = ready
+    calls = []
+
+    class Doubled(type(model[3].thin["weight"])):
+        def product(self, x, index=0, bias=None):
+            return 2 * super().product(x, index, bias)
+
+    for change in (
+        lambda: setattr(model[1], "_forward_hooks", OrderedDict({0: lambda *_: calls.append(1)})),
+        lambda: model[0].__dict__.update(_forward_pre_hooks=OrderedDict({0: lambda *_: calls.append(2)})),
+        lambda: setattr(model[3].thin["weight"], "__class__", Doubled),
+        lambda: setattr(model[0].thin["weight"], "product", lambda x, index=0, bias=None: torch.zeros(len(x), 256)),
+    ):
+        change()
+        calls.clear()
+        y = model(x)
+        seen = list(calls)
+        assert torch.equal(y, one_by_one(model, x))
+        assert calls == seen * 2
+
+
+def test_a_model_that_is_dropped_is_collected(ready):
+    model, x = ready
+    twin = copy.deepcopy(model)
+    twin(x)
+    twin(x)
+    assert chained(twin, x) is not None
+    gone = weakref.ref(twin[0])
+    del twin
+    gc.collect()
+    assert gone() is None
+
+
+def test_modes_that_watch_functions(ready):
+    model, x = ready
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        model(x)
+    assert torch.nn.functional.relu in seen
+
+
+def test_a_batch_that_is_taken_in_pieces(ready):
+    model, _ = ready
+    x = torch.randn(5000, 60)
+    want = one_by_one(model, x)
+    for _ in range(2):
+        assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("swap", ["data", "parameter"])
+def test_weights_exchanged_while_others_multiply(swap):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
+    dt.compress(model, {"model": {"ratio": 0.01}, "rules": {"*": {"rank": 1}}}, init="scratch")
+    model.eval()
+    x, codes = torch.randn(64, 512), [model[i].thin["weight"] for i in (0, 2)]
+    failures, stop = [], threading.Event()
+    with torch.no_grad():
+        want = model(x)
+
+    def multiply():
+        with torch.no_grad():
+            while not stop.is_set():
+                if not torch.equal(model(x), want):
+                    failures.append("other bits")
+                    return
+
+    workers = [threading.Thread(target=multiply) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for _ in range(300):
+        for code in codes:
+            for name in ("xf", "wf"):
+                old = getattr(code, name)
+                if swap == "data":
+                    old.data = old.detach().clone()
+                else:
+                    setattr(code, name, nn.Parameter(old.detach().clone()))
+                del old
+                torch.full((codes[0].xf.numel(),), float("nan"))  # what is freed is soon written to
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert not failures

@@ -77,7 +77,7 @@ def linear(
     largest input of the item. An item whose outputs are not all finite is computed entry by entry, so that NaN and
     infinity come out as from a dense product. TypeError and ValueError name an array of the wrong type or shape.
     """
-    x, xf, wf, bias = _checked(method, offset, x=x, xf=xf, wf=wf, bias=bias)
+    x, xf, wf, bias = _checked(method, offset, correlation, x=x, xf=xf, wf=wf, bias=bias)
     y = np.empty((len(x), method.shape[0]), np.float32)
     native().forward(
         *_plan(method, offset), *map(_address, (x, xf, wf, bias, y)), len(x), correlation == "fft", relu, threads
@@ -97,7 +97,7 @@ def linear_gradients(
     threads: int = 1,
 ) -> tuple[Float32[np.ndarray, "batch cols"], Float32[np.ndarray, "m r"], Float32[np.ndarray, "r n"]]:
     """The gradients of x, xf and wf, given that of ``linear``'s result (before bias and rectifier), without W."""
-    x, xf, wf, _ = _checked(method, offset, x=x, xf=xf, wf=wf, bias=None)
+    x, xf, wf, _ = _checked(method, offset, correlation, x=x, xf=xf, wf=wf, bias=None)
     grad = _array("grad", grad, (len(x), method.shape[0]))
     grads = np.empty_like(x), np.empty_like(xf), np.empty_like(wf)
     native().backward(
@@ -122,11 +122,15 @@ def csr_linear(
     """
     x = _array("x", x, (len(x), shape[1]))
     values = _array("values", values, (len(values),))
-    if len(columns) != len(values) or len(starts) != shape[0] + 1:
+    if columns.shape != values.shape or starts.shape != (shape[0] + 1,):
         raise ValueError(
             f"{len(values)} values need as many columns, and {shape[0]} rows one start more; "
-            f"there are {len(columns)} and {len(starts)}."
+            f"there are {len(columns)} and {len(starts)}, of shapes {columns.shape} and {starts.shape}."
         )
+    if columns.dtype.kind not in "iu" or starts.dtype.kind not in "iu":
+        raise TypeError(f"Columns and starts must be integers; they are {columns.dtype} and {starts.dtype}.")
+    if columns.size and not 0 <= int(columns.min()) <= int(columns.max()) < shape[1]:
+        raise ValueError(f"Columns go from {columns.min()} to {columns.max()}; the matrix has {shape[1]}.")
     columns, starts = np.ascontiguousarray(columns, np.int32), np.ascontiguousarray(starts, np.int64)
     bias = None if bias is None else _array("bias", bias, shape[:1])
     y = np.empty((len(x), shape[0]), np.float32)
@@ -162,10 +166,18 @@ def _address(array: np.ndarray | None) -> int:
 
 
 def _checked(
-    method: Factor, offset: int, x: np.ndarray, xf: np.ndarray, wf: np.ndarray, bias: np.ndarray | None
+    method: Factor,
+    offset: int,
+    correlation: str,
+    x: np.ndarray,
+    xf: np.ndarray,
+    wf: np.ndarray,
+    bias: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """All operands as the native code reads them."""
     rows, cols = method.shape
+    if correlation not in ("direct", "fft"):
+        raise ValueError(f"correlation={correlation!r} must be 'direct' or 'fft'.")
     if method.seed is not None:
         raise ValueError("A shuffled weight has no product without the weight: decode it.")
     if not 0 <= offset < method.n:
@@ -180,6 +192,8 @@ def _checked(
 
 
 def _array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: fill it first.")
     if array.dtype != np.float32:
         raise TypeError(f"{name} is {array.dtype}: the native kernels compute in float32.")
     if array.shape != shape:

@@ -30,7 +30,16 @@ def _generated(name: str) -> Any:
             return layer._parameters[name]
         raise AttributeError(f"{type(layer).__name__} has no {name!r}.")
 
-    return _Generated(read, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code.")
+    def write(
+        layer: "ThinLayer", value: Tensor | None
+    ) -> None:  # DataParallel's replicas, whose tensors are no parameters
+        if name not in layer._parameters and name in layer.thin:
+            raise AttributeError(f"{name!r} is generated: train or load the thin code.")
+        layer._parameters[name] = cast(nn.Parameter, value)
+
+    return _Generated(
+        read, write, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code."
+    )
 
 
 class ThinLayer(nn.Module):

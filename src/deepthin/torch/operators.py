@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from deepthin import kernels
 from deepthin.methods.factor import Factor
@@ -63,6 +65,11 @@ def product(method: Factor, first: int, offset: int, scale: float) -> Any:
     return kernels.native().Product(*method.shape, method.n, method.rank, offset, first, scale)
 
 
+def forward_mode() -> bool:
+    """Whether tangents may go along with tensors: derivatives in forward mode, which the native code has not."""
+    return forward_ad._current_level >= 0
+
+
 short_ways: bool = kernels.native_available and kernels.native().use_torch(
     Tensor,
     torch.nn.Parameter,
@@ -70,6 +77,8 @@ short_ways: bool = kernels.native_available and kernels.native().use_torch(
     torch.get_num_threads,
     [
         torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        forward_mode,
         torch._C._are_functorch_transforms_active,
         torch._C._get_tracing_state,
         partial(torch.is_autocast_enabled, "cpu"),
@@ -91,16 +100,24 @@ if kernels.native_available:
 
 
 def takes(*operands: Tensor | None) -> bool:
-    """Whether all of them are what the native kernels read: float32 tensors in the CPU's memory, of any strides."""
-    return kernels.native_available and all(
-        t is None or (t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided) for t in operands
-    )
+    """Whether all of them are what the native kernels read: plain float32 tensors in the CPU's memory."""
+    return kernels.native_available and all(t is None or _is_plain(t) for t in operands)
+
+
+def _is_plain(t: Tensor) -> bool:
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.dtype is not torch.float32 or not t.is_cpu:
+        return False
+    if t.layout is not torch.strided or t.is_nested:
+        return False
+    return torch.compiler.is_compiling() or not t._is_zerotensor()
 
 
 def _method(x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int) -> Factor:
     """The plan, its shapes checked against each other."""
     if wf.dim() != 2 or xf.dim() != 2 or x.dim() == 0:
         raise ValueError(f"x needs a dimension, xf and wf two; they have {x.dim()}, {xf.dim()} and {wf.dim()}.")
+    if 0 in wf.shape or x.shape[-1] == 0 or rows < 1:
+        raise ValueError(f"Weights of {rows} x {x.shape[-1]} by factors of {tuple(wf.shape)} have no entries.")
     (rank, n), cols = wf.shape, x.shape[-1]
     m = -(-(offset + rows * cols) // n)
     if not 0 <= offset < n or xf.shape != (m, rank):
@@ -123,7 +140,7 @@ def _forward(
         y = _in_torch(method, x, xf, wf, offset)
         y = y if bias is None else y + bias
         return y.relu() if relu else y
-    operands = tuple(None if t is None else t.resolve_neg().contiguous() for t in (x, xf, wf, bias))
+    operands = tuple(_as_read(t) for t in (x, xf, wf, bias))
     y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32, device="cpu")
     kernels.native().forward(
         *method.shape,
@@ -143,11 +160,13 @@ def _backward(
     grad: Tensor, x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int, correlation: str, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     method = _method(x, xf, wf, rows, offset)
+    if grad.shape != (*x.shape[:-1], rows):
+        raise ValueError(f"The gradient is {tuple(grad.shape)}: outputs are {(*x.shape[:-1], rows)}.")
     if not takes(grad, x, xf, wf):
         whole = _gradients_in_torch(grad, x, xf, wf, rows, offset)
         made = [g if want else x.new_empty(0) for g, want in zip(whole, wanted, strict=True)]
         return made[0], made[1], made[2]
-    operands = tuple(t.resolve_neg().contiguous() for t in (x, xf, wf, grad))
+    operands = [cast(Tensor, _as_read(t)) for t in (x, xf, wf, grad)]
     made = [
         torch.empty(t.shape, dtype=torch.float32, device="cpu") if want else x.new_empty(0)
         for t, want in zip((x, xf, wf), wanted, strict=True)
@@ -164,6 +183,11 @@ def _backward(
         torch.get_num_threads(),
     )
     return made[0], made[1], made[2]
+
+
+def _as_read(t: Tensor | None) -> Tensor | None:
+    """Row-major. An alias, so that the memory stays although another thread gives the tensor new data meanwhile."""
+    return None if t is None else t.detach().resolve_neg().contiguous()
 
 
 def _by_fft(method: Factor, x: Tensor, correlation: str, training: bool) -> bool:
@@ -254,6 +278,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        if torch._C._are_functorch_transforms_active() or is_legacy_batchedtensor(grads[0]):  # many gradients at once
+            return _grad(ctx, grads[0], lambda *operands: _gradients_in_torch(*operands[:-2]))
         if torch.is_grad_enabled():
             return _grad(ctx, grads[0])
         return _grad(ctx, grads[0], _backward)

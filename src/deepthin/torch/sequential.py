@@ -16,9 +16,6 @@ from deepthin.torch.layers import ThinLinear
 from deepthin.torch.operators import short_ways
 from deepthin.torch.weight import ThinPart, ThinWeight
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(module_globals, f"_global{name}") for name in _HOOKS]
-
 
 class ThinSequential(nn.Sequential):
     """nn.Sequential with thin linear layers among its modules."""
@@ -30,13 +27,13 @@ class ThinSequential(nn.Sequential):
         """One module after the other."""
         if self.training or torch.compiler.is_compiling() or not short_ways:
             return super().forward(input)
-        now = tuple(self._modules.values())
-        if self._runs is None or self._runs[0] != now:
-            self._runs = now, self._find_runs()
-        for modules, chain in self._runs[1]:
+        now, runs = tuple(self._modules.values()), self._runs
+        if runs is None or runs[0] != now:
+            self._runs = runs = now, self._find_runs()
+        for modules, chain in runs[1]:
             y = chain(input) if chain is not None and isinstance(input, Tensor) else None
             if y is NotImplemented:  # a module was exchanged: find out anew, next time
-                self._runs, y = None, None
+                self._runs = y = None
             if y is None:
                 for module in modules:
                     input = module(input)
@@ -60,40 +57,30 @@ class ThinSequential(nn.Sequential):
     def _chain(self, modules: list[nn.Module]) -> Any:
         """A native call for all of them, or none where there are too few or where it would not be the same."""
         links: list[tuple[Any, ...]] = []
-        kinds = [(module, type(module)) for module in modules]
-        same: list[tuple[dict[str, Any], str, Any]] = []
-        lacking: list[tuple[dict[str, Any], str]] = []
         for module in modules:
-            lacking.append((module.__dict__, "forward"))
             if isinstance(module, nn.ReLU):
-                links[-1] = (*links[-1][:3], True)
+                links.append((module,))
             elif isinstance(module, nn.Dropout):
-                same.append((module.__dict__, "training", False))
+                links.append((module, None))
             else:
                 thin = cast(Any, module).thin
-                weight = thin["weight"]
-                group, index = (weight.group, weight.index) if isinstance(weight, ThinPart) else (weight, 0)
+                part = thin["weight"]
+                group, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
                 product = cast(ThinWeight, group).short_way(index)
                 if product is None:
                     return None
-                links.append((product, group._parameters, module._parameters, False))
-                same += [
-                    (module._modules, "thin", thin),
-                    (thin._modules, "weight", weight),
-                    (group.__dict__, "training", False),
-                ]
-                lacking.append((thin._modules, "bias"))
-        if len(modules) < 2:
-            return None
-        hooks = [getattr(module, name) for module in modules for name in _HOOKS]
-        return kernels.native().Chain(links, same, lacking, hooks + _GLOBAL_HOOKS, kinds)
+                links.append((module, product, group, part, thin))
+        return kernels.native().Chain(links, vars(module_globals)) if len(modules) > 1 else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_runs"}
 
 
 def _begins(module: nn.Module) -> bool:
-    return type(module) is ThinLinear and "weight" in module.thin and "bias" not in module.thin
+    if type(module) is not ThinLinear or "weight" not in module.thin or "bias" in module.thin:
+        return False
+    weight: nn.Module = module.thin["weight"]
+    return type(weight.group if type(weight) is ThinPart else weight) is ThinWeight
 
 
 def _may_join(module: nn.Module) -> bool:

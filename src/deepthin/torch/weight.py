@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deepthin.method import Method
 from deepthin.methods.factor import Factor
 from deepthin.storage import Part
-from deepthin.torch.operators import eager_linear, linear, product, takes
+from deepthin.torch.operators import eager_linear, forward_mode, linear, product, takes
 from deepthin.torch.product import NATIVE, Path, choose, factor_linear
 
 _TYPICAL_BATCH = 32
@@ -90,19 +90,21 @@ class ThinWeight(nn.Module):
 
         In evaluation, where no gradient is wanted, it is kept until an entry of the code changes in value.
         """
-        if not self._keeps() or torch.compiler.is_compiling():
-            return self._decode(index)
+        if not self._keeps() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self._decode(index, self.code())
         code = list(self.code().values())
         if self._dense is None or not all(
             torch.equal(old, new) and old.dtype == new.dtype for old, new in zip(self._dense[0], code, strict=True)
         ):
             self._dense = ([entry.detach().clone() for entry in code], {})
-        kept = self._dense[1]
-        if index not in kept or kept[index][0]._version != kept[index][1]:  # someone wrote to what is only to be read
+        copies, kept = self._dense
+        dense, version = kept.get(index, (None, 0))
+        if dense is None or dense._version != version:  # someone wrote to what is only to be read
             with torch.inference_mode(False), torch.no_grad():  # it may serve a gradient of the input later
-                dense = self._decode(index)
+                # From the copies: another thread may write to the code now.
+                dense = self._decode(index, dict(zip(self._entries, copies, strict=True)))
                 kept[index] = (dense, dense._version)
-        return kept[index][0]
+        return dense
 
     def product(
         self, x: Float[Tensor, "*batch cols"], index: int = 0, bias: Float[Tensor, " rows"] | None = None
@@ -114,9 +116,10 @@ class ThinWeight(nn.Module):
         y = self._short_way(x, index, bias)
         if y is not None:
             return y
-        path, plan, scale = self.path(x, index), self._plans[index], self.parts[index].scale
+        known = isinstance(x, Tensor)  # else a proxy that records, for which there is no choice, or the caller's error
+        path, plan, scale = self.path(x, index) if known else "dense", self._plans[index], self.parts[index].scale
         if path == "dense" or plan is None:
-            weight = self(index)
+            weight = self(index) if known else self._decode(index, self.code())
             if self.parts[index].transposed:
                 return x @ weight if bias is None else x @ weight + bias
             return F.linear(x, weight, bias)
@@ -167,7 +170,7 @@ class ThinWeight(nn.Module):
         operations. Also for inputs that do not go with the code, to fail, or not, as a linear layer does.
         """
         plan = self._plans[index]
-        if plan is None or x.is_meta or x.shape[-1:] != plan[0].shape[1:]:
+        if plan is None or x.is_meta or x.is_nested or x.shape[-1:] != plan[0].shape[1:]:
             return "dense"
         xf, wf = cast(Tensor, self.xf), cast(Tensor, self.wf)
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -195,13 +198,13 @@ class ThinWeight(nn.Module):
         rows, cols = self.parts[index].shape
         return (cols, rows) if self.parts[index].transposed else (rows, cols)
 
-    def _decode(self, index: int) -> Tensor:
+    def _decode(self, index: int, code: Mapping[str, Tensor]) -> Tensor:
         (start, stop), part = self._cuts[index], self.parts[index]
         if isinstance(self.method, Factor) and self.method.seed is None:
-            return part.cut(self.method.decode_flat(self.code(), start, stop, cast(Any, torch)), cast(Any, torch))
+            return part.cut(self.method.decode_flat({**code}, start, stop, cast(Any, torch)), cast(Any, torch))
         tables = dict(self.named_buffers(recurse=False))
         return part.cut(
-            self.method.decode({**self.code(), **tables}, cast(Any, torch)).reshape(-1)[start:stop], cast(Any, torch)
+            self.method.decode({**code, **tables}, cast(Any, torch)).reshape(-1)[start:stop], cast(Any, torch)
         )
 
     def _keeps(self) -> bool:
@@ -220,7 +223,7 @@ class ThinWeight(nn.Module):
 
 def _is_traced(x: Tensor) -> bool:
     """Whether what is computed now is recorded as a graph or transformed by torch.func."""
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = torch._C._are_functorch_transforms_active() or forward_mode()
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed
 
 
