@@ -9,6 +9,11 @@ from hypothesis import settings
 SHAPED = (
     "bits",
     "methods.factor",
+    "methods.hashed",
+    "methods.kronecker",
+    "methods.pruned",
+    "methods.scalar",
+    "methods.tensor_train",
     "torch.product",
     "torch.operators",
     "torch.weight",

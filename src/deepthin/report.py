@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepthin.method import Method
+from deepthin.method import Method, Then
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def describe(method: Method | None) -> dict[str, Any]:
     """A method's fields and properties, its shape apart: what a row shows of the plan."""
     if method is None:
         return {}
+    if isinstance(method, Then):
+        return {**describe(method.inner[0][1]), **describe(method.outer)}
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
     properties = {name: getattr(method, name) for name, value in vars(type(method)).items() if type(value) is property}
-    return {name: value for name, value in {**properties, **fields}.items() if name != "shape"}
+    return {name: value for name, value in {**properties, **fields}.items() if name not in ("shape", "trains")}

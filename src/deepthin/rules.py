@@ -11,19 +11,20 @@ import math
 import re
 import tomllib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from deepthin.method import BudgetError, ConfigError, Method, round_up
-from deepthin.methods import METHODS
+from deepthin.method import BudgetError, ConfigError, Method, Then, round_up
+from deepthin.methods import METHODS, THEN
 
 DENSE = "dense"
-ALLOCATIONS = ("flat", "uniform-bytes")
+ALLOCATIONS = {"flat": 1.0, "uniform-bytes": 0.0}  # the power of its size that a matrix's share goes by
 _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
-_RULE_KEYS = ("method", "ratio", "bytes", "group")
+_RULE_KEYS = ("method", "ratio", "bytes", "group", "then")
 GROUPS = ("flat", "rows")
+_NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Planned:
     tensors: tuple[Tensor, ...]
     name: str  # of the method, as users write it
     method: Method | None
+    fit: Callable[[int], Method] | None = None  # the same method within other bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,15 @@ class _Unit:
         options = dict(self.rule.options)
         if "seed" in named.preset:
             options.setdefault("seed", zlib.crc32(self.name.encode()))  # no two matrices share a table
+        then = self.rule.then
+
+        def outer(bits: int) -> Method:
+            return named.fit(self.shape, bits, **options)
+
         try:
-            return named.fit(self.shape, max_bits, **options)
+            if then is None:
+                return outer(max_bits)
+            return Then.fit(outer, lambda shape: METHODS[then[0]].fit(shape, _NO_LIMIT, **then[1]), max_bits)
         except BudgetError as error:
             raise BudgetError(
                 f"{self.name}: {error}", smallest_bits=error.smallest_bits, smallest_ratio=error.smallest_ratio
@@ -104,11 +113,17 @@ class Rule:
     bytes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     group: str | None = None  # "flat" or "rows": one code for all that the rule covers
+    then: tuple[str, Mapping[str, Any]] | None = None  # a method, and its options, that stores the code's floats
+
+    @property
+    def name(self) -> str:
+        """Of the method, and of what stores its floats."""
+        return f"{self.method}{THEN}{self.then[0]}" if self.then else self.method
 
     @property
     def own_target(self) -> bool:
         """Whether the rule itself says how large each of its matrices becomes."""
-        sizes = METHODS[self.method].sized_by if self.method in METHODS else ()
+        sizes = METHODS[self.method].sized_by if self.method in METHODS and not self.then else ()
         sized = any(isinstance(self.options.get(option), int) for option in sizes)
         return self.ratio is not None or self.bytes is not None or sized
 
@@ -127,7 +142,7 @@ class Rules:
     ratio: float | None = None  # of all matched matrices together
     file_bytes: int | None = None  # of the whole written file
     ignore: tuple[str, ...] = ()
-    allocation: str = "flat"
+    allocation: float = 1.0  # the power of its size that a matrix's share of ``ratio`` goes by: 1 flat, 0 equal bytes
 
     @classmethod
     def parse(cls, source: "Mapping[str, Any] | str | Path | Rules") -> "Rules":
@@ -152,10 +167,16 @@ class Rules:
         if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in cast(list[object], ignore)):
             raise ConfigError(f"[model] ignore = {ignore!r} must be a list of patterns, such as ['output'].")
         allocation = model.get("allocation", "flat")
-        if allocation not in ALLOCATIONS:
-            raise ConfigError(f"[model] allocation = {allocation!r} is unknown. {_closest(allocation, ALLOCATIONS)}")
+        power = ALLOCATIONS.get(allocation, allocation) if isinstance(allocation, str) else allocation
+        if isinstance(power, str):
+            raise ConfigError(
+                f"[model] allocation = {allocation!r} is unknown. {_closest(allocation, ALLOCATIONS)} Or give a number "
+                "from 0 (equal bytes) to 1 (equal ratios)."
+            )
+        if isinstance(power, bool) or not isinstance(power, int | float) or not 0 <= power <= 1:
+            raise ConfigError(f"[model] allocation = {allocation!r} must be a word or a number from 0 to 1.")
         rules = tuple(_parse_rule(pattern, table) for pattern, table in _table(source, "rules").items())
-        return cls(rules or (Rule("*"),), ratio, file_bytes, tuple(cast(list[str], ignore)), allocation)
+        return cls(rules or (Rule("*"),), ratio, file_bytes, tuple(cast(list[str], ignore)), float(power))
 
     def match(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Rule]]:
         """Every tensor that has a rule, and that rule; the first match wins.
@@ -231,18 +252,19 @@ class Rules:
         for tensor in tensors:
             method = methods.get(tensor.name)
             if tensor.name in names and method is not None:
-                planned.append(Planned(names[tensor.name].tensors, names[tensor.name].rule.method, method))
+                unit = names[tensor.name]
+                planned.append(Planned(unit.tensors, unit.rule.name, method, unit.fit))
             elif len(tensor.shape) > 1 and (tensor.name not in within or tensor.name in names):
                 planned.append(Planned((tensor,), DENSE, None))
         return planned
 
     def _share(self, units: Sequence[_Unit], budget: int) -> dict[str, Method]:
-        """Shares of one budget: by weight count or equal, between what a method needs and the dense size.
+        """Shares of one budget, by a power of the weight count, between what a method needs and the dense size.
 
         What the whole-number settings leave over goes to the matrices in turn, largest first.
         """
         floors = [unit.smallest_bits() for unit in units]
-        weights = [float(unit.dense_bits) if self.allocation == "flat" else 1.0 for unit in units]
+        weights = [float(unit.dense_bits) ** self.allocation for unit in units]
 
         def shares(level: float) -> list[float]:
             return [
@@ -360,7 +382,25 @@ def _parse_rule(pattern: str, table: Any) -> Rule:
     if group is not None and group not in GROUPS:
         raise ConfigError(f"{where} group = {group!r} is unknown. {_closest(group, GROUPS)}")
     given = {key: settings[key] for key in options if key in settings}
-    return Rule(pattern, method, ratio, max_bytes, given, group)
+    then = None if settings.get("then") is None else _parse_then(method, settings["then"], where)
+    return Rule(pattern, method, ratio, max_bytes, given, group, then)
+
+
+def _parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:
+    """A method that stores another's floats, of a size that its options fix."""
+    sized = [name for name, named in METHODS.items() if "bits" in named.sized_by]
+    if method == DENSE or not isinstance(table, Mapping) or table.get("method") not in sized:  # pyright: ignore[reportUnknownMemberType]
+        raise ConfigError(
+            f"{where} then = {table!r}: give a method with a fixed number of bits for the floats of {method}, "
+            f"such as {{ method = '{sized[0]}', bits = 8 }}. Valid methods: {', '.join(sized)}."
+        )
+    settings = dict[str, Any](table)  # pyright: ignore[reportUnknownArgumentType] -- checked key by key below
+    name = settings.pop("method")
+    _check_keys(settings, METHODS[name].options, f"{where} then, method {name}")
+    if settings.get("bits") is None:
+        raise ConfigError(f"{where} then = {table!r} has no bits: add how many for each number, such as bits = 8.")
+    METHODS[name].fit((1, 1), 1 << 20, **settings)  # refuses what makes no sense
+    return name, settings
 
 
 def _matcher(pattern: str) -> Any:

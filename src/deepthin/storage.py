@@ -21,8 +21,9 @@ from typing import Any, cast
 import numpy as np
 import safetensors
 
-from deepthin.method import BudgetError, FormatError, Method, Namespace
-from deepthin.methods import METHODS
+from deepthin.bits import WIDEST_GAP, best_gap_width, pack, pack_gaps, packed_bytes, unpack, unpack_gaps, width_of
+from deepthin.method import BudgetError, FormatError, Integers, Method, Namespace
+from deepthin.methods import METHODS, THEN, fields, with_fields
 from deepthin.report import Report, Row, describe
 from deepthin.rules import matrix_shape
 
@@ -91,12 +92,20 @@ class Thin:
     name: str  # of the method, as users write it
     method: Method
     parts: Mapping[str, Part]  # by the tensor's name, in order
-    code: Mapping[str, Raw]
+    code: Mapping[str, Raw]  # integers as they are, not packed
+
+    def stored(self) -> dict[str, tuple[Raw, tuple[str, int] | None]]:
+        """Every entry as the file has it: floats as they are; integers as bytes, and how these are to be read."""
+        integers = self.method.integers()
+        return {
+            entry: _packed(raw.numpy(), integers[entry]) if entry in integers else (raw, None)
+            for entry, raw in self.code.items()
+        }
 
     @property
     def bytes(self) -> int:
         """Of the stored tensors."""
-        return sum(len(raw.data) for raw in self.code.values())
+        return sum(len(raw.data) for raw, _ in self.stored().values())
 
     @property
     def dense_bytes(self) -> int:
@@ -106,7 +115,8 @@ class Thin:
     @property
     def item_bytes(self) -> int:
         """Of one number of the code."""
-        return _ITEM_BYTES[next(iter(self.code.values())).dtype]
+        integers = self.method.integers()
+        return _ITEM_BYTES[next(raw.dtype for entry, raw in self.code.items() if entry not in integers)]
 
     def decode(self) -> dict[str, np.ndarray]:
         """The dense tensors by name; codes in half precision are decoded in float32."""
@@ -118,6 +128,52 @@ class Thin:
         return {
             name: np.ascontiguousarray(part.cut(flat[start:end], cast(Any, np))) for (name, part), start, end in cuts
         }
+
+
+def _packed(values: np.ndarray, kind: Integers) -> tuple[Raw, tuple[str, int]]:
+    """Integers in the fewest bytes: each in so many bits, or, where they rise, their gaps (docs/format.md)."""
+    flat = values.reshape(-1).astype(np.int64) - kind.least
+    width = width_of(kind.count)
+    if kind.rising:
+        narrow = best_gap_width(flat)
+        gaps = pack_gaps(flat, narrow)
+        if len(gaps) <= packed_bytes(len(flat), width):
+            return Raw.of(gaps), ("gaps", narrow)
+    return Raw.of(pack(flat, width)), ("packed", width)
+
+
+def _unpacked(name: str, raw: Raw | None, coding: Any, kind: Integers, shape: tuple[int, ...]) -> Raw:
+    """The integers of a file; FormatError if they are not what the method's fields demand."""
+    count = math.prod(shape)
+    pair = cast(list[Any], coding) if isinstance(coding, list) else []
+    way, width = pair if len(pair) == 2 else (None, None)
+    if raw is None or raw.dtype != "U8" or len(raw.shape) != 1 or type(width) is not int:
+        raise FormatError(f"{name} must be packed integers, but is {raw and (raw.dtype, raw.shape)}, {coding!r}.")
+    data = np.frombuffer(raw.data, np.uint8)
+    if way == "gaps" and kind.rising and 1 <= width <= WIDEST_GAP:
+        values = unpack_gaps(data, width, count, kind.count)
+    elif way == "packed" and width == width_of(kind.count) and len(data) == packed_bytes(count, width):
+        values = unpack(data, width, count)
+        if count and int(values.max()) >= kind.count:
+            raise FormatError(f"{name} holds {int(values.max())}, but there are {kind.count} values.")
+        if kind.rising and (np.diff(values.astype(np.int64)) < 1).any():
+            raise FormatError(f"{name} must rise.")
+    else:
+        raise FormatError(f"{name}, {len(data)} bytes, is not {count} integers below {kind.count} as {coding!r}.")
+    return Raw.of(integer_array(values, kind).reshape(shape))
+
+
+def integer_array(values: np.ndarray, kind: Integers) -> np.ndarray:
+    """Numbers from 0 on as those that the code holds, in the type that indexes or that holds them."""
+    top = kind.least + kind.count - 1
+    return (values.astype(np.int64) + kind.least).astype(np.int64 if kind.rising or top >= 1 << 15 else np.int16)
+
+
+def longest(kind: Integers, shape: tuple[int, ...]) -> Raw:
+    """Integers that take the most bytes in a file: rising ones that come last, of all places."""
+    count = math.prod(shape)
+    values = np.arange(kind.count - count, kind.count) if kind.rising else np.zeros(count, np.int64)
+    return Raw.of(integer_array(values, kind).reshape(shape))
 
 
 def _possible_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
@@ -170,15 +226,18 @@ class Contents:
 def to_bytes(contents: Contents) -> bytes:
     """The file. Equal contents give equal bytes, whatever the order of the dictionaries."""
     tensors = dict(contents.dense)
+    codings: dict[str, dict[str, tuple[str, int]]] = {}
     for name, thin in contents.thin.items():
-        tensors |= {f"{name}/{entry}": raw for entry, raw in thin.code.items()}
+        stored = thin.stored()
+        tensors |= {f"{name}/{entry}": raw for entry, (raw, _) in stored.items()}
+        codings[name] = {entry: coding for entry, (_, coding) in stored.items() if coding}
     if {_CHECKSUM, "__metadata__"} & tensors.keys():
         raise ValueError(f"No tensor may be called {_CHECKSUM} or __metadata__: rename it.")
     if len(tensors) < len(contents.dense) + sum(len(t.code) for t in contents.thin.values()):
         raise ValueError("Two tensors would have one name in the file: rename the tensor whose name contains a slash.")
     header = {
         "version": VERSION,
-        "thin": {key: _entry(key, thin) for key, thin in contents.thin.items()},
+        "thin": {key: _entry(key, thin, codings[key]) for key, thin in contents.thin.items()},
         "aliases": dict(contents.aliases),
         "crc32": {name: f"{zlib.crc32(raw.data):08x}" for name, raw in tensors.items()},
     }
@@ -195,9 +254,11 @@ def to_bytes(contents: Contents) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-def _entry(key: str, thin: Thin) -> dict[str, Any]:
+def _entry(key: str, thin: Thin, codings: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
     """A compressed matrix as the header has it: what is as usual is left out."""
-    entry: dict[str, Any] = {"method": thin.name, "fields": dataclasses.asdict(cast(Any, thin.method))}
+    entry: dict[str, Any] = {"method": thin.name, "fields": fields(thin.method)}
+    if codings:
+        entry["codings"] = codings
     if dict(thin.parts) != {key: Part(thin.method.shape)}:
         usual = dataclasses.asdict(Part(()))
         written = {name: dataclasses.asdict(part).items() for name, part in thin.parts.items()}
@@ -253,12 +314,11 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
         raw.numpy()  # a shape that NumPy cannot hold raises here
     thin: dict[str, Thin] = {}
     for name, entry in header["thin"].items():
-        if set(entry) - {"parts"} != {"method", "fields"}:
+        if set(entry) - {"parts", "codings"} != {"method", "fields"}:
             raise FormatError(f"the entry of {name} has the keys {sorted(entry)}.")
-        if not isinstance(entry["method"], str) or entry["method"] not in METHODS:
+        if not isinstance(entry["method"], str) or any(n not in METHODS for n in entry["method"].split(THEN, 1)):
             raise FormatError(f"{name} is stored by method {entry['method']!r}; known are {', '.join(METHODS)}.")
-        fields = {key: tuple(cast(Any, v)) if isinstance(v, list) else v for key, v in entry["fields"].items()}
-        method = METHODS[entry["method"]](**cast(dict[str, Any], fields))
+        method = with_fields(entry["method"], entry["fields"])
         listed = entry.get("parts", [[name, {"shape": list(method.shape)}]])
         parts = {own: _part(own, written) for own, written in listed}
         if len(parts) < len(listed) or next(iter(parts), None) != name:
@@ -267,13 +327,19 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
             shapes = " + ".join(str(part.shape) for part in parts.values())
             raise FormatError(f"{name} holds tensors of shape {shapes}, but its plan stores a {method.shape} matrix.")
         code: dict[str, Raw] = {}
+        integers, codings = method.integers(), entry.get("codings", {})
+        if set(codings) != set(integers):
+            raise FormatError(f"{name} has integers in {sorted(integers)}, but tells how to read {sorted(codings)}.")
         for key, expected in method.code_shapes().items():
             raw = tensors.pop(f"{name}/{key}", None)
+            if key in integers:
+                code[key] = _unpacked(f"{name}/{key}", raw, codings[key], integers[key], expected)
+                continue
             if raw is None or raw.shape != expected or raw.dtype not in FLOATS:
                 found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
                 raise FormatError(f"{name}/{key} must be floating numbers of shape {expected}, but {found}.")
             code[key] = raw
-        if len(kinds := {raw.dtype for raw in code.values()}) > 1:
+        if len(kinds := {raw.dtype for key, raw in code.items() if key not in integers}) > 1:
             raise FormatError(f"the code of {name} mixes the types {', '.join(sorted(kinds))}.")
         thin[name] = Thin(entry["method"], method, parts, code)
     known = set(tensors)

@@ -3,13 +3,19 @@
 A name is a class together with the options that the name fixes, so that one class can serve under several names.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepthin.method import Method
+from deepthin.method import Fitted, Method, Then, as_matrix
 from deepthin.methods.factor import Factor
+from deepthin.methods.hashed import Hashed
+from deepthin.methods.kronecker import Kronecker
+from deepthin.methods.pruned import Pruned
+from deepthin.methods.scalar import Uniform
+from deepthin.methods.tensor_train import TensorTrain
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class Named:
     """A method as users name it."""
 
     name: str
-    cls: type[Method]
+    cls: type[Fitted]
     preset: Mapping[str, Any] = field(default_factory=dict[str, Any])  # options of ``cls.fit`` that the name fixes
     sized_by: frozenset[str] = frozenset()  # options that fix the size by themselves, so that no target is needed
     learning_rate: float = 1.0  # times what suits the dense network (docs/training.md); found by experiment
@@ -51,5 +57,53 @@ METHODS: dict[str, Named] = {
             learning_rate=10.0,
             about="plain low-rank factorisation",
         ),
+        Named("hashed", Hashed, {"seed": 0}, learning_rate=10.0, about="few numbers, shared out by a hash"),
+        Named("pruned", Pruned, about="the largest weights at their places"),
+        Named("kronecker", Kronecker, learning_rate=20.0, about="a sum of Kronecker products"),
+        Named("tensor-train", TensorTrain, learning_rate=10.0, about="a chain of small cores"),
+        Named("uniform", Uniform, sized_by=frozenset({"bits"}), about="a few bits for every weight"),
     )
 }
+
+THEN = " then "
+"""Between the names of a method and of the one that stores its floats: ``deepthin then uniform``."""
+
+
+def named(name: str) -> tuple[Named, Named | None]:
+    """The method of that name, and the one that stores its floats, if any; KeyError for others."""
+    outer, found, inner = name.partition(THEN)
+    return METHODS[outer], METHODS[inner] if found else None
+
+
+def learning_rate(name: str) -> float:
+    """Times what suits the dense network. Floats that are rounded in every pass want half the rate."""
+    outer, inner = named(name)
+    return outer.learning_rate * (0.5 if inner else 1.0)
+
+
+def fields(method: Method) -> dict[str, Any]:
+    """What a file stores of a method: with its name, all that ``with_fields`` needs."""
+    if isinstance(method, Then):
+        inner = {entry: dataclasses.asdict(stored) for entry, stored in method.inner}  # pyright: ignore[reportArgumentType]
+        return {"outer": fields(method.outer), "inner": inner}
+    return dataclasses.asdict(method)  # pyright: ignore[reportArgumentType]
+
+
+def with_fields(name: str, stored: Mapping[str, Any]) -> Method:
+    """The method that a file describes; KeyError, TypeError or ValueError for what is none."""
+    outer, inner = named(name)
+    if inner is None:
+        return outer(**_tuples(stored))
+    plan = outer(**_tuples(stored["outer"]))
+    floats = [entry for entry in plan.code_shapes() if entry not in plan.integers()]
+    if set(stored) != {"outer", "inner"} or set(stored["inner"]) != set(floats):
+        raise ValueError(f"{name} stores {', '.join(floats)}; the fields are {sorted(stored)}")
+    made = Then(plan, tuple((entry, inner(**_tuples(stored["inner"][entry]))) for entry in floats))
+    shapes = plan.code_shapes()
+    if wrong := [entry for entry, method in made.inner if method.shape != as_matrix(shapes[entry])]:
+        raise ValueError(f"{wrong[0]} has the shape {shapes[wrong[0]]}")
+    return made
+
+
+def _tuples(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]

@@ -6,16 +6,14 @@ Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, sections 2 and 3. The same clas
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 from numpy.random import Generator
 
 from deepthin.bits import permutation
-from deepthin.method import Array, BudgetError, Code, ConfigError, Namespace, Trains, round_up
-
-FLOAT_BITS = 32
+from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +30,6 @@ class Factor:
     n: int  # columns of the auxiliary matrix
     rank: int  # r, the inner dimension of the product
     seed: int | None = None  # None: laid out in order; an integer: scattered by the permutation that it draws
-
-    trains: ClassVar[Trains] = "codes"
 
     def __post_init__(self) -> None:
         """Refuse fields that no ``fit`` makes: they come from a file or from a slip."""
@@ -94,6 +90,11 @@ class Factor:
             smallest_ratio=ratio,
         )
 
+    @property
+    def trains(self) -> Trains:
+        """The floats themselves."""
+        return "codes"
+
     def bits(self) -> int:
         """32 bits for each entry of the two factors."""
         return FLOAT_BITS * self.rank * (self.m + self.n)
@@ -101,6 +102,10 @@ class Factor:
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
         """``xf`` is m x r, ``wf`` is r x n."""
         return {"xf": (self.m, self.rank), "wf": (self.rank, self.n)}
+
+    def integers(self) -> dict[str, Integers]:
+        """None."""
+        return {}
 
     def derived(self) -> Code:
         """The permutation of the shuffled baseline; nothing otherwise."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from deepthin import kernels
-from deepthin.method import BudgetError, ConfigError, NonFiniteError
-from deepthin.methods import METHODS
+from deepthin.method import BudgetError, ConfigError, Method, NonFiniteError, Then
+from deepthin.methods import learning_rate
 from deepthin.methods.factor import Factor
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules
 from deepthin.rules import Tensor as Named
-from deepthin.storage import Contents, Part, Raw, Thin, to_bytes
+from deepthin.storage import Contents, Part, Raw, Thin, longest, to_bytes
 from deepthin.torch import product
 from deepthin.torch.files import contents
 from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
@@ -108,7 +108,9 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
     methods = {tensor.name: p.method for p in planned for tensor in p.tensors if len(p.tensors) == 1}
     rows = [
         dataclasses.replace(row, fields={**row.fields, **_expected(method)})
-        if isinstance(method := methods.get(row.name), Factor) and len(row.shape) > 1 and layers[row.name] is nn.Linear
+        if isinstance(method := _decoder(methods.get(row.name)), Factor)
+        and len(row.shape) > 1
+        and layers[row.name] is nn.Linear
         else row
         for row in report.rows
     ]
@@ -137,7 +139,7 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimiser; ``lr`` is what suits the dense network.
 
     A code wants a larger rate than a dense weight, and so do the biases beside it: with the dense rate DeepThin loses
-    to every rival. The factors are METHODS[name].learning_rate, found by experiment (docs/training.md).
+    to every rival. The factors are deepthin.methods.learning_rate(name), found by experiment (docs/training.md).
     """
     groups: dict[str, list[nn.Parameter]] = {"dense": []}
     seen: set[int] = set()
@@ -150,7 +152,7 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 groups.setdefault(name, []).append(parameter)
-    scale = {name: 1.0 if name == "dense" else METHODS[name].learning_rate for name in groups}
+    scale = {name: 1.0 if name == "dense" else learning_rate(name) for name in groups}
     return [{"params": found, "lr": lr * scale[name], "name": name} for name, found in groups.items() if found]
 
 
@@ -252,18 +254,26 @@ def _plan(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]:
 
 
 def _planned_contents(base: Contents, planned: list[Planned]) -> Contents:
-    """What the file would hold, with codes of zeros: its size does not depend on their values."""
+    """What the file would hold, or more, where integers of other values are shorter."""
     thin: dict[str, Thin] = {}
     for p in planned:
         if p.method is not None:
             first = base.dense[p.tensors[0].name]
             item = len(first.data) // math.prod(first.shape)
-            code = {k: Raw(first.dtype, s, bytes(item * math.prod(s))) for k, s in p.method.code_shapes().items()}
+            integers = p.method.integers()
+            code = {
+                k: longest(integers[k], s) if k in integers else Raw(first.dtype, s, bytes(item * math.prod(s)))
+                for k, s in p.method.code_shapes().items()
+            }
             parts = dict(zip((tensor.name for tensor in p.tensors), _parts(p), strict=True))
             thin[p.tensors[0].name] = Thin(p.name, p.method, parts, code)
     gone = {name for entry in thin.values() for name in entry.parts}
     dense = {name: raw for name, raw in base.dense.items() if name not in gone}
     return Contents({**base.thin, **thin}, dense, base.aliases)
+
+
+def _decoder(method: Method | None) -> Method | None:
+    return method.outer if isinstance(method, Then) else method
 
 
 def _expected(method: Factor) -> dict[str, Any]:

@@ -54,17 +54,15 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
         sharing.setdefault(target, []).append(alias)
     for thin in stored.thin.values():
         name = next(iter(thin.parts))
-        old = next(iter(thin_now[name][0].code().values())) if name in thin_now else dense_now[name]
+        old = next(thin_now[name][0].parameters()) if name in thin_now else dense_now[name]
         code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
         if not old.is_meta:
-            code = {entry: tensor.to(old.device, old.dtype) for entry, tensor in code.items()}
+            code = {e: t.to(old.device, old.dtype if t.is_floating_point() else t.dtype) for e, t in code.items()}
         places = [(own, index) for index, part in enumerate(thin.parts) for own in (part, *sharing.get(part, ()))]
         weight, _ = thin_now.get(name, (None, 0))
         same = weight is not None and all(thin_now.get(own) == (weight, index) for own, index in places)
         if weight is not None and same and not old.is_meta and _plan_of(weight) == _plan_of(thin):
-            with torch.no_grad():  # optimisers, and what is frozen, stay as they are
-                for entry, tensor in weight.code().items():
-                    tensor.copy_(code[entry])
+            weight.set_code(code)
             continue
         fresh = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code).requires_grad_(old.requires_grad)
         for own, index in places:

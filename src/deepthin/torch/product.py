@@ -6,8 +6,9 @@ one for every phase at which an output may start. docs/theory.md derives it. Eve
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from deepthin.methods.factor import Factor
+from deepthin.methods.kronecker import Kronecker
+from deepthin.methods.tensor_train import TensorTrain
 
-Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto"]
-"""The weight built first; its two factors in turn; the structured way in torch; the same in native code."""
+Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "csr"]
+"""The weight built first; its factors in turn; the structured way in torch; the same in native code; sparse rows."""
 
 NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
 LANES, FEW = 8, 3  # how native code splits a batch: items abreast; so few, or fewer, are computed one by one
@@ -116,6 +119,28 @@ def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) 
     return min(
         (path for path in predicted if path == "dense" or (path in NATIVE) == native), key=lambda p: predicted[p]
     )
+
+
+@lru_cache(maxsize=4096)
+def in_turn_pays(method: Kronecker | TensorTrain, batch: int, dense_ready: bool) -> bool:
+    """Whether multiplying by the factors in turn is predicted to be faster than by the dense weight."""
+    weights, area = _NANOSECONDS[dense_ready], math.prod(method.shape)
+    inner = method.terms if isinstance(method, Kronecker) else method.rank
+    counts = {
+        "dense": (1, batch * area, area, area * inner),
+        "factors": (1, batch * method.multiplies(), method.bits() // 32),
+    }
+    predicted = {way: sum(w * c for w, c in zip(weights[way], counts[way], strict=True)) for way in counts}
+    return batch > 0 and predicted["factors"] < predicted["dense"]
+
+
+def multiply_in_turn(
+    method: Kronecker | TensorTrain, floats: Mapping[str, Tensor], x: Float[Tensor, "*batch cols"]
+) -> Float[Tensor, "*batch rows"]:
+    """``x @ W.T`` by the factors in turn."""
+    whole = method.left[1] * method.right[1] if isinstance(method, Kronecker) else math.prod(method.cols)
+    items = F.pad(x.reshape(-1, x.shape[-1]), (0, whole - x.shape[-1]))
+    return method.multiply(dict(floats), items, cast(Any, torch)).reshape(*x.shape[:-1], method.shape[0])
 
 
 @lru_cache(maxsize=4096)

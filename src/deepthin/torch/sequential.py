@@ -80,7 +80,8 @@ def _begins(module: nn.Module) -> bool:
     if type(module) is not ThinLinear or "weight" not in module.thin or "bias" in module.thin:
         return False
     weight: nn.Module = module.thin["weight"]
-    return type(weight.group if type(weight) is ThinPart else weight) is ThinWeight
+    group = weight.group if type(weight) is ThinPart else weight
+    return type(group) is ThinWeight and not group.rounds  # the chain reads the parameters as they are
 
 
 def _may_join(module: nn.Module) -> bool:

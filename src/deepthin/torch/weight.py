@@ -1,8 +1,8 @@
-"""A weight that is generated: the optimiser sees the code's floats, the layer sees the matrix or its product."""
+"""A weight that is generated: the optimiser sees the latent floats, the layer sees the matrix or its product."""
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -12,41 +12,73 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deepthin.method import Method
+from deepthin.kernels import csr_linear
+from deepthin.method import Method, Then
 from deepthin.methods.factor import Factor
+from deepthin.methods.kronecker import Kronecker
+from deepthin.methods.pruned import Pruned
+from deepthin.methods.tensor_train import TensorTrain
 from deepthin.storage import Part
 from deepthin.torch.operators import eager_linear, forward_mode, linear, product, takes
-from deepthin.torch.product import NATIVE, Path, choose, factor_linear
+from deepthin.torch.product import NATIVE, Path, choose, factor_linear, in_turn_pays, multiply_in_turn
 
 _TYPICAL_BATCH = 32
+_SPARSE = 0.05  # a product by sparse rows is faster than a dense one up to this density, at any batch (deepthin bench)
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_TORCH = cast(Any, torch)
 
 
 class ThinWeight(nn.Module):
     """One matrix in compressed form, and the tensors that it holds: one, or those of a group.
 
-    Floating entries of the code are parameters, tables that follow from the method's fields are buffers that are not
-    saved. ``forward(i)`` is the i-th dense tensor, ``product(x, i)`` is ``x @ W.T`` by the cheapest way.
+    Parameters are the latent floats: those of the code, or, where the method trains ``through`` its rounding, what it
+    encodes. Integers of the code that do not follow from these are buffers; tables that follow from the method's fields
+    are buffers that are not saved. ``forward(i)`` is the i-th dense tensor, ``product(x, i)`` is ``x @ W.T`` by the
+    cheapest way.
     """
 
+    _rows: "tuple[Tensor, np.ndarray, np.ndarray] | None" = None  # of a pruned matrix: positions, columns, row starts
     _fast: "tuple[Any, ...] | None" = None  # a native product for each tensor, once there was a use for it
-    _dense: "tuple[list[Tensor], dict[int, tuple[Tensor, int]]] | None" = None  # codes; tensors, and their versions
+    # All kept by value, with copies of the state that they follow from: the code; the floats that are decoded; and the
+    # dense tensors with their versions.
+    _coded: "tuple[list[Tensor], dict[str, Tensor]] | None" = None
+    _floats: "tuple[list[Tensor], dict[str, Tensor]] | None" = None
+    _dense: "tuple[list[Tensor], dict[int, tuple[Tensor, int]]] | None" = None
 
-    def __init__(self, name: str, method: Method, parts: Sequence[Part], code: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        parts: Sequence[Part],
+        code: Mapping[str, Tensor],
+        latents: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.name, self.method, self.parts = name, method, tuple(parts)
+        self.decoder = method.outer if isinstance(method, Then) else method  # takes floats, however they are stored
         ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
         self._cuts = tuple(zip([0, *ends], ends, strict=False))
-        self._entries = tuple(method.code_shapes())
         self._plans = tuple(self._plan(index) for index in range(len(self.parts)))
         self._operator_pays = tuple(
             plan is not None and choose(plan[0], _TYPICAL_BATCH, False, native=True) != "dense" for plan in self._plans
         )
-        device = next(iter(code.values())).device
-        for entry in self._entries:
-            self.register_parameter(entry, nn.Parameter(code[entry]))
-        for entry, table in method.derived().items():
+        self.rounds = method.trains == "through"
+        device, tables = next(iter(code.values())).device, method.derived()
+        self._tables = tuple(tables)
+        for entry, table in tables.items():
             self.register_buffer(entry, torch.from_numpy(table).to(device), persistent=False)
+        own = dict(code)
+        if self.rounds:
+            whole = method.outer.integers() if isinstance(method, Then) else ()
+            own = {entry: code[entry] for entry in whole} | dict(latents or self._decode_floats(code))
+        self._entries = tuple(own)
+        for entry, value in own.items():
+            if value.is_floating_point():
+                self.register_parameter(entry, nn.Parameter(value))
+            else:
+                self.register_buffer(entry, value)
+        if self.rounds and latents is None:
+            self._coded = (self._copies(), dict(code))
 
     @classmethod
     def encode(
@@ -67,42 +99,152 @@ class ThinWeight(nn.Module):
             flat = np.concatenate(pieces)
             return np.pad(flat, (0, math.prod(method.shape) - flat.size)).reshape(method.shape)
 
-        weigh = None if importance is None else matrix(importance, scaled=False)
-        code = method.encode(matrix(tensors, scaled=True), cast(Any, np), weigh)
-        return cls(
-            name, method, parts, {k: torch.from_numpy(np.ascontiguousarray(a)).to(tensors[0]) for k, a in code.items()}
-        )
+        weight, weigh = matrix(tensors, scaled=True), None if importance is None else matrix(importance, scaled=False)
+        return cls._of(name, method, parts, tensors[0], weight, weigh, None)
 
     @classmethod
     def draw(
         cls, name: str, method: Method, parts: Sequence[Part], like: Tensor, rng: np.random.Generator, std: float
     ) -> "ThinWeight":
         """A from-scratch start; the entries of a part then have standard deviation ``std`` times its scale."""
-        code = {entry: torch.from_numpy(array).to(like) for entry, array in method.init(rng, std).items()}
-        return cls(name, method, parts, code)
+        if method.trains == "codes":
+            return cls._of(name, method, parts, like, None, None, method.init(rng, std))
+        if isinstance(method, Then):  # not rounded: what is below a step may count in time
+            return cls._of(name, method, parts, like, None, None, method.outer.init(rng, std))
+        return cls._of(
+            name, method, parts, like, rng.normal(scale=std, size=method.shape).astype(np.float32), None, None
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        method: Method,
+        parts: Sequence[Part],
+        like: Tensor,
+        weight: np.ndarray | None,
+        importance: np.ndarray | None,
+        code: Mapping[str, np.ndarray] | None,
+    ) -> "ThinWeight":
+        """From a dense matrix or from a start: the code, or the outer code where the method trains through rounding."""
+        numpy = cast(Any, np)
+        latents = None
+        if isinstance(method, Then) and method.trains == "through":
+            latents = dict(method.outer.encode(weight, numpy, importance)) if code is None else dict(code)
+            code = method.encode_floats(latents, numpy)
+        elif method.trains == "through":
+            latents = {"weight": weight}
+            code = method.encode(weight, numpy, importance)
+        elif code is None:
+            code = method.encode(weight, numpy, importance)
+
+        def tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+            made = {entry: torch.from_numpy(np.ascontiguousarray(array)) for entry, array in arrays.items()}
+            return {
+                entry: t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device)
+                for entry, t in made.items()
+            }
+
+        return cls(name, method, parts, tensors(code), None if latents is None else tensors(latents))
 
     def code(self) -> dict[str, Tensor]:
-        """The stored entries."""
+        """The stored entries. A code that was loaded stays as it is until a latent changes in value."""
+        if not self.rounds:
+            return self._state()
+        kept = self._coded
+        if kept is None or not _same(kept[0], self._state().values()):
+            copies = self._copies()
+            self._coded = kept = (copies, self._code_of(copies))
+        return kept[1]
+
+    def set_code(self, code: Mapping[str, Tensor]) -> None:
+        """Take over another code of the same method, in place: optimisers, and what is frozen, stay as they are."""
+        like = next(iter(self._state().values()))
+        code = {entry: tensor.to(like.device) for entry, tensor in code.items()}
+        with torch.no_grad():
+            new = {**code, **self._decode_floats(code)} if self.rounds else code
+            for entry, now in self._state().items():
+                now.copy_(new[entry])
+        if self.rounds:
+            self._coded = (self._copies(), code)
+
+    def floats(self) -> dict[str, Tensor]:
+        """What ``decoder`` takes: its floats, rounded where the method rounds, and its integers.
+
+        The gradient goes through rounding as if it were not there: the straight-through estimator of Bengio et al.,
+        2013, arXiv:1308.3432.
+        """
+        state = self._state()
+        if not self.rounds:
+            return self._decode_floats(state) if isinstance(self.method, Then) else state
+        if not self._wants_gradient() and not torch.compiler.is_compiling() and not _is_transformed():
+            kept = self._floats
+            if kept is None or not _same(kept[0], state.values()):
+                copies = self._copies()
+                self._floats = kept = (copies, self._floats_of(copies))
+            return kept[1]
+        with torch.no_grad():
+            rounded = self._decode_floats(self._encode({entry: t.detach() for entry, t in state.items()}))
+        return {e: t + (rounded[e] - t).detach() if t.is_floating_point() else t for e, t in state.items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        """Latents and stored integers: what all else follows from."""
         return {entry: getattr(self, entry) for entry in self._entries}
+
+    def _copies(self) -> list[Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            return [entry.detach().clone() for entry in self._state().values()]
+
+    def _code_of(self, copies: list[Tensor]) -> dict[str, Tensor]:
+        """The stored entries of a state, without gradients."""
+        state = dict(zip(self._entries, copies, strict=True))
+        if not self.rounds:
+            return state
+        kept = self._coded
+        if kept is not None and _same(kept[0], copies):
+            return kept[1]
+        with torch.inference_mode(False), torch.no_grad():
+            return self._encode(state)
+
+    def _floats_of(self, copies: list[Tensor]) -> dict[str, Tensor]:
+        """What the decoder takes of a state, without gradients."""
+        code = self._code_of(copies)
+        if not self.rounds and not isinstance(self.method, Then):
+            return code
+        with torch.inference_mode(False), torch.no_grad():
+            return self._decode_floats(code)
+
+    def _encode(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored for latents, by a method that trains through its rounding."""
+        if isinstance(self.method, Then):
+            return self.method.encode_floats(dict(latents), _TORCH)
+        return self.method.encode(latents["weight"], _TORCH)
+
+    def _decode_floats(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the decoder takes, of what is stored."""
+        whole = {**code, **self._derived()}
+        if isinstance(self.method, Then):
+            return self.method.decode_floats(whole, _TORCH)
+        return {"weight": self.method.decode(whole, _TORCH)}
+
+    def _derived(self) -> dict[str, Tensor]:
+        return {entry: getattr(self, entry) for entry in self._tables}
 
     def forward(self, index: int = 0) -> Float[Tensor, "..."]:
         """A dense tensor.
 
-        In evaluation, where no gradient is wanted, it is kept until an entry of the code changes in value.
+        In evaluation, where no gradient is wanted, it is kept until the code changes in value.
         """
-        if not self._keeps() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return self._decode(index, self.code())
-        code = list(self.code().values())
-        if self._dense is None or not all(
-            torch.equal(old, new) and old.dtype == new.dtype for old, new in zip(self._dense[0], code, strict=True)
-        ):
-            self._dense = ([entry.detach().clone() for entry in code], {})
-        copies, kept = self._dense
+        if not self._keeps() or torch.compiler.is_compiling() or _is_transformed():
+            return self._decode(index, self.floats())
+        held = self._dense
+        if held is None or not _same(held[0], self._state().values()):
+            self._dense = held = (self._copies(), {})
+        copies, kept = held
         dense, version = kept.get(index, (None, 0))
         if dense is None or dense._version != version:  # someone wrote to what is only to be read
             with torch.inference_mode(False), torch.no_grad():  # it may serve a gradient of the input later
-                # From the copies: another thread may write to the code now.
-                dense = self._decode(index, dict(zip(self._entries, copies, strict=True)))
+                dense = self._decode(index, self._floats_of(copies))  # another thread may write to the code now
                 kept[index] = (dense, dense._version)
         return dense
 
@@ -118,8 +260,13 @@ class ThinWeight(nn.Module):
             return y
         known = isinstance(x, Tensor)  # else a proxy that records, for which there is no choice, or the caller's error
         path, plan, scale = self.path(x, index) if known else "dense", self._plans[index], self.parts[index].scale
+        if path == "csr":
+            return self._by_rows(x, bias)
+        if path == "factors" and plan is None:
+            y = multiply_in_turn(cast(Any, self.decoder), self.floats(), x) * scale
+            return y if bias is None else y + bias
         if path == "dense" or plan is None:
-            weight = self(index) if known else self._decode(index, self.code())
+            weight = self(index) if known else self._decode(index, self._state())
             if self.parts[index].transposed:
                 return x @ weight if bias is None else x @ weight + bias
             return F.linear(x, weight, bias)
@@ -130,7 +277,8 @@ class ThinWeight(nn.Module):
             y = self._short_way(x, index, bias)
             if y is not None:
                 return y
-        rows, wf = (cast(Tensor, entry) for entry in (self.xf, self.wf))
+        floats = self.floats()
+        rows, wf = floats["xf"], floats["wf"]
         fused = bias if scale == 1.0 and path in NATIVE else None
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
@@ -152,7 +300,13 @@ class ThinWeight(nn.Module):
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
         fast, entries = self._fast[index], self._parameters
-        return None if fast is None else fast(x, entries.get("xf"), entries.get("wf"), bias)
+        if fast is None:
+            return None
+        if self.rounds:
+            if not self._keeps() or _is_transformed():
+                return None
+            entries = self.floats()
+        return fast(x, entries.get("xf"), entries.get("wf"), bias)
 
     def short_way(self, index: int) -> Any:
         """The native product of a tensor, which ``choose`` tells what it may be used for; or none."""
@@ -170,9 +324,11 @@ class ThinWeight(nn.Module):
         operations. Also for inputs that do not go with the code, to fail, or not, as a linear layer does.
         """
         plan = self._plans[index]
-        if plan is None or x.is_meta or x.is_nested or x.shape[-1:] != plan[0].shape[1:]:
+        if plan is None:
+            return self._whole_path(x)
+        if x.is_meta or x.is_nested or x.shape[-1:] != plan[0].shape[1:]:
             return "dense"
-        xf, wf = cast(Tensor, self.xf), cast(Tensor, self.wf)
+        xf, wf = (cast(Tensor, entry) for entry in (self.xf, self.wf))  # latents: rounding changes no type
         autocast = torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point() or (x.dtype != xf.dtype and not autocast):
             return "dense"
@@ -182,9 +338,40 @@ class ThinWeight(nn.Module):
             return "native-auto" if compiled and native and self._operator_pays[index] else "dense"
         return choose(plan[0], x.numel() // plan[0].shape[1], self._keeps(), native)
 
+    def _whole_path(self, x: Tensor) -> Path:
+        """The same for codes that are no two factors: these hold one matrix, and x must be as plain as can be."""
+        decoder, part = self.decoder, self.parts[0]
+        if len(self.parts) > 1 or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
+            return "dense"
+        if _is_traced(x) or x.is_nested or x.shape[-1:] != part.shape[1:] or torch.is_autocast_enabled(x.device.type):
+            return "dense"
+        like, batch = next(self.parameters()), x.numel() // part.shape[1]
+        if isinstance(decoder, Kronecker | TensorTrain) and x.dtype == like.dtype:
+            return "factors" if in_turn_pays(decoder, batch, self._keeps()) else "dense"
+        if isinstance(decoder, Pruned) and decoder.kept <= _SPARSE * math.prod(decoder.shape) and takes(x, like):
+            wanted = torch.is_grad_enabled() and x.requires_grad
+            return "csr" if batch and self._keeps() and not wanted else "dense"
+        return "dense"
+
+    def _by_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with a pruned matrix in compressed sparse rows, in native code."""
+        floats, decoder, kept = self.floats(), cast(Pruned, self.decoder), self._rows
+        rows, cols = decoder.shape
+        if kept is None or not torch.equal(kept[0], floats["positions"]):
+            with torch.inference_mode(False), torch.no_grad():
+                positions = floats["positions"].clone()
+                starts = torch.searchsorted(positions, torch.arange(rows + 1) * cols)
+                self._rows = kept = (positions, (positions % cols).numpy().astype(np.int32), starts.numpy())
+        values = floats["values"].detach() * self.parts[0].scale
+        items = x.detach().resolve_neg().reshape(-1, cols).contiguous()
+        shift = None if bias is None else bias.detach().resolve_neg().contiguous().numpy()
+        threads = torch.get_num_threads()
+        y = csr_linear((rows, cols), values.numpy(), kept[1], kept[2], items.numpy(), shift, threads=threads)
+        return torch.from_numpy(y).view(*x.shape[:-1], rows)
+
     def _plan(self, index: int) -> "tuple[Factor, int, int, int] | None":
         """A tensor's own plan, its rows of xf and the entry where it begins; none where the weight must be built."""
-        method, part = self.method, self.parts[index]
+        method, part = self.decoder, self.parts[index]
         if not isinstance(method, Factor) or method.seed is not None or part.zero_row is not None:
             return None
         (start, stop), n = self._cuts[index], method.n
@@ -198,33 +385,53 @@ class ThinWeight(nn.Module):
         rows, cols = self.parts[index].shape
         return (cols, rows) if self.parts[index].transposed else (rows, cols)
 
-    def _decode(self, index: int, code: Mapping[str, Tensor]) -> Tensor:
-        (start, stop), part = self._cuts[index], self.parts[index]
-        if isinstance(self.method, Factor) and self.method.seed is None:
-            return part.cut(self.method.decode_flat({**code}, start, stop, cast(Any, torch)), cast(Any, torch))
-        tables = dict(self.named_buffers(recurse=False))
-        return part.cut(
-            self.method.decode({**code, **tables}, cast(Any, torch)).reshape(-1)[start:stop], cast(Any, torch)
-        )
+    def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
+        (start, stop), part, decoder = self._cuts[index], self.parts[index], self.decoder
+        if isinstance(decoder, Factor) and decoder.seed is None:
+            flat = decoder.decode_flat(dict(floats), start, stop, _TORCH)
+        elif self.rounds and not isinstance(self.method, Then):
+            flat = floats["weight"].reshape(-1)[start:stop]
+        else:
+            flat = decoder.decode({**self._derived(), **floats}, _TORCH).reshape(-1)[start:stop]
+        return part.cut(flat, _TORCH)
+
+    def _wants_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(entry.requires_grad for entry in self._state().values())
 
     def _keeps(self) -> bool:
         """Whether the dense weight is worth keeping: on the CPU, in evaluation, with no gradient to its code."""
-        code = self.code().values()
-        wanted = torch.is_grad_enabled() and any(entry.requires_grad for entry in code)
-        return not self.training and not wanted and all(entry.device.type == "cpu" for entry in code)
+        on_cpu = all(entry.device.type == "cpu" for entry in self._state().values())
+        return not self.training and not self._wants_gradient() and on_cpu
 
     def extra_repr(self) -> str:
         """The plan, for ``print(model)``."""
         return f"{self.name}, {' + '.join('x'.join(map(str, part.shape)) for part in self.parts)}, {self.method}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_dense", "_fast")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_dense", "_floats", "_fast", "_rows")
+        }
+
+
+def _same(kept: Sequence[Tensor], now: Iterable[Tensor]) -> bool:
+    return all(
+        old.dtype == new.dtype and old.device == new.device and not new.is_meta and torch.equal(old, new)
+        for old, new in zip(kept, now, strict=True)
+    )
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _is_traced(x: Tensor) -> bool:
     """Whether what is computed now is recorded as a graph or transformed by torch.func."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_mode()
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transformed
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or _is_transformed()
+        or forward_mode()
+    )
 
 
 class ThinPart(nn.Module):

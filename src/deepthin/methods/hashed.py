@@ -1,0 +1,100 @@
+"""HashedNets: every weight is one of a few numbers, chosen and given its sign by a hash of its place.
+
+Chen, Wilson, Tyree, Weinberger and Chen, 2015, "Compressing neural networks with the hashing trick", section 4. Neither
+the index nor the sign is stored: both follow from the seed.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.random import Generator
+
+from deepthin.bits import splitmix
+from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """``W[i] = sign[i] * values[bucket[i]]``, i through the flattened matrix.
+
+    Both come from the i-th word that ``seed`` yields: the bucket is its upper half, scaled to the number of buckets,
+    the sign its lowest bit. Every matrix needs a seed of its own, else layers would share their pattern.
+    """
+
+    shape: tuple[int, int]  # (rows, cols) of the dense matrix
+    buckets: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse fields that no ``fit`` makes."""
+        sizes = (*self.shape, self.buckets)
+        if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes) or type(self.seed) is not int:
+            raise ValueError(
+                f"Hashed needs positive integers, got {self.shape}, buckets={self.buckets}, {self.seed!r}."
+            )
+        if self.buckets > 1 << 31:
+            raise ValueError(f"Hashed has at most 2^31 buckets, not {self.buckets}.")
+
+    @classmethod
+    def fit(cls, shape: tuple[int, int], max_bits: int, *, seed: Any = 0) -> "Hashed":
+        """As many buckets as there is room for, at most one a weight."""
+        if type(seed) is not int:
+            raise ConfigError(f"seed = {seed!r} is not a seed: give an integer.")
+        area = shape[0] * shape[1]
+        if max_bits < FLOAT_BITS:
+            raise BudgetError(
+                f"HashedNets cannot store {shape[0]}x{shape[1]} in {max_bits} bits: one bucket needs {FLOAT_BITS}. "
+                f"Use ratio >= {round_up(1 / area)}.",
+                smallest_bits=FLOAT_BITS,
+                smallest_ratio=1 / area,
+            )
+        return cls(shape, min(max_bits // FLOAT_BITS, area), seed)
+
+    @property
+    def trains(self) -> Trains:
+        """The floats themselves."""
+        return "codes"
+
+    def bits(self) -> int:
+        """32 bits a bucket."""
+        return FLOAT_BITS * self.buckets
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """One number a bucket."""
+        return {"values": (self.buckets,)}
+
+    def integers(self) -> dict[str, Integers]:
+        """None."""
+        return {}
+
+    def derived(self) -> Code:
+        """``index`` into the values followed by their negatives."""
+        words = splitmix(self.seed, math.prod(self.shape))
+        bucket = ((words >> np.uint64(32)) * np.uint64(self.buckets)) >> np.uint64(32)
+        return {"index": (bucket + (words & np.uint64(1)) * np.uint64(self.buckets)).astype(np.int64)}
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """Uniform, as in the paper, scaled to a root mean square of exactly ``std``."""
+        values = rng.uniform(-1, 1, self.buckets)
+        return {"values": (values * (std / np.sqrt(np.mean(values * values)))).astype(np.float32)}
+
+    def encode(
+        self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
+    ) -> Code:
+        """The mean of each bucket's weights with their signs, weighted by ``importance`` if given; 0 if it is empty."""
+        index = xp.asarray(self.derived()["index"])
+        flat = xp.reshape(weight, (-1,))
+        weigh = xp.ones_like(flat) if importance is None else xp.reshape(importance, (-1,))
+        sums = xp.bincount(index, weigh * flat, 2 * self.buckets)
+        shares = xp.bincount(index, weigh, 2 * self.buckets)
+        total = shares[: self.buckets] + shares[self.buckets :]
+        mean = (sums[: self.buckets] - sums[self.buckets :]) / xp.where(total > 0, total, xp.ones_like(total))  # 0 / 1
+        return {"values": xp.asarray(mean, dtype=flat.dtype)}
+
+    def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
+        """One look-up a weight."""
+        both = xp.concatenate([code["values"], -code["values"]])
+        return xp.reshape(xp.take(both, code["index"]), self.shape)

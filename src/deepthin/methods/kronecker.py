@@ -1,0 +1,125 @@
+"""A sum of Kronecker products: each block of the weight is a multiple of one small matrix, term by term.
+
+The nearest such sum is a truncated SVD of the rearranged matrix: Van Loan and Pitsianis, 1993, "Approximation with
+Kronecker products".
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.random import Generator
+
+from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, Integers, Namespace, Trains, round_up
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker:
+    """``W = sum_t a[t] (x) b[t]``, cut to ``rows x cols``; a is terms x R1 x Q1, b is terms x R2 x Q2.
+
+    R2 and Q2 are the least for which R1 R2 >= rows and Q1 Q2 >= cols.
+    """
+
+    shape: tuple[int, int]  # (rows, cols) of the dense matrix
+    left: tuple[int, int]  # (R1, Q1)
+    terms: int
+
+    def __post_init__(self) -> None:
+        """Refuse fields that no ``fit`` makes."""
+        sizes = (*self.shape, *self.left, self.terms)
+        if len(sizes) != 5 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"Kronecker needs positive integers, got {self.shape}, {self.left}, {self.terms}.")
+
+    @property
+    def right(self) -> tuple[int, int]:
+        """(R2, Q2)."""
+        return -(-self.shape[0] // self.left[0]), -(-self.shape[1] // self.left[1])
+
+    @classmethod
+    def fit(cls, shape: tuple[int, int], max_bits: int) -> "Kronecker":
+        """The shapes with the smallest term, R1 and Q1 near the roots of rows and cols, and as many terms as fit."""
+        rows, cols = (range(max(1, math.isqrt(d) // 2), min(d, 2 * math.isqrt(d) + 1) + 1) for d in shape)
+        one = min((cls(shape, (r, q), 1) for r in rows for q in cols), key=lambda plan: (plan.bits(), plan.left))
+        terms = min(max_bits // one.bits(), *(math.prod(side) for side in (one.left, one.right)))
+        if terms == 0:
+            ratio = one.bits() / FLOAT_BITS / math.prod(shape)
+            raise BudgetError(
+                f"A Kronecker sum cannot store {shape[0]}x{shape[1]} in {max_bits} bits: one term needs {one.bits()}. "
+                + (f"Use ratio >= {round_up(ratio)}." if ratio <= 1 else "That is more than dense: keep it dense."),
+                smallest_bits=one.bits(),
+                smallest_ratio=ratio,
+            )
+        return cls(shape, one.left, terms)
+
+    @property
+    def trains(self) -> Trains:
+        """The floats themselves."""
+        return "codes"
+
+    def bits(self) -> int:
+        """32 bits an entry of both factors."""
+        return FLOAT_BITS * self.terms * (math.prod(self.left) + math.prod(self.right))
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``a`` and ``b``, one term after the other."""
+        return {"a": (self.terms, *self.left), "b": (self.terms, *self.right)}
+
+    def integers(self) -> dict[str, Integers]:
+        """None."""
+        return {}
+
+    def derived(self) -> Code:
+        """Nothing."""
+        return {}
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """Normal, both factors alike, of a root mean square that gives the products their spread."""
+        each = (std**2 / self.terms) ** 0.25
+        code = {entry: rng.normal(size=shape) for entry, shape in self.code_shapes().items()}
+        return {entry: (a * (each / np.sqrt(np.mean(a * a)))).astype(np.float32) for entry, a in code.items()}
+
+    def encode(
+        self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
+    ) -> Code:
+        """The truncated SVD of the matrix whose rows are the weight's blocks; exact least squares if none is cut off.
+
+        ``importance`` is not used: a weighted fit has no closed form.
+        """
+        (r1, q1), (r2, q2) = self.left, self.right
+        down, across = r1 * r2 - self.shape[0], q1 * q2 - self.shape[1]
+        if down:
+            weight = xp.concatenate([weight, xp.tile(xp.zeros_like(weight[:1]), (down, 1))])
+        if across:
+            turned = weight.T
+            weight = xp.concatenate([turned, xp.tile(xp.zeros_like(turned[:1]), (across, 1))]).T
+        blocks = xp.moveaxis(xp.reshape(weight, (r1, r2, q1, q2)), (2,), (1,))
+        u, sigma, vt = xp.linalg.svd(xp.reshape(blocks, (r1 * q1, r2 * q2)), full_matrices=False)
+        root, terms = xp.sqrt(sigma[: self.terms]), self.terms
+        balance = (math.prod(self.left) / math.prod(self.right)) ** 0.25
+        a = (root * balance)[:, None] * u.T[:terms]
+        # A vanishing term keeps a b, since with both at zero no gradient would ever reach it.
+        b = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[:terms]
+        return {"a": xp.reshape(a, (terms, r1, q1)), "b": xp.reshape(b, (terms, r2, q2))}
+
+    def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
+        """``terms`` multiplications an entry."""
+        (r1, q1), (r2, q2) = self.left, self.right
+        a, b = xp.reshape(code["a"], (self.terms, -1)), xp.reshape(code["b"], (self.terms, -1))
+        blocks = xp.moveaxis(xp.reshape(xp.matmul(a.T, b), (r1, q1, r2, q2)), (2,), (1,))
+        return xp.reshape(blocks, (r1 * r2, q1 * q2))[: self.shape[0], : self.shape[1]]
+
+    def multiply(self, code: Code, x: Any, xp: Namespace) -> Any:
+        """``x @ W.T`` for x of items x (Q1 Q2), filled up with zeros, without the weight: items x rows."""
+        (r1, q1), (r2, q2), terms = self.left, self.right, self.terms
+        inner = xp.matmul(xp.reshape(x, (-1, q2)), xp.reshape(code["b"], (terms * r2, q2)).T)  # items q1 x terms r2
+        inner = xp.moveaxis(xp.reshape(inner, (-1, q1, terms, r2)), (2,), (1,))  # items x terms x q1 x r2
+        outer = xp.reshape(xp.moveaxis(code["a"], (1,), (0,)), (r1, terms * q1))
+        y = xp.matmul(outer, xp.reshape(inner, (-1, terms * q1, r2)))  # items x r1 x r2
+        return xp.reshape(y, (-1, r1 * r2))[:, : self.shape[0]]
+
+    def multiplies(self) -> int:
+        """Of ``multiply``, for an item."""
+        (r1, q1), (r2, q2) = self.left, self.right
+        return self.terms * q1 * r2 * (q2 + r1)

@@ -1,0 +1,92 @@
+"""Magnitude pruning: the largest weights at their places, all others zero.
+
+Han, Pool, Tran and Dally, 2015, arXiv:1506.02626; stored as in Han et al., 2016, arXiv:1510.00149, section 2. How
+many weights remain is exact: where magnitudes tie, the first in order stay.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.random import Generator
+
+from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, Integers, Namespace, Trains, round_up
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """``W`` is zero but for ``values`` at ``positions``, which rise through the flattened matrix."""
+
+    shape: tuple[int, int]  # (rows, cols) of the dense matrix
+    kept: int
+
+    def __post_init__(self) -> None:
+        """Refuse fields that no ``fit`` makes."""
+        sizes = (*self.shape, self.kept)
+        if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"Pruned needs positive integers, got {self.shape}, kept={self.kept}.")
+        if self.kept > math.prod(self.shape):
+            raise ValueError(f"Pruned cannot keep {self.kept} of {math.prod(self.shape)} weights.")
+
+    @classmethod
+    def fit(cls, shape: tuple[int, int], max_bits: int) -> "Pruned":
+        """As many weights as there is room for, their positions stored in the shortest of the known ways."""
+        low, high = 0, min(max_bits // FLOAT_BITS, math.prod(shape)) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cls(shape, middle).bits() <= max_bits else (low, middle)
+        if low == 0:
+            least, area = cls(shape, 1).bits(), math.prod(shape)
+            raise BudgetError(
+                f"Pruning cannot store {shape[0]}x{shape[1]} in {max_bits} bits: one weight and its position need "
+                f"{least}. Use ratio >= {round_up(least / FLOAT_BITS / area)}.",
+                smallest_bits=least,
+                smallest_ratio=least / FLOAT_BITS / area,
+            )
+        return cls(shape, low)
+
+    @property
+    def trains(self) -> Trains:
+        """The floats themselves."""
+        return "codes"
+
+    def bits(self) -> int:
+        """32 bits a value; positions as gaps or as they are, in the worst case."""
+        return FLOAT_BITS * self.kept + 8 * self.integers()["positions"].bytes(self.kept)
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As many values as positions."""
+        return {"values": (self.kept,), "positions": (self.kept,)}
+
+    def integers(self) -> dict[str, Integers]:
+        """The positions, through the flattened matrix."""
+        return {"positions": Integers(math.prod(self.shape), rising=True)}
+
+    def derived(self) -> Code:
+        """Nothing."""
+        return {}
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """Random places; what is kept is larger by as much as there is less of it."""
+        area = math.prod(self.shape)
+        positions = np.sort(rng.choice(area, self.kept, replace=False)).astype(np.int64)
+        values = rng.normal(size=self.kept)
+        scale = std * math.sqrt(area / self.kept) / np.sqrt(np.mean(values * values))
+        return {"values": (values * scale).astype(np.float32), "positions": positions}
+
+    def encode(
+        self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
+    ) -> Code:
+        """The largest magnitudes; with ``importance``, the largest ``importance * w^2`` (LeCun et al., 1990)."""
+        flat = xp.reshape(weight, (-1,))
+        size = abs(flat) if importance is None else xp.reshape(importance, (-1,)) * flat * flat
+        largest = xp.argsort(-size, stable=True)[: self.kept]
+        positions = xp.take(largest, xp.argsort(largest))
+        return {"values": xp.take(flat, positions), "positions": positions}
+
+    def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
+        """Zeros, then what is kept."""
+        flat = xp.tile(xp.zeros_like(code["values"][:1]), (math.prod(self.shape),))
+        flat[code["positions"]] = code["values"]
+        return xp.reshape(flat, self.shape)

@@ -1,0 +1,125 @@
+"""One symbol of a few bits for every weight: uniform quantisation.
+
+Linear quantisation as in ESE (Han et al., 2017, arXiv:1612.00694, section 3): a step for the matrix, or for each row.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.random import Generator
+
+from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+
+BITS = range(2, 17)
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """``W = step * symbol`` with symbols from -(2^(b-1) - 1) on; or, affine, ``least + step * symbol`` from 0 on.
+
+    The step follows from the largest magnitude, or from both ends, of the matrix or of each row. While training, floats
+    are shown to the optimiser and rounded in every forward pass, with the gradient passed straight through; the step is
+    computed anew each time.
+    """
+
+    shape: tuple[int, int]  # (rows, cols) of the dense matrix
+    width: int  # bits of a symbol
+    per: str = "matrix"  # what has a step of its own: "matrix" or "row"
+    affine: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse fields that no ``fit`` makes."""
+        fine = len(self.shape) == 2 and all(type(d) is int and d > 0 for d in self.shape) and type(self.width) is int
+        if not fine or self.width not in BITS or self.per not in ("matrix", "row") or type(self.affine) is not bool:
+            raise ValueError(f"Uniform cannot have {self.shape}, {self.width!r}, {self.per!r}, {self.affine!r}.")
+
+    @classmethod
+    def fit(
+        cls,
+        shape: tuple[int, int],
+        max_bits: int,
+        *,
+        bits: Any = None,
+        per: Any = "matrix",
+        affine: Any = False,
+    ) -> "Uniform":
+        """The most bits a weight, 2 to 16, that fit; or just ``bits``."""
+        if bits is not None and (type(bits) is not int or bits not in BITS):
+            raise ConfigError(f"bits = {bits!r}: uniform quantisation has {BITS[0]} to {BITS[-1]} bits a weight.")
+        if per not in ("matrix", "row") or type(affine) is not bool:
+            raise ConfigError(f"per = {per!r}, affine = {affine!r}: give per 'matrix' or 'row', affine true or false.")
+        widths = BITS if bits is None else [bits]
+        found = [plan for width in widths if (plan := cls(shape, width, per, affine)).bits() <= max_bits]
+        if not found:
+            least, area = cls(shape, widths[0], per, affine).bits(), math.prod(shape)
+            ratio = least / FLOAT_BITS / area
+            raise BudgetError(
+                f"Uniform quantisation cannot store {shape[0]}x{shape[1]} in {max_bits} bits: {widths[0]} bits for "
+                f"each weight need {least}. "
+                + (f"Use ratio >= {round_up(ratio)}." if ratio <= 1 else "That is more than dense: keep it dense."),
+                smallest_bits=least,
+                smallest_ratio=ratio,
+            )
+        return found[-1]
+
+    @property
+    def top(self) -> int:
+        """The largest symbol."""
+        return (1 << self.width) - 1 if self.affine else (1 << (self.width - 1)) - 1
+
+    @property
+    def trains(self) -> Trains:
+        """What is rounded."""
+        return "through"
+
+    def bits(self) -> int:
+        """``width`` bits a weight, 32 for each step and, affine, each least value."""
+        steps = self.shape[0] if self.per == "row" else 1
+        return 8 * self.integers()["symbols"].bytes(math.prod(self.shape)) + FLOAT_BITS * steps * (1 + self.affine)
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """A symbol a weight; steps (and least values) as a column."""
+        steps = (self.shape[0] if self.per == "row" else 1, 1)
+        return {"symbols": self.shape, "step": steps} | ({"least": steps} if self.affine else {})
+
+    def integers(self) -> dict[str, Integers]:
+        """The symbols."""
+        return {"symbols": Integers(self.top + 1) if self.affine else Integers(2 * self.top + 1, -self.top)}
+
+    def derived(self) -> Code:
+        """Nothing."""
+        return {}
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """Normal weights, rounded."""
+        weight = rng.normal(size=self.shape)
+        weight *= std / np.sqrt(np.mean(weight * weight))
+        return self.encode(weight.astype(np.float32), np)  # pyright: ignore[reportArgumentType]
+
+    def encode(
+        self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
+    ) -> Code:
+        """The nearest symbol, halves to even. A constant range has the step 1. ``importance`` is not used."""
+        rows = weight if self.per == "row" else xp.reshape(weight, (1, -1))
+        if not self.affine:
+            step = xp.amax(abs(rows), -1)[:, None] / self.top
+            step = xp.where(step > 0, step, xp.ones_like(step))
+            symbols = xp.clip(xp.round(weight / step), -self.top, self.top)
+            return {"symbols": _integers(symbols, self.top, xp), "step": step}
+        least = xp.amin(rows, -1)[:, None]
+        step = xp.amax(rows, -1)[:, None] / self.top - least / self.top
+        step = xp.where(step > 0, step, xp.ones_like(step))
+        symbols = xp.clip(xp.round((weight - least) / step), 0, self.top)
+        return {"symbols": _integers(symbols, self.top, xp), "step": step, "least": least}
+
+    def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
+        """One multiplication a weight."""
+        weight = code["step"] * xp.asarray(code["symbols"], dtype=code["step"].dtype)
+        return weight + code["least"] if self.affine else weight
+
+
+def _integers(symbols: Array, top: int, xp: Namespace) -> Array:
+    return xp.asarray(symbols, dtype=xp.int16 if top < 1 << 15 else xp.int64)
