@@ -33,6 +33,7 @@ LEVELS = {
     "torch.files": 4,
     "torch.huggingface": 4,
     "torch.compress": 4,
+    "torch.twist": 4,
     "tasks": 5,
     "tasks.training": 5,
     "tasks.digits": 5,

@@ -5,6 +5,7 @@ an interrupted comparison goes on where it stopped.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,15 @@ from deepthin.tasks import TASKS
 from deepthin.tasks.training import predict, train
 
 DENSE, SAME_SIZE = "dense", "same-size"
-COMPARED = (DENSE, *METHODS, SAME_SIZE)
+ROUNDED = re.compile(r"(.+)-(\d+)bit")  # a method whose floats are then stored in so many bits: deepthin-8bit
+COMPARED = (
+    DENSE,
+    *METHODS,
+    SAME_SIZE,
+    *(f"{name}-{bits}bit" for bits in (8, 4) for name in METHODS if name != "uniform"),
+)
+PRUNED_OVER = 0.1, 0.6  # shares of the steps between which pruning rises; then the layers are thin, and trained on
+PRUNED_EVERY = 10  # steps
 Progress = Callable[[str, int, int], None]
 """Told the trial, its step and its steps."""
 
@@ -73,18 +82,31 @@ class Run:
         """The dense width, except for the same-size network."""
         return dt.same_size(self.build, int(ratio * self.weight_bytes())) if method == SAME_SIZE else self.width
 
-    def model(self, method: str, ratio: float, seed: int) -> nn.Module:
+    def model(self, method: str, ratio: float, seed: int) -> tuple[nn.Module, dt.Twist | None]:
         """The network by one method, untrained, its weight matrices within ``ratio`` of the dense ones'.
 
-        Raises BudgetError. ``task.ALLOCATION`` and ``task.OPTIONS`` hold what development data chose for each method.
+        Pruning starts from dense weights, which the second result makes thin on the way. Raises BudgetError.
         """
         torch.manual_seed(seed)
         model = self.build(self.width_of(method, ratio))
-        if method in METHODS:
-            share = {"ratio": ratio, "allocation": self.task.ALLOCATION.get(method, "flat")}
-            rules = {"model": share, "rules": {"*": {"method": method, **self.task.OPTIONS.get(method, {})}}}
-            dt.compress(model, rules, init="scratch", seed=seed)
-        return model
+        if method in (DENSE, SAME_SIZE):
+            return model, None
+        rules = self.rules(method, ratio)
+        if method.startswith("pruned"):
+            start, end = (int(share * self.steps) for share in PRUNED_OVER)
+            return model, dt.Twist(model, rules, every=PRUNED_EVERY, schedule=dt.Rising(start, max(end, start + 1)))
+        dt.compress(model, rules, init="scratch", seed=seed)
+        return model, None
+
+    def rules(self, method: str, ratio: float) -> dict[str, Any]:
+        """``task.ALLOCATION`` and ``task.OPTIONS`` hold what development data chose for each method."""
+        rounded = ROUNDED.fullmatch(method)
+        outer = rounded[1] if rounded else method
+        rule = {"method": outer, **self.task.OPTIONS.get(method, {})}
+        if rounded:
+            rule["then"] = {"method": "uniform", "bits": int(rounded[2])}
+        allocation = self.task.ALLOCATION.get(method, self.task.ALLOCATION.get(outer, "flat"))
+        return {"model": {"ratio": ratio, "allocation": allocation}, "rules": {"*": rule}}
 
 
 @dataclass(frozen=True)
@@ -144,7 +166,7 @@ def _run(run: Run, trial: Trial, out: Path, progress: Progress) -> list[dict[str
     row: dict[str, Any] = {"task": task.NAME, "method": trial.method, "ratio": trial.ratio, "bytes": None}
     row |= {"dense_bytes": dense_bytes, "seed": trial.seed, "split": "test", "metric": task.METRIC, "value": None}
     try:
-        model = run.model(trial.method, trial.ratio, trial.seed)
+        model, twist = run.model(trial.method, trial.ratio, trial.seed)
     except BudgetError as error:
         return [{**row, "smallest_ratio": error.smallest_bits / 8 / run.weight_bytes()}]
     started = time.perf_counter()
@@ -159,6 +181,8 @@ def _run(run: Run, trial: Trial, out: Path, progress: Progress) -> list[dict[str
         progress=lambda step: progress(trial.name, step, run.steps),
         judge=lambda: task.metric(predict(model, data.inputs["dev"]), data.targets["dev"]),
         judgments=task.JUDGMENTS,
+        twist=twist,
+        thin_from=PRUNED_OVER[1],
     )
     row |= {"seconds": round(time.perf_counter() - started, 2), "model": f"models/{trial.name}.thin"}
     (out / "models").mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import NonFiniteError
-from deepthin.torch import parameter_groups
+from deepthin.torch import Twist, parameter_groups
 
 WARM_UP = 50  # steps
 
@@ -25,18 +25,26 @@ def train(
     progress: Callable[[int], None],
     judge: Callable[[], float] | None = None,
     judgments: int = 0,
+    twist: Twist | None = None,
+    thin_from: float = 1.0,
 ) -> None:
     """Minimise the cross entropy of ``model(inputs)``; ``lr`` is the dense rate, codes get their multiple of it.
 
     Batches are drawn in reshuffled passes from ``seed``. ``judge`` is asked ``judgments`` times, evenly and at the end,
-    and the state that it gave the lowest value is the one that stays. NonFiniteError names the step if the loss is no
-    number.
+    and the state that it gave the lowest value is the one that stays. ``twist`` distorts the dense weights of ``model``
+    until, after the share ``thin_from`` of the steps, it makes them thin; judged is what comes then. NonFiniteError names
+    the step if the loss is no number.
     """
-    optimizer = torch.optim.Adam(parameter_groups(model, lr))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps)),
-    )
+
+    def prepare(first: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.Adam(parameter_groups(model, lr))
+
+        def rate(step: int) -> float:
+            return min((first + step + 1) / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * (first + step) / steps))
+
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    optimizer, schedule = prepare(0)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     order = torch.randperm(len(inputs), generator=generator)
@@ -54,7 +62,18 @@ def train(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if judge is not None and judgments and (step + 1) * judgments // steps > step * judgments // steps:
+        if twist is not None:
+            twist.step()
+            if step + 1 >= thin_from * steps:
+                twist.finish()
+                twist = None
+                optimizer, schedule = prepare(step + 1)
+        if (
+            twist is None
+            and judge is not None
+            and judgments
+            and (step + 1) * judgments // steps > step * judgments // steps
+        ):
             if (value := judge()) < best:
                 best, best_state = value, copy.deepcopy(model.state_dict())
             model.train()

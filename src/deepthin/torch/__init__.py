@@ -3,12 +3,15 @@
 from deepthin.torch.compress import compress, materialize, parameter_groups, plan, same_size
 from deepthin.torch.files import load, save
 from deepthin.torch.layers import ThinLayer, ThinLinear
+from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
 
 __all__ = [
+    "Rising",
     "ThinLayer",
     "ThinLinear",
     "ThinWeight",
+    "Twist",
     "compress",
     "load",
     "materialize",

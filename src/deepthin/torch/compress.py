@@ -46,11 +46,11 @@ def compress(
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
-    found, owners = _tensors(model)
+    found, owners = tensors_of(model)
     contents(model)  # TypeError now, not after the model has changed, for what no file can hold
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
-    for planned in _plan(model, Rules.parse(rules), found):
+    for planned in plan_of(model, Rules.parse(rules), found):
         method, names = planned.method, [tensor.name for tensor in planned.tensors]
         if method is None:
             continue
@@ -59,13 +59,13 @@ def compress(
             raise ConfigError(
                 f"{', '.join(names)} cannot share a code: they differ in type, device or in being frozen."
             )
-        parts = _parts(planned)
+        parts = parts_of(planned)
         if init == "scratch" and dense[0].dim() > 1:
             rng = np.random.default_rng([seed % 2**64, zlib.crc32(names[0].encode())])
             weight = ThinWeight.draw(planned.name, method, parts, dense[0], rng, planned.tensors[0].std)
         else:
             for name, tensor, part in zip(names, dense, parts, strict=True):
-                _check_finite(name, tensor)
+                check_finite(name, tensor)
                 if part.zero_row is not None and tensor[part.zero_row].any():
                     raise ConfigError(
                         f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
@@ -101,8 +101,8 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
     Rows of linear layers also tell ``path``, the way in which 32 items would be multiplied, and ``cost``, its
     predicted time over that of a dense layer.
     """
-    found, owners = _tensors(model)
-    planned = _plan(model, Rules.parse(rules), found)
+    found, owners = tensors_of(model)
+    planned = plan_of(model, Rules.parse(rules), found)
     report = _planned_contents(contents(model), planned).report()
     layers = {name: type(held[0][0]) for name, held in owners.items()}
     methods = {tensor.name: p.method for p in planned for tensor in p.tensors if len(p.tensors) == 1}
@@ -182,7 +182,7 @@ def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
     return low
 
 
-def _tensors(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Module, str]]]]:
+def tensors_of(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Module, str]]]]:
     """Every dense parameter as rules see it, and by name the layers that hold it: more than one where it is shared."""
     names: dict[int, list[str]] = {}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -213,13 +213,13 @@ def _tensors(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Mod
     return found, {min(names[key]): held for key, held in holders.items()}
 
 
-def _parts(planned: Planned) -> list[Part]:
+def parts_of(planned: Planned) -> list[Part]:
     """The tensors of a plan as parts of its matrix; in a group each is scaled to its own fresh standard deviation."""
     first = planned.tensors[0]
     return [Part(t.shape, t.std / first.std, t.transposed, t.zero_row) for t in planned.tensors]
 
 
-def _plan(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]:
+def plan_of(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]:
     if rules.file_bytes is None:
         return rules.plan(found)
     limit, base = rules.file_bytes, contents(model)
@@ -265,7 +265,7 @@ def _planned_contents(base: Contents, planned: list[Planned]) -> Contents:
                 k: longest(integers[k], s) if k in integers else Raw(first.dtype, s, bytes(item * math.prod(s)))
                 for k, s in p.method.code_shapes().items()
             }
-            parts = dict(zip((tensor.name for tensor in p.tensors), _parts(p), strict=True))
+            parts = dict(zip((tensor.name for tensor in p.tensors), parts_of(p), strict=True))
             thin[p.tensors[0].name] = Thin(p.name, p.method, parts, code)
     gone = {name for entry in thin.values() for name in entry.parts}
     dense = {name: raw for name, raw in base.dense.items() if name not in gone}
@@ -286,7 +286,7 @@ def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
     return owner[0][0]._parameters[owner[0][1]]  # pyright: ignore[reportReturnType] -- _tensors lists no missing ones
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise ConfigError(f"{name} is on the meta device and has no values: load weights first, or use init='scratch'.")
     if not torch.isfinite(weight).all():

@@ -1,0 +1,127 @@
+"""Occasional distortion: train dense weights, and every so often replace them by what a method would make of them.
+
+DeepTwist (Lee, Kim, Kim, Kwon and Wei, 2018, arXiv:1810.12823). Between two distortions training is untouched: no masks,
+no other gradients. With magnitude pruning and a rising rate this is gradual pruning (Zhu and Gupta, 2017,
+arXiv:1710.01878), except that a pruned weight may come back.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepthin.method import ConfigError, Method
+from deepthin.methods.pruned import Pruned
+from deepthin.report import Report
+from deepthin.rules import Planned, Rules
+from deepthin.torch.compress import check_finite, compress, parts_of, plan_of, tensors_of
+from deepthin.torch.weight import ThinWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Rising:
+    """How much is taken away: ``p = p_f + (p_i - p_f) (1 - (t - t_i) / (t_f - t_i))^E`` at step t, DeepTwist's equation.
+
+    ``initial`` is p_i, the share of the weights (of the bits, for other methods than pruning) that the first distortion
+    takes; p_f is what the rules ask for. Before step ``start``, t_i, nothing is distorted; from ``end``, t_f, on p is p_f.
+    """
+
+    start: int
+    end: int
+    initial: float = 0.0
+    power: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no schedule."""
+        if not 0 <= self.start < self.end or not 0 <= self.initial < 1 or not self.power > 0:
+            raise ConfigError(f"{self} is no schedule: give 0 <= start < end, 0 <= initial < 1 and a power above 0.")
+
+    def share(self, step: int, final: float) -> float:
+        """What is left at a step, of a matrix of which ``final`` is left in the end; 1 before the start."""
+        if step < self.start:
+            return 1.0
+        left = max(0.0, 1 - (step - self.start) / (self.end - self.start)) ** self.power
+        return final + (1 - self.initial - final) * left
+
+
+class Twist:
+    """Distorts dense weights in place every so many optimiser steps, and makes them thin in the end.
+
+    ``rules`` are those of ``compress``; any method will do. ``every`` is the paper's S_D. Without a ``schedule`` each
+    distortion is the final one. The optimiser keeps its parameters, and its state, until ``finish``.
+
+        twist = Twist(model, rules, every=100)
+        for inputs, targets in batches:
+            ...
+            optimizer.step()
+            twist.step()
+        twist.finish()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Mapping[str, Any] | str | Path | Rules,
+        every: int = 100,
+        schedule: Rising | None = None,
+    ) -> None:
+        if every < 1:
+            raise ConfigError(f"every = {every}: the interval between distortions is at least 1 step.")
+        self.model, self.rules, self.every, self.schedule = model, Rules.parse(rules), every, schedule
+        self.steps = 0
+        tensors, self._owners = tensors_of(model)
+        self._planned = [planned for planned in plan_of(model, self.rules, tensors) if planned.method is not None]
+
+    def step(self) -> bool:
+        """To be called after each optimiser step. Whether the weights were distorted now."""
+        self.steps += 1
+        if self.steps % self.every or (self.schedule and self.steps < self.schedule.start):
+            return False
+        for planned in self._planned:
+            self._distort(planned, self._method(planned))
+        return True
+
+    def finish(self) -> Report:
+        """Distort once more, to the full, and make the layers thin; parameters are other ones from here on."""
+        for planned in self._planned:
+            self._distort(planned, planned.method)
+        return compress(self.model, self.rules, init="trained")
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were made: all else follows from the model and the arguments."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where another one stopped."""
+        self.steps = state["steps"]
+
+    def _method(self, planned: Planned) -> Method | None:
+        """What a distortion at this step stores; none where all would be left."""
+        method = planned.method
+        if self.schedule is None or method is None or planned.fit is None:
+            return method
+        area = math.prod(method.shape)
+        if isinstance(method, Pruned):
+            kept = round(area * self.schedule.share(self.steps, method.kept / area))
+            return None if kept >= area else Pruned(method.shape, max(kept, method.kept))
+        share = self.schedule.share(self.steps, method.bits() / (32 * area))
+        return None if share >= 1 else planned.fit(max(int(32 * area * share), method.bits()))
+
+    def _distort(self, planned: Planned, method: Method | None) -> None:
+        if method is None:
+            return
+        dense = [self._parameter(tensor.name) for tensor in planned.tensors]
+        for tensor, values in zip(planned.tensors, dense, strict=True):
+            check_finite(tensor.name, values)
+        weight = ThinWeight.encode(planned.name, method, parts_of(planned), dense)
+        with torch.no_grad():
+            for index, values in enumerate(dense):
+                values.copy_(weight(index))
+
+    def _parameter(self, name: str) -> Tensor:
+        layer, own = self._owners[name][0]
+        return getattr(layer, own)
