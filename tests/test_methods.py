@@ -11,33 +11,122 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepthin import METHODS, BudgetError, ConfigError
-from deepthin.bits import permutation, splitmix
+from deepthin.bits import gap_bytes, pack, pack_gaps, packed_bytes, permutation, splitmix, unpack, unpack_gaps
+from deepthin.method import Then
+from deepthin.methods import THEN, fields, with_fields
 from deepthin.methods.factor import Factor
+from deepthin.methods.hashed import Hashed
+from deepthin.methods.kronecker import Kronecker
+from deepthin.methods.pruned import Pruned
+from deepthin.methods.scalar import Uniform
+from deepthin.methods.tensor_train import TensorTrain
 from deepthin.storage import Contents, Part, Raw, Thin, from_bytes, to_bytes
+from deepthin.torch import ThinWeight
 
 EPS32 = float(np.finfo(np.float32).eps)
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the laws ask of a method beyond what all obey; the one place that declares an exception, and why."""
+
+    options: tuple = ({},)
+    products: object = lambda method: 1  # roundings that an entry of the decoded weight takes, at most
+    idempotent: object = lambda method: True
+    exact: float = 1e-12  # of the weight's norm: what decode, encode, decode may lose
+
+
+def _as_factor(method):
+    tail = math.prod(method.shape) % method.n
+    # Too few complete rows to fix the row space: encode is near, not exact (Factor.encode).
+    return not (tail and math.prod(method.shape) // method.n < method.rank)
+
+
+def _no_surplus(method):
+    whole = (
+        (method.left[0] * method.right[0], method.left[1] * method.right[1])
+        if isinstance(method, Kronecker)
+        else (math.prod(method.rows), math.prod(method.cols))
+    )
+    return whole == method.shape  # what is cut off is encoded as zeros, which is a nearby matrix, not the same
+
+
+ROWS = {
+    "deepthin": Row(({}, {"rank": 2}, {"rank": "max"}), lambda m: m.rank + 2, _as_factor),
+    "shuffled": Row(({}, {"rank": 3}, {"rank": "max"}), lambda m: m.rank + 2, _as_factor),
+    "rank": Row(({}, {"rank": 2}), lambda m: m.rank + 2),
+    "hashed": Row(({}, {"seed": 5})),
+    "pruned": Row(),
+    "kronecker": Row(products=lambda m: m.terms + 2, idempotent=_no_surplus),
+    # The cores' SVDs come one after the other, and the last takes what the first have rounded.
+    "tensor-train": Row(
+        ({}, {"order": 2}, {"order": 4}), lambda m: sum(m.ranks) + 2 * len(m.rows), _no_surplus, exact=1e-9
+    ),
+    "uniform": Row(
+        ({}, {"bits": 3}, {"per": "row"}, {"bits": 4, "affine": True}, {"per": "row", "affine": True}),
+        lambda m: 3,
+        exact=1e-6,  # the step is found again from the largest entry, rounded
+    ),
+}
+INNER = ({"bits": 8}, {"bits": 3, "per": "row"}, {"bits": 4, "affine": True})
+
+
+def outer(method):
+    return method.outer if isinstance(method, Then) else method
+
+
 @st.composite
-def plans(draw):
-    """(name, method, a generator for arrays) for a random method, shape and budget that it can meet."""
-    named = METHODS[draw(st.sampled_from(sorted(METHODS)))]
-    shape = (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
-    options = {"rank": draw(st.sampled_from([1, 2, 3, "max"]))} if draw(st.booleans()) else {}
+def plans(draw, then=True):
+    """(name, inner options or none, shape, options, bits more than the least, seed) of a random method."""
+    name = draw(st.sampled_from(sorted(METHODS)))
+    inner = draw(st.sampled_from(INNER)) if then and name != "uniform" and draw(st.booleans()) else None
+    shape = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    options = draw(st.sampled_from(ROWS[name].options))
+    return name, inner, shape, options, draw(st.integers(0, 32 * 200)), draw(st.integers(0, 2**32 - 1))
+
+
+def made(plan):
+    """(name, method, budget, a generator for arrays); outside the strategy, since type checks draw random numbers."""
+    name, inner, shape, options, extra, seed = plan
+
+    def fit(bits):
+        if inner is None:
+            return METHODS[name].fit(shape, bits, **options)
+        return Then.fit(
+            lambda bits: METHODS[name].fit(shape, bits, **options),
+            lambda own: METHODS["uniform"].fit(own, 1 << 40, **inner),
+            bits,
+        )
+
     try:
-        least = named.fit(shape, 0, **options).bits()
+        least = fit(0).bits()
     except BudgetError as error:
         least = error.smallest_bits
-    budget = draw(st.integers(least, least + 32 * 200))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return named.name, named.fit(shape, budget, **options), budget, rng
+    return f"{name}{THEN}uniform" if inner else name, fit(least + extra), least + extra, np.random.default_rng(seed)
 
 
-def assert_decoded_close(got, code, method):
-    """A float32 result against the same sums in float64, entry by entry, with the bound of an r-term dot product."""
-    exact = method.decode({k: np.asarray(v, "f8") if v.dtype.kind == "f" else v for k, v in code.items()}, np)
-    sizes = method.decode({k: abs(np.asarray(v, "f8")) if v.dtype.kind == "f" else v for k, v in code.items()}, np)
-    assert (abs(np.asarray(got, "f8") - exact) <= (method.rank + 2) * EPS32 * sizes + 1e-30).all()
+def is_float(array):
+    return np.asarray(array).dtype.kind == "f"
+
+
+def widened(code, change=lambda a: a):
+    """Floats in float64; integers as they are."""
+    return {k: change(np.asarray(v, "f8")) if is_float(v) else v for k, v in code.items()}
+
+
+def assert_decoded_close(got, code, name, method):
+    """A float32 result against the same sums in float64, entry by entry: so many roundings of the sum of magnitudes."""
+    exact = method.decode(widened(code), np)
+    parts = outer(method)
+    floats = method.decode_floats(widened(code), np) if isinstance(method, Then) else widened(code)
+    sizes = parts.decode({k: abs(v) if is_float(v) else v for k, v in floats.items()}, np)
+    if isinstance(parts, Uniform):
+        sizes = abs(floats["step"] * floats["symbols"]) + abs(floats.get("least", 0))
+    if isinstance(parts, Hashed):
+        sizes = abs(parts.decode(floats, np))
+    roundings = ROWS[name.split(THEN)[0]].products(parts) + (3 * len(parts.code_shapes()) if parts is not method else 0)
+    slack = sum(abs(np.asarray(v, "f8")).max() for k, v in code.items() if k.endswith("_least")) ** 2
+    assert (abs(np.asarray(got, "f8") - exact) <= roundings * EPS32 * (sizes + slack) + 1e-30).all()
 
 
 def as_torch(code):
@@ -46,38 +135,49 @@ def as_torch(code):
 
 @given(plans())
 def test_within_budget(plan):
-    _, method, budget, _ = plan
+    _, method, budget, _ = made(plan)
     assert method.bits() <= budget
 
 
 @given(plans())
-def test_code_shapes_are_those_of_the_codes(plan):
-    _, method, _, rng = plan
-    shapes = method.code_shapes()
+def test_code_shapes_and_integers_are_those_of_the_codes(plan):
+    _, method, _, rng = made(plan)
+    shapes, integers = method.code_shapes(), method.integers()
     weight = rng.normal(size=method.shape).astype("f4")
-    assert {k: v.shape for k, v in method.init(rng, 0.1).items()} == shapes
-    assert {k: v.shape for k, v in method.encode(weight, np).items()} == shapes
+    for code in (method.init(rng, 0.1), method.encode(weight, np)):
+        assert {k: v.shape for k, v in code.items()} == shapes
+        for entry, array in code.items():
+            if entry not in integers:
+                assert array.dtype == np.float32
+                continue
+            kind = integers[entry]
+            assert array.dtype.kind == "i"
+            assert kind.least <= array.min() <= array.max() < kind.least + kind.count
+            assert not kind.rising or (np.diff(array) > 0).all()
 
 
-@given(plans())
-def test_stored_bytes_are_at_most_bits(plan):
-    name, method, _, rng = plan
-    code = {k: Raw.of(v) for k, v in method.init(rng, 0.1).items()}
-    stored = from_bytes(to_bytes(Contents({"w": Thin(name, method, {"w": Part(method.shape)}, code)}))).thin["w"]
+@given(plans(), st.booleans())
+def test_stored_bytes_are_at_most_bits_and_come_back(plan, drawn):
+    name, method, _, rng = made(plan)
+    arrays = method.init(rng, 0.1) if drawn else method.encode(rng.normal(size=method.shape).astype("f4"), np)
+    code = {k: Raw.of(v) for k, v in arrays.items()}
+    data = to_bytes(Contents({"w": Thin(name, method, {"w": Part(method.shape)}, code)}))
+    stored = from_bytes(data).thin["w"]
     assert 8 * stored.bytes <= method.bits()
     assert stored.method == method
+    assert all((stored.code[k].numpy() == v).all() for k, v in arrays.items())
+    assert to_bytes(Contents({"w": stored})) == data
 
 
 @given(plans())
 def test_header_survives_json(plan):
-    name, method, _, _ = plan
-    fields = json.loads(json.dumps(dataclasses.asdict(method)))
-    assert METHODS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}) == method
+    name, method, _, _ = made(plan)
+    assert with_fields(name, json.loads(json.dumps(fields(method)))) == method
 
 
 @given(plans())
 def test_encode_is_deterministic_and_leaves_its_input_alone(plan):
-    _, method, _, rng = plan
+    _, method, _, rng = made(plan)
     weight = rng.normal(size=method.shape).astype("f4")
     before = weight.copy()
     first, second = method.encode(weight, np), method.encode(weight, np)
@@ -87,15 +187,15 @@ def test_encode_is_deterministic_and_leaves_its_input_alone(plan):
 
 @given(plans())
 def test_decode_agrees_across_numpy_and_torch(plan):
-    _, method, _, rng = plan
+    name, method, _, rng = made(plan)
     code = method.init(rng, 0.1) | method.derived()
-    assert_decoded_close(method.decode(code, np), code, method)
-    assert_decoded_close(method.decode(as_torch(code), torch).numpy(), code, method)
+    assert_decoded_close(method.decode(code, np), code, name, method)
+    assert_decoded_close(method.decode(as_torch(code), torch).numpy(), code, name, method)
 
 
-@given(plans())
+@given(plans(then=False))
 def test_encode_agrees_across_numpy_and_torch(plan):
-    _, method, _, rng = plan
+    _, method, _, rng = made(plan)
     weight = rng.normal(size=method.shape)
     ours = method.decode(method.encode(weight, np) | method.derived(), np)
     theirs = method.decode(method.encode(torch.from_numpy(weight), torch) | as_torch(method.derived()), torch)
@@ -103,50 +203,93 @@ def test_encode_agrees_across_numpy_and_torch(plan):
     assert np.linalg.norm(ours - weight) == pytest.approx(np.linalg.norm(theirs.numpy() - weight), rel=1e-6, abs=1e-9)
 
 
-@given(plans())
-def test_a_gradient_reaches_every_latent(plan):
-    _, method, _, rng = plan
-    code = {k: v.requires_grad_() for k, v in as_torch(method.init(rng, 0.1)).items()}
-    method.decode(code | as_torch(method.derived()), torch).sum().backward()
-    used = -(-method.shape[0] * method.shape[1] // method.n)  # rows of xf that the weight reads
-    assert all(value.grad is not None and (value.grad != 0).any() for value in code.values())
-    assert code["xf"].grad.abs().sum(1).gt(0).sum() == used
+@given(plans(then=False))
+def test_a_gradient_reaches_every_float(plan):
+    _, method, _, rng = made(plan)
+    if method.trains == "through":
+        return  # its floats follow from what is trained: test_a_gradient_reaches_every_latent_of_a_layer
+    code = as_torch(method.init(rng, 0.1))
+    floats = [v.requires_grad_() for k, v in code.items() if k not in method.integers()]
+    (method.decode(code | as_torch(method.derived()), torch) * torch.randn(method.shape)).sum().backward()
+    assert all(value.grad is not None and (value.grad != 0).any() for value in floats)
+    if isinstance(method, Factor):
+        used = -(-method.shape[0] * method.shape[1] // method.n)  # rows of xf that the weight reads
+        assert code["xf"].grad.abs().sum(1).gt(0).sum() == used
 
 
 @given(plans())
+def test_a_gradient_reaches_every_latent_of_a_layer(plan):
+    """In training, where methods that round are trained through their rounding."""
+    name, method, _, rng = made(plan)
+    part = Part(method.shape)
+    weight = ThinWeight.draw(name, method, [part], torch.zeros(1), rng, 0.1)
+    (weight() * torch.randn(method.shape)).sum().backward()
+    assert all((latent.grad != 0).any() for latent in weight.parameters())
+
+
+@given(plans(then=False))
 def test_decode_then_encode_then_decode_is_idempotent(plan):
-    _, method, _, rng = plan
-    code = {k: v.astype("f8") for k, v in method.init(rng, 1.0).items()}
+    name, method, _, rng = made(plan)
+    row = ROWS[name]
+    if not row.idempotent(method):
+        return
+    code = widened(method.init(rng, 1.0))
     weight = method.decode(code | method.derived(), np)
     again = method.decode(method.encode(weight, np) | method.derived(), np)
-    tail = weight.size % method.n
-    if tail and weight.size // method.n < method.rank:
-        return  # too few complete rows to fix the row space: encode is near, not exact (Factor.encode)
-    # The last row's coefficients come from its tail alone, so a nearly singular tail magnifies rounding.
-    wf = method.encode(weight, np)["wf"][:, :tail]
-    condition = np.linalg.cond(wf) if tail >= method.rank else 1.0
-    assert np.linalg.norm(again - weight) <= 1e-12 * max(condition, 1) * max(np.linalg.norm(weight), 1)
+    condition = 1.0
+    if isinstance(method, Factor) and (tail := weight.size % method.n):
+        # The last row's coefficients come from its tail alone, so a nearly singular tail magnifies rounding.
+        wf = method.encode(weight, np)["wf"][:, :tail]
+        condition = np.linalg.cond(wf) if tail >= method.rank else 1.0
+    assert np.linalg.norm(again - weight) <= row.exact * max(condition, 1) * max(np.linalg.norm(weight), 1)
 
 
-@given(plans())
+@given(plans(then=False))
 def test_init_has_the_asked_standard_deviation(plan):
-    _, method, _, rng = plan
-    code = {k: v.astype("f8") for k, v in method.init(rng, 0.1).items()}
-    entries = (method.m * method.rank, method.rank * method.n)
-    if min(entries) < 100:
+    _, method, _, rng = made(plan)
+    code = widened(method.init(rng, 0.1))
+    decoded = method.decode(code | method.derived(), np)
+    floats = [v.size for k, v in code.items() if k not in method.integers()]
+    if isinstance(method, Uniform):
+        if method.width < 8:  # coarser steps move the spread itself
+            return
+        floats = [decoded.size]
+    if min(floats) < 100:
         return  # too few draws to tell
     # Var(W) averages over the products, so its spread follows the smaller factor: 6 sigma of a chi-square mean.
-    decoded = method.decode(code | method.derived(), np).var() / 0.01
-    assert abs(decoded - 1) < 6 * math.sqrt(2 * (1 / entries[0] + 1 / entries[1]) * method.rank) * 2
+    inner = getattr(method, "rank", getattr(method, "terms", 1))
+    assert abs(decoded.var() / 0.01 - 1) < 6 * math.sqrt(2 * sum(1 / count for count in floats) * inner) * 2
 
 
-@given(rows=st.integers(1, 60), cols=st.integers(1, 60), extra=st.integers(0, 60))
-def test_rank_error_does_not_grow_with_budget(rows, cols, extra):
-    weight = np.random.default_rng(rows * 61 + cols).normal(size=(rows, cols))
-    least = 32 * (rows + cols)
-    small, large = (METHODS["rank"].fit((rows, cols), least * k) for k in (1, 1 + extra))
-    errors = [np.linalg.norm(m.decode(m.encode(weight, np), np) - weight) for m in (small, large)]
+@given(plans(then=False), st.integers(0, 32 * 100))
+def test_error_does_not_grow_with_budget(plan, extra):
+    """For the methods whose larger codes hold all that smaller ones do; bits of `uniform` change the grid."""
+    name, method, budget, rng = made(plan)
+    if name not in ("rank", "pruned", "kronecker"):
+        return
+    weight = rng.normal(size=method.shape)
+    larger = METHODS[name].fit(method.shape, budget + extra)
+    errors = [
+        np.linalg.norm(m.decode(m.encode(weight, np), np) - weight)
+        for m in (METHODS[name].fit(method.shape, budget), larger)
+    ]
     assert errors[1] <= errors[0] + 1e-9
+
+
+@given(plans(), st.integers(1, 5))
+def test_the_product_is_the_dense_one(plan, batch):
+    """In evaluation, by whatever way a layer chooses, and twice, since the second time something is kept."""
+    name, method, _, rng = made(plan)
+    weight = ThinWeight.draw(name, method, [Part(method.shape)], torch.zeros(1), rng, 0.1).eval()
+    x = torch.randn(batch, method.shape[1])
+    with torch.no_grad():
+        for _ in range(2):
+            dense = weight()
+            bound = 200 * EPS32 * (abs(x) @ abs(dense).T + x.norm(dim=1, keepdim=True) * dense.norm())
+            assert (abs(weight.product(x) - x @ dense.T) <= bound + 1e-30).all()
+    x.requires_grad_()
+    weight.train().product(x).sum().backward()
+    assert torch.allclose(x.grad, weight().detach().sum(0).expand_as(x), atol=1e-4)
 
 
 @given(rows=st.integers(1, 300), cols=st.integers(1, 300), share=st.floats(0.001, 1.5))
@@ -236,3 +379,153 @@ def test_splitmix_is_the_published_generator():
     assert splitmix(1234567, 3).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert permutation(7, 5).tolist() == np.argsort(splitmix(7, 5)).tolist()
     assert sorted(permutation(7, 1000)) == list(range(1000))
+
+
+# ---- Each method against an independent computation -----------------------------------------------------------------
+
+
+@given(width=st.integers(0, 40), count=st.integers(0, 60), seed=st.integers(0, 1000))
+def test_packed_integers_come_back(width, count, seed):
+    values = np.random.default_rng(seed).integers(0, 1 << width, count)
+    data = pack(values, width)
+    assert len(data) == packed_bytes(count, width)
+    assert (unpack(data, width, count) == values).all()
+    whole = sum(int(v) << (width * i) for i, v in enumerate(values))  # one long number, its lowest bits first
+    spare = 8 * len(data) - width * count
+    assert int.from_bytes(data.tobytes(), "little") == whole | (((1 << spare) - 1) << (width * count))
+
+
+@given(places=st.integers(1, 3000), share=st.floats(0, 1), width=st.integers(1, 24), seed=st.integers(0, 1000))
+def test_gaps_come_back_and_none_is_longer_than_promised(places, share, width, seed):
+    rng, count = np.random.default_rng(seed), int(places * share)
+    positions = np.sort(rng.choice(places, count, replace=False)).astype(np.int64)
+    assert (unpack_gaps(pack_gaps(positions, width), width, count, places) == positions).all()
+    assert min(len(pack_gaps(positions, w)) for w in range(1, 25)) <= gap_bytes(count, places)
+
+
+def test_gaps_as_deep_compression_draws_them():
+    """Han et al., 2016, figure 2: 3 bits, entries at 1, 4 and 15; the long gap takes a filler (here a skip of 7)."""
+    assert unpack(pack_gaps(np.array([1, 4, 15]), 3), 3, 4).tolist() == [1, 2, 7, 3]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [([0xFF], "0 positions"), ([0b00000000], "2 positions"), ([0b00110000] + [0xFF] * 6, "7 bytes are more")],
+)
+def test_gaps_that_are_none_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        unpack_gaps(np.array(data, np.uint8), 4, 1, 9)
+
+
+def test_hashed_is_the_sum_over_each_bucket():
+    """Entry by entry, from the words themselves; and the gradient of a bucket is that of its entries, with signs."""
+    method = Hashed((7, 5), 6, seed=3)
+    words = [int(word) for word in splitmix(3, 35)]
+    place = [((word >> 32) * 6 >> 32, -1 if word & 1 else 1) for word in words]
+    values = torch.arange(1.0, 7.0, dtype=torch.float64, requires_grad=True)
+    weight = method.decode({"values": values, **as_torch(method.derived())}, torch)
+    assert weight.flatten().tolist() == [sign * (bucket + 1) for bucket, sign in place]
+    grad = torch.randn(7, 5, dtype=torch.float64)
+    (weight * grad).sum().backward()
+    for k in range(6):
+        mine = sum(sign * g for (bucket, sign), g in zip(place, grad.flatten().tolist(), strict=True) if bucket == k)
+        assert values.grad[k].item() == pytest.approx(mine)
+    shares = np.random.default_rng(0).random((7, 5))
+    code = method.encode(grad.numpy(), np, shares)
+    for k in range(6):
+        own = [
+            (sign * w, h)
+            for (b, sign), w, h in zip(place, grad.flatten().tolist(), shares.ravel(), strict=True)
+            if b == k
+        ]
+        assert code["values"][k] == pytest.approx(sum(w * h for w, h in own) / sum(h for _, h in own) if own else 0)
+
+
+def test_hashes_of_two_layers_are_not_alike():
+    one, other = (Hashed((40, 40), 50, seed=seed).derived()["index"] for seed in (1, 2))
+    assert (one == other).mean() < 0.05
+    counts = np.bincount(Hashed((1000, 100), 10, seed=4).derived()["index"] % 10)
+    assert abs(counts / 10_000 - 1).max() < 0.05  # uniform
+
+
+def test_pruning_keeps_the_largest_and_of_equals_the_first():
+    method = Pruned((2, 4), 3)
+    code = method.encode(np.array([[1, -2, 1, 0], [1, 5, -1, 1]], "f4"), np)
+    assert code["positions"].tolist() == [0, 1, 5]
+    assert code["values"].tolist() == [1, -2, 5]
+    weigh = np.array([[9, 1, 1, 1], [1, 0, 1, 8]], "f4")  # importance times the square
+    assert method.encode(np.array([[1, -2, 1, 0], [1, 5, -1, 1]], "f4"), np, weigh)["positions"].tolist() == [0, 1, 7]
+
+
+def test_pruned_against_scipy():
+    from scipy import sparse
+
+    weight = np.random.default_rng(5).normal(size=(30, 50))
+    method = METHODS["pruned"].fit((30, 50), 32 * 200)
+    code = method.encode(weight, np)
+    rows, cols = np.divmod(code["positions"], 50)
+    matrix = sparse.coo_matrix((code["values"], (rows, cols)), shape=(30, 50)).toarray()
+    assert (method.decode(code, np) == matrix).all()
+    kept = np.sort(abs(weight), axis=None)[-method.kept :]
+    assert np.allclose(np.sort(abs(matrix[matrix != 0])), kept)
+
+
+def test_kronecker_against_numpy_and_the_nearest_sum():
+    method = Kronecker((12, 20), (3, 4), 2)
+    code = method.init(np.random.default_rng(6), 1.0)
+    assert np.allclose(
+        method.decode(code, np), sum(np.kron(a, b) for a, b in zip(code["a"], code["b"], strict=True)), atol=1e-6
+    )
+    weight = np.random.default_rng(7).normal(size=(12, 20))
+    error = np.linalg.norm(method.decode(method.encode(weight, np), np) - weight)
+    blocks = [weight[4 * i : 4 * i + 4, 5 * j : 5 * j + 5].ravel() for i in range(3) for j in range(4)]
+    assert error == pytest.approx(np.sqrt((np.linalg.svd(np.array(blocks))[1][2:] ** 2).sum()))
+    assert METHODS["kronecker"].fit((1024, 1024), 32 * 2048).left == (32, 32)
+
+
+def test_tensor_train_against_tensorly():
+    from tensorly.decomposition import tensor_train_matrix
+    from tensorly.tt_matrix import tt_matrix_to_matrix
+
+    weight = np.random.default_rng(8).normal(size=(24, 30))
+    method = TensorTrain((24, 30), (2, 3, 4), (5, 3, 2), 4)
+    code = method.encode(weight, np)
+    cores = [code[f"core{k}"] for k in range(3)]
+    assert np.allclose(method.decode(code, np), tt_matrix_to_matrix(cores))
+    theirs = tensor_train_matrix(weight.reshape(2, 3, 4, 5, 3, 2), rank=[1, 4, 4, 1])
+    errors = [np.linalg.norm(w - weight) for w in (method.decode(code, np), tt_matrix_to_matrix(list(theirs)))]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+
+
+def test_uniform_is_the_linear_quantiser():
+    """ESE's, by hand: 3 bits, symbols -3 to 3, halves to even."""
+    weight = np.array([[0.75, -0.375, 0.1, 0.0], [0.125, -0.75, 0.625, 0.2]], "f4")
+    code = Uniform((2, 4), 3).encode(weight, np)
+    assert code["step"] == 0.25
+    assert code["symbols"].tolist() == [[3, -2, 0, 0], [0, -3, 2, 1]]
+    affine = Uniform((2, 4), 2, affine=True, per="row").encode(weight, np)
+    assert affine["least"].ravel().tolist() == [-0.375, -0.75]
+    assert affine["step"].ravel().tolist() == pytest.approx([0.375, 1.375 / 3])
+    assert affine["symbols"].tolist() == [[3, 0, 1, 1], [2, 0, 3, 2]]
+    zero = Uniform((1, 3), 8).encode(np.zeros((1, 3), "f4"), np)
+    assert (zero["step"].item(), zero["symbols"].tolist()) == (1.0, [[0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("uniform", {"bits": 1}), ("uniform", {"per": "col"}), ("tensor-train", {"order": 5}), ("hashed", {"seed": "x"})],
+)
+def test_options_of_all_methods_are_checked(name, options):
+    with pytest.raises(ConfigError, match=str(next(iter(options.values())))):
+        METHODS[name].fit((20, 30), 32 * 120, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("hashed", 32), ("pruned", 32 + 16), ("kronecker", 32 * 49), ("tensor-train", None), ("uniform", 2 * 600 + 32)],
+)
+def test_budgets_that_are_too_small_name_the_smallest(name, least):
+    with pytest.raises(BudgetError, match=r"Use ratio >= 0\.\d+") as caught:
+        METHODS[name].fit((20, 30), 31)
+    assert METHODS[name].fit((20, 30), caught.value.smallest_bits).bits() == caught.value.smallest_bits
+    assert least in (None, caught.value.smallest_bits)

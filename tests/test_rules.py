@@ -191,12 +191,12 @@ def test_infeasible_rule_names_the_matrix():
         (
             {"rules": {"*": {"method": "depthin", "ratio": 0.1}}},
             "[rules.\"*\"] method = 'depthin' is unknown. Did you mean 'deepthin'? "
-            "Valid: deepthin, shuffled, rank, dense.",
+            "Valid: deepthin, shuffled, rank, hashed, pruned, kronecker, tensor-train, uniform, dense.",
         ),
         (
             {"rules": {"*": {"metod": "rank"}}},
             "[rules.\"*\"], method deepthin has no key 'metod'. Did you mean 'method'? "
-            "Valid: method, ratio, bytes, group, rank, n, seed.",
+            "Valid: method, ratio, bytes, group, then, rank, n, seed.",
         ),
         ({"model": {"ratio": "0.1"}}, "[model] ratio = '0.1' must be a number."),
         ({"model": {"ratio": True}}, "[model] ratio = True must be a number."),
@@ -209,7 +209,8 @@ def test_infeasible_rule_names_the_matrix():
         ({"model": {"ignore": "output"}}, "[model] ignore = 'output' must be a list of patterns, such as ['output']."),
         (
             {"model": {"allocation": "uniform"}},
-            "[model] allocation = 'uniform' is unknown. Did you mean 'uniform-bytes'? Valid: flat, uniform-bytes.",
+            "[model] allocation = 'uniform' is unknown. Did you mean 'uniform-bytes'? Valid: flat, uniform-bytes. "
+            "Or give a number from 0 (equal bytes) to 1 (equal ratios).",
         ),
         ({"model": 3}, "model must be a table, not 3."),
         (

@@ -81,6 +81,8 @@ class Namespace(Protocol):
     linalg: Any
     int16: Any
     int64: Any
+    float32: Any
+    finfo: Any
 
     def matmul(self, a: Array, b: Array, /) -> Array:
         """The matrix product ``a @ b``."""

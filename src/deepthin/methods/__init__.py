@@ -57,9 +57,9 @@ METHODS: dict[str, Named] = {
             learning_rate=10.0,
             about="plain low-rank factorisation",
         ),
-        Named("hashed", Hashed, {"seed": 0}, learning_rate=10.0, about="few numbers, shared out by a hash"),
-        Named("pruned", Pruned, about="the largest weights at their places"),
-        Named("kronecker", Kronecker, learning_rate=20.0, about="a sum of Kronecker products"),
+        Named("hashed", Hashed, {"seed": 0}, learning_rate=5.0, about="few numbers, shared out by a hash"),
+        Named("pruned", Pruned, learning_rate=20.0, about="the largest weights at their places"),
+        Named("kronecker", Kronecker, learning_rate=10.0, about="a sum of Kronecker products"),
         Named("tensor-train", TensorTrain, learning_rate=10.0, about="a chain of small cores"),
         Named("uniform", Uniform, sized_by=frozenset({"bits"}), about="a few bits for every weight"),
     )

@@ -41,7 +41,8 @@ class Kronecker:
     def fit(cls, shape: tuple[int, int], max_bits: int) -> "Kronecker":
         """The shapes with the smallest term, R1 and Q1 near the roots of rows and cols, and as many terms as fit."""
         rows, cols = (range(max(1, math.isqrt(d) // 2), min(d, 2 * math.isqrt(d) + 1) + 1) for d in shape)
-        one = min((cls(shape, (r, q), 1) for r in rows for q in cols), key=lambda plan: (plan.bits(), plan.left))
+        plans = (cls(shape, (r, q), 1) for r in rows for q in cols)
+        one = min(plans, key=lambda plan: (plan.bits(), sum(plan.left) + sum(plan.right), plan.left))
         terms = min(max_bits // one.bits(), *(math.prod(side) for side in (one.left, one.right)))
         if terms == 0:
             ratio = one.bits() / FLOAT_BITS / math.prod(shape)

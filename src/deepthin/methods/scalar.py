@@ -103,6 +103,10 @@ class Uniform:
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
         """The nearest symbol, halves to even. A constant range has the step 1. ``importance`` is not used."""
+        kind = weight.dtype
+        if xp.finfo(kind).bits < 32:  # half precision has no room for the symbols
+            code = self.encode(xp.asarray(weight, dtype=xp.float32), xp)
+            return {key: array if key == "symbols" else xp.asarray(array, dtype=kind) for key, array in code.items()}
         rows = weight if self.per == "row" else xp.reshape(weight, (1, -1))
         if not self.affine:
             step = xp.amax(abs(rows), -1)[:, None] / self.top

@@ -32,8 +32,8 @@ def train(
 
     Batches are drawn in reshuffled passes from ``seed``. ``judge`` is asked ``judgments`` times, evenly and at the end,
     and the state that it gave the lowest value is the one that stays. ``twist`` distorts the dense weights of ``model``
-    until, after the share ``thin_from`` of the steps, it makes them thin; judged is what comes then. NonFiniteError names
-    the step if the loss is no number.
+    until, after the share ``thin_from`` of the steps, it makes them thin; judged is what comes then. NonFiniteError
+    names the step if the loss is no number.
     """
 
     def prepare(first: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -220,6 +220,7 @@ def parts_of(planned: Planned) -> list[Part]:
 
 
 def plan_of(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]:
+    """What becomes of the tensors that ``tensors_of`` found; a limit for the file is met by writing files."""
     if rules.file_bytes is None:
         return rules.plan(found)
     limit, base = rules.file_bytes, contents(model)
@@ -287,6 +288,7 @@ def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
+    """NonFiniteError, naming the place, for a weight that cannot be encoded."""
     if weight.is_meta:
         raise ConfigError(f"{name} is on the meta device and has no values: load weights first, or use init='scratch'.")
     if not torch.isfinite(weight).all():

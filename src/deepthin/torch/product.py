@@ -47,6 +47,8 @@ _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
     },
 }
 
+_IN_TURN = {True: (6e4, 0.05), False: (2.5e5, 0.2)}  # of Kronecker sums and tensor trains: a call, each multiplication
+
 
 class _Tables(NamedTuple):
     """Where entries go, for one plan."""
@@ -124,14 +126,11 @@ def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) 
 @lru_cache(maxsize=4096)
 def in_turn_pays(method: Kronecker | TensorTrain, batch: int, dense_ready: bool) -> bool:
     """Whether multiplying by the factors in turn is predicted to be faster than by the dense weight."""
-    weights, area = _NANOSECONDS[dense_ready], math.prod(method.shape)
-    inner = method.terms if isinstance(method, Kronecker) else method.rank
-    counts = {
-        "dense": (1, batch * area, area, area * inner),
-        "factors": (1, batch * method.multiplies(), method.bits() // 32),
-    }
-    predicted = {way: sum(w * c for w, c in zip(weights[way], counts[way], strict=True)) for way in counts}
-    return batch > 0 and predicted["factors"] < predicted["dense"]
+    area, inner = math.prod(method.shape), method.terms if isinstance(method, Kronecker) else method.rank
+    counts = (1, batch * area, area, area * inner)
+    dense = sum(w * c for w, c in zip(_NANOSECONDS[dense_ready]["dense"], counts, strict=True))
+    delay, each = _IN_TURN[dense_ready]
+    return batch > 0 and delay + each * batch * method.multiplies() < dense
 
 
 def multiply_in_turn(

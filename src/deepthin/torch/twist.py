@@ -1,7 +1,7 @@
 """Occasional distortion: train dense weights, and every so often replace them by what a method would make of them.
 
-DeepTwist (Lee, Kim, Kim, Kwon and Wei, 2018, arXiv:1810.12823). Between two distortions training is untouched: no masks,
-no other gradients. With magnitude pruning and a rising rate this is gradual pruning (Zhu and Gupta, 2017,
+DeepTwist (Lee, Kim, Kim, Kwon and Wei, 2018, arXiv:1810.12823). Between two distortions training is untouched: no
+masks, no other gradients. With magnitude pruning and a rising rate this is gradual pruning (Zhu and Gupta, 2017,
 arXiv:1710.01878), except that a pruned weight may come back.
 """
 
@@ -24,10 +24,10 @@ from deepthin.torch.weight import ThinWeight
 
 @dataclass(frozen=True, slots=True)
 class Rising:
-    """How much is taken away: ``p = p_f + (p_i - p_f) (1 - (t - t_i) / (t_f - t_i))^E`` at step t, DeepTwist's equation.
+    """How much is taken away at step t: ``p = p_f + (p_i - p_f) (1 - (t - t_i) / (t_f - t_i))^E``, as in DeepTwist.
 
     ``initial`` is p_i, the share of the weights (of the bits, for other methods than pruning) that the first distortion
-    takes; p_f is what the rules ask for. Before step ``start``, t_i, nothing is distorted; from ``end``, t_f, on p is p_f.
+    takes; p_f is what the rules ask for. Before step ``start``, t_i, nothing is distorted; p is p_f from ``end``, t_f.
     """
 
     start: int

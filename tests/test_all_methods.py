@@ -1,0 +1,497 @@
+"""Every method, and those whose floats another stores, through the whole library: layers, files, copies, twist."""
+
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import deepthin
+import deepthin.torch as dt
+from deepthin import METHODS, BudgetError, ConfigError, FormatError
+from deepthin.rules import Rules, Tensor
+from deepthin.storage import from_bytes
+from test_storage import header_of, resign
+
+EIGHT = {"method": "uniform", "bits": 8}
+RULES = {name: {"method": name} for name in METHODS} | {
+    "deepthin then 8 bits": {"method": "deepthin", "then": EIGHT},
+    "deepthin then 4 bits": {"method": "deepthin", "then": {**EIGHT, "bits": 4, "per": "row"}},
+    "hashed then 8 bits": {"method": "hashed", "then": EIGHT},
+    "pruned then 8 bits": {"method": "pruned", "then": {**EIGHT, "affine": True}},
+    "rank then 8 bits": {"method": "rank", "then": EIGHT},
+    "tensor-train then 8 bits": {"method": "tensor-train", "then": EIGHT},
+}
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+class Everything(nn.Module):
+    """A layer of every kind that keeps a matrix in its own way."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 24, padding_idx=0)
+        self.conv = nn.Conv1d(24, 32, 3, padding=1)
+        self.lstm = nn.LSTM(32, 24, batch_first=True)
+        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)
+        self.out = nn.Linear(24, 30)
+
+    def forward(self, words):
+        x = self.conv(self.table(words).transpose(1, 2)).transpose(1, 2)
+        x = self.lstm(x)[0]
+        return self.out(self.attention(x, x, x)[0]).mean(1)
+
+
+def everything(rule, ratio=0.4, **model):
+    torch.manual_seed(0)
+    network = Everything()
+    dt.compress(network, {"model": {"ratio": ratio, **model}, "rules": {"*": rule}}, init="scratch")
+    return network
+
+
+def words():
+    return torch.randint(0, 50, (6, 5), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(network):
+    return nn.functional.cross_entropy(network(words()), torch.arange(6))
+
+
+def train(network, steps=3, lr=1e-3):
+    optimizer = torch.optim.Adam(dt.parameter_groups(network.train(), lr))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(network).backward()
+        optimizer.step()
+    return network.eval()
+
+
+def outputs(network):
+    with torch.no_grad():
+        return network.eval()(words())
+
+
+@each_rule
+def test_every_layer_trains_and_comes_back_from_a_file(rule, tmp_path):
+    network = everything(rule)
+    first = loss_of(network).item()
+    train(network, 30)
+    assert loss_of(network).item() < first - 0.2
+    want = outputs(network)
+    assert torch.equal(outputs(network), want)
+    written = dt.save(network, tmp_path / "a.thin")
+    assert written == (tmp_path / "a.thin").stat().st_size
+    with torch.device("meta"):
+        empty = Everything()
+    for target in (Everything(), empty, everything(rule), copy.deepcopy(network)):
+        loaded = dt.load(target, tmp_path / "a.thin")
+        assert torch.equal(outputs(loaded), want)
+        dt.save(loaded, tmp_path / "b.thin")
+        assert (tmp_path / "b.thin").read_bytes() == (tmp_path / "a.thin").read_bytes()
+    dense = deepthin.load(tmp_path / "a.thin")
+    plain = dt.materialize(copy.deepcopy(network))
+    assert dense.keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert np.allclose(dense[name], value.numpy(), rtol=1e-5, atol=1e-6), name
+    assert torch.allclose(outputs(plain), want, atol=1e-5)
+
+
+@each_rule
+def test_what_is_loaded_can_be_trained_on(rule, tmp_path):
+    network = train(everything(rule))
+    dt.save(network, tmp_path / "a.thin")
+    loaded = dt.load(Everything(), tmp_path / "a.thin")
+    before = loss_of(loaded).item()
+    train(loaded, 20)
+    assert loss_of(loaded).item() < before
+    dt.save(loaded, tmp_path / "b.thin")
+    assert (tmp_path / "b.thin").read_bytes() != (tmp_path / "a.thin").read_bytes()
+
+
+@each_rule
+def test_copies_and_state_dicts(rule):
+    network = train(everything(rule))
+    want, buffer = outputs(network), io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = everything(rule)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), fresh):
+        assert torch.equal(outputs(twin), want)
+
+
+@each_rule
+def test_half_precision_and_the_meta_device(rule, tmp_path):
+    network = train(everything(rule)).to(torch.bfloat16)
+    want = outputs(network)
+    dt.save(network, tmp_path / "a.thin")
+    assert torch.equal(outputs(dt.load(Everything().to(torch.bfloat16), tmp_path / "a.thin")), want)
+    with torch.device("meta"):
+        empty = Everything()
+    report = dt.compress(empty, {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
+    assert all(value.is_meta for value in empty.parameters())
+    assert report.dense_bytes > 0
+
+
+@each_rule
+@pytest.mark.parametrize("group", ["flat", "rows"])
+def test_groups(rule, group, tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+    pattern = "*" if group == "flat" else "re:[04]"
+    dt.compress(network, {"model": {"ratio": 0.4}, "rules": {pattern: {**rule, "group": group}}}, init="scratch")
+    x = torch.randn(3, 30)
+    network(x).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    with torch.no_grad():
+        want = network.eval()(x)
+    dt.save(network, tmp_path / "a.thin")
+    fresh = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+    with torch.no_grad():
+        assert torch.equal(dt.load(fresh, tmp_path / "a.thin").eval()(x), want)
+
+
+@each_rule
+def test_a_trained_weight_and_a_bias_are_encoded(rule, tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(40, 60))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some lose more than half of the weight's norm, and say so
+        report = dt.compress(network, {"model": {"ratio": 0.5}, "rules": {"0.weight": rule, "*bias": rule}})
+    assert {row.name for row in report.rows} == {"0.weight", "0.bias"}
+    assert all(0 <= row.error < 1.2 for row in report.rows)
+    dt.save(network, tmp_path / "a.thin")
+    x = torch.randn(2, 40)
+    assert torch.equal(dt.load(nn.Sequential(nn.Linear(40, 60)), tmp_path / "a.thin")(x), network(x))
+
+
+@each_rule
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_file_bytes_is_never_exceeded(rule, share, tmp_path):
+    """Also where the size of a file depends on what is in it."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
+    limit = int(share * 4 * 12800)
+    dt.compress(network, {"model": {"file_bytes": limit}, "rules": {"*": rule}}, init="scratch")
+    assert 0.5 * limit < dt.save(network, tmp_path / "a.thin", max_bytes=limit) <= limit
+
+
+@each_rule
+def test_stored_bits_in_the_report(rule, tmp_path):
+    """What is written for a matrix is at most what its plan promises, and close to it."""
+    network = everything(rule)
+    report = dt.compress(Everything(), {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
+    dt.save(network, tmp_path / "a.thin")
+    stored = from_bytes((tmp_path / "a.thin").read_bytes()).thin
+    for name, thin in stored.items():
+        assert 0.7 * thin.method.bits() < 8 * thin.bytes <= thin.method.bits()
+        assert report.ratio < 1, name
+    assert deepthin.inspect(tmp_path / "a.thin").total_bytes == (tmp_path / "a.thin").stat().st_size
+
+
+@each_rule
+def test_torch_compile_and_export(rule):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32))
+    dt.compress(network, {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
+    x = torch.randn(5, 48)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(network.eval(), backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(x), network(x), atol=1e-5)
+        compiled(x).sum().backward()
+        found = [p.grad.clone() for p in network.parameters()]
+        network.zero_grad()
+        network(x).sum().backward()
+        assert all(torch.allclose(f, p.grad, atol=1e-4) for f, p in zip(found, network.parameters(), strict=True))
+        exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+        assert torch.allclose(exported.module()(x[:3]), network(x[:3]), atol=1e-5)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# ---- What trains through its rounding -------------------------------------------------------------------------------
+
+
+def test_the_gradient_goes_straight_through():
+    """That of the rounded weight, as if the rounding were not there (Bengio et al., 2013)."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(30, 20, bias=False))
+    rule = {"method": "deepthin", "then": {"method": "uniform", "bits": 3}}
+    dt.compress(network, {"model": {"ratio": 0.05}, "rules": {"*": rule}}, init="scratch")
+    thin = network[0].thin["weight"]
+    xf, wf = (thin.floats()[e].detach().requires_grad_() for e in ("xf", "wf"))
+    assert len(set((xf / xf.abs().max() * 3).flatten().round(decimals=4).tolist())) <= 7
+    assert not torch.equal(xf, thin.xf)
+    x = torch.randn(4, 30)
+    (x @ (xf @ wf).reshape(-1)[:600].view(20, 30).T).square().sum().backward()
+    network(x).square().sum().backward()
+    assert torch.allclose(thin.xf.grad, xf.grad, atol=1e-4)
+    assert torch.allclose(thin.wf.grad, wf.grad, atol=1e-4)
+
+
+def test_evaluation_is_training_without_the_gradient():
+    rule = {"method": "deepthin", "then": EIGHT}
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(512, 512))
+    dt.compress(network, {"model": {"ratio": 0.01}, "rules": {"*": rule}}, init="scratch")
+    x = torch.randn(9, 512)
+    trained = network(x).detach()
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.allclose(network.eval()(x), trained, atol=1e-5)
+        assert network[0].thin["weight"].path(x).startswith("native") or not deepthin.native_available
+
+
+def test_a_loaded_code_is_kept_until_something_changes(tmp_path):
+    network = everything(RULES["deepthin then 8 bits"])
+    dt.save(network, tmp_path / "a.thin")
+    loaded = dt.load(Everything(), tmp_path / "a.thin")
+    thin = loaded.out.thin["weight"]
+    codes = {k: v.clone() for k, v in thin.code().items()}
+    assert codes["xf_symbols"].dtype == torch.int16
+    with torch.no_grad():
+        thin.xf.mul_(1.5)
+    assert torch.allclose(thin.code()["xf_step"], 1.5 * codes["xf_step"])
+    assert torch.allclose(thin() * 1.0, 1.5 * deepthin_weight(codes, thin.method), atol=1e-6)
+
+
+def deepthin_weight(codes, method):
+    return method.decode(codes, torch)
+
+
+def test_a_fixed_scale_per_row_and_the_sizes_of_then():
+    plan = Rules.parse({"model": {"ratio": 0.01}, "rules": {"*": {"method": "deepthin", "then": EIGHT}}})
+    (planned,) = plan.plan([Tensor("w", (1024, 1024))])
+    assert planned.name == "deepthin then uniform"
+    outer = planned.method.outer
+    assert planned.method.bits() == 8 * (outer.m + outer.n) + 64 <= 32 * 1024 * 1024 // 100
+    assert planned.method.bits() > 0.9 * 32 * 1024 * 1024 // 100
+    plain = METHODS["deepthin"].fit((1024, 1024), 32 * 1024 * 1024 // 100)
+    assert outer.m > 3.7 * plain.m  # four times the factors in the same bytes
+    assert math.gcd(outer.n, 1024) == 1
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        ("uniform", "give a method with a fixed number of bits"),
+        ({"method": "deepthin"}, "Valid methods: uniform"),
+        ({"method": "uniform"}, "has no bits"),
+        ({"method": "uniform", "bits": 40}, "bits = 40"),
+        ({"method": "uniform", "bits": 8, "pre": "row"}, "Did you mean 'per'"),
+    ],
+)
+def test_what_then_cannot_be(then, message):
+    with pytest.raises(ConfigError, match=message):
+        Rules.parse({"rules": {"*": {"method": "deepthin", "then": then}}})
+
+
+# ---- Shares of a budget ---------------------------------------------------------------------------------------------
+
+
+def test_allocation_by_a_power_of_the_size():
+    tensors = [Tensor(name, shape) for name, shape in (("a", (400, 400)), ("b", (100, 100)), ("c", (200, 200)))]
+
+    def bits(allocation):
+        rules = Rules.parse({"model": {"ratio": 0.1, "allocation": allocation}, "rules": {"*": {"method": "hashed"}}})
+        return [planned.method.bits() for planned in rules.plan(tensors)]
+
+    assert bits("flat") == bits(1)
+    assert bits("uniform-bytes") == bits(0)
+    flat, middle, equal = bits(1), bits(0.5), bits(0)
+    assert [b / (32 * math.prod(t.shape)) for b, t in zip(flat, tensors, strict=True)] == pytest.approx(
+        [0.1] * 3, rel=0.01
+    )
+    assert middle[0] / middle[1] == pytest.approx(4, rel=0.01)
+    assert equal[0] == pytest.approx(equal[1], rel=0.01)
+    assert sum(flat) == pytest.approx(sum(middle), rel=0.001) == pytest.approx(sum(equal), rel=0.001)
+    for wrong in (-0.1, 1.5, True, None, "blind"):
+        with pytest.raises(ConfigError, match="allocation"):
+            Rules.parse({"model": {"ratio": 0.1, "allocation": wrong}})
+
+
+# ---- Files that hold integers, and lie ------------------------------------------------------------------------------
+
+
+def stored(rule, tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 30, bias=False))
+    dt.compress(network, {"model": {"ratio": 0.3}, "rules": {"*": rule}}, init="scratch")
+    dt.save(network, tmp_path / "a.thin")
+    return (tmp_path / "a.thin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("pruned", lambda e: e["codings"].update(positions=["gaps", 1])),
+        ("pruned", lambda e: e["codings"].update(positions=["gaps", 60])),
+        ("pruned", lambda e: e["codings"].update(positions=["gaps", True])),
+        ("pruned", lambda e: e["codings"].update(positions=["packed", 10])),
+        ("pruned", lambda e: e["codings"].update(positions="gaps")),
+        ("pruned", lambda e: e.pop("codings")),
+        ("pruned", lambda e: e["fields"].update(kept=e["fields"]["kept"] - 1)),
+        ("pruned", lambda e: e["fields"].update(kept=601)),
+        ("uniform", lambda e: e["fields"].update(width=e["fields"]["width"] - 1)),
+        ("uniform", lambda e: e["fields"].update(per="row")),
+        ("uniform", lambda e: e["fields"].update(affine=True)),
+        ("uniform", lambda e: e["codings"].update(symbols=["gaps", 8])),
+        ("hashed", lambda e: e["fields"].update(buckets=10**12)),
+        ("kronecker", lambda e: e["fields"].update(left=[0, 4])),
+        ("tensor-train", lambda e: e["fields"].update(rows=[1, 1, 1])),
+        ("deepthin then 8 bits", lambda e: e["fields"]["inner"].pop("xf")),
+        ("deepthin then 8 bits", lambda e: e["fields"]["inner"]["xf"].update(shape=[2, 3])),
+        ("deepthin then 8 bits", lambda e: e["fields"].update(outer=3)),
+        ("deepthin then 8 bits", lambda e: e.update(method="deepthin then")),
+        ("deepthin then 8 bits", lambda e: e.update(method="deepthin then uniform then uniform")),
+        ("deepthin then 8 bits", lambda e: e.update(method="uniform then deepthin")),
+        ("deepthin then 8 bits", lambda e: e["codings"].update(xf_step=["packed", 8])),
+    ],
+)
+def test_headers_that_lie_about_integers(rule, change, tmp_path):
+    data = stored(RULES[rule], tmp_path)
+    header = header_of(data)
+    change(header["thin"]["0.weight"])
+    with pytest.raises(FormatError):
+        from_bytes(resign(data, header))
+
+
+@pytest.mark.parametrize("rule", ["pruned", "uniform", "deepthin then 8 bits", "pruned then 8 bits"])
+def test_any_bytes_in_place_of_integers(rule, tmp_path):
+    """Whatever stands there, it is read as valid integers or refused."""
+    data, rng = bytearray(stored(RULES[rule], tmp_path)), np.random.default_rng(0)
+    header = header_of(bytes(data))
+    refused = 0
+    for _ in range(60):
+        changed = bytearray(data)
+        start = int.from_bytes(data[:8], "little") + 8
+        for place in rng.integers(start, len(data) - 4, 3):
+            changed[place] = rng.integers(256)
+        try:
+            thin = from_bytes(resign(bytes(changed), header)).thin["0.weight"]
+        except FormatError:
+            refused += 1
+            continue
+        for entry, kind in thin.method.integers().items():
+            values = thin.code[entry].numpy()
+            assert kind.least <= values.min() <= values.max() < kind.least + kind.count
+            assert not kind.rising or (np.diff(values) > 0).all()
+    assert refused > 0 or rule in ("uniform", "deepthin then 8 bits")
+
+
+# ---- Twist ----------------------------------------------------------------------------------------------------------
+
+
+def twisted(rule, every=5, schedule=None, steps=20, seed=0, **model):
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 10))
+    twist = dt.Twist(network, {"model": {"ratio": 0.1, **model}, "rules": {"*": rule}}, every=every, schedule=schedule)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    x, y = torch.randn(64, 40), torch.randint(0, 10, (64,))
+
+    def step():
+        _step(network, optimizer, x, y)
+        return twist.step()
+
+    return network, twist, step
+
+
+def _step(network, optimizer, x, y):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(network(x), y).backward()
+    optimizer.step()
+
+
+@each_rule
+def test_distortion_is_decode_of_encode(rule):
+    network, twist, step = twisted(rule)
+    happened = []
+    for _ in range(20):
+        happened.append(step())
+        weight = network[0].weight.detach().clone()
+        if happened[-1]:
+            again = copy.deepcopy(network)
+            with_same = dt.Twist(again, twist.rules, every=1)
+            with_same.step()
+            if rule["method"] in ("pruned", "deepthin", "rank", "hashed", "uniform") and "then" not in rule:
+                assert torch.allclose(again[0].weight, weight, atol=1e-5)
+    assert happened == [(i + 1) % 5 == 0 for i in range(20)]
+    assert type(network[0]) is nn.Linear
+    x = torch.randn(3, 40)
+    report = twist.finish()
+    assert type(network[0]) is dt.ThinLinear
+    assert all(math.isfinite(row.error) for row in report.rows)
+    assert network(x).shape == (3, 10)
+
+
+def test_pruning_rises_as_the_equation_says():
+    schedule = dt.Rising(10, 50, initial=0.25, power=3)
+    network, twist, step = twisted({"method": "pruned"}, every=1, schedule=schedule)
+    final = {row.name: row.kept for row in dt.plan(network, twist.rules).rows}
+    for t in range(1, 61):
+        step()
+        for name in ("0.weight", "2.weight"):
+            weight = network.get_parameter(name)
+            p_f = 1 - final[name] / weight.numel()
+            p = p_f + (0.25 - p_f) * (1 - (t - 10) / 40) ** 3 if t < 50 else p_f
+            kept = weight.numel() if t < 10 else round(weight.numel() * (1 - p))
+            assert int((weight != 0).sum()) == kept, t
+    twist.finish()
+    assert network[0].thin["weight"].method.kept == final["0.weight"]
+
+
+def test_other_methods_rise_too():
+    network, twist, step = twisted({"method": "rank"}, every=1, schedule=dt.Rising(2, 10))
+    ranks = []
+    for _ in range(12):
+        step()
+        ranks.append(int(torch.linalg.matrix_rank(network[0].weight.detach(), rtol=1e-4)))
+    assert ranks[0] == 40
+    assert ranks[1:] == sorted(ranks[1:], reverse=True)
+    assert ranks[-1] == twist._planned[0].method.rank < 5
+
+
+@pytest.mark.parametrize("rule", ["pruned", "deepthin"])
+def test_a_resumed_twist_goes_on_as_if_nothing_had_happened(rule, tmp_path):
+    def run(steps, state=None):
+        network, twist, _ = twisted(RULES[rule], every=4, schedule=dt.Rising(3, 15))
+        optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+        if state:
+            for part, saved in zip((network, twist, optimizer), state, strict=True):
+                part.load_state_dict(saved)
+        x, y = torch.randn(64, 40, generator=torch.Generator().manual_seed(3)), torch.arange(64) % 10
+        for _ in range(steps):
+            _step(network, optimizer, x, y)
+            twist.step()
+        return network, twist, [copy.deepcopy(part.state_dict()) for part in (network, twist, optimizer)]
+
+    whole, twist, _ = run(22)
+    twist.finish()
+    half, twist, _ = run(13, run(9)[2])
+    twist.finish()
+    for network, name in ((whole, "a"), (half, "b")):
+        dt.save(network, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_twist_refuses():
+    network = nn.Sequential(nn.Linear(40, 60))
+    with pytest.raises(ConfigError, match="at least 1 step"):
+        dt.Twist(network, {"model": {"ratio": 0.1}}, every=0)
+    with pytest.raises(ConfigError, match="is no schedule"):
+        dt.Rising(5, 5)
+    with pytest.raises(BudgetError):
+        dt.Twist(network, {"model": {"ratio": 0.0001}})
+    with torch.no_grad():
+        network[0].weight[1, 2] = math.nan
+    twist = dt.Twist(network, {"model": {"ratio": 0.1}}, every=1)
+    with pytest.raises(deepthin.NonFiniteError, match=r"0.weight is nan at index \(1, 2\)"):
+        twist.step()
