@@ -32,7 +32,7 @@ COMPARED = (
     SAME_SIZE,
     *(f"{name}-{bits}bit" for bits in (8, 4) for name in METHODS if name != "uniform"),
 )
-PRUNED_OVER = 0.1, 0.6  # shares of the steps between which pruning rises; then the layers are thin, and trained on
+PRUNED_OVER = 0.02, 0.15  # shares of the steps between which pruning rises; then the layers are thin, and trained on
 PRUNED_EVERY = 10  # steps
 Progress = Callable[[str, int, int], None]
 """Told the trial, its step and its steps."""
@@ -102,11 +102,10 @@ class Run:
         """``task.ALLOCATION`` and ``task.OPTIONS`` hold what development data chose for each method."""
         rounded = ROUNDED.fullmatch(method)
         outer = rounded[1] if rounded else method
-        rule = {"method": outer, **self.task.OPTIONS.get(method, {})}
+        rule = {"method": outer, **self.task.OPTIONS.get(outer, {})}
         if rounded:
             rule["then"] = {"method": "uniform", "bits": int(rounded[2])}
-        allocation = self.task.ALLOCATION.get(method, self.task.ALLOCATION.get(outer, "flat"))
-        return {"model": {"ratio": ratio, "allocation": allocation}, "rules": {"*": rule}}
+        return {"model": {"ratio": ratio, "allocation": self.task.ALLOCATION}, "rules": {"*": rule}}
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Kronecker:
         """The shapes with the smallest term, R1 and Q1 near the roots of rows and cols, and as many terms as fit."""
         rows, cols = (range(max(1, math.isqrt(d) // 2), min(d, 2 * math.isqrt(d) + 1) + 1) for d in shape)
         plans = (cls(shape, (r, q), 1) for r in rows for q in cols)
-        one = min(plans, key=lambda plan: (plan.bits(), sum(plan.left) + sum(plan.right), plan.left))
+        one = min(plans, key=lambda plan: (plan.bits(), sum(plan.left) + sum(plan.right), plan.left[1]))
         terms = min(max_bits // one.bits(), *(math.prod(side) for side in (one.left, one.right)))
         if terms == 0:
             ratio = one.bits() / FLOAT_BITS / math.prod(shape)

@@ -29,9 +29,9 @@ DEVELOPMENT_SPEAKERS = 8
 
 # Chosen for each method on the development speakers (docs/training.md).
 LEARNING_RATE = 1e-3
-LEARNING_RATES = {"same-size": 8e-3}
-ALLOCATION = dict.fromkeys(("deepthin", "shuffled", "rank"), "uniform-bytes")
-OPTIONS: dict[str, dict[str, object]] = {}
+LEARNING_RATES = {"same-size": 8e-3, "rank-8bit": 5e-4, "rank-4bit": 5e-4}
+ALLOCATION = "uniform-bytes"
+OPTIONS: dict[str, dict[str, object]] = {"tensor-train": {"order": 2}}
 
 
 @dataclass(frozen=True)

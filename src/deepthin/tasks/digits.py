@@ -23,7 +23,7 @@ JUDGMENTS = 0  # the last state counts
 # Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
 LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate times that
 LEARNING_RATES = {"dense": 2e-3, "same-size": 1e-2}
-ALLOCATION = dict.fromkeys(("deepthin", "shuffled", "rank"), "uniform-bytes")
+ALLOCATION = "uniform-bytes"
 OPTIONS = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
 
 
