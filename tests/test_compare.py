@@ -10,7 +10,8 @@ import torch
 
 import deepthin
 from deepthin import ConfigError, NonFiniteError, results
-from deepthin.compare import Run, Settings, compare
+from deepthin.compare import COMPARED, Run, Settings, compare
+from deepthin.storage import from_bytes
 from deepthin.tasks import TASKS, digits
 from deepthin.tasks.training import train
 
@@ -68,7 +69,7 @@ def test_a_size_that_cannot_be_reached_is_a_row(finished):
 def test_sizes_keep_to_the_ratio(folder):
     run = Run.prepare(settings(folder))
     for method in ("deepthin", "shuffled", "rank", "same-size"):
-        model = run.model(method, 0.02, seed=0)
+        model, _ = run.model(method, 0.02, seed=0)
         weights = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias"))
         assert 0.85 * 0.02 * 266_200 < weights <= 0.02 * 266_200, method
 
@@ -126,6 +127,26 @@ def test_summary_and_page(finished):
     assert "http" not in page  # it needs no other file
     best = results.best_thin(rows)
     assert best["value"] == min(r["value"] for r in rows if r["split"] == "dev" and r["method"] != "dense")
+
+
+def test_every_method_runs(folder, tmp_path):
+    """Each in few steps; pruning starts dense; what a method cannot reach is a row; the cuts stand beside the paper's."""
+    methods = tuple(name for name in COMPARED if not name.endswith("4bit"))
+    rows = compare(settings(folder, methods, (0.05,), steps=40), tmp_path)
+    reached = {row["method"]: row for row in rows if row["value"] is not None}
+    assert set(methods) - set(reached) == {"uniform"}
+    for name in set(reached) - {"dense", "same-size"}:
+        stored = from_bytes((tmp_path / reached[name]["model"]).read_bytes()).thin.values()
+        held = sum(thin.bytes for thin in stored)
+        assert 0.6 * 0.05 < held / reached["dense"]["dense_bytes"] <= 0.05, name
+        assert all(thin.name == name.replace("-8bit", " then uniform") for thin in stored)
+    told = results.cuts([{**row, "value": 1 + methods.index(row["method"])} for row in rows])
+    lines = {line.split()[0]: line.split()[1:] for line in told.splitlines()[2:]}
+    assert told.splitlines()[0].split()[-4:] == ["deepthin-8bit", "paper:", "TFKaldi", "DeepSpeech"]
+    rank = 1 + methods.index("rank")
+    ours = [1 + methods.index(name) for name in ("deepthin", "deepthin-8bit")]
+    assert lines["rank"] == [*(f"{100 * (1 - own / rank):.1f}" for own in ours), "60.1", "28.1"]
+    assert lines["hashed"][-2:] == ["6.1", "12.2"]
 
 
 def test_spread_over_seeds_is_shown(finished):

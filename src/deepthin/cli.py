@@ -148,7 +148,14 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")
     ] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "dense,deepthin,shuffled,rank,same-size",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: dense, same-size, deepthin, shuffled, rank, hashed, pruned, kronecker, "
+            "tensor-train, uniform; with -8bit or -4bit a method whose floats are then rounded, as deepthin-8bit; "
+            "or all."
+        ),
+    ] = "dense,deepthin,shuffled,rank,same-size",
     ratios: Annotated[
         str, typer.Option(help="Sizes of the weight matrices over dense, comma-separated.")
     ] = "0.02,0.01",
@@ -179,13 +186,16 @@ def compare(
         raise ConfigError("The figures of a comparison need matplotlib: pip install 'deepthin[compare]'.")
     torch.set_num_threads(threads)
     _known(task, TASKS, "task")
-    chosen = tuple(dict.fromkeys(_known(m.strip(), engine.COMPARED, "method") for m in methods.split(",")))
+    names = ",".join(engine.COMPARED) if methods == "all" else methods
+    chosen = tuple(dict.fromkeys(_known(m.strip(), engine.COMPARED, "method") for m in names.split(",")))
     settings = engine.Settings(task, chosen, _ratios(ratios), seeds, steps, data, width, depth)
     out = out or Path("runs") / task
     with _progress("training", "steps") as report_step:
         rows = engine.compare(settings, out, report_step)
     page = results.write_page(rows, out, shlex.join(["deepthin", *sys.argv[1:]]))
     print(results.summary(rows))
+    if compared := results.cuts(rows):
+        print(f"\n{compared}")
     if any(row["value"] is not None for row in rows):
         print("\nEvery file was loaded into a new model, which predicted exactly what the trained one did.")
     if best := results.best_thin(rows):
