@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <mutex>
 #include <string>
@@ -389,6 +390,9 @@ NB_MODULE(_native, m) {
     nb::class_<Chain>(m, "Chain", nb::type_slots(chain_slots))
         .def(nb::init<nb::list, nb::dict>())
         .def("__call__", &Chain::operator());
+    m.def("same_bytes", [](std::uintptr_t a, std::uintptr_t b, std::size_t bytes) {
+        return std::memcmp(at<const void>(a), at<const void>(b), bytes) == 0;
+    });
     m.def("fail_allocation_after", &deepthin::fail_allocation_after);
     m.def(
         "forward",

@@ -117,7 +117,11 @@ def draw(rows: Rows, path: Path) -> Path:
     axes.set_ylabel(f"test {rows[0]['metric'].replace('_', ' ')}, %")
     axes.set_title(f"{rows[0]['task']}: {rows[0]['metric'].replace('_', ' ')} against size")
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8, ncols=2 if len(by_method) > 8 else 1)
+    if len(by_method) > 6:  # beside the lines, not over them
+        figure.set_figwidth(9.5)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    else:
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

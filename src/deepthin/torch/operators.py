@@ -112,6 +112,19 @@ def _is_plain(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or not t._is_zerotensor()
 
 
+def same_values(kept: Tensor, now: Tensor) -> bool:
+    """``torch.equal``, ten times as fast for plain float32 tensors; NaN counts as a value there, zeros have signs."""
+    if (
+        takes(kept, now)
+        and kept.is_contiguous()
+        and now.is_contiguous()
+        and not now.is_neg()
+        and kept.shape == now.shape
+    ):
+        return kernels.native().same_bytes(kept.data_ptr(), now.data_ptr(), 4 * now.numel())
+    return torch.equal(kept, now)
+
+
 def _method(x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int) -> Factor:
     """The plan, its shapes checked against each other."""
     if wf.dim() != 2 or xf.dim() != 2 or x.dim() == 0:

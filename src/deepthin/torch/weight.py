@@ -19,7 +19,7 @@ from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.tensor_train import TensorTrain
 from deepthin.storage import Part
-from deepthin.torch.operators import eager_linear, forward_mode, linear, product, takes
+from deepthin.torch.operators import eager_linear, forward_mode, linear, product, same_values, takes
 from deepthin.torch.product import NATIVE, Path, choose, factor_linear, in_turn_pays, multiply_in_turn
 
 _TYPICAL_BATCH = 32
@@ -415,7 +415,7 @@ class ThinWeight(nn.Module):
 
 def _same(kept: Sequence[Tensor], now: Iterable[Tensor]) -> bool:
     return all(
-        old.dtype == new.dtype and old.device == new.device and not new.is_meta and torch.equal(old, new)
+        old.dtype == new.dtype and old.device == new.device and not new.is_meta and same_values(old, new)
         for old, new in zip(kept, now, strict=True)
     )
 
