@@ -294,6 +294,18 @@ def test_what_then_cannot_be(then, message):
         Rules.parse({"rules": {"*": {"method": "deepthin", "then": then}}})
 
 
+def test_rounded_factors_of_a_high_rank_get_half_the_rate():
+    network = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 300), nn.Linear(300, 4))
+    rules = {
+        "0": {"method": "deepthin", "ratio": 0.1, "rank": "max", "then": EIGHT},
+        "1": RULES["deepthin then 8 bits"],
+    }
+    dt.compress(network, {"model": {"ratio": 0.1, "ignore": ["2"]}, "rules": rules}, init="scratch")
+    rates = {id(p): group["lr"] for group in dt.parameter_groups(network, 1.0) for p in group["params"]}
+    assert [rates[id(layer.thin["weight"].wf)] for layer in (network[0], network[1])] == [10, 20]
+    assert [rates[id(layer.bias)] for layer in network] == [10, 20, 1]
+
+
 # ---- Shares of a budget ---------------------------------------------------------------------------------------------
 
 

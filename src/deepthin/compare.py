@@ -102,7 +102,7 @@ class Run:
         """``task.ALLOCATION`` and ``task.OPTIONS`` hold what development data chose for each method."""
         rounded = ROUNDED.fullmatch(method)
         outer = rounded[1] if rounded else method
-        rule = {"method": outer, **self.task.OPTIONS.get(outer, {})}
+        rule = {"method": outer, **self.task.OPTIONS.get(method, self.task.OPTIONS.get(outer, {}))}
         if rounded:
             rule["then"] = {"method": "uniform", "bits": int(rounded[2])}
         return {"model": {"ratio": ratio, "allocation": self.task.ALLOCATION}, "rules": {"*": rule}}

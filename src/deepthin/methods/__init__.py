@@ -65,6 +65,7 @@ METHODS: dict[str, Named] = {
     )
 }
 
+HIGH_RANK = 8  # with 20 times the dense rate, factors of such a rank that are rounded diverge (docs/training.md)
 THEN = " then "
 """Between the names of a method and of the one that stores its floats: ``deepthin then uniform``."""
 
@@ -75,9 +76,11 @@ def named(name: str) -> tuple[Named, Named | None]:
     return METHODS[outer], METHODS[inner] if found else None
 
 
-def learning_rate(name: str) -> float:
-    """Times what suits the dense network; floats that are rounded in every pass want the rate of the others."""
-    return named(name)[0].learning_rate
+def learning_rate(name: str, method: Method) -> float:
+    """Times what suits the dense network; the same for floats that are rounded, but at most 10 for a high rank."""
+    rate = named(name)[0].learning_rate
+    many = isinstance(method, Then) and isinstance(method.outer, Factor) and method.outer.rank >= HIGH_RANK
+    return min(rate, 10.0) if many else rate
 
 
 def fields(method: Method) -> dict[str, Any]:

@@ -24,7 +24,12 @@ JUDGMENTS = 0  # the last state counts
 LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate times that
 LEARNING_RATES = {"dense": 2e-3, "same-size": 1e-2}
 ALLOCATION = "uniform-bytes"
-OPTIONS = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
+OPTIONS: dict[str, dict[str, object]] = {
+    "deepthin": {"rank": "max"},
+    "shuffled": {"rank": "max"},
+    "deepthin-8bit": {"rank": 4},
+    "deepthin-4bit": {"rank": 4},
+}
 
 
 @dataclass(frozen=True)

@@ -139,21 +139,21 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimiser; ``lr`` is what suits the dense network.
 
     A code wants a larger rate than a dense weight, and so do the biases beside it: with the dense rate DeepThin loses
-    to every rival. The factors are deepthin.methods.learning_rate(name), found by experiment (docs/training.md).
+    to every rival. The factors are those of deepthin.methods.learning_rate, found by experiment (docs/training.md).
     """
-    groups: dict[str, list[nn.Parameter]] = {"dense": []}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {("dense", 1.0): []}
     seen: set[int] = set()
     for module in model.modules():
         weights = [module] if isinstance(module, ThinWeight) else []
         if isinstance(module, ThinLayer):
             weights = [t.group if isinstance(t, ThinPart) else t for t in module.thin.values()]
         name = weights[0].name if weights else "dense"
+        rate = learning_rate(name, weights[0].method) if weights else 1.0
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                groups.setdefault(name, []).append(parameter)
-    scale = {name: 1.0 if name == "dense" else learning_rate(name) for name in groups}
-    return [{"params": found, "lr": lr * scale[name], "name": name} for name, found in groups.items() if found]
+                groups.setdefault((name, rate), []).append(parameter)
+    return [{"params": found, "lr": lr * rate, "name": name} for (name, rate), found in groups.items() if found]
 
 
 def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
