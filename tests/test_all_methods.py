@@ -306,6 +306,46 @@ def test_rounded_factors_of_a_high_rank_get_half_the_rate():
     assert [rates[id(layer.bias)] for layer in network] == [10, 20, 1]
 
 
+def test_a_bias_learns_beside_a_frozen_pruned_weight():
+    layer = nn.Sequential(nn.Linear(300, 200))
+    dt.compress(layer, {"rules": {"*": {"method": "pruned", "ratio": 0.02}}}, init="scratch")
+    layer[0].thin.requires_grad_(False)
+    x = torch.randn(3, 300)
+    layer.eval()(x).sum().backward()
+    assert torch.equal(layer[0].bias.grad, torch.full((200,), 3.0))
+    with torch.no_grad():
+        assert layer[0].thin["weight"].path(x) == "csr" or not deepthin.native_available
+        dense = x @ layer[0].weight.T + layer[0].bias
+        assert torch.allclose(layer(x), dense, atol=1e-4)
+        layer[0].bias.data = layer[0].bias.data.double()
+        with pytest.raises(RuntimeError):
+            layer(x)  # as a dense layer
+
+
+@each_rule
+def test_tangents_of_the_code_are_not_lost(rule):
+    from torch.autograd import forward_ad
+
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(30, 20, bias=False)).eval()
+    dt.compress(layer, {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
+    layer.requires_grad_(False)
+    x, thin = torch.randn(4, 30), layer[0].thin["weight"]
+    for _ in range(2):
+        layer(x)
+    name, latent = next(iter(thin.named_parameters()))
+    step = torch.randn_like(latent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own use of torch.jit.script
+        with forward_ad.dual_level():
+            dual = {f"0.thin.weight.{name}": forward_ad.make_dual(latent.detach(), step)}
+            y = torch.func.functional_call(layer, dual, (x,))
+            found = forward_ad.unpack_dual(y).tangent
+    latent.requires_grad_()
+    grad = torch.autograd.grad(layer(x).sum(), latent)[0]
+    assert found.sum().item() == pytest.approx((grad * step).sum().item(), rel=1e-3, abs=1e-4)
+
+
 # ---- Shares of a budget ---------------------------------------------------------------------------------------------
 
 

@@ -260,12 +260,12 @@ class ThinWeight(nn.Module):
             return y
         known = isinstance(x, Tensor)  # else a proxy that records, for which there is no choice, or the caller's error
         path, plan, scale = self.path(x, index) if known else "dense", self._plans[index], self.parts[index].scale
-        if path == "csr":
+        if path == "csr" and (bias is None or (takes(bias) and not (torch.is_grad_enabled() and bias.requires_grad))):
             return self._by_rows(x, bias)
         if path == "factors" and plan is None:
             y = multiply_in_turn(cast(Any, self.decoder), self.floats(), x) * scale
             return y if bias is None else y + bias
-        if path == "dense" or plan is None:
+        if path in ("dense", "csr") or plan is None:
             weight = self(index) if known else self._decode(index, self._state())
             if self.parts[index].transposed:
                 return x @ weight if bias is None else x @ weight + bias
@@ -421,17 +421,13 @@ def _same(kept: Sequence[Tensor], now: Iterable[Tensor]) -> bool:
 
 
 def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active()
+    """Whether values have more to them than what is in memory: nothing of them may be kept."""
+    return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
 def _is_traced(x: Tensor) -> bool:
     """Whether what is computed now is recorded as a graph or transformed by torch.func."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or _is_transformed()
-        or forward_mode()
-    )
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed()
 
 
 class ThinPart(nn.Module):
