@@ -65,7 +65,6 @@ class Uniform:
             )
         return found[-1]
 
-    @property
     def top(self) -> int:
         """The largest symbol."""
         return (1 << self.width) - 1 if self.affine else (1 << (self.width - 1)) - 1
@@ -87,7 +86,7 @@ class Uniform:
 
     def integers(self) -> dict[str, Integers]:
         """The symbols."""
-        return {"symbols": Integers(self.top + 1) if self.affine else Integers(2 * self.top + 1, -self.top)}
+        return {"symbols": Integers(self.top() + 1) if self.affine else Integers(2 * self.top() + 1, -self.top())}
 
     def derived(self) -> Code:
         """Nothing."""
@@ -109,15 +108,15 @@ class Uniform:
             return {key: array if key == "symbols" else xp.asarray(array, dtype=kind) for key, array in code.items()}
         rows = weight if self.per == "row" else xp.reshape(weight, (1, -1))
         if not self.affine:
-            step = xp.amax(abs(rows), -1)[:, None] / self.top
+            step = xp.amax(abs(rows), -1)[:, None] / self.top()
             step = xp.where(step > 0, step, xp.ones_like(step))
-            symbols = xp.clip(xp.round(weight / step), -self.top, self.top)
-            return {"symbols": _integers(symbols, self.top, xp), "step": step}
+            symbols = xp.clip(xp.round(weight / step), -self.top(), self.top())
+            return {"symbols": _integers(symbols, self.top(), xp), "step": step}
         least = xp.amin(rows, -1)[:, None]
-        step = xp.amax(rows, -1)[:, None] / self.top - least / self.top
+        step = xp.amax(rows, -1)[:, None] / self.top() - least / self.top()
         step = xp.where(step > 0, step, xp.ones_like(step))
-        symbols = xp.clip(xp.round((weight - least) / step), 0, self.top)
-        return {"symbols": _integers(symbols, self.top, xp), "step": step, "least": least}
+        symbols = xp.clip(xp.round((weight - least) / step), 0, self.top())
+        return {"symbols": _integers(symbols, self.top(), xp), "step": step, "least": least}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One multiplication a weight."""
