@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from deepthin import ConfigError
-from deepthin.compare import Run, Settings, compare
+from deepthin.compare import Settings, compare
 from deepthin.tasks import acoustic
 from deepthin.tasks.acoustic import Utterance, spliced
-from deepthin.tasks.training import train
+from deepthin.tasks.training import Training
+from deepthin.trial import Run, Setup
 
 SPEAKERS = {"train": [f"s{i}" for i in range(9)], "test": ["t0", "t1"]}
 
@@ -104,9 +105,9 @@ def test_the_slope_of_a_ramp_is_one():
 
 
 def test_compare_on_speech(folder, tmp_path):
-    settings = Settings("acoustic", ("dense", "deepthin"), (0.05,), 1, 60, folder, width=64, depth=2)
-    assert str(Run.prepare(settings).build(64)).count("Linear") == 3
-    rows = compare(settings, tmp_path)
+    setup = Setup("acoustic", folder, 60, width=64, depth=2)
+    assert str(Run.prepare(setup).build(64)).count("Linear") == 3
+    rows = compare(Settings(setup, ("deepthin",), (0.05,)), tmp_path)
     errors = {row["method"]: row["value"] for row in rows if row["split"] == "test"}
     assert errors["dense"] < 60  # of six states, guessing errs on 83
     assert errors["deepthin"] < 60
@@ -116,7 +117,7 @@ def test_compare_on_speech(folder, tmp_path):
 
 def test_only_some_networks_have_a_depth():
     with pytest.raises(ConfigError, match="The network of digits has a fixed depth"):
-        Run.prepare(Settings("digits", (), (), 1, depth=3))
+        Run.prepare(Setup("digits", depth=3))
 
 
 def test_folders_that_hold_no_speech(tmp_path):
@@ -154,7 +155,10 @@ def test_the_best_state_stays():
         return [3.0, 1.0, 2.0, 4.0][len(seen) - 1]
 
     x, y = torch.randn(40, 4), torch.arange(40) % 2
-    train(model, x, y, steps=10, batch=8, lr=0.1, seed=0, progress=lambda _: None, judge=judge, judgments=4)
+    training = Training(model=model, steps=10, lr=0.1)
+    training.keep_best(judge, 4)
+    for chosen in training.batches(40, 8):
+        training.minimise(nn.functional.cross_entropy(model(x[chosen]), y[chosen]))
     assert len(seen) == 4
     assert torch.equal(model.weight, seen[1])
     assert not torch.equal(seen[1], seen[3])

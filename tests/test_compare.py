@@ -10,10 +10,11 @@ import torch
 
 import deepthin
 from deepthin import ConfigError, NonFiniteError, results
-from deepthin.compare import COMPARED, Run, Settings, compare
+from deepthin.compare import Settings, compare
 from deepthin.storage import from_bytes
 from deepthin.tasks import TASKS, digits
-from deepthin.tasks.training import train
+from deepthin.tasks.training import Training
+from deepthin.trial import COMPARED, Run, Setup, Trial
 
 PIECES = {"train": 480, "t10k": 120}
 
@@ -33,8 +34,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def settings(folder, methods=("dense", "deepthin", "rank", "same-size"), ratios=(0.02,), seeds=1, steps=60):
-    return Settings("digits", methods, ratios, seeds, steps, folder)
+def settings(folder, methods=("deepthin", "rank", "same-size"), ratios=(0.02,), seeds=1, steps=60, **more):
+    return Settings(Setup("digits", folder, steps), methods, ratios, seeds, **more)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_rows_say_what_was_measured(finished):
     out, rows = finished
     assert json.loads((out / "results.json").read_text()) == rows
     by = {(row["method"], row["ratio"], row["split"]): row for row in rows}
-    assert {key[:2] for key in by} == {("dense", 1.0)} | {
+    assert {key[:2] for key in by} == {("dense", 1.0), ("int8", 0.25)} | {
         (m, r) for m in ("deepthin", "rank", "same-size") for r in (0.02, 0.001)
     }
     row = by["deepthin", 0.02, "test"]
@@ -67,9 +68,9 @@ def test_a_size_that_cannot_be_reached_is_a_row(finished):
 
 
 def test_sizes_keep_to_the_ratio(folder):
-    run = Run.prepare(settings(folder))
+    run = Run.prepare(Setup("digits", folder))
     for method in ("deepthin", "shuffled", "rank", "same-size"):
-        model, _ = run.model(method, 0.02, seed=0)
+        model, _ = run.model(Trial(method, 0.02, 0))
         weights = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias"))
         assert 0.85 * 0.02 * 266_200 < weights <= 0.02 * 266_200, method
 
@@ -80,7 +81,13 @@ def test_the_stored_model_predicts_what_the_row_says(finished, folder):
     model = digits.build(None, digits.WIDTH)
     model.load_state_dict({k: torch.from_numpy(v) for k, v in deepthin.load(out / row["model"]).items()})
     data = digits.load(folder)
-    assert digits.metric(model(data.inputs["test"]), data.targets["test"]) == pytest.approx(row["value"], abs=1)
+    assert digits.evaluate(model, data, "test")["error"] == pytest.approx(row["value"], abs=1)
+
+
+def untimed(rows):
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "microseconds", "dense_microseconds")} for row in rows
+    ]
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(folder, tmp_path):
@@ -91,27 +98,27 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(folder, tmp_path):
         if name.startswith("deepthin") and step == 20:
             raise Stopped
 
-    wanted = settings(folder, ("dense", "deepthin", "rank"))
+    wanted = settings(folder, ("deepthin", "rank"))
     with pytest.raises(Stopped):
         compare(wanted, tmp_path / "a", stop_in_second)
     assert {row["method"] for row in json.loads((tmp_path / "a" / "results.json").read_text())} == {"dense"}
     trained = []
     rows = compare(wanted, tmp_path / "a", lambda name, *_: trained.append(name))
-    assert set(trained) == {"deepthin-0.02-seed0", "rank-0.02-seed0"}
+    assert set(trained) - {"timing"} == {"deepthin-0.02-seed0", "rank-0.02-seed0"}
     straight = compare(wanted, tmp_path / "b")
-    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in straight]
+    assert untimed(rows) == untimed(straight)
     for name in ("deepthin-0.02-seed0", "rank-0.02-seed0"):
         files = [(tmp_path / run / "models" / f"{name}.thin").read_bytes() for run in "ab"]
         assert files[0] == files[1]
     more = []
-    compare(settings(folder, ("dense", "deepthin", "rank"), (0.02, 0.05)), tmp_path / "a", lambda n, *_: more.append(n))
-    assert set(more) == {"deepthin-0.05-seed0", "rank-0.05-seed0"}
+    compare(settings(folder, ("deepthin", "rank"), (0.02, 0.05)), tmp_path / "a", lambda n, *_: more.append(n))
+    assert set(more) - {"timing"} == {"deepthin-0.05-seed0", "rank-0.05-seed0"}
 
 
 def test_results_of_different_runs_do_not_mix(folder, tmp_path):
-    compare(settings(folder, ("dense",), steps=5), tmp_path)
+    compare(settings(folder, (), steps=5), tmp_path)
     with pytest.raises(ConfigError, match=r"holds results of another run \(steps = 5, now 6\): choose another --out"):
-        compare(settings(folder, ("dense",), steps=6), tmp_path)
+        compare(settings(folder, (), steps=6), tmp_path)
 
 
 def test_summary_and_page(finished):
@@ -121,12 +128,14 @@ def test_summary_and_page(finished):
     assert text.splitlines()[2].split()[0] == "dense"
     page = results.write_page(rows, out, "deepthin compare digits --out <here>").read_text()
     assert (out / "digits.png").stat().st_size > 10_000
-    assert "data:image/png;base64," in page
+    assert (out / "digits-latency.png").exists()
     assert "--out &lt;here&gt;" in page
     assert "<h3>deepthin at 0.02</h3>" in page
-    assert "http" not in page  # it needs no other file
+    assert "://" not in page  # it needs no other file
     best = results.best_thin(rows)
-    assert best["value"] == min(r["value"] for r in rows if r["split"] == "dev" and r["method"] != "dense")
+    assert best["value"] == min(
+        r["value"] for r in rows if r["split"] == "dev" and r["method"] not in results.UNCOMPRESSED
+    )
 
 
 def test_every_method_runs(folder, tmp_path):
@@ -135,18 +144,25 @@ def test_every_method_runs(folder, tmp_path):
     rows = compare(settings(folder, methods, (0.05,), steps=40), tmp_path)
     reached = {row["method"]: row for row in rows if row["value"] is not None}
     assert set(methods) - set(reached) == {"uniform"}
-    for name in set(reached) - {"dense", "same-size"}:
+    assert all(row["microseconds"] > 0 for row in reached.values())
+    for name in set(reached) - {"dense", "int8", "same-size"}:
         stored = from_bytes((tmp_path / reached[name]["model"]).read_bytes()).thin.values()
         held = sum(thin.bytes for thin in stored)
-        assert 0.6 * 0.05 < held / reached["dense"]["dense_bytes"] <= 0.05, name
-        assert all(thin.name == name.replace("-8bit", " then uniform") for thin in stored)
+        assert held == reached[name]["weight_bytes"]
+        assert 0.6 * 0.05 < held / reached["dense"]["weight_bytes"] <= 0.05, name
+        own = {"pruned-csr": "pruned", "same-size-8bit": "uniform"}.get(name, name.replace("-8bit", " then uniform"))
+        assert all(thin.name == own for thin in stored)
     told = results.cuts([{**row, "value": 1 + methods.index(row["method"])} for row in rows])
-    lines = {line.split()[0]: line.split()[1:] for line in told.splitlines()[2:]}
-    assert told.splitlines()[0].split()[-4:] == ["deepthin-8bit", "paper:", "TFKaldi", "DeepSpeech"]
-    rank = 1 + methods.index("rank")
-    ours = [1 + methods.index(name) for name in ("deepthin", "deepthin-8bit")]
-    assert lines["rank"] == [*(f"{100 * (1 - own / rank):.1f}" for own in ours), "60.1", "28.1"]
-    assert lines["hashed"][-2:] == ["6.1", "12.2"]
+    head, _, *lines = told.splitlines()[1:]
+    ours = ["deepthin", "deepthin-8bit"]
+    assert head.split() == [
+        *"over deepthin gap deepthin-8bit gap sizes paper: TFKaldi WER paper: DeepSpeech loss".split()
+    ]
+    by = {line.split()[0]: line.split()[1:] for line in lines}
+    rank, *values = (1 + methods.index(name) for name in ("rank", *ours))
+    cut = [f"{100 * part:.1f}" for own in values for part in (1 - own / rank, (rank - own) / (rank - 1))]
+    assert by["rank"] == [*cut, "1", "60.1", "28.1"]
+    assert by["pruned-csr"][-2:] == ["57.0", "27.2"]
 
 
 def test_spread_over_seeds_is_shown(finished):
@@ -180,14 +196,7 @@ def test_a_loss_that_is_no_number_is_named():
     """Promise 12."""
     model = digits.build(None, 6)
     inputs = torch.full((20, 784), float("nan"))
+    training = Training(model=model, steps=3, lr=0.1)
     with pytest.raises(NonFiniteError, match="The loss is nan at step 0"):
-        train(
-            model,
-            inputs,
-            torch.zeros(20, dtype=torch.int64),
-            steps=3,
-            batch=10,
-            lr=0.1,
-            seed=0,
-            progress=lambda _: None,
-        )
+        for chosen in training.batches(20, 10):
+            training.minimise(torch.nn.functional.cross_entropy(model(inputs[chosen]), chosen % 10))

@@ -1,6 +1,5 @@
 """The command line: plan, compress, inspect, compare, bench. Every mistake of a user is one line and exit code 2."""
 
-import importlib
 import json
 import shlex
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -144,16 +143,18 @@ def bench(
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Argument(help="digits | acoustic")],
+    task: Annotated[
+        str | None, typer.Argument(help="digits | acoustic | ctc | conv; or leave it out and name your own network.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")
     ] = None,
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: dense, same-size, deepthin, shuffled, rank, hashed, pruned, kronecker, "
-            "tensor-train, uniform; with -8bit or -4bit a method whose floats are then rounded, as deepthin-8bit; "
-            "or all."
+            help="Comma-separated: deepthin, shuffled, rank, same-size, hashed, pruned, pruned-csr (as in the paper), "
+            "kronecker, tensor-train, uniform; with -8bit or -4bit a method whose floats are then rounded, as "
+            "deepthin-8bit; or all. The dense network, and the same in 8 bits, are always compared."
         ),
     ] = "dense,deepthin,shuffled,rank,same-size",
     ratios: Annotated[
@@ -164,40 +165,80 @@ def compare(
         int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Units of a hidden layer  [default: the task's]")] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Hidden layers  [default: the task's]")] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(min=1, help="Hidden layers; conv: 5 is LeNet-5, 8, 14, 20 a ResNet  [default: the task's]"),
+    ] = None,
     data: Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")] = None,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")] = 1,
+    search: Annotated[
+        int, typer.Option(min=0, help="Trainings for each method that choose its learning rate and allocation.")
+    ] = 0,
+    search_ratio: Annotated[
+        float | None, typer.Option(help="The size at which they do  [default: the middle one of --ratios]")
+    ] = None,
+    search_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each of them  [default: a third of --steps]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Your network instead of a task: `package.module:factory`, best with a `width`.")
+    ] = None,
+    train: Annotated[str | None, typer.Option(help="Its training: `package.module:fit`.")] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Its numbers, less being better: `package.module:evaluate`.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray where one machine is not enough.")] = "local",
+    jobs: Annotated[int, typer.Option(min=1, max=4096, help="Trials at once.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each of them.")] = 1,
     json_file: Json = None,
 ) -> None:
     """Train one network by several methods at equal bytes, and report error against size.
 
-    Writes results.json, a PNG, report.html and the trained models, as .thin files, into --out. If interrupted, the same
+    Writes results.json, PNGs, report.html and the trained models, as .thin files, into --out. If interrupted, the same
     command goes on where it stopped.
 
-    Example: `deepthin compare digits --methods dense,deepthin,rank,same-size --ratios 0.02,0.01`
+    Example: `deepthin compare digits --methods deepthin,rank,same-size --ratios 0.02,0.01 --jobs 2`
+
+    Your own network: `deepthin compare --model nets:build --train nets:fit --evaluate nets:evaluate --ratios 0.05`
     """
     import torch
 
-    from deepthin import compare as engine
+    from deepthin import compare as comparison
     from deepthin import results
+    from deepthin.engines import ENGINES
+    from deepthin.search import Search
     from deepthin.tasks import TASKS
+    from deepthin.trial import COMPARED, Setup, prepared
 
     if find_spec("matplotlib") is None:  # said before the training, not after it
         raise ConfigError("The figures of a comparison need matplotlib: pip install 'deepthin[compare]'.")
     torch.set_num_threads(threads)
-    _known(task, TASKS, "task")
-    names = ",".join(engine.COMPARED) if methods == "all" else methods
-    chosen = tuple(dict.fromkeys(_known(m.strip(), engine.COMPARED, "method") for m in names.split(",")))
-    settings = engine.Settings(task, chosen, _ratios(ratios), seeds, steps, data, width, depth)
-    out = out or Path("runs") / task
+    own = (model, train, evaluate)
+    if (task is None) != all(own) or (task is not None and any(own)):
+        raise ConfigError(
+            f"Name a task ({', '.join(TASKS)}), or your own network by --model, --train and --evaluate, all three."
+        )
+    if task is not None:
+        _known(task, TASKS, "task")
+    _known(engine, ENGINES, "engine")
+    names = ",".join(COMPARED) if methods == "all" else methods
+    chosen = tuple(dict.fromkeys(_known(m.strip(), COMPARED, "method") for m in names.split(",")))
+    sizes = _ratios(ratios)
+    setup = Setup(task or "", data, steps, width, depth, cast(tuple[str, str, str], own) if model else None)
+    run = prepared(setup)
+    searched = None
+    if search:
+        at = search_ratio or sorted(sizes)[len(sizes) // 2]
+        searched = Search(search, at, search_steps or max(run.steps // 3, 1))
+    settings = comparison.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads)
+    out = out or Path("runs") / run.task.NAME
     with _progress("training", "steps") as report_step:
-        rows = engine.compare(settings, out, report_step)
+        rows = comparison.compare(settings, out, report_step)
     page = results.write_page(rows, out, shlex.join(["deepthin", *sys.argv[1:]]))
     print(results.summary(rows))
     if compared := results.cuts(rows):
         print(f"\n{compared}")
     if any(row["value"] is not None for row in rows):
-        print("\nEvery file was loaded into a new model, which predicted exactly what the trained one did.")
+        print("\nEvery file was loaded into a new model, which did exactly what the trained one did.")
     if best := results.best_thin(rows):
         print(f"Best file by development {best['metric']}: {out / best['model']}, {best['bytes']:,} bytes")
     print(f"Report: {page}")
@@ -226,19 +267,9 @@ def _say(kind: str, message: str) -> None:
 def _build(spec: str) -> "nn.Module":
     from torch import nn
 
-    module_name, _, function = spec.partition(":")
-    try:
-        factory: Callable[[], Any] = getattr(importlib.import_module(module_name), function)
-    except ImportError as error:
-        raise ConfigError(f"--model {spec}: cannot import {module_name!r} from {Path.cwd()}: {error}.") from None
-    except (AttributeError, ValueError, TypeError):
-        raise ConfigError(
-            f"--model {spec}: write package.module:function; {module_name!r} has no {function!r}."
-        ) from None
-    if isinstance(factory, nn.Module) or not callable(factory):
-        raise ConfigError(
-            f"--model {spec} is {type(factory).__name__}: it must be a function that returns the network."
-        )
+    from deepthin.tasks.own import function
+
+    factory = function(spec, "--model")
     try:
         signature(factory).bind()
     except TypeError as error:

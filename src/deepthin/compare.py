@@ -1,129 +1,56 @@
 """The same network, the same bytes, the same training: every method side by side, and what came out of it.
 
-A trial is one method at one size with one seed. Its row and its trained model are written as soon as it ends, so that
-an interrupted comparison goes on where it stopped.
+First a search for each method, if one is asked for; then all trials; then the networks' speed. Whatever ends is written
+at once, so that an interrupted comparison goes on where it stopped.
 """
 
 import json
-import re
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
-import deepthin.torch as dt
-from deepthin.method import BudgetError, ConfigError, DeepThinError
-from deepthin.methods import METHODS
+from deepthin.engines import ENGINES, Chain, Engine, run_chains
+from deepthin.method import ConfigError
+from deepthin.search import Choice, Search, open_storage, search
 from deepthin.storage import write_atomically
-from deepthin.tasks import TASKS
-from deepthin.tasks.training import predict, train
-
-DENSE, SAME_SIZE = "dense", "same-size"
-ROUNDED = re.compile(r"(.+)-(\d+)bit")  # a method whose floats are then stored in so many bits: deepthin-8bit
-COMPARED = (
+from deepthin.trial import (
+    ALWAYS,
     DENSE,
-    *METHODS,
+    INT8,
     SAME_SIZE,
-    *(f"{name}-{bits}bit" for bits in (8, 4) for name in METHODS if name != "uniform"),
+    Run,
+    Setup,
+    Trial,
+    judge,
+    prepared,
+    quantised,
+    run_trial,
+    split,
 )
-PRUNED_OVER = 0.02, 0.15  # shares of the steps between which pruning rises; then the layers are thin, and trained on
-PRUNED_EVERY = 10  # steps
+
+LATENCY_ROUNDS, LATENCY_SECONDS = 15, 120.0  # at most so many rounds, and no further one after so long
+SEARCH_SEED = 1000  # of the trainings that choose; those that count have seeds from 0
 Progress = Callable[[str, int, int], None]
-"""Told the trial, its step and its steps."""
+"""Told what runs, how far it is, and of how much."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one comparison is about. ``ratios`` are those of the weight matrices; None is the task's own default."""
+    """What one comparison is about. ``ratios`` are those of the weight matrices; the dense rows are always there."""
 
-    task: str
+    setup: Setup
     methods: tuple[str, ...]
     ratios: tuple[float, ...]
-    seeds: int
-    steps: int | None = None
-    data: Path | None = None
-    width: int | None = None
-    depth: int | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A task with its data, and the network and steps that all trials share."""
-
-    task: ModuleType
-    data: Any
-    steps: int
-    width: int
-    build: Callable[[int], nn.Module]  # width -> the dense network
-
-    @classmethod
-    def prepare(cls, settings: Settings) -> "Run":
-        """Load the task's data; ConfigError for a depth where the task's network has none to choose."""
-        task = TASKS[settings.task]
-        if settings.depth is not None and task.DEPTH is None:
-            raise ConfigError(f"The network of {settings.task} has a fixed depth: leave out --depth.")
-        data = task.load(settings.data)
-        depth = {} if task.DEPTH is None else {"depth": settings.depth or task.DEPTH}
-        build = partial(task.build, data, **depth)
-        return cls(task, data, settings.steps or task.DEFAULT_STEPS, settings.width or task.WIDTH, build)
-
-    def weight_bytes(self) -> int:
-        """Of the dense network's matrices."""
-        with torch.device("meta"):
-            return sum(p.numel() * p.element_size() for p in self.build(self.width).parameters() if p.dim() > 1)
-
-    def width_of(self, method: str, ratio: float) -> int:
-        """The dense width, except for the same-size network."""
-        return dt.same_size(self.build, int(ratio * self.weight_bytes())) if method == SAME_SIZE else self.width
-
-    def model(self, method: str, ratio: float, seed: int) -> tuple[nn.Module, dt.Twist | None]:
-        """The network by one method, untrained, its weight matrices within ``ratio`` of the dense ones'.
-
-        Pruning starts from dense weights, which the second result makes thin on the way. Raises BudgetError.
-        """
-        torch.manual_seed(seed)
-        model = self.build(self.width_of(method, ratio))
-        if method in (DENSE, SAME_SIZE):
-            return model, None
-        rules = self.rules(method, ratio)
-        if method.startswith("pruned"):
-            start, end = (int(share * self.steps) for share in PRUNED_OVER)
-            return model, dt.Twist(model, rules, every=PRUNED_EVERY, schedule=dt.Rising(start, max(end, start + 1)))
-        dt.compress(model, rules, init="scratch", seed=seed)
-        return model, None
-
-    def rules(self, method: str, ratio: float) -> dict[str, Any]:
-        """``task.ALLOCATION`` and ``task.OPTIONS`` hold what development data chose for each method."""
-        rounded = ROUNDED.fullmatch(method)
-        outer = rounded[1] if rounded else method
-        rule = {"method": outer, **self.task.OPTIONS.get(method, self.task.OPTIONS.get(outer, {}))}
-        if rounded:
-            rule["then"] = {"method": "uniform", "bits": int(rounded[2])}
-        return {"model": {"ratio": ratio, "allocation": self.task.ALLOCATION}, "rules": {"*": rule}}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One method at one size with one seed."""
-
-    method: str
-    ratio: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """For files: ``deepthin-0.02-seed0``."""
-        return (
-            f"{self.method}-seed{self.seed}"
-            if self.method == DENSE
-            else f"{self.method}-{self.ratio:g}-seed{self.seed}"
-        )
+    seeds: int = 1
+    search: Search | None = None
+    engine: str = "local"
+    jobs: int = 1
+    threads: int = 1
 
 
 def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[dict[str, Any]]:
@@ -131,74 +58,146 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
 
     ConfigError if ``out`` holds results that other steps, another network or other data gave.
     """
-    run = Run.prepare(settings)
-    shape = str(run.build(run.width))
-    about = {"task": settings.task, "steps": run.steps, "data": run.data.about, "network": shape}
+    run = prepared(settings.setup)
+    methods = tuple(dict.fromkeys((*ALWAYS, *settings.methods)))
+    about = {"task": run.task.NAME, "steps": run.steps, "data": run.data.about, "network": str(run.build(run.width))}
+    if settings.search:
+        about["search"] = asdict(settings.search)
     _check_same_run(about, out)
+    _check_widths(run, methods)
     results = out / "results.json"
-    rows: list[dict[str, Any]] = _read(results, list) if results.exists() else []
-    done = {Trial(row["method"], row["ratio"], row["seed"]) for row in rows}
-    for trial in _trials(settings):
-        if trial not in done:
-            rows += _run(run, trial, out, progress)
-            write_atomically(results, json.dumps(rows, indent=1).encode())
+    rows: list[dict[str, Any]] = read_json(results, list) if results.exists() else []
+    engine = ENGINES[settings.engine](settings.jobs, settings.threads)
+    try:
+        choices = _search_all(settings, methods, run, engine, out, progress) if settings.search else {}
+        done = {(row["method"], row["ratio"], row["seed"]) for row in rows}
+        wanted = _trials(settings, methods, choices)
+        trials = [trial for trial in wanted if trial.key not in done]
+        count = [len(wanted) - len(trials), len(wanted)]
+        for quantising in (False, True):  # the 8-bit network is made of the dense one
+            chains = [
+                _chain(settings, trial, out, progress, rows, count)
+                for trial in trials
+                if (trial.method == INT8) is quantising
+            ]
+            run_chains(engine, chains)
+    finally:
+        engine.close()
+    order = {name: place for place, name in enumerate(methods)}
+    rows.sort(key=lambda row: (row["seed"], order.get(row["method"], len(order)), -row["ratio"]))
+    if any(row["value"] is not None and "microseconds" not in row for row in rows):
+        _time_all(run, rows, out, progress)
+    write_rows(rows, results)
     return rows
 
 
-def _trials(settings: Settings) -> list[Trial]:
+def _trials(settings: Settings, methods: tuple[str, ...], choices: dict[str, Choice]) -> list[Trial]:
+    fixed = {DENSE: (1.0,), INT8: (0.25,)}
     return [
-        Trial(method, ratio, seed)
+        Trial(method, ratio, seed, choices.get(method))
         for seed in range(settings.seeds)
-        for method in settings.methods
-        for ratio in ((1.0,) if method == DENSE else settings.ratios)
+        for method in methods
+        for ratio in fixed.get(method, settings.ratios)
     ]
 
 
-def _run(run: Run, trial: Trial, out: Path, progress: Progress) -> list[dict[str, Any]]:
-    """One row for each split that is judged; a single row without a value where the size cannot be reached.
+def _chain(
+    settings: Settings, trial: Trial, out: Path, progress: Progress, rows: list[dict[str, Any]], count: list[int]
+) -> Chain:
+    """One trial; in this process its steps are told, else how many trials are done: ``count``, of how many."""
+    if settings.engine == "local" and settings.jobs == 1:
+        steps = prepared(settings.setup).steps
+        found = yield run_trial, settings.setup, trial, out, lambda step: progress(trial.name, step, steps)
+    else:
+        found = yield run_trial, settings.setup, trial, out
+    rows += found
+    write_rows(rows, out / "results.json")
+    count[0] += 1
+    if settings.jobs > 1 or settings.engine != "local":
+        progress("trials", *count)
 
-    What is judged is the file: it is loaded into a new model, which must predict what the trained one does.
+
+def _search_all(
+    settings: Settings, methods: tuple[str, ...], run: Run, engine: Engine, out: Path, progress: Progress
+) -> dict[str, Choice]:
+    """The choice for each method, and how it was found, in ``run.json``."""
+    wanted = settings.search
+    assert wanted is not None
+    storage = open_storage(out / "search.db")
+    setup = Setup(**{**asdict(settings.setup), "steps": wanted.steps})
+    found: dict[str, tuple[Choice, float | None]] = {}
+    searched = [method for method in methods if method != INT8]
+    told = 0
+
+    def chain(method: str) -> Chain:
+        nonlocal told
+        ratio = 1.0 if method == DENSE else wanted.ratio
+
+        def call(choice: Choice) -> Any:
+            return judge, setup, Trial(method, ratio, SEARCH_SEED, choice)
+
+        allocates = method != DENSE and split(method)[0] != SAME_SIZE
+        steps = search(storage, method, run.choice(method), allocates, wanted.trials, call)
+        value: float | None = None
+        while True:
+            try:
+                value = yield steps.send(value)
+            except StopIteration as end:
+                found[method] = end.value
+                return
+            told += 1
+            progress("searching", told, wanted.trials * len(searched))
+
+    run_chains(engine, map(chain, searched))
+    chosen = {name: {**asdict(choice), "value": value} for name, (choice, value) in found.items()}
+    path = out / "run.json"
+    write_atomically(path, json.dumps({**read_json(path, dict), "chosen": chosen}, indent=1).encode())
+    return {name: choice for name, (choice, _) in found.items()}
+
+
+def _time_all(run: Run, rows: list[dict[str, Any]], out: Path, progress: Progress) -> None:
+    """``microseconds`` of a single item for every method and size, medians of one interleaved run, one thread each.
+
+    The files of the first seed that has one serve for all.
     """
-    task, data = run.task, run.data
-    with torch.device("meta"):
-        dense_bytes = sum(p.numel() * p.element_size() for p in run.build(run.width).parameters())
-    row: dict[str, Any] = {"task": task.NAME, "method": trial.method, "ratio": trial.ratio, "bytes": None}
-    row |= {"dense_bytes": dense_bytes, "seed": trial.seed, "split": "test", "metric": task.METRIC, "value": None}
-    try:
-        model, twist = run.model(trial.method, trial.ratio, trial.seed)
-    except BudgetError as error:
-        return [{**row, "smallest_ratio": error.smallest_bits / 8 / run.weight_bytes()}]
-    started = time.perf_counter()
-    train(
-        model,
-        data.inputs["train"],
-        data.targets["train"],
-        steps=run.steps,
-        batch=task.BATCH,
-        lr=task.LEARNING_RATES.get(trial.method, task.LEARNING_RATE),
-        seed=trial.seed,
-        progress=lambda step: progress(trial.name, step, run.steps),
-        judge=lambda: task.metric(predict(model, data.inputs["dev"]), data.targets["dev"]),
-        judgments=task.JUDGMENTS,
-        twist=twist,
-        thin_from=PRUNED_OVER[1],
-    )
-    row |= {"seconds": round(time.perf_counter() - started, 2), "model": f"models/{trial.name}.thin"}
-    (out / "models").mkdir(exist_ok=True)
-    row["bytes"] = dt.save(model, out / row["model"])
-    with torch.device("meta"):
-        reloaded = run.build(run.width_of(trial.method, trial.ratio))
-    dt.load(reloaded, out / row["model"])
-    rows: list[dict[str, Any]] = []
-    for split in ("dev", "test"):
-        predicted = predict(reloaded, data.inputs[split])
-        if not torch.equal(predicted, predict(model, data.inputs[split])):
-            raise DeepThinError(f"{out / row['model']} does not predict what the trained model does: please report it.")
-        rows.append({**row, "split": split, "value": task.metric(predicted, data.targets[split])})
-    return rows
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    example = run.task.example(run.data)
+    models: dict[tuple[str, float], torch.nn.Module] = {}
+    for row in rows:
+        key = row["method"], row["ratio"]
+        if key not in models and row.get("model"):
+            models[key] = run.load(out / row["model"], *key)
+    dense = models[DENSE, 1.0]
+    if any(row["method"] == INT8 and row["value"] is not None for row in rows):
+        models[INT8, 0.25] = quantised(dense)
+    times: dict[tuple[str, float], list[int]] = {key: [] for key in models}
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for turn in range(LATENCY_ROUNDS):
+            for key, model in models.items():
+                model(*example)
+                start = time.perf_counter_ns()
+                model(*example)
+                times[key].append(time.perf_counter_ns() - start)
+            progress("timing", turn + 1, LATENCY_ROUNDS)
+            if time.perf_counter() - began > LATENCY_SECONDS:
+                break
+    torch.set_num_threads(threads)
+    medians = {key: statistics.median(values) / 1000 for key, values in times.items()}
+    for row in rows:
+        if row["value"] is not None:
+            row["microseconds"] = round(medians[row["method"], row["ratio"]], 1)
+            row["dense_microseconds"] = round(medians[DENSE, 1.0], 1)
 
 
-def _read(path: Path, kind: type) -> Any:
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """``results.json``: one row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    write_atomically(path, f"[\n{lines}\n]\n".encode())
+
+
+def read_json(path: Path, kind: type) -> Any:
     """What an earlier run wrote; ConfigError if it is damaged."""
     try:
         found = json.loads(path.read_text())
@@ -209,11 +208,22 @@ def _read(path: Path, kind: type) -> Any:
     return found
 
 
-def _check_same_run(run: dict[str, Any], out: Path) -> None:
+def _check_same_run(about: dict[str, Any], out: Path) -> None:
     """Results of different runs must not mix in one folder."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "run.json"
-    if path.exists() and (earlier := _read(path, dict)) != run:
-        changed = [f"{key} = {earlier.get(key)!r}, now {run[key]!r}" for key in run if earlier.get(key) != run[key]]
+    earlier = read_json(path, dict) if path.exists() else {}
+    keys = {*about, *earlier} - {"chosen"}
+    changed = [
+        f"{k} = {earlier.get(k)!r}, now {about.get(k)!r}" for k in sorted(keys) if earlier.get(k) != about.get(k)
+    ]
+    if earlier and changed:
         raise ConfigError(f"{out} holds results of another run ({'; '.join(changed)}): choose another --out.")
-    write_atomically(path, json.dumps(run, indent=1).encode())
+    write_atomically(path, json.dumps({**earlier, **about}, indent=1).encode())
+
+
+def _check_widths(run: Run, methods: tuple[str, ...]) -> None:
+    """Said before the training, not after hours of it."""
+    if any(split(method)[0] == SAME_SIZE for method in methods):
+        with torch.device("meta"):
+            run.build(run.width + 1)

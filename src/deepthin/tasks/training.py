@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,73 +14,98 @@ from deepthin.torch import Twist, parameter_groups
 WARM_UP = 50  # steps
 
 
-def train(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    progress: Callable[[int], None],
-    judge: Callable[[], float] | None = None,
-    judgments: int = 0,
-    twist: Twist | None = None,
-    thin_from: float = 1.0,
-) -> None:
-    """Minimise the cross entropy of ``model(inputs)``; ``lr`` is the dense rate, codes get their multiple of it.
+@dataclass(kw_only=True)
+class Training:
+    """One training: so many steps from a seed. Tasks differ in where batches and losses come from.
 
-    Batches are drawn in reshuffled passes from ``seed``. ``judge`` is asked ``judgments`` times, evenly and at the end,
-    and the state that it gave the lowest value is the one that stays. ``twist`` distorts the dense weights of ``model``
-    until, after the share ``thin_from`` of the steps, it makes them thin; judged is what comes then. NonFiniteError
-    names the step if the loss is no number.
+        for chosen in training.batches(len(inputs), 128):
+            training.minimise(cross_entropy(model(inputs[chosen]), targets[chosen]))
+
+    ``lr`` is the rate of what is dense; codes get their multiple of it. ``twist`` distorts the dense weights of the
+    model until, after the share ``thin_from`` of the steps, it makes them thin.
     """
 
-    def prepare(first: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        optimizer = torch.optim.Adam(parameter_groups(model, lr))
+    model: nn.Module
+    steps: int
+    lr: float
+    seed: int = 0
+    twist: Twist | None = None
+    thin_from: float = 1.0
+    progress: Callable[[int], None] = lambda _: None  # told after each step how many there were
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)  # for whatever a task draws
+        self._judge: Callable[[], float] | None = None
+        self._judgments = 0
+        self._best, self._best_state = math.inf, None
+
+    def keep_best(self, judge: Callable[[], float], times: int) -> None:
+        """``judge`` the model so many times, evenly and at the end; the state with the lowest value stays."""
+        self._judge, self._judgments = judge, times
+
+    def batches(
+        self, count: int, batch: int, warm_up: int = WARM_UP, order: Callable[[], Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """Indices below ``count``, so many at a time, in reshuffled passes, one for each step.
+
+        ``order`` draws a pass, where it is not to be any permutation; what fills no batch at its end is left out.
+        The rate rises over ``warm_up`` steps and falls to zero by half a cosine. At the end the best judged state is
+        restored.
+        """
+        self._warm_up = warm_up
+        self._prepare()
+        self.model.train()
+        batch = min(batch, count)
+        draw = order or (lambda: torch.randperm(count, generator=self.generator))
+        indices, at = draw(), 0
+        while self.step < self.steps:
+            if at + batch > len(indices):
+                indices, at = draw(), 0
+            yield indices[at : at + batch]
+            at += batch
+        if self._best_state is not None:
+            self.model.load_state_dict(self._best_state)
+
+    def minimise(self, loss: Tensor, clip: float | None = None) -> None:
+        """One step down the gradient of ``loss``, whose norm is at most ``clip``.
+
+        NonFiniteError names the step if the loss is no number.
+        """
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"The loss is {loss.item()} at step {self.step}: use a smaller learning rate than {self.lr:g}."
+            )
+        self._optimizer.zero_grad()
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self._optimizer.step()
+        self._schedule.step()
+        self.step += 1
+        if self.twist is not None:
+            self.twist.step()
+            if self.step >= self.thin_from * self.steps:
+                self.twist.finish()
+                self.twist = None
+                self._prepare()
+        due = self.step * self._judgments // self.steps > (self.step - 1) * self._judgments // self.steps
+        if due and self.twist is None and self._judge is not None:
+            if (value := self._judge()) < self._best:
+                self._best, self._best_state = value, copy.deepcopy(self.model.state_dict())
+            self.model.train()
+        self.progress(self.step)
+
+    def _prepare(self) -> None:
+        """An optimiser for the parameters that there are now, and its rate from here on."""
+        first = self.step
 
         def rate(step: int) -> float:
-            return min((first + step + 1) / WARM_UP, 1.0) * 0.5 * (1 + math.cos(math.pi * (first + step) / steps))
+            done = first + step
+            return min((done + 1) / self._warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-    optimizer, schedule = prepare(0)
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    order = torch.randperm(len(inputs), generator=generator)
-    at = 0
-    best, best_state = math.inf, None
-    for step in range(steps):
-        if at + batch > len(order):
-            order, at = torch.randperm(len(inputs), generator=generator), 0
-        chosen = order[at : at + batch]
-        at += batch
-        loss = nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen])
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"The loss is {loss.item()} at step {step}: use a smaller learning rate than {lr}.")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if twist is not None:
-            twist.step()
-            if step + 1 >= thin_from * steps:
-                twist.finish()
-                twist = None
-                optimizer, schedule = prepare(step + 1)
-        if (
-            twist is None
-            and judge is not None
-            and judgments
-            and (step + 1) * judgments // steps > step * judgments // steps
-        ):
-            if (value := judge()) < best:
-                best, best_state = value, copy.deepcopy(model.state_dict())
-            model.train()
-        progress(step + 1)
-    if best_state is not None:
-        model.load_state_dict(best_state)
+        self._optimizer = torch.optim.Adam(parameter_groups(self.model, self.lr))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
 
 
 def predict(model: nn.Module, inputs: Tensor, batch: int = 1000) -> Tensor:
@@ -87,3 +113,8 @@ def predict(model: nn.Module, inputs: Tensor, batch: int = 1000) -> Tensor:
     model.eval()
     with torch.no_grad():
         return torch.cat([model(part) for part in inputs.split(batch)])
+
+
+def error(scores: Tensor, targets: Tensor) -> float:
+    """Share of items whose likeliest class is wrong, in percent."""
+    return 100 * (scores.argmax(1) != targets).double().mean().item()

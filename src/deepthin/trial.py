@@ -1,0 +1,294 @@
+"""One trial: a network by one method at one size with one seed, trained, stored, loaded again, and judged."""
+
+import copy
+import re
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import deepthin.torch as dt
+from deepthin.method import BudgetError, ConfigError, DeepThinError, NonFiniteError
+from deepthin.methods import METHODS
+from deepthin.rules import ALLOCATIONS
+from deepthin.search import Choice
+from deepthin.storage import inspect
+from deepthin.tasks import TASKS
+from deepthin.tasks.own import Own
+from deepthin.tasks.training import Training
+from deepthin.torch.layers import thin_tensors
+
+DENSE, INT8, SAME_SIZE = "dense", "int8", "same-size"
+ALWAYS = (DENSE, INT8)
+PRUNED_CSR = "pruned-csr"
+ROUNDED = re.compile(r"(.+)-(\d+)bit")  # a method whose floats are then stored in so many bits: deepthin-8bit
+COMPARED = (
+    *ALWAYS,
+    *METHODS,
+    SAME_SIZE,
+    PRUNED_CSR,
+    *(f"{name}-{bits}bit" for bits in (8, 4) for name in (*METHODS, SAME_SIZE) if name != "uniform"),
+)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Shares of the steps between which pruning rises; then the layers are thin, and trained on. ``times`` in all."""
+
+    start: float
+    end: float
+    times: int
+
+
+# Ours: from early on, often, long before the weights are trained (gradual pruning). The paper's: a trained network,
+# pruned and trained on in turn (Han et al., 2015, arXiv:1506.02626, section 3), stored as compressed sparse rows.
+PRUNING = {"pruned": Pruning(0.02, 0.15, 24), PRUNED_CSR: Pruning(0.4, 0.7, 6)}
+INT8_RATIO = 0.25
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all trials of a comparison share. None is the task's own default."""
+
+    task: str
+    data: Path | None = None
+    steps: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    own: tuple[str, str, str] | None = None  # the user's factory, training and evaluation, instead of ``task``
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one size with one seed; ``choice`` is what a search found, None the task's own."""
+
+    method: str
+    ratio: float
+    seed: int
+    choice: Choice | None = None
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """What identifies it in a comparison."""
+        return self.method, self.ratio, self.seed
+
+    @property
+    def name(self) -> str:
+        """For files: ``deepthin-0.02-seed0``."""
+        size = "" if self.method in ALWAYS else f"-{self.ratio:g}"
+        return f"{self.method}{size}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task with its data, and the network and steps that all trials share."""
+
+    task: Any  # a module of deepthin.tasks, or Own
+    data: Any
+    steps: int
+    width: int
+    build: Callable[[int], nn.Module]  # width -> the dense network
+
+    @classmethod
+    def prepare(cls, setup: Setup) -> "Run":
+        """Load the task's data; ConfigError for a depth where the task's network has none to choose."""
+        task = Own.find(*setup.own) if setup.own else TASKS[setup.task]
+        if setup.depth is not None and task.DEPTH is None:
+            raise ConfigError(f"The network of {task.NAME} has a fixed depth: leave out --depth.")
+        data = task.load(setup.data)
+        depth = {} if task.DEPTH is None else {"depth": setup.depth or task.DEPTH}
+        build = partial(task.build, data, **depth)
+        return cls(task, data, setup.steps or task.DEFAULT_STEPS, setup.width or task.WIDTH, build)
+
+    def weight_bytes(self) -> int:
+        """Of the dense network's matrices."""
+        return self._bytes(lambda p: p.dim() > 1)
+
+    def dense_bytes(self) -> int:
+        """Of all parameters of the dense network."""
+        return self._bytes(lambda p: True)
+
+    def _bytes(self, counts: Callable[[nn.Parameter], bool]) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() * p.element_size() for p in self.build(self.width).parameters() if counts(p))
+
+    def width_of(self, method: str, ratio: float) -> int:
+        """The dense width, except for the same-size network, which has more weights if they have fewer bits."""
+        outer, bits = split(method)
+        if outer != SAME_SIZE:
+            return self.width
+        budget = int(ratio * self.weight_bytes())
+        if bits:  # a step of 4 bytes for each matrix, and more weights in what is left
+            with torch.device("meta"):
+                budget -= 4 * sum(p.dim() > 1 for p in self.build(self.width).parameters())
+            budget = budget * 32 // bits
+        return dt.same_size(self.build, budget)
+
+    def choice(self, method: str) -> Choice:
+        """``LEARNING_RATES`` and ``ALLOCATIONS`` of the task hold what development data chose for each method."""
+        outer, _ = split(method)
+        rates, shares = self.task.LEARNING_RATES, self.task.ALLOCATIONS
+        share = shares.get(method, shares.get(outer, self.task.ALLOCATION))
+        rate = rates.get(method, rates.get(outer, self.task.LEARNING_RATE))
+        return Choice(rate, float(ALLOCATIONS[share] if isinstance(share, str) else share))
+
+    def model(self, trial: Trial) -> tuple[nn.Module, dict[str, Any]]:
+        """The network, untrained, its weight matrices within the ratio of the dense ones', and how it becomes thin.
+
+        Pruning starts from dense weights, and the second result is what makes it thin on the way. Raises BudgetError.
+        """
+        torch.manual_seed(trial.seed)
+        model = self.build(self.width_of(trial.method, trial.ratio))
+        outer, _ = split(trial.method)
+        if trial.method in (*ALWAYS, SAME_SIZE):
+            return model, {}
+        rules = self.rules(trial.method, trial.ratio, (trial.choice or self.choice(trial.method)).allocation)
+        if outer in PRUNING:
+            over = PRUNING[outer]
+            start, end = (int(share * self.steps) for share in (over.start, over.end))
+            end = max(end, start + 1)
+            twist = dt.Twist(model, rules, every=max((end - start) // over.times, 1), schedule=dt.Rising(start, end))
+            return model, {"twist": twist, "thin_from": over.end}
+        dt.compress(model, rules, init="scratch", seed=trial.seed)
+        return model, {}
+
+    def rules(self, method: str, ratio: float, allocation: float) -> dict[str, Any]:
+        """The configuration of a method; ``OPTIONS`` of the task hold what else was chosen for it."""
+        outer, bits = split(method)
+        if outer == SAME_SIZE:
+            return {"rules": self.task.rules({"method": "uniform", "bits": bits})}
+        rule = {"method": outer, **self.task.OPTIONS.get(method, self.task.OPTIONS.get(outer, {}))}
+        if outer == PRUNED_CSR:
+            rule |= {"method": "pruned", "index": "csr"}
+        if bits:
+            rule["then"] = {"method": "uniform", "bits": bits}
+        return {"model": {"ratio": ratio, "allocation": allocation}, "rules": self.task.rules(rule)}
+
+    def train(self, trial: Trial, progress: Callable[[int], None]) -> nn.Module:
+        """The trained network. Raises BudgetError, and NonFiniteError if the training diverges."""
+        model, thin_on_the_way = self.model(trial)
+        lr = (trial.choice or self.choice(trial.method)).lr
+        training = Training(model=model, steps=self.steps, lr=lr, seed=trial.seed, progress=progress, **thin_on_the_way)
+        self.task.fit(model, self.data, training)
+        if training.step != self.steps:
+            raise ConfigError(
+                f"The training of {self.task.NAME} made {training.step} of {self.steps} steps: it must call "
+                "training.minimise once for each batch of training.batches(...)."
+            )
+        return model
+
+    def load(self, path: Path, method: str, ratio: float) -> nn.Module:
+        """A trained network from its file, in evaluation."""
+        with torch.device("meta"):
+            model = self.build(self.width_of(method, ratio))
+        return dt.load(model, path).eval()
+
+
+def split(method: str) -> tuple[str, int | None]:
+    """The name of a method, and the bits of its floats where they are rounded."""
+    rounded = ROUNDED.fullmatch(method)
+    return (rounded[1], int(rounded[2])) if rounded else (method, None)
+
+
+@lru_cache(maxsize=1)
+def prepared(setup: Setup) -> Run:
+    """``Run.prepare``, once in each process."""
+    return Run.prepare(setup)
+
+
+def judge(setup: Setup, trial: Trial) -> float | None:
+    """The leading metric of a training on development data; None where it diverges or the size is out of reach."""
+    run = prepared(setup)
+    try:
+        model = run.train(trial, lambda _: None)
+    except (NonFiniteError, BudgetError):
+        return None
+    values = run.task.evaluate(model.eval(), run.data, "dev")
+    return float(next(iter(values.values())))
+
+
+def run_trial(
+    setup: Setup, trial: Trial, out: Path, progress: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """A row for each split and metric; one without a value where the size is out of reach, or the training diverges.
+
+    What is judged is the file: it is loaded into a new model, which must do on development data what the trained one
+    does.
+    """
+    run = prepared(setup)
+    row = first_row(run, trial)
+    if trial.method == INT8:
+        return _quantised(run, trial, row, out)
+    started = time.perf_counter()
+    try:
+        model = run.train(trial, progress or (lambda _: None))
+    except BudgetError as error:
+        return [{**row, "smallest_ratio": error.smallest_bits / 8 / run.weight_bytes()}]
+    except NonFiniteError as error:
+        return [{**row, "failed": str(error)}]
+    row |= {"seconds": round(time.perf_counter() - started, 2), "model": f"models/{trial.name}.thin"}
+    (out / "models").mkdir(exist_ok=True)
+    row["bytes"] = dt.save(model, out / row["model"])
+    row["weight_bytes"] = sum(matrix.bytes for matrix in inspect(out / row["model"]).rows)
+    reloaded = run.load(out / row["model"], trial.method, trial.ratio)
+    if not _alike(model.eval(), reloaded, run.task.example(run.data)):
+        raise DeepThinError(f"{out / row['model']} does not hold what the trained model does: please report it.")
+    return _rows(row, {name: run.task.evaluate(reloaded, run.data, name) for name in ("dev", "test")})
+
+
+def first_row(run: Run, trial: Trial) -> dict[str, Any]:
+    """What is known before a trial."""
+    choice = trial.choice or run.choice(trial.method)
+    row: dict[str, Any] = {"task": run.task.NAME, "method": trial.method, "ratio": trial.ratio, "bytes": None}
+    row |= {"weight_bytes": None, "dense_bytes": run.dense_bytes(), "seed": trial.seed, "split": "test"}
+    return row | {"metric": run.task.METRICS[0], "value": None, "lr": choice.lr, "allocation": choice.allocation}
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    """The dense network with weights of 8 bits, and activations rounded on the way (torch's dynamic quantisation)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that its quantisation moves elsewhere
+        from torch.ao.quantization import quantize_dynamic
+
+        kinds = {nn.Linear, nn.LSTM, nn.GRU}
+        return quantize_dynamic(copy.deepcopy(model), kinds, dtype=torch.qint8)  # pyright: ignore[reportArgumentType]
+
+
+def _quantised(run: Run, trial: Trial, row: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+    """The rows of the dense network of the same seed, quantised after its training. Convolutions stay in fp32."""
+    if torch.backends.quantized.engine == "none":
+        return [{**row, "failed": "torch has no 8-bit products on this processor"}]
+    dense = run.load(out / "models" / f"{DENSE}-seed{trial.seed}.thin", DENSE, 1.0)
+    model = quantised(dense)
+    kinds = (nn.Linear, nn.LSTM, nn.GRU)
+    rounded = sum(
+        p.numel() for m in dense.modules() if isinstance(m, kinds) for p in m.parameters(False) if p.dim() > 1
+    )
+    row |= {"weight_bytes": run.weight_bytes() - 3 * rounded, "bytes": run.dense_bytes() - 3 * rounded}
+    return _rows(row, {name: run.task.evaluate(model, run.data, name) for name in ("dev", "test")})
+
+
+def _alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
+    """Whether two networks have the same weights, decoded where they are thin, and the same outputs for an item."""
+    held: list[list[torch.Tensor]] = []
+    with torch.no_grad():
+        for model in (one, other):
+            weights = [weight(index) for weight, index in thin_tensors(model).values()]
+            plain = [t for n, t in model.state_dict().items() if ".thin." not in f".{n}"]
+            outputs = model(*example)
+            held.append([*weights, *plain, *(outputs if isinstance(outputs, tuple) else (outputs,))])
+    return len(held[0]) == len(held[1]) and all(map(torch.equal, *held))
+
+
+def _rows(row: dict[str, Any], found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    return [
+        {**row, "split": name, "metric": metric, "value": value}
+        for name, values in found.items()
+        for metric, value in values.items()
+    ]

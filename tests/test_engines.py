@@ -1,0 +1,200 @@
+"""Trials in several processes, on Ray, and after a kill: the same rows as one after another."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import optuna
+import pytest
+
+from deepthin import ConfigError
+from deepthin.compare import Settings, compare
+from deepthin.engines import Inline, Processes, Ray, run_chains
+from deepthin.search import Choice, Search, open_storage, search
+from deepthin.trial import Setup
+
+UNTIMED = ("seconds", "microseconds", "dense_microseconds")
+SEARCH = Search(trials=3, ratio=0.02, steps=20)
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if key not in UNTIMED} for row in rows]
+
+
+def settings(**more):
+    setup = Setup("digits", steps=40)
+    return Settings(setup, ("deepthin", "rank", "deepthin-8bit"), (0.05, 0.02), 1, SEARCH, **more)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight")
+    return out, compare(settings(), out)
+
+
+def test_a_chain_gets_its_results_in_turn():
+    seen = []
+
+    def chain(name, count):
+        for number in range(count):
+            seen.append((name, (yield max, number, 10 * number)))
+
+    run_chains(Inline(), [chain("a", 3), chain("b", 0), chain("c", 2)])
+    assert sorted(seen) == [("a", 0), ("a", 10), ("a", 20), ("c", 0), ("c", 10)]
+    assert [result for name, result in seen if name == "a"] == [0, 10, 20]
+
+
+def test_an_exception_reaches_the_caller():
+    def chain():
+        yield int, "no number"
+
+    for engine in (Inline(), Processes(2, 1)):
+        try:
+            with pytest.raises(ValueError, match="no number"):
+                run_chains(engine, [chain()])
+        finally:
+            engine.close()
+
+
+def test_several_processes_give_the_same_rows(straight, tmp_path):
+    told = []
+    rows = compare(settings(jobs=2), tmp_path, lambda *what: told.append(what))
+    assert untimed(rows) == untimed(straight[1])
+    assert json.loads((tmp_path / "run.json").read_text()) == json.loads((straight[0] / "run.json").read_text())
+    assert ("searching", 12, 12) in told
+    assert ("trials", 8, 8) in told
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'deepthin[ray]'")
+def test_ray_gives_the_same_rows(straight, tmp_path):
+    rows = compare(settings(engine="ray", jobs=2), tmp_path)
+    assert untimed(rows) == untimed(straight[1])
+
+
+def test_ray_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr("deepthin.engines.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'deepthin\[ray\]'"):
+        Ray(1, 1)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["local", pytest.param("ray", marks=pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed"))],
+)
+@pytest.mark.parametrize("within", ["search", "trials"])
+def test_a_killed_comparison_goes_on_to_the_same_rows(straight, tmp_path, engine, within):
+    """kill -9 while it searches, and while its trials run; no process of it survives."""
+    command = [sys.executable, "-m", "deepthin", "compare", "digits", "--methods", "deepthin,rank,deepthin-8bit"]
+    command += "--ratios 0.05,0.02 --steps 40 --search 3 --search-ratio 0.02 --search-steps 20 --jobs 2".split()
+    command += ["--engine", engine, "--out", str(tmp_path / "out")]
+    environment = {key: value for key, value in os.environ.items() if key != "DEEPTHIN_DATA"}
+    killed = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    study, results = tmp_path / "out" / "search.db", tmp_path / "out" / "results.json"
+
+    def far_enough():
+        if within == "trials":
+            return results.exists() and len(json.loads(results.read_text())) >= 2
+        try:
+            states = (
+                [
+                    t.state.is_finished()
+                    for s in optuna.get_all_study_names(f"sqlite:///{study}")
+                    for t in optuna.load_study(study_name=s, storage=f"sqlite:///{study}").trials
+                ]
+                if study.exists()
+                else []
+            )
+        except Exception:  # the tables are just being made
+            return False
+        return sum(states) >= 4
+
+    until = time.monotonic() + 120
+    while not far_enough() and killed.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    children = _descendants(killed.pid)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL  # not done before
+    assert len(children) >= 2
+    until = time.monotonic() + 60
+    while any(map(_alive, children)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not [child for child in children if _alive(child)]
+    rows = compare(settings(engine=engine, jobs=2), tmp_path / "out")
+    assert untimed(rows) == untimed(straight[1])
+
+
+def _descendants(pid):
+    found = []
+    for child in _children(pid):
+        found += [child, *_descendants(child)]
+    return found
+
+
+def _children(pid):
+    try:
+        return [
+            int(p)
+            for t in os.listdir(f"/proc/{pid}/task")
+            for p in open(f"/proc/{pid}/task/{t}/children").read().split()
+        ]
+    except OSError:
+        return []
+
+
+def _alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def drive(storage, values, trials=4):
+    """Search with known values by rate; what was tried, and the outcome."""
+    steps = search(storage, "m", Choice(0.01, 0.0), True, trials, lambda choice: choice)
+    tried, value = [], None
+    while True:
+        try:
+            tried.append(steps.send(value))
+        except StopIteration as end:
+            return tried, end.value
+        value = values(tried[-1])
+
+
+def test_a_search_begins_with_the_default_and_keeps_the_best(tmp_path):
+    tried, (best, value) = drive(open_storage(tmp_path / "s.db"), lambda choice: abs(choice.lr - 0.02))
+    assert tried[0] == Choice(0.01, 0.0)
+    assert len(tried) == 4
+    assert all(0.01 / 8 <= choice.lr <= 0.08 and choice.allocation in (0, 0.5, 1) for choice in tried)
+    assert best == min(tried, key=lambda choice: abs(choice.lr - 0.02))
+    assert value == abs(best.lr - 0.02)
+    again, outcome = drive(open_storage(tmp_path / "s.db"), lambda choice: pytest.fail("nothing is tried again"))
+    assert (again, outcome) == ([], (best, value))
+    more, _ = drive(open_storage(tmp_path / "s.db"), lambda choice: abs(choice.lr - 0.02), trials=6)
+    assert len(more) == 2
+
+
+def test_what_diverges_counts_but_never_wins(tmp_path):
+    tried, (best, _) = drive(open_storage(tmp_path / "s.db"), lambda choice: None if choice.lr > 0.009 else 5.0)
+    assert len(tried) == 4
+    assert best.lr <= 0.009
+    tried, (best, value) = drive(open_storage(tmp_path / "t.db"), lambda choice: None)
+    assert best == Choice(0.01, 0.0)
+    assert value is None
+
+
+def test_a_search_without_optuna_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("deepthin.search.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="--search needs Optuna"):
+        open_storage(tmp_path / "s.db")
+
+
+def test_results_of_another_search_do_not_mix(straight):
+    out, _ = straight
+    with pytest.raises(ConfigError, match="holds results of another run .search = "):
+        compare(Settings(Setup("digits", steps=40), ("deepthin",), (0.05,), 1, Search(4, 0.02, 20)), out)
