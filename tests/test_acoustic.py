@@ -11,7 +11,7 @@ from torch import nn
 
 from deepthin import ConfigError
 from deepthin.compare import Settings, compare
-from deepthin.tasks import acoustic
+from deepthin.tasks import acoustic, an4
 from deepthin.tasks.acoustic import Utterance, spliced
 from deepthin.tasks.training import Training
 from deepthin.trial import Run, Setup
@@ -99,7 +99,7 @@ def test_features_are_normalised_per_speaker_and_spliced():
 
 
 def test_the_slope_of_a_ramp_is_one():
-    with_deltas = acoustic._with_deltas(np.arange(20.0)[:, None] * np.ones((1, 13)))
+    with_deltas = an4.with_deltas(np.arange(20.0)[:, None] * np.ones((1, 13)))
     assert np.allclose(with_deltas[4:-4, 13:26], 1)
     assert np.allclose(with_deltas[4:-4, 26:], 0)
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -336,7 +337,7 @@ def _write_json(path: Path | None, text: str) -> None:
 
 
 class _progress:
-    """A bar for what runs; on a pipe, a line when it begins."""
+    """A bar for what runs; on a pipe, a line when it begins, and for each tenth of it."""
 
     def __init__(self, doing: str, unit: str) -> None:
         self._doing, self._unit = doing, unit
@@ -364,4 +365,6 @@ class _progress:
             self._name, self._task = name, self._bar.add_task(name, total=steps)
             if not _notes.is_terminal:
                 _notes.print(f"{self._doing} {name}, {steps} {self._unit}")
+        elif not _notes.is_terminal and step * 10 // steps > (step - 1) * 10 // steps:
+            _notes.print(f"{name}: {step} of {steps}, {time.strftime('%H:%M:%S')}")
         self._bar.update(self._task, completed=step)

@@ -6,7 +6,6 @@ a forced alignment (utterance -> state a frame). A Kaldi-style folder: ``train``
 ``utt2spk``. Features are static: deltas, normalisation and splicing are done here.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError
+from deepthin.tasks import an4
 from deepthin.tasks.decoder import (
     WordLoop,
     hybrid_scores,
@@ -35,7 +35,6 @@ DEFAULT_STEPS = 1800
 BATCH = 128
 JUDGMENTS, JUDGED = 6, 4  # times that every so-manieth development frame is judged in a training; the best state stays
 CONTEXT = 5  # frames to either side
-DEVELOPMENT_SPEAKERS = 8
 
 # Of the decoder, chosen on the development speakers with the dense network (docs/training.md).
 PRIOR_SCALE, ACOUSTIC_SCALE, LM_WEIGHT, WORD_PENALTY = 0.3, 0.3, 1.0, 2.5
@@ -100,8 +99,7 @@ def load(folder: Path | None) -> Data:
             f"{folder} holds neither AN4 (an4/feat, states.npz) nor a Kaldi-style folder (train/feats.txt, "
             "train/ali.txt, train/utt2spk, and the same under test). See docs/comparison.md."
         )
-    speakers = sorted({utterance.speaker for utterance in parts["train"]})
-    held_out = set(speakers[:: max(len(speakers) // DEVELOPMENT_SPEAKERS, 1)][:DEVELOPMENT_SPEAKERS])
+    held_out = an4.held_out(u.speaker for u in parts["train"])
     splits = {
         "train": [u for u in parts["train"] if u.speaker not in held_out],
         "dev": [u for u in parts["train"] if u.speaker in held_out],
@@ -161,30 +159,13 @@ def example(data: Data) -> tuple[Tensor, ...]:
 
 def spliced(utterances: list[Utterance]) -> Float[np.ndarray, "frames inputs"]:
     """Features with deltas and double deltas, normalised per speaker, each frame beside its neighbours."""
-    full = [_with_deltas(u.features) for u in utterances]
-    by_speaker: dict[str, list[np.ndarray]] = {}
-    for utterance, features in zip(utterances, full, strict=True):
-        by_speaker.setdefault(utterance.speaker, []).append(features)
-    mean = {speaker: np.concatenate(own).mean(0) for speaker, own in by_speaker.items()}
-    spread = {speaker: np.concatenate(own).std(0) + 1e-8 for speaker, own in by_speaker.items()}
+    full = [an4.with_deltas(u.features) for u in utterances]
     rows: list[np.ndarray] = []
-    for utterance, features in zip(utterances, full, strict=True):
-        normal = (features - mean[utterance.speaker]) / spread[utterance.speaker]
+    for normal in an4.normalised([u.speaker for u in utterances], full):
         padded = np.pad(normal, ((CONTEXT, CONTEXT), (0, 0)), mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * CONTEXT + 1, axis=0)  # frames, dims, window
-        rows.append(windows.transpose(0, 2, 1).reshape(len(features), -1).astype(np.float32))
+        rows.append(windows.transpose(0, 2, 1).reshape(len(normal), -1).astype(np.float32))
     return np.concatenate(rows)
-
-
-def _with_deltas(features: np.ndarray) -> np.ndarray:
-    """Static features, their slope over two frames to either side, and the slope of the slope."""
-
-    def slope(x: np.ndarray) -> np.ndarray:
-        padded = np.pad(x, ((2, 2), (0, 0)), mode="edge")
-        return (2 * (padded[4:] - padded[:-4]) + padded[3:-1] - padded[1:-3]) / 10
-
-    first = slope(features)
-    return np.concatenate([features, first, slope(first)], axis=1)
 
 
 def _an4_root(folder: Path) -> Path | None:
@@ -198,25 +179,13 @@ def _read_an4(folder: Path) -> dict[str, list[Utterance]] | None:
         return None
     states = np.load(root / "states.npz")
     found: dict[str, list[Utterance]] = {}
-    for split in ("train", "test"):
-        said = _transcripts(root / "an4" / "etc" / f"an4_{split}.transcription")
-        names = (root / "an4" / "etc" / f"an4_{split}.fileids").read_text().split()
-        paths = [root / "an4" / "feat" / f"{name}.mfc" for name in names]
+    for split, recordings in an4.read(root / "an4").items():
+        said = an4.transcripts(root / "an4", split)
         found[split] = [
-            Utterance(p.parent.name, _sphinx(p), states[p.stem].astype(np.int64), said.get(p.stem, "")) for p in paths
+            Utterance(r.speaker, r.features, states[r.name].astype(np.int64), said.get(r.name, "")) for r in recordings
         ]
     _check(found, root)
     return found
-
-
-def _transcripts(path: Path) -> dict[str, str]:
-    """Words by utterance, whose name ends a line, in brackets; nothing where there are no transcripts."""
-    if not path.exists():
-        return {}
-    found = (
-        re.fullmatch(r"(?:<s> )?(.*?)(?: ?</s>)? *\((\S+)\)", line.strip()) for line in path.open(encoding="utf-8")
-    )
-    return {line[2]: line[1].strip() for line in found if line}
 
 
 def _words(root: Path | None, splits: dict[str, list[Utterance]], states: int) -> Words | None:
@@ -237,15 +206,6 @@ def _words(root: Path | None, splits: dict[str, list[Utterance]], states: int) -
     priors = log_priors(np.concatenate([u.states for u in splits["train"]]), 3 * len(phones))[:states]
     lengths = {name: [len(u.states) for u in split] for name, split in splits.items()}
     return Words(loop, priors, lengths, {name: [u.words for u in split] for name, split in splits.items()})
-
-
-def _sphinx(path: Path) -> np.ndarray:
-    """A Sphinx feature file: a count, then as many big- or little-endian floats, 13 a frame."""
-    raw = path.read_bytes()
-    for order in "<>":
-        if len(raw) >= 4 and int(np.frombuffer(raw, f"{order}i4", 1)[0]) == len(raw) // 4 - 1:
-            return np.frombuffer(raw, f"{order}f4", offset=4).reshape(-1, 13).astype(np.float64)
-    raise ConfigError(f"{path} is no Sphinx feature file: its first number is not the count of those that follow.")
 
 
 def _read_kaldi(folder: Path) -> dict[str, list[Utterance]] | None:

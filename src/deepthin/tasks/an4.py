@@ -42,14 +42,17 @@ def read(root: Path) -> dict[str, list[Recording]]:
 
 
 def transcripts(root: Path, split: str) -> dict[str, str]:
-    """Utterance -> its words, apart by blanks. A line is ``WORD WORD (utterance)``."""
+    """Utterance -> its words, apart by blanks. A line is ``WORD WORD (utterance)``, or has ``<s>`` and ``</s>`` too.
+
+    Empty where there is no file.
+    """
     path = root / "etc" / f"an4_{split}.transcription"
     found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
         words, bracket, name = line.strip().rpartition("(")
         if not bracket or not name.endswith(")"):
             raise ConfigError(f"{path}, line {number}: {line!r} does not end in (utterance). Fetch the file again.")
-        found[name[:-1]] = " ".join(words.split())
+        found[name[:-1]] = " ".join(word for word in words.split() if word not in ("<s>", "</s>"))
     return found
 
 

@@ -1,7 +1,7 @@
 """From speech to characters, end to end: a small DeepSpeech on CMU AN4, in nats a character and in word errors.
 
 A convolution over time, bidirectional LSTM layers and CTC, as in Amodei et al., 2016 (Deep Speech 2, arXiv:1512.02595),
-whose 800 units the paper compresses. Needs AN4 as Sphinx features with its transcripts, dictionary and word frequencies.
+whose 800 units the paper compresses. Needs AN4 as Sphinx features, its transcripts, dictionary and unigram model.
 """
 
 from dataclasses import dataclass
@@ -59,14 +59,14 @@ LM_WEIGHT, WORD_PENALTY = 1.0, 0.0
 class Split:
     """Utterances, the shortest first."""
 
-    features: list[Float[Tensor, "frames inputs"]]
-    targets: list[Int[Tensor, "characters"]]  # each word with its end
+    features: list[Float[Tensor, "_ inputs"]]  # by frame
+    targets: list[Int[Tensor, "_"]]  # by character; each word with its end
     texts: list[str]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Utterances by split, ``train``, ``dev`` (training speakers held out) and ``test``, and a loop over AN4's words."""
+    """Utterances by split, ``train``, ``dev`` (training speakers held out) and ``test``; and a loop over all words."""
 
     splits: dict[str, Split]
     words: WordLoop
@@ -163,15 +163,17 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
     train, generator = data.splits["train"], training.generator
     frames = torch.tensor([len(features) for features in train.features])
     order = partial(_of_like_length, frames, min(BATCH, len(frames)), generator)
-    for chosen in training.batches(len(frames), BATCH, WARM_UP, order):
-        features, lengths = distorted([train.features[i] for i in chosen], generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16_is_fast()):
-            scores, steps = model(features, lengths)
-        training.minimise(loss(scores, steps, [train.targets[i] for i in chosen]), CLIP)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)  # dropout draws from torch's own generator
+        for chosen in training.batches(len(frames), BATCH, WARM_UP, order):
+            features, lengths = distorted([train.features[i] for i in chosen], generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16_is_fast()):
+                scores, steps = model(features, lengths)
+            training.minimise(loss(scores, steps, [train.targets[i] for i in chosen]), CLIP)
 
 
 def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
-    """Nats a character, word errors with the dictionary and AN4's word frequencies, and those of the likeliest symbols."""
+    """Nats a character; word errors with the dictionary and the unigram model, and those of the likeliest symbols."""
     own = data.splits[split]
     total, found, greedy = 0.0, list[str](), list[str]()
     model.eval()
@@ -198,7 +200,7 @@ def example(data: Data) -> tuple[Tensor, ...]:
 
 
 def loss(
-    scores: Float[Tensor, "batch steps symbols"], steps: Int[Tensor, "batch"], targets: list[Int[Tensor, "characters"]]
+    scores: Float[Tensor, "batch steps symbols"], steps: Int[Tensor, "batch"], targets: list[Int[Tensor, "_"]]
 ) -> Float[Tensor, ""]:
     """Nats a character. An utterance too short for its text counts as zero."""
     return F.ctc_loss(*_ctc(scores, steps, targets), reduction="sum", zero_infinity=True) / sum(map(len, targets))
@@ -211,7 +213,7 @@ def spelled(best: Int[Tensor, "steps"]) -> str:
 
 
 def distorted(
-    features: list[Float[Tensor, "frames inputs"]], generator: Generator
+    features: list[Float[Tensor, "_ inputs"]], generator: Generator
 ) -> tuple[Float[Tensor, "batch frames inputs"], Int[Tensor, "batch"]]:
     """A padded batch at another speed, with noise and with parts hidden; and the new lengths."""
     batch, lengths = len(features), torch.tensor([len(own) for own in features])
