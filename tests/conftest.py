@@ -1,6 +1,7 @@
 """Shapes in signatures are checked while testing; users pay nothing for them."""
 
 import os
+import sys
 
 import jaxtyping
 import pytest
@@ -38,3 +39,18 @@ def data_folder():
     if not folder:
         pytest.skip("DEEPTHIN_DATA names no folder with the data sets")
     return folder
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Calls ``deepthin`` with words, in this process: exit code, what it printed, what it said on stderr."""
+    from deepthin import cli
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["deepthin", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        shown = capsys.readouterr()
+        return stopped.value.code or 0, shown.out, shown.err
+
+    return call

@@ -40,15 +40,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(here, monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["deepthin", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        shown = capsys.readouterr()
-        return stopped.value.code or 0, shown.out, shown.err
-
-    return call
+def run(here, command_line):
+    return command_line
 
 
 def test_plan(run, here):

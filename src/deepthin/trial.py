@@ -22,6 +22,7 @@ from deepthin.storage import inspect
 from deepthin.tasks import TASKS
 from deepthin.tasks.own import Own
 from deepthin.tasks.training import Training
+from deepthin.torch.compress import tensors_of
 from deepthin.torch.layers import thin_tensors
 
 DENSE, INT8, SAME_SIZE = "dense", "int8", "same-size"
@@ -149,6 +150,7 @@ class Run:
         if trial.method in (*ALWAYS, SAME_SIZE):
             return model, {}
         rules = self.rules(trial.method, trial.ratio, (trial.choice or self.choice(trial.method)).allocation)
+        rules["model"]["ignore"] = [t.name for t in tensors_of(model)[0] if t.uncovered and len(t.shape) > 1]
         if outer in PRUNING:
             over = PRUNING[outer]
             start, end = (int(share * self.steps) for share in (over.start, over.end))
@@ -162,7 +164,7 @@ class Run:
         """The configuration of a method; ``OPTIONS`` of the task hold what else was chosen for it."""
         outer, bits = split(method)
         if outer == SAME_SIZE:
-            return {"rules": self.task.rules({"method": "uniform", "bits": bits})}
+            return {"model": {}, "rules": self.task.rules({"method": "uniform", "bits": bits})}
         rule = {"method": outer, **self.task.OPTIONS.get(method, self.task.OPTIONS.get(outer, {}))}
         if outer == PRUNED_CSR:
             rule |= {"method": "pruned", "index": "csr"}

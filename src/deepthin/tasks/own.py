@@ -34,9 +34,15 @@ class Own:
 
     def __init__(self, name: str, factory: Callable[..., Any], train: Callable[..., Any], evaluate: Callable[..., Any]):
         self.NAME, self._factory, self._train, self._evaluate = name, factory, train, evaluate
-        default = signature(factory).parameters.get("width")
-        self._has_width = default is not None
-        self.WIDTH = default.default if default is not None and default.default is not Parameter.empty else 1
+        width = signature(factory).parameters.get("width")
+        if width is not None and width.default is Parameter.empty:
+            raise ConfigError(f"--model {name}: give width a default, which is that of the dense network.")
+        try:
+            signature(factory).bind()
+        except TypeError as error:
+            raise ConfigError(f"--model {name}: the function must work without arguments, but has a {error}.") from None
+        self._has_width = width is not None
+        self.WIDTH: int = width.default if width is not None else 1
         self._first = self._item()
         self.METRICS = tuple(self.evaluate(self.build(None, self.WIDTH), None, "dev"))  # also shows mistakes at once
         self.about = f"{factory.__module__}:{factory.__name__}"
