@@ -231,17 +231,17 @@ def compare(
         at = search_ratio or sorted(sizes)[len(sizes) // 2]
         searched = Search(search, at, search_steps or max(run.steps // 3, 1))
     settings = comparison.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads)
-    out = out or Path("runs") / run.task.NAME
+    folder = out or Path("runs") / run.task.NAME
     with _progress("training", "steps") as report_step:
-        rows = comparison.compare(settings, out, report_step)
-    page = results.write_page(rows, out, shlex.join(["deepthin", *sys.argv[1:]]))
+        rows = comparison.compare(settings, folder, report_step)
+    page = results.write_page(rows, folder, shlex.join(["deepthin", *sys.argv[1:]]))
     print(results.summary(rows))
     if compared := results.cuts(rows):
         print(f"\n{compared}")
     if any(row["value"] is not None for row in rows):
         print("\nEvery file was loaded into a new model, which did exactly what the trained one did.")
     if best := results.best_thin(rows):
-        print(f"Best file by development {best['metric']}: {out / best['model']}, {best['bytes']:,} bytes")
+        print(f"Best file by development {best['metric']}: {folder / best['model']}, {best['bytes']:,} bytes")
     print(f"Report: {page}")
     _write_json(json_file, json.dumps(rows, indent=1))
 

@@ -96,10 +96,11 @@ class Ray:
         import ray
 
         self.jobs, self._ray = jobs, ray
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="error")
+            ray.init(**quiet)
         else:
-            ray.init(num_cpus=jobs * threads, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(num_cpus=jobs * threads, include_dashboard=False, **quiet)
         self._remote = ray.remote(num_cpus=threads, max_retries=3)(_on_ray)
         self._threads = threads
 

@@ -281,8 +281,8 @@ def _alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
     held: list[list[torch.Tensor]] = []
     with torch.no_grad():
         for model in (one, other):
-            weights = [weight(index) for weight, index in thin_tensors(model).values()]
-            plain = [t for n, t in model.state_dict().items() if ".thin." not in f".{n}"]
+            weights = [weight(index) for _, (weight, index) in sorted(thin_tensors(model).items())]
+            plain = [t for n, t in sorted(model.state_dict().items()) if ".thin." not in f".{n}"]
             outputs = model(*example)
             held.append([*weights, *plain, *(outputs if isinstance(outputs, tuple) else (outputs,))])
     return len(held[0]) == len(held[1]) and all(map(torch.equal, *held))

@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from deepthin.tasks import acoustic, digits
+from deepthin.tasks import acoustic, conv, ctc, digits
 
-TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic)}
+TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic, ctc, conv)}
