@@ -5,7 +5,6 @@ LeNet-5 (LeCun et al., 1998) as Caffe has it. The residual networks are those fo
 """
 
 import dataclasses
-import zlib
 from pathlib import Path
 
 import torch
@@ -29,21 +28,12 @@ ALLOCATIONS: dict[str, str | float] = {}
 OPTIONS: dict[str, dict[str, object]] = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
 
 rules, fit, evaluate, example = digits.rules, digits.fit, digits.evaluate, digits.example  # only the networks differ
-KNOWN = {0xBE30D5B8: "MNIST", 0x685EE364: "Fashion-MNIST"}  # by a checksum of where test images are not black
 
 
 def load(folder: Path | None) -> digits.Data:
-    """The images of the task digits as (items, 1, 28, 28), from a folder with the files of either data set.
-
-    ``about`` tells the two apart, since their files have the same names; other images are known by their checksum.
-    """
+    """The images of the task digits as (items, 1, 28, 28), from a folder with the files of either data set."""
     data = digits.load(folder)
-    inputs = {split: x.reshape(-1, 1, 28, 28) for split, x in data.inputs.items()}
-    about = data.about
-    if folder is not None:
-        checksum = zlib.crc32((inputs["test"] > inputs["test"].min()).numpy().tobytes())
-        about = about.replace("MNIST", KNOWN.get(checksum, f"images with the checksum {checksum:08x}"), 1)
-    return dataclasses.replace(data, inputs=inputs, about=about)
+    return dataclasses.replace(data, inputs={split: x.reshape(-1, 1, 28, 28) for split, x in data.inputs.items()})
 
 
 def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module:
