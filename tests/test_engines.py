@@ -2,20 +2,23 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import optuna
 import pytest
 
 from deepthin import ConfigError
-from deepthin.compare import Settings, compare
+from deepthin.compare import Settings, compare, searched_ratio
 from deepthin.engines import Inline, Processes, Ray, run_chains
+from deepthin.method import DeepThinError
 from deepthin.search import Choice, Search, open_storage, search
 from deepthin.trial import Setup
 
@@ -55,12 +58,28 @@ def test_an_exception_reaches_the_caller():
     def chain():
         yield int, "no number"
 
-    for engine in (Inline(), Processes(2, 1)):
+    def other():
+        ended.append((yield time.sleep, 0.5))
+
+    for engine, others in ((Inline(), 0), (Processes(2, 1), 1)):
+        ended = []
         try:
             with pytest.raises(ValueError, match="no number"):
-                run_chains(engine, [chain()])
+                run_chains(engine, [chain(), other(), other()])
         finally:
             engine.close()
+        assert ended == [None] * others  # what runs may end, nothing more begins
+
+
+def test_a_process_that_is_killed_is_told():
+    def chain():
+        yield os.kill, os.getpid(), 0
+        yield os._exit, 1
+
+    engine = Processes(2, 1)
+    with pytest.raises(DeepThinError, match="A process was ended from outside.*The same command goes on"):
+        run_chains(engine, [chain()])
+    engine.close()
 
 
 def test_several_processes_give_the_same_rows(straight, tmp_path):
@@ -70,12 +89,6 @@ def test_several_processes_give_the_same_rows(straight, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text()) == json.loads((straight[0] / "run.json").read_text())
     assert ("searching", 12, 12) in told
     assert ("trials", 8, 8) in told
-
-
-@needs_ray
-def test_ray_gives_the_same_rows(straight, tmp_path):
-    rows = compare(settings(engine="ray", jobs=2), tmp_path)
-    assert untimed(rows) == untimed(straight[1])
 
 
 def test_ray_that_is_not_installed_is_told(monkeypatch):
@@ -107,14 +120,18 @@ def test_a_killed_comparison_goes_on_to_the_same_rows(straight, tmp_path, engine
     until = time.monotonic() + 120
     while not far_enough() and killed.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
-    children = _descendants(killed.pid)
+    children = {pid: name for pid in _descendants(killed.pid) if (name := _name(pid))}
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL  # not done before
     assert len(children) >= 2
+    agents = [pid for pid, name in children.items() if name.endswith("Agent")]  # two of Ray's own, which it leaves
     until = time.monotonic() + 60
-    while any(map(_alive, children)) and time.monotonic() < until:
+    while (left := [pid for pid in children if _name(pid) and pid not in agents]) and time.monotonic() < until:
         time.sleep(0.2)
-    assert not [child for child in children if _alive(child)]
+    assert not left
+    for pid in agents:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     rows = compare(settings(engine=engine, jobs=2), tmp_path / "out")
     assert untimed(rows) == untimed(straight[1])
 
@@ -137,11 +154,13 @@ def _descendants(pid):
     return [*children, *(further for child in children for further in _descendants(child))]
 
 
-def _alive(pid):
+def _name(pid):
+    """The command of a process that runs; nothing for one that has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return "" if state in "ZX" else Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
     except OSError:
-        return False
+        return ""
 
 
 def drive(storage, values, trials=4):
@@ -188,3 +207,41 @@ def test_results_of_another_search_do_not_mix(straight):
     out, _ = straight
     with pytest.raises(ConfigError, match="holds results of another run .search = "):
         compare(Settings(Setup("digits", steps=40), ("deepthin",), (0.05,), 1, Search(4, 0.02, 20)), out)
+
+
+def test_a_search_goes_on_after_a_kill_between_two_of_its_writes(tmp_path):
+    whole, _ = drive(open_storage(tmp_path / "a.db"), lambda choice: choice.lr)
+    storage = open_storage(tmp_path / "b.db")
+    study = optuna.create_study(storage=storage, study_name="m")
+    study.enqueue_trial({"lr": 0.01, "allocation": 0.0})  # and then it was killed
+    assert drive(storage, lambda choice: choice.lr)[0] == whole
+    steps = search(open_storage(tmp_path / "c.db"), "m", Choice(0.01, 0.0), True, 4, lambda choice: choice)
+    next(steps), steps.send(0.01)  # killed while the second is trained
+    assert drive(open_storage(tmp_path / "c.db"), lambda choice: choice.lr)[0] == whole[1:]
+
+
+def test_a_damaged_study_is_told(tmp_path):
+    (tmp_path / "s.db").write_bytes(b"no database" * 100)
+    with pytest.raises(ConfigError, match="s.db cannot be read .*: remove it to search anew"):
+        open_storage(tmp_path / "s.db")
+
+
+def test_what_an_earlier_search_chose_stays_beside_what_a_later_one_does(straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight[0], out)
+    more = Settings(Setup("digits", steps=40), ("hashed",), (0.05,), 1, SEARCH)
+    assert searched_ratio(out) == 0.02
+    rows = compare(more, out)
+    chosen = json.loads((out / "run.json").read_text())["chosen"]
+    assert set(chosen) == {"dense", "deepthin", "rank", "deepthin-8bit", "hashed"}
+    assert {row["method"] for row in rows} == {*chosen, "int8"}
+
+
+def test_a_trial_whose_file_is_gone_is_made_again(straight, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(straight[0], out)
+    (out / "models" / "rank-0.02-seed0.thin").unlink()
+    trained = []
+    rows = compare(settings(), out, lambda name, *_: trained.append(name))
+    assert set(trained) == {"rank-0.02-seed0", "timing"}
+    assert untimed(rows) == untimed(straight[1])

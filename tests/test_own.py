@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from deepthin import ConfigError
 from deepthin.compare import Settings, compare
 from deepthin.tasks.own import Own
-from deepthin.trial import Run, Setup, Trial
+from deepthin.tasks.training import Training
+from deepthin.trial import Run, Setup, Trial, _loaded
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "own_network.py"
 
@@ -24,6 +26,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.delenv("DEEPTHIN_DATA", raising=False)
     for name in [name for name in sys.modules if name in ("own_network", "nets")]:
         del sys.modules[name]
+    _loaded.cache_clear()
     return tmp_path
 
 
@@ -71,6 +74,7 @@ def test_a_number_is_called_error_and_a_network_of_one_width_has_no_same_size(he
         ("def build():\n    return 3\n", "returned int, no torch.nn.Module"),
         ("def evaluate(model, split):\n    return 1.0\n", "--evaluate never calls the network"),
         ("def evaluate(model, split):\n    model(X)\n    return 'good'\n", "return a number, or a mapping"),
+        ("def evaluate(model, split):\n    model(X)\n    return {}\n", "return a number, or a mapping"),
         ("def build(width):\n    return nn.Linear(width, 8)\n", "give width a default"),
         ("def build(depth):\n    return nn.Linear(depth, 8)\n", "must work without arguments"),
     ],
@@ -79,6 +83,73 @@ def test_what_is_no_use_is_said_before_the_training(here, text, message):
     setup = nets(text, here)
     with pytest.raises(ConfigError, match=message):
         Run.prepare(setup)
+
+
+def test_a_batch_that_is_not_used_is_told(here):
+    text = "def fit(model, training):\n    for chosen in training.batches(60, 10):\n        pass\n"
+    run = Run.prepare(nets(text, here))
+    with pytest.raises(ConfigError, match=r"A batch was not used: call training.minimise\(loss\) once for each"):
+        run.train(Trial("dense", 1.0, 0), lambda _: None)
+    with pytest.raises(ConfigError, match="training.minimise belongs into a loop"):
+        Training(model=nn.Linear(1, 1), steps=1, lr=0.1).minimise(torch.zeros(()))
+
+
+NAMED = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.register_buffer("mask", torch.ones(8), persistent=False)
+        self.scale = nn.Parameter(torch.ones(2, 8))
+    def forward(self, x, other=None):
+        y, state = self.rnn(x * self.mask * self.scale[0] + (0 if other is None else other[0]))
+        return {"y": y, "state": state}
+def build():
+    return Net()
+def fit(model, training):
+    for chosen in training.batches(60, 10):
+        training.minimise(model(x=X[chosen, None])["y"].square().mean())
+def evaluate(model, split):
+    return {"a": model(x=X[:, None], other=[X[:, None]])["y"].square().mean().item(), "b": LOSS}
+LOSS = 1.0
+"""
+
+
+def test_networks_of_other_forms(here):
+    """Named arguments, nested inputs and outputs, a buffer that is not saved, a matrix without a thin version."""
+    setup = nets(NAMED, here)
+    rows = compare(Settings(setup, ("rank", "deepthin-8bit"), (0.6,)), here / "out")
+    assert {(row["method"], row["metric"]) for row in rows} == {
+        (method, metric) for method in ("dense", "int8", "rank", "deepthin-8bit") for metric in "ab"
+    }
+    assert all(row["microseconds"] > 0 for row in rows)
+    whole = next(row["weight_bytes"] for row in rows if row["method"] == "dense")
+    assert all(row["weight_bytes"] <= 0.6 * whole for row in rows if row["method"] in ("rank", "deepthin-8bit"))
+    (here / "nets.py").write_text((here / "nets.py").read_text().replace("LOSS = 1.0", "LOSS = 2.0"))
+    del sys.modules["nets"]
+    _loaded.cache_clear()
+    with pytest.raises(ConfigError, match="holds results of another run .data = 'nets:build, nets:fit, nets:evaluate"):
+        compare(Settings(setup, ("rank",), (0.6,)), here / "out")
+
+
+def test_what_is_no_number_is_a_row_that_failed(here):
+    text = NAMED.replace('"b": LOSS', '"b": float("nan") if split == "test" else 1.0')
+    rows = compare(Settings(nets(text, here), ("rank",), (0.6,)), here / "out")
+    assert [row["value"] for row in rows] == [None, None, None]
+    by = {row["method"]: row["failed"] for row in rows}
+    assert by["rank"] == by["dense"] == "The b on test data is nan."
+    assert "quantise" in by["int8"]
+
+
+def test_a_network_that_diverges_is_a_row_that_failed(here):
+    text = "def build():\n    return nn.Linear(8, 8)\ndef fit(model, training):\n" + (
+        "    for chosen in training.batches(60, 10):\n        training.minimise(model(X[chosen]).square().mean())\n"
+        "    with torch.no_grad():\n        model.bias.fill_(float('nan'))\n"
+    )
+    rows = compare(Settings(nets(text, here), ("rank",), (0.6,)), here / "out")
+    by = {row["method"]: row["failed"] for row in rows}
+    assert by["rank"] == "The training ended with weights that are no numbers: use a smaller learning rate."
+    assert by["int8"] == "the dense network of this seed failed"
 
 
 def test_a_training_that_skips_steps_is_told(here):

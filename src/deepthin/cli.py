@@ -165,7 +165,10 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")
     ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Units of a hidden layer  [default: the task's]")] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Units of a hidden layer; conv: thousandths of the channels  [default: the task's]"),
+    ] = None,
     depth: Annotated[
         int | None,
         typer.Option(min=1, help="Hidden layers; conv: 5 is LeNet-5, 8, 14, 20 a ResNet  [default: the task's]"),
@@ -224,14 +227,18 @@ def compare(
     names = ",".join(COMPARED) if methods == "all" else methods
     chosen = tuple(dict.fromkeys(_known(m.strip(), COMPARED, "method") for m in names.split(",")))
     sizes = _ratios(ratios)
-    setup = Setup(task or "", data, steps, width, depth, cast(tuple[str, str, str], own) if model else None)
+    setup = Setup(
+        task or "", data and data.absolute(), steps, width, depth, cast(tuple[str, str, str], own) if model else None
+    )
     run = prepared(setup)
+    folder = out or Path("runs") / run.task.NAME
     searched = None
     if search:
-        at = search_ratio or sorted(sizes)[len(sizes) // 2]
+        if search_ratio is not None and not 0 < search_ratio < 1:
+            raise ConfigError(f"--search-ratio {search_ratio:g} must lie between 0 and 1.")
+        at = search_ratio or comparison.searched_ratio(folder) or sorted(sizes)[len(sizes) // 2]
         searched = Search(search, at, search_steps or max(run.steps // 3, 1))
     settings = comparison.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads)
-    folder = out or Path("runs") / run.task.NAME
     with _progress("training", "steps") as report_step:
         rows = comparison.compare(settings, folder, report_step)
     page = results.write_page(rows, folder, shlex.join(["deepthin", *sys.argv[1:]]))
@@ -243,7 +250,8 @@ def compare(
     if best := results.best_thin(rows):
         print(f"Best file by development {best['metric']}: {folder / best['model']}, {best['bytes']:,} bytes")
     print(f"Report: {page}")
-    _write_json(json_file, json.dumps(rows, indent=1))
+    if json_file is not None:
+        comparison.write_rows(rows, json_file)
 
 
 def main() -> None:
@@ -255,7 +263,9 @@ def main() -> None:
     except (DeepThinError, OSError) as error:
         _say("error", str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # what typer makes of the keyboard's
+            raise
         _notes.print("interrupted; the same command goes on where it stopped")
         sys.exit(130)
 

@@ -8,7 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from deepthin.trial import (
     ALWAYS,
     DENSE,
     INT8,
+    INT8_RATIO,
     SAME_SIZE,
     Run,
     Setup,
@@ -58,15 +59,16 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
 
     ConfigError if ``out`` holds results that other steps, another network or other data gave.
     """
+    out = out.absolute()
     run = prepared(settings.setup)
     methods = tuple(dict.fromkeys((*ALWAYS, *settings.methods)))
     about = {"task": run.task.NAME, "steps": run.steps, "data": run.data.about, "network": str(run.build(run.width))}
     if settings.search:
         about["search"] = asdict(settings.search)
-    _check_same_run(about, out)
     _check_widths(run, methods)
+    _check_same_run(about, out)
     results = out / "results.json"
-    rows: list[dict[str, Any]] = read_json(results, list) if results.exists() else []
+    rows = [row for row in read_json(results, list) if _still_there(row, out)] if results.exists() else []
     engine = ENGINES[settings.engine](settings.jobs, settings.threads)
     try:
         choices = _search_all(settings, methods, run, engine, out, progress) if settings.search else {}
@@ -92,7 +94,7 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
 
 
 def _trials(settings: Settings, methods: tuple[str, ...], choices: dict[str, Choice]) -> list[Trial]:
-    fixed = {DENSE: (1.0,), INT8: (0.25,)}
+    fixed = {DENSE: (1.0,), INT8: (INT8_RATIO,)}
     return [
         Trial(method, ratio, seed, choices.get(method))
         for seed in range(settings.seeds)
@@ -124,7 +126,7 @@ def _search_all(
     wanted = settings.search
     assert wanted is not None
     storage = open_storage(out / "search.db")
-    setup = Setup(**{**asdict(settings.setup), "steps": wanted.steps})
+    setup = replace(settings.setup, steps=wanted.steps)
     found: dict[str, tuple[Choice, float | None]] = {}
     searched = [method for method in methods if method != INT8]
     told = 0
@@ -151,7 +153,9 @@ def _search_all(
     run_chains(engine, map(chain, searched))
     chosen = {name: {**asdict(choice), "value": value} for name, (choice, value) in found.items()}
     path = out / "run.json"
-    write_atomically(path, json.dumps({**read_json(path, dict), "chosen": chosen}, indent=1).encode())
+    earlier = read_json(path, dict)
+    whole = {**earlier, "chosen": {**earlier.get("chosen", {}), **chosen}}
+    write_atomically(path, json.dumps(whole, indent=1).encode())
     return {name: choice for name, (choice, _) in found.items()}
 
 
@@ -168,9 +172,9 @@ def _time_all(run: Run, rows: list[dict[str, Any]], out: Path, progress: Progres
         key = row["method"], row["ratio"]
         if key not in models and row.get("model"):
             models[key] = run.load(out / row["model"], *key)
-    dense = models[DENSE, 1.0]
-    if any(row["method"] == INT8 and row["value"] is not None for row in rows):
-        models[INT8, 0.25] = quantised(dense)
+    dense = models.get((DENSE, 1.0))
+    if dense is not None and any(row["method"] == INT8 and row["value"] is not None for row in rows):
+        models[INT8, INT8_RATIO] = quantised(dense)
     times: dict[tuple[str, float], list[int]] = {key: [] for key in models}
     began = time.perf_counter()
     with torch.inference_mode():
@@ -188,7 +192,8 @@ def _time_all(run: Run, rows: list[dict[str, Any]], out: Path, progress: Progres
     for row in rows:
         if row["value"] is not None:
             row["microseconds"] = round(medians[row["method"], row["ratio"]], 1)
-            row["dense_microseconds"] = round(medians[DENSE, 1.0], 1)
+            if dense is not None:
+                row["dense_microseconds"] = round(medians[DENSE, 1.0], 1)
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
@@ -208,11 +213,24 @@ def read_json(path: Path, kind: type) -> Any:
     return found
 
 
+def searched_ratio(out: Path) -> float | None:
+    """The size at which an earlier run searched."""
+    path = out / "run.json"
+    return read_json(path, dict).get("search", {}).get("ratio") if path.exists() else None
+
+
+def _still_there(row: dict[str, Any], out: Path) -> bool:
+    """Whether the file of a trial, or of what it was made of, is still there; else it is made again."""
+    model = f"models/{DENSE}-seed{row['seed']}.thin" if row["method"] == INT8 else row.get("model")
+    return row["value"] is None or (model is not None and (out / model).exists())
+
+
 def _check_same_run(about: dict[str, Any], out: Path) -> None:
     """Results of different runs must not mix in one folder."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "run.json"
-    earlier = read_json(path, dict) if path.exists() else {}
+    begun = (out / "results.json").exists() or (out / "search.db").exists()
+    earlier = read_json(path, dict) if begun and path.exists() else {}
     keys = {*about, *earlier} - {"chosen"}
     changed = [
         f"{k} = {earlier.get(k)!r}, now {about.get(k)!r}" for k in sorted(keys) if earlier.get(k) != about.get(k)

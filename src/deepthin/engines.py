@@ -5,15 +5,17 @@ An engine starts work and hands back results as they come. What is to be done in
 """
 
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from deepthin.method import ConfigError
+from deepthin.method import ConfigError, DeepThinError
 
 Call = tuple[Any, ...]
 """A function that can be pickled, and its arguments."""
@@ -30,7 +32,7 @@ class Engine(Protocol):
         ...
 
     def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """Wait for one of the calls that were begun: which, and its result. Its exception is raised here."""
+        """Wait for one of the calls that were begun: which, and its result, or the exception that it raised."""
         ...
 
     def close(self) -> None:
@@ -50,7 +52,10 @@ class Inline:
     def done(self, begun: list[Any]) -> tuple[Any, Any]:
         """Run the first."""
         function, *arguments = begun[0]
-        return begun[0], function(*arguments)
+        try:
+            return begun[0], function(*arguments)
+        except Exception as error:
+            return begun[0], error
 
     def close(self) -> None:
         """Nothing runs."""
@@ -74,7 +79,13 @@ class Processes:
     def done(self, begun: list[Future[Any]]) -> tuple[Any, Any]:
         """The first that ends."""
         first = next(iter(wait(begun, return_when=FIRST_COMPLETED).done))
-        return first, first.result()
+        error = first.exception()
+        if isinstance(error, BrokenProcessPool):  # no other will end either
+            raise DeepThinError(
+                "A process was ended from outside, perhaps for want of memory: use fewer --jobs. The same command goes "
+                "on where it stopped."
+            ) from None
+        return first, error or first.result()
 
     def close(self) -> None:
         """Stop the processes, whatever they do."""
@@ -100,7 +111,7 @@ class Ray:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
         else:
-            ray.init(num_cpus=jobs * threads, include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=jobs * threads, include_dashboard=False, **quiet)
         self._remote = ray.remote(num_cpus=threads, max_retries=3)(_on_ray)
         self._threads = threads
 
@@ -109,12 +120,14 @@ class Ray:
         return self._remote.remote(self._threads, *call)
 
     def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """The first that ends; an exception of the call comes as it is."""
+        """The first that ends."""
         (first, *_), _ = self._ray.wait(begun, num_returns=1)
         try:
             return first, self._ray.get(first)
         except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            cause = error.cause
+            cause.__cause__ = error
+            return first, cause
 
     def close(self) -> None:
         """Leave the cluster, or stop what was started here."""
@@ -130,25 +143,34 @@ ENGINES: dict[str, Callable[[int, int], Engine]] = {
 def run_chains(engine: Engine, chains: Iterable[Chain]) -> None:
     """Run all chains to their ends, as many of them at once as the engine has jobs, in turn.
 
-    A result reaches its chain at once, whatever waits.
+    A result reaches its chain at once, whatever waits. After an exception nothing more is begun; what runs may end and
+    be recorded before it is raised.
     """
     waiting = deque((chain, call) for chain in chains if (call := next(chain, None)) is not None)
     running: dict[Any, Chain] = {}
-    while waiting or running:
-        while waiting and len(running) < engine.jobs:
+    failure: Exception | None = None
+    while running or (waiting and failure is None):
+        while waiting and failure is None and len(running) < engine.jobs:
             chain, call = waiting.popleft()
             running[engine.start(call)] = chain
         begun, result = engine.done(list(running))
         chain = running.pop(begun)
+        if isinstance(result, Exception):
+            failure = failure or result
+            continue
         try:
             waiting.append((chain, chain.send(result)))
         except StopIteration:
             continue
+    if failure is not None:
+        raise failure
 
 
 def _begin(parent: int, threads: int) -> None:
-    """A process of a pool: so many threads, and an end when its parent is gone."""
+    """A process of a pool: so many threads, and an end when its parent is gone, which alone hears the keyboard."""
     import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     torch.set_num_threads(threads)
 

@@ -42,8 +42,11 @@ def open_storage(path: Path) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return optuna.storages.RDBStorage(f"sqlite:///{path}")
+    try:
+        return optuna.storages.RDBStorage(f"sqlite:///{path}")
+    except Exception as error:  # whatever SQLAlchemy makes of a damaged file
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason}): remove it to search anew.") from None
 
 
 def search(
@@ -65,7 +68,7 @@ def search(
         study.sampler = optuna.samplers.TPESampler(
             seed=zlib.crc32(f"{method} {count}".encode()), n_startup_trials=max(3, trials // 3)
         )
-        if count == 0:
+        if count == 0 and not study.get_trials(states=(TrialState.WAITING,)):
             first = {"lr": default.lr} | ({"allocation": default.allocation} if allocates else {})
             study.enqueue_trial(first, skip_if_exists=False)
         trial = study.ask()

@@ -1,15 +1,18 @@
 """One trial: a network by one method at one size with one seed, trained, stored, loaded again, and judged."""
 
 import copy
+import math
+import random
 import re
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -51,6 +54,7 @@ class Pruning:
 # pruned and trained on in turn (Han et al., 2015, arXiv:1506.02626, section 3), stored as compressed sparse rows.
 PRUNING = {"pruned": Pruning(0.02, 0.15, 24), PRUNED_CSR: Pruning(0.4, 0.7, 6)}
 INT8_RATIO = 0.25
+QUANTISED = {nn.Linear, nn.LSTM, nn.GRU}  # just these types: torch goes by them
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Trial:
     @property
     def name(self) -> str:
         """For files: ``deepthin-0.02-seed0``."""
-        size = "" if self.method in ALWAYS else f"-{self.ratio:g}"
+        size = "" if self.method in ALWAYS else f"-{self.ratio}"
         return f"{self.method}{size}-seed{self.seed}"
 
 
@@ -125,11 +129,22 @@ class Run:
         if outer != SAME_SIZE:
             return self.width
         budget = int(ratio * self.weight_bytes())
-        if bits:  # a step of 4 bytes for each matrix, and more weights in what is left
-            with torch.device("meta"):
-                budget -= 4 * sum(p.dim() > 1 for p in self.build(self.width).parameters())
-            budget = budget * 32 // bits
-        return dt.same_size(self.build, budget)
+        if bits is None:
+            return dt.same_size(self.build, budget)
+        kept, matrices = self._never_thin()
+        apart = 4 * matrices + kept  # a step for each matrix, and what stays in fp32; there is more room in the rest
+        try:
+            return dt.same_size(self.build, (budget - apart) * 32 // bits + kept)
+        except BudgetError as error:
+            smallest = error.smallest_bits * bits // 32 + 8 * apart
+            raise BudgetError(str(error), smallest_bits=smallest, smallest_ratio=error.smallest_ratio) from None
+
+    def _never_thin(self) -> tuple[int, int]:
+        """Bytes of the dense network's matrices that have no thin version, and how many matrices have one."""
+        with torch.device("meta"):
+            tensors = [tensor for tensor in tensors_of(self.build(self.width))[0] if len(tensor.shape) > 1]
+        kept = sum(4 * math.prod(tensor.shape) for tensor in tensors if tensor.uncovered)
+        return kept, sum(not tensor.uncovered for tensor in tensors)
 
     def choice(self, method: str) -> Choice:
         """``LEARNING_RATES`` and ``ALLOCATIONS`` of the task hold what development data chose for each method."""
@@ -144,13 +159,25 @@ class Run:
 
         Pruning starts from dense weights, and the second result is what makes it thin on the way. Raises BudgetError.
         """
+        width = self.width_of(trial.method, trial.ratio)
         torch.manual_seed(trial.seed)
-        model = self.build(self.width_of(trial.method, trial.ratio))
+        random.seed(trial.seed)  # what users draw from
+        np.random.seed(trial.seed % 2**32)  # noqa: NPY002
+        model = self.build(width)
         outer, _ = split(trial.method)
         if trial.method in (*ALWAYS, SAME_SIZE):
             return model, {}
         rules = self.rules(trial.method, trial.ratio, (trial.choice or self.choice(trial.method)).allocation)
         rules["model"]["ignore"] = [t.name for t in tensors_of(model)[0] if t.uncovered and len(t.shape) > 1]
+        if rules["model"]["ignore"] and "ratio" in rules["model"]:  # their bytes count
+            kept, whole = self._never_thin()[0], self.weight_bytes()
+            if trial.ratio * whole <= kept:
+                raise BudgetError(
+                    f"{', '.join(rules['model']['ignore'])} have no thin version and take {kept} of {whole} bytes.",
+                    smallest_bits=8 * kept,
+                    smallest_ratio=kept / whole,
+                )
+            rules["model"]["ratio"] = (trial.ratio * whole - kept) / (whole - kept)
         if outer in PRUNING:
             over = PRUNING[outer]
             start, end = (int(share * self.steps) for share in (over.start, over.end))
@@ -187,9 +214,7 @@ class Run:
 
     def load(self, path: Path, method: str, ratio: float) -> nn.Module:
         """A trained network from its file, in evaluation."""
-        with torch.device("meta"):
-            model = self.build(self.width_of(method, ratio))
-        return dt.load(model, path).eval()
+        return dt.load(self.build(self.width_of(method, ratio)), path).eval()
 
 
 def split(method: str) -> tuple[str, int | None]:
@@ -198,10 +223,13 @@ def split(method: str) -> tuple[str, int | None]:
     return (rounded[1], int(rounded[2])) if rounded else (method, None)
 
 
-@lru_cache(maxsize=1)
 def prepared(setup: Setup) -> Run:
-    """``Run.prepare``, once in each process."""
-    return Run.prepare(setup)
+    """``Run.prepare``, whose data each process loads but once."""
+    run = _loaded(replace(setup, steps=None))
+    return replace(run, steps=setup.steps or run.steps)
+
+
+_loaded = lru_cache(maxsize=1)(Run.prepare)
 
 
 def judge(setup: Setup, trial: Trial) -> float | None:
@@ -209,10 +237,10 @@ def judge(setup: Setup, trial: Trial) -> float | None:
     run = prepared(setup)
     try:
         model = run.train(trial, lambda _: None)
+        value = float(next(iter(run.task.evaluate(model.eval(), run.data, "dev").values())))
     except (NonFiniteError, BudgetError):
         return None
-    values = run.task.evaluate(model.eval(), run.data, "dev")
-    return float(next(iter(values.values())))
+    return value if math.isfinite(value) else None
 
 
 def run_trial(
@@ -230,18 +258,21 @@ def run_trial(
     started = time.perf_counter()
     try:
         model = run.train(trial, progress or (lambda _: None))
+        if not all(torch.isfinite(t).all() for t in model.state_dict().values() if t.is_floating_point()):
+            raise NonFiniteError("The training ended with weights that are no numbers: use a smaller learning rate.")
+        row["seconds"] = round(time.perf_counter() - started, 2)
+        stored = {**row, "model": f"models/{trial.name}.thin"}
+        (out / "models").mkdir(exist_ok=True)
+        stored["bytes"] = dt.save(model, out / stored["model"])
+        stored["weight_bytes"] = sum(matrix.bytes for matrix in inspect(out / stored["model"]).rows)
+        reloaded = run.load(out / stored["model"], trial.method, trial.ratio)
+        if not _alike(model.eval(), reloaded, run.task.example(run.data)):
+            raise DeepThinError(f"{out / stored['model']} does not hold what the trained model does: please report it.")
+        return _judged(run, stored, reloaded)
     except BudgetError as error:
         return [{**row, "smallest_ratio": error.smallest_bits / 8 / run.weight_bytes()}]
     except NonFiniteError as error:
         return [{**row, "failed": str(error)}]
-    row |= {"seconds": round(time.perf_counter() - started, 2), "model": f"models/{trial.name}.thin"}
-    (out / "models").mkdir(exist_ok=True)
-    row["bytes"] = dt.save(model, out / row["model"])
-    row["weight_bytes"] = sum(matrix.bytes for matrix in inspect(out / row["model"]).rows)
-    reloaded = run.load(out / row["model"], trial.method, trial.ratio)
-    if not _alike(model.eval(), reloaded, run.task.example(run.data)):
-        raise DeepThinError(f"{out / row['model']} does not hold what the trained model does: please report it.")
-    return _rows(row, {name: run.task.evaluate(reloaded, run.data, name) for name in ("dev", "test")})
 
 
 def first_row(run: Run, trial: Trial) -> dict[str, Any]:
@@ -258,22 +289,24 @@ def quantised(model: nn.Module) -> nn.Module:
         warnings.simplefilter("ignore")  # torch announces that its quantisation moves elsewhere
         from torch.ao.quantization import quantize_dynamic
 
-        kinds = {nn.Linear, nn.LSTM, nn.GRU}
-        return quantize_dynamic(copy.deepcopy(model), kinds, dtype=torch.qint8)  # pyright: ignore[reportArgumentType]
+        return quantize_dynamic(copy.deepcopy(model), QUANTISED, dtype=torch.qint8)  # pyright: ignore[reportArgumentType]
 
 
 def _quantised(run: Run, trial: Trial, row: dict[str, Any], out: Path) -> list[dict[str, Any]]:
     """The rows of the dense network of the same seed, quantised after its training. Convolutions stay in fp32."""
-    if torch.backends.quantized.engine == "none":
-        return [{**row, "failed": "torch has no 8-bit products on this processor"}]
-    dense = run.load(out / "models" / f"{DENSE}-seed{trial.seed}.thin", DENSE, 1.0)
-    model = quantised(dense)
-    kinds = (nn.Linear, nn.LSTM, nn.GRU)
+    path = out / "models" / f"{DENSE}-seed{trial.seed}.thin"
+    if not path.exists():
+        return [{**row, "failed": "the dense network of this seed failed"}]
+    dense = run.load(path, DENSE, 1.0)
     rounded = sum(
-        p.numel() for m in dense.modules() if isinstance(m, kinds) for p in m.parameters(False) if p.dim() > 1
+        p.numel() for m in dense.modules() if type(m) in QUANTISED for p in m.parameters(False) if p.dim() > 1
     )
     row |= {"weight_bytes": run.weight_bytes() - 3 * rounded, "bytes": run.dense_bytes() - 3 * rounded}
-    return _rows(row, {name: run.task.evaluate(model, run.data, name) for name in ("dev", "test")})
+    try:
+        return _judged(run, row, quantised(dense))
+    except Exception as error:  # torch's quantisation does not take every network, nor every processor
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return [{**row, "failed": f"torch cannot quantise it: {reason}"}]
 
 
 def _alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
@@ -283,12 +316,24 @@ def _alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
         for model in (one, other):
             weights = [weight(index) for _, (weight, index) in sorted(thin_tensors(model).items())]
             plain = [t for n, t in sorted(model.state_dict().items()) if ".thin." not in f".{n}"]
-            outputs = model(*example)
-            held.append([*weights, *plain, *(outputs if isinstance(outputs, tuple) else (outputs,))])
+            held.append([*weights, *plain, *_tensors(model(*example))])
     return len(held[0]) == len(held[1]) and all(map(torch.equal, *held))
 
 
-def _rows(row: dict[str, Any], found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    """Those that a network returns, in whatever it returns."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _judged(run: Run, row: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
+    """The rows of a network; NonFiniteError if one of its numbers is none."""
+    found = {name: run.task.evaluate(model, run.data, name) for name in ("dev", "test")}
+    for name, values in found.items():
+        if wrong := [metric for metric, value in values.items() if not math.isfinite(value)]:
+            raise NonFiniteError(f"The {wrong[0]} on {name} data is {values[wrong[0]]}.")
     return [
         {**row, "split": name, "metric": metric, "value": value}
         for name, values in found.items()

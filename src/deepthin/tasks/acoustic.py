@@ -181,6 +181,10 @@ def _read_an4(folder: Path) -> dict[str, list[Utterance]] | None:
     found: dict[str, list[Utterance]] = {}
     for split, recordings in an4.read(root / "an4").items():
         said = an4.transcripts(root / "an4", split)
+        if missing := [r.name for r in recordings if r.name not in states]:
+            raise ConfigError(
+                f"{root / 'states.npz'} has no alignment of {missing[0]}, which an4_{split}.fileids names."
+            )
         found[split] = [
             Utterance(r.speaker, r.features, states[r.name].astype(np.int64), said.get(r.name, "")) for r in recordings
         ]
@@ -189,8 +193,9 @@ def _read_an4(folder: Path) -> dict[str, list[Utterance]] | None:
 
 
 def _words(root: Path | None, splits: dict[str, list[Utterance]], states: int) -> Words | None:
-    """The decoder of AN4's own dictionary and unigram model, where they are."""
-    if root is None or not (root / "an4" / "etc" / "an4.dic").exists():
+    """The decoder of AN4's own dictionary and unigram model, where these and all transcripts are."""
+    said = all(u.words for split in splits.values() for u in split)
+    if root is None or not said or not (root / "an4" / "etc" / "an4.dic").exists():
         return None
     etc = root / "an4" / "etc"
     phones = (etc / "an4.phone").read_text().split()
@@ -217,9 +222,10 @@ def _read_kaldi(folder: Path) -> dict[str, list[Utterance]] | None:
         speakers = dict(line.split() for line in (base / "utt2spk").read_text().splitlines())
         lines = (line.split() for line in (base / "ali.txt").read_text().splitlines())
         states = {name: np.array(rest, dtype=np.int64) for name, *rest in lines}
-        found[split] = [
-            Utterance(speakers[n], f, states[n]) for n, f in _text_archive(base / "feats.txt") if n in states
-        ]
+        aligned = [(n, f) for n, f in _text_archive(base / "feats.txt") if n in states]
+        if missing := [n for n, _ in aligned if n not in speakers]:
+            raise ConfigError(f"{base / 'utt2spk'} has no speaker for {missing[0]}.")
+        found[split] = [Utterance(speakers[n], f, states[n]) for n, f in aligned]
     _check(found, folder)
     return found
 

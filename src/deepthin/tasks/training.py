@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from deepthin.method import NonFiniteError
+from deepthin.method import ConfigError, NonFiniteError
 from deepthin.torch import Twist, parameter_groups
 
 WARM_UP = 50  # steps
@@ -39,6 +39,7 @@ class Training:
         self._judge: Callable[[], float] | None = None
         self._judgments = 0
         self._best, self._best_state = math.inf, None
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def keep_best(self, judge: Callable[[], float], times: int) -> None:
         """``judge`` the model so many times, evenly and at the end; the state with the lowest value stays."""
@@ -62,7 +63,12 @@ class Training:
         while self.step < self.steps:
             if at + batch > len(indices):
                 indices, at = draw(), 0
+            before = self.step
             yield indices[at : at + batch]
+            if self.step == before:
+                raise ConfigError(
+                    "A batch was not used: call training.minimise(loss) once for each of training.batches(...)."
+                )
             at += batch
         if self._best_state is not None:
             self.model.load_state_dict(self._best_state)
@@ -72,6 +78,8 @@ class Training:
 
         NonFiniteError names the step if the loss is no number.
         """
+        if self._optimizer is None:
+            raise ConfigError("training.minimise belongs into a loop: for chosen in training.batches(count, batch).")
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 f"The loss is {loss.item()} at step {self.step}: use a smaller learning rate than {self.lr:g}."
