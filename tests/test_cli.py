@@ -145,11 +145,11 @@ def test_compare_prints_the_table_and_names_the_report_last(run, here):
     assert code == 0
     assert out.splitlines()[-1] == "Report: o/report.html"
     assert "Every file was loaded into a new model" in out
-    assert "training deepthin-0.02-seed0, 20 steps" in err
+    assert "running deepthin-0.02-seed0, 20 steps" in err
     assert (here / "r.json").read_text() == (here / "o" / "results.json").read_text()
     code, _, err = run(*words)
     assert code == 0
-    assert "training" not in err
+    assert "running" not in err
 
 
 def test_compare_without_matplotlib_says_so_first(run, monkeypatch):

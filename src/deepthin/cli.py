@@ -239,7 +239,7 @@ def compare(
         at = search_ratio or comparison.searched_ratio(folder) or sorted(sizes)[len(sizes) // 2]
         searched = Search(search, at, search_steps or max(run.steps // 3, 1))
     settings = comparison.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads)
-    with _progress("training", "steps") as report_step:
+    with _progress("running", "steps") as report_step:
         rows = comparison.compare(settings, folder, report_step)
     page = results.write_page(rows, folder, shlex.join(["deepthin", *sys.argv[1:]]))
     print(results.summary(rows))
