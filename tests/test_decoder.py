@@ -172,7 +172,7 @@ def test_a_batch_is_decoded_as_one_by_one_and_padding_is_not_read():
     loop = WordLoop.from_phones(PRONUNCIATIONS, PHONES, UNIGRAMS)
     scores = random_scores(3, 12, 60, 9).astype(np.float32)
     lengths = np.random.default_rng(3).integers(0, 61, size=12)
-    singly = [loop.decode(own[None, :n], [n])[0] for own, n in zip(scores, lengths, strict=True)]
+    singly = [loop.decode(own[None, :n], [int(n)])[0] for own, n in zip(scores, lengths, strict=True)]
     for own, n in zip(scores, lengths, strict=True):
         own[n:] = np.nan
     given = scores.copy()

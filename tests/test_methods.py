@@ -458,6 +458,23 @@ def test_pruning_keeps_the_largest_and_of_equals_the_first():
     assert method.encode(np.array([[1, -2, 1, 0], [1, 5, -1, 1]], "f4"), np, weigh)["positions"].tolist() == [0, 1, 7]
 
 
+@pytest.mark.parametrize(("shape", "column"), [((64, 300), 16), ((8, 70_000), 32)])
+def test_pruned_at_the_price_of_sparse_rows(shape, column):
+    """32 bits a value, 16 or 32 for its column, 32 for the start of each row and the end of the last."""
+    starts, budget = 32 * (shape[0] + 1), 20_000
+    method = METHODS["pruned"].fit(shape, budget, index="csr")
+    assert method.kept == (budget - starts) // (32 + column)
+    assert method.bits() == starts + (32 + column) * method.kept
+    assert method.kept < METHODS["pruned"].fit(shape, budget).kept
+    assert with_fields("pruned", fields(method)) == method
+    with pytest.raises(BudgetError, match=f"one weight and its position need {starts + 32 + column}"):
+        METHODS["pruned"].fit(shape, starts, index="csr")
+    with pytest.raises(ConfigError, match="index = 'coo' is unknown. Valid: gaps, csr."):
+        METHODS["pruned"].fit(shape, budget, index="coo")
+    with pytest.raises(ValueError, match="no index 'coo'"):
+        Pruned(shape, 3, "coo")
+
+
 def test_pruned_against_scipy():
     from scipy import sparse
 

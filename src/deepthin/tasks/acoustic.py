@@ -53,7 +53,7 @@ class Utterance:
 
     speaker: str
     features: Float[np.ndarray, "frames dims"]
-    states: Int[np.ndarray, "frames"]
+    states: Int[np.ndarray, "_"]  # one a frame, which _check holds with words for people
     words: str = ""  # what was said, where that is known
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -64,7 +64,7 @@ class WordLoop:
         word_penalty: float = 0.0,
         silence: str = "SIL",
         silence_penalty: float = 0.0,
-    ) -> Self:
+    ) -> "WordLoop":
         """Words as phones of three states: state p of the phone ``phones[i]`` emits column 3i + p.
 
         A word costs ``word_penalty`` and gains ``lm_weight`` times its log-probability, ``FLOOR`` where ``unigrams``
@@ -98,7 +98,7 @@ class WordLoop:
         word_end: str,
         lm_weight: float = 1.0,
         word_penalty: float = 0.0,
-    ) -> Self:
+    ) -> "WordLoop":
         """Words as characters for CTC: ``symbols[i]`` is column i, ``blank`` and ``word_end`` are two of them.
 
         Blanks may stand anywhere and must stand between equal characters; ``word_end`` follows each word, and may be
@@ -127,7 +127,7 @@ class WordLoop:
         return cls._joined([spelled(word) for word in words], _Chain("", [number[blank]], 0.0))
 
     @classmethod
-    def _joined(cls, words: list[_Chain], filler: _Chain) -> Self:
+    def _joined(cls, words: list[_Chain], filler: _Chain) -> "WordLoop":
         if not words:
             raise ConfigError("There is no word to decode. Give at least one, e.g. with read_dictionary.")
         if empty := [chain for chain in words if not chain.word or len(chain.columns) < chain.endings]:
