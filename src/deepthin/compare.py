@@ -71,7 +71,7 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
     rows = [row for row in read_json(results, list) if _still_there(row, out)] if results.exists() else []
     engine = ENGINES[settings.engine](settings.jobs, settings.threads)
     try:
-        choices = _search_all(settings, methods, run, engine, out, progress) if settings.search else {}
+        choices = _search_all(settings, settings.search, methods, engine, out, progress) if settings.search else {}
         done = {(row["method"], row["ratio"], row["seed"]) for row in rows}
         wanted = _trials(settings, methods, choices)
         trials = [trial for trial in wanted if trial.key not in done]
@@ -120,12 +120,10 @@ def _chain(
 
 
 def _search_all(
-    settings: Settings, methods: tuple[str, ...], run: Run, engine: Engine, out: Path, progress: Progress
+    settings: Settings, wanted: Search, methods: tuple[str, ...], engine: Engine, out: Path, progress: Progress
 ) -> dict[str, Choice]:
     """The choice for each method, and how it was found, in ``run.json``."""
-    wanted = settings.search
-    assert wanted is not None
-    storage = open_storage(out / "search.db")
+    storage, run = open_storage(out / "search.db"), prepared(settings.setup)
     setup = replace(settings.setup, steps=wanted.steps)
     found: dict[str, tuple[Choice, float | None]] = {}
     searched = [method for method in methods if method != INT8]
