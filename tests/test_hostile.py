@@ -482,6 +482,7 @@ def test_data_and_results_that_are_damaged(run, tmp_path):
     one_line(*run("compare", "digits", "--data", "."), "is no IDX file, or damaged")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("{")
+    (tmp_path / "out" / "results.json").write_text("[]")
     one_line(*run("compare", "digits", "--steps", "1", "--out", "out"), "run.json is damaged")
 
 

@@ -144,7 +144,7 @@ def function(spec: str, option: str) -> Callable[..., Any]:
     """What ``package.module:function`` names; ConfigError with the option otherwise."""
     module_name, _, name = spec.partition(":")
     form = f"{option} {spec}: write package.module:function"
-    if not module_name or not name:
+    if not module_name or not name or module_name.startswith("."):
         raise ConfigError(f"{form}.")
     try:
         module = importlib.import_module(module_name)
