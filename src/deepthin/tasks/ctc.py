@@ -37,7 +37,7 @@ LEARNING_RATES = {"same-size": 1.2e-2, "deepthin-8bit": 3.5e-4, "deepthin-4bit":
 ALLOCATION = "uniform-bytes"
 ALLOCATIONS: dict[str, str | float] = {"deepthin-8bit": 0.5, "deepthin-4bit": 0.5}
 OPTIONS: dict[str, dict[str, object]] = {
-    "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier; the largest breaks down
+    "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier does
     "deepthin-4bit": {"rank": 4},
     "tensor-train": {"order": 2},
 }
