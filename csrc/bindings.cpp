@@ -218,9 +218,11 @@ class Product {
             nb::object made = call(PyObject_CallMethodNoArgs(object, torch.detach.ptr()));
             deepthin::dlpack::Tensor now;
             if (!read_tensor(torch, made.ptr(), false, now) || now.data != tensor.data) return false;
-            alias = {object, tensor.data, made};
+            operands.held[which] = made;
+            alias = {object, tensor.data, made};  // dropping the old one may let threads run, and they exchange it again
+        } else {
+            operands.held[which] = alias.tensor;
         }
-        operands.held[which] = alias.tensor;
         return true;
     }
 

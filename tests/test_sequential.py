@@ -265,7 +265,7 @@ def test_weights_exchanged_while_others_multiply(swap):
     workers = [threading.Thread(target=multiply) for _ in range(2)]
     for worker in workers:
         worker.start()
-    for _ in range(300):
+    for _ in range(1500):
         for code in codes:
             for name in ("xf", "wf"):
                 old = getattr(code, name)
