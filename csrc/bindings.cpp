@@ -1,6 +1,7 @@
 // Python's way in: addresses and lengths, checked by deepthin.kernels; here the plan is, and the GIL is released.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstring>
@@ -35,6 +36,35 @@ void check_batch(const Plan& plan, int64_t batch) {
     const int64_t most = plan.rows > plan.cols ? plan.rows : plan.cols;
     if (batch < 0 || batch > (int64_t(1) << 58) / most) throw std::invalid_argument("the batch is negative or too large");
 }
+
+// The layers of a recurrent network, from numbers and addresses.
+struct Layers {
+    Layers(int cell, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t layers, int64_t directions,
+           const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts) {
+        const auto within = [](int64_t value) { return 0 < value && value < int64_t(1) << 31; };
+        if (cell < 0 || cell > 3 || !within(steps) || !within(batch) || !within(inputs) || !within(hidden) || !within(layers) ||
+            directions < 1 || directions > 2 || plans.size() != std::size_t(14 * layers * directions) ||
+            parts.size() != std::size_t(12 * layers * directions))
+            throw std::invalid_argument("the layers are empty or too large, or not all of their matrices are given");
+        shape = {deepthin::Cell(cell), steps, batch, inputs, hidden, layers, directions, nullptr};
+        const int64_t rows = deepthin::gates_of(shape.cell) * hidden;
+        if (steps * batch > (int64_t(1) << 50) / (rows * layers * 4)) throw std::invalid_argument("the batch is too large");
+        for (int64_t i = 0; i < 2 * layers * directions; i++) {
+            const int64_t* numbers = &plans[7 * i];
+            const std::uintptr_t* part = &parts[6 * i];
+            const int64_t cols = i % 2 ? hidden : i < 2 * directions ? inputs : directions * hidden;
+            if (numbers[0] != rows || numbers[1] != cols) throw std::invalid_argument("a matrix has another shape than its layer");
+            gates.push_back({deepthin::make_plan(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]),
+                             at<const float>(part[0]), at<const float>(part[1]), at<const float>(part[2]), numbers[5] != 0,
+                             numbers[6] != 0, at<float>(part[3]), at<float>(part[4]), at<float>(part[5])});
+        }
+        shape.gates = gates.data();
+    }
+    Layers(const Layers&) = delete;
+
+    std::vector<deepthin::Gate> gates;
+    deepthin::Recurrent shape;
+};
 
 // ---- The short way for torch tensors: all checks here, in some hundred nanoseconds ----------------------------------
 
@@ -417,6 +447,33 @@ NB_MODULE(_native, m) {
         deepthin::backward(set, plan, at<const float>(x), at<const float>(xf), at<const float>(wf), at<const float>(grad),
                            at<float>(grad_x), at<float>(grad_xf), at<float>(grad_wf), batch, fft, threads);
     });
+    // `plans`: for each matrix rows, cols, n, rank, offset, and whether the product and the gradients go by FFT; `parts`:
+    // for each xf, wf, bias and the places of their gradients; 0 where there is none. In the order of Recurrent::gates.
+    m.def("recurrent", [](int cell, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t layers,
+                          int64_t directions, const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts,
+                          std::uintptr_t x, std::uintptr_t h, std::uintptr_t c, std::uintptr_t y, std::uintptr_t reserve,
+                          int threads) {
+        const Layers made(cell, steps, batch, inputs, hidden, layers, directions, plans, parts);
+        const Kernels& set = kernels();
+        nb::gil_scoped_release unlocked;
+        deepthin::recurrent(set, made.shape, at<const float>(x), at<float>(h), at<float>(c), at<float>(y), at<float>(reserve),
+                            threads);
+    });
+    m.def("recurrent_reserve", [](int cell, int64_t steps, int64_t batch, int64_t hidden, int64_t layers, int64_t directions) {
+        return deepthin::recurrent_reserve({deepthin::Cell(cell), steps, batch, 1, hidden, layers, directions, nullptr});
+    });
+    m.def("recurrent_backward",
+          [](int cell, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t layers, int64_t directions,
+             const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts, std::uintptr_t x, std::uintptr_t h,
+             std::uintptr_t c, std::uintptr_t y, std::uintptr_t reserve, std::uintptr_t grad_y, std::uintptr_t grad_x,
+             std::uintptr_t grad_h, std::uintptr_t grad_c, int threads) {
+              const Layers made(cell, steps, batch, inputs, hidden, layers, directions, plans, parts);
+              const Kernels& set = kernels();
+              nb::gil_scoped_release unlocked;
+              deepthin::recurrent_backward(set, made.shape, at<const float>(x), at<const float>(h), at<const float>(c),
+                                           at<const float>(y), at<const float>(reserve), at<const float>(grad_y),
+                                           at<float>(grad_x), at<float>(grad_h), at<float>(grad_c), threads);
+          });
     m.def("csr", [](std::uintptr_t values, std::uintptr_t columns, std::uintptr_t starts, int64_t rows, int64_t cols,
                     int64_t entries, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t y, int64_t batch,
                     int threads) {

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include "fft.h"
+#include "gates.h"
 #include "vector.h"
 
 namespace {
@@ -883,6 +884,9 @@ void csr(const float* values, const int32_t* columns, const int64_t* starts, int
         DEEPTHIN_BY_WIDTH(csr_block)(values, columns, starts, rows, cols, bias, x, y, items, scratch);
 }
 
+void one_step(const deepthin::Step& s) { step<DEEPTHIN_WIDTH>(s); }
+void one_step_gradient(const deepthin::StepGradient& s) { step_gradient<DEEPTHIN_WIDTH>(s); }
+
 }  // namespace
 
 namespace deepthin {
@@ -894,5 +898,6 @@ extern const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE);
 const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE) = {
     DEEPTHIN_NAME(DEEPTHIN_TABLE), {DEEPTHIN_WIDTH, FEW}, SINGLE, BUNDLE, ::forward_scratch, ::backward_scratch, ::forward,
     ::backward,
-    ::single_scratch, ::single_item, ::spectra, ::spectra1, ::finish_grad_wf, ::csr_scratch, ::csr};
+    ::single_scratch, ::single_item, ::spectra, ::spectra1, ::finish_grad_wf, ::csr_scratch, ::csr,
+    ::one_step, ::one_step_gradient};
 }  // namespace deepthin

@@ -48,6 +48,38 @@ struct Job {
     float* grad_wf;          // partial sums, see `gradient_floats`: added to
 };
 
+enum class Cell { tanh, relu, lstm, gru };  // torch's RNN with either rectifier, and its gated layers
+
+inline int64_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+
+// One step of some sequences, `hidden` numbers each; where they begin: `..._step` apart. Gates stand one after the other,
+// in torch's order: i f g o, or r z n.
+struct Step {
+    Cell cell;
+    int64_t items, hidden;
+    float *gates, *products;  // of the inputs, with their bias, and of the states: gates x hidden
+    int64_t gates_step, products_step;
+    float *h, *c;  // states, before and then after; c of an LSTM alone
+    int64_t h_step;
+    float* y;  // h once more
+    int64_t y_step;
+    float* kept;  // for the gradient: an LSTM's new c, a GRU's product for n; `gates` then takes the gates' values. Or null
+    int64_t kept_step;
+};
+
+// Its gradient. Gates and `kept` are what the step has left; `h` and `c` are the states before it.
+struct StepGradient {
+    Cell cell;
+    int64_t items, hidden;
+    const float *gates, *kept, *h, *c, *y;
+    int64_t gates_step, kept_step, h_step, c_step, y_step;
+    const float* grad_y;
+    int64_t grad_y_step;
+    float *grad_h, *grad_c;  // of the states after the step; then what of them reaches those before without a product
+    float *grad_gates, *grad_products;  // the same memory, but for a GRU
+    int64_t grad_step;
+};
+
 // The kernels of one instruction set. `width` is the number of items abreast: widths[0], or widths[1] where it is not 0.
 struct Kernels {
     const char* name;
@@ -68,6 +100,8 @@ struct Kernels {
     int64_t (*csr_scratch)(int64_t rows, int64_t cols, int width);
     void (*csr)(const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
                 const float* bias, const float* x, float* y, int width, int64_t items, float* scratch);
+    void (*step)(const Step&);
+    void (*step_gradient)(const StepGradient&);
 };
 
 // What `Job::grad_wf` holds: W partial sums of each number of wf or, by FFT, of its spectrum; or wf itself, if n = cols.
@@ -101,6 +135,34 @@ void backward(const Kernels&, const Plan&, const float* x, const float* xf, cons
 // y = x A^T + bias for a sparse A of rows x cols; throws std::invalid_argument where an index is out of range.
 void csr(const Kernels&, const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
          int64_t entries, const float* bias, const float* x, float* y, int64_t batch, int threads);
+
+// A matrix of a recurrent layer, with what its gradients go to: null where nobody wants them.
+struct Gate {
+    Plan plan;  // gates * hidden x inputs or hidden
+    const float *xf, *wf, *bias;  // bias: may be null
+    bool fft, fft_gradient;
+    float *grad_xf, *grad_wf, *grad_bias;
+};
+
+// Layers over whole sequences: x is steps x batch x inputs, y steps x batch x directions * hidden, states are
+// layers * directions x batch x hidden; all of them row-major, gates in torch's order.
+struct Recurrent {
+    Cell cell;
+    int64_t steps, batch, inputs, hidden, layers, directions;
+    const Gate* gates;  // layers x directions x {of the inputs, of the states}
+};
+
+// Floats that `recurrent` keeps for the gradient.
+int64_t recurrent_reserve(const Recurrent&);
+
+// `h` and `c` hold the first states and take the last ones; `c` is an LSTM's. `reserve` may be null. The result does not
+// depend on `threads`, nor on how a sequence is cut into calls.
+void recurrent(const Kernels&, const Recurrent&, const float* x, float* h, float* c, float* y, float* reserve, int threads);
+
+// `h`, `c`: the first states. `grad_h`, `grad_c` hold the gradients of the last states and take those of the first.
+// `grad_x` may be null.
+void recurrent_backward(const Kernels&, const Recurrent&, const float* x, const float* h, const float* c, const float* y,
+                        const float* reserve, const float* grad_y, float* grad_x, float* grad_h, float* grad_c, int threads);
 
 // GOMP_parallel of the GNU OpenMP library that a framework has loaded: its threads then serve here too. Null: our own.
 using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);

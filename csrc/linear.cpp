@@ -26,7 +26,7 @@
 #include <pthread.h>
 #endif
 
-#include "kernels.h"
+#include "linear.h"
 
 namespace deepthin {
 namespace {
@@ -34,20 +34,6 @@ namespace {
 // ---- Memory ------------------------------------------------------------------------------------------------------------
 
 std::atomic<int64_t> allocations_left{-1};
-
-struct Release {
-    void operator()(float* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<float[], Release>;
-
-Memory allocate(int64_t floats) {
-    if (allocations_left.load(std::memory_order_relaxed) >= 0 && allocations_left.fetch_sub(1) == 0) throw std::bad_alloc();
-    if (floats > int64_t(1) << 58) throw std::bad_alloc();
-    const std::size_t bytes = (std::size_t(floats) * sizeof(float) + 64) / 64 * 64;
-    void* memory = std::aligned_alloc(64, bytes);
-    if (!memory) throw std::bad_alloc();
-    return Memory(static_cast<float*>(memory));
-}
 
 // Working memory that a thread keeps from call to call.
 float* scratch(int64_t floats) {
@@ -194,6 +180,19 @@ struct Region {
     }
 };
 
+}  // namespace
+
+void Release::operator()(float* memory) const { std::free(memory); }
+
+Memory allocate(int64_t floats) {
+    if (allocations_left.load(std::memory_order_relaxed) >= 0 && allocations_left.fetch_sub(1) == 0) throw std::bad_alloc();
+    if (floats > int64_t(1) << 58) throw std::bad_alloc();
+    const std::size_t bytes = (std::size_t(floats) * sizeof(float) + 64) / 64 * 64;
+    void* memory = std::aligned_alloc(64, bytes);
+    if (!memory) throw std::bad_alloc();
+    return Memory(static_cast<float*>(memory));
+}
+
 void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>& work) {
     if (threads < 2 || tasks < 2) {
         for (int64_t i = 0; i < tasks; i++) work(i);
@@ -205,6 +204,8 @@ void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>&
         pool().run(tasks, threads, work);
     }
 }
+
+namespace {
 
 // ---- Transforms --------------------------------------------------------------------------------------------------------
 
@@ -273,9 +274,7 @@ const Transform& transform_of(int64_t least) {
 // Filters are short, so that comparing one costs less than its transform: no one has to say when a weight has changed.
 class Spectra {
   public:
-    using Kept = std::shared_ptr<const Memory>;
-
-    Kept get(const Kernels& kernels, const Plan& plan, const float* wf, const Transform& transform, bool single) {
+    KeptSpectra get(const Kernels& kernels, const Plan& plan, const float* wf, const Transform& transform, bool single) {
         const int64_t length = plan.rank * plan.n, width = std::max(kernels.widths[0], kernels.single_width);
         const uint64_t hash = hash_of(wf, length) ^ uint64_t(transform.points * 2 + single) ^ reinterpret_cast<uintptr_t>(&kernels);
         {
@@ -295,7 +294,7 @@ class Spectra {
         const int64_t floats = plan.rank * transform.points * (single ? 4 * kernels.single_width : 2);
         Memory memory = allocate(floats), points = allocate(transform.points * 2 * width);
         (single ? kernels.spectra1 : kernels.spectra)(plan, entry.wf.data(), transform, memory.get(), points.get());
-        Kept kept = entry.spectra = std::make_shared<const Memory>(std::move(memory));
+        KeptSpectra kept = entry.spectra = std::make_shared<const Memory>(std::move(memory));
         entry.floats = floats + length + 64;
         std::lock_guard<std::mutex> hold(lock_);
         floats_ += entry.floats;
@@ -331,7 +330,7 @@ class Spectra {
         std::vector<float> wf;
         uint64_t hash;
         int64_t floats;
-        Kept spectra;
+        KeptSpectra spectra;
     };
     std::mutex lock_;
     std::list<Entry> entries_;
@@ -372,12 +371,8 @@ void exact(const Job& job, int64_t item) {
     }
 }
 
-struct Block {
-    int64_t first, items;
-    int width;  // 1: on its own
-};
+}  // namespace
 
-// The blocks of a batch: full ones, then what is left over, alone if it is little. Depends on the batch alone.
 std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
     constexpr int64_t FEW = 3;
     std::vector<Block> blocks;
@@ -390,6 +385,8 @@ std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
     }
     return blocks;
 }
+
+namespace {
 
 Transform transform_of_items(const Plan& plan) {
     return transform_of((plan.cols + 1) / 2 + plan.n - 1);
@@ -439,37 +436,60 @@ const Kernels* find_kernels(const char* name) {
     return nullptr;
 }
 
+Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, const float* wf, const float* bias, bool fft,
+                 float scale, bool relu, const std::vector<Block>& blocks)
+    : kernels_(&kernels) {
+    job_.plan = plan;
+    job_.xf = xf, job_.wf = wf, job_.bias = bias, job_.scale = scale, job_.relu = relu;
+    if (!fft || is_plain_rank(plan) || blocks.empty()) return;
+    if (blocks.front().width > 1) {
+        job_.lanes = transform_of_items(plan);
+        kept_ = spectra().get(kernels, plan, wf, job_.lanes, false);
+        job_.spectra = kept_->get();
+    }
+    if (blocks.back().width == 1) {
+        const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
+        job_.single = transform_of(half + (plan.n + width - 2) / width);
+        kept1_ = spectra().get(kernels, plan, wf, job_.single, true);
+        job_.spectra1 = kept1_->get();
+    }
+}
+
+void Product::operator()(const Block& block, const float* x, float* y) const {
+    Job job = job_;
+    job.x = x, job.y = y;
+    uint32_t odd;
+    if (block.width == 1)
+        odd = !kernels_->single(job, block.first, scratch(kernels_->single_scratch(job)));
+    else
+        odd = kernels_->forward(job, block.width, block.first, block.items,
+                                scratch(kernels_->forward_scratch(job, block.width)));
+    for (int64_t b = 0; odd; b++, odd >>= 1)
+        if (odd & 1) exact(job, block.first + b);
+}
+
 void forward(const Kernels& kernels, const Plan& plan, const float* x, const float* xf, const float* wf,
              const float* bias, float* y, int64_t batch, bool fft, float scale, bool relu, int threads) {
-    Job job{};
-    job.plan = plan;
-    job.x = x, job.xf = xf, job.wf = wf, job.bias = bias, job.y = y, job.scale = scale, job.relu = relu;
     const auto blocks = split(kernels, batch, true);
-    Spectra::Kept kept, kept1;
-    if (fft && !is_plain_rank(plan) && !blocks.empty()) {
-        if (blocks.front().width > 1) {
-            job.lanes = transform_of_items(plan);
-            kept = spectra().get(kernels, plan, wf, job.lanes, false);
-            job.spectra = kept->get();
-        }
-        if (blocks.back().width == 1) {
-            const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
-            job.single = transform_of(half + (plan.n + width - 2) / width);
-            kept1 = spectra().get(kernels, plan, wf, job.single, true);
-            job.spectra1 = kept1->get();
-        }
-    }
-    in_parallel(int64_t(blocks.size()), threads, [&](int64_t i) {
-        const Block& block = blocks[i];
-        uint32_t odd;
-        if (block.width == 1)
-            odd = !kernels.single(job, block.first, scratch(kernels.single_scratch(job)));
-        else
-            odd = kernels.forward(job, block.width, block.first, block.items,
-                                  scratch(kernels.forward_scratch(job, block.width)));
-        for (int64_t b = 0; odd; b++, odd >>= 1)
-            if (odd & 1) exact(job, block.first + b);
-    });
+    const Product product(kernels, plan, xf, wf, bias, fft, scale, relu, blocks);
+    in_parallel(int64_t(blocks.size()), threads, [&](int64_t i) { product(blocks[i], x, y); });
+}
+
+InputGradient::InputGradient(const Kernels& kernels, const Plan& plan, const float* xf, const float* wf, bool fft,
+                             const std::vector<Block>& blocks)
+    : kernels_(&kernels) {
+    job_.plan = plan;
+    job_.xf = xf, job_.wf = wf;
+    if (!fft || is_plain_rank(plan) || blocks.empty()) return;
+    job_.lanes = transform_of_items(plan);
+    kept_ = spectra().get(kernels, plan, wf, job_.lanes, false);
+    job_.spectra = kept_->get();
+}
+
+void InputGradient::operator()(const Block& block, const float* grad, float* grad_x) const {
+    Job job = job_;
+    job.grad = grad, job.grad_x = grad_x;
+    kernels_->backward(job, block.width, block.first, block.items, scratch(kernels_->backward_scratch(job, block.width)));
 }
 
 void backward(const Kernels& kernels, const Plan& plan, const float* x, const float* xf, const float* wf,
@@ -477,7 +497,7 @@ void backward(const Kernels& kernels, const Plan& plan, const float* x, const fl
     Job job{};
     job.plan = plan;
     job.x = x, job.xf = xf, job.wf = wf, job.grad = grad, job.grad_x = grad_x;
-    Spectra::Kept kept;
+    KeptSpectra kept;
     if (fft && !is_plain_rank(plan)) {
         job.lanes = transform_of_items(plan);
         kept = spectra().get(kernels, plan, wf, job.lanes, false);

@@ -8,13 +8,18 @@ parameters that are now properties.
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.kernels import native_available
+from deepthin.torch.recurrent import recurrent
+from deepthin.torch.weight import ThinPart, ThinWeight, is_transformed
 
 
 class _Generated(property):
@@ -122,7 +127,97 @@ class ThinMultiheadAttention(ThinLayer, nn.MultiheadAttention):
 
 
 class ThinRecurrent(ThinLayer, nn.RNNBase):
-    """A recurrent layer whose gate matrices, stacked as torch keeps them, are decoded once a call."""
+    """A recurrent layer that multiplies by the codes of its gate matrices, where native code does.
+
+    Else these, stacked as torch keeps them, are decoded once a call.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The outputs of all steps, and the states after the last."""
+        factors = self._factors() if isinstance(input, Tensor) and self._is_plain(input) else None
+        return super().forward(input, hx) if factors is None else self._run(input, hx, *factors)
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether the operator may take it. While a graph is exported or transformed, weights are decoded inside it."""
+        if input.dim() not in (2, 3) or not input.numel() or not input.is_floating_point() or input.is_meta:
+            return False
+        if self.proj_size or torch._C._get_tracing_state() is not None or is_transformed():
+            return False
+        return not torch.compiler.is_exporting() and next(self.parameters()).is_cpu and native_available
+
+    def _factors(self) -> "tuple[list[Tensor], list[Tensor], list[int]] | None":
+        """Those of all matrices, the biases, and the entries where the matrices begin; none where one must be decoded."""
+        factors: list[Tensor] = []
+        biases: list[Tensor] = []
+        offsets: list[int] = []
+        known: dict[int, Any] = {}
+        thin = cast(nn.Module, self._modules["thin"])._modules
+        for name in self._flat_weights_names:
+            if name.startswith("bias"):
+                biases.append(getattr(self, name))
+                continue
+            part = thin.get(name)
+            weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
+            if not isinstance(weight, ThinWeight) or (plan := weight.plan(index)) is None:
+                return None
+            if id(weight) not in known:
+                known[id(weight)] = weight.floats()
+            (_, first, stop, offset), scale = plan, weight.parts[index].scale
+            rows, wf = known[id(weight)]["xf"], known[id(weight)]["wf"]
+            rows = rows if len(rows) == stop - first else rows[first:stop]
+            factors += [rows if scale == 1.0 else rows * scale, wf]
+            offsets.append(offset)
+        return factors, biases, offsets
+
+    def _run(self, input: Tensor, hx: Any, factors: list[Tensor], biases: list[Tensor], offsets: list[int]) -> Any:
+        """By the operator, in single precision whatever autocast says; torch's checks, layouts and errors."""
+        lstm, alone, number = self.mode == "LSTM", input.dim() == 2, 2 if self.bidirectional else 1
+        x = input.unsqueeze(1) if alone else input.transpose(0, 1) if self.batch_first else input
+        states = list(hx) if lstm and hx is not None else [hx] if hx is not None else []
+        if alone and any(t.dim() != 2 for t in states) or not alone and any(t.dim() != 3 for t in states):
+            return super().forward(input, hx)  # which says what is wrong
+        states = [t.unsqueeze(1) for t in states] if alone else states
+        if not states:
+            zeros = x.new_zeros(self.num_layers * number, x.shape[1], self.hidden_size)
+            states = [zeros, zeros] if lstm else [zeros]
+        self.check_forward_args(
+            input.unsqueeze(0 if self.batch_first else 1) if alone else input,
+            tuple(states) if lstm else states[0],
+            None,
+        )
+        autocast = torch.is_autocast_enabled("cpu")
+        kind = torch.get_autocast_dtype("cpu") if autocast else input.dtype
+        cell = self.mode.lower().removeprefix("rnn_")
+        with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+            operands = [x, *states, *factors, *biases]
+            if autocast:
+                operands = [t.float() for t in operands]
+            x, h, c = operands[0], operands[1], operands[2] if lstm else None
+            first = 1 + len(states)
+            factors, biases = operands[first : first + len(factors)], operands[first + len(factors) :]
+            together = self.num_layers if not (self.training and self.dropout) else 1
+            ends: list[tuple[Tensor, Tensor]] = []
+            for layer in range(0, self.num_layers, together):
+                if layer:
+                    x = F.dropout(x, self.dropout, training=True)
+                own = slice(layer * number, (layer + together) * number)
+                places = 2 * number * layer, 2 * number * (layer + together)
+                x, last, last_c = recurrent(
+                    x,
+                    h[own],
+                    c[own] if c is not None else None,
+                    factors[2 * places[0] : 2 * places[1]],
+                    biases[slice(*places)] if biases else [],
+                    offsets[slice(*places)],
+                    cell,
+                    number,
+                )
+                ends.append((last, last_c))
+            last, last_c = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*ends, strict=True))
+        y = x.squeeze(1) if alone else x.transpose(0, 1) if self.batch_first else x
+        last, last_c = (last.squeeze(1), last_c.squeeze(1) if lstm else last_c) if alone else (last, last_c)
+        y, last, last_c = y.to(kind), last.to(kind), last_c.to(kind)
+        return (y, (last, last_c)) if lstm else (y, last)
 
     def __getattr__(self, name: str) -> Any:
         thin = self.__dict__.get("_modules", {}).get("thin")

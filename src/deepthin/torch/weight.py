@@ -177,7 +177,7 @@ class ThinWeight(nn.Module):
         state = self._state()
         if not self.rounds:
             return self._decode_floats(state) if isinstance(self.method, Then) else state
-        if not self._wants_gradient() and not torch.compiler.is_compiling() and not _is_transformed():
+        if not self._wants_gradient() and not torch.compiler.is_compiling() and not is_transformed():
             kept = self._floats
             if kept is None or not _same(kept[0], state.values()):
                 copies = self._copies()
@@ -235,7 +235,7 @@ class ThinWeight(nn.Module):
 
         In evaluation, where no gradient is wanted, it is kept until the code changes in value.
         """
-        if not self._keeps() or torch.compiler.is_compiling() or _is_transformed():
+        if not self._keeps() or torch.compiler.is_compiling() or is_transformed():
             return self._decode(index, self.floats())
         held = self._dense
         if held is None or not _same(held[0], self._state().values()):
@@ -303,7 +303,7 @@ class ThinWeight(nn.Module):
         if fast is None:
             return None
         if self.rounds:
-            if not self._keeps() or _is_transformed():
+            if not self._keeps() or is_transformed():
                 return None
             entries = self.floats()
         return fast(x, entries.get("xf"), entries.get("wf"), bias)
@@ -369,6 +369,10 @@ class ThinWeight(nn.Module):
         y = csr_linear((rows, cols), values.numpy(), kept[1], kept[2], items.numpy(), shift, threads=threads)
         return torch.from_numpy(y).view(*x.shape[:-1], rows)
 
+    def plan(self, index: int) -> "tuple[Factor, int, int, int] | None":
+        """A tensor's own plan, its rows of xf and the entry where it begins; none where the weight must be built."""
+        return self._plans[index]
+
     def _plan(self, index: int) -> "tuple[Factor, int, int, int] | None":
         """A tensor's own plan, its rows of xf and the entry where it begins; none where the weight must be built."""
         method, part = self.decoder, self.parts[index]
@@ -420,14 +424,14 @@ def _same(kept: Sequence[Tensor], now: Iterable[Tensor]) -> bool:
     )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether values have more to them than what is in memory: nothing of them may be kept."""
     return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
 def _is_traced(x: Tensor) -> bool:
     """Whether what is computed now is recorded as a graph or transformed by torch.func."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_transformed()
 
 
 class ThinPart(nn.Module):

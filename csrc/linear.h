@@ -1,0 +1,59 @@
+// What products share with the layers that are made of them: memory, threads, and a product that is used again and again.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace deepthin {
+
+struct Release {
+    void operator()(float* memory) const;
+};
+using Memory = std::unique_ptr<float[], Release>;
+
+Memory allocate(int64_t floats);  // 64-byte aligned; throws std::bad_alloc
+
+// `work(i)` for i < tasks, on so many threads at most. What one of them throws is thrown here, in the end.
+void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>& work);
+
+struct Block {
+    int64_t first, items;
+    int width;  // 1: on its own
+};
+
+// The blocks of a batch: full ones, then what is left over; with `alone`, one by one if it is little. Depends on the batch
+// alone.
+std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone);
+
+using KeptSpectra = std::shared_ptr<const Memory>;
+
+// y = scale x W^T + bias, rectified if asked, all set for blocks like those that it is made for.
+class Product {
+  public:
+    Product(const Kernels&, const Plan&, const float* xf, const float* wf, const float* bias, bool fft, float scale,
+            bool relu, const std::vector<Block>& blocks);
+    // x and y are those of the whole batch. May be called from several threads.
+    void operator()(const Block& block, const float* x, float* y) const;
+
+  private:
+    const Kernels* kernels_;
+    Job job_{};
+    KeptSpectra kept_, kept1_;
+};
+
+// Gradients of the inputs of one product after another: grad W.
+class InputGradient {
+  public:
+    InputGradient(const Kernels&, const Plan&, const float* xf, const float* wf, bool fft, const std::vector<Block>& blocks);
+    void operator()(const Block& block, const float* grad, float* grad_x) const;
+
+  private:
+    const Kernels* kernels_;
+    Job job_{};
+    KeptSpectra kept_;
+};
+
+}  // namespace deepthin

@@ -1,0 +1,367 @@
+"""Recurrent layers without their weights, as a torch operator, ``torch.ops.deepthin.recurrent``: whole sequences in a call.
+
+Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2 (DeepSpeech). The products with the inputs of many steps are taken
+at once, those with the states step after step, all by the factors; gates, states and gradients are those of torch's own
+layers. Single precision on the CPU runs native code, all else torch's layers with decoded weights.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from deepthin import kernels
+from deepthin.methods.factor import Factor
+from deepthin.recurrent import CELLS, gates_of
+from deepthin.torch.operators import takes
+from deepthin.torch.product import choose_native, costs
+
+_ABREAST = 32  # of inputs, which are always multiplied many at a time
+_library = torch.library.Library("deepthin", "FRAGMENT")
+_library.define(
+    "recurrent(Tensor x, Tensor h, Tensor? c, Tensor[] factors, Tensor[] biases, int[] offsets, str cell, int directions, "
+    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "recurrent_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor x, Tensor h, Tensor? c, Tensor y, "
+    "Tensor reserve, Tensor[] factors, Tensor[] biases, int[] offsets, str cell, int directions, bool[] wanted) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class _Layers(NamedTuple):
+    """What all sizes follow from. ``plans``: of each matrix, the factors' method and the entry where it begins."""
+
+    cell: str
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    layers: int
+    directions: int
+    plans: list[tuple[Factor, int]]
+
+    def numbers(self) -> tuple[int, ...]:
+        """As the native code takes them."""
+        return CELLS.index(self.cell), *self[1:7]
+
+
+def recurrent(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    factors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Sequence[int],
+    cell: str,
+    directions: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch's recurrent layers return for ``x``, steps x batch x inputs, and the states ``h`` and ``c`` after it.
+
+    ``h`` and ``c``, which only an LSTM (``cell`` ``lstm``) has, are layers * directions x batch x hidden, as they are
+    returned. ``factors`` holds xf and wf of the matrix of the inputs and of that of the states, for each direction of
+    each layer; ``biases`` those of both, or nothing; ``offsets`` the entries at which each matrix begins. Gradients of
+    every operand, of any order.
+    """
+    operands = [t for t in (x, h, c, *factors, *biases) if t is not None]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    offsets = list(offsets)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:
+        y, h, c, _ = torch.ops.deepthin.recurrent(x, h, c, list(factors), list(biases), offsets, cell, directions, keep)
+        return y, h, c
+    count = len(factors)
+    if not keep:
+        y, h, c, _ = _forward(x, h, c, factors, biases, offsets, cell, directions, False)
+        return y, h, c
+    return cast(Any, _Eager.apply(count, offsets, cell, directions, x, h, c, *factors, *biases))[:3]
+
+
+def _layers(
+    x: Tensor, h: Tensor, factors: Sequence[Tensor], offsets: Sequence[int], cell: str, directions: int
+) -> _Layers:
+    """The sizes, checked against each other."""
+    if cell not in CELLS:
+        raise ValueError(f"cell={cell!r} must be one of {', '.join(CELLS)}.")
+    if x.dim() != 3 or h.dim() != 3 or directions not in (1, 2) or len(h) % directions or not len(h):
+        raise ValueError(f"x and h need three dimensions, and h all directions; they are {x.shape} and {h.shape}.")
+    (steps, batch, inputs), (places, _, hidden) = x.shape, h.shape
+    if h.shape[1] != batch or len(factors) != 4 * places or len(offsets) != 2 * places:
+        raise ValueError(
+            f"{places} states of {h.shape[1]} sequences need {4 * places} factors and as many sequences: there are "
+            f"{len(factors)} and {batch}."
+        )
+    if 0 in x.shape or 0 in h.shape:
+        raise ValueError(f"Sequences and states may not be empty; they are {tuple(x.shape)} and {tuple(h.shape)}.")
+    plans: list[tuple[Factor, int]] = []
+    for number, offset in enumerate(offsets):
+        xf, wf = factors[2 * number], factors[2 * number + 1]
+        cols = hidden if number % 2 else inputs if number < 2 * directions else directions * hidden
+        shape = (gates_of(cell) * hidden, cols)
+        if xf.dim() != 2 or wf.dim() != 2 or 0 in wf.shape or not 0 <= offset < wf.shape[1]:
+            raise ValueError(f"Factors are matrices; {number} has {tuple(xf.shape)} and {tuple(wf.shape)}.")
+        (rank, n), need = wf.shape, -(-(offset + math.prod(shape)) // wf.shape[1])
+        if tuple(xf.shape) != (need, rank):
+            raise ValueError(
+                f"Matrix {number} of {shape} with rows of {n} needs an xf of {(need, rank)}, not {tuple(xf.shape)}."
+            )
+        plans.append((Factor(shape, n, rank), offset))
+    return _Layers(cell, steps, batch, inputs, hidden, places // directions, directions, plans)
+
+
+def _forward(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    factors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Sequence[int],
+    cell: str,
+    directions: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layers = _layers(x, h, factors, offsets, cell, directions)
+    if not takes(x, h, c, *factors, *biases):
+        with torch.no_grad():
+            return *_in_torch(layers, x, h, c, factors, biases), x.new_empty(0)
+    like = {"dtype": torch.float32, "device": "cpu"}
+    y = torch.empty(layers.steps, layers.batch, directions * layers.hidden, **like)
+    last = h.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+    last_c = (
+        torch.empty(0, **like) if c is None else c.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+    )
+    reserve = torch.empty(_reserve(layers) if keep else 0, **like)
+    held = [_plain(t) for t in (x, *factors, *biases)]
+    kernels.native().recurrent(
+        *layers.numbers(),
+        *_operands(layers, held[1 : 1 + len(factors)], held[1 + len(factors) :], keep),
+        held[0].data_ptr(),
+        last.data_ptr(),
+        last_c.data_ptr() if c is not None else 0,
+        y.data_ptr(),
+        reserve.data_ptr() if keep else 0,
+        torch.get_num_threads(),
+    )
+    return y, last, last_c, reserve
+
+
+def _reserve(layers: _Layers) -> int:
+    numbers = layers.numbers()
+    return kernels.native().recurrent_reserve(*numbers[:3], *numbers[4:])
+
+
+def _operands(
+    layers: _Layers,
+    factors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    training: bool,
+    grads: Sequence[Tensor] = (),
+) -> tuple[list[int], list[int]]:
+    """Plans and addresses, as the native code takes them. How a product is made does not depend on the steps."""
+    plans: list[int] = []
+    parts: list[int] = []
+    for number, (method, offset) in enumerate(layers.plans):
+        batch = layers.batch if number % 2 else _ABREAST
+        ways = [choose_native(method, batch, which) == "native-fft" for which in (False, True)]
+        plans += [*method.shape, method.n, method.rank, offset, *ways]
+        own = [factors[2 * number], factors[2 * number + 1], biases[number] if biases else None]
+        own_grads = [None] * 3
+        if grads:
+            own_grads = [grads[2 * number], grads[2 * number + 1], grads[len(factors) + number] if biases else None]
+        parts += [0 if t is None or not t.numel() else t.data_ptr() for t in (*own, *own_grads)]
+    return plans, parts
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Row-major. An alias, so that the memory stays although another thread gives the tensor new data meanwhile."""
+    return t.detach().resolve_neg().contiguous()
+
+
+def _backward(
+    grad_y: Tensor,
+    grad_h: Tensor,
+    grad_c: Tensor,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    y: Tensor,
+    reserve: Tensor,
+    factors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Sequence[int],
+    cell: str,
+    directions: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    layers = _layers(x, h, factors, offsets, cell, directions)
+    states = [h] if c is None else [h, c]
+    inputs = [x, *states, *factors, *biases]
+    if not reserve.numel() or not takes(grad_y, grad_h, grad_c, *inputs, y, reserve):
+        with torch.enable_grad():
+            own = [t.detach().requires_grad_() for t in inputs]
+            found = _in_torch_of(layers, own, len(factors), c is not None)
+            outputs = found if c is not None else found[:2]
+            grads = torch.autograd.grad(outputs, own, (grad_y, grad_h, grad_c)[: len(outputs)])
+        return [g if want else x.new_empty(0) for g, want in zip(grads, wanted, strict=True)]
+    held = [_plain(t) for t in (*inputs, y, reserve, grad_y)]
+    own = [
+        torch.empty(t.shape, dtype=torch.float32, device="cpu") if want else x.new_empty(0)
+        for t, want in zip(inputs, wanted, strict=True)
+    ]
+    for place, grad in enumerate((grad_h, grad_c)[: len(states)]):  # in: of the last states; out: of the first
+        own[1 + place] = grad.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+    first = 1 + len(states)
+    factors, biases = held[first : first + len(factors)], held[first + len(factors) : len(inputs)]
+    addresses = [t.data_ptr() for t in held]
+    kernels.native().recurrent_backward(
+        *layers.numbers(),
+        *_operands(layers, factors, biases, True, own[first:]),
+        addresses[0],
+        addresses[1],
+        addresses[2] if c is not None else 0,
+        *addresses[-3:],
+        own[0].data_ptr() if own[0].numel() else 0,
+        own[1].data_ptr(),
+        own[2].data_ptr() if c is not None else 0,
+        torch.get_num_threads(),
+    )
+    return own
+
+
+def _in_torch(
+    layers: _Layers,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    factors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Torch's own layers with decoded weights: any type, any device, any gradient."""
+    weights: list[Tensor] = []
+    for number, (method, offset) in enumerate(layers.plans):
+        flat = (factors[2 * number] @ factors[2 * number + 1]).reshape(-1)
+        matrix = flat[offset : offset + math.prod(method.shape)].view(method.shape)
+        weights.append(matrix)
+        if number % 2 and biases:  # torch's order: both matrices of a direction, then both biases
+            weights += [biases[number - 1], biases[number]]
+    rest = (bool(biases), layers.layers, 0.0, False, layers.directions == 2, False)
+    functions = torch._VF
+    if layers.cell == "lstm":
+        y, last, last_c = functions.lstm(x, (h, c), weights, *rest)
+        return y, last, last_c
+    name = {"gru": "gru", "tanh": "rnn_tanh", "relu": "rnn_relu"}[layers.cell]
+    y, last = getattr(functions, name)(x, h, weights, *rest)
+    return y, last, x.new_empty(0)
+
+
+def _in_torch_of(layers: _Layers, inputs: Sequence[Tensor], factors: int, has_c: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of x, h, c where there is one, factors and biases, all in a row."""
+    first = 3 if has_c else 2
+    c = inputs[2] if has_c else None
+    return _in_torch(layers, inputs[0], inputs[1], c, inputs[first : first + factors], inputs[first + factors :])
+
+
+def _fake_forward(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    factors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Sequence[int],
+    cell: str,
+    directions: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    steps, batch, _ = x.shape
+    places, _, hidden = h.shape
+    own = gates_of(cell) * hidden + (hidden if cell in ("lstm", "gru") else 0)
+    layer = steps * batch * directions * (hidden + own)
+    reserve = (places // directions) * layer - steps * batch * directions * hidden
+    y = x.new_empty(steps, batch, directions * hidden)
+    native = kernels.native_available and all(
+        t is None or (t.dtype is torch.float32 and t.is_cpu) for t in (x, h, c, *factors, *biases)
+    )
+    return (
+        y,
+        h.new_empty(h.shape),
+        x.new_empty(0 if c is None else c.shape),
+        x.new_empty(reserve if keep and native else 0),
+    )
+
+
+def _fake_backward(*operands: Any) -> list[Tensor]:
+    _, _, _, x, h, c, _, _, factors, biases, _, _, _, wanted = operands
+    inputs = [x, *([h] if c is None else [h, c]), *factors, *biases]
+    states = 1 if c is None else 2
+    return [
+        t.new_empty(t.shape) if want or 0 < place <= states else x.new_empty(0)
+        for place, (t, want) in enumerate(zip(inputs, wanted, strict=True))
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h, c, factors, biases, *ctx.rest, _ = inputs
+    y, _, _, reserve = output
+    ctx.has_c, ctx.factors = c is not None, len(factors)
+    ctx.mark_non_differentiable(reserve)
+    ctx.save_for_backward(x, h, *([c] if ctx.has_c else []), *factors, *biases, y, reserve)
+
+
+def _grad(ctx: Any, *grads: Tensor, backward: Any = None) -> tuple[Any, ...]:
+    """Gradients of x, h, c, the factors and the biases; the last two are lists."""
+    *inputs, y, reserve = ctx.saved_tensors
+    first = 3 if ctx.has_c else 2
+    x, h, c = inputs[0], inputs[1], inputs[2] if ctx.has_c else None
+    factors, biases = inputs[first : first + ctx.factors], inputs[first + ctx.factors :]
+    offsets, cell, directions = ctx.rest
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # of any order: let autograd derive them
+        own = [t.view_as(t) for t in inputs]  # apart: one may have been computed from another
+        found = _in_torch_of(_layers(x, h, factors, offsets, cell, directions), own, ctx.factors, ctx.has_c)
+        wanted = [t for t in own if t.requires_grad]
+        outputs = found if ctx.has_c else found[:2]
+        made = iter(torch.autograd.grad(outputs, wanted, grads[: len(outputs)], create_graph=True, allow_unused=True))
+        found = [next(made) if t.requires_grad else None for t in own]
+    else:
+        wanted = [t.requires_grad for t in inputs]
+        backward = backward or torch.ops.deepthin.recurrent_backward
+        made = backward(*grads[:3], x, h, c, y, reserve, factors, biases, offsets, cell, directions, wanted)
+        found = [g if want else None for g, want in zip(made, wanted, strict=True)]
+    of_c = [found[2]] if ctx.has_c else [None]
+    return *found[:2], *of_c, found[first : first + ctx.factors], found[first + ctx.factors :], None, None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """What the registered operator does, for tensors of an eager program: without dispatch."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        count: int,
+        offsets: list[int],
+        cell: str,
+        directions: int,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor | None,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        inputs = (x, h, c, rest[:count], rest[count:], offsets, cell, directions, True)
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        x, h, c, factors, biases, *_ = _grad(ctx, *grads, backward=_backward)
+        return None, None, None, None, x, h, c, *factors, *biases
+
+
+_library.impl("recurrent", _forward, "CompositeExplicitAutograd")
+_library.impl("recurrent_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("deepthin::recurrent", _fake_forward, lib=_library)
+torch.library.register_fake("deepthin::recurrent_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("deepthin::recurrent", _grad, setup_context=_save, lib=_library)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("deepthin::recurrent", _device, torch.float32, lib=_library)
