@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import jaxtyping
 import pytest
@@ -22,6 +23,8 @@ SHAPED = (
     "tasks.decoder",
     "torch.product",
     "torch.operators",
+    "torch.recurrent",
+    "recurrent",
     "torch.weight",
     "torch.layers",
 )  # what has shapes in signatures
@@ -59,3 +62,17 @@ def command_line(monkeypatch, capsys):
         return stopped.value.code or 0, shown.out, shown.err
 
     return call
+
+
+@pytest.fixture
+def compiling():
+    """Inductor is slow and its warnings are its own; tracing the whole graph is what we promise."""
+    import torch
+
+    torch._dynamo.reset()
+    jaxtyping.config.update("jaxtyping_disable", True)  # the checks of shapes are no part of what is traced
+    with warnings.catch_warnings(), torch._dynamo.config.patch(allow_rnn=True):  # as for torch's own recurrent layers
+        warnings.simplefilter("ignore")
+        yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch._dynamo.reset()

@@ -6,7 +6,6 @@ import math
 import pickle
 import warnings
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import deepthin
 import deepthin.torch as dt
-from deepthin import ConfigError
+from deepthin import ConfigError, kernels
 from deepthin.torch.layers import THIN, ThinLayer, thin_tensors
 
 CLASSES = 5
@@ -218,24 +217,11 @@ def test_gradient_checkpointing(case):
     assert all(torch.allclose(p.grad, expected[name], atol=1e-5) for name, p in network.named_parameters())
 
 
-RECURRENT = ("RNN", "GRU", "LSTM")
-
-
-@pytest.fixture
-def compiling():
-    """Inductor is slow and its warnings are its own; tracing the whole graph is what we promise."""
-    torch._dynamo.reset()
-    jaxtyping.config.update("jaxtyping_disable", True)  # the checks of shapes are no part of what is traced
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case not in RECURRENT])
+@ALL
 def test_training_compiles_to_one_graph(case, compiling):
     network, x = thin(case)
+    if any(isinstance(module, nn.RNNBase) for module in network.modules()) and not kernels.native_available:
+        pytest.skip("Dynamo traces no gradients of torch's own recurrent layers")
     network(x).sum().backward()
     expected = {name: p.grad.clone() for name, p in network.named_parameters()}
     network.zero_grad()
@@ -249,10 +235,9 @@ def test_inference_compiles_to_one_graph(case, compiling):
     network.eval()
     with torch.no_grad():
         y = network(x)
-        with torch._dynamo.config.patch(allow_rnn=True):
-            compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-            assert torch.allclose(compiled(x), y, atol=1e-4)
-            assert torch.allclose(compiled(x[:3]), y[:3], atol=1e-4)
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), y, atol=1e-4)
+        assert torch.allclose(compiled(x[:3]), y[:3], atol=1e-4)
 
 
 @ALL

@@ -1,4 +1,4 @@
-"""Native recurrent layers, each instruction set in turn, against the definition in float64; nothing here loads torch."""
+"""Native recurrent layers, each instruction set, against the definition in float64; nothing here loads torch."""
 
 import os
 import subprocess

@@ -1,12 +1,13 @@
 """Time DeepThin and its competitors in turn, in one run: ratios hold on a noisy machine, microseconds do not.
 
-Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2, is what `tfkaldi` is drawn beside.
+Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2, is what `tfkaldi` and `deepspeech` are drawn beside.
 """
 
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,19 +20,29 @@ from deepthin import kernels
 from deepthin.method import BudgetError
 from deepthin.methods.factor import Factor
 from deepthin.report import table
+from deepthin.tasks import ctc
+from deepthin.trial import quantised
 
 Work = Callable[[], object]
 Shapes = Sequence[tuple[int, int]]
 """(outputs, inputs) of one linear layer after the other, rectified but for the last."""
 
-CASES = ("linear", "tfkaldi", "train")
+CASES = ("linear", "tfkaldi", "train", "lstm", "gru", "deepspeech", "train-lstm")
+UNITS, LAYERS, STEPS = 1024, 5, 100  # of lstm and gru
 PAPER_RATIOS = (0.0195, 0.0129, 0.0099, 0.0057, 0.0040, 0.0027, 0.0020, 0.0014)
 TFKALDI: Shapes = ((2048, 440), *[(2048, 2048)] * 5, (1952, 2048))
-# Table 2's columns for TFKaldi: times faster than the uncompressed network on three machines
+# Table 2: times faster than the uncompressed network on three machines, by the size of their last cache
 PAPER = {
-    "paper, 6 MB cache": (3.80, 5.64, 6.47, 8.12, 8.53, 8.22, 7.43, 4.44),
-    "paper, 25 MB cache": (2.51, 3.16, 3.88, 4.21, 5.69, 5.22, 4.56, 4.12),
-    "paper, 45 MB cache": (2.46, 3.51, 4.09, 4.84, 5.32, 5.42, 4.58, 2.44),
+    "tfkaldi": {
+        "paper, 6 MB cache": (3.80, 5.64, 6.47, 8.12, 8.53, 8.22, 7.43, 4.44),
+        "paper, 25 MB cache": (2.51, 3.16, 3.88, 4.21, 5.69, 5.22, 4.56, 4.12),
+        "paper, 45 MB cache": (2.46, 3.51, 4.09, 4.84, 5.32, 5.42, 4.58, 2.44),
+    },
+    "deepspeech": {
+        "paper, 6 MB cache": (7.66, 10.66, 12.12, 13.69, 13.72, 13.04, 11.68, 8.72),
+        "paper, 25 MB cache": (2.24, 3.09, 3.50, 3.89, 3.86, 3.65, 3.36, 2.57),
+        "paper, 45 MB cache": (2.08, 2.77, 3.09, 3.67, 3.70, 3.46, 3.22, 2.42),
+    },
 }
 
 _TURNS_BEFORE = 2  # calls right before the one that is timed, so that its data is where it would be in steady use
@@ -69,18 +80,24 @@ def run(
     """One row for each batch and ratio: medians in microseconds. ``shape`` is (outputs, inputs), of a single layer.
 
     ``linear`` is one layer in evaluation, ``tfkaldi`` the paper's network, ``train`` a forward and a backward pass of a
-    layer with the gradients of input and parameters. ``microseconds`` is the bare operator for ``linear``, the module
-    as users have it for the others; ``layer_microseconds`` always the module. The competitors: ``dense`` nn.Linear,
-    ``packed`` oneDNN with packed weights, ``int8`` dynamic quantisation, ``rank`` and ``csr`` the same bytes as a plain
-    rank factorisation and as sparse rows, by kernels of the same library; ``best_dense`` is the faster of the first
-    two. Every competitor is called some times before its timing; for ``cold_...`` the caches are flushed instead.
+    layer with the gradients of input and parameters; ``lstm`` and ``gru`` are 5 layers over 100 steps, whose shape is
+    (units, inputs), ``deepspeech`` the paper's other network over a second of speech, ``train-lstm`` a training step of
+    the task ctc. ``microseconds`` is the bare operator for ``linear``, the module as users have it for the others;
+    ``layer_microseconds`` always the module. The competitors: ``dense`` torch's own layers, ``packed`` oneDNN with
+    packed weights, ``int8`` dynamic quantisation, ``rank`` and ``csr`` the same bytes as a plain rank factorisation and
+    as sparse rows, by kernels of the same library; ``best_dense`` is the faster of the first two. Every competitor is
+    called some times before its timing; for ``cold_...`` the caches are flushed instead.
     """
     torch.set_num_threads(threads)
     shapes = TFKALDI if case == "tfkaldi" else [shape]
     rows: list[dict[str, Any]] = []
     for number, batch in enumerate(batches):
         step = lambda done, total, number=number: progress(number * total + done, len(batches) * total)  # noqa: E731
-        rows += _measure(case, shapes, ratios, batch, rank, threads, repeats, step)
+        if case in ("lstm", "gru", "deepspeech", "train-lstm"):
+            whole = _whole(case, shape, batch)
+            rows += _measure_whole(case, whole, ratios, batch, rank, threads, repeats, step)
+        else:
+            rows += _measure(case, shapes, ratios, batch, rank, threads, repeats, step)
     return rows
 
 
@@ -102,7 +119,7 @@ def _measure(
     for ratio in ratios:
         row = {**common, "ratio": ratio, "threads": threads, "isa": kernels.isa()}
         try:
-            model, n = _compressed(shapes, ratio, rank)
+            model, n = _thin(_network(shapes), ratio, rank)
         except BudgetError as error:
             rows.append({**row, "microseconds": None, "smallest_ratio": error.smallest_ratio})
             continue
@@ -125,19 +142,139 @@ def _measure(
     return rows
 
 
+class Whole(NamedTuple):
+    """A network that is timed as users have it: how it is built, and what is done with it, once or in training."""
+
+    build: Callable[[], nn.Module]
+    work: Callable[[nn.Module], Work]
+    trains: bool
+    shape: tuple[int, int]  # units, inputs
+
+
+class _DeepSpeech(nn.Module):
+    """Deep Speech 2 (Amodei et al., 2016, arXiv:1512.02595): spectrograms, batch x 1 x 161 x frames, to 29 characters.
+
+    Two convolutions, five bidirectional LSTM layers whose directions are added up, and a linear one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Sequential(
+            nn.Conv2d(1, 32, (41, 11), (2, 2), (20, 5)),
+            nn.BatchNorm2d(32),
+            nn.Hardtanh(0, 20),
+            nn.Conv2d(32, 32, (21, 11), (2, 1), (10, 5)),
+            nn.BatchNorm2d(32),
+            nn.Hardtanh(0, 20),
+        )
+        sizes = [32 * 41, *[UNITS] * (LAYERS - 1)]
+        self.norms = nn.ModuleList(nn.BatchNorm1d(size) for size in sizes)
+        self.layers = nn.ModuleList(nn.LSTM(size, UNITS, bidirectional=True) for size in sizes)
+        self.norm = nn.BatchNorm1d(UNITS)
+        self.output = nn.Linear(UNITS, 29, bias=False)
+
+    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        x = self.front(spectrogram).flatten(1, 2)
+        for number, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+            x = norm(x) if number else x
+            y, _ = layer(x.permute(2, 0, 1))
+            x = y.view(*y.shape[:2], 2, UNITS).sum(2).permute(1, 2, 0)
+        return self.output(self.norm(x).transpose(1, 2))
+
+
+def _whole(case: str, shape: tuple[int, int], batch: int) -> Whole:
+    if case == "train-lstm":
+        return _training_of_ctc(batch)
+    units, inputs = (UNITS, 161) if case == "deepspeech" else shape
+    if case == "deepspeech":
+        build, x = _DeepSpeech, torch.randn(batch, 1, inputs, STEPS)
+    else:
+        kind = nn.LSTM if case == "lstm" else nn.GRU
+        build, x = lambda: kind(inputs, units, num_layers=LAYERS), torch.randn(STEPS, batch, inputs)
+
+    def work(model: nn.Module) -> Work:
+        model.eval()
+        return lambda: model(x)
+
+    return Whole(build, work, False, (units, inputs))
+
+
+def _training_of_ctc(batch: int) -> Whole:
+    """A step as the task takes it, of utterances of 2.4 seconds, without the optimiser."""
+    features, lengths = torch.randn(batch, 240, ctc.INPUTS), torch.full((batch,), 240)
+    targets = [torch.randint(1, len(ctc.SYMBOLS), (20,)) for _ in range(batch)]
+
+    def work(model: nn.Module) -> Work:
+        model.train()
+
+        def step() -> None:
+            model.zero_grad()
+            with ctc.precision():
+                scores, steps = model(features, lengths)
+            ctc.loss(scores, steps, targets).backward()
+
+        return step
+
+    return Whole(lambda: ctc.build(None, ctc.WIDTH), work, True, (ctc.WIDTH, ctc.INPUTS))
+
+
+def _measure_whole(
+    case: str,
+    whole: Whole,
+    ratios: Sequence[float],
+    batch: int,
+    rank: int,
+    threads: int,
+    repeats: int,
+    progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    dense = whole.build()
+    timings = [Timing("dense", None, whole.work(dense))]
+    if not whole.trains:
+        timings.append(Timing("int8", None, whole.work(quantised(whole.build().eval()))))
+    rows: list[dict[str, Any]] = []
+    for ratio in ratios:
+        row = {
+            "case": case,
+            "rows": whole.shape[0],
+            "cols": whole.shape[1],
+            "batch": batch,
+            "rank": rank,
+            "ratio": ratio,
+        }
+        row |= {"threads": threads, "isa": kernels.isa()}
+        try:
+            model, n = _thin(whole.build(), ratio, rank)
+        except BudgetError as error:
+            rows.append({**row, "microseconds": None, "smallest_ratio": error.smallest_ratio})
+            continue
+        timings.append(Timing("thin", ratio, whole.work(model)))
+        rows.append({**row, "n": n})
+        with suppress(BudgetError):
+            timings.append(Timing("rank", ratio, whole.work(_thin(whole.build(), ratio, 1, "rank")[0])))
+    with torch.set_grad_enabled(whole.trains):
+        times, _ = _interleaved(timings, repeats, cold=False, progress=progress)
+    for row in rows:
+        if "n" in row:
+            for name in ("dense", "int8", "rank", "thin"):
+                row[_COLUMNS[name]] = times.get((name, None), times.get((name, row["ratio"])))
+            row["microseconds"], row["best_dense_microseconds"] = row[_COLUMNS["thin"]], row[_COLUMNS["dense"]]
+    return rows
+
+
+def _thin(model: nn.Module, ratio: float, rank: int, method: str = "deepthin") -> tuple[Any, int]:
+    """The network made thin, and n of its largest matrix."""
+    rule = {"method": method, **({"rank": rank} if method == "deepthin" else {})}
+    report = dt.compress(model, {"model": {"ratio": ratio}, "rules": {"*": rule}}, init="scratch")
+    return model, max(report.rows, key=lambda row: row.dense_bytes).n or 0
+
+
 def _network(shapes: Shapes) -> nn.Sequential:
     layers: list[nn.Module] = []
     for rows, cols in shapes:
         layers += [nn.Linear(cols, rows), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
-
-
-def _compressed(shapes: Shapes, ratio: float, rank: int, method: str = "deepthin") -> tuple[nn.Sequential, int]:
-    """A thin network, and n of its largest matrix."""
-    model = _network(shapes)
-    rule = {"method": method, **({"rank": rank} if method == "deepthin" else {})}
-    report = dt.compress(model, {"model": {"ratio": ratio}, "rules": {"*": rule}}, init="scratch")
-    return model, max(report.rows, key=lambda row: row.dense_bytes).n or 0
 
 
 def _dense_competitors(case: str, shapes: Shapes, x: torch.Tensor) -> Iterable[Timing]:
@@ -187,7 +324,7 @@ def _thin_competitors(
                 yield Timing("operator", ratio, _operator(model, x, threads))
             yield Timing("csr", ratio, _sparse(shapes, x, ratio, threads))
     try:
-        low, _ = _compressed(shapes, ratio, 1, method="rank")
+        low, _ = _thin(_network(shapes), ratio, 1, method="rank")
     except BudgetError:
         return
     if case == "train":
@@ -328,8 +465,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     case, reds = rows[0]["case"], ("#fcae91", "#fb6a4a", "#cb181d", "#67000d")
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150)
     series: list[tuple[str, str, dict[float, float]]] = []
-    if case == "tfkaldi":
-        for (label, values), grey in zip(PAPER.items(), ("#d9d9d9", "#bdbdbd", "#969696"), strict=True):
+    if case in PAPER:
+        for (label, values), grey in zip(PAPER[case].items(), ("#d9d9d9", "#bdbdbd", "#969696"), strict=True):
             series.append((label, grey, dict(zip(PAPER_RATIOS, values, strict=True))))
     for number, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
         own = {row["ratio"]: row for row in rows if row["batch"] == batch and row["microseconds"]}
@@ -345,7 +482,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
     axes.set_xlabel("size of the weights over dense")
-    axes.set_ylabel("times faster than the dense network" if case == "tfkaldi" else "times faster than nn.Linear")
+    axes.set_ylabel(
+        "times faster than nn.Linear" if case in ("linear", "train") else "times faster than the dense network"
+    )
     threads = rows[0]["threads"]
     cores = "one thread" if threads == 1 else f"{threads} threads"
     axes.set_title(f"{case}, rank {rows[0]['rank']}, {cores}, {rows[0]['isa']}", fontsize=10)

@@ -92,16 +92,25 @@ def inspect(
 @app.command()
 def bench(
     case: Annotated[
-        str, typer.Argument(help="linear: a layer; tfkaldi: the paper's network; train: a layer, forward and backward.")
+        str,
+        typer.Argument(
+            help="linear: a layer; train: the same, forward and backward; lstm, gru: 5 layers over 100 steps; tfkaldi, "
+            "deepspeech: the paper's networks; train-lstm: a training step of the task ctc."
+        ),
     ],
     ratios: Annotated[
         str, typer.Option(help="Sizes over dense, comma-separated  [default: the paper's eight]", show_default=False)
     ] = "0.0195,0.0129,0.0099,0.0057,0.0040,0.0027,0.0020,0.0014",
     batch: Annotated[
-        str | None, typer.Option(help="Items at once, comma-separated  [default: 1,8,32; train: 128]")
+        str | None,
+        typer.Option(
+            help="Items at once, comma-separated  [default: 1,8,32; recurrent: 1,8; train: 128; train-lstm: 16]"
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Outputs of the layer.")] = 2048,
-    cols: Annotated[int, typer.Option(min=1, help="Inputs of the layer.")] = 2048,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Outputs or units of a layer  [default: 2048; lstm, gru: 1024]")
+    ] = None,
+    cols: Annotated[int | None, typer.Option(min=1, help="Inputs of the layer  [default: as --rows]")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Of the factors.")] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; the median counts.")] = 21,
@@ -114,8 +123,8 @@ def bench(
 ) -> None:
     """Time DeepThin against dense, int8, low-rank and sparse products, in turn, in one run.
 
-    Prints how many times faster it is, warm and with flushed caches, and writes the rows and a chart; that of tfkaldi
-    shows the paper's Table 2 beside ours.
+    Prints how many times faster it is, warm and with flushed caches, and writes the rows and a chart; those of tfkaldi
+    and deepspeech show the paper's Table 2 beside ours.
 
     Example: `deepthin bench linear --ratios 0.0099,0.0040 --batch 1,32 --threads 1`
     """
@@ -123,7 +132,9 @@ def bench(
     from deepthin import kernels
 
     _known(case, engine.CASES, "case")
-    parts = [part.strip() for part in (batch or ("128" if case == "train" else "1,8,32")).split(",")]
+    usual = {"train": "128", "train-lstm": "16", "lstm": "1,8", "gru": "1,8", "deepspeech": "1,8"}
+    parts = [part.strip() for part in (batch or usual.get(case, "1,8,32")).split(",")]
+    rows = rows or (1024 if case in ("lstm", "gru") else 2048)
     batches = tuple(int(part) for part in parts if part.isdecimal())
     if len(batches) < len(parts) or 0 in batches:
         raise ConfigError(f"--batch {batch!r} must be whole numbers with commas, such as 1,8,32.")
@@ -132,7 +143,14 @@ def bench(
     sizes = _ratios(ratios)
     with _progress("timing", "rounds") as report_step:
         found = engine.run(
-            case, (rows, cols), sizes, batches, rank, threads, repeats, lambda i, total: report_step(case, i, total)
+            case,
+            (rows, cols or rows),
+            sizes,
+            batches,
+            rank,
+            threads,
+            repeats,
+            lambda i, total: report_step(case, i, total),
         )
     print(engine.summary(found))
     out = out or Path("runs") / "bench" / f"{case}.json"

@@ -5,7 +5,7 @@ Gates stand in the order of torch's layers: i f g o of an LSTM, r z n of a GRU.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -18,7 +18,7 @@ CELLS = ("tanh", "relu", "lstm", "gru")
 
 
 class Gate(NamedTuple):
-    """One matrix, gates * hidden x inputs or hidden: its factors, the entry of their product at which it begins, a bias."""
+    """One matrix, gates * hidden x inputs or hidden: factors, the entry of their product where it begins, a bias."""
 
     method: Factor
     xf: Float32[np.ndarray, "m r"]
@@ -49,8 +49,8 @@ def recurrent(
 ) -> tuple[Float32[np.ndarray, "steps batch outputs"], States]:
     """The outputs of all steps, directions * hidden wide, and the states after the last one.
 
-    ``gates`` holds, for each direction of each layer, the matrix of the inputs and that of the states. The result is the
-    same bits for any number of threads, and for a sequence in pieces, each from the states that the one before has left.
+    ``gates`` holds, for each direction of each layer, the matrix of the inputs and that of the states. The result is
+    the same bits for any number of threads, and for a sequence in pieces, each from the states of the one before.
     ValueError where operands do not go together.
     """
     x, h, c = _operands(cell, gates, x, states, directions)
@@ -126,7 +126,7 @@ def _cell(
     """One step, of the products with the inputs and with the states."""
     if cell == "lstm":
         i, f, g, o = np.split(a + b, 4, axis=1)
-        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(g)
+        c = _sigmoid(f) * cast(np.ndarray, c) + _sigmoid(i) * np.tanh(g)
         return _sigmoid(o) * np.tanh(c), c
     if cell == "gru":
         (r, z, n), (of_r, of_z, of_n) = np.split(a, 3, axis=1), np.split(b, 3, axis=1)

@@ -30,6 +30,7 @@ BATCH = 16
 DEFAULT_STEPS = 3180  # 60 passes
 WARM_UP = 150  # steps
 CLIP = 20.0  # of the gradient's norm; with 5, training diverged
+WEIGHT_DECAY = 0.3  # without, codes of recurrent matrices grow until gradients through time explode
 
 # Chosen for each method on the development speakers (docs/training.md).
 LEARNING_RATE = 1.5e-3
@@ -170,9 +171,9 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
     order = partial(_of_like_length, frames, min(BATCH, len(frames)), generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)  # dropout draws from torch's own generator
-        for chosen in training.batches(len(frames), BATCH, WARM_UP, order):
+        for chosen in training.batches(len(frames), BATCH, WARM_UP, order, WEIGHT_DECAY):
             features, lengths = distorted([train.features[i] for i in chosen], generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16_is_fast()):
+            with precision():
                 scores, steps = model(features, lengths)
             training.minimise(loss(scores, steps, [train.targets[i] for i in chosen]), CLIP)
 
@@ -281,5 +282,6 @@ def _of_like_length(frames: Tensor, batch: int, generator: Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)].flatten()
 
 
-def _bfloat16_is_fast() -> bool:
-    return cast(bool, torch.cpu._is_avx512_bf16_supported())
+def precision() -> torch.autocast:
+    """That of training: products in bfloat16 where the processor has them."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cast(bool, torch.cpu._is_avx512_bf16_supported()))

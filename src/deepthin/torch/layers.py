@@ -146,11 +146,11 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         return not torch.compiler.is_exporting() and next(self.parameters()).is_cpu and native_available
 
     def _factors(self) -> "tuple[list[Tensor], list[Tensor], list[int]] | None":
-        """Those of all matrices, the biases, and the entries where the matrices begin; none where one must be decoded."""
+        """Those of all matrices, the biases, and where the matrices begin; none where one must be decoded."""
         factors: list[Tensor] = []
         biases: list[Tensor] = []
         offsets: list[int] = []
-        known: dict[int, Any] = {}
+        known: dict[int, dict[str, Tensor]] = {}  # a group's floats are taken once
         thin = cast(nn.Module, self._modules["thin"])._modules
         for name in self._flat_weights_names:
             if name.startswith("bias"):
@@ -158,66 +158,54 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
                 continue
             part = thin.get(name)
             weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
-            if not isinstance(weight, ThinWeight) or (plan := weight.plan(index)) is None:
+            if not isinstance(weight, ThinWeight) or (plan := weight.plans[index]) is None:
                 return None
-            if id(weight) not in known:
-                known[id(weight)] = weight.floats()
-            (_, first, stop, offset), scale = plan, weight.parts[index].scale
-            rows, wf = known[id(weight)]["xf"], known[id(weight)]["wf"]
+            floats = known.setdefault(id(weight), {}) or weight.floats()
+            known[id(weight)] = floats
+            (_, first, stop, offset), scale, rows = plan, weight.parts[index].scale, floats["xf"]
             rows = rows if len(rows) == stop - first else rows[first:stop]
-            factors += [rows if scale == 1.0 else rows * scale, wf]
+            factors += [rows if scale == 1.0 else rows * scale, floats["wf"]]
             offsets.append(offset)
         return factors, biases, offsets
 
     def _run(self, input: Tensor, hx: Any, factors: list[Tensor], biases: list[Tensor], offsets: list[int]) -> Any:
-        """By the operator, in single precision whatever autocast says; torch's checks, layouts and errors."""
-        lstm, alone, number = self.mode == "LSTM", input.dim() == 2, 2 if self.bidirectional else 1
+        """By the operator, in single precision whatever autocast says; with torch's layouts and errors."""
+        lstm, alone = self.mode == "LSTM", input.dim() == 2
+        places, cell = 2 if self.bidirectional else 1, self.mode.lower().removeprefix("rnn_")
         x = input.unsqueeze(1) if alone else input.transpose(0, 1) if self.batch_first else input
-        states = list(hx) if lstm and hx is not None else [hx] if hx is not None else []
-        if alone and any(t.dim() != 2 for t in states) or not alone and any(t.dim() != 3 for t in states):
-            return super().forward(input, hx)  # which says what is wrong
-        states = [t.unsqueeze(1) for t in states] if alone else states
-        if not states:
-            zeros = x.new_zeros(self.num_layers * number, x.shape[1], self.hidden_size)
+        as_given = x.transpose(0, 1) if self.batch_first else x
+        if hx is None:
+            self.check_input(as_given, None)
+            zeros = x.new_zeros(self.num_layers * places, x.shape[1], self.hidden_size)
             states = [zeros, zeros] if lstm else [zeros]
-        self.check_forward_args(
-            input.unsqueeze(0 if self.batch_first else 1) if alone else input,
-            tuple(states) if lstm else states[0],
-            None,
-        )
+        else:
+            states = list(hx) if lstm else [hx]
+            if any(state.dim() != input.dim() for state in states):
+                return super().forward(input, hx)  # which says what is wrong
+            states = [state.unsqueeze(1) for state in states] if alone else states
+            self.check_forward_args(as_given, cast(Any, tuple(states) if lstm else states[0]), None)
         autocast = torch.is_autocast_enabled("cpu")
         kind = torch.get_autocast_dtype("cpu") if autocast else input.dtype
-        cell = self.mode.lower().removeprefix("rnn_")
         with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-            operands = [x, *states, *factors, *biases]
             if autocast:
-                operands = [t.float() for t in operands]
-            x, h, c = operands[0], operands[1], operands[2] if lstm else None
-            first = 1 + len(states)
-            factors, biases = operands[first : first + len(factors)], operands[first + len(factors) :]
-            together = self.num_layers if not (self.training and self.dropout) else 1
-            ends: list[tuple[Tensor, Tensor]] = []
-            for layer in range(0, self.num_layers, together):
-                if layer:
-                    x = F.dropout(x, self.dropout, training=True)
-                own = slice(layer * number, (layer + together) * number)
-                places = 2 * number * layer, 2 * number * (layer + together)
-                x, last, last_c = recurrent(
-                    x,
-                    h[own],
-                    c[own] if c is not None else None,
-                    factors[2 * places[0] : 2 * places[1]],
-                    biases[slice(*places)] if biases else [],
-                    offsets[slice(*places)],
-                    cell,
-                    number,
-                )
+                x, states, factors, biases = x.float(), *([t.float() for t in ts] for ts in (states, factors, biases))
+            h, c = states[0], states[1] if lstm else None
+            # All layers in one call, except where dropout stands between them
+            layers = 1 if self.training and self.dropout else self.num_layers
+            ends: list[tuple[Tensor, Tensor | None]] = []
+            for first in range(0, self.num_layers, layers):
+                x = F.dropout(x, self.dropout) if first else x
+                own, of_own = (slice(k * places * first, k * places * (first + layers)) for k in (1, 2))
+                matrices = slice(2 * of_own.start, 2 * of_own.stop)
+                rest = factors[matrices], biases[of_own], offsets[of_own], cell, places
+                x, last, last_c = recurrent(x, h[own], None if c is None else c[own], *rest)
                 ends.append((last, last_c))
-            last, last_c = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*ends, strict=True))
-        y = x.squeeze(1) if alone else x.transpose(0, 1) if self.batch_first else x
-        last, last_c = (last.squeeze(1), last_c.squeeze(1) if lstm else last_c) if alone else (last, last_c)
-        y, last, last_c = y.to(kind), last.to(kind), last_c.to(kind)
-        return (y, (last, last_c)) if lstm else (y, last)
+        y = (x.squeeze(1) if alone else x.transpose(0, 1) if self.batch_first else x).to(kind)
+        last = [
+            torch.cat(parts) if len(ends) > 1 else parts[0] for parts in list(zip(*ends, strict=True))[: len(states)]
+        ]
+        last = [(state.squeeze(1) if alone else state).to(kind) for state in last]
+        return y, tuple(last) if lstm else last[0]
 
     def __getattr__(self, name: str) -> Any:
         thin = self.__dict__.get("_modules", {}).get("thin")

@@ -1,8 +1,8 @@
-"""Recurrent layers without their weights, as a torch operator, ``torch.ops.deepthin.recurrent``: whole sequences in a call.
+"""Recurrent layers without their weights as a torch operator, ``torch.ops.deepthin.recurrent``: a sequence in one call.
 
-Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2 (DeepSpeech). The products with the inputs of many steps are taken
-at once, those with the states step after step, all by the factors; gates, states and gradients are those of torch's own
-layers. Single precision on the CPU runs native code, all else torch's layers with decoded weights.
+Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2 (DeepSpeech). The products with the inputs of many steps are
+taken at once, those with the states step after step, all by the factors; gates, states and gradients are those of
+torch's own layers. Single precision on the CPU runs native code, all else torch's layers with decoded weights.
 """
 
 import math
@@ -16,18 +16,19 @@ from deepthin import kernels
 from deepthin.methods.factor import Factor
 from deepthin.recurrent import CELLS, gates_of
 from deepthin.torch.operators import takes
-from deepthin.torch.product import choose_native, costs
+from deepthin.torch.product import choose_native
 
 _ABREAST = 32  # of inputs, which are always multiplied many at a time
 _library = torch.library.Library("deepthin", "FRAGMENT")
 _library.define(
-    "recurrent(Tensor x, Tensor h, Tensor? c, Tensor[] factors, Tensor[] biases, int[] offsets, str cell, int directions, "
-    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    "recurrent(Tensor x, Tensor h, Tensor? c, Tensor[] factors, Tensor[] biases, int[] offsets, str cell, "
+    "int directions, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "recurrent_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor x, Tensor h, Tensor? c, Tensor y, "
-    "Tensor reserve, Tensor[] factors, Tensor[] biases, int[] offsets, str cell, int directions, bool[] wanted) -> Tensor[]",
+    "Tensor reserve, Tensor[] factors, Tensor[] biases, int[] offsets, str cell, int directions, bool[] wanted) "
+    "-> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -58,7 +59,7 @@ def recurrent(
     offsets: Sequence[int],
     cell: str,
     directions: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """What torch's recurrent layers return for ``x``, steps x batch x inputs, and the states ``h`` and ``c`` after it.
 
     ``h`` and ``c``, which only an LSTM (``cell`` ``lstm``) has, are layers * directions x batch x hidden, as they are
@@ -68,15 +69,14 @@ def recurrent(
     """
     operands = [t for t in (x, h, c, *factors, *biases) if t is not None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    offsets = list(offsets)
+    rest = list(offsets), cell, directions
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:
-        y, h, c, _ = torch.ops.deepthin.recurrent(x, h, c, list(factors), list(biases), offsets, cell, directions, keep)
-        return y, h, c
-    count = len(factors)
-    if not keep:
-        y, h, c, _ = _forward(x, h, c, factors, biases, offsets, cell, directions, False)
-        return y, h, c
-    return cast(Any, _Eager.apply(count, offsets, cell, directions, x, h, c, *factors, *biases))[:3]
+        found = torch.ops.deepthin.recurrent(x, h, c, list(factors), list(biases), *rest, keep)
+    elif keep:
+        found = cast(Any, _Eager.apply(len(factors), *rest, x, h, c, *factors, *biases))
+    else:
+        found = _forward(x, h, c, factors, biases, *rest, False)
+    return found[0], found[1], None if c is None else found[2]
 
 
 def _layers(
@@ -247,10 +247,9 @@ def _in_torch(
         if number % 2 and biases:  # torch's order: both matrices of a direction, then both biases
             weights += [biases[number - 1], biases[number]]
     rest = (bool(biases), layers.layers, 0.0, False, layers.directions == 2, False)
-    functions = torch._VF
+    functions = cast(Any, torch._VF)
     if layers.cell == "lstm":
-        y, last, last_c = functions.lstm(x, (h, c), weights, *rest)
-        return y, last, last_c
+        return functions.lstm(x, (h, c), weights, *rest)
     name = {"gru": "gru", "tanh": "rnn_tanh", "relu": "rnn_relu"}[layers.cell]
     y, last = getattr(functions, name)(x, h, weights, *rest)
     return y, last, x.new_empty(0)

@@ -58,9 +58,9 @@ class ThinWeight(nn.Module):
         self.decoder = method.outer if isinstance(method, Then) else method  # takes floats, however they are stored
         ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
         self._cuts = tuple(zip([0, *ends], ends, strict=False))
-        self._plans = tuple(self._plan(index) for index in range(len(self.parts)))
+        self.plans = tuple(self._plan(index) for index in range(len(self.parts)))
         self._operator_pays = tuple(
-            plan is not None and choose(plan[0], _TYPICAL_BATCH, False, native=True) != "dense" for plan in self._plans
+            plan is not None and choose(plan[0], _TYPICAL_BATCH, False, native=True) != "dense" for plan in self.plans
         )
         self.rounds = method.trains == "through"
         device, tables = next(iter(code.values())).device, method.derived()
@@ -259,7 +259,7 @@ class ThinWeight(nn.Module):
         if y is not None:
             return y
         known = isinstance(x, Tensor)  # else a proxy that records, for which there is no choice, or the caller's error
-        path, plan, scale = self.path(x, index) if known else "dense", self._plans[index], self.parts[index].scale
+        path, plan, scale = self.path(x, index) if known else "dense", self.plans[index], self.parts[index].scale
         if path == "csr" and (bias is None or (takes(bias) and not (torch.is_grad_enabled() and bias.requires_grad))):
             return self._by_rows(x, bias)
         if path == "factors" and plan is None:
@@ -313,7 +313,7 @@ class ThinWeight(nn.Module):
         if self._fast is None:
             self._fast = tuple(
                 plan and product(plan[0], plan[1], plan[3], part.scale)
-                for plan, part in zip(self._plans, self.parts, strict=True)
+                for plan, part in zip(self.plans, self.parts, strict=True)
             )
         return self._fast[index]
 
@@ -323,7 +323,7 @@ class ThinWeight(nn.Module):
         The dense one while a graph is exported or a function transformed: the weight is then decoded in plain
         operations. Also for inputs that do not go with the code, to fail, or not, as a linear layer does.
         """
-        plan = self._plans[index]
+        plan = self.plans[index]
         if plan is None:
             return self._whole_path(x)
         if x.is_meta or x.is_nested or x.shape[-1:] != plan[0].shape[1:]:
@@ -368,10 +368,6 @@ class ThinWeight(nn.Module):
         threads = torch.get_num_threads()
         y = csr_linear((rows, cols), values.numpy(), kept[1], kept[2], items.numpy(), shift, threads=threads)
         return torch.from_numpy(y).view(*x.shape[:-1], rows)
-
-    def plan(self, index: int) -> "tuple[Factor, int, int, int] | None":
-        """A tensor's own plan, its rows of xf and the entry where it begins; none where the weight must be built."""
-        return self._plans[index]
 
     def _plan(self, index: int) -> "tuple[Factor, int, int, int] | None":
         """A tensor's own plan, its rows of xf and the entry where it begins; none where the weight must be built."""
