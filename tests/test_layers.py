@@ -453,3 +453,39 @@ def test_a_group_that_lost_a_layer_is_not_saved(tmp_path):
     dt.compress(model, {"rules": {"*": {"ratio": 0.2, "group": "flat"}}}, init="scratch")
     with pytest.raises(ConfigError, match="share one code with layers that are no longer in the model"):
         dt.save(model[:3], tmp_path / "m.thin")
+
+
+@pytest.mark.parametrize("group", [None, "flat", "rows"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_rows_of_a_table_without_the_table(rank, group):
+    """Values, gradients, padding, groups; and nothing of the size of the table is kept."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Embedding(200, 24, padding_idx=pad) for pad in ((3,) if group is None else (None, None)))
+    rule = {"method": "deepthin", "rank": rank, **({"group": group} if group else {})}
+    dt.compress(model, {"model": {"ratio": 0.1}, "rules": {"*": rule}}, init="scratch")
+    places = torch.tensor([[0, 199, 3], [7, 7, 100]])
+    for table in model:
+        for indices in (places, places.int(), places[:0], places[0, 0]):
+            found = []
+            for rows in (table(indices), nn.functional.embedding(indices, table.weight, table.padding_idx)):
+                grads = torch.autograd.grad(rows.square().sum() + rows.sum(), list(model.parameters()))
+                found.append([rows.detach(), *grads])
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+        table.eval()
+        with torch.no_grad():
+            assert table(places).shape == (2, 3, 24)
+        weight = table.thin["weight"]
+        assert getattr(weight, "group", weight)._dense is None
+        for wrong in (-1, 200):
+            with pytest.raises(IndexError):
+                table(torch.tensor([wrong]))
+
+
+def test_many_rows_of_a_table_are_taken_from_the_whole(monkeypatch):
+    model = nn.Embedding(200, 24)
+    dt.compress(model, {"model": {"ratio": 0.1}, "rules": {"*": {"method": "deepthin"}}}, init="scratch")
+    few, many = torch.arange(50), torch.arange(51)
+    weight = model.thin["weight"]
+    assert weight.rows_pay(few)
+    assert not weight.rows_pay(many)
+    assert torch.allclose(model(many)[:50], model(few), atol=1e-6)

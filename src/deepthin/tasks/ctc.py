@@ -30,13 +30,24 @@ BATCH = 16
 DEFAULT_STEPS = 3180  # 60 passes
 WARM_UP = 150  # steps
 CLIP = 20.0  # of the gradient's norm; with 5, training diverged
-WEIGHT_DECAY = 0.3  # without, codes of recurrent matrices grow until gradients through time explode
+FACTOR_DECAY = 0.3  # without, factors of recurrent matrices grow until gradients through time explode
 
 # Chosen for each method on the development speakers (docs/training.md).
 LEARNING_RATE = 1.5e-3
-LEARNING_RATES = {"same-size": 1.2e-2, "deepthin-8bit": 3.5e-4, "deepthin-4bit": 3.5e-4}
+LEARNING_RATES = {
+    "same-size": 1.2e-2,
+    "hashed": 2.4e-3,
+    "hashed-8bit": 3.1e-3,
+    "pruned-csr": 4.3e-3,
+    "pruned-8bit": 6.5e-3,
+}
 ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {"deepthin-8bit": 0.5, "deepthin-4bit": 0.5}
+ALLOCATIONS: dict[str, str | float] = {
+    "deepthin-8bit": 0.5,
+    "deepthin-4bit": 0.5,
+    "hashed-8bit": 0.5,
+    "pruned-csr": 0.5,
+}
 OPTIONS: dict[str, dict[str, object]] = {
     "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier does
     "deepthin-4bit": {"rank": 4},
@@ -171,7 +182,7 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
     order = partial(_of_like_length, frames, min(BATCH, len(frames)), generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)  # dropout draws from torch's own generator
-        for chosen in training.batches(len(frames), BATCH, WARM_UP, order, WEIGHT_DECAY):
+        for chosen in training.batches(len(frames), BATCH, WARM_UP, order, FACTOR_DECAY):
             features, lengths = distorted([train.features[i] for i in chosen], generator)
             with precision():
                 scores, steps = model(features, lengths)

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError, NonFiniteError
+from deepthin.methods.factor import Factor
+from deepthin.methods.kronecker import Kronecker
+from deepthin.methods.tensor_train import TensorTrain
 from deepthin.torch import Twist, parameter_groups
 from deepthin.torch.weight import ThinWeight
 
 WARM_UP = 50  # steps
+PRODUCTS = Factor, Kronecker, TensorTrain  # their codes' entries are multiplied with each other
 
 
 @dataclass(kw_only=True)
@@ -53,16 +57,16 @@ class Training:
         batch: int,
         warm_up: int = WARM_UP,
         order: Callable[[], Tensor] | None = None,
-        weight_decay: float = 0.0,
+        factor_decay: float = 0.0,
     ) -> Iterator[Tensor]:
         """Indices below ``count``, so many at a time, in reshuffled passes, one for each step.
 
         ``order`` draws a pass, where it is not to be any permutation; what fills no batch at its end is left out.
         The rate rises over ``warm_up`` steps and falls to zero by half a cosine. At the end the best judged state is
-        restored. ``weight_decay``: in every step, matrices and codes lose their rate times that of themselves
-        (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101).
+        restored. ``factor_decay``: in every step, codes whose entries are multiplied with each other lose their rate
+        times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101).
         """
-        self._warm_up, self._weight_decay = warm_up, weight_decay
+        self._warm_up, self._factor_decay = warm_up, factor_decay
         self._prepare()
         self.model.train()
         batch = min(batch, count)
@@ -121,21 +125,21 @@ class Training:
             return min((done + 1) / self._warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
         groups = parameter_groups(self.model, self.lr)
-        if self._weight_decay:
-            groups = [part for group in groups for part in _by_decay(self.model, group, self._weight_decay)]
+        if self._factor_decay:
+            groups = [part for group in groups for part in _by_decay(self.model, group, self._factor_decay)]
         # Fused: a third of a dense step
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
 
 
 def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
-    """A group in two: what decays, matrices and codes, and what does not."""
-    codes = {id(p) for module in model.modules() if isinstance(module, ThinWeight) for p in module.parameters()}
+    """A group in two: factors, and all else."""
+    codes = [module for module in model.modules() if isinstance(module, ThinWeight)]
+    factors = {id(p) for code in codes if isinstance(code.decoder, PRODUCTS) for p in code.parameters()}
     parts: tuple[list[Tensor], list[Tensor]] = [], []
     for parameter in group["params"]:
-        parts[parameter.dim() < 2 and id(parameter) not in codes].append(parameter)
-    decays = decay, 0.0
-    return [{**group, "params": own, "weight_decay": w} for own, w in zip(parts, decays, strict=True) if own]
+        parts[id(parameter) not in factors].append(parameter)
+    return [{**group, "params": own, "weight_decay": w} for own, w in zip(parts, (decay, 0.0), strict=True) if own]
 
 
 def predict(model: nn.Module, inputs: Tensor, batch: int = 1000) -> Tensor:

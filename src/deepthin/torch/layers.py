@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -107,9 +107,15 @@ class ThinConvTranspose3d(ThinLayer, nn.ConvTranspose3d):
 
 
 class ThinEmbedding(ThinLayer, nn.Embedding):
-    """Rows of a decoded table."""
+    """Rows of a table, each made from its code where they are few."""
 
     weight = _generated("weight")
+
+    def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch features"]:
+        """One row for each index."""
+        part = cast(nn.Module, self._modules["thin"])._modules["weight"]
+        weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (cast(ThinWeight, part), 0)
+        return weight.rows(input, index) if weight.rows_pay(input, index) else super().forward(input)
 
 
 class ThinEmbeddingBag(ThinLayer, nn.EmbeddingBag):

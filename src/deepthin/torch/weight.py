@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deepthin.kernels import csr_linear
@@ -23,6 +23,7 @@ from deepthin.torch.operators import eager_linear, forward_mode, linear, product
 from deepthin.torch.product import NATIVE, Path, choose, factor_linear, in_turn_pays, multiply_in_turn
 
 _TYPICAL_BATCH = 32
+_GATHER = 4  # the time of a row on its own over one among all of them, at most (a training step)
 _SPARSE = 0.05  # a product by sparse rows is faster than a dense one up to this density, at any batch (deepthin bench)
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
 _TORCH = cast(Any, torch)
@@ -294,6 +295,35 @@ class ThinWeight(nn.Module):
         y = y.to(torch.get_autocast_dtype(x.device.type)) if autocast else y
         y = y if scale == 1.0 else y * scale
         return y if bias is None or fused is not None else y + bias.to(y.dtype)
+
+    def rows_pay(self, places: Tensor, index: int = 0) -> bool:
+        """Whether it is cheaper to make single rows of a matrix than all of it: while they are few, on any device.
+
+        Graphs are recorded with single rows, since how many there will be may be unknown.
+        """
+        part, decoder = self.parts[index], self.decoder
+        if not isinstance(decoder, Factor) or decoder.seed is not None or len(part.shape) != 2 or part.transposed:
+            return False
+        if places.dtype not in (torch.int32, torch.int64) or places.is_meta:
+            return False
+        return _is_traced(places) or places.numel() * _GATHER <= part.shape[0]
+
+    def rows(self, places: Int[Tensor, "*batch"], index: int = 0) -> Float[Tensor, "*batch cols"]:
+        """Rows of a matrix, without the others: of the product of the factors, the rows that they lie in.
+
+        IndexError where there is no such row.
+        """
+        part, floats, n = self.parts[index], self.floats(), cast(Factor, self.decoder).n
+        count, cols = part.shape
+        if not _is_traced(places) and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
+            raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
+        start = self._cuts[index][0] + places.long() * cols
+        blocks = (cols + n - 2) // n + 1  # rows of xf that a row of the matrix may touch; it may end before the last
+        own = (start // n)[..., None] + torch.arange(blocks, device=places.device)
+        entries = (F.embedding(own.clamp(max=len(floats["xf"]) - 1), floats["xf"]) @ floats["wf"]).flatten(-2)
+        within = (start % n)[..., None] + torch.arange(cols, device=places.device)
+        made = entries.gather(-1, within) * part.scale
+        return made if part.zero_row is None else made * (places != part.zero_row)[..., None]
 
     def _short_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
         """The native product in a single call, where nothing but its result is wanted and it was used before."""
