@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import deepthin.torch as dt
 from deepthin import kernels
+from deepthin.methods.factor import Factor
 from deepthin.recurrent import CELLS, gates_of
 from deepthin.torch.layers import ThinRecurrent
-from deepthin.torch.recurrent import recurrent
+from deepthin.torch.recurrent import pays, recurrent
 
 native = pytest.mark.skipif(not kernels.native_available, reason="no native kernels here")
 OPERATOR = torch.ops.deepthin.recurrent.default
@@ -54,6 +55,12 @@ def layer(kind, decoded=False, ratio=0.3, **options):
     model = kind(11, 16, **options)
     dt.compress(model, {"model": {"ratio": ratio}, "rules": {"*": {"method": "deepthin", "rank": 2}}}, init="scratch")
     return model
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Native code also where decoded weights are faster: the layers here are small."""
+    monkeypatch.setattr("deepthin.torch.layers.pays", lambda *_: True)
 
 
 @pytest.fixture
@@ -325,3 +332,12 @@ def test_models_under_transforms_of_torch_func():
     want = torch.autograd.grad(loss(parameters, x), list(parameters.values()))
     got = torch.func.grad(loss)(parameters, x)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got.values(), want, strict=True))
+
+
+def test_the_faster_way_is_taken_whatever_the_length():
+    """Thin matrices by their factors, thick ones by the weight."""
+    large, thick = Factor((4096, 1024), 101, 1), Factor((64, 16), 3, 9)
+    for training in (False, True):
+        assert pays((large, large), 1, training)
+        assert pays((large, large), 32, training)
+        assert not pays((thick, thick), 64, training)

@@ -202,8 +202,17 @@ class Run:
     def train(self, trial: Trial, progress: Callable[[int], None]) -> nn.Module:
         """The trained network. Raises BudgetError, and NonFiniteError if the training diverges."""
         model, thin_on_the_way = self.model(trial)
-        lr = (trial.choice or self.choice(trial.method)).lr
-        training = Training(model=model, steps=self.steps, lr=lr, seed=trial.seed, progress=progress, **thin_on_the_way)
+        lr, decays = (trial.choice or self.choice(trial.method)).lr, getattr(self.task, "DECAYS", {})
+        decay = decays.get(trial.method, decays.get(split(trial.method)[0], 0.0))
+        training = Training(
+            model=model,
+            steps=self.steps,
+            lr=lr,
+            decay=decay,
+            seed=trial.seed,
+            progress=progress,
+            **thin_on_the_way,
+        )
         self.task.fit(model, self.data, training)
         if training.step != self.steps:
             raise ConfigError(

@@ -30,7 +30,6 @@ BATCH = 16
 DEFAULT_STEPS = 3180  # 60 passes
 WARM_UP = 150  # steps
 CLIP = 20.0  # of the gradient's norm; with 5, training diverged
-FACTOR_DECAY = 0.3  # without, factors of recurrent matrices grow until gradients through time explode
 
 # Chosen for each method on the development speakers (docs/training.md).
 LEARNING_RATE = 1.5e-3
@@ -41,6 +40,8 @@ LEARNING_RATES = {
     "pruned-csr": 4.3e-3,
     "pruned-8bit": 6.5e-3,
 }
+# Without decay DeepThin's recurrent factors grow until gradients through time explode.
+DECAYS = {"deepthin": 0.3, "same-size": 0.3, "same-size-8bit": 0.0, "same-size-4bit": 0.0}
 ALLOCATION = "uniform-bytes"
 ALLOCATIONS: dict[str, str | float] = {
     "deepthin-8bit": 0.5,
@@ -182,7 +183,7 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
     order = partial(_of_like_length, frames, min(BATCH, len(frames)), generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)  # dropout draws from torch's own generator
-        for chosen in training.batches(len(frames), BATCH, WARM_UP, order, FACTOR_DECAY):
+        for chosen in training.batches(len(frames), BATCH, WARM_UP, order):
             features, lengths = distorted([train.features[i] for i in chosen], generator)
             with precision():
                 scores, steps = model(features, lengths)

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError, NonFiniteError
-from deepthin.methods.factor import Factor
-from deepthin.methods.kronecker import Kronecker
-from deepthin.methods.tensor_train import TensorTrain
 from deepthin.torch import Twist, parameter_groups
 from deepthin.torch.weight import ThinWeight
 
 WARM_UP = 50  # steps
-PRODUCTS = Factor, Kronecker, TensorTrain  # their codes' entries are multiplied with each other
 
 
 @dataclass(kw_only=True)
@@ -27,13 +23,15 @@ class Training:
         for chosen in training.batches(len(inputs), 128):
             training.minimise(cross_entropy(model(inputs[chosen]), targets[chosen]))
 
-    ``lr`` is the rate of what is dense; codes get their multiple of it. ``twist`` distorts the dense weights of the
+    ``lr`` is the rate of what is dense; codes get their multiple of it. ``decay``: in every step, matrices and codes lose
+    their rate times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101). ``twist`` distorts the dense weights of the
     model until, after the share ``thin_from`` of the steps, it makes them thin.
     """
 
     model: nn.Module
     steps: int
     lr: float
+    decay: float = 0.0
     seed: int = 0
     twist: Twist | None = None
     thin_from: float = 1.0
@@ -57,16 +55,14 @@ class Training:
         batch: int,
         warm_up: int = WARM_UP,
         order: Callable[[], Tensor] | None = None,
-        factor_decay: float = 0.0,
     ) -> Iterator[Tensor]:
         """Indices below ``count``, so many at a time, in reshuffled passes, one for each step.
 
         ``order`` draws a pass, where it is not to be any permutation; what fills no batch at its end is left out.
         The rate rises over ``warm_up`` steps and falls to zero by half a cosine. At the end the best judged state is
-        restored. ``factor_decay``: in every step, codes whose entries are multiplied with each other lose their rate
-        times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101).
+        restored.
         """
-        self._warm_up, self._factor_decay = warm_up, factor_decay
+        self._warm_up = warm_up
         self._prepare()
         self.model.train()
         batch = min(batch, count)
@@ -125,20 +121,19 @@ class Training:
             return min((done + 1) / self._warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
         groups = parameter_groups(self.model, self.lr)
-        if self._factor_decay:
-            groups = [part for group in groups for part in _by_decay(self.model, group, self._factor_decay)]
+        if self.decay:
+            groups = [part for group in groups for part in _by_decay(self.model, group, self.decay)]
         # Fused: a third of a dense step
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
 
 
 def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
-    """A group in two: factors, and all else."""
-    codes = [module for module in model.modules() if isinstance(module, ThinWeight)]
-    factors = {id(p) for code in codes if isinstance(code.decoder, PRODUCTS) for p in code.parameters()}
+    """A group in two: matrices and codes, and all else."""
+    codes = {id(p) for module in model.modules() if isinstance(module, ThinWeight) for p in module.parameters()}
     parts: tuple[list[Tensor], list[Tensor]] = [], []
     for parameter in group["params"]:
-        parts[id(parameter) not in factors].append(parameter)
+        parts[parameter.dim() < 2 and id(parameter) not in codes].append(parameter)
     return [{**group, "params": own, "weight_decay": w} for own, w in zip(parts, (decay, 0.0), strict=True) if own]
 
 

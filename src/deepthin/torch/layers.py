@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepthin.kernels import native_available
-from deepthin.torch.recurrent import recurrent
+from deepthin.methods.factor import Factor
+from deepthin.torch.recurrent import pays, recurrent
 from deepthin.torch.weight import ThinPart, ThinWeight, is_transformed
+
+_TYPICAL_BATCH = 8  # of a graph, whose batch may be unknown
 
 
 class _Generated(property):
@@ -140,7 +143,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The outputs of all steps, and the states after the last."""
-        factors = self._factors() if isinstance(input, Tensor) and self._is_plain(input) else None
+        factors = self._factors(input) if isinstance(input, Tensor) and self._is_plain(input) else None
         return super().forward(input, hx) if factors is None else self._run(input, hx, *factors)
 
     def _is_plain(self, input: Tensor) -> bool:
@@ -151,28 +154,38 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
             return False
         return not torch.compiler.is_exporting() and next(self.parameters()).is_cpu and native_available
 
-    def _factors(self) -> "tuple[list[Tensor], list[Tensor], list[int]] | None":
-        """Those of all matrices, the biases, and where the matrices begin; none where one must be decoded."""
-        factors: list[Tensor] = []
-        biases: list[Tensor] = []
-        offsets: list[int] = []
-        known: dict[int, dict[str, Tensor]] = {}  # a group's floats are taken once
+    def _parts(self) -> "list[tuple[ThinWeight, int]]":
+        """The code of each matrix, and which of its tensors; nothing where one is dense or must be decoded."""
         thin = cast(nn.Module, self._modules["thin"])._modules
+        parts: list[tuple[ThinWeight, int]] = []
         for name in self._flat_weights_names:
-            if name.startswith("bias"):
-                biases.append(getattr(self, name))
-                continue
-            part = thin.get(name)
-            weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
-            if not isinstance(weight, ThinWeight) or (plan := weight.plans[index]) is None:
-                return None
-            floats = known.setdefault(id(weight), {}) or weight.floats()
-            known[id(weight)] = floats
-            (_, first, stop, offset), scale, rows = plan, weight.parts[index].scale, floats["xf"]
+            if name.startswith("weight"):
+                part = thin.get(name)
+                weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
+                if not isinstance(weight, ThinWeight) or weight.plans[index] is None:
+                    return []
+                parts.append((weight, index))
+        return parts
+
+    def _factors(self, input: Tensor) -> "tuple[list[Tensor], list[Tensor], list[int]] | None":
+        """Those of all matrices, the biases, and where the matrices begin; none where decoded ones serve better."""
+        parts = self._parts()
+        plans = [cast(tuple[Factor, int, int, int], weight.plans[index]) for weight, index in parts]
+        alone, axis = input.dim() == 2, 0 if self.batch_first else 1
+        traced = torch.compiler.is_compiling()  # the batch may be a symbol there
+        batch = _TYPICAL_BATCH if traced else 1 if alone else input.shape[axis]
+        training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if not parts or not pays(tuple(plan[0] for plan in plans), batch, training):
+            return None
+        factors: list[Tensor] = []
+        known: dict[int, dict[str, Tensor]] = {}  # a group's floats are taken once
+        for (weight, index), (_, first, stop, _) in zip(parts, plans, strict=True):
+            floats = known[id(weight)] = known.get(id(weight)) or weight.floats()
+            scale, rows = weight.parts[index].scale, floats["xf"]
             rows = rows if len(rows) == stop - first else rows[first:stop]
             factors += [rows if scale == 1.0 else rows * scale, floats["wf"]]
-            offsets.append(offset)
-        return factors, biases, offsets
+        biases = [getattr(self, name) for name in self._flat_weights_names if name.startswith("bias")]
+        return factors, biases, [plan[3] for plan in plans]
 
     def _run(self, input: Tensor, hx: Any, factors: list[Tensor], biases: list[Tensor], offsets: list[int]) -> Any:
         """By the operator, in single precision whatever autocast says; with torch's layouts and errors."""

@@ -7,6 +7,7 @@ torch's own layers. Single precision on the CPU runs native code, all else torch
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,8 +17,9 @@ from deepthin import kernels
 from deepthin.methods.factor import Factor
 from deepthin.recurrent import CELLS, gates_of
 from deepthin.torch.operators import takes
-from deepthin.torch.product import choose_native
+from deepthin.torch.product import NATIVE, choose_native, work
 
+_STEPS = 100  # of a typical sequence
 _ABREAST = 32  # of inputs, which are always multiplied many at a time
 _library = torch.library.Library("deepthin", "FRAGMENT")
 _library.define(
@@ -48,6 +50,26 @@ class _Layers(NamedTuple):
     def numbers(self) -> tuple[int, ...]:
         """As the native code takes them."""
         return CELLS.index(self.cell), *self[1:7]
+
+
+@lru_cache(maxsize=4096)
+def pays(matrices: tuple[Factor, ...], batch: int, training: bool) -> bool:
+    """Whether the native layers are predicted to be faster than torch's with decoded weights.
+
+    ``matrices`` are those of the inputs and of the states in turn; ``training``: with gradients of all of them, else
+    the decoded weights are at hand. From the costs of products, without what a call takes on its own, over a hundred steps:
+    a sequence in pieces must be computed like the whole.
+    """
+    native = dense = 0.0
+    for number, method in enumerate(matrices):
+        area, calls = math.prod(method.shape), _STEPS if number % 2 else 1
+        items = batch if number % 2 else _STEPS * batch
+        native += calls * min(cost for path, cost in work(method, items, not training).items() if path in NATIVE)
+        if training:
+            dense += calls * (0.07 * items + 0.2) * area + (1.33 + 0.273 * method.rank) * area
+        else:
+            dense += calls * (0.024 * items + 0.16) * area
+    return native < dense
 
 
 def recurrent(
