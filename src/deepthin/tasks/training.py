@@ -23,9 +23,9 @@ class Training:
         for chosen in training.batches(len(inputs), 128):
             training.minimise(cross_entropy(model(inputs[chosen]), targets[chosen]))
 
-    ``lr`` is the rate of what is dense; codes get their multiple of it. ``decay``: in every step, matrices and codes lose
-    their rate times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101). ``twist`` distorts the dense weights of the
-    model until, after the share ``thin_from`` of the steps, it makes them thin.
+    ``lr`` is the rate of what is dense; codes get their multiple of it. ``decay``: in every step, matrices and codes
+    lose their rate times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101). ``twist`` distorts
+    the dense weights of the model until, after the share ``thin_from`` of the steps, it makes them thin.
     """
 
     model: nn.Module

@@ -57,8 +57,8 @@ def pays(matrices: tuple[Factor, ...], batch: int, training: bool) -> bool:
     """Whether the native layers are predicted to be faster than torch's with decoded weights.
 
     ``matrices`` are those of the inputs and of the states in turn; ``training``: with gradients of all of them, else
-    the decoded weights are at hand. From the costs of products, without what a call takes on its own, over a hundred steps:
-    a sequence in pieces must be computed like the whole.
+    the decoded weights are at hand. From the costs of products, without what a call takes on its own, over a hundred
+    steps: a sequence in pieces must be computed like the whole.
     """
     native = dense = 0.0
     for number, method in enumerate(matrices):
