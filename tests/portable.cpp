@@ -21,6 +21,37 @@ static double error(const Floats& got, const Doubles& want) {
     return worst / size;
 }
 
+// W[j, q] of a matrix.
+static double weight(const deepthin::Gate& gate, int64_t j, int64_t q) {
+    const int64_t entry = gate.plan.offset + j * gate.plan.cols + q, rank = gate.plan.rank;
+    double sum = 0;
+    for (int64_t a = 0; a < rank; a++)
+        sum += double(gate.xf[entry / gate.plan.n * rank + a]) * gate.wf[a * gate.plan.n + entry % gate.plan.n];
+    return sum;
+}
+
+// A layer of LSTM cells in one direction, from states of zero.
+static Doubles lstm(const deepthin::Recurrent& shape, const Doubles& x) {
+    const int64_t hidden = shape.hidden, inputs = shape.inputs;
+    Doubles y(shape.steps * shape.batch * hidden), h(shape.batch * hidden), c(h.size()), sums(4 * hidden);
+    const auto sigmoid = [](double value) { return 1 / (1 + std::exp(-value)); };
+    for (int64_t t = 0; t < shape.steps; t++)
+        for (int64_t b = 0; b < shape.batch; b++) {
+            for (int64_t j = 0; j < 4 * hidden; j++) {
+                sums[j] = 0;
+                for (int64_t q = 0; q < inputs; q++) sums[j] += weight(shape.gates[0], j, q) * x[(t * shape.batch + b) * inputs + q];
+                for (int64_t q = 0; q < hidden; q++) sums[j] += weight(shape.gates[1], j, q) * h[b * hidden + q];
+            }
+            for (int64_t k = 0; k < hidden; k++) {
+                double& state = c[b * hidden + k];
+                state = sigmoid(sums[hidden + k]) * state + sigmoid(sums[k]) * std::tanh(sums[2 * hidden + k]);
+                h[b * hidden + k] = sigmoid(sums[3 * hidden + k]) * std::tanh(state);
+            }
+            std::copy_n(&h[b * hidden], hidden, &y[(t * shape.batch + b) * hidden]);
+        }
+    return y;
+}
+
 int main() {
     const deepthin::Kernels& kernels = *deepthin::find_kernels(nullptr);
     std::mt19937 random(1);
@@ -58,6 +89,38 @@ int main() {
                                out_wf.data(), batch, fft, 2);
             worst = std::max({worst, error(out, y), error(out_x, grad_x), error(out_xf, grad_xf), error(out_wf, grad_wf)});
         }
+    }
+    for (int turn = 0; turn < 100; turn++) {
+        const int64_t steps = pick(1, 6), batch = pick(1, 20), inputs = pick(1, 20), hidden = pick(1, 20);
+        std::vector<Floats> numbers;
+        deepthin::Gate gates[2] = {};
+        for (int i = 0; i < 2; i++) {
+            const auto plan = deepthin::make_plan(4 * hidden, i ? hidden : inputs, pick(1, 30), 1, 0);
+            numbers.push_back(draw(plan.m));
+            numbers.push_back(draw(plan.n));
+            gates[i].plan = plan, gates[i].fft = gates[i].fft_gradient = turn % 2;
+        }
+        for (int i = 0; i < 2; i++) gates[i].xf = numbers[2 * i].data(), gates[i].wf = numbers[2 * i + 1].data();
+        const deepthin::Recurrent shape{deepthin::Cell::lstm, steps, batch, inputs, hidden, 1, 1, gates};
+        const Floats x = draw(steps * batch * inputs), grad_y = draw(steps * batch * hidden), start(batch * hidden);
+        Floats h = start, c = start, y(grad_y.size()), reserve(deepthin::recurrent_reserve(shape));
+        deepthin::recurrent(kernels, shape, x.data(), h.data(), c.data(), y.data(), reserve.data(), 2);
+        const Doubles exact(x.begin(), x.end());
+        worst = std::max(worst, error(y, lstm(shape, exact)));
+        Floats grad_x(x.size()), grad_h(start), grad_c(start);
+        deepthin::recurrent_backward(kernels, shape, x.data(), start.data(), start.data(), y.data(), reserve.data(),
+                                     grad_y.data(), grad_x.data(), grad_h.data(), grad_c.data(), 2);
+        const int64_t place = pick(0, int(x.size()) - 1);  // one of the gradients, by a difference
+        Doubles ends[2];
+        for (int side = 0; side < 2; side++) {
+            Doubles moved = exact;
+            moved[place] += side ? -1e-5 : 1e-5;
+            ends[side] = lstm(shape, moved);
+        }
+        double want = 0, size = 1;
+        for (std::size_t i = 0; i < grad_y.size(); i++) want += grad_y[i] * (ends[0][i] - ends[1][i]) / 2e-5;
+        for (float value : grad_x) size = std::max(size, double(std::fabs(value)));
+        worst = std::max(worst, std::fabs(want - grad_x[place]) / size);
     }
     std::printf("%s: largest error over the largest number %.2g\n", kernels.name, worst);
     return worst < 1e-4 ? 0 : 1;

@@ -190,6 +190,20 @@ def test_bench_of_the_papers_network_draws_its_table(monkeypatch, tmp_path):
     assert bench.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("case", ["lstm", "gru", "deepspeech", "train-lstm"])
+def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "UNITS", 32)
+    monkeypatch.setattr(bench, "STEPS", 12)
+    monkeypatch.setattr(bench.ctc, "WIDTH", 24)
+    rows = bench.run(case, (32, 24), (0.3, 0.0001), (2,), rank=1, threads=1, repeats=2)
+    assert [row["microseconds"] is None for row in rows] == [False, True]
+    assert rows[0]["dense_microseconds"] > 0
+    assert rows[0]["rank_microseconds"] > 0
+    assert (rows[0]["int8_microseconds"] is None) == (case == "train-lstm")
+    assert "smallest ratio" in bench.summary(rows)
+    assert bench.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_bench_says_where_there_are_no_kernels(here):
     command = [
         sys.executable,

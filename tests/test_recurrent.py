@@ -286,6 +286,31 @@ def test_an_exported_layer_needs_no_library():
     assert torch.allclose(program.module()(x)[0], model(x)[0], atol=1e-5)
 
 
+class Direct(nn.Module):
+    """The operator in a module of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        _, _, _, factors, biases = operands("lstm", layers=1, directions=1)
+        self.factors, self.biases = nn.ParameterList(factors), nn.ParameterList(biases)
+
+    def forward(self, x):
+        state = x.new_zeros(1, x.shape[1], 14)
+        return recurrent(x, state, state, list(self.factors), list(self.biases), [0, 0], "lstm", 1)[0]
+
+
+def test_the_operator_exports_with_a_dynamic_batch_and_trains(compiling):
+    model, x = Direct(), torch.randn(6, 3, 9)
+    program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},))
+    assert "deepthin.recurrent" in str(program.graph)
+    for batch in (1, 3, 20):
+        x, found = torch.randn(6, batch, 9), []
+        for own in (model, program.module()):
+            y = own(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(own.parameters()))])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
 @native
 def test_threads_and_other_callers_do_not_change_a_bit():
     model, x = layer(nn.LSTM, num_layers=2, bidirectional=True).eval(), torch.randn(12, 40, 11)

@@ -152,7 +152,10 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
             return False
         if self.proj_size or torch._C._get_tracing_state() is not None or is_transformed():
             return False
-        return not torch.compiler.is_exporting() and next(self.parameters()).is_cpu and native_available
+        if input.dtype is not torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return False
+        like = next(self.parameters())
+        return native_available and not torch.compiler.is_exporting() and like.is_cpu and like.dtype is torch.float32
 
     def _parts(self) -> "list[tuple[ThinWeight, int]]":
         """The code of each matrix, and which of its tensors; nothing where one is dense or must be decoded."""
