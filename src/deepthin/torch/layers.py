@@ -195,17 +195,14 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         lstm, alone = self.mode == "LSTM", input.dim() == 2
         places, cell = 2 if self.bidirectional else 1, self.mode.lower().removeprefix("rnn_")
         x = input.unsqueeze(1) if alone else input.transpose(0, 1) if self.batch_first else input
-        as_given = x.transpose(0, 1) if self.batch_first else x
+        whole = self.num_layers * places, x.shape[1], self.hidden_size
         if hx is None:
-            self.check_input(as_given, None)
-            zeros = x.new_zeros(self.num_layers * places, x.shape[1], self.hidden_size)
+            zeros = x.new_zeros(whole)
             states = [zeros, zeros] if lstm else [zeros]
         else:
-            states = list(hx) if lstm else [hx]
-            if any(state.dim() != input.dim() for state in states):
-                return super().forward(input, hx)  # which says what is wrong
-            states = [state.unsqueeze(1) for state in states] if alone else states
-            self.check_forward_args(as_given, cast(Any, tuple(states) if lstm else states[0]), None)
+            states = [state.unsqueeze(1) if alone else state for state in (hx if lstm else [hx])]
+        if x.shape[2] != self.input_size or any(state.shape != whole for state in states):
+            return super().forward(input, hx)  # which says what is wrong
         autocast = torch.is_autocast_enabled("cpu")
         kind = torch.get_autocast_dtype("cpu") if autocast else input.dtype
         with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
