@@ -27,6 +27,10 @@ RULES = {name: {"method": name} for name in METHODS} | {
     "pruned then 8 bits": {"method": "pruned", "then": {**EIGHT, "affine": True}},
     "rank then 8 bits": {"method": "rank", "then": EIGHT},
     "tensor-train then 8 bits": {"method": "tensor-train", "then": EIGHT},
+    "pruned then kmeans": {"method": "pruned", "then": {"method": "kmeans", "bits": 5}},
+    "deepthin then kmeans": {"method": "deepthin", "then": {"method": "kmeans", "bits": 6}},
+    "pruned then ecsq": {"method": "pruned", "then": {"method": "ecsq", "bits": 3.5}},
+    "deepthin then binary": {"method": "deepthin", "then": {"method": "binary", "bits": 3, "per": "matrix"}},
 }
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
