@@ -15,10 +15,8 @@ from deepthin.bits import gap_bytes, pack, pack_gaps, packed_bytes, permutation,
 from deepthin.method import Then
 from deepthin.methods import THEN, fields, with_fields
 from deepthin.methods.binary import Binary
-from deepthin.methods.ecsq import Ecsq
 from deepthin.methods.factor import Factor
 from deepthin.methods.hashed import Hashed
-from deepthin.methods.kmeans import KMeans
 from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Uniform

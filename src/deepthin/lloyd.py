@@ -15,8 +15,8 @@ from jaxtyping import Float64, Int64
 from deepthin.bits import permutation
 
 STARTS = ("linear", "density", "random")
-ROUNDS, PRICED_ROUNDS = 1000, 100  # at most
-_GROWTH, _MOST_GROWTHS, _HALVINGS = 4.0, 60, 8  # of the price of a bit, until the entropy is low enough
+ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
+_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until the entropy is low enough; and then
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,9 @@ class Numbers:
         return cls(flat[order], own, order, alike)
 
     @cached_property
-    def sums(self) -> Float64[np.ndarray, "3 ends"]:
-        """Of shares, shares times values, and shares times squares, below each place."""
-        terms = self.shares, self.shares * self.values, self.shares * self.values**2
-        return np.stack([np.concatenate([[0.0], np.cumsum(term)]) for term in terms])
+    def sums(self) -> Float64[np.ndarray, "2 ends"]:
+        """Of shares, and of shares times values, below each place."""
+        return np.stack([np.concatenate([[0.0], np.cumsum(t)]) for t in (self.shares, self.shares * self.values)])
 
     def ends(self, bounds: Float64[np.ndarray, "inner"]) -> Int64[np.ndarray, "ends"]:
         """Where each cell begins, and the last one ends; a number on a bound belongs to the upper cell."""
@@ -51,15 +50,14 @@ class Numbers:
         self, ends: Int64[np.ndarray, "ends"], empty: Float64[np.ndarray, "cells"]
     ) -> Float64[np.ndarray, "cells"]:
         """Of each cell; where there is no share, ``empty``."""
-        mass, first, _ = np.diff(self.sums[:, ends])
+        mass, first = self.masses(ends[:-1], ends[1:])
         return np.sort(np.where(mass > 0, first / np.where(mass > 0, mass, 1), empty))
 
-    def errors(
-        self, ends: Int64[np.ndarray, "ends"], centres: Float64[np.ndarray, "cells"]
-    ) -> Float64[np.ndarray, "cells"]:
-        """Shares times squared distances, summed over each cell."""
-        mass, first, second = np.diff(self.sums[:, ends])
-        return second - 2 * centres * first + centres**2 * mass
+    def masses(
+        self, starts: Int64[np.ndarray, "cells"], stops: Int64[np.ndarray, "cells"]
+    ) -> Float64[np.ndarray, "2 cells"]:
+        """The shares, and the shares times values, summed over each cell."""
+        return self.sums[:, stops] - self.sums[:, starts]
 
     def error(self, centres: Float64[np.ndarray, "cells"]) -> float:
         """The sum of shares times squared distances to the nearest centre."""
@@ -67,8 +65,8 @@ class Numbers:
         return float(np.sum(self.shares * (self.values - centres[nearest]) ** 2))
 
     def distinct(self) -> Float64[np.ndarray, "distinct"]:
-        """The different values."""
-        return self.values[np.diff(self.values, prepend=-math.inf) > 0]
+        """The different values, rising."""
+        return np.unique(self.values)
 
 
 def midpoints(centres: Float64[np.ndarray, "cells"]) -> Float64[np.ndarray, "inner"]:
@@ -91,37 +89,67 @@ def refined(
 ) -> Float64[np.ndarray, "levels"]:
     """Lloyd's rounds until nothing changes, at most so many; the error never rises.
 
-    A centre that is left without numbers moves into a cell whose error is largest, which it splits at the mean.
+    A centre that is left without numbers moves into a cell that is worth two. So do, when the rounds have come to an
+    end, centres that their neighbours can do without, and the rounds go on.
     """
     before = None
     for _ in range(rounds):
         ends = numbers.ends(midpoints(centres))
-        if (np.diff(ends) == 0).any() and (split := _without_empty(numbers, centres, ends)) is not None:
-            centres, before = split, None
+        settled = before is not None and (ends == before).all()
+        if (settled or (np.diff(ends) == 0).any()) and (moved := _moved(numbers, centres, ends)) is not None:
+            centres, before = moved, None
             continue
-        if before is not None and (ends == before).all():
+        if settled:
             break
         centres, before = numbers.means(ends, centres), ends
     return centres
 
 
-def _without_empty(
+def _moved(
     numbers: Numbers, centres: Float64[np.ndarray, "levels"], ends: Int64[np.ndarray, "ends"]
 ) -> Float64[np.ndarray, "levels"] | None:
-    """As many cells split as there are empty ones, which go; none if nothing can be split."""
+    """Some cells joined to the next one, and others split at their mean, where that lowers the error; none if nowhere.
+
+    Two centres c and d of masses m and n are worth ``(c - d)^2 m n / (m + n)`` more than their mean.
+    """
     full = np.diff(ends) > 0
-    spare, errors = int((~full).sum()), np.where(full, numbers.errors(ends, centres), 0.0)
-    halves: list[float] = []
-    split = np.zeros(len(centres), bool)
-    for cell in np.argsort(-errors, kind="stable")[:spare]:
-        low, high = int(ends[cell]), int(ends[cell + 1])
-        middle = low + int(np.searchsorted(numbers.values[low:high], centres[cell], side="left"))
-        mass, first = np.diff(numbers.sums[:2, [low, middle, high]])
-        if errors[cell] > 0 and (mass > 0).all():
-            halves += (first / mass).tolist()
-            split[cell] = True
-    kept = np.concatenate([centres[full & ~split], halves])
-    return np.sort(np.concatenate([kept, centres[~full][: len(centres) - len(kept)]])) if halves else None
+    starts, stops, own = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
+    middles = np.clip(np.searchsorted(numbers.values, own, side="left"), starts, stops)
+    below, above = numbers.masses(starts, middles), numbers.masses(middles, stops)
+    gains, costs = _worth(below, above), _worth(*(numbers.masses(starts, stops)[:, part] for part in _NEIGHBOURS))
+    splits, joins = np.argsort(-gains, kind="stable"), iter(np.argsort(costs, kind="stable").tolist())
+    spare, taken = len(centres) - len(own), set[int]()
+    made, gone = list[float](), set[int]()
+    for cell in splits.tolist()[: max(spare, len(centres) // 8, 1)]:
+        if gains[cell] <= 0 or cell in taken:
+            continue
+        if spare:
+            spare -= 1
+        else:
+            pair = next((j for j in joins if not {j, j + 1} & (taken | {cell})), None)
+            if pair is None or costs[pair] >= gains[cell] * (1 - 1e-6):
+                break
+            taken |= {pair, pair + 1}
+            gone |= {pair, pair + 1}
+            mass, first = numbers.sums[:, stops[pair + 1]] - numbers.sums[:, starts[pair]]
+            made.append(first / mass if mass > 0 else own[pair])
+        taken.add(cell)
+        gone.add(cell)
+        made += [below[1, cell] / below[0, cell], above[1, cell] / above[0, cell]]
+    if not made:
+        return None
+    kept = [own[cell] for cell in range(len(own)) if cell not in gone]
+    return np.sort(np.concatenate([kept, made, centres[~full][:spare]]))
+
+
+_NEIGHBOURS = slice(None, -1), slice(1, None)
+
+
+def _worth(one: Float64[np.ndarray, "2 cells"], other: Float64[np.ndarray, "2 cells"]) -> Float64[np.ndarray, "cells"]:
+    """What two centres save over one; nothing where a mass is 0."""
+    mass = np.where((one[0] > 0) & (other[0] > 0), one[0] * other[0], 0.0)
+    apart = one[1] / np.where(mass > 0, one[0], 1) - other[1] / np.where(mass > 0, other[0], 1)
+    return mass / np.where(mass > 0, one[0] + other[0], 1) * apart**2
 
 
 def centres_of(
@@ -160,6 +188,14 @@ class Cells:
     def entropy_bits(self) -> float:
         """What an ideal coder takes for all symbols."""
         return entropy_bits(self.counts)
+
+    def fits(self, most_bits: int) -> bool:
+        """Whether that is at most so much, but for the rounding of logarithms."""
+        return self.entropy_bits() <= most_bits * (1 + 1e-12)
+
+    def error(self, numbers: Numbers) -> float:
+        """The sum of shares times squared distances, each number to the centre of its cell."""
+        return float(np.sum(numbers.shares * (numbers.values - self.centres[self.symbols]) ** 2))
 
 
 def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
@@ -230,47 +266,48 @@ def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_R
 
 def within_entropy(
     flat: Float64[np.ndarray, "count"],
-    centres: Float64[np.ndarray, "levels"],
+    levels: int,
     most_bits: int,
     shares: Float64[np.ndarray, "count"] | None = None,
 ) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
     """Centres and symbols whose ``entropy_bits`` are at most ``most_bits``, at as small an error as is found.
 
-    Begins at ``centres`` and raises the price of a bit until the entropy is low enough, then narrows it down; each
-    price begins where a lower one has settled, which can only lose cells. If none is high enough, one cell is left.
+    Begins at k-means of ``levels`` centres, and of each smaller power of two until one fits as it is, since equally
+    likely cells are never given up however dear a bit is. So it is never worse than that one.
     """
-    numbers = Numbers.of(flat, shares)
-    start = low = cells_of(numbers, np.unique(centres), np.zeros(len(np.unique(centres))))
-    allowed = most_bits * (1 + 1e-12)  # an entropy is a sum of logarithms
-    best: Cells | None = None
-    if start.entropy_bits() <= allowed:
-        best = start
-    below, price = 0.0, 1e-6 * (_error(numbers, _single(numbers)) / len(flat) or 1.0)
-    for _ in range(0 if best else _MOST_GROWTHS):
-        found = settled(numbers, low, price)
-        if found.entropy_bits() <= allowed:
-            best = found
-            break
-        low, below, price = found, price, price * _GROWTH
-    if best is None:
-        best = _single(numbers)
-    elif best is not start:
-        for _ in range(_HALVINGS):
-            middle = math.sqrt(below * price) if below else price / _GROWTH
-            found = settled(numbers, low, middle)
-            if found.entropy_bits() > allowed:
-                low, below = found, middle
-                continue
-            price, best = middle, min(best, found, key=lambda cells: _error(numbers, cells))
+    numbers, found = Numbers.of(flat, shares), list[Cells]()
+    while levels:
+        centres = np.unique(centres_of(flat, levels, shares=shares))
+        start = cells_of(numbers, centres, np.zeros(len(centres)))
+        found += [start] if start.fits(most_bits) else _priced(numbers, start, most_bits)
+        levels = 0 if start.fits(most_bits) or levels == 1 else 1 << ((levels - 1).bit_length() - 1)
+    best = min(found, key=lambda cells: cells.error(numbers))
     symbols = np.empty(len(flat), np.int64)
     symbols[numbers.order] = best.symbols
     return best.centres, symbols
 
 
-def _single(numbers: Numbers) -> Cells:
-    mean = np.array([np.sum(numbers.shares * numbers.values) / np.sum(numbers.shares)])
-    return Cells(mean, np.array([len(numbers.values)]), np.zeros(len(numbers.values), np.int64))
+def _priced(numbers: Numbers, start: Cells, most_bits: int) -> list[Cells]:
+    """Cells of low enough entropy, if there are any: the price of a bit is raised until it is, then narrowed down.
 
-
-def _error(numbers: Numbers, cells: Cells) -> float:
-    return float(np.sum(numbers.shares * (numbers.values - cells.centres[cells.symbols]) ** 2))
+    Each price begins where a lower one has settled, which can only lose cells.
+    """
+    mean = np.average(numbers.values, weights=numbers.shares)
+    low, below = start, 0.0
+    price = 1e-6 * float(np.mean(numbers.shares * (numbers.values - mean) ** 2))
+    found = settled(numbers, low, price)
+    for _ in range(_MOST_GROWTHS):
+        if found.fits(most_bits):
+            break
+        low, below, price = found, price, price * _GROWTH
+        found = settled(numbers, low, price)
+    fitting = [found] if found.fits(most_bits) else []
+    for _ in range(_NARROWING if fitting else 0):
+        middle = math.sqrt(below * price) if below else price / _GROWTH
+        found = settled(numbers, low, middle)
+        if found.fits(most_bits):
+            price = middle
+            fitting.append(found)
+        else:
+            low, below = found, middle
+    return fitting

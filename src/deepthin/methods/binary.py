@@ -87,7 +87,7 @@ class Binary:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
         numpy: Any = np
         code = self.encode(rng.normal(size=self.shape), numpy)
-        spread = math.sqrt(np.mean(self.decode(code, numpy) ** 2))
+        spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
         return {**code, "scales": (code["scales"] * (std / spread)).astype(np.float32)}
 
     def encode(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.random import Generator
 
-from deepthin.lloyd import centres_of, within_entropy
+from deepthin.lloyd import within_entropy
 from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
 
 MOST_BITS = 8
@@ -92,8 +92,9 @@ class Ecsq:
 
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
-        code = self.encode(rng.normal(size=self.shape), np)  # pyright: ignore[reportArgumentType]
-        spread = math.sqrt(np.mean(code["centres"][code["symbols"]] ** 2))
+        numpy: Any = np
+        code = self.encode(rng.normal(size=self.shape), numpy)
+        spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
         return {**code, "centres": (code["centres"] * (std / spread)).astype(np.float32)}
 
     def encode(
@@ -101,13 +102,14 @@ class Ecsq:
     ) -> Code:
         """Begins at k-means; minimises squared distances, times ``importance`` if given, within the bound.
 
+        Never worse than k-means of as many bits as the bound has whole ones for each weight.
+
         By NumPy, on the host, in float64. With ``importance`` it takes some hundred times ``levels`` passes over the
         weights. Unused centres repeat the last one.
         """
         flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
         shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
-        start = centres_of(flat, self.levels, shares=shares)
-        centres, symbols = within_entropy(flat, start, self.entropy_bits, shares)
+        centres, symbols = within_entropy(flat, self.levels, self.entropy_bits, shares)
         filled = np.concatenate([centres, np.full(self.levels - len(centres), centres[-1])])
         symbols = symbols.reshape(self.shape).astype(np.int16)
         return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols)}

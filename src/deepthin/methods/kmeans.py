@@ -83,8 +83,9 @@ class KMeans:
 
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
-        code = self.encode(rng.normal(size=self.shape), np)  # pyright: ignore[reportArgumentType]
-        spread = math.sqrt(np.mean(code["centres"][code["symbols"]] ** 2))
+        numpy: Any = np
+        code = self.encode(rng.normal(size=self.shape), numpy)
+        spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
         return {**code, "centres": (code["centres"] * (std / spread)).astype(np.float32)}
 
     def encode(
