@@ -195,7 +195,9 @@ def test_pruned_then_shared_values_is_fine_tuned_and_stored(then, tmp_path):
     model = network()
     train(model, model.parameters(), 150)
     dense = [model[i].weight.detach().clone() for i in (0, 2)]
-    dt.compress(model, {"model": {"ratio": 0.1}, "rules": {"*": {"method": "pruned", "then": then}}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the last layer loses half of its norm, and the message says so
+        dt.compress(model, {"model": {"ratio": 0.1}, "rules": {"*": {"method": "pruned", "then": then}}})
     for layer, before in zip((model[0], model[2]), dense, strict=True):
         thin = layer.thin["weight"]
         kept = thin.method.outer.kept

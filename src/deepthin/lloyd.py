@@ -66,7 +66,8 @@ class Numbers:
 
     def distinct(self) -> Float64[np.ndarray, "distinct"]:
         """The different values, rising."""
-        return np.unique(self.values)
+        new: np.ndarray = np.concatenate([[True], self.values[1:] > self.values[:-1]])
+        return self.values[new]
 
 
 def midpoints(centres: Float64[np.ndarray, "cells"]) -> Float64[np.ndarray, "inner"]:
@@ -131,8 +132,8 @@ def _moved(
                 break
             taken |= {pair, pair + 1}
             gone |= {pair, pair + 1}
-            mass, first = numbers.sums[:, stops[pair + 1]] - numbers.sums[:, starts[pair]]
-            made.append(first / mass if mass > 0 else own[pair])
+            mass, first = (numbers.sums[:, stops[pair + 1]] - numbers.sums[:, starts[pair]]).tolist()
+            made.append(first / mass if mass > 0 else float(own[pair]))
         taken.add(cell)
         gone.add(cell)
         made += [below[1, cell] / below[0, cell], above[1, cell] / above[0, cell]]
@@ -292,7 +293,7 @@ def _priced(numbers: Numbers, start: Cells, most_bits: int) -> list[Cells]:
 
     Each price begins where a lower one has settled, which can only lose cells.
     """
-    mean = np.average(numbers.values, weights=numbers.shares)
+    mean = float(np.average(numbers.values, weights=numbers.shares))
     low, below = start, 0.0
     price = 1e-6 * float(np.mean(numbers.shares * (numbers.values - mean) ** 2))
     found = settled(numbers, low, price)

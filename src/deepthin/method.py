@@ -275,7 +275,7 @@ class Then:
             )
         best, low, high = smallest, least, max(least, 1)
         while high < 64 * max_bits and (found := made(high)).bits() <= max_bits:
-            best, low, high = found, high, 2 * high
+            best, low, high = max(best, found, key=lambda plan: plan.bits()), high, 2 * high  # tables may shrink
         while high - low > max(FLOAT_BITS, low >> 12):
             middle = (low + high) // 2
             found = made(middle)

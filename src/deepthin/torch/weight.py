@@ -188,8 +188,13 @@ class ThinWeight(nn.Module):
         if not self.rounds:
             return self._decode_floats(state)
         with torch.no_grad():
-            rounded = self._decode_floats(self._encode({entry: t.detach() for entry, t in state.items()}))
-        return {e: t + (rounded[e] - t).detach() if t.is_floating_point() else t for e, t in state.items()}
+            latents, kept = {entry: t.detach() for entry, t in state.items()}, self._coded
+            loaded = kept is not None and not torch.compiler.is_compiling() and not is_transformed()
+            # What is encoded again need not be the same: a code stays as it is until a latent changes.
+            code = kept[1] if kept and loaded and _same(kept[0], latents.values()) else self._encode(latents)
+            rounded = self._decode_floats(code)
+        # The difference is 0, and the sum just what is rounded.
+        return {e: (t - t.detach()) + rounded[e] if t.is_floating_point() else t for e, t in state.items()}
 
     def _state(self) -> dict[str, Tensor]:
         """Latents and stored integers: what all else follows from."""
