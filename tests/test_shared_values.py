@@ -428,6 +428,46 @@ def test_binary_trains_through_its_rounding():
     assert torch.allclose(thin.weight.grad, dense.grad, atol=1e-4)
 
 
+@pytest.mark.parametrize("then", [None, {"method": "binary", "bits": 2, "per": "matrix"}])
+def test_a_loaded_code_is_trained_on_from_where_it_was(then, tmp_path):
+    """Signs that are taken anew from a decoded weight are not always the same: nothing is until something changes."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(40, 30))
+
+    model, rule = (
+        network(),
+        {"method": "pruned", "ratio": 0.2, "then": then} if then else {"method": "binary", "bits": 4},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dt.compress(model, {"rules": {"*": rule}})
+    dt.save(model, tmp_path / "a.thin")
+    loaded, x = dt.load(network(), tmp_path / "a.thin").train(), torch.randn(3, 40)
+    with torch.no_grad():
+        want = model.eval()(x)
+    assert torch.equal(loaded(x), want)
+    with torch.no_grad():
+        next(loaded[0].thin["weight"].parameters()).mul_(1.01)
+    assert not torch.equal(loaded(x), want)
+
+
+def test_a_plan_with_tables_is_never_smaller_for_a_larger_budget():
+    """Short factors have small tables, so plans of more floats may take fewer bits; what was fitted can be again."""
+    rules = Rules.parse({"rules": {"*": {"method": "deepthin", "then": {"method": "kmeans", "bits": 6}}}})
+    sizes = []
+    for bits in range(5000, 40_000, 250):
+        (planned,) = Rules(rules.rules, ratio=bits / (32 * 60 * 80)).plan([Tensor("w", (60, 80))])
+        if planned.method is None:
+            continue
+        sizes.append(planned.method.bits())
+        assert sizes[-1] <= bits
+        assert planned.fit(sizes[-1]).bits() <= sizes[-1]
+    assert len(sizes) > 100
+    assert sizes == sorted(sizes)
+
+
 # ---- ESE ------------------------------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,7 @@ def first_centres(numbers: Numbers, levels: int, start: str, seed: int) -> Float
     """Evenly from the least to the largest, at quantiles, or at numbers that ``seed`` draws."""
     values, count = numbers.values, len(numbers.values)
     if start == "linear":
-        return np.linspace(values[0], values[-1], levels)
+        return np.linspace(float(values[0]), float(values[-1]), levels)
     if start == "density":
         return values[(2 * np.arange(levels) + 1) * count // (2 * levels)]
     return values[np.sort(permutation(seed, count)[np.arange(levels) % count])]
