@@ -10,8 +10,12 @@ from hypothesis import settings
 
 SHAPED = (
     "bits",
+    "lloyd",
+    "methods.binary",
+    "methods.ecsq",
     "methods.factor",
     "methods.hashed",
+    "methods.kmeans",
     "methods.kronecker",
     "methods.pruned",
     "methods.scalar",

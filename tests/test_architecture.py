@@ -12,9 +12,13 @@ SOURCE = Path(__file__).parent.parent / "src" / "deepthin"
 # docs/architecture.md, "Who may import whom": a module imports from lower levels, or from its own where that is said.
 LEVELS = {
     "bits": 0,
+    "lloyd": 0,
     "method": 1,
+    "methods.binary": 2,
+    "methods.ecsq": 2,
     "methods.factor": 2,
     "methods.hashed": 2,
+    "methods.kmeans": 2,
     "methods.kronecker": 2,
     "methods.pruned": 2,
     "methods.scalar": 2,

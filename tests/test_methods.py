@@ -14,6 +14,7 @@ from deepthin import METHODS, BudgetError, ConfigError
 from deepthin.bits import gap_bytes, pack, pack_gaps, packed_bytes, permutation, splitmix, unpack, unpack_gaps
 from deepthin.method import Then
 from deepthin.methods import THEN, fields, with_fields
+from deepthin.methods.binary import Binary
 from deepthin.methods.factor import Factor
 from deepthin.methods.hashed import Hashed
 from deepthin.methods.kronecker import Kronecker
@@ -68,8 +69,25 @@ ROWS = {
         lambda m: 3,
         exact=1e-6,  # the step is found again from the largest entry, rounded
     ),
+    "kmeans": Row(({}, {"bits": 3}, {"bits": 1}, {"start": "density"}, {"start": "random", "seed": 3})),
+    "ecsq": Row(({}, {"bits": 3}, {"bits": 0.5}, {"bits": 1.5, "levels": 5})),
+    "binary": Row(
+        ({}, {"bits": 2}, {"rounds": 0}, {"rounds": 1}, {"bits": 3, "rounds": 5, "per": "matrix"}),
+        lambda m: m.planes + 1,
+        lambda m: m.planes == 1,  # it finds a good sum, not always the one that a weight was made of
+    ),
 }
-INNER = ({"bits": 8}, {"bits": 3, "per": "row"}, {"bits": 4, "affine": True})
+SCALAR = {name for name, named in METHODS.items() if "bits" in named.sized_by}  # may store the floats of others
+INNER = (
+    ("uniform", {"bits": 8}),
+    ("uniform", {"bits": 3, "per": "row"}),
+    ("uniform", {"bits": 4, "affine": True}),
+    ("kmeans", {"bits": 5}),
+    ("kmeans", {"bits": 2, "start": "density"}),
+    ("ecsq", {"bits": 2.5}),
+    ("binary", {"bits": 2}),
+    ("binary", {"bits": 3, "rounds": 0, "per": "matrix"}),
+)
 
 
 def outer(method):
@@ -80,7 +98,7 @@ def outer(method):
 def plans(draw, then=True):
     """(name, inner options or none, shape, options, bits more than the least, seed) of a random method."""
     name = draw(st.sampled_from(sorted(METHODS)))
-    inner = draw(st.sampled_from(INNER)) if then and name != "uniform" and draw(st.booleans()) else None
+    inner = draw(st.sampled_from(INNER)) if then and name not in SCALAR and draw(st.booleans()) else None
     shape = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     options = draw(st.sampled_from(ROWS[name].options))
     return name, inner, shape, options, draw(st.integers(0, 32 * 200)), draw(st.integers(0, 2**32 - 1))
@@ -95,7 +113,7 @@ def made(plan):
             return METHODS[name].fit(shape, bits, **options)
         return Then.fit(
             lambda bits: METHODS[name].fit(shape, bits, **options),
-            lambda own: METHODS["uniform"].fit(own, 1 << 40, **inner),
+            lambda own: METHODS[inner[0]].fit(own, 1 << 40, **inner[1]),
             bits,
         )
 
@@ -103,7 +121,7 @@ def made(plan):
         least = fit(0).bits()
     except BudgetError as error:
         least = error.smallest_bits
-    return f"{name}{THEN}uniform" if inner else name, fit(least + extra), least + extra, np.random.default_rng(seed)
+    return f"{name}{THEN}{inner[0]}" if inner else name, fit(least + extra), least + extra, np.random.default_rng(seed)
 
 
 def is_float(array):
@@ -123,6 +141,8 @@ def assert_decoded_close(got, code, name, method):
     sizes = parts.decode({k: abs(v) if is_float(v) else v for k, v in floats.items()}, np)
     if isinstance(parts, Uniform):
         sizes = abs(floats["step"] * floats["symbols"]) + abs(floats.get("least", 0))
+    if isinstance(parts, Binary):
+        sizes = abs(floats["scales"]).sum(1)[:, None]
     if isinstance(parts, Hashed):
         sizes = abs(parts.decode(floats, np))
     roundings = ROWS[name.split(THEN)[0]].products(parts) + (3 * len(parts.code_shapes()) if parts is not method else 0)

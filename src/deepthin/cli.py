@@ -172,8 +172,8 @@ def compare(
         str,
         typer.Option(
             help="Comma-separated: deepthin, shuffled, rank, same-size, hashed, pruned, pruned-csr (as in the paper), "
-            "kronecker, tensor-train, uniform; with -8bit or -4bit a method whose floats are then rounded, as "
-            "deepthin-8bit; or all. The dense network, and the same in 8 bits, are always compared."
+            "kronecker, tensor-train, uniform, kmeans, ecsq, binary; with -8bit or -4bit a method whose floats are "
+            "then rounded, as deepthin-8bit; or all. The dense network, and the same in 8 bits, are always compared."
         ),
     ] = "dense,deepthin,shuffled,rank,same-size",
     ratios: Annotated[

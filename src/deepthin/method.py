@@ -82,6 +82,7 @@ class Namespace(Protocol):
     int16: Any
     int64: Any
     float32: Any
+    float64: Any
     finfo: Any
 
     def matmul(self, a: Array, b: Array, /) -> Array:
@@ -98,6 +99,10 @@ class Namespace(Protocol):
 
     def concatenate(self, arrays: Sequence[Array], /) -> Array:
         """The arrays one below the other."""
+        ...
+
+    def stack(self, arrays: Sequence[Array], axis: int, /) -> Array:
+        """The arrays along a new axis."""
         ...
 
     def moveaxis(self, a: Array, source: tuple[int, ...], destination: tuple[int, ...], /) -> Array:
@@ -130,6 +135,18 @@ class Namespace(Protocol):
 
     def amin(self, a: Array, axis: int, /) -> Array:
         """The smallest entry along an axis."""
+        ...
+
+    def sum(self, a: Array, axis: int, /) -> Array:
+        """The sums along an axis."""
+        ...
+
+    def mean(self, a: Array, axis: int, /) -> Array:
+        """The means along an axis."""
+        ...
+
+    def cumsum(self, a: Array, axis: int, /) -> Array:
+        """The running sums along an axis."""
         ...
 
     def clip(self, a: Array, least: int, most: int, /) -> Array:
@@ -258,7 +275,7 @@ class Then:
             )
         best, low, high = smallest, least, max(least, 1)
         while high < 64 * max_bits and (found := made(high)).bits() <= max_bits:
-            best, low, high = found, high, 2 * high
+            best, low, high = max(best, found, key=lambda plan: plan.bits()), high, 2 * high  # tables may shrink
         while high - low > max(FLOAT_BITS, low >> 12):
             middle = (low + high) // 2
             found = made(middle)

@@ -36,6 +36,9 @@ STYLES = {  # colour and marker (corners, whether a star, angle); seen on white 
     "kronecker": ("#0f99a6", (5, 1, 0)),
     "tensor-train": ("#8f8a00", (6, 0, 0)),
     "uniform": ("#7f7f7f", (5, 0, 0)),
+    "kmeans": ("#7f7f7f", (3, 0, 0)),
+    "ecsq": ("#7f7f7f", (3, 0, 180)),
+    "binary": ("#7f7f7f", (4, 0, 0)),
 }
 UNKNOWN = "#7f7f7f", (24, 0, 0)
 DASHES = {"8": (6.0, 3.0), "4": (1.5, 2.5)}  # by the bits that floats are rounded to; others are drawn as with 8

@@ -124,7 +124,7 @@ class Rule:
     def own_target(self) -> bool:
         """Whether the rule itself says how large each of its matrices becomes."""
         sizes = METHODS[self.method].sized_by if self.method in METHODS and not self.then else ()
-        sized = any(isinstance(self.options.get(option), int) for option in sizes)
+        sized = any(isinstance(self.options.get(option), int | float) for option in sizes)
         return self.ratio is not None or self.bytes is not None or sized
 
     def max_bits(self, dense_bits: int) -> int:

@@ -30,6 +30,7 @@ from deepthin.torch.layers import thin_tensors
 
 DENSE, INT8, SAME_SIZE = "dense", "int8", "same-size"
 ALWAYS = (DENSE, INT8)
+SCALAR = [name for name, named in METHODS.items() if "bits" in named.sized_by]  # nothing is left to be rounded
 PRUNED_CSR = "pruned-csr"
 ROUNDED = re.compile(r"(.+)-(\d+)bit")  # a method whose floats are then stored in so many bits: deepthin-8bit
 COMPARED = (
@@ -37,7 +38,7 @@ COMPARED = (
     *METHODS,
     SAME_SIZE,
     PRUNED_CSR,
-    *(f"{name}-{bits}bit" for bits in (8, 4) for name in (*METHODS, SAME_SIZE) if name != "uniform"),
+    *(f"{name}-{bits}bit" for bits in (8, 4) for name in (*METHODS, SAME_SIZE) if name not in SCALAR),
 )
 
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepthin.method import Fitted, Method, Then, as_matrix
+from deepthin.methods.binary import Binary
+from deepthin.methods.ecsq import Ecsq
 from deepthin.methods.factor import Factor
 from deepthin.methods.hashed import Hashed
+from deepthin.methods.kmeans import KMeans
 from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Uniform
@@ -62,6 +65,27 @@ METHODS: dict[str, Named] = {
         Named("kronecker", Kronecker, learning_rate=10.0, about="a sum of Kronecker products"),
         Named("tensor-train", TensorTrain, learning_rate=10.0, about="a chain of small cores"),
         Named("uniform", Uniform, sized_by=frozenset({"bits"}), about="a few bits for every weight"),
+        Named(
+            "kmeans",
+            KMeans,
+            sized_by=frozenset({"bits"}),
+            learning_rate=10.0,
+            about="a few numbers that all weights share",
+        ),
+        Named(
+            "ecsq",
+            Ecsq,
+            sized_by=frozenset({"bits"}),
+            learning_rate=10.0,
+            about="the same, chosen for symbols of low entropy",
+        ),
+        Named(
+            "binary",
+            Binary,
+            sized_by=frozenset({"bits"}),
+            learning_rate=3.0,
+            about="a sum of a few signs, with scales of each row",
+        ),
     )
 }
 

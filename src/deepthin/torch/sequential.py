@@ -81,7 +81,7 @@ def _begins(module: nn.Module) -> bool:
         return False
     weight: nn.Module = module.thin["weight"]
     group = weight.group if type(weight) is ThinPart else weight
-    return type(group) is ThinWeight and not group.rounds  # the chain reads the parameters as they are
+    return type(group) is ThinWeight and group.direct  # the chain reads the parameters as they are
 
 
 def _may_join(module: nn.Module) -> bool:

@@ -64,6 +64,7 @@ class ThinWeight(nn.Module):
             plan is not None and choose(plan[0], _TYPICAL_BATCH, False, native=True) != "dense" for plan in self.plans
         )
         self.rounds = method.trains == "through"
+        self.direct = not self.rounds and not isinstance(method, Then)  # the parameters are what ``decoder`` takes
         device, tables = next(iter(code.values())).device, method.derived()
         self._tables = tuple(tables)
         for entry, table in tables.items():
@@ -176,17 +177,24 @@ class ThinWeight(nn.Module):
         2013, arXiv:1308.3432.
         """
         state = self._state()
-        if not self.rounds:
-            return self._decode_floats(state) if isinstance(self.method, Then) else state
+        if self.direct:
+            return state
         if not self._wants_gradient() and not torch.compiler.is_compiling() and not is_transformed():
             kept = self._floats
             if kept is None or not _same(kept[0], state.values()):
                 copies = self._copies()
                 self._floats = kept = (copies, self._floats_of(copies))
             return kept[1]
+        if not self.rounds:
+            return self._decode_floats(state)
         with torch.no_grad():
-            rounded = self._decode_floats(self._encode({entry: t.detach() for entry, t in state.items()}))
-        return {e: t + (rounded[e] - t).detach() if t.is_floating_point() else t for e, t in state.items()}
+            latents, kept = {entry: t.detach() for entry, t in state.items()}, self._coded
+            loaded = kept is not None and not torch.compiler.is_compiling() and not is_transformed()
+            # What is encoded again need not be the same: a code stays as it is until a latent changes.
+            code = kept[1] if kept and loaded and _same(kept[0], latents.values()) else self._encode(latents)
+            rounded = self._decode_floats(code)
+        # The difference is 0, and the sum just what is rounded.
+        return {e: (t - t.detach()) + rounded[e] if t.is_floating_point() else t for e, t in state.items()}
 
     def _state(self) -> dict[str, Tensor]:
         """Latents and stored integers: what all else follows from."""
@@ -210,7 +218,7 @@ class ThinWeight(nn.Module):
     def _floats_of(self, copies: list[Tensor]) -> dict[str, Tensor]:
         """What the decoder takes of a state, without gradients."""
         code = self._code_of(copies)
-        if not self.rounds and not isinstance(self.method, Then):
+        if self.direct:
             return code
         with torch.inference_mode(False), torch.no_grad():
             return self._decode_floats(code)
@@ -267,7 +275,11 @@ class ThinWeight(nn.Module):
             y = multiply_in_turn(cast(Any, self.decoder), self.floats(), x) * scale
             return y if bias is None else y + bias
         if path in ("dense", "csr") or plan is None:
-            weight = self(index) if known else self._decode(index, self._state())
+            if known:
+                weight = self(index)
+            else:
+                state = self._state()
+                weight = self._decode(index, state if self.direct or self.rounds else self._decode_floats(state))
             if self.parts[index].transposed:
                 return x @ weight if bias is None else x @ weight + bias
             return F.linear(x, weight, bias)
@@ -332,7 +344,7 @@ class ThinWeight(nn.Module):
         fast, entries = self._fast[index], self._parameters
         if fast is None:
             return None
-        if self.rounds:
+        if not self.direct:
             if not self._keeps() or is_transformed():
                 return None
             entries = self.floats()
@@ -358,11 +370,13 @@ class ThinWeight(nn.Module):
             return self._whole_path(x)
         if x.is_meta or x.is_nested or x.shape[-1:] != plan[0].shape[1:]:
             return "dense"
-        xf, wf = (cast(Tensor, entry) for entry in (self.xf, self.wf))  # latents: rounding changes no type
+        latents = cast(
+            tuple[Tensor, ...], tuple(self._parameters.values())
+        )  # of the type of the factors, however these follow from them
         autocast = torch.is_autocast_enabled(x.device.type)
-        if not x.is_floating_point() or (x.dtype != xf.dtype and not autocast):
+        if not x.is_floating_point() or (x.dtype != latents[0].dtype and not autocast):
             return "dense"
-        native = takes(xf, wf) and (autocast or takes(x))
+        native = takes(*latents) and (autocast or takes(x))
         if _is_traced(x):  # the batch may be a symbol there: one choice for all, the operator has another at run time
             compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
             return "native-auto" if compiled and native and self._operator_pays[index] else "dense"

@@ -1,0 +1,314 @@
+"""Few centres for many numbers: Lloyd's rounds, plain or weighted, and those that also bound an entropy.
+
+Lloyd, 1982, "Least squares quantization in PCM"; weights and the entropy as in Choi, El-Khamy and Lee, 2017,
+arXiv:1612.01543. The numbers are sorted once: a cell is then a range, and its sums are differences of running sums, so
+that a round takes ``levels * log(count)`` steps.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from deepthin.bits import permutation
+
+STARTS = ("linear", "density", "random")
+ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
+_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until the entropy is low enough; and then
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers in rising order, each with its share of the error; all have the share 1 if ``alike``."""
+
+    values: Float64[np.ndarray, "count"]
+    shares: Float64[np.ndarray, "count"]
+    order: Int64[np.ndarray, "count"]  # where each of them stands in what was given
+    alike: bool
+
+    @classmethod
+    def of(cls, flat: Float64[np.ndarray, "count"], shares: Float64[np.ndarray, "count"] | None = None) -> "Numbers":
+        """Sorted; equal ones stay in their order. Without a positive share all are alike."""
+        order = np.argsort(flat, kind="stable")
+        alike = shares is None or not (shares > 0).any()
+        own = np.ones(len(flat)) if shares is None or alike else shares[order]
+        return cls(flat[order], own, order, alike)
+
+    @cached_property
+    def sums(self) -> Float64[np.ndarray, "2 ends"]:
+        """Of shares, and of shares times values, below each place."""
+        return np.stack([np.concatenate([[0.0], np.cumsum(t)]) for t in (self.shares, self.shares * self.values)])
+
+    def ends(self, bounds: Float64[np.ndarray, "inner"]) -> Int64[np.ndarray, "ends"]:
+        """Where each cell begins, and the last one ends; a number on a bound belongs to the upper cell."""
+        inner = np.searchsorted(self.values, bounds, side="left")
+        return np.concatenate([[0], inner, [len(self.values)]])
+
+    def means(
+        self, ends: Int64[np.ndarray, "ends"], empty: Float64[np.ndarray, "cells"]
+    ) -> Float64[np.ndarray, "cells"]:
+        """Of each cell; where there is no share, ``empty``."""
+        mass, first = self.masses(ends[:-1], ends[1:])
+        return np.sort(np.where(mass > 0, first / np.where(mass > 0, mass, 1), empty))
+
+    def masses(
+        self, starts: Int64[np.ndarray, "cells"], stops: Int64[np.ndarray, "cells"]
+    ) -> Float64[np.ndarray, "2 cells"]:
+        """The shares, and the shares times values, summed over each cell."""
+        return self.sums[:, stops] - self.sums[:, starts]
+
+    def error(self, centres: Float64[np.ndarray, "cells"]) -> float:
+        """The sum of shares times squared distances to the nearest centre."""
+        nearest = np.searchsorted(midpoints(centres), self.values, side="right")
+        return float(np.sum(self.shares * (self.values - centres[nearest]) ** 2))
+
+    def distinct(self) -> Float64[np.ndarray, "distinct"]:
+        """The different values, rising."""
+        new: np.ndarray = np.concatenate([[True], self.values[1:] > self.values[:-1]])
+        return self.values[new]
+
+
+def midpoints(centres: Float64[np.ndarray, "cells"]) -> Float64[np.ndarray, "inner"]:
+    """Between neighbours."""
+    return centres[:-1] / 2 + centres[1:] / 2
+
+
+def first_centres(numbers: Numbers, levels: int, start: str, seed: int) -> Float64[np.ndarray, "levels"]:
+    """Evenly from the least to the largest, at quantiles, or at numbers that ``seed`` draws."""
+    values, count = numbers.values, len(numbers.values)
+    if start == "linear":
+        return np.linspace(float(values[0]), float(values[-1]), levels)
+    if start == "density":
+        return values[(2 * np.arange(levels) + 1) * count // (2 * levels)]
+    return values[np.sort(permutation(seed, count)[np.arange(levels) % count])]
+
+
+def refined(
+    numbers: Numbers, centres: Float64[np.ndarray, "levels"], rounds: int = ROUNDS
+) -> Float64[np.ndarray, "levels"]:
+    """Lloyd's rounds until nothing changes, at most so many; the error never rises.
+
+    A centre that is left without numbers moves into a cell that is worth two. So do, when the rounds have come to an
+    end, centres that their neighbours can do without, and the rounds go on.
+    """
+    before = None
+    for _ in range(rounds):
+        ends = numbers.ends(midpoints(centres))
+        settled = before is not None and (ends == before).all()
+        if (settled or (np.diff(ends) == 0).any()) and (moved := _moved(numbers, centres, ends)) is not None:
+            centres, before = moved, None
+            continue
+        if settled:
+            break
+        centres, before = numbers.means(ends, centres), ends
+    return centres
+
+
+def _moved(
+    numbers: Numbers, centres: Float64[np.ndarray, "levels"], ends: Int64[np.ndarray, "ends"]
+) -> Float64[np.ndarray, "levels"] | None:
+    """Some cells joined to the next one, and others split at their mean, where that lowers the error; none if nowhere.
+
+    Two centres c and d of masses m and n are worth ``(c - d)^2 m n / (m + n)`` more than their mean.
+    """
+    full = np.diff(ends) > 0
+    starts, stops, own = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
+    middles = np.clip(np.searchsorted(numbers.values, own, side="left"), starts, stops)
+    below, above = numbers.masses(starts, middles), numbers.masses(middles, stops)
+    gains, costs = _worth(below, above), _worth(*(numbers.masses(starts, stops)[:, part] for part in _NEIGHBOURS))
+    splits, joins = np.argsort(-gains, kind="stable"), iter(np.argsort(costs, kind="stable").tolist())
+    spare, taken = len(centres) - len(own), set[int]()
+    made, gone = list[float](), set[int]()
+    for cell in splits.tolist()[: max(spare, len(centres) // 8, 1)]:
+        if gains[cell] <= 0 or cell in taken:
+            continue
+        if spare:
+            spare -= 1
+        else:
+            pair = next((j for j in joins if not {j, j + 1} & (taken | {cell})), None)
+            if pair is None or costs[pair] >= gains[cell] * (1 - 1e-6):
+                break
+            taken |= {pair, pair + 1}
+            gone |= {pair, pair + 1}
+            mass, first = (numbers.sums[:, stops[pair + 1]] - numbers.sums[:, starts[pair]]).tolist()
+            made.append(first / mass if mass > 0 else float(own[pair]))
+        taken.add(cell)
+        gone.add(cell)
+        made += [below[1, cell] / below[0, cell], above[1, cell] / above[0, cell]]
+    if not made:
+        return None
+    kept = [own[cell] for cell in range(len(own)) if cell not in gone]
+    return np.sort(np.concatenate([kept, made, centres[~full][:spare]]))
+
+
+_NEIGHBOURS = slice(None, -1), slice(1, None)
+
+
+def _worth(one: Float64[np.ndarray, "2 cells"], other: Float64[np.ndarray, "2 cells"]) -> Float64[np.ndarray, "cells"]:
+    """What two centres save over one; nothing where a mass is 0."""
+    mass = np.where((one[0] > 0) & (other[0] > 0), one[0] * other[0], 0.0)
+    apart = one[1] / np.where(mass > 0, one[0], 1) - other[1] / np.where(mass > 0, other[0], 1)
+    return mass / np.where(mass > 0, one[0] + other[0], 1) * apart**2
+
+
+def centres_of(
+    flat: Float64[np.ndarray, "count"],
+    levels: int,
+    start: str = "linear",
+    seed: int = 0,
+    shares: Float64[np.ndarray, "count"] | None = None,
+) -> Float64[np.ndarray, "levels"]:
+    """The centres, rising; where there are fewer different numbers, these, the last one repeated.
+
+    With ``shares``, Lloyd's weighted rounds begin at the plain solution, and the better of the two is taken: begun
+    elsewhere they often end above it.
+    """
+    plain = Numbers.of(flat)
+    if len(found := plain.distinct()) <= levels:
+        return np.concatenate([found, np.full(levels - len(found), found[-1])])
+    centres = refined(plain, first_centres(plain, levels, start, seed))
+    weighted = plain if shares is None else Numbers.of(flat, shares)
+    if weighted.alike:
+        return centres
+    return min((refined(weighted, centres), centres), key=weighted.error)
+
+
+# ---- With a bound on the entropy ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Which cell each number is in, its centres, and how many are in each; none is empty."""
+
+    centres: Float64[np.ndarray, "cells"]
+    counts: Int64[np.ndarray, "cells"]
+    symbols: Int64[np.ndarray, "count"]  # of the numbers as they are sorted
+
+    def entropy_bits(self) -> float:
+        """What an ideal coder takes for all symbols."""
+        return entropy_bits(self.counts)
+
+    def fits(self, most_bits: int) -> bool:
+        """Whether that is at most so much, but for the rounding of logarithms."""
+        return self.entropy_bits() <= most_bits * (1 + 1e-12)
+
+    def error(self, numbers: Numbers) -> float:
+        """The sum of shares times squared distances, each number to the centre of its cell."""
+        return float(np.sum(numbers.shares * (numbers.values - self.centres[self.symbols]) ** 2))
+
+
+def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
+    """What an ideal coder takes for symbols that are there so often: count times entropy."""
+    there = counts[counts > 0]
+    return float(np.sum(there * np.log2(there.sum() / there)))
+
+
+def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]) -> Cells:
+    """Every number to the centre where share times squared distance plus ``lengths`` is least; empty cells go.
+
+    Takes ``levels`` passes over the numbers, or, where all are alike, ``levels * log(count)`` steps and one.
+    """
+    if numbers.alike:
+        live, bounds = _hull(centres, lengths)
+        ends = numbers.ends(bounds)
+        counts = np.diff(ends)
+        means, full = numbers.means(ends, centres[live]), counts > 0
+        return Cells(means[full], counts[full], np.repeat(np.cumsum(full) - 1, counts))
+    symbols, least = np.zeros(len(numbers.values), np.int64), np.full(len(numbers.values), math.inf)
+    for cell, (centre, length) in enumerate(zip(centres, lengths, strict=True)):
+        cost = numbers.shares * (numbers.values - centre) ** 2 + length
+        better = cost < least
+        symbols, least = np.where(better, cell, symbols), np.where(better, cost, least)
+    counts = np.bincount(symbols, minlength=len(centres))
+    mass = np.bincount(symbols, numbers.shares, len(centres))
+    first = np.bincount(symbols, numbers.shares * numbers.values, len(centres))
+    means, full = np.where(mass > 0, first / np.where(mass > 0, mass, 1), centres), counts > 0
+    return Cells(means[full], counts[full], (np.cumsum(full) - 1)[symbols])
+
+
+def _hull(
+    centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]
+) -> tuple[Int64[np.ndarray, "live"], Float64[np.ndarray, "inner"]]:
+    """The centres that are cheapest somewhere, rising, and where each takes over from the one below.
+
+    The cost less the square of the number is a straight line for each centre; wanted is the lower hull of the lines.
+    """
+    heights = centres**2 + lengths
+    order = np.lexsort((heights, centres))
+    order = order[np.diff(centres[order], prepend=-math.inf) > 0]  # of equal centres the cheapest
+    live: list[int] = []
+    bounds: list[float] = []
+    for cell in order.tolist():
+        bound = -math.inf
+        while live:
+            bound = float((heights[cell] - heights[live[-1]]) / (centres[cell] - centres[live[-1]])) / 2
+            if not bounds or bound > bounds[-1]:
+                break
+            live.pop()
+            bounds.pop()
+        if live:
+            bounds.append(bound)
+        live.append(cell)
+    return np.array(live, np.int64), np.array(bounds, np.float64)
+
+
+def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_ROUNDS) -> Cells:
+    """Rounds that lower ``sum share * (number - centre)^2 + price * entropy_bits`` until nothing changes."""
+    for _ in range(rounds):
+        lengths = price * np.log2(len(numbers.values) / cells.counts)
+        found = cells_of(numbers, cells.centres, lengths)
+        if (found.symbols == cells.symbols).all():
+            return found
+        cells = found
+    return cells
+
+
+def within_entropy(
+    flat: Float64[np.ndarray, "count"],
+    levels: int,
+    most_bits: int,
+    shares: Float64[np.ndarray, "count"] | None = None,
+) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
+    """Centres and symbols whose ``entropy_bits`` are at most ``most_bits``, at as small an error as is found.
+
+    Begins at k-means of ``levels`` centres, and of each smaller power of two until one fits as it is, since equally
+    likely cells are never given up however dear a bit is. So it is never worse than that one.
+    """
+    numbers, found = Numbers.of(flat, shares), list[Cells]()
+    while levels:
+        centres = np.unique(centres_of(flat, levels, shares=shares))
+        start = cells_of(numbers, centres, np.zeros(len(centres)))
+        found += [start] if start.fits(most_bits) else _priced(numbers, start, most_bits)
+        levels = 0 if start.fits(most_bits) or levels == 1 else 1 << ((levels - 1).bit_length() - 1)
+    best = min(found, key=lambda cells: cells.error(numbers))
+    symbols = np.empty(len(flat), np.int64)
+    symbols[numbers.order] = best.symbols
+    return best.centres, symbols
+
+
+def _priced(numbers: Numbers, start: Cells, most_bits: int) -> list[Cells]:
+    """Cells of low enough entropy, if there are any: the price of a bit is raised until it is, then narrowed down.
+
+    Each price begins where a lower one has settled, which can only lose cells.
+    """
+    mean = float(np.average(numbers.values, weights=numbers.shares))
+    low, below = start, 0.0
+    price = 1e-6 * float(np.mean(numbers.shares * (numbers.values - mean) ** 2))
+    found = settled(numbers, low, price)
+    for _ in range(_MOST_GROWTHS):
+        if found.fits(most_bits):
+            break
+        low, below, price = found, price, price * _GROWTH
+        found = settled(numbers, low, price)
+    fitting = [found] if found.fits(most_bits) else []
+    for _ in range(_NARROWING if fitting else 0):
+        middle = math.sqrt(below * price) if below else price / _GROWTH
+        found = settled(numbers, low, middle)
+        if found.fits(most_bits):
+            price = middle
+            fitting.append(found)
+        else:
+            low, below = found, middle
+    return fitting

@@ -1,0 +1,185 @@
+"""A sum of a few signs for every weight, each sign times a scale of its row: multi-bit binary codes.
+
+Greedy and refined codes as in Guo, Yao, Zhao and Chen, 2017, arXiv:1706.02021; alternating ones as in Xu et al., 2018,
+arXiv:1802.00150, section 3.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer
+from numpy.random import Generator
+
+from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+
+BITS = range(1, 9)
+ROUNDS = 2  # "two are enough" for two bits (Xu et al.); more are better from three on
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """``W[r, i] = sum over k of scales[r, k] * sign``, the sign +1 where bit k of ``symbols[r, i]`` is set, else -1.
+
+    While training, floats are shown to the optimiser and encoded in every forward pass, with the gradient passed
+    straight through.
+    """
+
+    shape: tuple[int, int]  # (rows, cols) of the dense matrix
+    planes: int  # signs a weight
+    rounds: int = ROUNDS  # 0 greedy; 1 greedy signs with the best scales; from 2 on so many alternating rounds
+    per: str = "row"  # what has scales of its own: "row" or "matrix"
+
+    def __post_init__(self) -> None:
+        """Refuse fields that no ``fit`` makes."""
+        whole = (*self.shape, self.planes, self.rounds)
+        fine = len(whole) == 4 and all(type(number) is int for number in whole) and min(self.shape) > 0
+        if not fine or self.planes not in BITS or self.rounds < 0 or self.per not in ("matrix", "row"):
+            raise ValueError(f"Binary cannot have {self.shape}, {self.planes!r}, {self.rounds!r}, {self.per!r}.")
+
+    @classmethod
+    def fit(
+        cls, shape: tuple[int, int], max_bits: int, *, bits: Any = None, rounds: Any = ROUNDS, per: Any = "row"
+    ) -> "Binary":
+        """The most signs a weight, 1 to 8, that fit; or just ``bits``."""
+        if bits is not None and (type(bits) is not int or bits not in BITS):
+            raise ConfigError(f"bits = {bits!r}: binary codes have {BITS[0]} to {BITS[-1]} bits a weight.")
+        if per not in ("matrix", "row") or type(rounds) is not int or rounds < 0:
+            raise ConfigError(f"per = {per!r}, rounds = {rounds!r}: give per 'matrix' or 'row', rounds from 0 on.")
+        plans = [cls(shape, planes, rounds, per) for planes in (BITS if bits is None else [bits])]
+        found = [plan for plan in plans if plan.bits() <= max_bits]
+        if not found:
+            least, area = plans[0].bits(), math.prod(shape)
+            ratio = least / FLOAT_BITS / area
+            raise BudgetError(
+                f"Binary codes cannot store {shape[0]}x{shape[1]} in {max_bits} bits: {plans[0].planes} bits for each "
+                f"weight, and the scales, need {least}. "
+                + (f"Use ratio >= {round_up(ratio)}." if ratio <= 1 else "That is more than dense: keep it dense."),
+                smallest_bits=least,
+                smallest_ratio=ratio,
+            )
+        return found[-1]
+
+    @property
+    def trains(self) -> Trains:
+        """What is rounded."""
+        return "through"
+
+    def bits(self) -> int:
+        """A bit a sign, and 32 a scale."""
+        scales = self.planes * (self.shape[0] if self.per == "row" else 1)
+        return 8 * self.integers()["symbols"].bytes(math.prod(self.shape)) + FLOAT_BITS * scales
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The signs of a weight as one symbol; a column of scales a sign."""
+        return {"symbols": self.shape, "scales": (self.shape[0] if self.per == "row" else 1, self.planes)}
+
+    def integers(self) -> dict[str, Integers]:
+        """The symbols."""
+        return {"symbols": Integers(1 << self.planes)}
+
+    def derived(self) -> Code:
+        """Nothing."""
+        return {}
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        numpy: Any = np
+        code = self.encode(rng.normal(size=self.shape), numpy)
+        spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
+        return {**code, "scales": (code["scales"] * (std / spread)).astype(np.float32)}
+
+    def encode(
+        self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
+    ) -> Code:
+        """The error falls, or stays, with every round in every row. ``importance`` is not used.
+
+        The sign of 0 is +1, and of two sums as near the upper one is taken. Each round takes ``planes`` look-ups a
+        weight.
+        """
+        kind = weight.dtype
+        if xp.finfo(kind).bits < 32:  # half precision is too coarse for sums over a row
+            code = self.encode(xp.asarray(weight, dtype=xp.float32), xp)
+            return {key: array if key == "symbols" else xp.asarray(array, dtype=kind) for key, array in code.items()}
+        rows = weight if self.per == "row" else xp.reshape(weight, (1, -1))
+        symbols, scales = _one_by_one(rows, self.planes, False, xp)
+        if self.rounds:
+            scales = _best_scales(rows, symbols, self.planes, xp)
+        if self.rounds > 1:
+            other, others = _one_by_one(rows, self.planes, True, xp)
+            for _ in range(self.rounds):
+                others = _best_scales(rows, other, self.planes, xp)
+                other = _nearest(rows, others, xp)
+            better = (_errors(rows, other, others, xp) < _errors(rows, symbols, scales, xp))[:, None]
+            symbols, scales = xp.where(better, other, symbols), xp.where(better, others, scales)
+        return {"symbols": xp.asarray(xp.reshape(symbols, self.shape), dtype=xp.int16), "scales": scales}
+
+    def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
+        """One multiplication a sign."""
+        return _sums(code["symbols"], code["scales"])
+
+
+def _sums(symbols: Integer[Array, "rows cols"], scales: Float[Array, "own planes"]) -> Float[Array, "rows cols"]:
+    """Scales times signs; ``own`` is the rows or 1."""
+    weight = scales[:, :1] * (2 * (symbols & 1) - 1)
+    for k in range(1, scales.shape[1]):
+        weight = weight + scales[:, k : k + 1] * (2 * (symbols >> k & 1) - 1)
+    return weight
+
+
+def _errors(
+    rows: Float[Array, "rows cols"],
+    symbols: Integer[Array, "rows cols"],
+    scales: Float[Array, "rows planes"],
+    xp: Namespace,
+) -> Float[Array, "rows"]:
+    """Squared distances, summed over each row."""
+    return xp.sum((rows - _sums(symbols, scales)) ** 2, 1)
+
+
+def _one_by_one(
+    rows: Float[Array, "rows cols"], planes: int, refined: bool, xp: Namespace
+) -> tuple[Integer[Array, "rows cols"], Float[Array, "rows planes"]]:
+    """Each plane has the signs of what the ones before leave, and the mean magnitude of that as its scale.
+
+    ``refined``: all scales so far are made the best ones before the next plane.
+    """
+    symbols = xp.asarray(rows >= 0, dtype=xp.int16)
+    scales = xp.mean(abs(rows), 1)[:, None]
+    for k in range(1, planes):
+        left = rows - _sums(symbols, scales)
+        symbols = symbols + xp.asarray(left >= 0, dtype=xp.int16) * (1 << k)
+        if refined:
+            scales = _best_scales(rows, symbols, k + 1, xp)
+        else:
+            scales = xp.concatenate([scales.T, xp.mean(abs(left), 1)[None, :]]).T
+    return symbols, scales
+
+
+def _best_scales(
+    rows: Float[Array, "rows cols"], symbols: Integer[Array, "rows cols"], planes: int, xp: Namespace
+) -> Float[Array, "rows planes"]:
+    """Least squares, of least norm where signs of two planes are equal or opposite throughout a row."""
+    signs = xp.stack([xp.asarray(2 * (symbols >> k & 1) - 1, dtype=rows.dtype) for k in range(planes)], 1)
+    gram = xp.matmul(signs, xp.moveaxis(signs, (2,), (1,)))
+    inverse = xp.linalg.pinv(gram, rtol=16 * xp.finfo(rows.dtype).eps, hermitian=True)
+    return xp.matmul(inverse, xp.matmul(signs, rows[:, :, None]))[:, :, 0]
+
+
+def _nearest(
+    rows: Float[Array, "rows cols"], scales: Float[Array, "rows planes"], xp: Namespace
+) -> Integer[Array, "rows cols"]:
+    """The symbol whose sum is nearest, found by halving: a comparison a plane."""
+    sums, planes = 0 * scales[:, :1].T, scales.shape[1]
+    for k in range(planes):  # bit k is set in the second half
+        sums = xp.concatenate([sums - scales[:, k], sums + scales[:, k]])
+    order = xp.argsort(sums.T, stable=True)
+    row = xp.cumsum(xp.ones_like(order[:, :1]), 0) - 1
+    sums = xp.take(sums.T, order + (row << planes))
+    bounds = sums[:, :-1] / 2 + sums[:, 1:] / 2
+    below = 0 * row  # how many bounds are at most the weight
+    for k in reversed(range(planes)):
+        bound = xp.take(bounds, below + row * ((1 << planes) - 1) + ((1 << k) - 1))
+        below = below + xp.asarray(rows >= bound, dtype=xp.int64) * (1 << k)
+    return xp.asarray(xp.take(order, below + (row << planes)), dtype=xp.int16)

@@ -1,0 +1,108 @@
+"""A few numbers that all weights share, and for each weight a symbol that says which: k-means.
+
+Han, Mao and Dally, 2016, arXiv:1510.00149, section 3; weighted by importance as in Choi, El-Khamy and Lee, 2017,
+arXiv:1612.01543.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.random import Generator
+
+from deepthin.lloyd import STARTS, centres_of, midpoints
+from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+
+BITS = range(1, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class KMeans:
+    """``W[i] = centres[symbols[i]]``. Training moves the centres, each by the sum over its weights; symbols stay."""
+
+    shape: tuple[int, int]  # (rows, cols) of the dense matrix
+    levels: int  # how many centres
+    start: str = "linear"  # where Lloyd's rounds begin: evenly, or at quantiles ("density"), or at weights ("random")
+    seed: int = 0  # of a random start
+
+    def __post_init__(self) -> None:
+        """Refuse fields that no ``fit`` makes."""
+        sizes = (*self.shape, self.levels)
+        fine = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes) and type(self.seed) is int
+        if not fine or self.levels > min(1 << BITS[-1], math.prod(self.shape)) or self.start not in STARTS:
+            raise ValueError(f"KMeans cannot have {self.shape}, levels={self.levels!r}, {self.start!r}, {self.seed!r}.")
+
+    @classmethod
+    def fit(
+        cls, shape: tuple[int, int], max_bits: int, *, bits: Any = None, start: Any = "linear", seed: Any = 0
+    ) -> "KMeans":
+        """The most bits a symbol, 1 to 8, that fit with the centres; or just ``bits``."""
+        if bits is not None and (type(bits) is not int or bits not in BITS):
+            raise ConfigError(f"bits = {bits!r}: k-means has {BITS[0]} to {BITS[-1]} bits a weight.")
+        if start not in STARTS or type(seed) is not int:
+            raise ConfigError(
+                f"start = {start!r}, seed = {seed!r}: start is one of {', '.join(STARTS)}, seed a number."
+            )
+        area = math.prod(shape)
+        plans = [cls(shape, min(1 << width, area), start, seed) for width in (BITS if bits is None else [bits])]
+        found = [plan for plan in plans if plan.bits() <= max_bits]
+        if not found:
+            least = plans[0].bits()
+            ratio = least / FLOAT_BITS / area
+            raise BudgetError(
+                f"K-means cannot store {shape[0]}x{shape[1]} in {max_bits} bits: {plans[0].levels} centres and the "
+                f"symbols need {least}. "
+                + (f"Use ratio >= {round_up(ratio)}." if ratio <= 1 else "That is more than dense: keep it dense."),
+                smallest_bits=least,
+                smallest_ratio=ratio,
+            )
+        return found[-1]
+
+    @property
+    def trains(self) -> Trains:
+        """The centres themselves."""
+        return "codes"
+
+    def bits(self) -> int:
+        """32 bits a centre, and the packed symbols."""
+        return FLOAT_BITS * self.levels + 8 * self.integers()["symbols"].bytes(math.prod(self.shape))
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """A symbol a weight."""
+        return {"centres": (self.levels,), "symbols": self.shape}
+
+    def integers(self) -> dict[str, Integers]:
+        """The symbols."""
+        return {"symbols": Integers(self.levels)}
+
+    def derived(self) -> Code:
+        """Nothing."""
+        return {}
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        numpy: Any = np
+        code = self.encode(rng.normal(size=self.shape), numpy)
+        spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
+        return {**code, "centres": (code["centres"] * (std / spread)).astype(np.float32)}
+
+    def encode(
+        self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
+    ) -> Code:
+        """The nearest centre, of two as near the upper one. Centres are searched by NumPy, on the host, in float64.
+
+        Minimises squared distances, times ``importance`` if given: then never worse than without, by that measure.
+        Takes a sort, a search a weight, and a few hundred rounds of ``levels * log(weights)`` steps.
+        """
+        flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
+        shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
+        centres = xp.asarray(centres_of(flat, self.levels, self.start, self.seed, shares), dtype=weight.dtype)
+        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # of the centres as they are stored
+        symbols = np.searchsorted(bounds, flat, side="right").reshape(self.shape)
+        return {"centres": centres, "symbols": xp.asarray(symbols.astype(np.int16))}
+
+    def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
+        """One look-up a weight."""
+        return xp.take(code["centres"], xp.asarray(code["symbols"], dtype=xp.int64))
