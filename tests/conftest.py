@@ -28,7 +28,6 @@ SHAPED = (
     "torch.product",
     "torch.operators",
     "torch.recurrent",
-    "recurrent",
     "torch.weight",
     "torch.layers",
 )  # what has shapes in signatures

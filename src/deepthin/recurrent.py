@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32, Float64
 
 from deepthin.kernels import Correlation, native
 from deepthin.methods.factor import Factor
@@ -94,7 +94,7 @@ def recurrent_gradients(
 def recurrent_reference(
     cell: str,
     gates: Sequence[Gate],
-    x: Float64[np.ndarray, "steps batch inputs"],
+    x: Float[np.ndarray, "steps batch inputs"],
     states: tuple[np.ndarray, np.ndarray | None],
     *,
     directions: int = 1,
