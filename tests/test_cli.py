@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deepthin
-from deepthin import bench, cli, kernels
+from deepthin import bench, cli, kernels, trial
 
 FACTORY = """
 import torch
@@ -201,6 +201,12 @@ def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
     assert rows[0]["rank_microseconds"] > 0
     assert (rows[0]["int8_microseconds"] is None) == (case == "train-lstm")
     assert "smallest ratio" in bench.summary(rows)
+    if not rows[0]["int8_microseconds"]:
+        return
+    built, whole = [], bench._whole(case, (32, 24), 2)
+    monkeypatch.setattr(bench, "quantised", lambda model: built.append(trial.quantised(model)) or built[-1])
+    bench._measure_whole(case, whole, (0.3,), 2, 1, 1, 1, lambda *_: None)
+    assert any("quantized" in type(module).__module__ for module in built[0].modules())
     assert bench.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
