@@ -136,17 +136,16 @@ def test_a_sequence_in_pieces_is_the_whole_one_to_the_bit(isa, cell, batch):
 
 
 def test_chunks_do_not_change_a_bit(isa):
-    """So many numbers that gates are computed in several chunks, except where they are kept for a gradient."""
+    """So many numbers that gates are computed in several chunks, from the end on where a direction is turned round."""
     problem = Problem(np.random.default_rng(5), "lstm", 50, 16, 20, 128, directions=2, n=31)
-    y = problem.run()[0]
-    rest = [Problem(np.random.default_rng(5), "lstm", 50, 16, 20, 128, directions=2, n=31)]
-    forward, backward = (y[..., :128], y[..., 128:])
-    pieces = Problem(np.random.default_rng(5), "lstm", 50, 16, 20, 128, directions=2, n=31)
-    one = recurrent("lstm", pieces.gates[:2], pieces.x[:5], (pieces.h[:1], pieces.c[:1]))[0]
-    other = recurrent("lstm", pieces.gates[2:], pieces.x[::-1][:5], (pieces.h[1:], pieces.c[1:]))[0]
-    assert np.array_equal(one, forward[:5])
-    assert np.array_equal(other, backward[::-1][:5])
-    assert all(np.array_equal(a, b) for a, b in zip(problem.run(), rest[0].run(), strict=True))
+    ahead, back = np.split(problem.run()[0], 2, axis=2)
+    for gates, place, x, want in (
+        (problem.gates[:2], 0, problem.x, ahead),
+        (problem.gates[2:], 1, problem.x[::-1], back[::-1]),
+    ):
+        states = problem.h[place : place + 1], problem.c[place : place + 1]
+        assert np.array_equal(recurrent("lstm", gates, x[:5], states)[0], want[:5])
+        assert np.array_equal(recurrent("lstm", gates, x, states)[0], want)
 
 
 def test_threads_do_not_change_a_bit(isa):
