@@ -121,6 +121,10 @@ def test_operands_that_do_not_go_together():
         ({"factors": [factors[0][1:], *factors[1:]]}, "needs an xf of"),
         ({"x": x[:0]}, "may not be empty"),
         ({"offsets": [9] * 8}, "are matrices"),
+        ({"c": None}, "a state c"),
+        ({"c": c[:, :1]}, "a state c"),
+        ({"biases": biases[:1]}, "as many biases"),
+        ({"biases": [b[1:] for b in biases]}, "as many biases"),
     ]:
         named = {"x": x, "h": h, "c": c, "factors": factors, "biases": biases, "offsets": [0] * 8, "cell": "lstm"}
         with pytest.raises(ValueError, match=reason):
@@ -284,6 +288,18 @@ def test_an_exported_layer_needs_no_library():
     program = torch.export.export(model, (x,))
     assert not any("deepthin" in str(node.target) for node in program.graph.nodes)
     assert torch.allclose(program.module()(x)[0], model(x)[0], atol=1e-5)
+
+
+@native
+def test_gradients_that_do_not_go_together():
+    x, h, c, factors, biases = operands("lstm")
+    y, last, last_c, reserve = OPERATOR(x, h, c, factors, biases, [0] * 8, "lstm", 2, True)
+    wanted = [True] * (3 + 16 + 8)
+    for place, wrong in [(0, y[1:]), (1, last[:1]), (2, last_c[:1]), (6, y[1:]), (7, reserve[1:])]:
+        given = [y, last, last_c, x, h, c, y, reserve]
+        given[place] = wrong
+        with pytest.raises(ValueError, match="shapes|reserve"):
+            torch.ops.deepthin.recurrent_backward(*given, factors, biases, [0] * 8, "lstm", 2, wanted)
 
 
 class Direct(nn.Module):

@@ -102,9 +102,16 @@ def recurrent(
 
 
 def _layers(
-    x: Tensor, h: Tensor, factors: Sequence[Tensor], offsets: Sequence[int], cell: str, directions: int
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    factors: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Sequence[int],
+    cell: str,
+    directions: int,
 ) -> _Layers:
-    """The sizes, checked against each other."""
+    """The sizes, all operands checked against each other: native code reads what they say."""
     if cell not in CELLS:
         raise ValueError(f"cell={cell!r} must be one of {', '.join(CELLS)}.")
     if x.dim() != 3 or h.dim() != 3 or directions not in (1, 2) or len(h) % directions or not len(h):
@@ -115,13 +122,20 @@ def _layers(
             f"{places} states of {h.shape[1]} sequences need {4 * places} factors and as many sequences: there are "
             f"{len(factors)} and {batch}."
         )
+    if (c is not None) != (cell == "lstm") or (c is not None and c.shape != h.shape):
+        raise ValueError(
+            f"An LSTM alone has a state c, of the shape of h: {tuple(h.shape)}, {c is not None and c.shape}."
+        )
+    rows = gates_of(cell) * hidden
+    if biases and (len(biases) != 2 * places or any(bias.shape != (rows,) for bias in biases)):
+        raise ValueError(f"{2 * places} matrices need as many biases of {rows}, or none: {[b.shape for b in biases]}.")
     if 0 in x.shape or 0 in h.shape:
         raise ValueError(f"Sequences and states may not be empty; they are {tuple(x.shape)} and {tuple(h.shape)}.")
     plans: list[tuple[Factor, int]] = []
     for number, offset in enumerate(offsets):
         xf, wf = factors[2 * number], factors[2 * number + 1]
         cols = hidden if number % 2 else inputs if number < 2 * directions else directions * hidden
-        shape = (gates_of(cell) * hidden, cols)
+        shape = (rows, cols)
         if xf.dim() != 2 or wf.dim() != 2 or 0 in wf.shape or not 0 <= offset < wf.shape[1]:
             raise ValueError(f"Factors are matrices; {number} has {tuple(xf.shape)} and {tuple(wf.shape)}.")
         (rank, n), need = wf.shape, -(-(offset + math.prod(shape)) // wf.shape[1])
@@ -144,7 +158,7 @@ def _forward(
     directions: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layers = _layers(x, h, factors, offsets, cell, directions)
+    layers = _layers(x, h, c, factors, biases, offsets, cell, directions)
     if not takes(x, h, c, *factors, *biases):
         with torch.no_grad():
             return *_in_torch(layers, x, h, c, factors, biases), x.new_empty(0)
@@ -170,6 +184,9 @@ def _forward(
 
 
 def _reserve(layers: _Layers) -> int:
+    """Numbers that are kept for the gradient."""
+    if not kernels.native_available:
+        return 0
     numbers = layers.numbers()
     return kernels.native().recurrent_reserve(*numbers[:3], *numbers[4:])
 
@@ -217,9 +234,14 @@ def _backward(
     directions: int,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    layers = _layers(x, h, factors, offsets, cell, directions)
+    layers = _layers(x, h, c, factors, biases, offsets, cell, directions)
     states = [h] if c is None else [h, c]
     inputs = [x, *states, *factors, *biases]
+    out = (layers.steps, layers.batch, directions * layers.hidden)
+    if grad_y.shape != out or y.shape != out or grad_h.shape != h.shape or (c is not None and grad_c.shape != c.shape):
+        raise ValueError(f"Gradients need the shapes {out} and {tuple(h.shape)}, not {grad_y.shape}, {grad_h.shape}.")
+    if reserve.numel() not in (0, _reserve(layers)):
+        raise ValueError(f"The reserve has {reserve.numel()} numbers: it is not that of these operands.")
     if not reserve.numel() or not takes(grad_y, grad_h, grad_c, *inputs, y, reserve):
         with torch.enable_grad():
             own = [t.detach().requires_grad_() for t in inputs]
@@ -339,7 +361,7 @@ def _grad(ctx: Any, *grads: Tensor, backward: Any = None) -> tuple[Any, ...]:
     offsets, cell, directions = ctx.rest
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # of any order: let autograd derive them
         own = [t.view_as(t) for t in inputs]  # apart: one may have been computed from another
-        found = _in_torch_of(_layers(x, h, factors, offsets, cell, directions), own, ctx.factors, ctx.has_c)
+        found = _in_torch_of(_layers(x, h, c, factors, biases, offsets, cell, directions), own, ctx.factors, ctx.has_c)
         wanted = [t for t in own if t.requires_grad]
         outputs = found if ctx.has_c else found[:2]
         made = iter(torch.autograd.grad(outputs, wanted, grads[: len(outputs)], create_graph=True, allow_unused=True))
