@@ -56,6 +56,7 @@ LEVELS = {
     "page": 5,
     "results": 5,
     "bench": 5,
+    "networks": 5,
     "cli": 5,
     "__main__": 5,
 }

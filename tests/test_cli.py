@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deepthin
-from deepthin import bench, cli, kernels, trial
+from deepthin import bench, cli, kernels, networks, trial
 
 FACTORY = """
 import torch
@@ -192,9 +192,9 @@ def test_bench_of_the_papers_network_draws_its_table(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("case", ["lstm", "gru", "deepspeech", "train-lstm"])
 def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "UNITS", 32)
-    monkeypatch.setattr(bench, "STEPS", 12)
-    monkeypatch.setattr(bench.ctc, "WIDTH", 24)
+    monkeypatch.setattr(networks, "UNITS", 32)
+    monkeypatch.setattr(networks, "STEPS", 12)
+    monkeypatch.setattr(networks.ctc, "WIDTH", 24)
     rows = bench.run(case, (32, 24), (0.3, 0.0001), (2,), rank=1, threads=1, repeats=2)
     assert [row["microseconds"] is None for row in rows] == [False, True]
     assert rows[0]["dense_microseconds"] > 0
@@ -203,7 +203,7 @@ def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
     assert "smallest ratio" in bench.summary(rows)
     if not rows[0]["int8_microseconds"]:
         return
-    built, whole = [], bench._whole(case, (32, 24), 2)
+    built, whole = [], networks.whole(case, (32, 24), 2)
     monkeypatch.setattr(bench, "quantised", lambda model: built.append(trial.quantised(model)) or built[-1])
     bench._measure_whole(case, whole, (0.3,), 2, 1, 1, 1, lambda *_: None)
     assert any("quantized" in type(module).__module__ for module in built[0].modules())

@@ -19,16 +19,14 @@ import deepthin.torch as dt
 from deepthin import kernels
 from deepthin.method import BudgetError
 from deepthin.methods.factor import Factor
+from deepthin.networks import WHOLE, Whole, Work, whole
 from deepthin.report import table
-from deepthin.tasks import ctc
 from deepthin.trial import quantised
 
-Work = Callable[[], object]
 Shapes = Sequence[tuple[int, int]]
 """(outputs, inputs) of one linear layer after the other, rectified but for the last."""
 
-CASES = ("linear", "tfkaldi", "train", "lstm", "gru", "deepspeech", "train-lstm")
-UNITS, LAYERS, STEPS = 1024, 5, 100  # of lstm and gru
+CASES = ("linear", "tfkaldi", "train", *WHOLE)
 PAPER_RATIOS = (0.0195, 0.0129, 0.0099, 0.0057, 0.0040, 0.0027, 0.0020, 0.0014)
 TFKALDI: Shapes = ((2048, 440), *[(2048, 2048)] * 5, (1952, 2048))
 # Table 2: times faster than the uncompressed network on three machines, by the size of their last cache
@@ -93,9 +91,8 @@ def run(
     rows: list[dict[str, Any]] = []
     for number, batch in enumerate(batches):
         step = lambda done, total, number=number: progress(number * total + done, len(batches) * total)  # noqa: E731
-        if case in ("lstm", "gru", "deepspeech", "train-lstm"):
-            whole = _whole(case, shape, batch)
-            rows += _measure_whole(case, whole, ratios, batch, rank, threads, repeats, step)
+        if case in WHOLE:
+            rows += _measure_whole(case, whole(case, shape, batch), ratios, batch, rank, threads, repeats, step)
         else:
             rows += _measure(case, shapes, ratios, batch, rank, threads, repeats, step)
     return rows
@@ -142,85 +139,9 @@ def _measure(
     return rows
 
 
-class Whole(NamedTuple):
-    """A network that is timed as users have it: how it is built, and what is done with it, once or in training."""
-
-    build: Callable[[], nn.Module]
-    work: Callable[[nn.Module], Work]
-    trains: bool
-    shape: tuple[int, int]  # units, inputs
-
-
-class _DeepSpeech(nn.Module):
-    """Deep Speech 2 (Amodei et al., 2016, arXiv:1512.02595): spectrograms, batch x 1 x 161 x frames, to 29 characters.
-
-    Two convolutions, five bidirectional LSTM layers whose directions are added up, and a linear one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.front = nn.Sequential(
-            nn.Conv2d(1, 32, (41, 11), (2, 2), (20, 5)),
-            nn.BatchNorm2d(32),
-            nn.Hardtanh(0, 20),
-            nn.Conv2d(32, 32, (21, 11), (2, 1), (10, 5)),
-            nn.BatchNorm2d(32),
-            nn.Hardtanh(0, 20),
-        )
-        sizes = [32 * 41, *[UNITS] * (LAYERS - 1)]
-        self.norms = nn.ModuleList(nn.BatchNorm1d(size) for size in sizes)
-        self.layers = nn.ModuleList(nn.LSTM(size, UNITS, bidirectional=True) for size in sizes)
-        self.norm = nn.BatchNorm1d(UNITS)
-        self.output = nn.Linear(UNITS, 29, bias=False)
-
-    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        x = self.front(spectrogram).flatten(1, 2)
-        for number, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
-            x = norm(x) if number else x
-            y, _ = layer(x.permute(2, 0, 1))
-            x = y.view(*y.shape[:2], 2, UNITS).sum(2).permute(1, 2, 0)
-        return self.output(self.norm(x).transpose(1, 2))
-
-
-def _whole(case: str, shape: tuple[int, int], batch: int) -> Whole:
-    if case == "train-lstm":
-        return _training_of_ctc(batch)
-    units, inputs = (UNITS, 161) if case == "deepspeech" else shape
-    if case == "deepspeech":
-        build, x = _DeepSpeech, torch.randn(batch, 1, inputs, STEPS)
-    else:
-        kind = nn.LSTM if case == "lstm" else nn.GRU
-        build, x = lambda: kind(inputs, units, num_layers=LAYERS), torch.randn(STEPS, batch, inputs)
-
-    def work(model: nn.Module) -> Work:
-        model.eval()
-        return lambda: model(x)
-
-    return Whole(build, work, False, (units, inputs))
-
-
-def _training_of_ctc(batch: int) -> Whole:
-    """A step as the task takes it, of utterances of 2.4 seconds, without the optimiser."""
-    features, lengths = torch.randn(batch, 240, ctc.INPUTS), torch.full((batch,), 240)
-    targets = [torch.randint(1, len(ctc.SYMBOLS), (20,)) for _ in range(batch)]
-
-    def work(model: nn.Module) -> Work:
-        model.train()
-
-        def step() -> None:
-            model.zero_grad()
-            with ctc.precision():
-                scores, steps = model(features, lengths)
-            ctc.loss(scores, steps, targets).backward()
-
-        return step
-
-    return Whole(lambda: ctc.build(None, ctc.WIDTH), work, True, (ctc.WIDTH, ctc.INPUTS))
-
-
 def _measure_whole(
     case: str,
-    whole: Whole,
+    network: Whole,
     ratios: Sequence[float],
     batch: int,
     rank: int,
@@ -229,32 +150,32 @@ def _measure_whole(
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    dense = whole.build()
-    timings = [Timing("dense", None, whole.work(dense))]
-    if not whole.trains:
-        inside = nn.Sequential(whole.build()).eval()  # torch quantises what is in a module, not the module
-        timings.append(Timing("int8", None, whole.work(quantised(inside))))
+    dense = network.build()
+    timings = [Timing("dense", None, network.work(dense))]
+    if not network.trains:
+        inside = nn.Sequential(network.build()).eval()  # torch quantises what is in a module, not the module
+        timings.append(Timing("int8", None, network.work(quantised(inside))))
     rows: list[dict[str, Any]] = []
     for ratio in ratios:
         row = {
             "case": case,
-            "rows": whole.shape[0],
-            "cols": whole.shape[1],
+            "rows": network.shape[0],
+            "cols": network.shape[1],
             "batch": batch,
             "rank": rank,
             "ratio": ratio,
         }
         row |= {"threads": threads, "isa": kernels.isa()}
         try:
-            model, n = _thin(whole.build(), ratio, rank)
+            model, n = _thin(network.build(), ratio, rank)
         except BudgetError as error:
             rows.append({**row, "microseconds": None, "smallest_ratio": error.smallest_ratio})
             continue
-        timings.append(Timing("thin", ratio, whole.work(model)))
+        timings.append(Timing("thin", ratio, network.work(model)))
         rows.append({**row, "n": n})
         with suppress(BudgetError):
-            timings.append(Timing("rank", ratio, whole.work(_thin(whole.build(), ratio, 1, "rank")[0])))
-    with torch.set_grad_enabled(whole.trains):
+            timings.append(Timing("rank", ratio, network.work(_thin(network.build(), ratio, 1, "rank")[0])))
+    with torch.set_grad_enabled(network.trains):
         times, _ = _interleaved(timings, repeats, cold=False, progress=progress)
     for row in rows:
         if "n" in row:
