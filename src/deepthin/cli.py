@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -161,9 +162,61 @@ def bench(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="The TOML file: methods, sizes, and [stages] if it begins dense.")],
+    out: Annotated[Path, typer.Option(help="The .thin file to write.")],
+    task: Annotated[
+        str | None,
+        typer.Argument(help="digits | acoustic | ctc | conv | lenet; or leave it out and name your own network."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: the task's]")] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Units of a hidden layer; conv, lenet: thousandths  [default: the task's]"),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(min=1, help="lenet: 3 is LeNet-300-100, 5 is LeNet-5; else as for compare"),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="What suits the dense network  [default: the task's]")] = None,
+    seed: Annotated[int, typer.Option(help="Of the start and of the batches.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Your network: `package.module:factory`.")] = None,
+    train: Annotated[str | None, typer.Option(help="Its training: `package.module:fit`.")] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Its numbers, less being better: `package.module:evaluate`.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")] = 1,
+    json_file: Json = None,
+) -> None:
+    """Train one network as a configuration says, write one small file, and judge what is loaded from it.
+
+    With a table `[stages]` in the configuration it is dense first, thinned step by step, and its values are shared in
+    the end: Deep Compression. Without, it is thin from scratch.
+
+    Example: `deepthin train lenet --config deep.toml --data mnist --out lenet.thin`
+    """
+    import torch
+
+    from deepthin import train as one
+    from deepthin.trial import Setup
+
+    torch.set_num_threads(threads)
+    setup = Setup(_task(task, (model, train, evaluate)), data and data.absolute(), steps, width, depth)
+    if model and train and evaluate:
+        setup = replace(setup, own=(model, train, evaluate))
+    with _progress("training", "steps") as report_step:
+        found = one.train(setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total))
+    print(found.report)
+    print(one.summary(found, out))
+    _write_json(json_file, json.dumps(found.to_dict(), indent=1))
+
+
+@app.command()
 def compare(
     task: Annotated[
-        str | None, typer.Argument(help="digits | acoustic | ctc | conv; or leave it out and name your own network.")
+        str | None,
+        typer.Argument(help="digits | acoustic | ctc | conv | lenet; or leave it out and name your own network."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")
@@ -228,25 +281,19 @@ def compare(
     from deepthin import results
     from deepthin.engines import ENGINES
     from deepthin.search import Search
-    from deepthin.tasks import TASKS
     from deepthin.trial import COMPARED, Setup, prepared
 
     if find_spec("matplotlib") is None:  # said before the training, not after it
         raise ConfigError("The figures of a comparison need matplotlib: pip install 'deepthin[compare]'.")
     torch.set_num_threads(threads)
     own = (model, train, evaluate)
-    if (task is None) != all(own) or (task is not None and any(own)):
-        raise ConfigError(
-            f"Name a task ({', '.join(TASKS)}), or your own network by --model, --train and --evaluate, all three."
-        )
-    if task is not None:
-        _known(task, TASKS, "task")
+    name = _task(task, own)
     _known(engine, ENGINES, "engine")
     names = ",".join(COMPARED) if methods == "all" else methods
     chosen = tuple(dict.fromkeys(_known(m.strip(), COMPARED, "method") for m in names.split(",")))
     sizes = _ratios(ratios)
     setup = Setup(
-        task or "", data and data.absolute(), steps, width, depth, cast(tuple[str, str, str], own) if model else None
+        name, data and data.absolute(), steps, width, depth, cast(tuple[str, str, str], own) if model else None
     )
     run = prepared(setup)
     folder = out or Path("runs") / run.task.NAME
@@ -342,6 +389,17 @@ def _known(word: str, valid: Any, what: str) -> str:
         closest = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.0)
         raise ConfigError(f"There is no {what} {word!r}. Did you mean {closest[0]!r}? Valid: {', '.join(valid)}.")
     return word
+
+
+def _task(task: str | None, own: tuple[str | None, ...]) -> str:
+    """The name of a task, or nothing if all of the user's own three functions are named; ConfigError otherwise."""
+    from deepthin.tasks import TASKS
+
+    if (task is None) != all(own) or (task is not None and any(own)):
+        raise ConfigError(
+            f"Name a task ({', '.join(TASKS)}), or your own network by --model, --train and --evaluate, all three."
+        )
+    return _known(task, TASKS, "task") if task is not None else ""
 
 
 def _ratios(text: str) -> tuple[float, ...]:

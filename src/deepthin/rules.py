@@ -4,6 +4,7 @@ A mapping, a TOML file and the command line say the same thing with the same key
 reads them, matches their patterns against tensor names, and shares a model's budget out over its matrices.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import itertools
@@ -21,6 +22,7 @@ from deepthin.methods import METHODS, THEN
 
 DENSE = "dense"
 ALLOCATIONS = {"flat": 1.0, "uniform-bytes": 0.0}  # the power of its size that a matrix's share goes by
+SENSITIVITY = "sensitivity"  # the loss that each matrix costs is measured: deepthin.torch.allocate
 _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
 _RULE_KEYS = ("method", "ratio", "bytes", "group", "then")
 GROUPS = ("flat", "rows")
@@ -51,7 +53,7 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class _Unit:
+class Unit:
     """What one code is to hold: a tensor, or the members of a group."""
 
     rule: "Rule"
@@ -59,10 +61,12 @@ class _Unit:
 
     @property
     def name(self) -> str:
+        """Of its first tensor."""
         return self.tensors[0].name
 
     @property
     def dense_bits(self) -> int:
+        """32 for each number."""
         return 32 * sum(math.prod(tensor.shape) for tensor in self.tensors)
 
     @property
@@ -135,6 +139,27 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Stages:
+    """When a training that begins dense does what: shares of its steps (Han et al., 2016, arXiv:1510.00149, section 2).
+
+    From ``thin[0]`` to ``thin[1]`` the rules' methods take away more and more, every so many steps; then the layers are
+    thin and train on. From ``share`` on floats are stored by what ``then`` says, and train on.
+    """
+
+    thin: tuple[float, float] = (0.2, 0.6)
+    share: float = 0.8
+    every: int = 50
+
+    def __post_init__(self) -> None:
+        """Refuse what is no schedule; ConfigError."""
+        if not 0 <= self.thin[0] < self.thin[1] <= self.share <= 1 or self.every < 1:
+            raise ConfigError(
+                f"[stages] thin = {list(self.thin)}, share = {self.share:g}, every = {self.every}: give shares of the "
+                "steps with 0 <= thin[0] < thin[1] <= share <= 1, and every from 1 on."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Rules:
     """A whole configuration."""
 
@@ -142,7 +167,8 @@ class Rules:
     ratio: float | None = None  # of all matched matrices together
     file_bytes: int | None = None  # of the whole written file
     ignore: tuple[str, ...] = ()
-    allocation: float = 1.0  # the power of its size that a matrix's share of ``ratio`` goes by: 1 flat, 0 equal bytes
+    allocation: float | None = 1.0  # the power of its size that a matrix's share goes by; None: by sensitivity
+    stages: Stages | None = None
 
     @classmethod
     def parse(cls, source: "Mapping[str, Any] | str | Path | Rules") -> "Rules":
@@ -156,7 +182,7 @@ class Rules:
                 raise ConfigError(f"There is no configuration file {str(source)!r}.") from None
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{source} is not valid TOML: {error}.") from None
-        _check_keys(source, ("model", "rules"), "the configuration")
+        _check_keys(source, ("model", "rules", "stages"), "the configuration")
         model = _table(source, "model")
         _check_keys(model, _MODEL_KEYS, "[model]")
         ratio = _number(model, "ratio", float, "[model]")
@@ -166,17 +192,10 @@ class Rules:
         ignore = model.get("ignore", ())
         if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in cast(list[object], ignore)):
             raise ConfigError(f"[model] ignore = {ignore!r} must be a list of patterns, such as ['output'].")
-        allocation = model.get("allocation", "flat")
-        power = ALLOCATIONS.get(allocation, allocation) if isinstance(allocation, str) else allocation
-        if isinstance(power, str):
-            raise ConfigError(
-                f"[model] allocation = {allocation!r} is unknown. {_closest(allocation, ALLOCATIONS)} Or give a number "
-                "from 0 (equal bytes) to 1 (equal ratios)."
-            )
-        if isinstance(power, bool) or not isinstance(power, int | float) or not 0 <= power <= 1:
-            raise ConfigError(f"[model] allocation = {allocation!r} must be a word or a number from 0 to 1.")
         rules = tuple(_parse_rule(pattern, table) for pattern, table in _table(source, "rules").items())
-        return cls(rules or (Rule("*"),), ratio, file_bytes, tuple(cast(list[str], ignore)), float(power))
+        stages = _parse_stages(_table(source, "stages")) if "stages" in source else None
+        allocation = _parse_allocation(model.get("allocation", "flat"))
+        return cls(rules or (Rule("*"),), ratio, file_bytes, tuple(cast(list[str], ignore)), allocation, stages)
 
     def match(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Rule]]:
         """Every tensor that has a rule, and that rule; the first match wins.
@@ -209,43 +228,16 @@ class Rules:
         rule has its own target keep that; the rest is shared out by ``allocation``. A matrix of the shared budget that
         no plan makes smaller stays dense. Raises BudgetError with the smallest reachable ratio.
         """
-        units = _units(self.match(tensors))
-        methods: dict[str, Method | None] = {}
-        shared: list[_Unit] = []
-        for unit in units:
-            if unit.rule.method == DENSE or unit.dense_bits == 0:
-                methods[unit.name] = None
-            elif unit.rule.own_target:
-                methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
-            elif self.ratio is None and self.file_bytes is None and model_bits is None:
-                pattern = unit.rule.pattern
-                raise ConfigError(
-                    f"rule {pattern!r} has no target: give it ratio or bytes, or [model] a ratio or file_bytes."
-                )
-            elif unit.smallest_bits() < unit.dense_bits:
-                shared.append(unit)
-            else:
-                methods[unit.name] = None
+        units, methods, shared = self.split(tensors, model_bits is not None)
+        if shared and self.allocation is None:
+            raise ConfigError(
+                "[model] allocation = 'sensitivity' goes by measured losses: deepthin.torch.allocate(model, rules, "
+                "loss) returns rules with a share for every matrix; deepthin.torch.Recipe does so by itself."
+            )
         if model_bits is not None or self.ratio is not None:
-            compared = sum(unit.dense_bits for unit in units if unit.rule.method != DENSE)
-            if model_bits is None:
-                model_bits = _share_of(self.ratio or 1.0, compared)
-            taken = 0
-            for unit in units:
-                if unit.rule.method != DENSE and unit.name in methods:
-                    method = methods[unit.name]
-                    taken += unit.dense_bits if method is None else method.bits()
-            smallest = taken + sum(unit.smallest_bits() for unit in shared)
-            if smallest > model_bits:
-                raise BudgetError(
-                    f"The matched matrices cannot be stored in {max(model_bits, 0) // 8} bytes: the smallest plans, "
-                    f"and what the rules' own targets fix, need {smallest // 8}. Use [model] ratio >= "
-                    f"{round_up(smallest / compared)}, another method, or [model] ignore.",
-                    smallest_bits=smallest,
-                    smallest_ratio=smallest / compared,
-                )
+            budget = self.budget(units, methods, shared, model_bits)
             if shared:
-                methods |= self._share(shared, model_bits - taken)
+                methods |= self._share(shared, budget)
         names = {unit.name: unit for unit in units}
         within = {tensor.name for unit in units for tensor in unit.tensors}
         planned: list[Planned] = []
@@ -258,13 +250,78 @@ class Rules:
                 planned.append(Planned((tensor,), DENSE, None))
         return planned
 
-    def _share(self, units: Sequence[_Unit], budget: int) -> dict[str, Method]:
+    def split(
+        self, tensors: Sequence[Tensor], limited: bool = False
+    ) -> "tuple[list[Unit], dict[str, Method | None], list[Unit]]":
+        """What each code is to hold; what becomes of those of a fixed size; and those that share the model's budget.
+
+        ``limited``: there is such a budget, whatever the configuration says.
+        """
+        units = _units(self.match(tensors))
+        methods: dict[str, Method | None] = {}
+        shared: list[Unit] = []
+        for unit in units:
+            if unit.rule.method == DENSE or unit.dense_bits == 0:
+                methods[unit.name] = None
+            elif unit.rule.own_target:
+                methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
+            elif self.ratio is None and self.file_bytes is None and not limited:
+                pattern = unit.rule.pattern
+                raise ConfigError(
+                    f"rule {pattern!r} has no target: give it ratio or bytes, or [model] a ratio or file_bytes."
+                )
+            elif unit.smallest_bits() < unit.dense_bits:
+                shared.append(unit)
+            else:
+                methods[unit.name] = None
+        return units, methods, shared
+
+    def budget(
+        self,
+        units: Sequence[Unit],
+        methods: Mapping[str, Method | None],
+        shared: Sequence[Unit],
+        model_bits: int | None = None,
+    ) -> int:
+        """Bits that the shared ones have together, of ``ratio`` or ``model_bits``; BudgetError if they need more."""
+        compared = sum(unit.dense_bits for unit in units if unit.rule.method != DENSE)
+        if model_bits is None:
+            model_bits = _share_of(self.ratio or 1.0, compared)
+        taken = 0
+        for unit in units:
+            if unit.rule.method != DENSE and unit.name in methods:
+                method = methods[unit.name]
+                taken += unit.dense_bits if method is None else method.bits()
+        smallest = taken + sum(unit.smallest_bits() for unit in shared)
+        if smallest > model_bits:
+            raise BudgetError(
+                f"The matched matrices cannot be stored in {max(model_bits, 0) // 8} bytes: the smallest plans, "
+                f"and what the rules' own targets fix, need {smallest // 8}. Use [model] ratio >= "
+                f"{round_up(smallest / compared)}, another method, or [model] ignore.",
+                smallest_bits=smallest,
+                smallest_ratio=smallest / compared,
+            )
+        return model_bits - taken
+
+    def with_targets(self, tensors: Sequence[Tensor], bits: Mapping[str, int]) -> "Rules":
+        """The same, but what shared the model's budget has targets of its own: ``bits`` by the name of each."""
+        _, methods, shared = self.split(tensors)
+        found: list[Rule] = []
+        for rule in self.rules:  # what it covers, one by one, and then itself
+            for unit in (unit for unit in shared if unit.rule is rule):
+                pattern = rule.pattern if rule.group else unit.name
+                found.append(dataclasses.replace(rule, pattern=pattern, bytes=-(-bits[unit.name] // 8)))
+            found.append(rule)
+        kept = [Rule(name, DENSE) for name, method in methods.items() if method is None]
+        return dataclasses.replace(self, rules=(*kept, *found), ratio=None, file_bytes=None, allocation=1.0)
+
+    def _share(self, units: Sequence[Unit], budget: int) -> dict[str, Method]:
         """Shares of one budget, by a power of the weight count, between what a method needs and the dense size.
 
-        What the whole-number settings leave over goes to the matrices in turn, largest first.
+        What the whole-number settings leave over is spent on some of them.
         """
         floors = [unit.smallest_bits() for unit in units]
-        weights = [float(unit.dense_bits) ** self.allocation for unit in units]
+        weights = [float(unit.dense_bits) ** (self.allocation or 0.0) for unit in units]
 
         def shares(level: float) -> list[float]:
             return [
@@ -277,13 +334,7 @@ class Rules:
             middle = (low + high) / 2
             low, high = (middle, high) if sum(shares(middle)) <= budget else (low, middle)
         methods = {unit.name: unit.fit(int(share)) for unit, share in zip(units, shares(low), strict=True)}
-        left = budget - sum(method.bits() for method in methods.values())
-        for unit in sorted(units, key=lambda unit: -unit.dense_bits):
-            larger = unit.fit(min(methods[unit.name].bits() + left, unit.dense_bits))
-            if larger.bits() > methods[unit.name].bits():
-                left -= larger.bits() - methods[unit.name].bits()
-                methods[unit.name] = larger
-        return methods
+        return spend(units, methods, budget - sum(method.bits() for method in methods.values()))
 
     def _reached(self, pattern: str, tensors: Sequence[Tensor], where: str) -> list[Tensor]:
         """The tensors that a pattern covers; ConfigError with the closest name if there are none."""
@@ -311,13 +362,13 @@ class Rules:
         raise ConfigError(f"{where} pattern {pattern!r} matches nothing. {_closest(pattern, sorted(modules | names))}")
 
 
-def _units(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[_Unit]:
+def _units(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[Unit]:
     """Matched tensors one by one, those of a group together; ConfigError for a group that cannot be."""
     groups: dict[str, list[Tensor]] = {}
     for tensor, rule in matched.values():
         if rule.group:
             groups.setdefault(rule.pattern, []).append(tensor)
-    units: list[_Unit] = []
+    units: list[Unit] = []
     for tensor, rule in matched.values():
         members = groups.get(rule.pattern, [tensor]) if rule.group else [tensor]
         if members[0] is not tensor:
@@ -331,8 +382,19 @@ def _units(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[_Unit]:
                 f"rule {rule.pattern!r}: group = 'rows' stacks matrices of as many inputs, but {members[0].name} has "
                 f"{_matrix(members[0])[1]} and {odd.name} has {_matrix(odd)[1]}. Use group = 'flat', or two rules."
             )
-        units.append(_Unit(rule, tuple(members)))
+        units.append(Unit(rule, tuple(members)))
     return units
+
+
+def spend(units: Sequence[Unit], methods: Mapping[str, Method], left: int) -> dict[str, Method]:
+    """Plans, some of them larger: the bits that are left go to the matrices in turn, largest first."""
+    found = dict(methods)
+    for unit in sorted(units, key=lambda unit: -unit.dense_bits):
+        larger = unit.fit(min(found[unit.name].bits() + left, unit.dense_bits))
+        if larger.bits() > found[unit.name].bits():
+            left -= larger.bits() - found[unit.name].bits()
+            found[unit.name] = larger
+    return found
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int]:
@@ -359,6 +421,37 @@ def _to_ignore(tensor: Tensor) -> str:
 
 def _dotted(path: str, part: str) -> str:
     return f"{path}.{part}"
+
+
+def _parse_allocation(allocation: Any) -> float | None:
+    """The power of a word or number; None for "sensitivity"."""
+    if allocation == SENSITIVITY:
+        return None
+    power = ALLOCATIONS.get(allocation, allocation) if isinstance(allocation, str) else allocation
+    if isinstance(power, str):
+        raise ConfigError(
+            f"[model] allocation = {allocation!r} is unknown. {_closest(allocation, (*ALLOCATIONS, SENSITIVITY))} Or "
+            "give a number from 0 (equal bytes) to 1 (equal ratios)."
+        )
+    if isinstance(power, bool) or not isinstance(power, int | float) or not 0 <= power <= 1:
+        raise ConfigError(f"[model] allocation = {allocation!r} must be a word or a number from 0 to 1.")
+    return float(power)
+
+
+def _parse_stages(table: Mapping[str, Any]) -> Stages:
+    usual = Stages()
+    _check_keys(table, ("thin", "share", "every"), "[stages]")
+    thin: Any = table.get("thin", usual.thin)
+    pair = cast(list[Any], thin) if isinstance(thin, list | tuple) else []
+    fine = len(pair) == 2 and all(type(n) in (int, float) for n in pair)
+    share: Any = table.get("share", max(usual.share, *pair) if fine else 1.0)
+    every: Any = table.get("every", usual.every)
+    if not fine or type(share) not in (int, float) or type(every) is not int:
+        raise ConfigError(
+            f"[stages] thin = {thin!r}, share = {share!r}, every = {every!r}: write such as thin = [0.2, 0.6], "
+            "share = 0.8, every = 50."
+        )
+    return Stages((float(pair[0]), float(pair[1])), float(share), every)
 
 
 def _parse_rule(pattern: str, table: Any) -> Rule:

@@ -161,9 +161,7 @@ class Run:
         Pruning starts from dense weights, and the second result is what makes it thin on the way. Raises BudgetError.
         """
         width = self.width_of(trial.method, trial.ratio)
-        torch.manual_seed(trial.seed)
-        random.seed(trial.seed)  # what users draw from
-        np.random.seed(trial.seed % 2**32)  # noqa: NPY002
+        seeded(trial.seed)
         model = self.build(width)
         outer, _ = split(trial.method)
         if trial.method in (*ALWAYS, SAME_SIZE):
@@ -181,10 +179,9 @@ class Run:
             rules["model"]["ratio"] = (trial.ratio * whole - kept) / (whole - kept)
         if outer in PRUNING:
             over = PRUNING[outer]
-            start, end = (int(share * self.steps) for share in (over.start, over.end))
-            end = max(end, start + 1)
-            twist = dt.Twist(model, rules, every=max((end - start) // over.times, 1), schedule=dt.Rising(start, end))
-            return model, {"twist": twist, "thin_from": over.end}
+            every = max(int((over.end - over.start) * self.steps) // over.times, 1)
+            rules["stages"] = {"thin": [over.start, over.end], "share": over.end, "every": every}
+            return model, {"recipe": dt.Recipe(model, rules, self.steps)}
         dt.compress(model, rules, init="scratch", seed=trial.seed)
         return model, {}
 
@@ -202,7 +199,7 @@ class Run:
 
     def train(self, trial: Trial, progress: Callable[[int], None]) -> nn.Module:
         """The trained network. Raises BudgetError, and NonFiniteError if the training diverges."""
-        model, thin_on_the_way = self.model(trial)
+        model, recipe = self.model(trial)
         lr, decays = (trial.choice or self.choice(trial.method)).lr, getattr(self.task, "DECAYS", {})
         decay = decays.get(trial.method, decays.get(split(trial.method)[0], 0.0))
         training = Training(
@@ -212,19 +209,30 @@ class Run:
             decay=decay,
             seed=trial.seed,
             progress=progress,
-            **thin_on_the_way,
+            **recipe,
         )
+        self.fit(model, training)
+        return model
+
+    def fit(self, model: nn.Module, training: Training) -> None:
+        """Train the model; ConfigError if that made another number of steps."""
         self.task.fit(model, self.data, training)
         if training.step != self.steps:
             raise ConfigError(
                 f"The training of {self.task.NAME} made {training.step} of {self.steps} steps: it must call "
                 "training.minimise once for each batch of training.batches(...)."
             )
-        return model
 
     def load(self, path: Path, method: str, ratio: float) -> nn.Module:
         """A trained network from its file, in evaluation."""
         return dt.load(self.build(self.width_of(method, ratio)), path).eval()
+
+
+def seeded(seed: int) -> None:
+    """Seed all that a network's start, and a user's training, draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 def split(method: str) -> tuple[str, int | None]:
@@ -276,7 +284,7 @@ def run_trial(
         stored["bytes"] = dt.save(model, out / stored["model"])
         stored["weight_bytes"] = sum(matrix.bytes for matrix in inspect(out / stored["model"]).rows)
         reloaded = run.load(out / stored["model"], trial.method, trial.ratio)
-        if not _alike(model.eval(), reloaded, run.task.example(run.data)):
+        if not alike(model.eval(), reloaded, run.task.example(run.data)):
             raise DeepThinError(f"{out / stored['model']} does not hold what the trained model does: please report it.")
         return _judged(run, stored, reloaded)
     except BudgetError as error:
@@ -319,7 +327,7 @@ def _quantised(run: Run, trial: Trial, row: dict[str, Any], out: Path) -> list[d
         return [{**row, "failed": f"torch cannot quantise it: {reason}"}]
 
 
-def _alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
+def alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
     """Whether two networks have the same weights, decoded where they are thin, and the same outputs for an item."""
     held: list[list[torch.Tensor]] = []
     with torch.no_grad():

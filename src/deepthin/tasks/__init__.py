@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from deepthin.tasks import acoustic, conv, ctc, digits
+from deepthin.tasks import acoustic, conv, ctc, digits, lenet
 
-TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic, ctc, conv)}
+TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic, ctc, conv, lenet)}

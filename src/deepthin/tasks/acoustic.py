@@ -152,6 +152,12 @@ def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
     return found
 
 
+def loss(model: nn.Module, data: Data) -> float:
+    """The mean cross entropy of every so-manieth development frame, in nats."""
+    scores = predict(model, data.inputs["dev"][::JUDGED])
+    return nn.functional.cross_entropy(scores, data.targets["dev"][::JUDGED]).item()
+
+
 def example(data: Data) -> tuple[Tensor, ...]:
     """One frame."""
     return (data.inputs["test"][:1],)

@@ -28,6 +28,7 @@ ALLOCATIONS: dict[str, str | float] = {}
 OPTIONS: dict[str, dict[str, object]] = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
 
 rules, fit, evaluate, example = digits.rules, digits.fit, digits.evaluate, digits.example  # only the networks differ
+loss = digits.loss
 
 
 def load(folder: Path | None) -> digits.Data:

@@ -98,9 +98,19 @@ def rules(rule: dict[str, object]) -> dict[str, dict[str, object]]:
 
 def fit(model: nn.Module, data: Data, training: Training) -> None:
     """The cross entropy; the last state counts."""
+    minimise(model, data, training, BATCH)
+
+
+def minimise(model: nn.Module, data: Data, training: Training, batch: int) -> None:
+    """The cross entropy of so many images a step."""
     inputs, targets = data.inputs["train"], data.targets["train"]
-    for chosen in training.batches(len(inputs), BATCH):
+    for chosen in training.batches(len(inputs), batch):
         training.minimise(nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]))
+
+
+def loss(model: nn.Module, data: Data) -> float:
+    """The mean cross entropy of the development images, in nats."""
+    return nn.functional.cross_entropy(predict(model, data.inputs["dev"]), data.targets["dev"]).item()
 
 
 def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:

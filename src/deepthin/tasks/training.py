@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError, NonFiniteError
-from deepthin.torch import Twist, parameter_groups
+from deepthin.torch import Recipe, parameter_groups
 from deepthin.torch.weight import ThinWeight
 
 WARM_UP = 50  # steps
@@ -24,8 +24,8 @@ class Training:
             training.minimise(cross_entropy(model(inputs[chosen]), targets[chosen]))
 
     ``lr`` is the rate of what is dense; codes get their multiple of it. ``decay``: in every step, matrices and codes
-    lose their rate times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101). ``twist`` distorts
-    the dense weights of the model until, after the share ``thin_from`` of the steps, it makes them thin.
+    lose their rate times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101). ``recipe`` takes
+    the dense model through its stages; states are judged when it is as thin as it gets.
     """
 
     model: nn.Module
@@ -33,8 +33,7 @@ class Training:
     lr: float
     decay: float = 0.0
     seed: int = 0
-    twist: Twist | None = None
-    thin_from: float = 1.0
+    recipe: Recipe | None = None
     progress: Callable[[int], None] = lambda _: None  # told after each step how many there were
     step: int = field(default=0, init=False)
 
@@ -99,14 +98,10 @@ class Training:
         self._optimizer.step()
         self._schedule.step()
         self.step += 1
-        if self.twist is not None:
-            self.twist.step()
-            if self.step >= self.thin_from * self.steps:
-                self.twist.finish()
-                self.twist = None
-                self._prepare()
+        if self.recipe is not None and self.recipe.step():
+            self._prepare()
         due = self.step * self._judgments // self.steps > (self.step - 1) * self._judgments // self.steps
-        if due and self.twist is None and self._judge is not None:
+        if due and (self.recipe is None or self.recipe.done) and self._judge is not None:
             if (value := self._judge()) < self._best:
                 self._best, self._best_state = value, copy.deepcopy(self.model.state_dict())
             self.model.train()

@@ -1,17 +1,21 @@
 """deepthin for torch: thin layers, compression in place, files, and what belongs to training."""
 
+from deepthin.torch.allocation import allocate
 from deepthin.torch.compress import compress, materialize, parameter_groups, plan, same_size
 from deepthin.torch.files import load, save
 from deepthin.torch.layers import ThinLayer, ThinLinear
+from deepthin.torch.recipe import Recipe
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
 
 __all__ = [
+    "Recipe",
     "Rising",
     "ThinLayer",
     "ThinLinear",
     "ThinWeight",
     "Twist",
+    "allocate",
     "compress",
     "load",
     "materialize",

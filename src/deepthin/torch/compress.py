@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,51 @@ from deepthin.rules import Planned, Rules
 from deepthin.rules import Tensor as Named
 from deepthin.storage import Contents, Part, Raw, Thin, longest, to_bytes
 from deepthin.torch import product
-from deepthin.torch.files import contents
+from deepthin.torch.files import contents, raw_code
 from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
+
+_MEASUREMENTS = 8  # files that are written, at most, to find how much coding leaves room for
+
+Owners = dict[str, list[tuple[nn.Module, str]]]
+"""By the name of a parameter the layers that hold it, and as what: more than one where it is shared."""
+
+
+class Encoded:
+    """Matrices of a model by their plans, each encoded once; ``importance`` is that of ``compress``."""
+
+    def __init__(self, owners: Owners, importance: Mapping[str, Tensor] | None = None) -> None:
+        self.owners, self.importance = owners, importance or {}
+        self._made: dict[tuple[str, Method], ThinWeight] = {}
+
+    def dense(self, planned: Planned) -> list[Tensor]:
+        """The values of its tensors; ConfigError if these cannot share a code."""
+        names = [tensor.name for tensor in planned.tensors]
+        dense = [_value(self.owners[name]) for name in names]
+        if len({(tensor.dtype, tensor.device, tensor.requires_grad) for tensor in dense}) > 1:
+            raise ConfigError(
+                f"{', '.join(names)} cannot share a code: they differ in type, device or in being frozen."
+            )
+        return dense
+
+    def __call__(self, planned: Planned) -> ThinWeight:
+        """The code nearest to its tensors; NonFiniteError, and ConfigError for padding that is not zero."""
+        names, method, dense = [t.name for t in planned.tensors], planned.method, self.dense(planned)
+        if method is None:
+            raise ValueError(f"{names[0]} stays dense.")
+        if (names[0], method) not in self._made:
+            parts = parts_of(planned)
+            for name, tensor, part in zip(names, dense, parts, strict=True):
+                check_finite(name, tensor)
+                if part.zero_row is not None and tensor[part.zero_row].any():
+                    raise ConfigError(
+                        f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
+                        "zero: set it to zero, or the layer's padding_idx to None."
+                    )
+            weigh = [self.importance[name] for name in names] if names[0] in self.importance else None
+            self._made[names[0], method] = ThinWeight.encode(planned.name, method, parts, dense, weigh)
+        return self._made[names[0], method]
 
 
 def compress(
@@ -48,31 +89,34 @@ def compress(
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     found, owners = tensors_of(model)
     contents(model)  # TypeError now, not after the model has changed, for what no file can hold
+    encoded = Encoded(owners, importance)
+    planned = plan_of(model, Rules.parse(rules), found, encoded if init == "trained" else None)
+    return carry_out(model, planned, owners, init, seed, encoded)
+
+
+def carry_out(
+    model: nn.Module,
+    plans: Sequence[Planned],
+    owners: Owners,
+    init: Literal["trained", "scratch"] = "trained",
+    seed: int = 0,
+    encoded: "Encoded | None" = None,
+) -> Report:
+    """What ``compress`` does once it is known what becomes of each matrix; ``owners`` as ``tensors_of`` gives them."""
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
-    for planned in plan_of(model, Rules.parse(rules), found):
+    encoded = encoded or Encoded(owners)
+    for planned in plans:
         method, names = planned.method, [tensor.name for tensor in planned.tensors]
         if method is None:
             continue
-        dense = [_value(owners[name]) for name in names]
-        if len({(tensor.dtype, tensor.device, tensor.requires_grad) for tensor in dense}) > 1:
-            raise ConfigError(
-                f"{', '.join(names)} cannot share a code: they differ in type, device or in being frozen."
-            )
+        dense = encoded.dense(planned)
         parts = parts_of(planned)
         if init == "scratch" and dense[0].dim() > 1:
             rng = np.random.default_rng([seed % 2**64, zlib.crc32(names[0].encode())])
             weight = ThinWeight.draw(planned.name, method, parts, dense[0], rng, planned.tensors[0].std)
         else:
-            for name, tensor, part in zip(names, dense, parts, strict=True):
-                check_finite(name, tensor)
-                if part.zero_row is not None and tensor[part.zero_row].any():
-                    raise ConfigError(
-                        f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
-                        "zero: set it to zero, or the layer's padding_idx to None."
-                    )
-            weigh = [importance[name] for name in names] if importance and names[0] in importance else None
-            weight = ThinWeight.encode(planned.name, method, parts, dense, weigh)
+            weight = encoded(planned)
             with torch.no_grad():
                 for index, (name, tensor) in enumerate(zip(names, dense, strict=True)):
                     norm = tensor.norm().item()
@@ -103,7 +147,7 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
     """
     found, owners = tensors_of(model)
     planned = plan_of(model, Rules.parse(rules), found)
-    report = _planned_contents(contents(model), planned).report()
+    report = planned_contents(contents(model), planned).report()
     layers = {name: type(held[0][0]) for name, held in owners.items()}
     methods = {tensor.name: p.method for p in planned for tensor in p.tensors if len(p.tensors) == 1}
     rows = [
@@ -182,8 +226,8 @@ def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
     return low
 
 
-def tensors_of(model: nn.Module) -> tuple[list[Named], dict[str, list[tuple[nn.Module, str]]]]:
-    """Every dense parameter as rules see it, and by name the layers that hold it: more than one where it is shared."""
+def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:
+    """Every dense parameter as rules see it, and who holds it."""
     names: dict[int, list[str]] = {}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -219,14 +263,18 @@ def parts_of(planned: Planned) -> list[Part]:
     return [Part(t.shape, t.std / first.std, t.transposed, t.zero_row) for t in planned.tensors]
 
 
-def plan_of(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]:
-    """What becomes of the tensors that ``tensors_of`` found; a limit for the file is met by writing files."""
+def plan_of(model: nn.Module, rules: Rules, found: list[Named], encoded: Encoded | None = None) -> list[Planned]:
+    """What becomes of the tensors that ``tensors_of`` found; a limit for the file is met by writing files.
+
+    With ``encoded``, by files of the codes themselves, where these have integers that training leaves as they are and
+    that may be coded in fewer bits than any others.
+    """
     if rules.file_bytes is None:
         return rules.plan(found)
     limit, base = rules.file_bytes, contents(model)
 
     def written(planned: list[Planned]) -> int:
-        return len(to_bytes(_planned_contents(base, planned)))
+        return len(to_bytes(planned_contents(base, planned)))
 
     try:
         low = 0
@@ -234,7 +282,7 @@ def plan_of(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]
     except BudgetError as error:
         low = error.smallest_bits
         best = rules.plan(found, low)
-    smallest = _planned_contents(base, best)
+    smallest = planned_contents(base, best)
     if (least := len(to_bytes(smallest))) > limit:
         kept = sum(len(raw.data) for raw in smallest.dense.values())
         raise BudgetError(
@@ -251,21 +299,47 @@ def plan_of(model: nn.Module, rules: Rules, found: list[Named]) -> list[Planned]
             low, best = middle, planned
         else:
             high = middle
+    if encoded is None or not any(map(_codable, best)):
+        return best
+    taken, high = coded_bytes(base, best, encoded), 64 * limit
+    for _ in range(_MEASUREMENTS):
+        wanted = low * limit // taken  # too little by as much as some bytes do not grow
+        wanted = (low + high) // 2 if wanted >= high else wanted
+        if wanted <= low + (low >> 10):
+            break
+        planned = rules.plan(found, wanted)
+        if (bytes_ := coded_bytes(base, planned, encoded)) <= limit:
+            low, best, taken = wanted, planned, bytes_
+        else:
+            high = wanted
     return best
 
 
-def _planned_contents(base: Contents, planned: list[Planned]) -> Contents:
-    """What the file would hold, or more, where integers of other values are shorter."""
+def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoded) -> int:
+    """Of the file, with codes that training leaves as long as they are taken as they are."""
+    return len(to_bytes(planned_contents(base, planned, encoded)))
+
+
+def _codable(planned: Planned) -> bool:
+    """Whether training leaves its integers as they are, so that a file may count on how short they are."""
+    return planned.method is not None and planned.method.trains == "codes" and bool(planned.method.integers())
+
+
+def planned_contents(base: Contents, planned: Sequence[Planned], encoded: Encoded | None = None) -> Contents:
+    """What the file would hold; without ``encoded`` more, where integers of other values are shorter."""
     thin: dict[str, Thin] = {}
     for p in planned:
         if p.method is not None:
-            first = base.dense[p.tensors[0].name]
-            item = len(first.data) // math.prod(first.shape)
-            integers = p.method.integers()
-            code = {
-                k: longest(integers[k], s) if k in integers else Raw(first.dtype, s, bytes(item * math.prod(s)))
-                for k, s in p.method.code_shapes().items()
-            }
+            if encoded is not None and _codable(p):
+                code = raw_code(encoded(p))
+            else:
+                first = base.dense[p.tensors[0].name]
+                item = len(first.data) // math.prod(first.shape)
+                integers = p.method.integers()
+                code = {
+                    k: longest(integers[k], s) if k in integers else Raw(first.dtype, s, bytes(item * math.prod(s)))
+                    for k, s in p.method.code_shapes().items()
+                }
             parts = dict(zip((tensor.name for tensor in p.tensors), parts_of(p), strict=True))
             thin[p.tensors[0].name] = Thin(p.name, p.method, parts, code)
     gone = {name for entry in thin.values() for name in entry.parts}

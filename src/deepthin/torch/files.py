@@ -142,14 +142,18 @@ def contents(model: nn.Module) -> Contents:
                 "materialize the model, then compress it anew."
             )
         named = {parts[key][index]: part for index, part in enumerate(weight.parts)}
-        code = {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
-        thin[next(iter(named))] = Thin(weight.name, weight.method, named, code)
+        thin[next(iter(named))] = Thin(weight.name, weight.method, named, raw_code(weight))
     for name, tensor in sorted(_dense_tensors(model).items()):
         if (kept := first.setdefault(id(tensor), name)) != name:
             aliases[name] = kept
         else:
             dense[name] = _raw(name, tensor)
     return Contents(thin, dense, aliases)
+
+
+def raw_code(weight: ThinWeight) -> dict[str, Raw]:
+    """The stored entries of a matrix."""
+    return {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:

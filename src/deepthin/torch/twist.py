@@ -18,7 +18,7 @@ from deepthin.method import ConfigError, Method
 from deepthin.methods.pruned import Pruned
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules
-from deepthin.torch.compress import check_finite, compress, parts_of, plan_of, tensors_of
+from deepthin.torch.compress import carry_out, check_finite, parts_of, plan_of, tensors_of
 from deepthin.torch.weight import ThinWeight
 
 
@@ -51,8 +51,9 @@ class Rising:
 class Twist:
     """Distorts dense weights in place every so many optimiser steps, and makes them thin in the end.
 
-    ``rules`` are those of ``compress``; any method will do. ``every`` is the paper's S_D. Without a ``schedule`` each
-    distortion is the final one. The optimiser keeps its parameters, and its state, until ``finish``.
+    ``rules`` are those of ``compress``, or plans that were made of some; any method will do. ``every`` is the paper's
+    S_D. Without a ``schedule`` each distortion is the final one. The optimiser keeps its parameters, and its state,
+    until ``finish``.
 
         twist = Twist(model, rules, every=100)
         for inputs, targets in batches:
@@ -65,16 +66,17 @@ class Twist:
     def __init__(
         self,
         model: nn.Module,
-        rules: Mapping[str, Any] | str | Path | Rules,
+        rules: Mapping[str, Any] | str | Path | Rules | list[Planned],
         every: int = 100,
         schedule: Rising | None = None,
     ) -> None:
         if every < 1:
             raise ConfigError(f"every = {every}: the interval between distortions is at least 1 step.")
-        self.model, self.rules, self.every, self.schedule = model, Rules.parse(rules), every, schedule
+        self.model, self.rules, self.every, self.schedule = model, rules, every, schedule
         self.steps = 0
         tensors, self._owners = tensors_of(model)
-        self._planned = [planned for planned in plan_of(model, self.rules, tensors) if planned.method is not None]
+        plans = rules if isinstance(rules, list) else plan_of(model, Rules.parse(rules), tensors)
+        self._planned = [planned for planned in plans if planned.method is not None]
 
     def step(self) -> bool:
         """To be called after each optimiser step. Whether the weights were distorted now."""
@@ -89,7 +91,7 @@ class Twist:
         """Distort once more, to the full, and make the layers thin; parameters are other ones from here on."""
         for planned in self._planned:
             self._distort(planned, planned.method)
-        return compress(self.model, self.rules, init="trained")
+        return carry_out(self.model, self._planned, self._owners)
 
     def state_dict(self) -> dict[str, int]:
         """How many steps were made: all else follows from the model and the arguments."""

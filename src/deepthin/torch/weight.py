@@ -139,15 +139,16 @@ class ThinWeight(nn.Module):
             code = method.encode(weight, numpy, importance)
         elif code is None:
             code = method.encode(weight, numpy, importance)
+        return cls(name, method, parts, _tensors(code, like), None if latents is None else _tensors(latents, like))
 
-        def tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-            made = {entry: torch.from_numpy(np.ascontiguousarray(array)) for entry, array in arrays.items()}
-            return {
-                entry: t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device)
-                for entry, t in made.items()
-            }
-
-        return cls(name, method, parts, tensors(code), None if latents is None else tensors(latents))
+    def with_floats_stored(self, name: str, method: Then) -> "ThinWeight":
+        """The same matrix, whose code is that of ``method.outer``, with its floats stored by ``method.inner``."""
+        like = next(self.parameters())
+        code: dict[str, Any] = {entry: tensor.detach().cpu() for entry, tensor in self.code().items()}
+        code = {e: (t.float() if t.is_floating_point() else t).numpy() for e, t in code.items()}
+        stored = _tensors(method.encode_floats(code, cast(Any, np)), like)
+        latents = _tensors(code, like) if method.trains == "through" else None
+        return type(self)(name, method, self.parts, stored, latents).requires_grad_(like.requires_grad)
 
     def code(self) -> dict[str, Tensor]:
         """The stored entries. A code that was loaded stays as it is until a latent changes in value."""
@@ -455,6 +456,12 @@ class ThinWeight(nn.Module):
         return {
             key: value for key, value in self.__dict__.items() if key not in ("_dense", "_floats", "_fast", "_rows")
         }
+
+
+def _tensors(arrays: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    """On the device of ``like``, floats in its type."""
+    made = {entry: torch.from_numpy(np.ascontiguousarray(array)) for entry, array in arrays.items()}
+    return {e: t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device) for e, t in made.items()}
 
 
 def _same(kept: Sequence[Tensor], now: Iterable[Tensor]) -> bool:

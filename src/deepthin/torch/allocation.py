@@ -1,0 +1,165 @@
+"""Shares of a model's budget by sensitivity: losses at several sizes are measured, and bits go where they save most.
+
+A Lagrangian split along the lower convex hull of each matrix' measurements (Shoham and Gersho, 1988, "Efficient bit
+allocation for an arbitrary set of quantizers"). Losses of matrices compressed one at a time are taken to add up.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepthin.method import Method
+from deepthin.rules import Planned, Rules, Unit, spend
+from deepthin.storage import Thin
+from deepthin.torch.compress import Encoded, coded_bytes, parts_of, plan_of, tensors_of
+from deepthin.torch.files import contents, raw_code
+
+SIZES = 8  # at which each matrix is tried, from the smallest possible to what the budget can spare
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan for a matrix, its bits, and the loss of the model where this matrix alone is stored by it."""
+
+    method: Method
+    bits: int
+    loss: float
+
+
+def allocate(
+    model: nn.Module,
+    rules: Mapping[str, Any] | str | Path | Rules,
+    loss: Callable[[nn.Module], float],
+    importance: Mapping[str, Tensor] | None = None,
+    sizes: int = SIZES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Rules:
+    """The same rules with a target for every matrix that shares the model's budget, ``ratio`` or ``file_bytes``.
+
+    ``loss`` judges the trained dense ``model``, which is in evaluation then and is left as it was: the mean loss on
+    calibration data is best. It is called ``sizes`` times for each matrix, and twice at the end: of the split that was
+    found and the flat one, the better is returned. Under ``file_bytes`` a matrix costs the bytes that a file takes for
+    it, coded as they are then; else ``Method.bits``. What ``compress`` raises is raised here.
+    """
+    rules = Rules.parse(rules)
+    flat = dataclasses.replace(rules, allocation=1.0 if rules.allocation is None else rules.allocation)
+    found, owners = tensors_of(model)
+    plans = {plan.tensors[0].name: plan for plan in plan_of(model, flat, found)}
+    units, fixed, shared = flat.split(found)
+    if not shared:
+        return flat
+    measured, methods = flat.file_bytes is not None, {unit.name: plans[unit.name].method for unit in shared}
+    at_first = {name: method for name, method in methods.items() if method is not None}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            trial = _Trial(model, loss, Encoded(owners, importance), measured)
+            if measured:
+                taken = coded_bytes(contents(model), list(plans.values()), trial.encoded)
+                budget = 8 * ((flat.file_bytes or 0) - taken) + sum(trial.cost(u, at_first[u.name]) for u in shared)
+            else:
+                budget = flat.budget(units, fixed, shared)
+            floors = {unit.name: unit.smallest_bits() for unit in shared}
+            curves: dict[str, list[Point]] = {}
+            for number, unit in enumerate(shared):
+                most = min(unit.dense_bits, budget - sum(floors.values()) + floors[unit.name])
+                curves[unit.name] = trial.curve(unit, at_first[unit.name], floors[unit.name], most, sizes)
+                progress(number + 1, len(shared))
+            chosen = _split(shared, curves, budget)
+            if not measured:
+                left = budget - sum(method.bits() for method in chosen.values())
+                chosen = spend(shared, chosen, left)
+            best = min((chosen, at_first), key=lambda methods: trial.judged(methods, shared))
+    finally:
+        model.train(training)
+    return flat.with_targets(found, {name: method.bits() for name, method in best.items()})
+
+
+class _Trial:
+    """Stores matrices of a model for a moment, and judges it."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], float], encoded: Encoded, measured: bool) -> None:
+        self.model, self.loss, self.encoded, self.measured = model, loss, encoded, measured
+
+    def curve(self, unit: Unit, usual: Method, least: int, most: int, sizes: int) -> list[Point]:
+        """The matrix as it usually is, and at sizes between ``least`` and ``most`` bits; by rising bits.
+
+        The sizes rise by equal factors; those that give the same plan count once.
+        """
+        steps = max(sizes - 2, 1)
+        asked = [round(least * (max(most, least) / least) ** (step / steps)) for step in range(steps + 1)]
+        methods = dict.fromkeys([usual, *(unit.fit(max(bits, least)) for bits in asked)])
+        points = [Point(m, self.cost(unit, m), self.judged({unit.name: m}, [unit])) for m in methods]
+        return sorted(points, key=lambda point: (point.bits, point.loss))
+
+    def cost(self, unit: Unit, method: Method) -> int:
+        """Bits that a file takes for the matrix; the most that it may take where training changes the symbols."""
+        if not self.measured or method.trains == "through":
+            return method.bits()
+        planned = _planned(unit, method)
+        parts = dict(zip((tensor.name for tensor in unit.tensors), parts_of(planned), strict=True))
+        return 8 * Thin(planned.name, method, parts, raw_code(self.encoded(planned))).bytes
+
+    def judged(self, methods: Mapping[str, Method], units: list[Unit]) -> float:
+        """The loss with these matrices stored; infinite if it is no number."""
+        plans = [_planned(unit, methods[unit.name]) for unit in units]
+        weights, dense = [self.encoded(plan) for plan in plans], [self.encoded.dense(plan) for plan in plans]
+        kept = [[values.clone() for values in tensors] for tensors in dense]
+        try:
+            for weight, tensors in zip(weights, dense, strict=True):
+                for index, values in enumerate(tensors):
+                    values.copy_(weight(index))
+            loss = float(self.loss(self.model))
+        finally:
+            for tensors, before in zip(dense, kept, strict=True):
+                for values, old in zip(tensors, before, strict=True):
+                    values.copy_(old)
+        return loss if math.isfinite(loss) else math.inf
+
+
+def _planned(unit: Unit, method: Method) -> Planned:
+    return Planned(unit.tensors, unit.rule.name, method)
+
+
+def _split(units: list[Unit], curves: Mapping[str, list[Point]], budget: int) -> dict[str, Method]:
+    """From the cheapest plans on, steps along the hulls in the order of what they save for a bit, while they fit."""
+    hulls = {name: _hull(points) for name, points in curves.items()}
+    left = budget - sum(hull[0].bits for hull in hulls.values())
+    steps = [
+        ((before.loss - after.loss) / (after.bits - before.bits), unit.name, place + 1)
+        for unit in units
+        for place, (before, after) in enumerate(zip(hulls[unit.name], hulls[unit.name][1:], strict=False))
+    ]
+    at, stopped = dict.fromkeys(hulls, 0), set[str]()
+    for _, name, place in sorted(steps, key=lambda step: -step[0]):  # along a hull they fall, so its order is kept
+        more = hulls[name][place].bits - hulls[name][place - 1].bits
+        if name in stopped or more > left:
+            stopped.add(name)
+            continue
+        at[name], left = place, left - more
+    return {name: hull[at[name]].method for name, hull in hulls.items()}
+
+
+def _hull(points: list[Point]) -> list[Point]:
+    """The lower convex hull from the cheapest point to that of the lowest loss."""
+    hull: list[Point] = []
+    for point in points:
+        if hull and point.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) > _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(one: Point, other: Point) -> float:
+    if math.isinf(one.loss):
+        return -math.inf
+    return (other.loss - one.loss) / max(other.bits - one.bits, 1)

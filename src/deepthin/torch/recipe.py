@@ -1,0 +1,123 @@
+"""One training that ends in a small file: dense, thinned step by step, trained on, values shared, trained on.
+
+Deep Compression (Han, Mao and Dally, 2016, arXiv:1510.00149) with ``pruned`` then ``kmeans``; any methods will do. The
+thinning is DeepTwist's (``deepthin.torch.twist``); what is stored is coded by ``save``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deepthin.method import ConfigError, Then
+from deepthin.methods import THEN
+from deepthin.rules import Planned, Rules, Stages
+from deepthin.torch.allocation import allocate
+from deepthin.torch.compress import plan_of, tensors_of
+from deepthin.torch.layers import make_thin, thin_tensors
+from deepthin.torch.sequential import make_sequential
+from deepthin.torch.twist import Rising, Twist
+from deepthin.torch.weight import ThinPart
+
+
+class Recipe:
+    """Takes a dense model through the ``[stages]`` of a configuration in a training of ``steps`` steps.
+
+    ``loss`` judges the model on calibration data, for ``allocation = "sensitivity"``. ``importance`` is asked when
+    values are taken away and when they are shared, and gives what weighs errors by the names of parameters then.
+
+        recipe = dt.Recipe(model, "deep.toml", steps=20_000)
+        optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
+        for inputs, targets in batches:
+            ...
+            optimizer.step()
+            if recipe.step():  # other parameters from here on
+                optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Mapping[str, Any] | str | Path | Rules,
+        steps: int,
+        loss: Callable[[nn.Module], float] | None = None,
+        importance: Callable[[], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.model, self.rules, self.loss, self.importance = model, Rules.parse(rules), loss, importance
+        stages = self.rules.stages or Stages()
+        self.thin_from, self.thin_to, self.share_from = (round(share * steps) for share in (*stages.thin, stages.share))
+        self.thin_to = max(self.thin_to, self.thin_from + 1)
+        self.every, self.steps = stages.every, 0
+        if self.rules.allocation is None and loss is None:
+            raise ConfigError(
+                "[model] allocation = 'sensitivity' needs losses: give Recipe(..., loss=f), where f(model) is the loss "
+                "on calibration data."
+            )
+        if self.rules.allocation is not None:
+            plan_of(model, self.rules, tensors_of(model)[0])  # what cannot be done is said now
+        self._plans: list[Planned] = []
+        self._twist: Twist | None = None
+        self._shares = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the model is as thin as it gets."""
+        return self.steps >= (self.share_from if self._shares else self.thin_to)
+
+    def step(self) -> bool:
+        """To be called after each optimiser step. Whether the model has other parameters now."""
+        self.steps += 1
+        if self.steps == max(self.thin_from, 1):
+            self._begin()
+        if self._twist is not None:
+            self._twist.step()
+            if self.steps == self.thin_to:
+                self._twist.finish()
+                self._twist = None
+                if not self._shares or self.share_from > self.thin_to:
+                    return True
+        if self._shares and self.steps == max(self.share_from, self.thin_to):
+            self._share()
+            return True
+        return False
+
+    def _begin(self) -> None:
+        """Plans, made of the trained weights where they are measured; the first method of each thins at first."""
+        rules = self.rules
+        if rules.allocation is None and self.loss is not None:
+            rules = allocate(self.model, rules, self.loss)
+        plans = [plan for plan in plan_of(self.model, rules, tensors_of(self.model)[0]) if plan.method is not None]
+        self._plans = plans
+        self._shares = any(isinstance(plan.method, Then) for plan in plans)
+        rising = Rising(0, self.thin_to - self.thin_from)
+        self._twist = Twist(self.model, [_first(plan) for plan in plans], self.every, rising)
+
+    def _share(self) -> None:
+        """The floats of each code are stored by the second method."""
+        named = thin_tensors(self.model)
+        for plan in self._plans:
+            if not isinstance(plan.method, Then):
+                continue
+            first = named[plan.tensors[0].name][0]
+            shared = first.with_floats_stored(plan.name, plan.method)
+            for index, tensor in enumerate(plan.tensors):
+                generated = shared if len(plan.tensors) == 1 else ThinPart(shared, index)
+                for name in (tensor.name, *tensor.also):
+                    path, _, own = name.rpartition(".")
+                    make_thin(self.model.get_submodule(path), {own: generated})
+        make_sequential(self.model)
+
+
+def _first(plan: Planned) -> Planned:
+    """Without what the rule's ``then`` says."""
+    if not isinstance(plan.method, Then) or plan.fit is None:
+        return plan
+    fit = plan.fit
+
+    def outer(bits: int) -> Any:
+        found = fit(bits)
+        return found.outer if isinstance(found, Then) else found
+
+    return dataclasses.replace(plan, name=plan.name.partition(THEN)[0], method=plan.method.outer, fit=outer)

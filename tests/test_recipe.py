@@ -1,0 +1,303 @@
+"""One training that ends in a small file, and the shares of the budget that sensitivity gives."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import deepthin
+import deepthin.torch as dt
+from deepthin.cli import app
+from deepthin.method import BudgetError, ConfigError, Then
+from deepthin.rules import Rules
+from deepthin.torch.compress import tensors_of
+from deepthin.torch.layers import thin_tensors
+
+DEEP = {
+    "model": {"ratio": 0.03, "allocation": 0.5},
+    "rules": {"*": {"method": "pruned", "then": {"method": "kmeans", "bits": 3}}},
+    "stages": {"thin": [0.25, 0.5], "share": 0.75, "every": 2},
+}
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The relative error of")  # what the sizes here are like
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return torch.from_numpy((images / 16).astype(np.float32)), torch.from_numpy(labels)
+
+
+def network():
+    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def train(model, data, steps, step=lambda: False, lr=3e-3):
+    """Ends with the optimiser's steps; what ``step`` makes new is given to another one."""
+    inputs, targets = data
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, lr))
+    for i in range(steps):
+        chosen = torch.arange(i * 64, i * 64 + 64) % len(inputs)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+        optimizer.step()
+        if step():
+            optimizer = torch.optim.Adam(dt.parameter_groups(model, lr))
+    return model
+
+
+def loss_of(data):
+    return lambda model: nn.functional.cross_entropy(model(data[0]), data[1]).item()
+
+
+# ---- The recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_goes_through_its_stages(digits, tmp_path):
+    model, seen = network(), []
+    recipe = dt.Recipe(model, DEEP, steps=80)
+
+    def step():
+        changed = recipe.step()
+        weight = thin_tensors(model).get("0.weight", (None, 0))[0]
+        zeros = int((model[0].weight == 0).sum())
+        seen.append((changed, recipe.done, weight.name if weight else "dense", zeros))
+        return changed
+
+    train(model, digits, 80, step)
+    assert [i + 1 for i, (changed, *_) in enumerate(seen) if changed] == [40, 60]
+    assert [name for _, _, name, _ in seen] == ["dense"] * 39 + ["pruned"] * 20 + ["pruned then kmeans"] * 21
+    assert [done for _, done, _, _ in seen] == [False] * 59 + [True] * 21
+    zeros = [zero for *_, zero in seen]
+    assert not any(zeros[:20])
+    assert zeros[39] == max(zeros) > 2500  # of 3,072
+    assert set(zeros[40:]) == {zeros[39]}
+    dt.save(model, tmp_path / "deep.thin")
+    loaded = dt.load(network(), tmp_path / "deep.thin")
+    assert torch.equal(loaded(digits[0]), model(digits[0]))
+    assert loss_of(digits)(model) < 0.7  # of 2.3 before
+
+
+def test_sharing_keeps_positions_and_moves_values_to_their_centres(digits):
+    model = network()
+    recipe = dt.Recipe(model, DEEP, steps=40)
+    train(model, digits, 29, recipe.step)
+    before = {name: weight.code() for name, (weight, _) in thin_tensors(model).items()}
+    before = {name: {entry: t.detach().clone() for entry, t in code.items()} for name, code in before.items()}
+    assert recipe.step()
+    for name, (weight, _) in thin_tensors(model).items():
+        assert isinstance(weight.method, Then)
+        code = weight.code()
+        assert torch.equal(code["positions"], before[name]["positions"])
+        centres, symbols = code["values_centres"], code["values_symbols"].long().flatten()
+        nearest = (before[name]["values"][:, None] - centres[None]).abs().min(1).values
+        assert torch.equal((before[name]["values"] - centres[symbols]).abs(), nearest)
+
+
+def test_values_are_shared_at_once_where_the_stages_say_so(digits):
+    rules = {**DEEP, "stages": {"thin": [0.0, 0.5], "share": 0.5, "every": 1}}
+    model = network()
+    recipe = dt.Recipe(model, rules, steps=10)
+    assert [recipe.step() for _ in range(10)] == [False] * 4 + [True] + [False] * 5
+    assert thin_tensors(model)["0.weight"][0].name == "pruned then kmeans"
+
+
+def test_a_recipe_without_then_ends_when_the_layers_are_thin():
+    model = network()
+    recipe = dt.Recipe(model, {"model": {"ratio": 0.2}}, steps=10)
+    assert [recipe.step() for _ in range(10)] == [False] * 5 + [True] + [False] * 4
+    assert recipe.done
+    assert thin_tensors(model)["4.weight"][0].name == "deepthin"
+
+
+def test_a_recipe_thins_shared_layers_and_groups():
+    model = network()
+    model.append(nn.ReLU()).append(nn.Linear(10, 48))
+    model[6].weight.data.normal_()
+    tied = nn.ModuleDict({"a": model, "b": model[0]})
+    rules = {
+        "rules": {
+            "a.0": {"method": "pruned", "ratio": 0.2, "then": {"method": "kmeans", "bits": 2}},
+            "*": {"method": "pruned", "ratio": 0.2, "group": "flat", "then": {"method": "kmeans", "bits": 2}},
+        }
+    }
+    recipe = dt.Recipe(tied, rules, steps=10)
+    for _ in range(10):
+        recipe.step()
+    named = thin_tensors(tied)
+    assert named["b.weight"] == named["a.0.weight"]
+    assert named["a.2.weight"][0] is named["a.4.weight"][0] is named["a.6.weight"][0]
+    assert {weight.name for weight, _ in named.values()} == {"pruned then kmeans"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            {"thin": [0.5, 0.2]},
+            "[stages] thin = [0.5, 0.2], share = 0.8, every = 50: give shares of the steps with 0 <= thin[0] < thin[1] "
+            "<= share <= 1, and every from 1 on.",
+        ),
+        (
+            {"thin": 0.5},
+            "[stages] thin = 0.5, share = 1.0, every = 50: write such as thin = [0.2, 0.6], share = 0.8, every = 50.",
+        ),
+        ({"thinn": 1}, "[stages] has no key 'thinn'. Did you mean 'thin'? Valid: thin, share, every."),
+        ({"every": 0}, None),
+        ({"every": 1.5}, None),
+        ({"share": True}, None),
+        ({"thin": [0.1, "x"]}, None),
+    ],
+)
+def test_wrong_stages_are_refused(stages, message):
+    with pytest.raises(ConfigError, match=re.escape(message) if message else "stages"):
+        Rules.parse({**DEEP, "stages": stages})
+
+
+def test_what_cannot_be_done_is_said_before_the_training():
+    with pytest.raises(BudgetError):
+        dt.Recipe(network(), {**DEEP, "model": {"ratio": 1e-4}}, steps=10)
+    rules = {**DEEP, "model": {"ratio": 0.1, "allocation": "sensitivity"}}
+    with pytest.raises(ConfigError, match=re.escape("needs losses: give Recipe(..., loss=f)")):
+        dt.Recipe(network(), rules, steps=10)
+    with pytest.raises(ConfigError, match=re.escape("deepthin.torch.allocate(model, rules, loss)")):
+        dt.compress(network(), rules)
+
+
+# ---- Sensitivity ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    torch.manual_seed(1)
+    return train(network(), digits, 300).state_dict()
+
+
+def with_state(state):
+    model = network()
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@pytest.mark.parametrize("rule", [{"method": "pruned"}, {"method": "rank"}, {"method": "uniform"}])
+def test_sensitivity_is_no_worse_than_flat_and_within_the_budget(rule, trained, digits):
+    loss, rules = loss_of(digits), {"model": {"ratio": 0.2}, "rules": {"*": rule}}
+    model = with_state(trained)
+    found = dt.allocate(model, rules, loss)
+    assert all(torch.equal(t, trained[name]) for name, t in model.state_dict().items())
+    losses, bits = [], []
+    for given in (rules, found):
+        model = with_state(trained)
+        dt.compress(model, given)
+        losses.append(loss(model))
+        bits.append(sum(weight.method.bits() for weight, _ in thin_tensors(model).values()))
+    assert losses[1] <= losses[0]
+    assert max(bits) <= 0.2 * 32 * (64 * 48 + 48 * 32 + 32 * 10)
+
+
+def test_bits_go_where_the_loss_is(digits):
+    """Of two matrices, one does not reach the output; it gets next to nothing."""
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(64, 10, bias=False), nn.Linear(64, 10, bias=False)
+
+        def forward(self, x):
+            return self.used(x) + 0 * self.unused(x)
+
+    model = train(Half(), digits, 100)
+    found = dt.allocate(model, {"model": {"ratio": 0.3}, "rules": {"*": {"method": "pruned"}}}, loss_of(digits))
+    dt.compress(model, found)
+    kept = {name: weight.method.kept for name, (weight, _) in thin_tensors(model).items()}
+    assert kept["used.weight"] > 3 * kept["unused.weight"]
+
+
+@pytest.mark.parametrize("allocation", ["flat", "sensitivity"])
+def test_a_file_in_bytes_is_met_as_it_is_coded(allocation, trained, digits, tmp_path):
+    limit = 4000
+    model = with_state(trained)
+    rules = {
+        "model": {"file_bytes": limit, "allocation": allocation},
+        "rules": {"*": {"method": "pruned", "then": {"method": "kmeans", "bits": 3}}},
+    }
+    if allocation == "sensitivity":
+        rules = dt.allocate(model, rules, loss_of(digits))
+    dt.compress(model, rules)
+    written = dt.save(model, tmp_path / "x.thin")
+    assert 0.9 * limit < written <= limit
+
+
+def test_groups_and_own_targets_keep_their_places(trained, digits):
+    rules = {
+        "model": {"ratio": 0.3, "ignore": ["4"]},
+        "rules": {
+            "0": {"method": "pruned", "ratio": 0.1},
+            "*": {"method": "pruned", "group": "flat"},
+        },
+    }
+    model = with_state(trained)
+    model.append(nn.ReLU()).append(nn.Linear(10, 40))
+    found = dt.allocate(model, rules, lambda model: float(model(digits[0])[:, :10].square().mean()))
+    named = {plan.tensors[0].name: plan.method for plan in found.plan(tensors_of(model)[0])}
+    before = {plan.tensors[0].name: plan.method for plan in Rules.parse(rules).plan(tensors_of(model)[0])}
+    assert named == before  # there was nothing to be shared out
+    assert named["4.weight"] is None
+
+
+def test_a_loss_that_is_no_number_counts_as_the_worst(trained):
+    found = dt.allocate(
+        with_state(trained), {"model": {"ratio": 0.2}, "rules": {"*": {"method": "pruned"}}}, lambda _: np.nan
+    )
+    assert found.ratio is None
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_file_and_judges_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEEPTHIN_DATA", raising=False)
+    (tmp_path / "deep.toml").write_text(
+        '[model]\nratio = 0.05\nallocation = "sensitivity"\n[rules."*"]\nmethod = "pruned"\n'
+        'then = { method = "kmeans", bits = 4 }\n[stages]\nthin = [0.2, 0.5]\nshare = 0.7\nevery = 5\n'
+    )
+    out, report = tmp_path / "net.thin", tmp_path / "net.json"
+    arguments = ["train", "lenet", "--depth", "3", "--config", str(tmp_path / "deep.toml"), "--steps", "200"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--json", str(report)], catch_exceptions=False)
+    found = json.loads(report.read_text())
+    size = out.stat().st_size
+    assert found["bytes"] == deepthin.inspect(out).total_bytes == size
+    assert f"{out}: {size:,} bytes, {found['dense_bytes'] / size:.1f} times smaller than dense" in result.stdout
+    assert found["values"]["test"]["error"] < 15
+    assert f"test error {found['values']['test']['error']:.4g} (development " in result.stdout
+
+
+def test_train_from_scratch_where_there_are_no_stages(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEEPTHIN_DATA", raising=False)
+    (tmp_path / "thin.toml").write_text("[model]\nratio = 0.02\n")
+    out = tmp_path / "net.thin"
+    arguments = ["train", "digits", "--config", str(tmp_path / "thin.toml"), "--steps", "100", "--out", str(out)]
+    CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert {row.method for row in deepthin.inspect(out).rows} == {"deepthin"}
+
+
+def test_lenet_has_two_depths():
+    from deepthin.tasks import lenet
+
+    sizes = {depth: sum(p.numel() for p in lenet.build(None, 1000, depth).parameters()) for depth in (3, 5)}
+    assert sizes == {3: 266_610, 5: 431_080}  # Table 1 of Deep Compression: 1,070 and 1,720 KB
+    with pytest.raises(ConfigError, match="No LeNet of depth 4: use 3 for LeNet-300-100, or 5 for LeNet-5"):
+        lenet.build(None, 1000, 4)
