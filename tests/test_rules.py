@@ -183,7 +183,7 @@ def test_infeasible_rule_names_the_matrix():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"modle": {}}, "the configuration has no key 'modle'. Did you mean 'model'? Valid: model, rules."),
+        ({"modle": {}}, "the configuration has no key 'modle'. Did you mean 'model'? Valid: model, rules, stages."),
         (
             {"model": {"ratoi": 0.1}},
             "[model] has no key 'ratoi'. Did you mean 'ratio'? Valid: ratio, file_bytes, ignore, allocation.",
