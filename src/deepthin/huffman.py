@@ -223,7 +223,7 @@ def decode(
 
 
 def _lookup(used: list[int], lengths: list[int]) -> UInt32[np.ndarray, "windows"]:
-    """For each window of as many bits as the longest code: 16 times the symbol whose code begins it, plus its length."""
+    """By as many bits as the longest code has: 16 times the symbol whose code they begin with, plus its length."""
     own = np.array(lengths, np.int64)
     order, top = np.argsort(own, kind="stable"), max(lengths)
     entries = (np.array(used, np.uint32) << np.uint32(4)) + own.astype(np.uint32)
