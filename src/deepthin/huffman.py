@@ -45,11 +45,22 @@ def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> 
 
 def coded_bytes(counts: Int64[np.ndarray, "symbols"], width: int) -> int | None:
     """What ``encode`` makes of symbols that are there so often; None where it cannot: too many are used, or none."""
-    used = np.count_nonzero(counts)
-    if not 0 < used <= MOST_USED or not 0 < width <= WIDEST or (used == 1 and counts.sum() > MOST_FREE):
+    used = np.flatnonzero(counts)
+    if not 0 < len(used) <= MOST_USED or not 0 < width <= WIDEST or used[-1] >= 1 << width:
         return None
-    lengths = lengths_of(counts)
-    return -(-(int(_table(lengths, counts, width)[1].sum()) + int((counts * lengths).sum())) // 8)
+    listed = _listed(counts)
+    lengths = lengths_of(listed)
+    bits = int(_table(lengths, listed, width)[1].sum()) + int((counts * lengths[: len(counts)]).sum())
+    return -(-bits // 8)
+
+
+def _listed(counts: Int64[np.ndarray, "symbols"]) -> Int64[np.ndarray, "more"]:
+    """What the table is made for: a symbol that is alone and too frequent to take no bits has a neighbour listed."""
+    if len(used := np.flatnonzero(counts)) != 1 or counts.sum() <= MOST_FREE:
+        return counts
+    listed = np.append(counts, 0)
+    listed[used[0] - 1 if used[0] else 1] = 1
+    return listed
 
 
 def usual_table_bits(symbols: int, width: int) -> int:
@@ -59,12 +70,13 @@ def usual_table_bits(symbols: int, width: int) -> int:
 
 def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
     """The table and the codes of symbols below ``2**width``; ValueError where ``coded_bytes`` is None."""
-    counts = np.bincount(symbols, minlength=1)
-    if coded_bytes(counts, width) is None or len(counts) > 1 << width:
+    counts = np.bincount(symbols)
+    if coded_bytes(counts, width) is None:
         raise ValueError(
-            f"{len(symbols)} symbols up to {len(counts) - 1}, {np.count_nonzero(counts)} of them different, cannot be "
-            f"coded: their width {width} must be at most {WIDEST}, and up to {MOST_USED} may be different."
+            f"{len(symbols)} symbols, {np.count_nonzero(counts)} of them different, up to {len(counts) - 1}, cannot be "
+            f"coded: at most {MOST_USED} may be different, of {width} bits, and {WIDEST} at most."
         )
+    counts = _listed(counts)
     lengths = lengths_of(counts)
     values, widths = _table(lengths, counts, width)
     if lengths.any():
