@@ -171,7 +171,7 @@ def test_a_centre_learns_from_all_its_weights():
     assert torch.equal(thin.symbols, symbols)
 
 
-@pytest.mark.parametrize("then", [{"method": "kmeans", "bits": 3}, {"method": "ecsq", "bits": 1.5}])
+@pytest.mark.parametrize("then", [{"method": "kmeans", "bits": 3}, {"method": "ecsq", "bits": 3, "levels": 8}])
 def test_pruned_then_shared_values_is_fine_tuned_and_stored(then, tmp_path):
     """Deep Compression: train, prune, share values, train the values, store; the file gives the same network."""
     torch.manual_seed(0)
@@ -322,7 +322,7 @@ def test_ecsq_is_better_than_kmeans_of_the_same_bytes(weighted):
     rng = np.random.default_rng(1)
     weight, importance = rng.normal(size=(50, 80)), rng.gamma(2, size=(50, 80)) if weighted else None
     weigh = np.ones((50, 80)) if importance is None else importance
-    for levels in (4, 8, 16):
+    for levels in (4, 6, 8):
         rival = KMeans((50, 80), levels)
         code = rival.encode(weight, np, importance)
         method = Ecsq((50, 80), 32, stored_bytes(rival, code))
@@ -332,7 +332,7 @@ def test_ecsq_is_better_than_kmeans_of_the_same_bytes(weighted):
 
 def test_the_bytes_are_close_to_what_they_may_be():
     weight = np.random.default_rng(2).normal(size=(100, 100))
-    for bits in (1.2, 1.5, 3.0):
+    for bits in (1.5, 2.0, 3.0):
         method = METHODS["ecsq"].fit((100, 100), 1 << 30, bits=bits)
         used = stored_bytes(method, method.encode(weight, np)) * 8 / 10_000
         assert 0.95 * bits < used <= 8 * method.coded_bytes / 10_000 < bits + 0.015

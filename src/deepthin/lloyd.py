@@ -345,9 +345,9 @@ def within(
 ) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
     """Centres and symbols that fit, at as small an error as is found; one centre must fit.
 
-    Begins at k-means of ``levels`` centres, and of each smaller power of two until one fits as it is, since equally
-    likely cells are never given up however dear a bit is. So it is never worse than that one. Different shares are
-    searched coarsely; the numbers are then assigned once by their own.
+    Begins at k-means of ``levels`` centres, of each smaller power of two and each number below eight, until one fits
+    as it is, since equally likely cells are never given up however dear a bit is. So it is never worse than that one.
+    Many different shares are searched coarsely; the numbers are then assigned once by their own.
     """
     numbers, found = Numbers.of(flat, shares), list[Cells]()
     searched = numbers if numbers.classes else numbers.coarse()
@@ -355,7 +355,7 @@ def within(
         centres = np.unique(centres_of(flat, levels, shares=shares))
         start = cells_of(searched, centres, np.zeros(len(centres)))
         found += [start] if fits(start.counts) else _priced(searched, start, fits)
-        levels = 0 if fits(start.counts) or levels == 1 else 1 << ((levels - 1).bit_length() - 1)
+        levels = 0 if fits(start.counts) else levels - 1 if levels <= 8 else 1 << ((levels - 1).bit_length() - 1)
     if searched is not numbers:
         found = [cells.centred(numbers) for cells in found]
     best = min(found, key=lambda cells: cells.error(numbers))
