@@ -146,19 +146,19 @@ def _reversed(codes: Int64[np.ndarray, "symbols"], lengths: Int64[np.ndarray, "s
     return turned
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Bits:
     """The bits at the beginning of a stream, read one after the other; ValueError where they end."""
 
     all: bytes
-    at: list[int]
+    at: int = 0
 
     def number(self, width: int) -> int:
         """The next one of so many bits, the lowest first."""
-        start = self.at[0]
+        start = self.at
         if start + width > len(self.all):
             raise ValueError("the bits end within the table of lengths")
-        self.at[0] += width
+        self.at += width
         return sum(self.all[start + i] << i for i in range(width))
 
     def ones(self, most: int) -> int:
@@ -178,12 +178,12 @@ def _read_table(data: UInt8[np.ndarray, "bytes"], width: int) -> tuple[list[int]
 
     A symbol that is alone has the length 0.
     """
-    bits = _Bits(np.unpackbits(data[:_TABLE_BYTES], bitorder="little").tobytes(), [0])
+    bits = _Bits(np.unpackbits(data[:_TABLE_BYTES], bitorder="little").tobytes())
     first, last = bits.number(width), bits.number(width)
     if first >= last:
         if first > last:
             raise ValueError(f"the last symbol {last} is below the first one, {first}")
-        return [first], [0], bits.at[0]
+        return [first], [0], bits.at
     used, lengths = [first], [bits.number(4)]
     while used[-1] < last:
         step, length, form = 1, lengths[-1], bits.ones(3)
@@ -201,7 +201,7 @@ def _read_table(data: UInt8[np.ndarray, "bytes"], width: int) -> tuple[list[int]
         lengths.append(length)
     if (total := sum(1 << (LONGEST - length) for length in lengths)) != 1 << LONGEST:
         raise ValueError(f"the table has {'too many' if total > 1 << LONGEST else 'too few'} codes")
-    return used, lengths, bits.at[0]
+    return used, lengths, bits.at
 
 
 Walk = Callable[[np.ndarray, int, np.ndarray, int, int, int], tuple[np.ndarray, int]]

@@ -44,9 +44,10 @@ class Numbers:
         """Those of each share, with their places here; none where there are many different shares."""
         if self.alike:
             return [Numbers(self.values, self.shares, np.arange(len(self.values)), True)]
-        different = np.unique(self.shares)
-        places = [np.flatnonzero(self.shares == share) for share in different[: _FEW + 1]]
-        return [Numbers(self.values[p], self.shares[p], p, True) for p in places] if len(different) <= _FEW else []
+        if len(different := np.unique(self.shares)) > _FEW:
+            return []
+        places = [np.flatnonzero(self.shares == share) for share in different]
+        return [Numbers(self.values[p], self.shares[p], p, True) for p in places]
 
     def coarse(self) -> "Numbers":
         """The same with few different shares: those within a quarter of each other get their mean.
@@ -261,9 +262,11 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
     found: list[tuple[Numbers, np.ndarray, np.ndarray]] = []
     for own in numbers.classes:
         share = float(own.shares[0])
-        if share > 0:
-            live, bounds = _hull(centres, lengths / share)
-        else:
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            own_lengths = lengths / share
+        if np.isfinite(own_lengths).all():
+            live, bounds = _hull(centres, own_lengths)
+        else:  # no distance counts
             live, bounds = np.array([int(lengths.argmin())], np.int64), np.empty(0)
         ends = own.ends(bounds)
         counts[live] += np.diff(ends)

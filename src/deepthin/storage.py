@@ -174,7 +174,8 @@ def _packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
             counts = np.bincount(gaps % skip, minlength=skip + 1)
             counts[skip] += int((gaps // skip).sum())
             sizes["huffman", narrow] = huffman.coded_bytes(counts, narrow)
-        sizes["gaps", narrow] = len(pack_gaps(flat, narrow := best_gap_width(flat)))
+        narrow = best_gap_width(flat)
+        sizes["gaps", narrow] = len(pack_gaps(flat, narrow))
     else:
         sizes["huffman", width] = huffman.coded_bytes(np.bincount(flat), width)
     known = {coding: size for coding, size in sizes.items() if size is not None}

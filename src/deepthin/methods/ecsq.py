@@ -131,8 +131,10 @@ class Ecsq:
         shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
 
         def fits(counts: np.ndarray) -> bool:
+            if self._packed_bytes() <= self.coded_bytes:
+                return True
             size = coded_bytes(counts, width_of(self.levels))
-            return self._packed_bytes() <= self.coded_bytes or (size is not None and size <= self.coded_bytes)
+            return size is not None and size <= self.coded_bytes
 
         centres, symbols = within(flat, self.levels, fits, shares)
         filled = np.concatenate([centres, np.full(self.levels - len(centres), centres[-1])])
