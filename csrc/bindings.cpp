@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <mutex>
@@ -11,6 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "huffman.h"
 #include "kernels.h"
 #include "tensors.h"
 
@@ -474,6 +476,24 @@ NB_MODULE(_native, m) {
                                            at<const float>(y), at<const float>(reserve), at<const float>(grad_y),
                                            at<float>(grad_x), at<float>(grad_h), at<float>(grad_c), threads);
           });
+    m.def("huffman_walk", [](std::uintptr_t data, int64_t bytes, int64_t start, std::uintptr_t lookup, int64_t entries,
+                             std::uintptr_t out, int64_t most, int64_t count, int64_t skip) {
+        const int width = std::has_single_bit(uint64_t(entries)) ? std::countr_zero(uint64_t(entries)) : 0;
+        if (bytes < 0 || bytes >> 58 || start < 0 || start > 8 * bytes || width < 1 || width > 15 || most < 0 || count < 0)
+            throw std::invalid_argument("the stream or the table is of no possible size");
+        for (int64_t i = 0; i < entries; i++) {
+            const uint32_t entry = at<const uint32_t>(lookup)[i];
+            if (!(entry & 15) || int(entry & 15) > width || entry >> 20)
+                throw std::invalid_argument("the table has a code of no bits or of too many");
+        }
+        int64_t end = 0, read;
+        {
+            nb::gil_scoped_release unlocked;
+            read = deepthin::huffman_walk(at<const uint8_t>(data), bytes, start, at<const uint32_t>(lookup), width,
+                                          at<uint16_t>(out), most, count, skip, &end);
+        }
+        return std::vector<int64_t>{read, end};
+    });
     m.def("csr", [](std::uintptr_t values, std::uintptr_t columns, std::uintptr_t starts, int64_t rows, int64_t cols,
                     int64_t entries, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t y, int64_t batch,
                     int threads) {

@@ -10,6 +10,7 @@ from hypothesis import settings
 
 SHAPED = (
     "bits",
+    "huffman",
     "lloyd",
     "methods.binary",
     "methods.ecsq",

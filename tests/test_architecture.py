@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "deepthin"
 # docs/architecture.md, "Who may import whom": a module imports from lower levels, or from its own where that is said.
 LEVELS = {
     "bits": 0,
+    "huffman": 0,
     "lloyd": 0,
     "method": 1,
     "methods.binary": 2,

@@ -5,6 +5,7 @@ import os
 import stat
 import sys
 import time
+import tracemalloc
 import warnings
 import zlib
 
@@ -16,8 +17,10 @@ from torch.nn.utils import prune
 
 import deepthin
 import deepthin.torch as dt
-from deepthin import BudgetError, ConfigError, FormatError, cli
+from deepthin import METHODS, BudgetError, ConfigError, FormatError, cli
+from deepthin.method import Then
 from deepthin.methods.factor import Factor
+from deepthin.methods.kmeans import KMeans
 from deepthin.storage import Contents, Part, Raw, Thin, from_bytes, to_bytes, write, write_atomically
 from test_storage import header_of, resign, small_contents
 
@@ -120,6 +123,121 @@ def test_reports_are_json_and_printable(tmp_path):
     assert json.loads(deepthin.inspect(tmp_path / "empty.thin").to_json())["ratio"] is None
     write(Contents({}, {"a\x1b[2J\nb": Raw.of(np.zeros((2, 2), "f4"))}), tmp_path / "odd.thin")
     assert "a\\x1b[2J\\nb" in str(deepthin.inspect(tmp_path / "odd.thin"))
+
+
+def coded_file():
+    """Positions and symbols by Huffman's code, and centres of which the last are repeats."""
+    rng = np.random.default_rng(0)
+    plan = Then.fit(
+        lambda bits: METHODS["pruned"].fit((60, 80), bits), lambda own: KMeans(own, min(64, own[1])), 8 * 900 + 64 * 32
+    )
+    made = plan.encode(rng.laplace(size=(60, 80)).astype("f4"), np)
+    made["values_centres"][20:] = made["values_centres"][20]
+    made["values_symbols"] = np.minimum(made["values_symbols"], 20)
+    entries = {k: Raw.of(v) for k, v in made.items()}
+    return to_bytes(Contents({"w": Thin("pruned then kmeans", plan, {"w": Part((60, 80))}, entries)}))
+
+
+def test_what_is_coded_comes_back():
+    data = coded_file()
+    codings = header_of(data)["thin"]["w"]["codings"]
+    ways = {entry: way for entry, (way, _) in codings.items()}
+    assert ways == {"positions": "huffman", "values_symbols": "huffman", "values_centres": "repeats"}
+    assert codings["values_centres"] == ["repeats", 21]
+    assert to_bytes(from_bytes(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("entry", "coding"),
+    [
+        ("positions", ["huffman", 0]),
+        ("positions", ["huffman", 13]),
+        ("positions", ["huffman", 2]),
+        ("positions", ["huffman", 5.0]),
+        ("positions", ["huffman", True]),
+        ("positions", ["huffman"]),
+        ("positions", ["repeats", 5]),
+        ("values_symbols", ["huffman", 5]),
+        ("values_symbols", ["huffman", 7]),
+        ("values_symbols", ["huffman", None]),
+        ("values_symbols", ["Huffman", 6]),
+        ("values_symbols", [["huffman"], 6]),
+        ("values_centres", ["repeats", 20]),
+        ("values_centres", ["repeats", 22]),
+        ("values_centres", ["repeats", 0]),
+        ("values_centres", ["repeats", 64]),
+        ("values_centres", ["repeats", -1]),
+        ("values_centres", ["repeats", True]),
+        ("values_centres", ["packed", 21]),
+        ("values_centres", "repeats"),
+        ("values_centres", None),
+        ("values", ["repeats", 1]),
+    ],
+)
+def test_codings_that_lie(entry, coding):
+    data = coded_file()
+    header = header_of(data)
+    header["thin"]["w"]["codings"][entry] = coding
+    with pytest.raises(FormatError):
+        from_bytes(resign(data, header))
+
+
+def test_repeats_must_be_told():
+    data = coded_file()
+    header = header_of(data)
+    header["thin"]["w"]["codings"].pop("values_centres")
+    with pytest.raises(FormatError, match="must be floating numbers of shape"):
+        from_bytes(resign(data, header))
+
+
+def test_flipped_bits_of_coded_integers_are_read_as_valid_ones_or_refused():
+    data, rng = coded_file(), np.random.default_rng(0)
+    header, start = header_of(data), int.from_bytes(data[:8], "little") + 8
+    refused = 0
+    for _ in range(400):
+        changed = bytearray(data)
+        for place in rng.integers(start, len(data) - 4, rng.integers(1, 4)):
+            changed[place] ^= 1 << rng.integers(8)
+        try:
+            found = from_bytes(sealed(bytes(changed), header)).thin["w"]
+        except FormatError:
+            refused += 1
+            continue
+        for entry, kind in found.method.integers().items():
+            values = found.code[entry].numpy()
+            assert kind.least <= values.min() <= values.max() < kind.least + kind.count
+            assert not kind.rising or (np.diff(values) > 0).all()
+    assert 50 < refused < 400
+
+
+def sealed(data, header):
+    """With checksums of every tensor that are right."""
+    length = int.from_bytes(data[:8], "little")
+    index = json.loads(data[8 : 8 + length])
+    for name in header["crc32"]:
+        start, stop = index[name]["data_offsets"]
+        header["crc32"][name] = f"{zlib.crc32(data[8 + length + start : 8 + length + stop]):08x}"
+    return resign(data, header)
+
+
+@pytest.mark.parametrize("coding", [["packed", 0], ["huffman", 1]])
+@pytest.mark.parametrize("side", [1 << 13, 1 << 20, 1 << 40])
+def test_numbers_that_take_no_bits_are_not_too_many(side, coding):
+    """A few bytes must not become a huge array, whichever way they are said to be stored."""
+    levels = 1 << coding[1]
+    small = KMeans((4, 5), levels)
+    entries = {"centres": Raw.of(np.ones(levels, "f4")), "symbols": Raw.of(np.zeros((4, 5), np.int16))}
+    data = to_bytes(Contents({"w": Thin("kmeans", small, {"w": Part((4, 5))}, entries)}))
+    header = header_of(data)
+    header["thin"]["w"]["fields"]["shape"] = [side, side]
+    header["thin"]["w"]["codings"]["symbols"] = coding
+    header["thin"]["w"]["parts"] = [["w", {"shape": [side, side]}]]
+    tracemalloc.start()
+    with pytest.raises(FormatError, match="take no bits|from no bits at all"):
+        from_bytes(resign(data, header))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 # Models

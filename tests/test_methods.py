@@ -70,7 +70,7 @@ ROWS = {
         exact=1e-6,  # the step is found again from the largest entry, rounded
     ),
     "kmeans": Row(({}, {"bits": 3}, {"bits": 1}, {"start": "density"}, {"start": "random", "seed": 3})),
-    "ecsq": Row(({}, {"bits": 3}, {"bits": 0.5}, {"bits": 1.5, "levels": 5})),
+    "ecsq": Row(({}, {"bits": 3}, {"bits": 1}, {"bits": 1.5, "levels": 5})),
     "binary": Row(
         ({}, {"bits": 2}, {"rounds": 0}, {"rounds": 1}, {"bits": 3, "rounds": 5, "per": "matrix"}),
         lambda m: m.planes + 1,

@@ -18,7 +18,9 @@ import pytest
 from safetensors.numpy import load as safetensors_load
 
 import deepthin
-from deepthin import METHODS, BudgetError, FormatError, storage
+from deepthin import METHODS, BudgetError, FormatError, huffman, storage
+from deepthin.bits import packed_bytes
+from deepthin.method import Integers
 from deepthin.storage import Contents, Part, Raw, Thin, from_bytes, to_bytes, write
 
 
@@ -109,6 +111,104 @@ def test_golden_file():
 
 
 GOLDEN_CORNER = [[0.0, 0.0, 0.0], [0.0, 10.0, 12.0]]
+
+
+def stored(kind, values, shape=None):
+    """How integers are written, and back."""
+    values = np.asarray(values).reshape(shape or -1)
+    raw, coding = storage._packed(values, kind)
+    back = storage._unpacked("w", raw, list(coding), kind, values.shape).numpy()
+    assert (back == values).all()
+    return coding[0], len(raw.data)
+
+
+def test_integers_take_the_shortest_way():
+    """Each way is the best one somewhere: even symbols, peaked ones, positions far apart, near, and crowded."""
+    rng = np.random.default_rng(0)
+    even = rng.integers(0, 32, 1000)
+    assert stored(Integers(32), even) == ("packed", 625)
+    peaked = np.clip(np.round(rng.laplace(size=1000) * 2 + 16), 0, 31).astype(int)
+    assert stored(Integers(32), peaked)[0] == "huffman"
+    counts = np.bincount(peaked)
+    entropy = float((counts[counts > 0] * np.log2(1000 / counts[counts > 0])).sum())
+    assert entropy / 8 < stored(Integers(32), peaked)[1] < entropy / 8 * 1.03 + 16
+    assert stored(Integers(200, -100), peaked - 16)[0] == "huffman"
+    few = np.arange(9) * 1_000_003
+    assert stored(Integers(10_000_000, rising=True), few) == ("gaps", 23)
+    some = np.sort(rng.choice(100_000, 8000, replace=False))
+    assert stored(Integers(100_000, rising=True), some)[0] == "huffman"
+    assert stored(Integers(9, rising=True), [8]) == ("gaps", 1)
+    assert stored(Integers(70_000), rng.integers(0, 70_000, 50)) == ("packed", 17 * 50 // 8 + 1)
+    assert stored(Integers(1), np.zeros(12, int)) == ("packed", 0)
+    assert stored(Integers(16), np.full((30, 40), 7), (30, 40)) == ("huffman", 1)
+    assert stored(Integers(5000, rising=True), np.arange(5000)) == ("huffman", 1)
+
+
+def test_a_longer_name_must_save_more():
+    """["huffman",3] has a byte more than ["packed",3]; and what is promised is kept all the same."""
+    values = np.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2])  # 5 bytes packed
+    packed, coded = packed_bytes(12, 3), huffman.coded_bytes(np.bincount(values), 3)
+    assert packed - coded == 1
+    assert stored(Integers(8), values) == ("packed", packed)
+    assert stored(Integers(8, most_bytes=coded), values) == ("huffman", coded)
+
+
+@pytest.mark.parametrize("kind", ["f4", "f2", "f8"])
+def test_repeats_at_the_end_are_not_stored(kind):
+    def centres(values):
+        array = np.array(values, kind)
+        raw, coding = storage._without_repeats("centres", Raw.of(array))
+        if coding:
+            back = storage._repeated("w", raw, list(coding), array.shape)
+            assert back.numpy().tobytes() == array.tobytes()
+        return coding and coding[1]
+
+    assert centres([1, 2, 3] + [4] * 40) == 4
+    assert centres([5] * 40) == 1
+    assert centres([1] * 40 + [2]) is None
+    assert centres([1, 2, 2]) is None  # saves less than it adds
+    assert centres([1] + [np.nan] * 40) == 2
+    assert centres([1] + [0.0] * 20 + [-0.0] * 40) == 22
+    assert centres(np.zeros((1 << 16) + 1)) is None
+
+
+def test_a_plan_takes_at_least_the_room_of_its_codes():
+    """What a limit for the file is met by: no weights can make it larger."""
+    rng = np.random.default_rng(1)
+    for name in METHODS:
+        plan = METHODS[name].fit((30, 40), 32 * 400)
+        most = len(to_bytes(Contents({"w": Thin.plan(name, plan, {"w": Part((30, 40))}, Raw.of(np.zeros(1, "f4")))})))
+        for weight in (rng.normal(size=(30, 40)), np.zeros((30, 40)), rng.integers(0, 2, (30, 40)) * 1.0):
+            code = {k: Raw.of(v) for k, v in plan.encode(weight.astype("f4"), np).items()}
+            assert len(to_bytes(Contents({"w": Thin(name, plan, {"w": Part((30, 40))}, code)}))) <= most
+
+
+def test_inspect_tells_how_integers_are_coded(tmp_path):
+    plan = METHODS["kmeans"].fit((60, 70), 1 << 20, bits=5)
+    weight = np.random.default_rng(0).laplace(size=(60, 70)).astype("f4")
+    code = {k: Raw.of(v) for k, v in plan.encode(weight, np).items()}
+    contents = Contents({**small_contents().thin, "w": Thin("kmeans", plan, {"w": Part((60, 70))}, code)})
+    write(contents, tmp_path / "m.thin")
+    report = deepthin.inspect(tmp_path / "m.thin")
+    assert report.rows[-1].coding == "huffman 4.5 bits"
+    assert "coding=huffman 4.5 bits" in str(report)
+    assert "coding" not in report.rows[0].fields
+    assert json.loads(report.to_json())["rows"][-1]["coding"] == "huffman 4.5 bits"
+
+
+def test_a_million_coded_weights_are_read_at_once(tmp_path):
+    """9 ms here by native code, 0.4 s by NumPy."""
+    plan = METHODS["kmeans"](shape=(1000, 1000), levels=32)
+    symbols = np.clip(np.round(np.random.default_rng(0).laplace(size=(1000, 1000)) * 2 + 16), 0, 31).astype(np.int16)
+    code = {"centres": Raw.of(np.arange(32, dtype="f4")), "symbols": Raw.of(symbols)}
+    write(Contents({"w": Thin("kmeans", plan, {"w": Part((1000, 1000))}, code)}), tmp_path / "m.thin")
+    assert deepthin.inspect(tmp_path / "m.thin").rows[0].coding.startswith("huffman")
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        assert (deepthin.load(tmp_path / "m.thin")["w"] == symbols).all()
+        times.append(time.process_time() - start)
+    assert min(times) < (0.2 if deepthin.native_available else 4)
 
 
 def test_a_thin_file_is_a_safetensors_file(data):
@@ -265,7 +365,7 @@ def test_load_time_is_linear_in_names():
 
 def test_loading_runs_no_code_from_the_file():
     """Promise 5: the modules that read files import nothing that executes or unpickles, and open one path only."""
-    for module in ("storage", "method", "methods/__init__", "methods/factor", "rules", "report", "bits"):
+    for module in ("storage", "method", "methods/__init__", "methods/factor", "rules", "report", "bits", "huffman"):
         tree = ast.parse((Path(deepthin.__file__).parent / f"{module}.py").read_text())
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

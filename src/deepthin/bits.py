@@ -5,7 +5,7 @@ yields for a seed never changes, because saved files store the seed and not the 
 """
 
 import numpy as np
-from jaxtyping import Int64, UInt, UInt8, UInt64
+from jaxtyping import Int64, Integer, UInt, UInt8, UInt64
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 1 << 64
@@ -87,12 +87,17 @@ def gap_bytes(count: int, places: int) -> int:
 
 def pack_gaps(positions: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
     """Strictly rising positions as gaps of ``width`` bits."""
+    return pack(gaps_of(positions, width), width)
+
+
+def gaps_of(positions: Int64[np.ndarray, "count"], width: int) -> Int64[np.ndarray, "symbols"]:
+    """The symbols for strictly rising positions, fillers included."""
     gaps = np.diff(positions, prepend=-1) - 1
     skip = (1 << width) - 1
     ends = np.cumsum(gaps // skip + 1) - 1  # where each position's own symbol stands
     symbols = np.full(int(ends[-1]) + 1 if len(ends) else 0, skip, np.int64)
     symbols[ends] = gaps % skip
-    return pack(symbols, width)
+    return symbols
 
 
 def best_gap_width(positions: Int64[np.ndarray, "count"]) -> int:
@@ -111,7 +116,14 @@ def unpack_gaps(data: UInt8[np.ndarray, "bytes"], width: int, count: int, places
     symbols = 8 * len(data) // width  # what is left at the end are bits of ones, too few for a symbol or fillers
     if symbols > count + (places - count) // skip + 8:
         raise ValueError(f"{len(data)} bytes are more than {count} positions below {places} can take")
-    found = unpack(data, width, symbols)
+    return positions_of(unpack(data, width, symbols), width, count, places)
+
+
+def positions_of(
+    found: Integer[np.ndarray, "symbols"], width: int, count: int, places: int
+) -> Int64[np.ndarray, "positions"]:
+    """The positions that these gaps lead to; ValueError where they are not ``count``, or not below ``places``."""
+    skip = (1 << width) - 1
     where = np.flatnonzero(found != skip)
     if len(where) != count:
         raise ValueError(f"{len(where)} positions where there should be {count}")

@@ -6,7 +6,8 @@ that a round takes ``levels * log(count)`` steps.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +17,8 @@ from deepthin.bits import permutation
 
 STARTS = ("linear", "density", "random")
 ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
+_FEW = 64  # different shares, at most, each of which is searched on its own
+_FINENESS, _OCTAVES = 3, 20  # classes of shares: so many for each doubling, and so many doublings
 _GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until the entropy is low enough; and then
 
 
@@ -35,6 +38,29 @@ class Numbers:
         alike = shares is None or not (shares > 0).any()
         own = np.ones(len(flat)) if shares is None or alike else shares[order]
         return cls(flat[order], own, order, alike)
+
+    @cached_property
+    def classes(self) -> "list[Numbers]":
+        """Those of each share, with their places here; none where there are many different shares."""
+        if self.alike:
+            return [Numbers(self.values, self.shares, np.arange(len(self.values)), True)]
+        if len(different := np.unique(self.shares)) > _FEW:
+            return []
+        places = [np.flatnonzero(self.shares == share) for share in different]
+        return [Numbers(self.values[p], self.shares[p], p, True) for p in places]
+
+    def coarse(self) -> "Numbers":
+        """The same with few different shares: those within a quarter of each other get their mean.
+
+        What is below a millionth of the largest is one class; so are zeros.
+        """
+        top = float(self.shares.max())
+        near = np.ones(len(self.shares))
+        there = self.shares > 0
+        near[there] = np.round(_FINENESS * np.maximum(np.log2(self.shares[there] / top), -_OCTAVES))
+        _, own = np.unique(near, return_inverse=True)
+        means = np.bincount(own, self.shares) / np.bincount(own)
+        return Numbers(self.values, means[own], self.order, self.alike)
 
     @cached_property
     def sums(self) -> Float64[np.ndarray, "2 ends"]:
@@ -180,23 +206,42 @@ def centres_of(
 
 @dataclass(frozen=True)
 class Cells:
-    """Which cell each number is in, its centres, and how many are in each; none is empty."""
+    """The centres of some cells, and how many numbers are in each; none is empty."""
 
     centres: Float64[np.ndarray, "cells"]
     counts: Int64[np.ndarray, "cells"]
-    symbols: Int64[np.ndarray, "count"]  # of the numbers as they are sorted
+    assign: Callable[[], Int64[np.ndarray, "count"]]
+    price: float = 0.0  # of a bit, at which they were found
+
+    @cached_property
+    def symbols(self) -> Int64[np.ndarray, "count"]:
+        """Which cell each number is in, of the numbers as they are sorted."""
+        return self.assign()
 
     def entropy_bits(self) -> float:
         """What an ideal coder takes for all symbols."""
         return entropy_bits(self.counts)
 
-    def fits(self, most_bits: int) -> bool:
-        """Whether that is at most so much, but for the rounding of logarithms."""
-        return self.entropy_bits() <= most_bits * (1 + 1e-12)
+    def lengths(self, price: float) -> Float64[np.ndarray, "cells"]:
+        """What a number pays in each cell for an ideal code."""
+        return price * np.log2(self.counts.sum() / self.counts)
 
     def error(self, numbers: Numbers) -> float:
         """The sum of shares times squared distances, each number to the centre of its cell."""
         return float(np.sum(numbers.shares * (numbers.values - self.centres[self.symbols]) ** 2))
+
+    def centred(self, numbers: Numbers) -> "Cells":
+        """The same cells, with the means of these numbers as centres."""
+        mass = np.bincount(self.symbols, numbers.shares, len(self.counts))
+        first = np.bincount(self.symbols, numbers.shares * numbers.values, len(self.counts))
+        return replace(self, centres=_means(mass, first, self.centres))
+
+
+def _means(
+    mass: Float64[np.ndarray, "cells"], first: Float64[np.ndarray, "cells"], empty: Float64[np.ndarray, "cells"]
+) -> Float64[np.ndarray, "cells"]:
+    """Where there is no mass, ``empty``."""
+    return np.where(mass > 0, first / np.where(mass > 0, mass, 1), empty)
 
 
 def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
@@ -208,24 +253,49 @@ def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
 def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]) -> Cells:
     """Every number to the centre where share times squared distance plus ``lengths`` is least; empty cells go.
 
-    Takes ``levels`` passes over the numbers, or, where all are alike, ``levels * log(count)`` steps and one.
+    Takes ``levels * log(count)`` steps for each different share; where there are many, ``levels`` passes over the
+    numbers.
     """
-    if numbers.alike:
-        live, bounds = _hull(centres, lengths)
-        ends = numbers.ends(bounds)
-        counts = np.diff(ends)
-        means, full = numbers.means(ends, centres[live]), counts > 0
-        return Cells(means[full], counts[full], np.repeat(np.cumsum(full) - 1, counts))
+    if not numbers.classes:
+        return _cells_by_passes(numbers, centres, lengths)
+    counts, sums = np.zeros(len(centres), np.int64), np.zeros((2, len(centres)))
+    found: list[tuple[Numbers, np.ndarray, np.ndarray]] = []
+    for own in numbers.classes:
+        share = float(own.shares[0])
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            own_lengths = lengths / share
+        if np.isfinite(own_lengths).all():
+            live, bounds = _hull(centres, own_lengths)
+        else:  # no distance counts
+            live, bounds = np.array([int(lengths.argmin())], np.int64), np.empty(0)
+        ends = own.ends(bounds)
+        counts[live] += np.diff(ends)
+        sums[:, live] += own.masses(ends[:-1], ends[1:])
+        found.append((own, live, np.diff(ends)))
+    full = counts > 0
+    names = np.cumsum(full) - 1
+
+    def assign() -> Int64[np.ndarray, "count"]:
+        symbols = np.empty(len(numbers.values), np.int64)
+        for own, live, many in found:
+            symbols[own.order] = np.repeat(names[live], many)
+        return symbols
+
+    return Cells(_means(sums[0], sums[1], centres)[full], counts[full], assign)
+
+
+def _cells_by_passes(
+    numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]
+) -> Cells:
     symbols, least = np.zeros(len(numbers.values), np.int64), np.full(len(numbers.values), math.inf)
     for cell, (centre, length) in enumerate(zip(centres, lengths, strict=True)):
         cost = numbers.shares * (numbers.values - centre) ** 2 + length
         better = cost < least
-        symbols, least = np.where(better, cell, symbols), np.where(better, cost, least)
+        symbols[better], least[better] = cell, cost[better]
     counts = np.bincount(symbols, minlength=len(centres))
-    mass = np.bincount(symbols, numbers.shares, len(centres))
-    first = np.bincount(symbols, numbers.shares * numbers.values, len(centres))
-    means, full = np.where(mass > 0, first / np.where(mass > 0, mass, 1), centres), counts > 0
-    return Cells(means[full], counts[full], (np.cumsum(full) - 1)[symbols])
+    full = counts > 0
+    names = (np.cumsum(full) - 1)[symbols]
+    return Cells(centres[full], counts[full], lambda: names).centred(numbers)
 
 
 def _hull(
@@ -240,10 +310,11 @@ def _hull(
     order = order[np.diff(centres[order], prepend=-math.inf) > 0]  # of equal centres the cheapest
     live: list[int] = []
     bounds: list[float] = []
+    slopes, levels = centres.tolist(), heights.tolist()
     for cell in order.tolist():
         bound = -math.inf
         while live:
-            bound = float((heights[cell] - heights[live[-1]]) / (centres[cell] - centres[live[-1]])) / 2
+            bound = (levels[cell] - levels[live[-1]]) / (slopes[cell] - slopes[live[-1]]) / 2
             if not bounds or bound > bounds[-1]:
                 break
             live.pop()
@@ -257,39 +328,50 @@ def _hull(
 def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_ROUNDS) -> Cells:
     """Rounds that lower ``sum share * (number - centre)^2 + price * entropy_bits`` until nothing changes."""
     for _ in range(rounds):
-        lengths = price * np.log2(len(numbers.values) / cells.counts)
-        found = cells_of(numbers, cells.centres, lengths)
-        if (found.symbols == cells.symbols).all():
-            return found
+        found = cells_of(numbers, cells.centres, cells.lengths(price))
+        same = len(found.counts) == len(cells.counts) and (found.counts == cells.counts).all()
+        if same and (found.centres == cells.centres).all():
+            return replace(found, price=price)
         cells = found
-    return cells
+    return replace(cells, price=price)
 
 
-def within_entropy(
+Fits = Callable[[Int64[np.ndarray, "cells"]], bool]
+"""Whether symbols that are there so often can be stored in the room that there is."""
+
+
+def within(
     flat: Float64[np.ndarray, "count"],
     levels: int,
-    most_bits: int,
+    fits: Fits,
     shares: Float64[np.ndarray, "count"] | None = None,
 ) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
-    """Centres and symbols whose ``entropy_bits`` are at most ``most_bits``, at as small an error as is found.
+    """Centres and symbols that fit, at as small an error as is found; one centre must fit.
 
-    Begins at k-means of ``levels`` centres, and of each smaller power of two until one fits as it is, since equally
-    likely cells are never given up however dear a bit is. So it is never worse than that one.
+    Begins at k-means of ``levels`` centres, of each smaller power of two and each number below eight, until one fits
+    as it is, since equally likely cells are never given up however dear a bit is. So it is never worse than that one.
+    Many different shares are searched coarsely; the numbers are then assigned once by their own.
     """
     numbers, found = Numbers.of(flat, shares), list[Cells]()
+    searched = numbers if numbers.classes else numbers.coarse()
     while levels:
         centres = np.unique(centres_of(flat, levels, shares=shares))
-        start = cells_of(numbers, centres, np.zeros(len(centres)))
-        found += [start] if start.fits(most_bits) else _priced(numbers, start, most_bits)
-        levels = 0 if start.fits(most_bits) or levels == 1 else 1 << ((levels - 1).bit_length() - 1)
+        start = cells_of(searched, centres, np.zeros(len(centres)))
+        found += [start] if fits(start.counts) else _priced(searched, start, fits)
+        levels = 0 if fits(start.counts) else levels - 1 if levels <= 8 else 1 << ((levels - 1).bit_length() - 1)
+    if searched is not numbers:
+        found = [cells.centred(numbers) for cells in found]
     best = min(found, key=lambda cells: cells.error(numbers))
+    if searched is not numbers:
+        exact = cells_of(numbers, best.centres, best.lengths(best.price))
+        best = min((c for c in (exact, best) if fits(c.counts)), key=lambda cells: cells.error(numbers))
     symbols = np.empty(len(flat), np.int64)
     symbols[numbers.order] = best.symbols
     return best.centres, symbols
 
 
-def _priced(numbers: Numbers, start: Cells, most_bits: int) -> list[Cells]:
-    """Cells of low enough entropy, if there are any: the price of a bit is raised until it is, then narrowed down.
+def _priced(numbers: Numbers, start: Cells, fits: Fits) -> list[Cells]:
+    """Cells that fit, if there are any: the price of a bit is raised until they do, then narrowed down.
 
     Each price begins where a lower one has settled, which can only lose cells.
     """
@@ -298,15 +380,15 @@ def _priced(numbers: Numbers, start: Cells, most_bits: int) -> list[Cells]:
     price = 1e-6 * float(np.mean(numbers.shares * (numbers.values - mean) ** 2))
     found = settled(numbers, low, price)
     for _ in range(_MOST_GROWTHS):
-        if found.fits(most_bits):
+        if fits(found.counts):
             break
         low, below, price = found, price, price * _GROWTH
         found = settled(numbers, low, price)
-    fitting = [found] if found.fits(most_bits) else []
+    fitting = [found] if fits(found.counts) else []
     for _ in range(_NARROWING if fitting else 0):
         middle = math.sqrt(below * price) if below else price / _GROWTH
         found = settled(numbers, low, middle)
-        if found.fits(most_bits):
+        if fits(found.counts):
             price = middle
             fitting.append(found)
         else:

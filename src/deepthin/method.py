@@ -30,16 +30,20 @@ FLOAT_BITS = 32
 class Integers:
     """What an integer entry of a code may hold: ``count`` different values, from ``least`` on.
 
-    ``rising`` numbers, positions, grow strictly through the flattened entry: they can be stored as gaps.
+    ``rising`` numbers, positions, grow strictly through the flattened entry: they can be stored as gaps. A method whose
+    ``encode`` keeps the entry within ``most_bytes``, coded, promises it.
     """
 
     count: int
     least: int = 0
     rising: bool = False
+    most_bytes: int | None = None
 
     def bytes(self, entries: int) -> int:
         """The most that so many of them take in a file."""
         packed = packed_bytes(entries, width_of(self.count))
+        if self.most_bytes is not None:
+            return min(packed, self.most_bytes)
         return min(packed, gap_bytes(entries, self.count)) if self.rising else packed
 
 
@@ -189,7 +193,7 @@ class Method(Protocol):
         ...
 
     def bits(self) -> int:
-        """Payload with plain bit packing: an upper bound of what a file stores for this matrix, headers apart."""
+        """The most that a file stores for this matrix, headers apart: integers packed, or as ``encode`` bounds them."""
         ...
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:

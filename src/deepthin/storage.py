@@ -21,7 +21,19 @@ from typing import Any, cast
 import numpy as np
 import safetensors
 
-from deepthin.bits import WIDEST_GAP, best_gap_width, pack, pack_gaps, packed_bytes, unpack, unpack_gaps, width_of
+from deepthin import huffman, kernels
+from deepthin.bits import (
+    WIDEST_GAP,
+    best_gap_width,
+    gaps_of,
+    pack,
+    pack_gaps,
+    packed_bytes,
+    positions_of,
+    unpack,
+    unpack_gaps,
+    width_of,
+)
 from deepthin.method import BudgetError, FormatError, Integers, Method, Namespace
 from deepthin.methods import METHODS, THEN, fields, with_fields
 from deepthin.report import Report, Row, describe
@@ -38,6 +50,11 @@ _NUMPY = {
 }  # fmt: skip
 _ITEM_BYTES = {"BF16": 2, **{name: np.dtype(code).itemsize for name, code in _NUMPY.items()}}
 FLOATS = ("F64", "F32", "F16", "BF16")
+Coding = tuple[str, int]
+"""How an entry is to be read: a name and a number, often a width."""
+_WIDEST_CODED_GAP = 12  # of which a table can hold all
+_LONGEST_NAME: Coding = ("huffman", huffman.WIDEST)
+_MOST_REPEATED = 1 << 16  # floats in a row of which only the first are stored: a small file must not declare more
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +110,27 @@ class Thin:
     method: Method
     parts: Mapping[str, Part]  # by the tensor's name, in order
     code: Mapping[str, Raw]  # integers as they are, not packed
+    planned: bool = False  # whether there is no code yet: integers are then so many bytes, the most that they can take
 
-    def stored(self) -> dict[str, tuple[Raw, tuple[str, int] | None]]:
-        """Every entry as the file has it: floats as they are; integers as bytes, and how these are to be read."""
+    @classmethod
+    def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":
+        """What takes at least the room of any code of this method whose floats have the type of ``like``."""
+        integers, code = method.integers(), dict[str, Raw]()
+        for entry, shape in method.code_shapes().items():
+            count = math.prod(shape)
+            if entry in integers:
+                code[entry] = Raw("U8", (most := integers[entry].bytes(count),), bytes(most))
+            else:
+                code[entry] = Raw(like.dtype, shape, bytes(_ITEM_BYTES[like.dtype] * count))
+        return cls(name, method, parts, code, planned=True)
+
+    def stored(self) -> dict[str, tuple[Raw, Coding | None]]:
+        """Every entry as the file has it: floats, and integers as bytes; with how these are to be read."""
         integers = self.method.integers()
+        if self.planned:
+            return {entry: (raw, _LONGEST_NAME if entry in integers else None) for entry, raw in self.code.items()}
         return {
-            entry: _packed(raw.numpy(), integers[entry]) if entry in integers else (raw, None)
+            entry: _packed(raw.numpy(), integers[entry]) if entry in integers else _without_repeats(entry, raw)
             for entry, raw in self.code.items()
         }
 
@@ -130,50 +162,93 @@ class Thin:
         }
 
 
-def _packed(values: np.ndarray, kind: Integers) -> tuple[Raw, tuple[str, int]]:
-    """Integers in the fewest bytes: each in so many bits, or, where they rise, their gaps (docs/format.md)."""
+def _packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
+    """Integers in the fewest bytes, those that name the coding included; within what is promised (docs/format.md)."""
     flat = values.reshape(-1).astype(np.int64) - kind.least
     width = width_of(kind.count)
+    sizes: dict[Coding, int | None] = {("packed", width): packed_bytes(len(flat), width)}
     if kind.rising:
+        gaps = np.diff(flat, prepend=-1) - 1
+        for narrow in range(1, _WIDEST_CODED_GAP + 1):
+            skip = (1 << narrow) - 1
+            counts = np.bincount(gaps % skip, minlength=skip + 1)
+            counts[skip] += int((gaps // skip).sum())
+            sizes["huffman", narrow] = huffman.coded_bytes(counts, narrow)
         narrow = best_gap_width(flat)
-        gaps = pack_gaps(flat, narrow)
-        if len(gaps) <= packed_bytes(len(flat), width):
-            return Raw.of(gaps), ("gaps", narrow)
-    return Raw.of(pack(flat, width)), ("packed", width)
+        sizes["gaps", narrow] = len(pack_gaps(flat, narrow))
+    else:
+        sizes["huffman", width] = huffman.coded_bytes(np.bincount(flat), width)
+    known = {coding: size for coding, size in sizes.items() if size is not None}
+    most = kind.bytes(len(flat))
+    way, width = min(known, key=lambda coding: (known[coding] > most, known[coding] + len(json.dumps(coding))))
+    if way == "huffman":
+        return Raw.of(huffman.encode(gaps_of(flat, width) if kind.rising else flat, width)), (way, width)
+    return Raw.of(pack_gaps(flat, width) if way == "gaps" else pack(flat, width)), (way, width)
+
+
+def _without_repeats(entry: str, raw: Raw) -> tuple[Raw, Coding | None]:
+    """Floats as they are; those in a row without the repeats of the last one, where that saves more than it adds."""
+    if len(raw.shape) != 1 or not 1 < raw.shape[0] <= _MOST_REPEATED:
+        return raw, None
+    items = np.frombuffer(raw.data, np.uint8).reshape(raw.shape[0], -1)
+    kept = int(np.flatnonzero((items != items[-1]).any(1)).max(initial=-1)) + 2
+    coding = ("repeats", kept)
+    if (len(items) - kept) * items.shape[1] <= len(json.dumps({"codings": {entry: coding}})):
+        return raw, None
+    return Raw(raw.dtype, (kept,), raw.data[: kept * items.shape[1]]), coding
 
 
 def _unpacked(name: str, raw: Raw | None, coding: Any, kind: Integers, shape: tuple[int, ...]) -> Raw:
     """The integers of a file; FormatError if they are not what the method's fields demand."""
     count = math.prod(shape)
-    pair = cast(list[Any], coding) if isinstance(coding, list) else []
-    way, width = pair if len(pair) == 2 else (None, None)
-    if raw is None or raw.dtype != "U8" or len(raw.shape) != 1 or type(width) is not int:
+    way, width = _pair(coding)
+    if raw is None or raw.dtype != "U8" or len(raw.shape) != 1 or width is None:
         raise FormatError(f"{name} must be packed integers, but is {raw and (raw.dtype, raw.shape)}, {coding!r}.")
     data = np.frombuffer(raw.data, np.uint8)
     if way == "gaps" and kind.rising and 1 <= width <= WIDEST_GAP:
         values = unpack_gaps(data, width, count, kind.count)
+    elif way == "huffman" and kind.rising and 1 <= width <= _WIDEST_CODED_GAP:
+        skip = (1 << width) - 1
+        most = count + max(kind.count - count, 0) // skip
+        found = huffman.decode(data, width, count, skip, most, kernels.huffman_walk)
+        values = positions_of(found, width, count, kind.count)
+    elif way == "huffman" and not kind.rising and width == width_of(kind.count):
+        values = huffman.decode(data, width, count, walk=kernels.huffman_walk)
     elif way == "packed" and width == width_of(kind.count) and len(data) == packed_bytes(count, width):
+        if not width and count > huffman.MOST_FREE:
+            raise FormatError(f"{name} declares {count} numbers that take no bits; at most {huffman.MOST_FREE} may.")
         values = unpack(data, width, count)
-        if count and int(values.max()) >= kind.count:
-            raise FormatError(f"{name} holds {int(values.max())}, but there are {kind.count} values.")
         if kind.rising and (np.diff(values.astype(np.int64)) < 1).any():
             raise FormatError(f"{name} must rise.")
     else:
         raise FormatError(f"{name}, {len(data)} bytes, is not {count} integers below {kind.count} as {coding!r}.")
+    if count and int(values.max()) >= kind.count:
+        raise FormatError(f"{name} holds {int(values.max())}, but there are {kind.count} values.")
     return Raw.of(integer_array(values, kind).reshape(shape))
+
+
+def _repeated(name: str, raw: Raw | None, coding: Any, shape: tuple[int, ...]) -> Raw:
+    """Floats in a row whose last one is repeated; FormatError if they are not what the method's fields demand."""
+    (way, kept), length = _pair(coding), shape[0] if len(shape) == 1 else 0
+    fine = way == "repeats" and kept is not None and 0 < kept < length <= _MOST_REPEATED
+    if raw is None or kept is None or not fine or raw.shape != (kept,) or raw.dtype not in FLOATS:
+        found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
+        raise FormatError(f"{name} must be floating numbers of shape {shape}, as {coding!r}, but {found}.")
+    data = bytes(raw.data)
+    return Raw(raw.dtype, shape, data + data[-_ITEM_BYTES[raw.dtype] :] * (length - kept))
+
+
+def _pair(coding: Any) -> tuple[Any, int | None]:
+    """The name and the number of a coding; no number if it is none."""
+    pair = cast(list[Any], coding) if isinstance(coding, list) else []
+    way, number = pair if len(pair) == 2 else (None, None)
+    return way, number if type(number) is int else None
 
 
 def integer_array(values: np.ndarray, kind: Integers) -> np.ndarray:
     """Numbers from 0 on as those that the code holds, in the type that indexes or that holds them."""
-    top = kind.least + kind.count - 1
-    return (values.astype(np.int64) + kind.least).astype(np.int64 if kind.rising or top >= 1 << 15 else np.int16)
-
-
-def longest(kind: Integers, shape: tuple[int, ...]) -> Raw:
-    """Integers that take the most bytes in a file: rising ones that come last, of all places."""
-    count = math.prod(shape)
-    values = np.arange(kind.count - count, kind.count) if kind.rising else np.zeros(count, np.int64)
-    return Raw.of(integer_array(values, kind).reshape(shape))
+    wide = kind.rising or kind.least + kind.count - 1 >= 1 << 15
+    return (values.astype(np.int64) + kind.least) if wide else values.astype(np.int16) + np.int16(kind.least)
 
 
 def _possible_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
@@ -203,21 +278,23 @@ class Contents:
         The tensors of a group share its bytes by their size.
         """
         rows: list[Row] = []
+        stored = {key: thin.stored() for key, thin in self.thin.items()}
         for key, thin in self.thin.items():
-            left, dense_left = thin.bytes, thin.dense_bytes
+            left, dense_left = sum(len(raw.data) for raw, _ in stored[key].values()), thin.dense_bytes
+            plan = {**describe(thin.method), **_coding_of(thin, stored[key])}
             for name, part in thin.parts.items():
                 dense = thin.item_bytes * math.prod(part.shape)
                 share = left * dense // dense_left
                 left, dense_left = left - share, dense_left - dense
                 group = {"group": key} if len(thin.parts) > 1 else {}
                 error = (errors or {}).get(name, math.nan)
-                rows.append(Row(name, thin.name, part.shape, dense, share, error, {**describe(thin.method), **group}))
+                rows.append(Row(name, thin.name, part.shape, dense, share, error, {**plan, **group}))
         dense = {name: len(raw.data) for name, raw in self.dense.items()}
         matrices = [name for name, raw in self.dense.items() if len(raw.shape) > 1]
         rows += [Row(name, "dense", self.dense[name].shape, dense[name], dense[name]) for name in matrices]
         return Report(
             rows=tuple(sorted(rows, key=lambda row: row.name)),
-            total_bytes=len(to_bytes(self)),
+            total_bytes=len(_file(self, stored)),
             dense_bytes=sum(dense.values()) + sum(thin.dense_bytes for thin in self.thin.values()),
             other_bytes=sum(bytes_ for name, bytes_ in dense.items() if name not in matrices),
         )
@@ -225,12 +302,31 @@ class Contents:
 
 def to_bytes(contents: Contents) -> bytes:
     """The file. Equal contents give equal bytes, whatever the order of the dictionaries."""
+    return _file(contents, {name: thin.stored() for name, thin in contents.thin.items()})
+
+
+Stored = Mapping[str, tuple[Raw, Coding | None]]
+"""The entries of a matrix as the file has them."""
+
+
+def _coding_of(thin: Thin, stored: Stored) -> dict[str, str]:
+    """How a matrix's integers are stored, as a report shows it: nothing where there are none."""
+    if thin.planned or not (integers := thin.method.integers()):
+        return {}
+    ways: list[str] = []
+    for entry in integers:
+        raw, coding = stored[entry]
+        bits = 8 * len(raw.data) / max(math.prod(thin.code[entry].shape), 1)
+        ways.append(f"{entry + ' ' if len(integers) > 1 else ''}{coding[0] if coding else ''} {bits:.1f} bits")
+    return {"coding": ", ".join(ways)}
+
+
+def _file(contents: Contents, stored: Mapping[str, Stored]) -> bytes:
     tensors = dict(contents.dense)
-    codings: dict[str, dict[str, tuple[str, int]]] = {}
-    for name, thin in contents.thin.items():
-        stored = thin.stored()
-        tensors |= {f"{name}/{entry}": raw for entry, (raw, _) in stored.items()}
-        codings[name] = {entry: coding for entry, (_, coding) in stored.items() if coding}
+    codings: dict[str, dict[str, Coding]] = {}
+    for name, entries in stored.items():
+        tensors |= {f"{name}/{entry}": raw for entry, (raw, _) in entries.items()}
+        codings[name] = {entry: coding for entry, (_, coding) in entries.items() if coding}
     if {_CHECKSUM, "__metadata__"} & tensors.keys():
         raise ValueError(f"No tensor may be called {_CHECKSUM} or __metadata__: rename it.")
     if len(tensors) < len(contents.dense) + sum(len(t.code) for t in contents.thin.values()):
@@ -254,7 +350,7 @@ def to_bytes(contents: Contents) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-def _entry(key: str, thin: Thin, codings: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+def _entry(key: str, thin: Thin, codings: Mapping[str, Coding]) -> dict[str, Any]:
     """A compressed matrix as the header has it: what is as usual is left out."""
     entry: dict[str, Any] = {"method": thin.name, "fields": fields(thin.method)}
     if codings:
@@ -328,12 +424,15 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
             raise FormatError(f"{name} holds tensors of shape {shapes}, but its plan stores a {method.shape} matrix.")
         code: dict[str, Raw] = {}
         integers, codings = method.integers(), entry.get("codings", {})
-        if set(codings) != set(integers):
+        if not set(integers) <= set(codings) <= set(method.code_shapes()):
             raise FormatError(f"{name} has integers in {sorted(integers)}, but tells how to read {sorted(codings)}.")
         for key, expected in method.code_shapes().items():
             raw = tensors.pop(f"{name}/{key}", None)
             if key in integers:
                 code[key] = _unpacked(f"{name}/{key}", raw, codings[key], integers[key], expected)
+                continue
+            if key in codings:
+                code[key] = _repeated(f"{name}/{key}", raw, codings[key], expected)
                 continue
             if raw is None or raw.shape != expected or raw.dtype not in FLOATS:
                 found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"

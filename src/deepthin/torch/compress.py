@@ -19,7 +19,7 @@ from deepthin.methods.factor import Factor
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules
 from deepthin.rules import Tensor as Named
-from deepthin.storage import Contents, Part, Raw, Thin, longest, to_bytes
+from deepthin.storage import Contents, Part, Thin, to_bytes
 from deepthin.torch import product
 from deepthin.torch.files import contents, raw_code
 from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
@@ -326,22 +326,16 @@ def _codable(planned: Planned) -> bool:
 
 
 def planned_contents(base: Contents, planned: Sequence[Planned], encoded: Encoded | None = None) -> Contents:
-    """What the file would hold; without ``encoded`` more, where integers of other values are shorter."""
+    """What the file would hold; without ``encoded`` it may be less: what integers are coded in depends on the weights."""
     thin: dict[str, Thin] = {}
     for p in planned:
         if p.method is not None:
-            if encoded is not None and _codable(p):
-                code = raw_code(encoded(p))
-            else:
-                first = base.dense[p.tensors[0].name]
-                item = len(first.data) // math.prod(first.shape)
-                integers = p.method.integers()
-                code = {
-                    k: longest(integers[k], s) if k in integers else Raw(first.dtype, s, bytes(item * math.prod(s)))
-                    for k, s in p.method.code_shapes().items()
-                }
+            first = p.tensors[0].name
             parts = dict(zip((tensor.name for tensor in p.tensors), parts_of(p), strict=True))
-            thin[p.tensors[0].name] = Thin(p.name, p.method, parts, code)
+            if encoded is not None and _codable(p):
+                thin[first] = Thin(p.name, p.method, parts, raw_code(encoded(p)))
+            else:
+                thin[first] = Thin.plan(p.name, p.method, parts, base.dense[first])
     gone = {name for entry in thin.values() for name in entry.parts}
     dense = {name: raw for name, raw in base.dense.items() if name not in gone}
     return Contents({**base.thin, **thin}, dense, base.aliases)

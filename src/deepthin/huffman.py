@@ -1,0 +1,274 @@
+"""Integers in whole bits by how often they occur: a canonical code of Huffman's, its table of lengths, and its stream.
+
+Huffman, 1952, "A method for the construction of minimum-redundancy codes"; no code is longer than 15 bits, and under
+that limit none is better (Larmore and Hirschberg, 1990, package-merge). docs/format.md is normative for the bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64, UInt8, UInt16, UInt32
+
+LONGEST, MOST_USED, WIDEST = 15, 4096, 16  # bits of a code; different symbols; bits of a symbol
+MOST_FREE = 1 << 24  # symbols that take no bits, since there is only one: a small file must not declare more
+_SAME, _NEXT, _RUN, _OTHER = range(4)  # what so many ones say of a symbol's length, or of what comes before it
+_TABLE_BYTES = MOST_USED * 41 // 8 + 8  # a table has no more: a run, an escape and a length for each symbol
+
+
+def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> Int64[np.ndarray, "symbols"]:
+    """The bits of each symbol's code, at most ``longest``, for which all together are fewest; 0 for those that are not.
+
+    Of symbols that are as frequent the first has no shorter code. A symbol that is alone takes no bits.
+    """
+    used = np.flatnonzero(counts)
+    lengths = np.zeros(len(counts), np.int64)
+    if len(used) < 2:
+        return lengths
+    rising = used[np.argsort(counts[used], kind="stable")]
+    leaves = counts[rising].astype(np.int64)
+    merged, packages = leaves, [np.zeros(len(leaves), bool)]
+    for _ in range(longest - 1):
+        pairs = merged[: len(merged) // 2 * 2].reshape(-1, 2).sum(1)
+        both = np.concatenate([leaves, pairs])
+        order = np.argsort(both, kind="stable")
+        merged = both[order]
+        packages.append(order >= len(leaves))
+    taken, own = 2 * len(leaves) - 2, np.zeros(len(leaves), np.int64)
+    for package in reversed(packages):  # the cheapest of each list: so many leaves, and packages of the list before
+        whole = int(package[:taken].sum())
+        own[: taken - whole] += 1
+        taken = 2 * whole
+    lengths[rising] = own
+    return lengths
+
+
+def coded_bytes(counts: Int64[np.ndarray, "symbols"], width: int) -> int | None:
+    """What ``encode`` makes of symbols that are there so often; None where it cannot: too many are used, or none."""
+    used = np.flatnonzero(counts)
+    if not 0 < len(used) <= MOST_USED or not 0 < width <= WIDEST or used[-1] >= 1 << width:
+        return None
+    listed = _listed(counts)
+    lengths = lengths_of(listed)
+    bits = int(_table(lengths, listed, width)[1].sum()) + int((counts * lengths[: len(counts)]).sum())
+    return -(-bits // 8)
+
+
+def _listed(counts: Int64[np.ndarray, "symbols"]) -> Int64[np.ndarray, "more"]:
+    """What the table is made for: a symbol that is alone and too frequent to take no bits has a neighbour listed."""
+    if len(used := np.flatnonzero(counts)) != 1 or counts.sum() <= MOST_FREE:
+        return counts
+    listed = np.append(counts, 0)
+    listed[used[0] - 1 if used[0] else 1] = 1
+    return listed
+
+
+def usual_table_bits(symbols: int, width: int) -> int:
+    """What a table takes where the lengths of neighbours differ by one, at most."""
+    return 2 * width + 4 + 3 * (symbols - 1)
+
+
+def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
+    """The table and the codes of symbols below ``2**width``; ValueError where ``coded_bytes`` is None."""
+    counts = np.bincount(symbols)
+    if coded_bytes(counts, width) is None:
+        raise ValueError(
+            f"{len(symbols)} symbols, {np.count_nonzero(counts)} of them different, up to {len(counts) - 1}, cannot be "
+            f"coded: at most {MOST_USED} may be different, of {width} bits, and {WIDEST} at most."
+        )
+    counts = _listed(counts)
+    lengths = lengths_of(counts)
+    values, widths = _table(lengths, counts, width)
+    if lengths.any():
+        values = np.concatenate([values, _reversed(_codes(lengths), lengths)[symbols]])
+        widths = np.concatenate([widths, lengths[symbols]])
+    return _put(values, widths)
+
+
+def _put(values: Int64[np.ndarray, "items"], widths: Int64[np.ndarray, "items"]) -> UInt8[np.ndarray, "bytes"]:
+    """Each number in its width of bits, one after the other, from the lowest bit of the first byte on; then ones."""
+    ends = np.cumsum(widths)
+    total = int(ends[-1])
+    values = np.append(values, (1 << -total % 8) - 1)
+    places = np.append(ends - widths, total)
+    shifted = values << (places & 31)  # below 2**63: numbers have 31 bits at most
+    word = places >> 5
+    low = np.bincount(word, shifted & 0xFFFFFFFF, -(-total // 32) + 1)  # exact: no two numbers have a bit in common
+    high = np.bincount(word + 1, shifted >> 32, len(low) + 1)
+    words = (low + high[: len(low)]).astype("<u4")
+    return words.view(np.uint8)[: -(-total // 8)].copy()
+
+
+def _table(
+    lengths: Int64[np.ndarray, "symbols"], counts: Int64[np.ndarray, "symbols"], width: int
+) -> tuple[Int64[np.ndarray, "items"], Int64[np.ndarray, "items"]]:
+    """Numbers and their widths: first and last used symbol, the first length, then how each differs from the last."""
+    used = np.flatnonzero(counts)
+    first, last = int(used[0]), int(used[-1])
+    items = [(first, width), (last, width)]
+    own: list[int] = lengths[used].tolist()
+    if len(used) > 1:
+        items.append((own[0], 4))
+    for run, before, length in zip((np.diff(used) - 1).tolist(), own, own[1:], strict=False):
+        if run:  # by Elias' gamma code: zeros, a one, and what is below the highest bit
+            top = run.bit_length() - 1
+            items += [_form(_RUN), (1 << top, top + 1), (run - (1 << top), top)]
+        if length == before:
+            items.append(_form(_SAME))
+        elif abs(length - before) == 1:
+            items += [_form(_NEXT), (int(length > before), 1)]
+        else:
+            items += [_form(_OTHER), (length, 4)]
+    values, widths = zip(*items, strict=True)
+    return np.array(values, np.int64), np.array(widths, np.int64)
+
+
+def _form(ones: int) -> tuple[int, int]:
+    """So many ones and a zero, which the most do without."""
+    return (1 << ones) - 1, min(ones + 1, _OTHER)
+
+
+def _codes(lengths: Int64[np.ndarray, "symbols"]) -> Int64[np.ndarray, "symbols"]:
+    """Canonical: shorter codes first, and of equal length by symbol; each is the one before plus one, then widened."""
+    used = np.flatnonzero(lengths)
+    order = used[np.argsort(lengths[used], kind="stable")]
+    steps = 1 << (LONGEST - lengths[order])
+    codes = np.zeros(len(lengths), np.int64)
+    codes[order] = (np.cumsum(steps) - steps) >> (LONGEST - lengths[order])
+    return codes
+
+
+def _reversed(codes: Int64[np.ndarray, "symbols"], lengths: Int64[np.ndarray, "symbols"]) -> np.ndarray:
+    """The highest bit of each code lowest, which is where a stream is read first."""
+    turned = np.zeros_like(codes)
+    for bit in range(LONGEST):
+        turned |= (codes >> bit & 1) << np.maximum(lengths - 1 - bit, 0) * (bit < lengths)
+    return turned
+
+
+@dataclass(slots=True)
+class _Bits:
+    """The bits at the beginning of a stream, read one after the other; ValueError where they end."""
+
+    all: bytes
+    at: int = 0
+
+    def number(self, width: int) -> int:
+        """The next one of so many bits, the lowest first."""
+        start = self.at
+        if start + width > len(self.all):
+            raise ValueError("the bits end within the table of lengths")
+        self.at += width
+        return sum(self.all[start + i] << i for i in range(width))
+
+    def ones(self, most: int) -> int:
+        """How many ones come before the next zero; there are ``most`` at most, and no zero after so many."""
+        return next((count for count in range(most) if not self.number(1)), most)
+
+    def run(self) -> int:
+        """A number from 1 on, by Elias' gamma code."""
+        top = next((count for count in range(WIDEST) if self.number(1)), None)
+        if top is None:
+            raise ValueError("a run of unused symbols is too long")
+        return (1 << top) + self.number(top)
+
+
+def _read_table(data: UInt8[np.ndarray, "bytes"], width: int) -> tuple[list[int], list[int], int]:
+    """The used symbols, their lengths, and where the codes begin; ValueError for a table that ``encode`` cannot make.
+
+    A symbol that is alone has the length 0.
+    """
+    bits = _Bits(np.unpackbits(data[:_TABLE_BYTES], bitorder="little").tobytes())
+    first, last = bits.number(width), bits.number(width)
+    if first >= last:
+        if first > last:
+            raise ValueError(f"the last symbol {last} is below the first one, {first}")
+        return [first], [0], bits.at
+    used, lengths = [first], [bits.number(4)]
+    while used[-1] < last:
+        step, length, form = 1, lengths[-1], bits.ones(3)
+        if form == _RUN:
+            step, form = 1 + bits.run(), bits.ones(3)
+        if form == _NEXT:
+            length += 1 if bits.number(1) else -1
+        elif form == _OTHER:
+            length = bits.number(4)
+        if form == _RUN or (form == _OTHER and abs(length - lengths[-1]) < 2):
+            raise ValueError("the table is written in a longer way than there is")
+        if used[-1] + step > last or not 0 < length <= LONGEST or len(used) == MOST_USED:
+            raise ValueError(f"symbol {used[-1] + step} of at most {last} has a code of {length} bits")
+        used.append(used[-1] + step)
+        lengths.append(length)
+    if (total := sum(1 << (LONGEST - length) for length in lengths)) != 1 << LONGEST:
+        raise ValueError(f"the table has {'too many' if total > 1 << LONGEST else 'too few'} codes")
+    return used, lengths, bits.at
+
+
+Walk = Callable[[np.ndarray, int, np.ndarray, int, int, int], tuple[np.ndarray, int]]
+"""``walk``, or what does the same faster."""
+
+
+def decode(
+    data: UInt8[np.ndarray, "bytes"], width: int, count: int, skip: int = -1, most: int = 0, walk: Walk | None = None
+) -> UInt16[np.ndarray, "found"]:
+    """What ``encode`` made of ``count`` symbols, not counting those that are ``skip``, of at most ``most`` in all.
+
+    ValueError for bytes that ``encode`` cannot have made. Memory and time are bounded by the bytes, but for a symbol
+    that is alone, of which there may be ``MOST_FREE``.
+    """
+    if not 0 < width <= WIDEST:
+        raise ValueError(f"symbols of {width} bits; they have 1 to {WIDEST}")
+    used, lengths, start = _read_table(data, width)
+    if len(used) == 1:
+        if used[0] == skip or count > MOST_FREE:
+            raise ValueError(f"{count} times the symbol {used[0]}, from no bits at all")
+        symbols, end = np.full(count, used[0], np.uint16), start
+    else:
+        most = min(max(most, count), 8 * len(data) - start)  # a code has a bit at least
+        if count > most:
+            raise ValueError(f"{len(data)} bytes are too few for {count} codes")
+        symbols, end = (walk or globals()["walk"])(data, start, _lookup(used, lengths), most, count, skip)
+    left = 8 * len(data) - end
+    if not 0 <= left < 8 or (left and int(data[-1]) >> (8 - left) != (1 << left) - 1):
+        raise ValueError(f"{left} bits are left over, or are not ones")
+    return symbols
+
+
+def _lookup(used: list[int], lengths: list[int]) -> UInt32[np.ndarray, "windows"]:
+    """By as many bits as the longest code has: 16 times the symbol whose code they begin with, plus its length."""
+    own = np.array(lengths, np.int64)
+    order, top = np.argsort(own, kind="stable"), max(lengths)
+    entries = (np.array(used, np.uint32) << np.uint32(4)) + own.astype(np.uint32)
+    windows = np.arange(1 << top)
+    return np.repeat(entries[order], 1 << (top - own[order]))[_reversed(windows, np.full(1 << top, top))]
+
+
+def walk(
+    data: UInt8[np.ndarray, "bytes"],
+    start: int,
+    lookup: UInt32[np.ndarray, "windows"],
+    most: int,
+    count: int,
+    skip: int,
+) -> tuple[UInt16[np.ndarray, "found"], int]:
+    """The symbols from bit ``start`` on until ``count`` are not ``skip``, and where the last code ends: the definition.
+
+    ``lookup`` is that of a complete code. ValueError where the bits end before, or there are more than ``most``.
+    """
+    top = len(lookup).bit_length() - 1
+    bits = np.concatenate([np.unpackbits(data, bitorder="little")[start:], np.ones(top, np.uint8)])
+    windows = np.zeros(len(bits) - top, np.uint16)
+    for i in range(top):
+        windows |= bits[i : i + len(windows)].astype(np.uint16) << np.uint16(i)
+    entries = lookup[windows]
+    following: list[int] = (np.arange(len(entries)) + (entries & np.uint32(15))).tolist()
+    places: list[int] = []
+    at, total = 0, len(following)
+    while at < total and len(places) < most:
+        places.append(at)
+        at = following[at]
+    symbols = (entries[places] >> np.uint32(4)).astype(np.uint16)
+    found = int(np.searchsorted(np.cumsum(symbols != skip), count)) + 1
+    if found > len(places) or following[places[found - 1]] > total:
+        raise ValueError(f"the bits end, or {most} symbols are read, before there are {count}")
+    return symbols[:found], start + following[places[found - 1]]
