@@ -25,6 +25,7 @@ SHAPED = (
     "tasks.conv",
     "tasks.ctc",
     "tasks.decoder",
+    "torch.importance",
     "torch.product",
     "torch.operators",
     "torch.recurrent",

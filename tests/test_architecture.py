@@ -38,6 +38,7 @@ LEVELS = {
     "torch.sequential": 4,
     "torch.files": 4,
     "torch.huggingface": 4,
+    "torch.importance": 4,
     "torch.compress": 4,
     "torch.twist": 4,
     "tasks": 5,

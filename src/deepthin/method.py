@@ -227,6 +227,18 @@ class Fitted(Method, Protocol):
         ...
 
 
+@runtime_checkable
+class Separable(Method, Protocol):
+    """A method whose every weight follows from one float at most, up to its sign: so importance can be handed on."""
+
+    def importance_of(self, code: Code, importance: Array, xp: Namespace) -> Code:
+        """For each floating entry the importance of its numbers, from that of the weights.
+
+        ``sum(importance * (change of the weights)^2)`` is ``sum(importance_of * (change of the floats)^2)``.
+        """
+        ...
+
+
 def round_up(ratio: float) -> str:
     """A ratio in two significant digits, rounded up so that what a message recommends can be reached."""
     digits = 1 - math.floor(math.log10(ratio))
@@ -320,13 +332,20 @@ class Then:
 
     def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
         """The outer code, encoded."""
-        return self.encode_floats(self.outer.encode(weight, xp, importance), xp)
+        return self.encode_floats(self.outer.encode(weight, xp, importance), xp, importance)
 
-    def encode_floats(self, code: Code, xp: Namespace) -> Code:
-        """What is stored for an outer code."""
+    def encode_floats(self, code: Code, xp: Namespace, importance: Array | None = None) -> Code:
+        """What is stored for an outer code; ``importance`` is that of the weights.
+
+        It becomes that of the floats where the outer method is ``Separable``; else floats count alike.
+        """
+        shares: Code = {}
+        if importance is not None and isinstance(self.outer, Separable):
+            shares = self.outer.importance_of(code, importance, xp)
         made = {entry: code[entry] for entry in self.outer.integers()}
         for entry, method in self.inner:
-            stored = method.encode(xp.reshape(code[entry], method.shape), xp)
+            share = xp.reshape(shares[entry], method.shape) if entry in shares else None
+            stored = method.encode(xp.reshape(code[entry], method.shape), xp, share)
             made |= {f"{entry}_{key}": array for key, array in stored.items()}
         return made
 

@@ -2,6 +2,7 @@
 
 from deepthin.torch.compress import compress, materialize, parameter_groups, plan, same_size
 from deepthin.torch.files import load, save
+from deepthin.torch.importance import adam_importance, hessian_diagonal, optimal_brain_surgeon
 from deepthin.torch.layers import ThinLayer, ThinLinear
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
@@ -12,9 +13,12 @@ __all__ = [
     "ThinLinear",
     "ThinWeight",
     "Twist",
+    "adam_importance",
     "compress",
+    "hessian_diagonal",
     "load",
     "materialize",
+    "optimal_brain_surgeon",
     "parameter_groups",
     "plan",
     "same_size",

@@ -22,6 +22,7 @@ from deepthin.rules import Tensor as Named
 from deepthin.storage import Contents, Part, Raw, Thin, longest, to_bytes
 from deepthin.torch import product
 from deepthin.torch.files import contents
+from deepthin.torch.importance import check_importance, importance_for
 from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -39,14 +40,15 @@ def compress(
     ``init="trained"`` encodes the weights as they are; at extreme sizes that loses what the network has learned, and a
     warning says when fine-tuning is needed. ``init="scratch"`` draws fresh factors, whose weights have a tenth of He's
     variance (torch's own spread for embeddings and recurrent layers), from ``seed``; on the meta device they have no
-    values yet. Biases keep their own start either way. ``importance`` maps names to tensors of the weights' shape, for
-    methods that weigh errors; a name that is missing weighs all alike. Shared tensors stay shared. The model is changed
-    only if all goes well: ConfigError and BudgetError come before, and NonFiniteError for a NaN or infinity in a weight
-    that is encoded.
+    values yet. Biases keep their own start either way. ``importance`` maps names of parameters to tensors of their
+    shape, for methods that weigh errors (docs/importance.md); in a matrix without, all weigh alike, and of a group
+    either all have it or none. Shared tensors stay shared. The model is changed only if all goes well: ConfigError and
+    BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded, or its importance.
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     found, owners = tensors_of(model)
+    check_importance(model, importance := importance or {})
     contents(model)  # TypeError now, not after the model has changed, for what no file can hold
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
@@ -71,7 +73,7 @@ def compress(
                         f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
                         "zero: set it to zero, or the layer's padding_idx to None."
                     )
-            weigh = [importance[name] for name in names] if importance and names[0] in importance else None
+            weigh = importance_for([(tensor.name, *tensor.also) for tensor in planned.tensors], importance)
             weight = ThinWeight.encode(planned.name, method, parts, dense, weigh)
             with torch.no_grad():
                 for index, (name, tensor) in enumerate(zip(names, dense, strict=True)):

@@ -6,7 +6,7 @@ arXiv:1710.01878), except that a pruned weight may come back.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from deepthin.methods.pruned import Pruned
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules
 from deepthin.torch.compress import check_finite, compress, parts_of, plan_of, tensors_of
+from deepthin.torch.importance import check_importance, importance_for
 from deepthin.torch.weight import ThinWeight
 
 
@@ -52,7 +53,8 @@ class Twist:
     """Distorts dense weights in place every so many optimiser steps, and makes them thin in the end.
 
     ``rules`` are those of ``compress``; any method will do. ``every`` is the paper's S_D. Without a ``schedule`` each
-    distortion is the final one. The optimiser keeps its parameters, and its state, until ``finish``.
+    distortion is the final one. The optimiser keeps its parameters, and its state, until ``finish``. ``importance`` is
+    that of ``compress``, or what is called for it at each distortion: ``lambda: adam_importance(optimizer, model)``.
 
         twist = Twist(model, rules, every=100)
         for inputs, targets in batches:
@@ -68,10 +70,12 @@ class Twist:
         rules: Mapping[str, Any] | str | Path | Rules,
         every: int = 100,
         schedule: Rising | None = None,
+        importance: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
         if every < 1:
             raise ConfigError(f"every = {every}: the interval between distortions is at least 1 step.")
         self.model, self.rules, self.every, self.schedule = model, Rules.parse(rules), every, schedule
+        self.importance = importance
         self.steps = 0
         tensors, self._owners = tensors_of(model)
         self._planned = [planned for planned in plan_of(model, self.rules, tensors) if planned.method is not None]
@@ -81,15 +85,17 @@ class Twist:
         self.steps += 1
         if self.steps % self.every or (self.schedule and self.steps < self.schedule.start):
             return False
+        importance = self._asked()
         for planned in self._planned:
-            self._distort(planned, self._method(planned))
+            self._distort(planned, self._method(planned), importance)
         return True
 
     def finish(self) -> Report:
         """Distort once more, to the full, and make the layers thin; parameters are other ones from here on."""
+        importance = self._asked()
         for planned in self._planned:
-            self._distort(planned, planned.method)
-        return compress(self.model, self.rules, init="trained")
+            self._distort(planned, planned.method, importance)
+        return compress(self.model, self.rules, init="trained", importance=importance)
 
     def state_dict(self) -> dict[str, int]:
         """How many steps were made: all else follows from the model and the arguments."""
@@ -111,13 +117,20 @@ class Twist:
         share = self.schedule.share(self.steps, method.bits() / (32 * area))
         return None if share >= 1 else planned.fit(max(int(32 * area * share), method.bits()))
 
-    def _distort(self, planned: Planned, method: Method | None) -> None:
+    def _asked(self) -> Mapping[str, Tensor]:
+        """The importance of now, checked."""
+        importance = (self.importance() if callable(self.importance) else self.importance) or {}
+        check_importance(self.model, importance)
+        return importance
+
+    def _distort(self, planned: Planned, method: Method | None, importance: Mapping[str, Tensor]) -> None:
         if method is None:
             return
         dense = [self._parameter(tensor.name) for tensor in planned.tensors]
         for tensor, values in zip(planned.tensors, dense, strict=True):
             check_finite(tensor.name, values)
-        weight = ThinWeight.encode(planned.name, method, parts_of(planned), dense)
+        weigh = importance_for([(tensor.name, *tensor.also) for tensor in planned.tensors], importance)
+        weight = ThinWeight.encode(planned.name, method, parts_of(planned), dense, weigh)
         with torch.no_grad():
             for index, values in enumerate(dense):
                 values.copy_(weight(index))

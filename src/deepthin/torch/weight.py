@@ -93,16 +93,17 @@ class ThinWeight(nn.Module):
     ) -> "ThinWeight":
         """The code nearest to dense tensors, on their device and in their type; ``importance`` has their shapes."""
 
-        def matrix(tensors: Sequence[Tensor], scaled: bool) -> np.ndarray:
+        def matrix(tensors: Sequence[Tensor], power: int) -> np.ndarray:
             pieces: list[np.ndarray] = []
             for part, tensor in zip(parts, tensors, strict=True):
                 piece = tensor.detach().float().cpu().numpy()
-                pieces.append((piece.T if part.transposed else piece).reshape(-1) / (part.scale if scaled else 1.0))
+                pieces.append((piece.T if part.transposed else piece).reshape(-1) / part.scale**power)
             flat = np.concatenate(pieces)
             return np.pad(flat, (0, math.prod(method.shape) - flat.size)).reshape(method.shape)
 
-        weight, weigh = matrix(tensors, scaled=True), None if importance is None else matrix(importance, scaled=False)
-        return cls._of(name, method, parts, tensors[0], weight, weigh, None)
+        # What is stored is the weight over its scale, so an error of it counts by the square of the scale
+        weigh = None if importance is None else matrix(importance, power=-2)
+        return cls._of(name, method, parts, tensors[0], matrix(tensors, power=1), weigh, None)
 
     @classmethod
     def draw(
@@ -133,7 +134,7 @@ class ThinWeight(nn.Module):
         latents = None
         if isinstance(method, Then) and method.trains == "through":
             latents = dict(method.outer.encode(weight, numpy, importance)) if code is None else dict(code)
-            code = method.encode_floats(latents, numpy)
+            code = method.encode_floats(latents, numpy, importance)
         elif method.trains == "through":
             latents = {"weight": weight}
             code = method.encode(weight, numpy, importance)
