@@ -76,6 +76,8 @@ class Twist:
             raise ConfigError(f"every = {every}: the interval between distortions is at least 1 step.")
         self.model, self.rules, self.every, self.schedule = model, Rules.parse(rules), every, schedule
         self.importance = importance
+        if not callable(importance):
+            self._asked()  # what is wrong with it is said now
         self.steps = 0
         tensors, self._owners = tensors_of(model)
         self._planned = [planned for planned in plan_of(model, self.rules, tensors) if planned.method is not None]
