@@ -26,6 +26,7 @@ SHAPED = (
     "tasks.conv",
     "tasks.ctc",
     "tasks.decoder",
+    "torch.importance",
     "torch.product",
     "torch.operators",
     "torch.recurrent",

@@ -39,6 +39,7 @@ LEVELS = {
     "torch.sequential": 4,
     "torch.files": 4,
     "torch.huggingface": 4,
+    "torch.importance": 4,
     "torch.compress": 4,
     "torch.twist": 4,
     "torch.allocation": 4,

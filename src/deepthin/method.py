@@ -5,7 +5,7 @@ use (``Namespace``), one method after another (``Then``) and the errors of the w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -231,6 +231,18 @@ class Fitted(Method, Protocol):
         ...
 
 
+@runtime_checkable
+class Separable(Method, Protocol):
+    """A method whose every weight follows from one float at most, up to its sign: so importance can be handed on."""
+
+    def importance_of(self, code: Code, importance: Array, xp: Namespace) -> Code:
+        """For each floating entry the importance of its numbers, from that of the weights.
+
+        ``sum(importance * (change of the weights)^2)`` is ``sum(importance_of * (change of the floats)^2)``.
+        """
+        ...
+
+
 def round_up(ratio: float) -> str:
     """A ratio in two significant digits, rounded up so that what a message recommends can be reached."""
     digits = 1 - math.floor(math.log10(ratio))
@@ -324,13 +336,21 @@ class Then:
 
     def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
         """The outer code, encoded."""
-        return self.encode_floats(self.outer.encode(weight, xp, importance), xp)
+        code = self.outer.encode(weight, xp, importance)
+        return self.encode_floats(code, xp, self.shares(code, xp, importance))
 
-    def encode_floats(self, code: Code, xp: Namespace) -> Code:
-        """What is stored for an outer code."""
+    def shares(self, code: Code, xp: Namespace, importance: Array | None) -> Code:
+        """The importance of the outer floats, of that of the weights: none where it cannot be told."""
+        if importance is None or not isinstance(self.outer, Separable):
+            return {}
+        return self.outer.importance_of(code, importance, xp)
+
+    def encode_floats(self, code: Code, xp: Namespace, shares: Mapping[str, Array] | None = None) -> Code:
+        """What is stored for an outer code; ``shares`` weigh the errors of its floats, those of a missing one alike."""
         made = {entry: code[entry] for entry in self.outer.integers()}
         for entry, method in self.inner:
-            stored = method.encode(xp.reshape(code[entry], method.shape), xp)
+            share = xp.reshape(shares[entry], method.shape) if shares and entry in shares else None
+            stored = method.encode(xp.reshape(code[entry], method.shape), xp, share)
             made |= {f"{entry}_{key}": array for key, array in stored.items()}
         return made
 

@@ -94,6 +94,12 @@ class Hashed:
         mean = (sums[: self.buckets] - sums[self.buckets :]) / xp.where(total > 0, total, xp.ones_like(total))  # 0 / 1
         return {"values": xp.asarray(mean, dtype=flat.dtype)}
 
+    def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
+        """The sum over each bucket."""
+        bucket = xp.asarray(self.derived()["index"] % self.buckets)
+        sums = xp.bincount(bucket, xp.reshape(importance, (-1,)), self.buckets)
+        return {"values": xp.asarray(sums, dtype=importance.dtype)}
+
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One look-up a weight."""
         both = xp.concatenate([code["values"], -code["values"]])

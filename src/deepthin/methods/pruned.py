@@ -103,6 +103,10 @@ class Pruned:
         positions = xp.take(largest, xp.argsort(largest))
         return {"values": xp.take(flat, positions), "positions": positions}
 
+    def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
+        """That of the weights which are kept."""
+        return {"values": xp.take(xp.reshape(importance, (-1,)), code["positions"])}
+
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """Zeros, then what is kept."""
         flat = xp.tile(xp.zeros_like(code["values"][:1]), (math.prod(self.shape),))

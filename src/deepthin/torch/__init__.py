@@ -3,6 +3,7 @@
 from deepthin.torch.allocation import allocate
 from deepthin.torch.compress import compress, materialize, parameter_groups, plan, same_size
 from deepthin.torch.files import load, save
+from deepthin.torch.importance import adam_importance, hessian_diagonal, optimal_brain_surgeon
 from deepthin.torch.layers import ThinLayer, ThinLinear
 from deepthin.torch.recipe import Recipe
 from deepthin.torch.twist import Rising, Twist
@@ -15,10 +16,13 @@ __all__ = [
     "ThinLinear",
     "ThinWeight",
     "Twist",
+    "adam_importance",
     "allocate",
     "compress",
+    "hessian_diagonal",
     "load",
     "materialize",
+    "optimal_brain_surgeon",
     "parameter_groups",
     "plan",
     "same_size",

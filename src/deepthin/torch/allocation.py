@@ -19,6 +19,7 @@ from deepthin.rules import Planned, Rules, Unit, spend
 from deepthin.storage import Thin
 from deepthin.torch.compress import Encoded, coded_bytes, parts_of, plan_of, tensors_of
 from deepthin.torch.files import contents, raw_code
+from deepthin.torch.importance import check_importance
 
 SIZES = 8  # at which each matrix is tried, from the smallest possible to what the budget can spare
 
@@ -50,6 +51,7 @@ def allocate(
     rules = Rules.parse(rules)
     flat = dataclasses.replace(rules, allocation=1.0 if rules.allocation is None else rules.allocation)
     found, owners = tensors_of(model)
+    check_importance(model, importance := importance or {})
     plans = {plan.tensors[0].name: plan for plan in plan_of(model, flat, found)}
     units, fixed, shared = flat.split(found)
     if not shared:

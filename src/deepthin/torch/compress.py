@@ -22,6 +22,7 @@ from deepthin.rules import Tensor as Named
 from deepthin.storage import Contents, Part, Thin, to_bytes
 from deepthin.torch import product
 from deepthin.torch.files import contents, raw_code
+from deepthin.torch.importance import check_importance, importance_for
 from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -63,7 +64,7 @@ class Encoded:
                         f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
                         "zero: set it to zero, or the layer's padding_idx to None."
                     )
-            weigh = [self.importance[name] for name in names] if names[0] in self.importance else None
+            weigh = importance_for([(tensor.name, *tensor.also) for tensor in planned.tensors], self.importance)
             self._made[names[0], method] = ThinWeight.encode(planned.name, method, parts, dense, weigh)
         return self._made[names[0], method]
 
@@ -80,14 +81,15 @@ def compress(
     ``init="trained"`` encodes the weights as they are; at extreme sizes that loses what the network has learned, and a
     warning says when fine-tuning is needed. ``init="scratch"`` draws fresh factors, whose weights have a tenth of He's
     variance (torch's own spread for embeddings and recurrent layers), from ``seed``; on the meta device they have no
-    values yet. Biases keep their own start either way. ``importance`` maps names to tensors of the weights' shape, for
-    methods that weigh errors; a name that is missing weighs all alike. Shared tensors stay shared. The model is changed
-    only if all goes well: ConfigError and BudgetError come before, and NonFiniteError for a NaN or infinity in a weight
-    that is encoded.
+    values yet. Biases keep their own start either way. ``importance`` maps names of parameters to tensors of their
+    shape, for methods that weigh errors (docs/importance.md); in a matrix without, all weigh alike, and of a group
+    either all have it or none. Shared tensors stay shared. The model is changed only if all goes well: ConfigError and
+    BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded, or its importance.
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     found, owners = tensors_of(model)
+    check_importance(model, importance := importance or {})
     contents(model)  # TypeError now, not after the model has changed, for what no file can hold
     encoded = Encoded(owners, importance)
     planned = plan_of(model, Rules.parse(rules), found, encoded if init == "trained" else None)
@@ -326,7 +328,7 @@ def _codable(planned: Planned) -> bool:
 
 
 def planned_contents(base: Contents, planned: Sequence[Planned], encoded: Encoded | None = None) -> Contents:
-    """What the file would hold; without ``encoded`` it may be less: what integers are coded in depends on the weights."""
+    """What the file would hold; it may be less without ``encoded``, since coding depends on the weights."""
     thin: dict[str, Thin] = {}
     for p in planned:
         if p.method is not None:

@@ -16,6 +16,7 @@ from deepthin.methods import THEN
 from deepthin.rules import Planned, Rules, Stages
 from deepthin.torch.allocation import allocate
 from deepthin.torch.compress import plan_of, tensors_of
+from deepthin.torch.importance import check_importance
 from deepthin.torch.layers import make_thin, thin_tensors
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.twist import Rising, Twist
@@ -26,7 +27,8 @@ class Recipe:
     """Takes a dense model through the ``[stages]`` of a configuration in a training of ``steps`` steps.
 
     ``loss`` judges the model on calibration data, for ``allocation = "sensitivity"``. ``importance`` is asked when
-    values are taken away and when they are shared, and gives what weighs errors by the names of parameters then.
+    values are shared, and weighs them by the names that the thin model's parameters have then: ``lambda:
+    hessian_diagonal(model, batches, loss)``.
 
         recipe = dt.Recipe(model, "deep.toml", steps=20_000)
         optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
@@ -43,7 +45,7 @@ class Recipe:
         rules: Mapping[str, Any] | str | Path | Rules,
         steps: int,
         loss: Callable[[nn.Module], float] | None = None,
-        importance: Callable[[], Mapping[str, Tensor]] | None = None,
+        importance: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         self.model, self.rules, self.loss, self.importance = model, Rules.parse(rules), loss, importance
         stages = self.rules.stages or Stages()
@@ -96,12 +98,16 @@ class Recipe:
 
     def _share(self) -> None:
         """The floats of each code are stored by the second method."""
-        named = thin_tensors(self.model)
+        named, importance = thin_tensors(self.model), self.importance()
+        check_importance(self.model, importance)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for plan in self._plans:
             if not isinstance(plan.method, Then):
                 continue
             first = named[plan.tensors[0].name][0]
-            shared = first.with_floats_stored(plan.name, plan.method)
+            own = {entry: names[id(parameter)] for entry, parameter in first.named_parameters()}
+            shares = {entry: importance[name] for entry, name in own.items() if name in importance}
+            shared = first.with_floats_stored(plan.name, plan.method, shares)
             for index, tensor in enumerate(plan.tensors):
                 generated = shared if len(plan.tensors) == 1 else ThinPart(shared, index)
                 for name in (tensor.name, *tensor.also):

@@ -6,7 +6,7 @@ arXiv:1710.01878), except that a pruned weight may come back.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from deepthin.method import ConfigError, Method
 from deepthin.methods.pruned import Pruned
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules
-from deepthin.torch.compress import carry_out, check_finite, parts_of, plan_of, tensors_of
+from deepthin.torch.compress import Encoded, carry_out, check_finite, parts_of, plan_of, tensors_of
+from deepthin.torch.importance import check_importance, importance_for
 from deepthin.torch.weight import ThinWeight
 
 
@@ -53,7 +54,8 @@ class Twist:
 
     ``rules`` are those of ``compress``, or plans that were made of some; any method will do. ``every`` is the paper's
     S_D. Without a ``schedule`` each distortion is the final one. The optimiser keeps its parameters, and its state,
-    until ``finish``.
+    until ``finish``. ``importance`` is that of ``compress``, or what is called for it at each distortion: ``lambda:
+    adam_importance(optimizer, model)``.
 
         twist = Twist(model, rules, every=100)
         for inputs, targets in batches:
@@ -69,10 +71,14 @@ class Twist:
         rules: Mapping[str, Any] | str | Path | Rules | list[Planned],
         every: int = 100,
         schedule: Rising | None = None,
+        importance: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
         if every < 1:
             raise ConfigError(f"every = {every}: the interval between distortions is at least 1 step.")
         self.model, self.rules, self.every, self.schedule = model, rules, every, schedule
+        self.importance = importance
+        if not callable(importance):
+            self._asked()  # what is wrong with it is said now
         self.steps = 0
         tensors, self._owners = tensors_of(model)
         plans = rules if isinstance(rules, list) else plan_of(model, Rules.parse(rules), tensors)
@@ -83,15 +89,17 @@ class Twist:
         self.steps += 1
         if self.steps % self.every or (self.schedule and self.steps < self.schedule.start):
             return False
+        importance = self._asked()
         for planned in self._planned:
-            self._distort(planned, self._method(planned))
+            self._distort(planned, self._method(planned), importance)
         return True
 
     def finish(self) -> Report:
         """Distort once more, to the full, and make the layers thin; parameters are other ones from here on."""
+        importance = self._asked()
         for planned in self._planned:
-            self._distort(planned, planned.method)
-        return carry_out(self.model, self._planned, self._owners)
+            self._distort(planned, planned.method, importance)
+        return carry_out(self.model, self._planned, self._owners, encoded=Encoded(self._owners, importance))
 
     def state_dict(self) -> dict[str, int]:
         """How many steps were made: all else follows from the model and the arguments."""
@@ -113,13 +121,20 @@ class Twist:
         share = self.schedule.share(self.steps, method.bits() / (32 * area))
         return None if share >= 1 else planned.fit(max(int(32 * area * share), method.bits()))
 
-    def _distort(self, planned: Planned, method: Method | None) -> None:
+    def _asked(self) -> Mapping[str, Tensor]:
+        """The importance of now, checked."""
+        importance = (self.importance() if callable(self.importance) else self.importance) or {}
+        check_importance(self.model, importance)
+        return importance
+
+    def _distort(self, planned: Planned, method: Method | None, importance: Mapping[str, Tensor]) -> None:
         if method is None:
             return
         dense = [self._parameter(tensor.name) for tensor in planned.tensors]
         for tensor, values in zip(planned.tensors, dense, strict=True):
             check_finite(tensor.name, values)
-        weight = ThinWeight.encode(planned.name, method, parts_of(planned), dense)
+        weigh = importance_for([(tensor.name, *tensor.also) for tensor in planned.tensors], importance)
+        weight = ThinWeight.encode(planned.name, method, parts_of(planned), dense, weigh)
         with torch.no_grad():
             for index, values in enumerate(dense):
                 values.copy_(weight(index))

@@ -93,16 +93,17 @@ class ThinWeight(nn.Module):
     ) -> "ThinWeight":
         """The code nearest to dense tensors, on their device and in their type; ``importance`` has their shapes."""
 
-        def matrix(tensors: Sequence[Tensor], scaled: bool) -> np.ndarray:
+        def matrix(tensors: Sequence[Tensor], power: int) -> np.ndarray:
             pieces: list[np.ndarray] = []
             for part, tensor in zip(parts, tensors, strict=True):
                 piece = tensor.detach().float().cpu().numpy()
-                pieces.append((piece.T if part.transposed else piece).reshape(-1) / (part.scale if scaled else 1.0))
+                pieces.append((piece.T if part.transposed else piece).reshape(-1) / part.scale**power)
             flat = np.concatenate(pieces)
             return np.pad(flat, (0, math.prod(method.shape) - flat.size)).reshape(method.shape)
 
-        weight, weigh = matrix(tensors, scaled=True), None if importance is None else matrix(importance, scaled=False)
-        return cls._of(name, method, parts, tensors[0], weight, weigh, None)
+        # What is stored is the weight over its scale, so an error of it counts by the square of the scale
+        weigh = None if importance is None else matrix(importance, power=-2)
+        return cls._of(name, method, parts, tensors[0], matrix(tensors, power=1), weigh, None)
 
     @classmethod
     def draw(
@@ -133,7 +134,7 @@ class ThinWeight(nn.Module):
         latents = None
         if isinstance(method, Then) and method.trains == "through":
             latents = dict(method.outer.encode(weight, numpy, importance)) if code is None else dict(code)
-            code = method.encode_floats(latents, numpy)
+            code = method.encode_floats(latents, numpy, method.shares(latents, numpy, importance))
         elif method.trains == "through":
             latents = {"weight": weight}
             code = method.encode(weight, numpy, importance)
@@ -141,12 +142,14 @@ class ThinWeight(nn.Module):
             code = method.encode(weight, numpy, importance)
         return cls(name, method, parts, _tensors(code, like), None if latents is None else _tensors(latents, like))
 
-    def with_floats_stored(self, name: str, method: Then) -> "ThinWeight":
-        """The same matrix, whose code is that of ``method.outer``, with its floats stored by ``method.inner``."""
+    def with_floats_stored(self, name: str, method: Then, shares: Mapping[str, Tensor]) -> "ThinWeight":
+        """The same matrix, whose code is that of ``method.outer``, with its floats stored by ``method.inner``.
+
+        ``shares`` weigh the errors of the floats.
+        """
         like = next(self.parameters())
-        code: dict[str, Any] = {entry: tensor.detach().cpu() for entry, tensor in self.code().items()}
-        code = {e: (t.float() if t.is_floating_point() else t).numpy() for e, t in code.items()}
-        stored = _tensors(method.encode_floats(code, cast(Any, np)), like)
+        code, weigh = _arrays(self.code()), _arrays(shares)
+        stored = _tensors(method.encode_floats(code, cast(Any, np), weigh), like)
         latents = _tensors(code, like) if method.trains == "through" else None
         return type(self)(name, method, self.parts, stored, latents).requires_grad_(like.requires_grad)
 
@@ -456,6 +459,12 @@ class ThinWeight(nn.Module):
         return {
             key: value for key, value in self.__dict__.items() if key not in ("_dense", "_floats", "_fast", "_rows")
         }
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """On the host, half precision widened."""
+    found = {entry: tensor.detach().cpu() for entry, tensor in tensors.items()}
+    return {e: (t.float() if t.is_floating_point() else t).numpy() for e, t in found.items()}
 
 
 def _tensors(arrays: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
