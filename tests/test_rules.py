@@ -210,8 +210,8 @@ def test_infeasible_rule_names_the_matrix():
         ({"model": {"ignore": "output"}}, "[model] ignore = 'output' must be a list of patterns, such as ['output']."),
         (
             {"model": {"allocation": "uniform"}},
-            "[model] allocation = 'uniform' is unknown. Did you mean 'uniform-bytes'? Valid: flat, uniform-bytes. "
-            "Or give a number from 0 (equal bytes) to 1 (equal ratios).",
+            "[model] allocation = 'uniform' is unknown. Did you mean 'uniform-bytes'? Valid: flat, uniform-bytes, "
+            "sensitivity. Or give a number from 0 (equal bytes) to 1 (equal ratios).",
         ),
         ({"model": 3}, "model must be a table, not 3."),
         (
