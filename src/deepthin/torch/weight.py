@@ -411,7 +411,9 @@ class ThinWeight(nn.Module):
         decoder, part = self.decoder, self.parts[0]
         if len(self.parts) > 1 or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
             return "dense"
-        if _is_traced(x) or x.is_nested or x.shape[-1:] != part.shape[1:] or torch.is_autocast_enabled(x.device.type):
+        if _is_traced(x) or x.is_meta or x.is_nested or x.shape[-1:] != part.shape[1:]:
+            return "dense"
+        if torch.is_autocast_enabled(x.device.type):
             return "dense"
         like, batch = next(self.parameters()), x.numel() // part.shape[1]
         if isinstance(decoder, Kronecker | TensorTrain) and x.dtype == like.dtype:
