@@ -70,6 +70,7 @@ def test_the_product_is_that_of_the_decoded_weight(rule, bias, tmp_path):
     assert_close(layer, torch.randn(53, 5).T)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own use of torch.jit.script
 @each_rule
 def test_other_inputs_take_the_decoded_weight(rule, tmp_path):
     layer = layer_of(rule, tmp_path)
