@@ -62,6 +62,7 @@ _COLUMNS = {  # what is timed, and the name of its column
     "csr": "csr_microseconds",
     "uniform": "uniform_8bit_microseconds",
     "kmeans": "kmeans_4bit_microseconds",
+    "kept": "kept_microseconds",
 }
 
 
@@ -92,8 +93,9 @@ def run(
     ``layer_microseconds`` always the module. The competitors: ``dense`` torch's own layers, ``packed`` oneDNN with
     packed weights, ``int8`` dynamic quantisation, ``rank`` and ``csr`` the same bytes as a plain rank factorisation and
     as sparse rows, by kernels of the same library; ``best_dense`` is the faster of the first two. ``uniform_8bit`` and
-    ``kmeans_4bit``, for ``linear``, are thin layers of a symbol a weight, at the bytes that these take. Every
-    competitor is called some times before its timing; for ``cold_...`` the caches are flushed instead.
+    ``kmeans_4bit``, for ``linear``, are thin layers of a symbol a weight, at the bytes that these take, ``kept`` the
+    latter by its decoded weight, as for large batches. Every competitor is called some times before its timing; for
+    ``cold_...`` the caches are flushed instead.
     """
     torch.set_num_threads(threads)
     shapes = TFKALDI if case == "tfkaldi" else [shape]
@@ -256,6 +258,7 @@ def _symbol_competitors(shape: tuple[int, int], x: torch.Tensor) -> Iterable[Tim
         weight = ThinWeight(name, method, [Part(shape)], codes[method], frozen=True).requires_grad_(False)
         make_thin(model[0], {"weight": weight})
         yield Timing(name, None, _forward(model, x))
+    yield Timing("kept", None, lambda: nn.functional.linear(x, weight(), model[0].bias))
 
 
 def _thin_competitors(
