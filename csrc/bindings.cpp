@@ -503,4 +503,15 @@ NB_MODULE(_native, m) {
         deepthin::csr(set, at<const float>(values), at<const int32_t>(columns), at<const int64_t>(starts), rows, cols,
                       entries, at<const float>(bias), at<const float>(x), at<float>(y), batch, threads);
     });
+    m.def("levels", [] { return nb::make_tuple(kernels().levels[0], kernels().levels[1]); });
+    m.def("symbols", [](int64_t rows, int64_t cols, std::uintptr_t symbols, std::uintptr_t step, std::uintptr_t least, bool by_row,
+                        std::uintptr_t table, int levels, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t y, int64_t batch,
+                        int threads) {
+        check_batch(deepthin::make_plan(rows, cols, 1, 1, 0), batch);
+        const Kernels& set = kernels();
+        nb::gil_scoped_release unlocked;
+        const deepthin::Symbols given{rows, cols, at<const uint8_t>(symbols), at<const float>(step), at<const float>(least), by_row,
+                                      at<const float>(table), levels, at<const float>(bias)};
+        deepthin::symbols(set, given, at<const float>(x), at<float>(y), batch, threads);
+    });
 }

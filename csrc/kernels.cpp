@@ -7,6 +7,7 @@
 
 #include "fft.h"
 #include "gates.h"
+#include "symbols.h"
 #include "vector.h"
 
 namespace {
@@ -884,6 +885,17 @@ void csr(const float* values, const int32_t* columns, const int64_t* starts, int
         DEEPTHIN_BY_WIDTH(csr_block)(values, columns, starts, rows, cols, bias, x, y, items, scratch);
 }
 
+int64_t symbols_scratch(int64_t cols) { return round_up(cols, DEEPTHIN_WIDTH) * deepthin::SYMBOL_ITEMS; }
+uint32_t symbols(const Symbols& s, const float* x, float* y, int64_t items, int64_t first, int64_t stop, float* scratch) {
+    constexpr int W = DEEPTHIN_WIDTH;
+    if constexpr (MOST_BITS > 0) {
+        if (s.table && s.levels <= 1 << FEW_BITS)
+            return symbol_block<W>(s, Shared<FEW_BITS>{s.table}, x, y, items, first, stop, scratch);
+        if (s.table) return symbol_block<W>(s, Shared<MOST_BITS>{s.table}, x, y, items, first, stop, scratch);
+    }
+    return symbol_block<W>(s, Numbers{uint8_t(s.least ? 128 : 0)}, x, y, items, first, stop, scratch);
+}
+
 void one_step(const deepthin::Step& s) { step<DEEPTHIN_WIDTH>(s); }
 void one_step_gradient(const deepthin::StepGradient& s) { step_gradient<DEEPTHIN_WIDTH>(s); }
 
@@ -899,5 +911,6 @@ const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE) = {
     DEEPTHIN_NAME(DEEPTHIN_TABLE), {DEEPTHIN_WIDTH, FEW}, SINGLE, BUNDLE, ::forward_scratch, ::backward_scratch, ::forward,
     ::backward,
     ::single_scratch, ::single_item, ::spectra, ::spectra1, ::finish_grad_wf, ::csr_scratch, ::csr,
+    {MOST_BITS ? 1 << FEW_BITS : 0, MOST_BITS ? 1 << MOST_BITS : 0}, ::symbols_scratch, ::symbols,
     ::one_step, ::one_step_gradient};
 }  // namespace deepthin

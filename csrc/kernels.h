@@ -80,6 +80,20 @@ struct StepGradient {
     int64_t grad_step;
 };
 
+// A matrix of one byte a weight, read where it lies, and what its products need. Without `table`: step * symbol, symbols
+// from -128 on; with `least`: least + step * symbol, symbols from 0 on. With `table`, what stands there at the symbol's place.
+struct Symbols {
+    int64_t rows, cols;
+    const uint8_t* symbols;
+    const float *step, *least;  // one of each, or one a row; `least` may be null
+    bool by_row;
+    const float* table;  // or null
+    int levels;          // how many numbers it has
+    const float* bias;   // may be null
+};
+constexpr int SYMBOL_LEVELS = 64;  // what the kernels take for a table has so many, whatever is in use
+constexpr int SYMBOL_ITEMS = 8;    // at once, at most
+
 // The kernels of one instruction set. `width` is the number of items abreast: widths[0], or widths[1] where it is not 0.
 struct Kernels {
     const char* name;
@@ -100,6 +114,10 @@ struct Kernels {
     int64_t (*csr_scratch)(int64_t rows, int64_t cols, int width);
     void (*csr)(const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
                 const float* bias, const float* x, float* y, int width, int64_t items, float* scratch);
+    int levels[2];  // shared values that `symbols` looks up at once; and at most: more are slower than decoded ones
+    int64_t (*symbols_scratch)(int64_t cols);
+    // Of some rows and at most SYMBOL_ITEMS items; marks items as `forward` does.
+    uint32_t (*symbols)(const Symbols&, const float* x, float* y, int64_t items, int64_t first, int64_t stop, float* scratch);
     void (*step)(const Step&);
     void (*step_gradient)(const StepGradient&);
 };
@@ -135,6 +153,11 @@ void backward(const Kernels&, const Plan&, const float* x, const float* xf, cons
 // y = x A^T + bias for a sparse A of rows x cols; throws std::invalid_argument where an index is out of range.
 void csr(const Kernels&, const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
          int64_t entries, const float* bias, const float* x, float* y, int64_t batch, int threads);
+
+// y = x W^T + bias for a W of one byte a weight. Items whose outputs are not all finite are computed again with the weights
+// themselves, as in `forward`; a symbol without a shared value is NaN. Throws std::invalid_argument for more levels than the
+// instruction set has. The result does not depend on `threads`.
+void symbols(const Kernels&, const Symbols&, const float* x, float* y, int64_t batch, int threads);
 
 // A matrix of a recurrent layer, with what its gradients go to: null where nobody wants them.
 struct Gate {

@@ -546,4 +546,34 @@ void csr(const Kernels& kernels, const float* values, const int32_t* columns, co
     });
 }
 
+void symbols(const Kernels& kernels, const Symbols& given, const float* x, float* y, int64_t batch, int threads) {
+    float table[SYMBOL_LEVELS];
+    Symbols s = given;
+    if (s.table) {
+        if (s.levels < 1 || s.levels > kernels.levels[1]) throw std::invalid_argument("too many shared values for this instruction set");
+        std::fill(std::copy(s.table, s.table + s.levels, table), table + SYMBOL_LEVELS, std::numeric_limits<float>::quiet_NaN());
+        s.table = table;
+    }
+    const auto weight = [&s](int64_t row, int64_t col) {
+        const uint8_t symbol = s.symbols[row * s.cols + col];
+        if (s.table) return symbol < s.levels ? s.table[symbol] : std::numeric_limits<float>::quiet_NaN();
+        const float step = s.step[s.by_row ? row : 0];
+        return s.least ? s.least[s.by_row ? row : 0] + step * float(symbol) : step * float(int8_t(symbol));
+    };
+    constexpr int64_t ROWS = 128;  // at a time: enough to be worth the inputs' being laid out, few enough for threads to share
+    const int64_t parts = (s.rows + ROWS - 1) / ROWS, blocks = (batch + SYMBOL_ITEMS - 1) / SYMBOL_ITEMS;
+    in_parallel(parts * blocks, threads, [&](int64_t i) {
+        const int64_t item = i / parts * SYMBOL_ITEMS, row = i % parts * ROWS;
+        const int64_t stop = std::min(row + ROWS, s.rows), items = std::min<int64_t>(SYMBOL_ITEMS, batch - item);
+        uint32_t odd = kernels.symbols(s, x + item * s.cols, y + item * s.rows, items, row, stop,
+                                       scratch(kernels.symbols_scratch(s.cols)));
+        for (int64_t b = item; odd; b++, odd >>= 1)
+            for (int64_t j = row; odd & 1 && j < stop; j++) {
+                float sum = 0;
+                for (int64_t q = 0; q < s.cols; q++) sum += x[b * s.cols + q] * weight(j, q);
+                y[b * s.rows + j] = sum + (s.bias ? s.bias[j] : 0.0f);
+            }
+    });
+}
+
 }  // namespace deepthin

@@ -175,6 +175,7 @@ def test_bench_of_a_layer_times_every_rival_warm_and_cold():
         times = {name: row[f"{temperature}{name}_microseconds"] for name in ("dense", "packed", "best_dense", "rank")}
         assert times["best_dense"] == min(times["dense"], times["packed"])
         assert all(time > 0 for time in times.values())
+        assert all(row[f"{temperature}{name}_microseconds"] > 0 for name in ("uniform_8bit", "kmeans_4bit"))
         if kernels.native_available:
             assert row[f"{temperature}microseconds"] > 0
             assert row[f"{temperature}layer_microseconds"] > 0

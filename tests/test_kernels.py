@@ -316,6 +316,15 @@ for rows, cols, n, rank, offset in [
             starts, columns = guarded(np.array([0, *[1] * rows]), at_end), guarded(np.zeros(1, "i4"), at_end)
             value = guarded(draw(1), at_end)
             kernels.native().csr(*at(value, columns, starts), rows, cols, 1, *at(bias, x, y), batch, 1)
+            symbols, once = guarded(np.zeros((rows, cols), "u1"), at_end), guarded(draw(1, 1), at_end)
+            for levels in {1, *kernels.levels()} - {0} if kernels.levels()[1] else ():
+                table = guarded(draw(levels), at_end)
+                kernels.native().symbols(
+                    rows, cols, *at(symbols), 0, 0, False, *at(table), levels, *at(bias, x, y), batch, 1
+                )
+            for step in (once, bias):
+                own = *at(symbols, step, step), step is bias, 0, 0
+                kernels.native().symbols(rows, cols, *own, *at(bias, x, y), batch, 1)
 print("untouched", count)
 """
 

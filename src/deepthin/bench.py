@@ -3,6 +3,7 @@
 Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2, is what `tfkaldi` and `deepspeech` are drawn beside.
 """
 
+import math
 import statistics
 import time
 import warnings
@@ -19,8 +20,13 @@ import deepthin.torch as dt
 from deepthin import kernels
 from deepthin.method import BudgetError
 from deepthin.methods.factor import Factor
+from deepthin.methods.kmeans import KMeans
+from deepthin.methods.scalar import Uniform
 from deepthin.networks import WHOLE, Whole, Work, whole
 from deepthin.report import table
+from deepthin.storage import Part
+from deepthin.torch.layers import make_thin
+from deepthin.torch.weight import ThinWeight
 from deepthin.trial import quantised
 
 Shapes = Sequence[tuple[int, int]]
@@ -54,6 +60,9 @@ _COLUMNS = {  # what is timed, and the name of its column
     "int8": "int8_microseconds",
     "rank": "rank_microseconds",
     "csr": "csr_microseconds",
+    "uniform": "uniform_8bit_microseconds",
+    "kmeans": "kmeans_4bit_microseconds",
+    "kept": "kept_microseconds",
 }
 
 
@@ -83,8 +92,10 @@ def run(
     the task ctc. ``microseconds`` is the bare operator for ``linear``, the module as users have it for the others;
     ``layer_microseconds`` always the module. The competitors: ``dense`` torch's own layers, ``packed`` oneDNN with
     packed weights, ``int8`` dynamic quantisation, ``rank`` and ``csr`` the same bytes as a plain rank factorisation and
-    as sparse rows, by kernels of the same library; ``best_dense`` is the faster of the first two. Every competitor is
-    called some times before its timing; for ``cold_...`` the caches are flushed instead.
+    as sparse rows, by kernels of the same library; ``best_dense`` is the faster of the first two. ``uniform_8bit`` and
+    ``kmeans_4bit``, for ``linear``, are thin layers of a symbol a weight, at the bytes that these take, ``kept`` the
+    latter by its decoded weight, as for large batches. Every competitor is called some times before its timing; for
+    ``cold_...`` the caches are flushed instead.
     """
     torch.set_num_threads(threads)
     shapes = TFKALDI if case == "tfkaldi" else [shape]
@@ -111,6 +122,8 @@ def _measure(
     torch.manual_seed(0)
     x = torch.randn(batch, shapes[0][1])
     timings = [*_dense_competitors(case, shapes, x)]
+    if case == "linear":
+        timings += _symbol_competitors(shapes[0], x)
     common = {"case": case, "rows": shapes[-1][0], "cols": shapes[0][1], "batch": batch, "rank": rank}
     rows: list[dict[str, Any]] = []
     for ratio in ratios:
@@ -233,6 +246,21 @@ def _dense_competitors(case: str, shapes: Shapes, x: torch.Tensor) -> Iterable[T
         yield Timing("int8", None, _forward(int8, x))
 
 
+def _symbol_competitors(shape: tuple[int, int], x: torch.Tensor) -> Iterable[Timing]:
+    """Layers whose weights are symbols at random, as they are after loading with ``frozen``."""
+    uniform, kmeans = Uniform(shape, 8), KMeans(shape, min(16, math.prod(shape)))
+    codes = {
+        uniform: {"symbols": torch.randint(-127, 128, shape), "step": torch.full((1, 1), 0.001)},
+        kmeans: {"symbols": torch.randint(0, kmeans.levels, shape), "centres": torch.randn(kmeans.levels)},
+    }
+    for name, method in (("uniform", uniform), ("kmeans", kmeans)):
+        model = _network([shape]).requires_grad_(False)
+        weight = ThinWeight(name, method, [Part(shape)], codes[method], frozen=True).requires_grad_(False)
+        make_thin(model[0], {"weight": weight})
+        yield Timing(name, None, _forward(model, x))
+    yield Timing("kept", None, lambda: nn.functional.linear(x, weight(), cast(Any, model[0]).bias))
+
+
 def _thin_competitors(
     case: str, shapes: Shapes, x: torch.Tensor, model: nn.Sequential, ratio: float, threads: int
 ) -> Iterable[Timing]:
@@ -348,7 +376,7 @@ def _interleaved(
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of how many times faster DeepThin is than each competitor."""
     lines: list[tuple[str, ...]] = []
-    rivals = ("dense", "best_dense", "int8", "rank", "csr")
+    rivals = ("dense", "best_dense", "int8", "rank", "csr", "uniform_8bit", "kmeans_4bit")
     shown = [rival for rival in rivals if any(row.get(f"{rival}_microseconds") for row in rows)]
     cold = any(row.get("cold_microseconds") for row in rows)
     for row in rows:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int, UInt8, UInt16, UInt32
+from jaxtyping import Float, Float32, Float64, Int, Int8, UInt8, UInt16, UInt32
 
 from deepthin import huffman
 from deepthin.method import ConfigError
@@ -50,6 +50,11 @@ def isa() -> str:
 def isas() -> tuple[str, ...]:
     """The instruction sets that this machine can run, of those that were compiled."""
     return () if _native is None else tuple(_native.isas())
+
+
+def levels() -> tuple[int, int]:
+    """Shared values that ``symbol_linear`` looks up in one go, and at most; 0 where that would not pay."""
+    return (0, 0) if _native is None else _native.levels()
 
 
 def native() -> ModuleType:
@@ -158,6 +163,69 @@ def huffman_walk(
     if found < 0:
         raise ValueError(f"the bits end, or {most} symbols are read, before there are {count}")
     return symbols[:found], end
+
+
+def symbol_linear(
+    symbols: Int8[np.ndarray, "rows cols"] | UInt8[np.ndarray, "rows cols"],
+    x: Float32[np.ndarray, "batch cols"],
+    bias: Float32[np.ndarray, " rows"] | None = None,
+    *,
+    step: Float32[np.ndarray, "steps 1"] | None = None,
+    least: Float32[np.ndarray, "steps 1"] | None = None,
+    centres: Float32[np.ndarray, " levels"] | None = None,
+    threads: int = 1,
+) -> Float32[np.ndarray, "batch rows"]:
+    """``x @ W.T + bias`` for a W of one byte a weight, which is not decoded: it is read where it lies.
+
+    W is ``step * symbols`` (int8), ``least + step * symbols`` (uint8), each with one step for all or one a row, or
+    ``centres[symbols]`` (uint8), of ``levels()`` centres at most. The error of an output is some float32 roundings of
+    sum |x| |W|, with least values of sum |x| (|least + 128 step| + step |symbols - 128|). The result is the same bits
+    for any number of threads. NaN and infinity come out as from a dense product. TypeError and ValueError say what
+    does not fit.
+    """
+    if symbols.ndim != 2 or (step is None) == (centres is None) or (least is not None and step is None):
+        raise ValueError(
+            f"A matrix of symbols has a step, or centres, and least values with a step; it is {symbols.shape}."
+        )
+    kind = np.int8 if centres is None and least is None else np.uint8
+    if symbols.dtype != kind:
+        raise TypeError(f"symbols are {symbols.dtype}: these weights have {np.dtype(kind)}.")
+    (rows, cols), counts = symbols.shape, [a for a in (step, least) if a is not None]
+    shape = (rows if step is not None and len(step) > 1 else 1, 1)
+    steps = [_array(name, a, shape) for name, a in zip(("step", "least"), counts, strict=False)]
+    steps += [None] * (2 - len(steps))
+    if centres is not None:
+        centres = _array("centres", centres, (centres.size,))
+        if not 0 < len(centres) <= levels()[1]:
+            raise ValueError(
+                f"There are {len(centres)} centres: {isa()} looks up 1 to {levels()[1]}. Decode the weight."
+            )
+        if symbols.size and symbols.max() >= len(centres):
+            raise ValueError(f"Symbols go up to {symbols.max()}; there are {len(centres)} centres.")
+    symbols, x = np.ascontiguousarray(symbols), _array("x", x, (len(x), cols))
+    bias = None if bias is None else _array("bias", bias, (rows,))
+    y = np.empty((len(x), rows), np.float32)
+    table = (_address(centres), 0 if centres is None else len(centres))
+    arrays = map(_address, (bias, x, y))
+    native().symbols(rows, cols, *map(_address, (symbols, *steps)), shape[0] > 1, *table, *arrays, len(x), threads)
+    return y
+
+
+def symbol_reference(
+    symbols: Int[np.ndarray, "rows cols"],
+    x: Float[np.ndarray, "batch cols"],
+    bias: Float[np.ndarray, " rows"] | None = None,
+    *,
+    step: Float[np.ndarray, "steps 1"] | None = None,
+    least: Float[np.ndarray, "steps 1"] | None = None,
+    centres: Float[np.ndarray, " levels"] | None = None,
+) -> Float64[np.ndarray, "batch rows"]:
+    """What ``symbol_linear`` computes, by its definition, in float64: the weight is decoded."""
+    if centres is not None:
+        weight = centres.astype(np.float64)[symbols]
+    else:
+        weight = (1.0 if step is None else step.astype(np.float64)) * symbols + (0.0 if least is None else least)
+    return x.astype(np.float64) @ weight.T + (0.0 if bias is None else bias)
 
 
 def linear_reference(

@@ -32,12 +32,16 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
     return storage.write(contents(model), path, max_bytes)
 
 
-def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = None) -> nn.Module:
+def load(
+    model: nn.Module, path: str | Path, names: Mapping[str, str] | None = None, *, frozen: bool = False
+) -> nn.Module:
     """Put a file's tensors into ``model``, whose stored matrices become thin in place; returns the model.
 
     ``model`` has the architecture that was saved: dense, thin, or built on the meta device (where nothing dense is ever
-    allocated; tensors then go to main memory). ``names`` maps names in the file to names in the model. Whatever does
-    not fit raises ConfigError before the model is touched; a damaged file raises FormatError.
+    allocated; tensors then go to main memory). ``names`` maps names in the file to names in the model. ``frozen``: for
+    use alone; what trains through its rounding then holds its code instead of latents, a byte a weight for 8 bits;
+    native code multiplies by the symbols, and no thin matrix wants a gradient. Whatever does not fit raises ConfigError
+    before the model is touched; a damaged file raises FormatError.
     """
     stored = _renamed(storage.read(path), names or {}, str(path))
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
@@ -61,10 +65,14 @@ def load(model: nn.Module, path: str | Path, names: Mapping[str, str] | None = N
         places = [(own, index) for index, part in enumerate(thin.parts) for own in (part, *sharing.get(part, ()))]
         weight, _ = thin_now.get(name, (None, 0))
         same = weight is not None and all(thin_now.get(own) == (weight, index) for own, index in places)
+        same = same and weight is not None and weight.rounds == (thin.method.trains == "through" and not frozen)
         if weight is not None and same and not old.is_meta and _plan_of(weight) == _plan_of(thin):
             weight.set_code(code)
+            if frozen:
+                weight.requires_grad_(False)
             continue
-        fresh = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code).requires_grad_(old.requires_grad)
+        fresh = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code, frozen=frozen)
+        fresh.requires_grad_(not frozen and old.requires_grad)
         for own, index in places:
             layer, parameter = _owner(model, own)
             make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})

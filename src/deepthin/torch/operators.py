@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
@@ -21,6 +21,8 @@ from torch.autograd import forward_ad
 from deepthin import kernels
 from deepthin.methods.factor import Factor
 from deepthin.torch.product import choose_native, factor_linear
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 _library = torch.library.Library("deepthin", "DEF")
 _library.define(
@@ -105,7 +107,11 @@ def takes(*operands: Tensor | None) -> bool:
 
 
 def _is_plain(t: Tensor) -> bool:
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.dtype is not torch.float32 or not t.is_cpu:
+    return t.dtype is torch.float32 and _in_memory(t)
+
+
+def _in_memory(t: Tensor) -> bool:
+    if type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu:
         return False
     if t.layout is not torch.strided or t.is_nested:
         return False
@@ -113,16 +119,50 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def same_values(kept: Tensor, now: Tensor) -> bool:
-    """``torch.equal``, ten times as fast for plain float32 tensors; NaN counts as a value there, zeros have signs."""
+    """``torch.equal``, ten times as fast for plain float32 and integers; NaN is a value there, zeros have signs."""
     if (
-        takes(kept, now)
+        kernels.native_available
+        and kept.dtype == now.dtype
+        and (now.dtype is torch.float32 or now.dtype in _INTEGERS)
+        and _in_memory(kept)
+        and _in_memory(now)
         and kept.is_contiguous()
         and now.is_contiguous()
         and not now.is_neg()
         and kept.shape == now.shape
     ):
-        return kernels.native().same_bytes(kept.data_ptr(), now.data_ptr(), 4 * now.numel())
+        return kernels.native().same_bytes(kept.data_ptr(), now.data_ptr(), now.element_size() * now.numel())
     return torch.equal(kept, now)
+
+
+def symbol_linear(
+    x: Float[Tensor, "*batch cols"],
+    symbols: Shaped[Tensor, "rows cols"],
+    bias: Float[Tensor, " rows"] | None,
+    *,
+    step: Float[Tensor, "steps 1"] | None = None,
+    least: Float[Tensor, "steps 1"] | None = None,
+    centres: Float[Tensor, " levels"] | None = None,
+) -> Float[Tensor, "*batch rows"]:
+    """``kernels.symbol_linear`` for plain tensors whose gradients nobody wants; the caller minds shapes and types."""
+    rows, cols = symbols.shape
+    items, *others = (_as_read(t) for t in (x, symbols, step, least, centres, bias))
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32, device="cpu")
+    at = [0 if t is None else t.data_ptr() for t in others]
+    kernels.native().symbols(
+        rows,
+        cols,
+        *at[:3],
+        step is not None and len(step) > 1,
+        at[3],
+        0 if centres is None else len(centres),
+        at[4],
+        cast(Tensor, items).data_ptr(),
+        y.data_ptr(),
+        x.numel() // cols,
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def _method(x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int) -> Factor:

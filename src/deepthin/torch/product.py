@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from deepthin import kernels
+from deepthin.methods.ecsq import Ecsq
 from deepthin.methods.factor import Factor
+from deepthin.methods.kmeans import KMeans
 from deepthin.methods.kronecker import Kronecker
+from deepthin.methods.scalar import Uniform
 from deepthin.methods.tensor_train import TensorTrain
 
-Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "csr"]
-"""The weight built first; its factors in turn; the structured way in torch; the same in native code; sparse rows."""
+Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "csr", "symbols"]
+"""The weight first; its factors in turn; the structured way in torch; the same in native code; sparse rows; symbols."""
 
 NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
 LANES, FEW = 8, 3  # how native code splits a batch: items abreast; so few, or fewer, are computed one by one
@@ -47,6 +51,7 @@ _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
     },
 }
 
+_SYMBOL_ITEMS, _SYMBOL_AREA = 8, 1 << 21
 _IN_TURN = {True: (6e4, 0.05), False: (2.5e5, 0.2)}  # of Kronecker sums and tensor trains: a call, each multiplication
 
 
@@ -136,6 +141,20 @@ def in_turn_pays(method: Kronecker | TensorTrain, batch: int, dense_ready: bool)
     dense = sum(w * c for w, c in zip(_NANOSECONDS[dense_ready]["dense"], counts, strict=True))
     delay, each = _IN_TURN[dense_ready]
     return batch > 0 and delay + each * batch * method.multiplies() < dense
+
+
+def symbols_pay(method: Uniform | KMeans | Ecsq, batch: int) -> bool:
+    """Whether native code that reads symbols of a byte is faster than the dense weight, kept in evaluation.
+
+    Measured (docs/performance.md): for few items, where look-ups are quick. Those that take two look-ups and a choice
+    gain on matrices that the nearer caches do not hold.
+    """
+    once, most = kernels.levels()
+    if not 0 < batch <= _SYMBOL_ITEMS or most == 0:
+        return False
+    if isinstance(method, Uniform):
+        return method.width <= 8
+    return method.levels <= (most if math.prod(method.shape) >= _SYMBOL_AREA else once)
 
 
 def multiply_in_turn(

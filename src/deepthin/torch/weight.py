@@ -14,13 +14,32 @@ from torch import Tensor, nn
 
 from deepthin.kernels import csr_linear
 from deepthin.method import Method, Then
+from deepthin.methods.ecsq import Ecsq
 from deepthin.methods.factor import Factor
+from deepthin.methods.kmeans import KMeans
 from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
+from deepthin.methods.scalar import Uniform
 from deepthin.methods.tensor_train import TensorTrain
 from deepthin.storage import Part
-from deepthin.torch.operators import eager_linear, forward_mode, linear, product, same_values, takes
-from deepthin.torch.product import NATIVE, Path, choose, factor_linear, in_turn_pays, multiply_in_turn
+from deepthin.torch.operators import (
+    eager_linear,
+    forward_mode,
+    linear,
+    product,
+    same_values,
+    symbol_linear,
+    takes,
+)
+from deepthin.torch.product import (
+    NATIVE,
+    Path,
+    choose,
+    factor_linear,
+    in_turn_pays,
+    multiply_in_turn,
+    symbols_pay,
+)
 
 _TYPICAL_BATCH = 32
 _GATHER = 4  # the time of a row on its own over one among all of them, at most (a training step)
@@ -32,10 +51,10 @@ _TORCH = cast(Any, torch)
 class ThinWeight(nn.Module):
     """One matrix in compressed form, and the tensors that it holds: one, or those of a group.
 
-    Parameters are the latent floats: those of the code, or, where the method trains ``through`` its rounding, what it
-    encodes. Integers of the code that do not follow from these are buffers; tables that follow from the method's fields
-    are buffers that are not saved. ``forward(i)`` is the i-th dense tensor, ``product(x, i)`` is ``x @ W.T`` by the
-    cheapest way.
+    Parameters are the latent floats: those of the code, or, where the method trains ``through`` its rounding and the
+    weight is not ``frozen``, what it encodes. Integers of the code that do not follow from these are buffers; tables
+    that follow from the method's fields are buffers that are not saved. ``forward(i)`` is the i-th dense tensor,
+    ``product(x, i)`` is ``x @ W.T`` by the cheapest way.
     """
 
     _rows: "tuple[Tensor, np.ndarray, np.ndarray] | None" = None  # of a pruned matrix: positions, columns, row starts
@@ -53,6 +72,7 @@ class ThinWeight(nn.Module):
         parts: Sequence[Part],
         code: Mapping[str, Tensor],
         latents: Mapping[str, Tensor] | None = None,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.method, self.parts = name, method, tuple(parts)
@@ -63,7 +83,7 @@ class ThinWeight(nn.Module):
         self._operator_pays = tuple(
             plan is not None and choose(plan[0], _TYPICAL_BATCH, False, native=True) != "dense" for plan in self.plans
         )
-        self.rounds = method.trains == "through"
+        self.rounds = method.trains == "through" and not frozen
         self.direct = not self.rounds and not isinstance(method, Then)  # the parameters are what ``decoder`` takes
         device, tables = next(iter(code.values())).device, method.derived()
         self._tables = tuple(tables)
@@ -73,6 +93,8 @@ class ThinWeight(nn.Module):
         if self.rounds:
             whole = method.outer.integers() if isinstance(method, Then) else ()
             own = {entry: code[entry] for entry in whole} | dict(latents or self._decode_floats(code))
+        if self.direct and isinstance(method, Uniform | KMeans | Ecsq):
+            own["symbols"] = own["symbols"].to(_symbol_type(method))
         self._entries = tuple(own)
         for entry, value in own.items():
             if value.is_floating_point():
@@ -273,12 +295,14 @@ class ThinWeight(nn.Module):
             return y
         known = isinstance(x, Tensor)  # else a proxy that records, for which there is no choice, or the caller's error
         path, plan, scale = self.path(x, index) if known else "dense", self.plans[index], self.parts[index].scale
-        if path == "csr" and (bias is None or (takes(bias) and not (torch.is_grad_enabled() and bias.requires_grad))):
-            return self._by_rows(x, bias)
+        if path in ("csr", "symbols"):
+            if bias is None or (takes(bias) and not (torch.is_grad_enabled() and bias.requires_grad)):
+                return self._by_rows(x, bias) if path == "csr" else self._by_symbols(x, bias)
+            path = "dense"
         if path == "factors" and plan is None:
             y = multiply_in_turn(cast(Any, self.decoder), self.floats(), x) * scale
             return y if bias is None else y + bias
-        if path in ("dense", "csr") or plan is None:
+        if path == "dense" or plan is None:
             if known:
                 weight = self(index)
             else:
@@ -391,7 +415,9 @@ class ThinWeight(nn.Module):
         decoder, part = self.decoder, self.parts[0]
         if len(self.parts) > 1 or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
             return "dense"
-        if _is_traced(x) or x.is_nested or x.shape[-1:] != part.shape[1:] or torch.is_autocast_enabled(x.device.type):
+        if _is_traced(x) or x.is_meta or x.is_nested or x.shape[-1:] != part.shape[1:]:
+            return "dense"
+        if torch.is_autocast_enabled(x.device.type):
             return "dense"
         like, batch = next(self.parameters()), x.numel() // part.shape[1]
         if isinstance(decoder, Kronecker | TensorTrain) and x.dtype == like.dtype:
@@ -399,6 +425,9 @@ class ThinWeight(nn.Module):
         if isinstance(decoder, Pruned) and decoder.kept <= _SPARSE * math.prod(decoder.shape) and takes(x, like):
             wanted = torch.is_grad_enabled() and x.requires_grad
             return "csr" if batch and self._keeps() and not wanted else "dense"
+        if self.direct and isinstance(decoder, Uniform | KMeans | Ecsq) and symbols_pay(decoder, batch):
+            wanted = torch.is_grad_enabled() and x.requires_grad
+            return "symbols" if takes(x, like) and self._keeps() and not wanted else "dense"
         return "dense"
 
     def _by_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -416,6 +445,12 @@ class ThinWeight(nn.Module):
         threads = torch.get_num_threads()
         y = csr_linear((rows, cols), values.numpy(), kept[1], kept[2], items.numpy(), shift, threads=threads)
         return torch.from_numpy(y).view(*x.shape[:-1], rows)
+
+    def _by_symbols(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with symbols of a byte, in native code, which reads them where they lie: no copy can be stale."""
+        state, scale = self._state(), self.parts[0].scale
+        floats = {e: t if scale == 1.0 else t * scale for e, t in state.items() if t.is_floating_point()}
+        return symbol_linear(x, state["symbols"], bias, **floats)
 
     def _plan(self, index: int) -> "tuple[Factor, int, int, int] | None":
         """A tensor's own plan, its rows of xf and the entry where it begins; none where the weight must be built."""
@@ -471,6 +506,12 @@ def _tensors(arrays: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
     """On the device of ``like``, floats in its type."""
     made = {entry: torch.from_numpy(np.ascontiguousarray(array)) for entry, array in arrays.items()}
     return {e: t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device) for e, t in made.items()}
+
+
+def _symbol_type(method: Uniform | KMeans | Ecsq) -> torch.dtype:
+    """A byte, where the symbols have room in it: as native code reads them."""
+    whole = method.integers()["symbols"]
+    return torch.int16 if whole.count > 256 else torch.int8 if whole.least < 0 else torch.uint8
 
 
 def _same(kept: Sequence[Tensor], now: Iterable[Tensor]) -> bool:
