@@ -143,6 +143,21 @@ def test_a_recipe_thins_shared_layers_and_groups():
     assert {weight.name for weight, _ in named.values()} == {"pruned then kmeans"}
 
 
+@pytest.mark.parametrize("then", [{}, {"then": {"method": "kmeans", "bits": 3}}])
+@pytest.mark.parametrize("allocation", ["flat", "sensitivity"])
+def test_a_file_in_bytes_is_never_exceeded(allocation, then, digits, tmp_path):
+    """What coding saves is measured before weights are taken away; the file is what training made of them."""
+    rules = {
+        "model": {"file_bytes": 4500, "allocation": allocation},
+        "rules": {"*": {"method": "pruned", **then}},
+        "stages": {"thin": [0.3, 0.6], "share": 0.8, "every": 1},
+    }
+    model = network()
+    recipe = dt.Recipe(model, rules, steps=40, loss=loss_of(digits))
+    train(model, digits, 40, recipe.step)
+    assert 0.8 * 4500 < dt.save(model, tmp_path / "x.thin") <= 4500
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
@@ -155,7 +170,12 @@ def test_a_recipe_thins_shared_layers_and_groups():
             {"thin": 0.5},
             "[stages] thin = 0.5, share = 1.0, every = 50: write such as thin = [0.2, 0.6], share = 0.8, every = 50.",
         ),
-        ({"thinn": 1}, "[stages] has no key 'thinn'. Did you mean 'thin'? Valid: thin, share, every."),
+        ({"thinn": 1}, "[stages] has no key 'thinn'. Did you mean 'thin'? Valid: thin, share, every, importance."),
+        (
+            {"importance": "fisher"},
+            "[stages] importance = 'fisher' is unknown. Valid: none, hessian, adam.",
+        ),
+        ({"importance": 1}, None),
         ({"every": 0}, None),
         ({"every": 1.5}, None),
         ({"share": True}, None),

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from deepthin.method import BudgetError, ConfigError, Method, Then, round_up
 from deepthin.methods import METHODS, THEN
@@ -26,6 +26,7 @@ SENSITIVITY = "sensitivity"  # the loss that each matrix costs is measured: deep
 _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
 _RULE_KEYS = ("method", "ratio", "bytes", "group", "then")
 GROUPS = ("flat", "rows")
+IMPORTANCE = ("none", "hessian", "adam")
 _NO_LIMIT = 1 << 62
 
 
@@ -143,12 +144,14 @@ class Stages:
     """When a training that begins dense does what: shares of its steps (Han et al., 2016, arXiv:1510.00149, section 2).
 
     From ``thin[0]`` to ``thin[1]`` the rules' methods take away more and more, every so many steps; then the layers are
-    thin and train on. From ``share`` on floats are stored by what ``then`` says, and train on.
+    thin and train on. From ``share`` on floats are stored by what ``then`` says, and train on; ``importance`` says what
+    weighs their errors.
     """
 
     thin: tuple[float, float] = (0.2, 0.6)
     share: float = 0.8
     every: int = 50
+    importance: Literal["none", "hessian", "adam"] = "none"
 
     def __post_init__(self) -> None:
         """Refuse what is no schedule; ConfigError."""
@@ -157,6 +160,8 @@ class Stages:
                 f"[stages] thin = {list(self.thin)}, share = {self.share:g}, every = {self.every}: give shares of the "
                 "steps with 0 <= thin[0] < thin[1] <= share <= 1, and every from 1 on."
             )
+        if self.importance not in IMPORTANCE:
+            raise ConfigError(f"[stages] importance = {self.importance!r} is unknown. Valid: {', '.join(IMPORTANCE)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,7 +445,7 @@ def _parse_allocation(allocation: Any) -> float | None:
 
 def _parse_stages(table: Mapping[str, Any]) -> Stages:
     usual = Stages()
-    _check_keys(table, ("thin", "share", "every"), "[stages]")
+    _check_keys(table, ("thin", "share", "every", "importance"), "[stages]")
     thin: Any = table.get("thin", usual.thin)
     pair = cast(list[Any], thin) if isinstance(thin, list | tuple) else []
     fine = len(pair) == 2 and all(type(n) in (int, float) for n in pair)
@@ -451,7 +456,7 @@ def _parse_stages(table: Mapping[str, Any]) -> Stages:
             f"[stages] thin = {thin!r}, share = {share!r}, every = {every!r}: write such as thin = [0.2, 0.6], "
             "share = 0.8, every = 50."
         )
-    return Stages((float(pair[0]), float(pair[1])), float(share), every)
+    return Stages((float(pair[0]), float(pair[1])), float(share), every, table.get("importance", usual.importance))
 
 
 def _parse_rule(pattern: str, table: Any) -> Rule:

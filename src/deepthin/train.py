@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import deepthin.torch as dt
-from deepthin.method import DeepThinError
+from deepthin.method import ConfigError, DeepThinError
 from deepthin.report import Report
 from deepthin.rules import Rules
 from deepthin.storage import inspect
@@ -52,19 +52,15 @@ def train(
     rate: float = run.task.LEARNING_RATE if lr is None else lr
     started = time.perf_counter()
     seeded(seed)
-    model, recipe = run.build(run.width), None
+    model = run.build(run.width)
+    training = Training(
+        model=model, steps=run.steps, lr=rate, seed=seed, progress=lambda step: progress(step, run.steps)
+    )
     if rules.stages is None:
         dt.compress(model, rules, init="scratch", seed=seed)
     else:
-        recipe = dt.Recipe(model, rules, run.steps, loss=lambda model: _loss(run, model))
-    training = Training(
-        model=model,
-        steps=run.steps,
-        lr=rate,
-        seed=seed,
-        recipe=recipe,
-        progress=lambda step: progress(step, run.steps),
-    )
+        importance = _importance(rules.stages.importance, run, training)
+        training.recipe = dt.Recipe(model, rules, run.steps, lambda model: _loss(run, model), importance)
     run.fit(model, training)
     dt.save(model, path)
     loaded = dt.load(run.build(run.width), path).eval()
@@ -72,6 +68,18 @@ def train(
         raise DeepThinError(f"{path} does not hold what the trained model does: please report it.")
     values = {split: run.task.evaluate(loaded, run.data, split) for split in ("dev", "test")}
     return Trained(inspect(path), values, rate, run.steps, round(time.perf_counter() - started, 1))
+
+
+def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping[str, torch.Tensor]]:
+    """What a recipe asks; ConfigError if the task has no Hessian."""
+    if kind == "hessian":
+        if not hasattr(run.task, "calibration"):
+            raise ConfigError(
+                f"[stages] importance = 'hessian': {run.task.NAME} has no loss of single items. Use 'adam'."
+            )
+        batch = run.task.calibration(run.data)
+        return lambda: dt.hessian_diagonal(training.model, [batch], torch.nn.functional.cross_entropy)
+    return training.importance if kind == "adam" else dict
 
 
 def _loss(run: Run, model: torch.nn.Module) -> float:

@@ -34,6 +34,7 @@ WIDTH, DEPTH = 1024, 4
 DEFAULT_STEPS = 1800
 BATCH = 128
 JUDGMENTS, JUDGED = 6, 4  # times that every so-manieth development frame is judged in a training; the best state stays
+CALIBRATION = 1000  # frames, about, for second derivatives
 CONTEXT = 5  # frames to either side
 
 # Of the decoder, chosen on the development speakers with the dense network (docs/training.md).
@@ -156,6 +157,12 @@ def loss(model: nn.Module, data: Data) -> float:
     """The mean cross entropy of every so-manieth development frame, in nats."""
     scores = predict(model, data.inputs["dev"][::JUDGED])
     return nn.functional.cross_entropy(scores, data.targets["dev"][::JUDGED]).item()
+
+
+def calibration(data: Data) -> tuple[Tensor, Tensor]:
+    """Some thousand development frames, evenly, and their states."""
+    every = max(len(data.targets["dev"]) // CALIBRATION, 1)
+    return data.inputs["dev"][::every], data.targets["dev"][::every]
 
 
 def example(data: Data) -> tuple[Tensor, ...]:

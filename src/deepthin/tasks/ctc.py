@@ -35,7 +35,7 @@ CLIP = 20.0  # of the gradient's norm; with 5, training diverged
 LEARNING_RATE = 1.5e-3
 LEARNING_RATES = {
     "same-size": 1.2e-2,
-    "hashed": 2.4e-3,
+    "hashed": 3.9e-3,
     "hashed-8bit": 3.1e-3,
     "pruned-csr": 4.3e-3,
     "pruned-8bit": 6.5e-3,

@@ -19,6 +19,7 @@ METRICS = ("error",)  # percent
 WIDTH, DEPTH = 300, None
 DEFAULT_STEPS = 3000
 BATCH = 128
+CALIBRATION = 1000
 
 # Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
 LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate times that
@@ -116,6 +117,11 @@ def loss(model: nn.Module, data: Data) -> float:
 def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
     """Share of images whose likeliest digit is wrong, in percent."""
     return {"error": error(predict(model, data.inputs[split]), data.targets[split])}
+
+
+def calibration(data: Data) -> tuple[Tensor, Tensor]:
+    """A thousand development images and what they show: those of the training are known too well."""
+    return data.inputs["dev"][:CALIBRATION], data.targets["dev"][:CALIBRATION]
 
 
 def example(data: Data) -> tuple[Tensor, ...]:

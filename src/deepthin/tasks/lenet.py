@@ -21,7 +21,8 @@ ALLOCATION = "uniform-bytes"
 ALLOCATIONS: dict[str, str | float] = {}
 OPTIONS: dict[str, dict[str, object]] = {}
 
-load, rules, evaluate, example, loss = conv.load, conv.rules, conv.evaluate, conv.example, digits.loss
+load, rules, evaluate, example = conv.load, conv.rules, conv.evaluate, conv.example
+loss, calibration = digits.loss, digits.calibration
 
 
 def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module:

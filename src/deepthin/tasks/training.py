@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError, NonFiniteError
-from deepthin.torch import Recipe, parameter_groups
+from deepthin.torch import Recipe, adam_importance, parameter_groups
 from deepthin.torch.weight import ThinWeight
 
 WARM_UP = 50  # steps
@@ -106,6 +106,10 @@ class Training:
                 self._best, self._best_state = value, copy.deepcopy(self.model.state_dict())
             self.model.train()
         self.progress(self.step)
+
+    def importance(self) -> dict[str, Tensor]:
+        """Of all that is trained now, by what the optimiser keeps (``deepthin.torch.adam_importance``)."""
+        return {} if self._optimizer is None else adam_importance(self._optimizer, self.model)
 
     def _prepare(self) -> None:
         """An optimiser for the parameters that there are now, and its rate from here on."""

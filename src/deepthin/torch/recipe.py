@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from deepthin.method import ConfigError, Then
 from deepthin.methods import THEN
 from deepthin.rules import Planned, Rules, Stages
+from deepthin.storage import to_bytes
 from deepthin.torch.allocation import allocate
-from deepthin.torch.compress import plan_of, tensors_of
+from deepthin.torch.compress import Encoded, carry_out, coded_bytes, materialize, plan_of, tensors_of
+from deepthin.torch.files import contents
 from deepthin.torch.importance import check_importance
 from deepthin.torch.layers import make_thin, thin_tensors
 from deepthin.torch.sequential import make_sequential
@@ -76,7 +78,7 @@ class Recipe:
         if self._twist is not None:
             self._twist.step()
             if self.steps == self.thin_to:
-                self._twist.finish()
+                self._thin()
                 self._twist = None
                 if not self._shares or self.share_from > self.thin_to:
                     return True
@@ -87,14 +89,29 @@ class Recipe:
 
     def _begin(self) -> None:
         """Plans, made of the trained weights where they are measured; the first method of each thins at first."""
-        rules = self.rules
+        rules, (found, owners) = self.rules, tensors_of(self.model)
         if rules.allocation is None and self.loss is not None:
             rules = allocate(self.model, rules, self.loss)
-        plans = [plan for plan in plan_of(self.model, rules, tensors_of(self.model)[0]) if plan.method is not None]
+        plans = [plan for plan in plan_of(self.model, rules, found, Encoded(owners)) if plan.method is not None]
         self._plans = plans
         self._shares = any(isinstance(plan.method, Then) for plan in plans)
         rising = Rising(0, self.thin_to - self.thin_from)
         self._twist = Twist(self.model, [_first(plan) for plan in plans], self.every, rising)
+
+    def _thin(self) -> None:
+        """The layers become thin, by the first method of each."""
+        self._plans = self._within_the_file(self._plans)
+        Twist(self.model, [_first(plan) for plan in self._plans]).finish()
+
+    def _within_the_file(self, plans: list[Planned]) -> list[Planned]:
+        """Smaller plans, if the dense weights as they are now would make a file above the configuration's limit."""
+        limit, owners = self.rules.file_bytes, tensors_of(self.model)[1]
+        while limit is not None:
+            size = coded_bytes(contents(self.model), plans, Encoded(owners))
+            if size <= limit:
+                break
+            plans = [_smaller(plan, limit / size) for plan in plans]
+        return plans
 
     def _share(self) -> None:
         """The floats of each code are stored by the second method."""
@@ -114,6 +131,18 @@ class Recipe:
                     path, _, own = name.rpartition(".")
                     make_thin(self.model.get_submodule(path), {own: generated})
         make_sequential(self.model)
+        limit = self.rules.file_bytes
+        if limit is not None and len(to_bytes(contents(self.model))) > limit:  # values have changed meanwhile
+            materialize(self.model)
+            self._plans = self._within_the_file(self._plans)
+            carry_out(self.model, self._plans, tensors_of(self.model)[1])
+
+
+def _smaller(plan: Planned, share: float) -> Planned:
+    """Of so much of its bits, or somewhat less."""
+    if plan.method is None or plan.fit is None:
+        return plan
+    return dataclasses.replace(plan, method=plan.fit(int(plan.method.bits() * share * 0.998)))
 
 
 def _first(plan: Planned) -> Planned:
