@@ -108,11 +108,23 @@ def learning_rate(name: str, method: Method) -> float:
 
 
 def fields(method: Method) -> dict[str, Any]:
-    """What a file stores of a method: with its name, all that ``with_fields`` needs."""
+    """What a file stores of a method: with its name, all that ``with_fields`` needs.
+
+    Of two, one after the other, without what is as usual, and without the shapes that follow.
+    """
     if isinstance(method, Then):
-        inner = {entry: dataclasses.asdict(stored) for entry, stored in method.inner}  # pyright: ignore[reportArgumentType]
-        return {"outer": fields(method.outer), "inner": inner}
+        inner = {entry: _unusual(stored) for entry, stored in method.inner}
+        return {"outer": _unusual(method.outer), "inner": {e: _without(own, "shape") for e, own in inner.items()}}
     return dataclasses.asdict(method)  # pyright: ignore[reportArgumentType]
+
+
+def _unusual(method: Method) -> dict[str, Any]:
+    usual = {field.name: field.default for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
+    return {name: value for name, value in fields(method).items() if value != usual[name]}
+
+
+def _without(stored: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in stored.items() if key != name}
 
 
 def with_fields(name: str, stored: Mapping[str, Any]) -> Method:
@@ -124,8 +136,9 @@ def with_fields(name: str, stored: Mapping[str, Any]) -> Method:
     floats = [entry for entry in plan.code_shapes() if entry not in plan.integers()]
     if set(stored) != {"outer", "inner"} or set(stored["inner"]) != set(floats):
         raise ValueError(f"{name} stores {', '.join(floats)}; the fields are {sorted(stored)}")
-    made = Then(plan, tuple((entry, inner(**_tuples(stored["inner"][entry]))) for entry in floats))
     shapes = plan.code_shapes()
+    own = {entry: {"shape": as_matrix(shapes[entry]), **_tuples(stored["inner"][entry])} for entry in floats}
+    made = Then(plan, tuple((entry, inner(**own[entry])) for entry in floats))
     if wrong := [entry for entry, method in made.inner if method.shape != as_matrix(shapes[entry])]:
         raise ValueError(f"{wrong[0]} has the shape {shapes[wrong[0]]}")
     return made
