@@ -1,6 +1,6 @@
 """Equal ratios, equal bytes, or by sensitivity: one network by each, dense first, thinned, trained on (docs/recipe.md).
 
-    python benchmarks/sensitivity.py --data FOLDER digits lenet acoustic
+python benchmarks/sensitivity.py --data FOLDER digits lenet acoustic
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """One training that ends in a small file, and the shares of the budget that sensitivity gives."""
 
+import copy
 import json
 import re
 
@@ -321,3 +322,34 @@ def test_lenet_has_two_depths():
     assert sizes == {3: 266_610, 5: 431_080}  # Table 1 of Deep Compression: 1,070 and 1,720 KB
     with pytest.raises(ConfigError, match="No LeNet of depth 4: use 3 for LeNet-300-100, or 5 for LeNet-5"):
         lenet.build(None, 1000, 4)
+
+
+def test_a_thin_model_is_shared_afterwards(digits, tmp_path):
+    model = train(network(), digits, 60)
+    dt.compress(model, {"model": {"ratio": 0.2}, "rules": {"*": {"method": "pruned"}}})
+    before = {name: weight(index) for name, (weight, index) in thin_tensors(model).items()}
+    importance = dt.hessian_diagonal(model, [(digits[0][:50], digits[1][:50])], nn.functional.cross_entropy)
+    plain = copy.deepcopy(model)
+    report = dt.share(model, {"method": "kmeans", "bits": 2}, importance)
+    dt.share(plain, {"method": "kmeans", "bits": 2})
+    assert report.total_bytes == dt.save(model, tmp_path / "x.thin")
+    for name, (weight, _) in thin_tensors(model).items():
+        assert weight.name == "pruned then kmeans"
+        shared, other = weight(0), thin_tensors(plain)[name][0](0)
+        assert torch.equal(shared != 0, before[name] != 0)
+        assert len(shared.unique()) == len(other.unique()) == 5
+        positions = weight.code()["positions"]
+        share = importance[f"{name.removesuffix('.weight')}.thin.weight.values"]
+        errors = [(share * (x - before[name]).flatten()[positions] ** 2).sum() for x in (shared, other)]
+        assert errors[0] < errors[1]
+    with pytest.raises(ConfigError, match="share: the model has no thin layers whose numbers are stored as they are"):
+        dt.share(model, {"method": "kmeans", "bits": 2})
+    with pytest.raises(ConfigError, match=re.escape("share then = {'method': 'rank'}")):
+        dt.share(dt.load(network(), _pruned(tmp_path)), {"method": "rank"})
+
+
+def _pruned(folder):
+    model = network()
+    dt.compress(model, {"model": {"ratio": 0.2}, "rules": {"*": {"method": "pruned"}}})
+    dt.save(model, folder / "pruned.thin")
+    return folder / "pruned.thin"

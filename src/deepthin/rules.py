@@ -27,7 +27,7 @@ _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
 _RULE_KEYS = ("method", "ratio", "bytes", "group", "then")
 GROUPS = ("flat", "rows")
 IMPORTANCE = ("none", "hessian", "adam")
-_NO_LIMIT = 1 << 62
+NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Unit:
         try:
             if then is None:
                 return outer(max_bits)
-            return Then.fit(outer, lambda shape: METHODS[then[0]].fit(shape, _NO_LIMIT, **then[1]), max_bits)
+            return Then.fit(outer, lambda shape: METHODS[then[0]].fit(shape, NO_LIMIT, **then[1]), max_bits)
         except BudgetError as error:
             raise BudgetError(
                 f"{self.name}: {error}", smallest_bits=error.smallest_bits, smallest_ratio=error.smallest_ratio
@@ -480,11 +480,11 @@ def _parse_rule(pattern: str, table: Any) -> Rule:
     if group is not None and group not in GROUPS:
         raise ConfigError(f"{where} group = {group!r} is unknown. {_closest(group, GROUPS)}")
     given = {key: settings[key] for key in options if key in settings}
-    then = None if settings.get("then") is None else _parse_then(method, settings["then"], where)
+    then = None if settings.get("then") is None else parse_then(method, settings["then"], where)
     return Rule(pattern, method, ratio, max_bytes, given, group, then)
 
 
-def _parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:
+def parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:
     """A method that stores another's floats, of a size that its options fix."""
     sized = [name for name, named in METHODS.items() if "bits" in named.sized_by]
     if method == DENSE or not isinstance(table, Mapping) or table.get("method") not in sized:  # pyright: ignore[reportUnknownMemberType]

@@ -5,7 +5,7 @@ from deepthin.torch.compress import compress, materialize, parameter_groups, pla
 from deepthin.torch.files import load, save
 from deepthin.torch.importance import adam_importance, hessian_diagonal, optimal_brain_surgeon
 from deepthin.torch.layers import ThinLayer, ThinLinear
-from deepthin.torch.recipe import Recipe
+from deepthin.torch.recipe import Recipe, share
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
 
@@ -27,4 +27,5 @@ __all__ = [
     "plan",
     "same_size",
     "save",
+    "share",
 ]

@@ -11,18 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deepthin.method import ConfigError, Then
-from deepthin.methods import THEN
-from deepthin.rules import Planned, Rules, Stages
+from deepthin.method import ConfigError, Then, as_matrix
+from deepthin.methods import METHODS, THEN
+from deepthin.report import Report
+from deepthin.rules import NO_LIMIT, Planned, Rules, Stages, parse_then
 from deepthin.storage import to_bytes
 from deepthin.torch.allocation import allocate
 from deepthin.torch.compress import Encoded, carry_out, coded_bytes, materialize, plan_of, tensors_of
 from deepthin.torch.files import contents
 from deepthin.torch.importance import check_importance
-from deepthin.torch.layers import make_thin, thin_tensors
+from deepthin.torch.layers import ThinLayer, make_thin, thin_tensors
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.twist import Rising, Twist
-from deepthin.torch.weight import ThinPart
+from deepthin.torch.weight import ThinPart, ThinWeight
 
 
 class Recipe:
@@ -115,27 +116,57 @@ class Recipe:
 
     def _share(self) -> None:
         """The floats of each code are stored by the second method."""
-        named, importance = thin_tensors(self.model), self.importance()
-        check_importance(self.model, importance)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for plan in self._plans:
-            if not isinstance(plan.method, Then):
-                continue
-            first = named[plan.tensors[0].name][0]
-            own = {entry: names[id(parameter)] for entry, parameter in first.named_parameters()}
-            shares = {entry: importance[name] for entry, name in own.items() if name in importance}
-            shared = first.with_floats_stored(plan.name, plan.method, shares)
-            for index, tensor in enumerate(plan.tensors):
-                generated = shared if len(plan.tensors) == 1 else ThinPart(shared, index)
-                for name in (tensor.name, *tensor.also):
-                    path, _, own = name.rpartition(".")
-                    make_thin(self.model.get_submodule(path), {own: generated})
-        make_sequential(self.model)
+        named = thin_tensors(self.model)
+        plans = [(named[plan.tensors[0].name][0], plan) for plan in self._plans]
+        wanted = {weight: (plan.name, plan.method) for weight, plan in plans if isinstance(plan.method, Then)}
+        _store_floats(self.model, wanted, self.importance())
         limit = self.rules.file_bytes
         if limit is not None and len(to_bytes(contents(self.model))) > limit:  # values have changed meanwhile
             materialize(self.model)
             self._plans = self._within_the_file(self._plans)
             carry_out(self.model, self._plans, tensors_of(self.model)[1])
+
+
+def share(model: nn.Module, then: Mapping[str, Any], importance: Mapping[str, Tensor] | None = None) -> Report:
+    """Store the floats of a model's codes by another method, in place: ``{"method": "kmeans", "bits": 5}``.
+
+    As a rule's ``then`` would have done from the start; codes that are rounded already stay as they are.
+    ``importance`` weighs errors by the names of the thin model's parameters. Parameters are others afterwards.
+    ConfigError if there is nothing to be stored.
+    """
+    weights = {weight for weight, _ in thin_tensors(model).values() if weight.direct}
+    if not weights:
+        raise ConfigError(
+            "share: the model has no thin layers whose numbers are stored as they are: compress it first."
+        )
+    wanted: dict[ThinWeight, tuple[str, Then]] = {}
+    for weight in weights:
+        name, options = parse_then(weight.name, then, "share")
+        floats = [(e, s) for e, s in weight.method.code_shapes().items() if e not in weight.method.integers()]
+        inner = tuple((e, METHODS[name].fit(as_matrix(shape), NO_LIMIT, **options)) for e, shape in floats)
+        wanted[weight] = f"{weight.name}{THEN}{name}", Then(weight.method, inner)
+    _store_floats(model, wanted, importance or {})
+    return contents(model).report()
+
+
+def _store_floats(
+    model: nn.Module, wanted: Mapping[ThinWeight, tuple[str, Then]], importance: Mapping[str, Tensor]
+) -> None:
+    """Exchange weights for others that store their floats by the second method of each."""
+    check_importance(model, importance)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made: dict[ThinWeight, ThinWeight] = {}
+    for weight, (name, method) in wanted.items():
+        own = {entry: names[id(parameter)] for entry, parameter in weight.named_parameters()}
+        shares = {entry: importance[name] for entry, name in own.items() if name in importance}
+        made[weight] = weight.with_floats_stored(name, method, shares)
+    for layer in [layer for layer in model.modules() if isinstance(layer, ThinLayer)]:
+        for own, thin in list(layer.thin.items()):
+            if isinstance(thin, ThinPart) and thin.group in made:
+                make_thin(layer, {own: ThinPart(made[thin.group], thin.index)})
+            elif isinstance(thin, ThinWeight) and thin in made:
+                make_thin(layer, {own: made[thin]})
+    make_sequential(model)
 
 
 def _smaller(plan: Planned, share: float) -> Planned:
