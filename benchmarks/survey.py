@@ -1,0 +1,114 @@
+"""The survey's Table 1 for LeNet-5 on full MNIST, row for row, ours beside the published figures (docs/recipe.md).
+
+    python benchmarks/survey.py --data FOLDER
+
+One network is trained, thinned and trained on, as ``docs/deep.toml`` does it; in the last fifth of the steps its values
+are shared in each of the ways, from the same state. Ratios are of written files, biases and headers included; the
+published ones are of Choi, El-Khamy and Lee, 2017 (arXiv:1612.01543), and of Han et al., 2016 (arXiv:1510.00149).
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import deepthin.torch as dt
+from deepthin.report import table
+from deepthin.rules import Stages
+from deepthin.tasks import lenet
+from deepthin.tasks.training import Training
+from deepthin.trial import Setup, prepared, seeded
+
+STAGES = Stages()
+ROWS: dict[str, tuple[dict[str, Any] | None, bool, tuple[float, float]]] = {  # then, Hessian, published accuracy, ratio
+    "pruned": (None, False, (99.27, 10.13)),
+    "pruned, k-means": ({"method": "kmeans", "bits": 4}, False, (99.27, 44.58)),
+    "pruned, Hessian-weighted k-means": ({"method": "kmeans", "bits": 4}, True, (99.27, 47.16)),
+    "pruned, uniform": ({"method": "uniform", "bits": 4}, False, (99.28, 51.25)),
+    "pruned, ECSQ": ({"method": "ecsq", "bits": 3.5}, True, (99.27, 49.01)),
+    "Deep Compression": ({"method": "kmeans", "bits": 5}, False, (99.26, 39.00)),
+}
+
+
+class _Thin(Exception):
+    """The training has come to where values are shared."""
+
+
+def main() -> None:
+    """Train, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's four files")
+    parser.add_argument("--steps", type=int, default=lenet.DEFAULT_STEPS)
+    parser.add_argument("--ratio", type=float, default=0.011, help="of the pruned matrices with values of 4 bits")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--depth", type=int, default=5, help="3: LeNet-300-100")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run = prepared(Setup("lenet", options.data, options.steps, depth=options.depth))
+    rows = [_row("dense", run, _trained(run, options.seed, None, options.steps)[0], (99.25, 1.0))]
+    print(rows[-1], flush=True)
+    thin, begun = _trained(run, options.seed, options.ratio, round(STAGES.share * options.steps))
+    for name, (then, hessian, published) in ROWS.items():
+        model = copy.deepcopy(thin)
+        batch = lenet.calibration(run.data)
+        importance = dt.hessian_diagonal(model, [batch], nn.functional.cross_entropy) if hessian else None
+        if then is not None:
+            dt.share(model, then, importance)
+        training = Training(model=model, steps=options.steps, lr=lenet.LEARNING_RATE, seed=options.seed)
+        training.step = begun
+        lenet.fit(model, run.data, training)
+        rows.append(_row(name, run, model, published))
+        print(rows[-1], flush=True)
+    heads = ("", "bytes", "times smaller", "accuracy %", "published", "accuracy %")
+    body = [
+        (r["name"], f"{r['bytes']:,}", f"{r['times']:.1f}", f"{r['accuracy']:.2f}", f"{r['published'][1]:.1f}",
+         f"{r['published'][0]:.2f}")
+        for r in rows
+    ]  # fmt: skip
+    print(table(heads, body, right=(1, 2, 3, 4, 5), total=False))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def _trained(run: Any, seed: int, ratio: float | None, until: int) -> tuple[nn.Module, int]:
+    """The network after so many of all steps, thinned if a ratio is given."""
+    seeded(seed)
+    model = run.build(run.width)
+    training = Training(model=model, steps=run.steps, lr=lenet.LEARNING_RATE, seed=seed)
+    if ratio is not None:
+        rules = {
+            "model": {"ratio": ratio, "allocation": "sensitivity"},
+            "rules": {"*": {"method": "pruned", "then": {"method": "kmeans", "bits": 4}}},
+            "stages": {"thin": list(STAGES.thin), "share": 1.0, "every": STAGES.every},
+        }
+        training.recipe = dt.Recipe(model, rules, run.steps, lambda model: lenet.loss(model, run.data))
+
+    def stop(step: int) -> None:
+        if step == until < run.steps:
+            raise _Thin
+
+    training.progress = stop
+    with contextlib.suppress(_Thin):
+        lenet.fit(model, run.data, training)
+    return model, until
+
+
+def _row(name: str, run: Any, model: nn.Module, published: tuple[float, float]) -> dict[str, Any]:
+    """Of the written file, loaded into a new network."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = dt.save(model, Path(folder) / "x.thin")
+        loaded = dt.load(run.build(run.width), Path(folder) / "x.thin")
+    error = lenet.evaluate(loaded, run.data, "test")["error"]
+    times = run.dense_bytes() / written
+    return {"name": name, "bytes": written, "times": times, "accuracy": 100 - error, "published": published}
+
+
+if __name__ == "__main__":
+    main()
