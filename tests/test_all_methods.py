@@ -189,13 +189,13 @@ def test_file_bytes_is_never_exceeded(rule, share, tmp_path):
 
 @each_rule
 def test_stored_bits_in_the_report(rule, tmp_path):
-    """What is written for a matrix is at most what its plan promises, and close to it."""
+    """What is written for a matrix is at most what its plan promises, and half of it: centres may be left unused."""
     network = everything(rule)
     report = dt.compress(Everything(), {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
     dt.save(network, tmp_path / "a.thin")
     stored = from_bytes((tmp_path / "a.thin").read_bytes()).thin
     for name, thin in stored.items():
-        assert 0.6 * thin.method.bits() < 8 * thin.bytes <= thin.method.bits()
+        assert 0.5 * thin.method.bits() < 8 * thin.bytes <= thin.method.bits()
         assert report.ratio < 1, name
     assert deepthin.inspect(tmp_path / "a.thin").total_bytes == (tmp_path / "a.thin").stat().st_size
 

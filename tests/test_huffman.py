@@ -171,16 +171,16 @@ def test_native_code_is_the_definition_on_any_bytes(drawing, seed):
             changed[rng.integers(len(data), size=4)] = rng.integers(0, 256, 4)
         else:
             changed = changed[: rng.integers(len(data))]
-        found = []
+        found, count, skip = [], int(rng.choice([len(values), rng.integers(len(values))])), int(rng.integers(-1, 3))
         for walk in WALKS:
             try:
-                found.append(decode(changed, width, len(values), walk=walk))
+                found.append(decode(changed, width, count, skip, len(values) + 5, walk))
             except ValueError as error:
                 found.append(str(error))
         assert len({repr(f) if isinstance(f, str) else f.tobytes() for f in found}) == 1
         if not isinstance(found[0], str):
-            assert len(found[0]) == len(values)
-            assert found[0].max() < 1 << width
+            assert int((found[0] != skip).sum()) == count
+            assert found[0].max(initial=0) < 1 << width
 
 
 def bits_of(*items):

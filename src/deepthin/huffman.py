@@ -255,6 +255,8 @@ def walk(
 
     ``lookup`` is that of a complete code. ValueError where the bits end before, or there are more than ``most``.
     """
+    if not count:
+        return np.empty(0, np.uint16), start
     top = len(lookup).bit_length() - 1
     bits = np.concatenate([np.unpackbits(data, bitorder="little")[start:], np.ones(top, np.uint8)])
     windows = np.zeros(len(bits) - top, np.uint16)
