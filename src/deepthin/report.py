@@ -107,11 +107,12 @@ def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[i
 
 
 def describe(method: Method | None) -> dict[str, Any]:
-    """A method's fields and properties, its shape apart: what a row shows of the plan."""
+    """A method's fields and properties, but for its shape and what is as usual: what a row shows of the plan."""
     if method is None:
         return {}
     if isinstance(method, Then):
         return {**describe(method.inner[0][1]), **describe(method.outer)}
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
+    own = dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
+    fields = {f.name: value for f in own if (value := getattr(method, f.name)) != f.default}
     properties = {name: getattr(method, name) for name, value in vars(type(method)).items() if type(value) is property}
     return {name: value for name, value in {**properties, **fields}.items() if name not in ("shape", "trains")}

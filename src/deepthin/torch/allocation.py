@@ -21,6 +21,7 @@ from deepthin.torch.compress import Encoded, coded_bytes, parts_of, plan_of, ten
 from deepthin.torch.files import contents, raw_code
 from deepthin.torch.importance import check_importance
 
+_TRIES = 4  # to fill what is left of a file with a larger matrix
 SIZES = 8  # at which each matrix is tried, from the smallest possible to what the budget can spare
 
 
@@ -75,9 +76,8 @@ def allocate(
                 curves[unit.name] = trial.curve(unit, at_first[unit.name], floors[unit.name], most, sizes)
                 progress(number + 1, len(shared))
             chosen = _split(shared, curves, budget)
-            if not measured:
-                left = budget - sum(method.bits() for method in chosen.values())
-                chosen = spend(shared, chosen, left)
+            left = budget - sum(trial.cost(unit, chosen[unit.name]) for unit in shared)
+            chosen = trial.spend(shared, chosen, left) if measured else spend(shared, chosen, left)
             best = min((chosen, at_first), key=lambda methods: trial.judged(methods, shared))
     finally:
         model.train(training)
@@ -108,6 +108,21 @@ class _Trial:
         planned = _planned(unit, method)
         parts = dict(zip((tensor.name for tensor in unit.tensors), parts_of(planned), strict=True))
         return 8 * Thin(planned.name, method, parts, raw_code(self.encoded(planned))).bytes
+
+    def spend(self, units: list[Unit], methods: Mapping[str, Method], left: int) -> dict[str, Method]:
+        """As ``rules.spend``, by what plans cost: a larger one is looked for by how much the one before was off."""
+        found = dict(methods)
+        for unit in sorted(units, key=lambda unit: -unit.dense_bits):
+            method, cost = found[unit.name], self.cost(unit, found[unit.name])
+            wanted = method.bits() * (1 + left / cost)
+            for _ in range(_TRIES):
+                larger = unit.fit(min(max(int(wanted), method.bits()), unit.dense_bits))
+                more = self.cost(unit, larger) - cost
+                if more <= left:
+                    found[unit.name], left = larger, left - more
+                    break
+                wanted = method.bits() + (wanted - method.bits()) * 0.99 * left / more
+        return found
 
     def judged(self, methods: Mapping[str, Method], units: list[Unit]) -> float:
         """The loss with these matrices stored; infinite if it is no number."""
