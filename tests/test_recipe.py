@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -353,3 +355,23 @@ def _pruned(folder):
     dt.compress(model, {"model": {"ratio": 0.2}, "rules": {"*": {"method": "pruned"}}})
     dt.save(model, folder / "pruned.thin")
     return folder / "pruned.thin"
+
+
+def test_the_loop_of_the_documentation(digits, tmp_path, monkeypatch):
+    """docs/recipe.md, on another network and fewer steps; and its configuration is a valid one."""
+    root = Path(__file__).parents[1]
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "recipe.md").read_text(), re.S)
+    (tmp_path / "deep.toml").write_text((root / "docs" / "deep.toml").read_text())
+    monkeypatch.chdir(tmp_path)
+    batches = [(digits[0][i : i + 64], digits[1][i : i + 64]) for i in range(0, 1600, 64)]
+    names = {"dt": dt, "torch": torch, "model": network(), "loss": nn.functional.cross_entropy, "batches": batches}
+    exec(blocks[0].replace("20_000", "25").replace('"deep.toml"', "rules"), {**names, "rules": _wide(tmp_path)})
+    assert {row.method for row in deepthin.inspect(tmp_path / "model.thin").rows} == {"pruned then kmeans"}
+    more = {"inputs": digits[0], "targets": digits[1], "cross_entropy": nn.functional.cross_entropy}
+    exec(blocks[1].replace('"deep.toml"', "rules"), {**names, **more, "model": network(), "rules": _wide(tmp_path)})
+
+
+def _wide(folder):
+    """The documented configuration, at a size that a small network can have."""
+    rules = tomllib.loads((folder / "deep.toml").read_text())
+    return {**rules, "model": {**rules["model"], "ratio": 0.1}}
