@@ -36,6 +36,32 @@ _notes = Console(stderr=True, highlight=False)
 Model = Annotated[str, typer.Option(help="Where the dense network is built: `package.module:function`, no arguments.")]
 Config = Annotated[Path | None, typer.Option(help="The TOML file that names matrices, methods and sizes.")]
 Ratio = Annotated[float | None, typer.Option(help="Instead of --config: DeepThin for all matrices at this ratio.")]
+Task = Annotated[
+    str | None,
+    typer.Argument(help="digits | acoustic | ctc | conv | lenet; or leave it out and name your own network."),
+]
+Data = Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Units of a hidden layer; conv, lenet: thousandths of the channels  [default: the task's]"
+    ),
+]
+Depth = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Hidden layers; conv: 5 is LeNet-5, 8, 14, 20 a ResNet; lenet: 3 is LeNet-300-100, 5 LeNet-5  "
+        "[default: the task's]",
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(help="Your network instead of a task: `package.module:factory`, best with a `width`."),
+]
+OwnTrain = Annotated[str | None, typer.Option(help="Its training: `package.module:fit`.")]
+OwnEvaluate = Annotated[str | None, typer.Option(help="Its numbers, less being better: `package.module:evaluate`.")]
+Threads = Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
 
 
@@ -113,7 +139,7 @@ def bench(
     ] = None,
     cols: Annotated[int | None, typer.Option(min=1, help="Inputs of the layer  [default: as --rows]")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Of the factors.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")] = 1,
+    threads: Threads = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; the median counts.")] = 21,
     out: Annotated[
         Path | None,
@@ -165,28 +191,17 @@ def bench(
 def train(
     config: Annotated[Path, typer.Option(help="The TOML file: methods, sizes, and [stages] if it begins dense.")],
     out: Annotated[Path, typer.Option(help="The .thin file to write.")],
-    task: Annotated[
-        str | None,
-        typer.Argument(help="digits | acoustic | ctc | conv | lenet; or leave it out and name your own network."),
-    ] = None,
+    task: Task = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: the task's]")] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(min=1, help="Units of a hidden layer; conv, lenet: thousandths  [default: the task's]"),
-    ] = None,
-    depth: Annotated[
-        int | None,
-        typer.Option(min=1, help="lenet: 3 is LeNet-300-100, 5 is LeNet-5; else as for compare"),
-    ] = None,
-    data: Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")] = None,
+    width: Width = None,
+    depth: Depth = None,
+    data: Data = None,
     lr: Annotated[float | None, typer.Option(min=0, help="What suits the dense network  [default: the task's]")] = None,
     seed: Annotated[int, typer.Option(help="Of the start and of the batches.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Your network: `package.module:factory`.")] = None,
-    train: Annotated[str | None, typer.Option(help="Its training: `package.module:fit`.")] = None,
-    evaluate: Annotated[
-        str | None, typer.Option(help="Its numbers, less being better: `package.module:evaluate`.")
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")] = 1,
+    model: OwnModel = None,
+    train: OwnTrain = None,
+    evaluate: OwnEvaluate = None,
+    threads: Threads = 1,
     json_file: Json = None,
 ) -> None:
     """Train one network as a configuration says, write one small file, and judge what is loaded from it.
@@ -214,10 +229,7 @@ def train(
 
 @app.command()
 def compare(
-    task: Annotated[
-        str | None,
-        typer.Argument(help="digits | acoustic | ctc | conv | lenet; or leave it out and name your own network."),
-    ] = None,
+    task: Task = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")
     ] = None,
@@ -236,15 +248,9 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")
     ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(min=1, help="Units of a hidden layer; conv: thousandths of the channels  [default: the task's]"),
-    ] = None,
-    depth: Annotated[
-        int | None,
-        typer.Option(min=1, help="Hidden layers; conv: 5 is LeNet-5, 8, 14, 20 a ResNet  [default: the task's]"),
-    ] = None,
-    data: Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")] = None,
+    width: Width = None,
+    depth: Depth = None,
+    data: Data = None,
     search: Annotated[
         int, typer.Option(min=0, help="Trainings for each method that choose its learning rate and allocation.")
     ] = 0,
@@ -254,13 +260,9 @@ def compare(
     search_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of each of them  [default: a third of --steps]")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Your network instead of a task: `package.module:factory`, best with a `width`.")
-    ] = None,
-    train: Annotated[str | None, typer.Option(help="Its training: `package.module:fit`.")] = None,
-    evaluate: Annotated[
-        str | None, typer.Option(help="Its numbers, less being better: `package.module:evaluate`.")
-    ] = None,
+    model: OwnModel = None,
+    train: OwnTrain = None,
+    evaluate: OwnEvaluate = None,
     engine: Annotated[str, typer.Option(help="local, or ray where one machine is not enough.")] = "local",
     jobs: Annotated[int, typer.Option(min=1, max=4096, help="Trials at once.")] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each of them.")] = 1,
