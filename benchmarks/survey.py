@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's four files")
     parser.add_argument("--steps", type=int, default=lenet.DEFAULT_STEPS)
     parser.add_argument("--ratio", type=float, default=0.011, help="of the pruned matrices with values of 4 bits")
+    parser.add_argument("--allocation", default="0.5", help="of the ratio: a number from 0 to 1, or sensitivity")
+    parser.add_argument("--rate", type=float, default=1.0, help="of codes, times the dense one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--depth", type=int, default=5, help="3: LeNet-300-100")
     parser.add_argument("--json", type=Path)
@@ -54,7 +56,13 @@ def main() -> None:
     run = prepared(Setup("lenet", options.data, options.steps, depth=options.depth))
     rows = [_row("dense", run, _trained(run, options.seed, None, options.steps)[0], (99.25, 1.0))]
     print(rows[-1], flush=True)
-    thin, begun = _trained(run, options.seed, options.ratio, round(STAGES.share * options.steps))
+    allocation = options.allocation if options.allocation == "sensitivity" else float(options.allocation)
+    rules = {
+        "model": {"ratio": options.ratio, "allocation": allocation},
+        "rules": {"*": {"method": "pruned", "then": {"method": "kmeans", "bits": 4}}},
+        "stages": {"thin": list(STAGES.thin), "share": 1.0, "every": STAGES.every, "rate": options.rate},
+    }
+    thin, begun = _trained(run, options.seed, rules, round(STAGES.share * options.steps))
     for name, (then, hessian, published) in ROWS.items():
         model = copy.deepcopy(thin)
         batch = lenet.calibration(run.data)
@@ -62,7 +70,7 @@ def main() -> None:
         if then is not None:
             dt.share(model, then, importance)
         training = Training(model=model, steps=options.steps, lr=lenet.LEARNING_RATE, seed=options.seed)
-        training.step = begun
+        training.rate, training.step = options.rate, begun
         lenet.fit(model, run.data, training)
         rows.append(_row(name, run, model, published))
         print(rows[-1], flush=True)
@@ -77,17 +85,13 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=1))
 
 
-def _trained(run: Any, seed: int, ratio: float | None, until: int) -> tuple[nn.Module, int]:
-    """The network after so many of all steps, thinned if a ratio is given."""
+def _trained(run: Any, seed: int, rules: dict[str, Any] | None, until: int) -> tuple[nn.Module, int]:
+    """The network after so many of all steps, thinned if there are rules."""
     seeded(seed)
     model = run.build(run.width)
     training = Training(model=model, steps=run.steps, lr=lenet.LEARNING_RATE, seed=seed)
-    if ratio is not None:
-        rules = {
-            "model": {"ratio": ratio, "allocation": "sensitivity"},
-            "rules": {"*": {"method": "pruned", "then": {"method": "kmeans", "bits": 4}}},
-            "stages": {"thin": list(STAGES.thin), "share": 1.0, "every": STAGES.every},
-        }
+    if rules is not None:
+        training.rate = rules["stages"]["rate"]
         training.recipe = dt.Recipe(model, rules, run.steps, lambda model: lenet.loss(model, run.data))
 
     def stop(step: int) -> None:

@@ -173,12 +173,16 @@ def test_a_file_in_bytes_is_never_exceeded(allocation, then, digits, tmp_path):
             {"thin": 0.5},
             "[stages] thin = 0.5, share = 1.0, every = 50: write such as thin = [0.2, 0.6], share = 0.8, every = 50.",
         ),
-        ({"thinn": 1}, "[stages] has no key 'thinn'. Did you mean 'thin'? Valid: thin, share, every, importance."),
+        (
+            {"thinn": 1},
+            "[stages] has no key 'thinn'. Did you mean 'thin'? Valid: thin, share, every, importance, rate.",
+        ),
         (
             {"importance": "fisher"},
             "[stages] importance = 'fisher' is unknown. Valid: none, hessian, adam.",
         ),
         ({"importance": 1}, None),
+        ({"rate": 0}, "[stages] rate = 0 must be above 0."),
         ({"every": 0}, None),
         ({"every": 1.5}, None),
         ({"share": True}, None),
@@ -198,6 +202,16 @@ def test_what_cannot_be_done_is_said_before_the_training():
         dt.Recipe(network(), rules, steps=10)
     with pytest.raises(ConfigError, match=re.escape("deepthin.torch.allocate(model, rules, loss)")):
         dt.compress(network(), rules)
+
+
+def test_codes_of_a_trained_network_may_have_a_rate_of_their_own():
+    model = network()
+    dt.compress(model, {"model": {"ratio": 0.2}, "rules": {"0": {"method": "pruned"}}})
+    assert {group["name"]: group["lr"] for group in dt.parameter_groups(model, 1e-3, 2.0)} == {
+        "dense": 1e-3,
+        "pruned": 2e-3,
+    }
+    assert Rules.parse({**DEEP, "stages": {"rate": 4}}).stages.rate == 4.0
 
 
 # ---- Sensitivity ----------------------------------------------------------------------------------------------------
@@ -374,4 +388,4 @@ def test_the_loop_of_the_documentation(digits, tmp_path, monkeypatch):
 def _wide(folder):
     """The documented configuration, at a size that a small network can have."""
     rules = tomllib.loads((folder / "deep.toml").read_text())
-    return {**rules, "model": {**rules["model"], "ratio": 0.1}}
+    return {**rules, "model": {"file_bytes": 6000, "allocation": rules["model"]["allocation"]}}

@@ -152,6 +152,7 @@ class Stages:
     share: float = 0.8
     every: int = 50
     importance: Literal["none", "hessian", "adam"] = "none"
+    rate: float | None = None  # of codes, times the dense one; None: that of each method
 
     def __post_init__(self) -> None:
         """Refuse what is no schedule; ConfigError."""
@@ -160,6 +161,8 @@ class Stages:
                 f"[stages] thin = {list(self.thin)}, share = {self.share:g}, every = {self.every}: give shares of the "
                 "steps with 0 <= thin[0] < thin[1] <= share <= 1, and every from 1 on."
             )
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ConfigError(f"[stages] rate = {self.rate!r} must be above 0: times the dense rate, for codes.")
         if self.importance not in IMPORTANCE:
             raise ConfigError(f"[stages] importance = {self.importance!r} is unknown. Valid: {', '.join(IMPORTANCE)}.")
 
@@ -445,7 +448,7 @@ def _parse_allocation(allocation: Any) -> float | None:
 
 def _parse_stages(table: Mapping[str, Any]) -> Stages:
     usual = Stages()
-    _check_keys(table, ("thin", "share", "every", "importance"), "[stages]")
+    _check_keys(table, ("thin", "share", "every", "importance", "rate"), "[stages]")
     thin: Any = table.get("thin", usual.thin)
     pair = cast(list[Any], thin) if isinstance(thin, list | tuple) else []
     fine = len(pair) == 2 and all(type(n) in (int, float) for n in pair)
@@ -456,7 +459,9 @@ def _parse_stages(table: Mapping[str, Any]) -> Stages:
             f"[stages] thin = {thin!r}, share = {share!r}, every = {every!r}: write such as thin = [0.2, 0.6], "
             "share = 0.8, every = 50."
         )
-    return Stages((float(pair[0]), float(pair[1])), float(share), every, table.get("importance", usual.importance))
+    rate: float | None = _number(table, "rate", float, "[stages]", most=math.inf)
+    importance: Any = table.get("importance", usual.importance)
+    return Stages((float(pair[0]), float(pair[1])), float(share), every, importance, rate)
 
 
 def _parse_rule(pattern: str, table: Any) -> Rule:
@@ -522,14 +527,15 @@ def _check_keys(table: Mapping[str, Any], valid: Sequence[str], where: str) -> N
             raise ConfigError(f"{where} has no key {key!r}. {_closest(key, valid)}")
 
 
-def _number(table: Mapping[str, Any], key: str, kind: type[int] | type[float], where: str) -> Any:
+def _number(table: Mapping[str, Any], key: str, kind: type[int] | type[float], where: str, most: float = 1.0) -> Any:
     value = table.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise ConfigError(f"{where} {key} = {value!r} must be {'a whole number' if kind is int else 'a number'}.")
-    if not 0 < value < math.inf or (kind is float and value > 1):
-        raise ConfigError(f"{where} {key} = {value!r} must be above 0{'' if kind is int else ' and at most 1'}.")
+    limit = math.inf if kind is int else most
+    if not 0 < value < math.inf or value > limit:
+        raise ConfigError(f"{where} {key} = {value!r} must be above 0{'' if limit > 1 else ' and at most 1'}.")
     return kind(value)
 
 

@@ -33,6 +33,7 @@ class Training:
     lr: float
     decay: float = 0.0
     seed: int = 0
+    rate: float | None = None  # of codes, times ``lr``; None: that of each method
     recipe: Recipe | None = None
     progress: Callable[[int], None] = lambda _: None  # told after each step how many there were
     step: int = field(default=0, init=False)
@@ -119,7 +120,7 @@ class Training:
             done = first + step
             return min((done + 1) / self._warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
-        groups = parameter_groups(self.model, self.lr)
+        groups = parameter_groups(self.model, self.lr, self.rate)
         if self.decay:
             groups = [part for group in groups for part in _by_decay(self.model, group, self.decay)]
         # Fused: a third of a dense step

@@ -39,7 +39,7 @@ class Recipe:
             ...
             optimizer.step()
             if recipe.step():  # other parameters from here on
-                optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
+                optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3, recipe.rate))
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Recipe:
         stages = self.rules.stages or Stages()
         self.thin_from, self.thin_to, self.share_from = (round(share * steps) for share in (*stages.thin, stages.share))
         self.thin_to = max(self.thin_to, self.thin_from + 1)
-        self.every, self.steps = stages.every, 0
+        self.every, self.rate, self.steps = stages.every, stages.rate, 0
         if self.rules.allocation is None and loss is None:
             raise ConfigError(
                 "[model] allocation = 'sensitivity' needs losses: give Recipe(..., loss=f), where f(model) is the loss "
