@@ -29,6 +29,7 @@ LEVELS = {
     "recurrent": 3,
     "report": 3,
     "rules": 3,
+    "coding": 3,
     "storage": 3,
     "torch": 4,
     "torch.product": 4,

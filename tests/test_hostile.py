@@ -18,10 +18,11 @@ from torch.nn.utils import prune
 import deepthin
 import deepthin.torch as dt
 from deepthin import METHODS, BudgetError, ConfigError, FormatError, cli
+from deepthin.coding import Raw
 from deepthin.method import Then
 from deepthin.methods.factor import Factor
 from deepthin.methods.kmeans import KMeans
-from deepthin.storage import Contents, Part, Raw, Thin, from_bytes, to_bytes, write, write_atomically
+from deepthin.storage import Contents, Part, Thin, from_bytes, to_bytes, write, write_atomically
 from test_storage import header_of, resign, small_contents
 
 R = {"model": {"ratio": 0.3}}

@@ -16,13 +16,14 @@ import deepthin
 import deepthin.torch as dt
 from deepthin import METHODS, BudgetError, ConfigError, FormatError
 from deepthin.bits import width_of
+from deepthin.coding import Raw
 from deepthin.lloyd import STARTS, Numbers, cells_of, centres_of, first_centres, refined, settled, within
 from deepthin.methods.binary import Binary
 from deepthin.methods.ecsq import Ecsq
 from deepthin.methods.kmeans import KMeans
 from deepthin.methods.scalar import Uniform
 from deepthin.rules import Rules, Tensor
-from deepthin.storage import Part, Raw, Thin, from_bytes
+from deepthin.storage import Part, Thin, from_bytes
 from test_storage import header_of, resign
 
 EPS32 = float(np.finfo(np.float32).eps)

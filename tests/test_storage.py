@@ -20,8 +20,9 @@ from safetensors.numpy import load as safetensors_load
 import deepthin
 from deepthin import METHODS, BudgetError, FormatError, huffman, storage
 from deepthin.bits import packed_bytes
+from deepthin.coding import Raw, packed, repeated, unpacked, without_repeats
 from deepthin.method import Integers
-from deepthin.storage import Contents, Part, Raw, Thin, from_bytes, to_bytes, write
+from deepthin.storage import Contents, Part, Thin, from_bytes, to_bytes, write
 
 
 def small_contents(scale=1.0):
@@ -116,8 +117,8 @@ GOLDEN_CORNER = [[0.0, 0.0, 0.0], [0.0, 10.0, 12.0]]
 def stored(kind, values, shape=None):
     """How integers are written, and back."""
     values = np.asarray(values).reshape(shape or -1)
-    raw, coding = storage._packed(values, kind)
-    back = storage._unpacked("w", raw, list(coding), kind, values.shape).numpy()
+    raw, coding = packed(values, kind)
+    back = unpacked("w", raw, list(coding), kind, values.shape).numpy()
     assert (back == values).all()
     return coding[0], len(raw.data)
 
@@ -157,9 +158,9 @@ def test_a_longer_name_must_save_more():
 def test_repeats_at_the_end_are_not_stored(kind):
     def centres(values):
         array = np.array(values, kind)
-        raw, coding = storage._without_repeats("centres", Raw.of(array))
+        raw, coding = without_repeats("centres", Raw.of(array))
         if coding:
-            back = storage._repeated("w", raw, list(coding), array.shape)
+            back = repeated("w", raw, list(coding), array.shape)
             assert back.numpy().tobytes() == array.tobytes()
         return coding and coding[1]
 
@@ -365,7 +366,17 @@ def test_load_time_is_linear_in_names():
 
 def test_loading_runs_no_code_from_the_file():
     """Promise 5: the modules that read files import nothing that executes or unpickles, and open one path only."""
-    for module in ("storage", "method", "methods/__init__", "methods/factor", "rules", "report", "bits", "huffman"):
+    for module in (
+        "storage",
+        "coding",
+        "method",
+        "methods/__init__",
+        "methods/factor",
+        "rules",
+        "report",
+        "bits",
+        "huffman",
+    ):
         tree = ast.parse((Path(deepthin.__file__).parent / f"{module}.py").read_text())
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

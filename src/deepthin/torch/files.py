@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deepthin import storage
+from deepthin.coding import FLOATS, Raw
 from deepthin.method import ConfigError
-from deepthin.storage import FLOATS, Contents, Raw, Thin
+from deepthin.storage import Contents, Thin
 from deepthin.torch.layers import ThinLayer, is_transposed, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight

@@ -54,6 +54,7 @@ class Recipe:
         stages = self.rules.stages or Stages()
         self.thin_from, self.thin_to, self.share_from = (round(share * steps) for share in (*stages.thin, stages.share))
         self.thin_to = max(self.thin_to, self.thin_from + 1)
+        self.share_from = max(self.share_from, self.thin_to)
         self.every, self.rate, self.steps = stages.every, stages.rate, 0
         if self.rules.allocation is None and loss is None:
             raise ConfigError(
@@ -83,7 +84,7 @@ class Recipe:
                 self._twist = None
                 if not self._shares or self.share_from > self.thin_to:
                     return True
-        if self._shares and self.steps == max(self.share_from, self.thin_to):
+        if self._shares and self.steps == self.share_from:
             self._share()
             return True
         return False
