@@ -36,6 +36,7 @@ LEVELS = {
     "torch.operators": 4,
     "torch.recurrent": 4,
     "torch.weight": 4,
+    "torch.spectral": 4,
     "torch.layers": 4,
     "torch.sequential": 4,
     "torch.files": 4,

@@ -19,8 +19,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepthin.kernels import native_available
 from deepthin.methods.factor import Factor
+from deepthin.torch import spectral
 from deepthin.torch.recurrent import pays, recurrent
-from deepthin.torch.weight import ThinPart, ThinWeight, is_transformed
+from deepthin.torch.weight import ThinPart, ThinWeight, is_traced, is_transformed
 
 _TYPICAL_BATCH = 8  # of a graph, whose batch may be unknown
 
@@ -80,9 +81,39 @@ class ThinConv1d(ThinLayer, nn.Conv1d):
 
 
 class ThinConv2d(ThinLayer, nn.Conv2d):
-    """A convolution by a decoded kernel."""
+    """A convolution by a decoded kernel; in evaluation, where a large kernel's spectrum is faster, by that."""
 
     weight, bias = _generated("weight"), _generated("bias")
+    _spectrum: tuple[Tensor, int, Tensor] | None = None  # of which weight, as it was when it had so many changes
+
+    def forward(self, input: Float[Tensor, "*batch channels h w"]) -> Float[Tensor, "*batch outputs rows cols"]:
+        """torch's, or the same from spectra."""
+        weight, images = self.weight, input if input.dim() == 4 else input[None]
+        if not self._by_spectra(images, weight):
+            return self._conv_forward(input, weight, self.bias)
+        kept = self._spectrum
+        if kept is None or kept[0] is not weight or kept[1] != weight._version:
+            with torch.inference_mode(False), torch.no_grad():
+                self._spectrum = kept = (weight, weight._version, spectral.spectrum(self, weight))
+        with torch.no_grad():
+            found = spectral.convolve(self, images, kept[2], self.bias)
+        return found if input.dim() == 4 else found[0]
+
+    def _by_spectra(self, images: Tensor, weight: Tensor) -> bool:
+        """Whether the weight is one that is kept, and its spectrum pays."""
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, self.bias))
+        return (
+            "weight" in self.thin
+            and not (self.training or weight.requires_grad or wanted or is_traced(images))
+            and images.dtype == weight.dtype == torch.float32
+            and images.device.type == weight.device.type == "cpu"
+            and images.shape[1:2] == (self.in_channels,)
+            and not torch.is_autocast_enabled("cpu")
+            and spectral.pays(self, images.shape)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_spectrum"}
 
 
 class ThinConv3d(ThinLayer, nn.Conv3d):

@@ -346,7 +346,7 @@ class ThinWeight(nn.Module):
             return False
         if places.dtype not in (torch.int32, torch.int64) or places.is_meta:
             return False
-        return _is_traced(places) or places.numel() * _GATHER <= part.shape[0]
+        return is_traced(places) or places.numel() * _GATHER <= part.shape[0]
 
     def rows(self, places: Int[Tensor, "*batch"], index: int = 0) -> Float[Tensor, "*batch cols"]:
         """Rows of a matrix, without the others: of the product of the factors, the rows that they lie in.
@@ -355,7 +355,7 @@ class ThinWeight(nn.Module):
         """
         part, floats, n = self.parts[index], self.floats(), cast(Factor, self.decoder).n
         count, cols = part.shape
-        if not _is_traced(places) and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
+        if not is_traced(places) and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
             raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
         start = self._cuts[index][0] + places.long() * cols
         blocks = (cols + n - 2) // n + 1  # rows of xf that a row of the matrix may touch; it may end before the last
@@ -405,7 +405,7 @@ class ThinWeight(nn.Module):
         if not x.is_floating_point() or (x.dtype != latents[0].dtype and not autocast):
             return "dense"
         native = takes(*latents) and (autocast or takes(x))
-        if _is_traced(x):  # the batch may be a symbol there: one choice for all, the operator has another at run time
+        if is_traced(x):  # the batch may be a symbol there: one choice for all, the operator has another at run time
             compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
             return "native-auto" if compiled and native and self._operator_pays[index] else "dense"
         return choose(plan[0], x.numel() // plan[0].shape[1], self._keeps(), native)
@@ -415,7 +415,7 @@ class ThinWeight(nn.Module):
         decoder, part = self.decoder, self.parts[0]
         if len(self.parts) > 1 or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
             return "dense"
-        if _is_traced(x) or x.is_meta or x.is_nested or x.shape[-1:] != part.shape[1:]:
+        if is_traced(x) or x.is_meta or x.is_nested or x.shape[-1:] != part.shape[1:]:
             return "dense"
         if torch.is_autocast_enabled(x.device.type):
             return "dense"
@@ -526,7 +526,7 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
-def _is_traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether what is computed now is recorded as a graph or transformed by torch.func."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_transformed()
 
