@@ -45,6 +45,8 @@ LEVELS = {
     "torch.twist": 4,
     "torch.allocation": 4,
     "torch.recipe": 4,
+    "torch.units": 4,
+    "torch.widths": 4,
     "tasks": 5,
     "tasks.training": 5,
     "tasks.digits": 5,

@@ -8,6 +8,7 @@ from deepthin.torch.layers import ThinLayer, ThinLinear
 from deepthin.torch.recipe import Recipe, share
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
+from deepthin.torch.widths import Trimming, apoz, trim
 
 __all__ = [
     "Recipe",
@@ -15,9 +16,11 @@ __all__ = [
     "ThinLayer",
     "ThinLinear",
     "ThinWeight",
+    "Trimming",
     "Twist",
     "adam_importance",
     "allocate",
+    "apoz",
     "compress",
     "hessian_diagonal",
     "load",
@@ -28,4 +31,5 @@ __all__ = [
     "same_size",
     "save",
     "share",
+    "trim",
 ]
