@@ -2,6 +2,7 @@
 
 from deepthin.torch.allocation import allocate
 from deepthin.torch.compress import compress, materialize, parameter_groups, plan, same_size
+from deepthin.torch.distill import Distillation, Noise
 from deepthin.torch.files import load, save
 from deepthin.torch.importance import adam_importance, hessian_diagonal, optimal_brain_surgeon
 from deepthin.torch.layers import ThinLayer, ThinLinear
@@ -11,6 +12,8 @@ from deepthin.torch.weight import ThinWeight
 from deepthin.torch.widths import Trimming, apoz, trim
 
 __all__ = [
+    "Distillation",
+    "Noise",
     "Recipe",
     "Rising",
     "ThinLayer",
