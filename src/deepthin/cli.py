@@ -263,6 +263,23 @@ def compare(
     model: OwnModel = None,
     train: OwnTrain = None,
     evaluate: OwnEvaluate = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .thin file of a trained dense network: all but the dense row learn from it too, such as "
+            "runs/demo/models/dense-seed0.thin."
+        ),
+    ] = None,
+    teacher_kind: Annotated[
+        str, typer.Option(help="What is learned: soft, its probabilities at a temperature, or logits.")
+    ] = "soft",
+    teacher_weight: Annotated[
+        float, typer.Option(help="0 to 1: of what the teacher says; the rest is that of the labels.")
+    ] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Of soft targets.")] = 4.0,
+    teacher_noise: Annotated[
+        float, typer.Option(min=0, help="Deviation of the factors by which half of the items' logits are perturbed.")
+    ] = 0.0,
     engine: Annotated[str, typer.Option(help="local, or ray where one machine is not enough.")] = "local",
     jobs: Annotated[int, typer.Option(min=1, max=4096, help="Trials at once.")] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each of them.")] = 1,
@@ -283,6 +300,8 @@ def compare(
     from deepthin import results
     from deepthin.engines import ENGINES
     from deepthin.search import Search
+    from deepthin.teacher import Teacher
+    from deepthin.torch import Noise
     from deepthin.trial import COMPARED, Setup, prepared
 
     if find_spec("matplotlib") is None:  # said before the training, not after it
@@ -297,6 +316,12 @@ def compare(
     setup = Setup(
         name, data and data.absolute(), steps, width, depth, cast(tuple[str, str, str], own) if model else None
     )
+    if teacher is not None:
+        noise = Noise(teacher_noise) if teacher_noise else None
+        kind = cast(Any, teacher_kind)
+        setup = replace(setup, teacher=Teacher(teacher.absolute(), kind, teacher_weight, temperature, noise))
+    elif (teacher_kind, teacher_weight, temperature, teacher_noise) != ("soft", 0.9, 4.0, 0.0):
+        raise ConfigError("--teacher-kind, --teacher-weight, --temperature and --teacher-noise need --teacher FILE.")
     run = prepared(setup)
     folder = out or Path("runs") / run.task.NAME
     searched = None

@@ -63,6 +63,8 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
     run = prepared(settings.setup)
     methods = tuple(dict.fromkeys((*ALWAYS, *settings.methods)))
     about = {"task": run.task.NAME, "steps": run.steps, "data": run.data.about, "network": str(run.build(run.width))}
+    if run.teacher is not None:
+        about["teacher"] = run.teacher[0].about()
     if settings.search:
         about["search"] = asdict(settings.search)
     _check_widths(run, methods)

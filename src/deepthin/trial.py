@@ -25,6 +25,7 @@ from deepthin.storage import inspect
 from deepthin.tasks import TASKS
 from deepthin.tasks.own import Own
 from deepthin.tasks.training import Training
+from deepthin.teacher import Teacher
 from deepthin.torch.compress import tensors_of
 from deepthin.torch.layers import thin_tensors
 
@@ -68,6 +69,7 @@ class Setup:
     width: int | None = None
     depth: int | None = None
     own: tuple[str, str, str] | None = None  # the user's factory, training and evaluation, instead of ``task``
+    teacher: Teacher | None = None  # of all networks but the dense one
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Run:
     steps: int
     width: int
     build: Callable[[int], nn.Module]  # width -> the dense network
+    teacher: tuple[Teacher, nn.Module] | None = None  # and the network itself
 
     @classmethod
     def prepare(cls, setup: Setup) -> "Run":
@@ -110,7 +113,9 @@ class Run:
         data = task.load(setup.data)
         depth = {} if task.DEPTH is None else {"depth": setup.depth or task.DEPTH}
         build = partial(task.build, data, **depth)
-        return cls(task, data, setup.steps or task.DEFAULT_STEPS, setup.width or task.WIDTH, build)
+        width, teacher = setup.width or task.WIDTH, setup.teacher
+        taught = None if teacher is None else (teacher, teacher.load(task, lambda: build(width)))
+        return cls(task, data, setup.steps or task.DEFAULT_STEPS, width, build, taught)
 
     def weight_bytes(self) -> int:
         """Of the dense network's matrices."""
@@ -197,11 +202,18 @@ class Run:
             rule["then"] = {"method": "uniform", "bits": bits}
         return {"model": {"ratio": ratio, "allocation": allocation}, "rules": self.task.rules(rule)}
 
+    def teaches(self, trial: Trial) -> bool:
+        """Whether there is a teacher for this trial: the dense network, with which all are compared, has none."""
+        return self.teacher is not None and trial.method not in ALWAYS
+
     def train(self, trial: Trial, progress: Callable[[int], None]) -> nn.Module:
         """The trained network. Raises BudgetError, and NonFiniteError if the training diverges."""
         model, recipe = self.model(trial)
         lr, decays = (trial.choice or self.choice(trial.method)).lr, getattr(self.task, "DECAYS", {})
         decay = decays.get(trial.method, decays.get(split(trial.method)[0], 0.0))
+        if self.teaches(trial) and self.teacher is not None:
+            teacher, network = self.teacher
+            recipe["distillation"] = teacher.distillation(network, trial.seed)
         training = Training(
             model=model,
             steps=self.steps,
@@ -298,6 +310,8 @@ def first_row(run: Run, trial: Trial) -> dict[str, Any]:
     choice = trial.choice or run.choice(trial.method)
     row: dict[str, Any] = {"task": run.task.NAME, "method": trial.method, "ratio": trial.ratio, "bytes": None}
     row |= {"weight_bytes": None, "dense_bytes": run.dense_bytes(), "seed": trial.seed, "split": "test"}
+    if run.teaches(trial) and run.teacher is not None:
+        row["teacher"] = run.teacher[0].about()
     return row | {"metric": run.task.METRICS[0], "value": None, "lr": choice.lr, "allocation": choice.allocation}
 
 

@@ -33,6 +33,7 @@ METRICS = ("frame_error", "wer")  # percent; words need a dictionary, which AN4 
 WIDTH, DEPTH = 1024, 4
 DEFAULT_STEPS = 1800
 BATCH = 128
+TAUGHT = True  # whether the training asks a teacher
 JUDGMENTS, JUDGED = 6, 4  # times that every so-manieth development frame is judged in a training; the best state stays
 CALIBRATION = 1000  # frames, about, for second derivatives
 CONTEXT = 5  # frames to either side
@@ -141,7 +142,9 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
     some, right = data.inputs["dev"][::JUDGED], data.targets["dev"][::JUDGED]
     training.keep_best(lambda: error(predict(model, some), right), JUDGMENTS)
     for chosen in training.batches(len(inputs), BATCH):
-        training.minimise(nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]))
+        scores = model(inputs[chosen])
+        hard = nn.functional.cross_entropy(scores, targets[chosen])
+        training.minimise(training.taught(inputs[chosen], scores, hard))
 
 
 def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:

@@ -28,7 +28,7 @@ ALLOCATIONS: dict[str, str | float] = {}
 OPTIONS: dict[str, dict[str, object]] = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
 
 rules, fit, evaluate, example = digits.rules, digits.fit, digits.evaluate, digits.example  # only the networks differ
-loss, calibration = digits.loss, digits.calibration
+loss, calibration, TAUGHT = digits.loss, digits.calibration, digits.TAUGHT
 
 
 def load(folder: Path | None) -> digits.Data:

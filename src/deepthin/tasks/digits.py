@@ -19,6 +19,7 @@ METRICS = ("error",)  # percent
 WIDTH, DEPTH = 300, None
 DEFAULT_STEPS = 3000
 BATCH = 128
+TAUGHT = True  # whether the training asks a teacher
 CALIBRATION = 1000
 
 # Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
@@ -106,7 +107,9 @@ def minimise(model: nn.Module, data: Data, training: Training, batch: int) -> No
     """The cross entropy of so many images a step."""
     inputs, targets = data.inputs["train"], data.targets["train"]
     for chosen in training.batches(len(inputs), batch):
-        training.minimise(nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]))
+        scores = model(inputs[chosen])
+        hard = nn.functional.cross_entropy(scores, targets[chosen])
+        training.minimise(training.taught(inputs[chosen], scores, hard))
 
 
 def loss(model: nn.Module, data: Data) -> float:

@@ -22,7 +22,7 @@ ALLOCATIONS: dict[str, str | float] = {}
 OPTIONS: dict[str, dict[str, object]] = {}
 
 load, rules, evaluate, example = conv.load, conv.rules, conv.evaluate, conv.example
-loss, calibration = digits.loss, digits.calibration
+loss, calibration, TAUGHT = digits.loss, digits.calibration, digits.TAUGHT
 
 
 def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module:

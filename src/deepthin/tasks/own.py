@@ -27,6 +27,7 @@ class Own:
 
     DEPTH = None
     DEFAULT_STEPS = 1000
+    TAUGHT = True  # by training.taught, which is the user's to call
     LEARNING_RATE = 1e-3
     ALLOCATION = "flat"
     LEARNING_RATES: ClassVar[dict[str, float]] = {}

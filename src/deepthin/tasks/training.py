@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError, NonFiniteError
-from deepthin.torch import Recipe, adam_importance, parameter_groups
+from deepthin.torch import Distillation, Recipe, adam_importance, parameter_groups
 from deepthin.torch.weight import ThinWeight
 
 WARM_UP = 50  # steps
@@ -25,7 +25,8 @@ class Training:
 
     ``lr`` is the rate of what is dense; codes get their multiple of it. ``decay``: in every step, matrices and codes
     lose their rate times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101). ``recipe`` takes
-    the dense model through its stages; states are judged when it is as thin as it gets.
+    the dense model through its stages; states are judged when it is as thin as it gets. ``distillation`` has a teacher,
+    which ``taught`` asks.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Training:
     seed: int = 0
     rate: float | None = None  # of codes, times ``lr``; None: that of each method
     recipe: Recipe | None = None
+    distillation: Distillation | None = None
     progress: Callable[[int], None] = lambda _: None  # told after each step how many there were
     step: int = field(default=0, init=False)
 
@@ -42,6 +44,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(self.seed)  # for whatever a task draws
         self._judge: Callable[[], float] | None = None
         self._judgments = 0
+        self._asked = False
         self._best, self._best_state = math.inf, None
         self._optimizer: torch.optim.Optimizer | None = None
 
@@ -81,6 +84,11 @@ class Training:
         if self._best_state is not None:
             self.model.load_state_dict(self._best_state)
 
+    def taught(self, inputs: Any, scores: Tensor, loss: Tensor) -> Tensor:
+        """The loss of a batch whose ``scores`` are logits, joined by a teacher's of ``inputs`` if there is one."""
+        self._asked = True
+        return loss if self.distillation is None else self.distillation(inputs, scores, loss)
+
     def minimise(self, loss: Tensor, clip: float | None = None) -> None:
         """One step down the gradient of ``loss``, whose norm is at most ``clip``.
 
@@ -88,6 +96,12 @@ class Training:
         """
         if self._optimizer is None:
             raise ConfigError("training.minimise belongs into a loop: for chosen in training.batches(count, batch).")
+        if self.distillation is not None and not self._asked:
+            raise ConfigError(
+                "There is a teacher, which the training does not ask: call training.minimise(training.taught(inputs, "
+                "scores, loss)), or leave the teacher out."
+            )
+        self._asked = False
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 f"The loss is {loss.item()} at step {self.step}: use a smaller learning rate than {self.lr:g}."

@@ -1,0 +1,129 @@
+"""What a trained network says about an item, beside its label: soft targets or logits, perturbed if need be.
+
+Soft targets: Hinton, Vinyals and Dean, 2015, arXiv:1503.02531. Logits: Ba and Caruana, 2014, arXiv:1312.6184. Noisy
+teachers: Sau and Balasubramanian, 2016, arXiv:1610.09650.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deepthin.method import ConfigError
+from deepthin.torch.units import at_rest
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """An item's logits z are perturbed with probability ``share``; the paper's sigma is ``sigma``, its alpha ``share``.
+
+    To ``z (1 + xi)``, or to ``z + xi`` if ``additive``, with xi drawn from N(0, sigma^2) for each class: one factor for
+    all classes of an item would be but another temperature, and never change their order.
+    """
+
+    sigma: float
+    share: float = 0.5
+    additive: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no noise."""
+        if not 0 <= self.sigma < math.inf or not 0 <= self.share <= 1:
+            raise ConfigError(f"{self} is no noise: give a sigma of 0 or more, and a share from 0 to 1.")
+
+    def perturb(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """New logits, ``items x classes``; those that are not drawn stay as they are."""
+        drawn = torch.rand(logits.shape[:-1], generator=generator) < self.share
+        xi = self.sigma * torch.randn(logits.shape, generator=generator) * drawn[..., None]
+        xi = xi.to(logits.device, logits.dtype)
+        return logits + xi if self.additive else logits * (1 + xi)
+
+
+class Distillation:
+    """The loss of a student that has teachers: ``(1 - weight) hard_loss + weight`` times how far it is from them.
+
+    ``kind`` says how far that is, the mean over items of one of
+
+    * ``"soft"``: ``T^2 KL(p || q)``, with p and q the softmax of the teacher's and of the student's logits over the
+      ``temperature`` T; its gradients are Hinton's, and as large at every T.
+    * ``"logits"``: half the squared distance of the logits, Ba and Caruana's; without temperature.
+
+    Several teachers speak as one, by the mean of their logits (the geometric mean of their soft targets): one drawn for
+    each item would have the same gradient on average, and only more variance, which ``noise`` gives at will. Teachers,
+    dense or thin, run in evaluation and without gradients, and are no part of the student. ``seed`` is that of the
+    noise, which has a generator of its own. ConfigError for settings out of range.
+
+        distillation = Distillation(teacher, weight=0.9, temperature=4.0)
+        for inputs, targets in batches:
+            logits = student(inputs)
+            loss = distillation(inputs, logits, cross_entropy(logits, targets))
+    """
+
+    def __init__(
+        self,
+        teachers: nn.Module | Sequence[nn.Module],
+        weight: float = 0.9,
+        temperature: float = 4.0,
+        kind: Literal["soft", "logits"] = "soft",
+        noise: Noise | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.teachers = (teachers,) if isinstance(teachers, nn.Module) else tuple(teachers)
+        if not self.teachers:
+            raise ConfigError("Distillation needs a teacher: give a trained network, or several.")
+        check_settings(weight, temperature, kind)
+        self.weight, self.temperature, self.kind, self.noise = weight, temperature, kind, noise
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, inputs: Any, student_logits: Tensor, hard_loss: Tensor) -> Tensor:
+        """The loss of a batch, a number. Logits are ``items x classes``, or have more axes of items before the last.
+
+        ``inputs`` are what the teachers take: a tensor, or a tuple of several. ConfigError if they give other shapes.
+        """
+        return (1 - self.weight) * hard_loss + self.weight * self.distance(self.targets(inputs), student_logits)
+
+    def targets(self, inputs: Any) -> Tensor:
+        """The teachers' logits, perturbed anew at every call."""
+        said: list[Tensor] = []
+        for teacher in self.teachers:
+            with at_rest(teacher):
+                said.append(teacher(*inputs) if isinstance(inputs, tuple) else teacher(inputs))
+            if not isinstance(said[-1], Tensor) or said[-1].shape != said[0].shape:
+                got = list(said[-1].shape) if isinstance(said[-1], Tensor) else type(said[-1]).__name__
+                raise ConfigError(f"{type(teacher).__name__}, a teacher, gives {got}: give logits, all of one shape.")
+        mean = said[0] if len(said) == 1 else torch.stack(said).mean(0)
+        return mean if self.noise is None else self.noise.perturb(mean, self.generator)
+
+    def distance(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        """How far a student is from its targets, the mean over items."""
+        if teacher_logits.shape != student_logits.shape:
+            raise ConfigError(
+                f"The teacher gives logits of shape {list(teacher_logits.shape)}, the student of "
+                f"{list(student_logits.shape)}: both must judge the same items by the same classes."
+            )
+        if self.kind == "logits":
+            return 0.5 * (student_logits - teacher_logits).square().sum(-1).mean()
+        p = (teacher_logits / self.temperature).log_softmax(-1)
+        q = (student_logits / self.temperature).log_softmax(-1)
+        return self.temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the noise is: all else follows from the arguments."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where another one stopped."""
+        self.generator.set_state(state["generator"])
+
+
+def check_settings(weight: float, temperature: float, kind: str) -> None:
+    """ConfigError for what no distillation has."""
+    if kind not in ("soft", "logits"):
+        raise ConfigError(f"kind = {kind!r} is unknown. Valid: soft, logits.")
+    if not 0 <= weight <= 1 or not 0 < temperature < math.inf:
+        raise ConfigError(
+            f"weight = {weight:g}, temperature = {temperature:g}: the weight of the teacher is from 0 to 1, the "
+            "temperature more than 0."
+        )

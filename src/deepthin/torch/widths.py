@@ -1,0 +1,210 @@
+"""Fewer units: whole neurons and channels that are mostly zero are taken out of a network, which stays dense.
+
+Network trimming (Hu, Peng, Tai and Tang, 2016, arXiv:1607.03250): what counts is a unit's APoZ, the average percentage
+of zeros of what it gives after its rectifier.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from deepthin.method import ConfigError, NonFiniteError
+from deepthin.report import table
+from deepthin.torch.units import Path, at_rest, inputs_of, trace, units_of
+
+Batches = Iterable[Tensor | Sequence[Tensor]]
+"""What the model takes, alone, or followed by what a loss would compare with: ``(inputs, targets)``."""
+
+_HOW = "Leave it out of layers"
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """One layer: its units before and after, and their mean APoZ before, from 0 to 1."""
+
+    layer: str
+    before: int
+    after: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class Trimming:
+    """What became of each layer, and of all parameters of the model. ``skipped`` says why others were not looked at."""
+
+    rows: tuple[Trimmed, ...]
+    parameters_before: int
+    parameters_after: int
+    skipped: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __str__(self) -> str:
+        body = [(row.layer, f"{row.before:,}", f"{row.after:,}", f"{row.mean:.3f}") for row in self.rows]
+        body += [(name, "", "", "", why) for name, why in self.skipped.items()]
+        body.append(("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}", ""))
+        heads = ("layer", "before", "after", "mean APoZ", "" if not self.skipped else "not trimmed, because")
+        return table(heads, [(*line, "")[:5] for line in body], right=(1, 2, 3))
+
+
+def apoz(model: nn.Module, batches: Batches, layers: Collection[str] | None = None) -> dict[str, Tensor]:
+    """By the name of each layer, for each of its units the share of zeros in what it gives after its rectifier.
+
+    Float64 numbers from 0 to 1. A unit is an output of ``nn.Linear`` or a channel of ``nn.Conv2d``; the share is over
+    all items of ``batches``, and all places of an image. Validation data, some thousand items, will do. Layers are all
+    that have a ReLU behind them, before anything else is computed, or those named. In evaluation; the model is left as
+    it is. ConfigError for a layer without ReLU, for a model that torch.fx cannot trace, and without items;
+    NonFiniteError if an output is no number.
+    """
+    graph, paths = trace(model)
+    return _apoz(model, graph, _named(model, paths, layers, removable=False), batches)
+
+
+def trim(
+    model: nn.Module,
+    batches: Batches,
+    layers: Collection[str] | None = None,
+    above: float = 1.0,
+    most: float = 1.0,
+) -> Trimming:
+    """Take units out of a model, in place: where APoZ is more than ``above`` deviations over the layer's mean.
+
+    A unit goes with its row of weights, its bias, its numbers in a batch normalisation, and the columns of the next
+    layers. ``layers`` are names, as ``model.named_modules`` has them; else all that can be trimmed. Of each, at most
+    the share ``most`` goes (0 to 1), the highest APoZ first, and at least one unit stays; with ``above = 1`` it is
+    never more than half. What is left keeps its weights: train on, with a new optimiser, since parameters are other
+    ones; then trim again. ConfigError, before anything has changed, for a layer that cannot be trimmed, with the
+    reason: it must be dense, have a ReLU behind it, and lead to ``nn.Linear`` or ``nn.Conv2d`` through nothing but
+    normalisation, dropout, pooling and flattening.
+    """
+    if not math.isfinite(above) or not 0 < most <= 1:
+        raise ConfigError(f"trim: above = {above}, most = {most}: above is a number, most above 0 and at most 1.")
+    graph, paths = trace(model)
+    chosen = _named(model, paths, layers, removable=True)
+    scores = _apoz(model, graph, chosen, batches)
+    before = sum(p.numel() for p in model.parameters())
+    rows: list[Trimmed] = []
+    for name, score in scores.items():
+        kept = _kept(score, above, most)
+        _remove(chosen[name], kept)
+        rows.append(Trimmed(name, len(score), len(kept), score.mean().item()))
+    skipped = {} if layers is not None else {name: path.obstacle for name, path in paths.items() if path.obstacle}
+    return Trimming(tuple(rows), before, sum(p.numel() for p in model.parameters()), skipped)
+
+
+def _kept(score: Tensor, above: float, most: float) -> Tensor:
+    """Indices of the units that stay, in their order; equal scores go by the lower index first."""
+    limit = score.mean() + above * score.std(correction=0)
+    rounding = 4 * len(score) * torch.finfo(score.dtype).eps  # of the mean and the deviation: equals are never above
+    high = int((score > limit + rounding).sum())
+    gone = score.argsort(descending=True, stable=True)[: min(high, int(most * len(score)), len(score) - 1)]
+    kept = torch.ones(len(score), dtype=torch.bool)
+    kept[gone] = False
+    return kept.nonzero().flatten()
+
+
+def _remove(path: Path, kept: Tensor) -> None:
+    """All but some units of a layer, and what belongs to them."""
+    units = units_of(path.layer)
+    if len(kept) == units:
+        return
+    _select(path.layer, ("weight", "bias"), kept, 0)
+    _resize(path.layer, ("out_features", "out_channels"), len(kept))
+    for norm in path.norms:
+        numbers = inputs_of(norm)
+        _select(norm, ("weight", "bias", "running_mean", "running_var"), _spread(kept, numbers // units), 0)
+        _resize(norm, ("num_features",), numbers // units * len(kept))
+    for layer in path.next:
+        columns = inputs_of(layer)
+        _select(layer, ("weight",), _spread(kept, columns // units), 1)
+        _resize(layer, ("in_features", "in_channels"), columns // units * len(kept))
+
+
+def _spread(kept: Tensor, times: int) -> Tensor:
+    """Of each unit so many numbers in a row."""
+    return (times * kept[:, None] + torch.arange(times)).flatten()
+
+
+def _select(module: nn.Module, names: Sequence[str], kept: Tensor, axis: int) -> None:
+    for name in names:
+        old = getattr(module, name)
+        if old is None:
+            continue
+        new = old.detach().index_select(axis, kept.to(old.device)).clone()
+        setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _resize(module: nn.Module, names: Sequence[str], number: int) -> None:
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, number)
+
+
+def _named(
+    model: nn.Module, paths: dict[str, Path], layers: Collection[str] | None, removable: bool
+) -> dict[str, Path]:
+    """The layers that were asked for; ConfigError, with the reason, where one will not do."""
+    if isinstance(layers, str):
+        raise ConfigError(f"layers = {layers!r} is one string: give a list of names, [{layers!r}].")
+    able = {n: path for n, path in paths.items() if path.rectifier is not None and not (removable and path.obstacle)}
+    if layers is None:
+        if not able:
+            why = "; ".join(f"{name}: {path.obstacle}" for name, path in paths.items())
+            raise ConfigError(f"No layer has units that can be {'trimmed' if removable else 'counted'}. {why}".strip())
+        return able
+    known = dict(model.named_modules())
+    for name in layers:
+        if name in able:
+            continue
+        if name not in known:
+            raise ConfigError(f"The model has no layer {name!r}. Layers with a ReLU behind them: {', '.join(able)}.")
+        if name not in paths:
+            raise ConfigError(
+                f"{name} is {type(known[name]).__name__}, no nn.Linear or nn.Conv2d that is called. {_HOW}."
+            )
+        raise ConfigError(f"{name}: {paths[name].obstacle}. {_HOW}.")
+    return {name: able[name] for name in dict.fromkeys(layers)}
+
+
+class _Counter(fx.Interpreter):
+    """Runs a model's graph, and counts zeros where a rectifier has done its work."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, paths: Mapping[str, Path]) -> None:
+        super().__init__(model, graph=graph)
+        self.zeros = {name: torch.zeros(units_of(path.layer), dtype=torch.float64) for name, path in paths.items()}
+        self.counts = dict.fromkeys(paths, 0)
+        self._begins = {path.node: (name, path) for name, path in paths.items()}
+        self._ends = {path.rectifier: name for name, path in paths.items()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """What the node gives, after it was looked at."""
+        value = super().run_node(n)
+        if n in self._begins:
+            name, path = self._begins[n]
+            wanted = 4 if isinstance(path.layer, nn.Conv2d) else 2 if path.rows_only else value.dim()
+            if value.dim() != wanted:
+                raise ConfigError(
+                    f"{name} gives {value.dim()} dimensions, but what follows is covered for {wanted}, items first. "
+                    f"{_HOW}."
+                )
+        if n in self._ends:
+            name = self._ends[n]
+            axis = 1 if value.dim() in (2, 4) else -1
+            by_unit = value.movedim(axis, 0).reshape(len(self.zeros[name]), -1)
+            if not torch.isfinite(by_unit).all():
+                raise NonFiniteError(f"What {name} gives is not finite: nothing was trimmed. Use other inputs.")
+            self.zeros[name] += (by_unit == 0).sum(1).cpu()
+            self.counts[name] += by_unit.shape[1]
+        return value
+
+
+def _apoz(model: nn.Module, graph: fx.Graph, paths: Mapping[str, Path], batches: Batches) -> dict[str, Tensor]:
+    counter = _Counter(model, graph, paths)
+    with at_rest(model):
+        for batch in batches:
+            counter.run(*([batch] if isinstance(batch, Tensor) else batch[:-1]))
+    if not all(counter.counts.values()):
+        raise ConfigError("There was no item in batches, so that nothing could be counted: give some, anew each time.")
+    return {name: zeros / counter.counts[name] for name, zeros in counter.zeros.items()}
