@@ -1,10 +1,13 @@
 """The task lstm-lm: texts of both kinds, a state that is carried on, and a training that learns a grammar."""
 
 import gzip
+import importlib
+import json
 import math
 import os
 import random
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import deepthin.torch as dt
 from deepthin import ConfigError
 from deepthin.tasks import austen, lstm_lm
 from deepthin.tasks.training import Training
-from deepthin.torch.layers import ThinEmbedding, ThinLinear, ThinLSTM
+from deepthin.torch.layers import ThinEmbedding, ThinLinear, ThinLSTM, thin_tensors
 
 NOUNS, VERBS = ("cat", "dog", "owl", "eel"), ("sees", "likes")
 
@@ -200,6 +203,7 @@ def test_steps_cover_the_text_once():
     found = list(lstm_lm.steps_of(text))
     assert [inputs.shape for inputs, _ in found] == [(20, 20), (20, 20), (5, 20)]
     assert all(torch.equal(inputs + 1, targets) for inputs, targets in found)
+    assert len(found) == lstm_lm.epoch_steps(lstm_lm.Data({"train": text}, [], ""))
     joined = torch.cat([inputs for inputs, _ in found])
     assert torch.equal(joined.T.flatten(), text[: 20 * 45])
 
@@ -313,6 +317,71 @@ def test_compare_works_end_to_end(folder, tmp_path, command_line):
     page = (tmp_path / "report.html").read_text()
     assert "perplexity" in page
     assert (tmp_path / "models" / "deepthin-0.3-seed0.thin").exists()
+
+
+@pytest.fixture
+def language(monkeypatch):
+    """benchmarks/language.py, called with words."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    module = importlib.import_module("language")
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["language.py", *map(str, words)])
+        module.main()
+        return json.loads((Path(words[words.index("--out") + 1]) / "language.json").read_text())["rows"]
+
+    return call
+
+
+def test_the_benchmark_twists_and_prunes(folder, tmp_path, language, capsys):
+    words = ("--data", folder, "--out", tmp_path, "--epochs", 1, "--every", 3, "--width", 12, "--lr", 5)
+    rows = language("pruning", *words)
+    assert [(row["setting"], row["way"]) for row in rows if row["section"] == "pruning"] == [
+        (f"{rate} %", way) for rate in (80, 85, 90) for way in ("twist", "once")
+    ]
+    for row in rows[1:]:
+        file = tmp_path / f"pruning-{row['setting'].replace(' %', '-percent')}-{row['way']}.thin"
+        assert file.stat().st_size == row["bytes"] < rows[0]["bytes"]
+        loaded = dt.load(lstm_lm.build(lstm_lm.load(folder), 12), file)
+        left = 1 - int(row["setting"][:2]) / 100
+        for name, (thin, index) in thin_tensors(loaded).items():
+            matrix = thin(index)
+            assert (matrix != 0).sum() == round(left * matrix.numel()), name
+        assert row["test"] == pytest.approx(lstm_lm.evaluate(loaded, lstm_lm.load(folder), "test")["perplexity"])
+        assert sum(row["histogram"]) == sum(
+            (getattr(loaded.lstm, f"weight_{of}_l0") != 0).sum().item() for of in ("ih", "hh")
+        )
+        assert ("before" in row) is (row["way"] == "once")
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:5] for line in table if line[:3] == ["pruning", "80", "%"]] == [
+        ["pruning", "80", "%", way, f"{rows[i]['bytes']:,}"] for i, way in ((1, "twist"), (2, "once"))
+    ]
+    assert (tmp_path / "histogram.png").exists()
+    kept = [(tmp_path / "language.json").read_bytes(), (tmp_path / "dense.pt").stat().st_mtime_ns]
+    language("pruning", *words)  # nothing is trained again
+    assert kept == [(tmp_path / "language.json").read_bytes(), (tmp_path / "dense.pt").stat().st_mtime_ns]
+    with pytest.raises(ConfigError, match="choose another --out"):
+        language("pruning", *words[:-1], 4)
+
+
+def test_the_benchmark_truncates_signs_and_relays(folder, tmp_path, language):
+    rows = language("--data", folder, "--out", tmp_path, "--words", 900, "--epochs", 2, "--every", 2, "--width", 20)
+    by = {(row["section"], row["setting"], row["way"]): row for row in rows}
+    assert len([key for key in by if key[0] == "rank"]) == 8
+    for share, rank in ((".39", 8), (".20", 4), (".15", 3), (".10", 2)):
+        for way in ("twist", "once"):
+            model = dt.load(lstm_lm.build(lstm_lm.load(folder), 20), tmp_path / f"rank-{share}-{way}.thin")
+            assert torch.linalg.matrix_rank(model.lstm.weight_hh_l0.detach(), rtol=1e-5) == rank
+            assert not isinstance(model.output, ThinLinear)
+        assert list(by["rank", share, "twist"]["spectra"]) == ["0", "1", "2"]
+    settings = [key[1] for key in by if key[0] == "bits"]
+    assert settings == ["1 greedy", "2 greedy", "2 alternating", "3 greedy", "3 alternating"]
+    model = dt.load(lstm_lm.build(lstm_lm.load(folder), 20), tmp_path / "bits-2-greedy-twist.thin")
+    assert max(len(row.unique()) for row in model.embedding.weight.detach()) <= 4
+    deepthin = [by["deepthin", "0.1", way]["bytes"] for way in ("twist", "once", "scratch")]
+    assert len(set(deepthin)) == 1
+    assert ("deepthin", "0.02", "twist") not in by  # out of reach for so small a network
+    assert all((tmp_path / f"{name}.png").exists() for name in ("rank", "singular-values", "histogram"))
 
 
 def test_jane_austen():

@@ -6,7 +6,7 @@ Zaremba, Sutskever and Vinyals, 2014, arXiv:1409.2329: the small network is dept
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,13 +85,13 @@ def spread(width: int) -> float:
     return 0.1 if width <= 300 else 0.05
 
 
-def load(folder: Path | None) -> Data:
+def load(folder: Path | None, most: int | None = None) -> Data:
     """The Penn Treebank or the whole novels from ``folder``; without, the first part of the installed novels.
 
-    ConfigError where there is neither.
+    ``most``: training words, a share of all splits. ConfigError where there is neither text.
     """
     if folder is not None and (treebank := _treebank(folder)) is not None:
-        return data_of(treebank, "Penn Treebank", least=1)
+        return data_of(treebank, "Penn Treebank", 1, most)
     root = austen.find(folder or austen.INSTALLED)
     if root is None:
         raise ConfigError(
@@ -99,7 +99,7 @@ def load(folder: Path | None) -> Data:
             "(ptb.train.txt, ptb.valid.txt, ptb.test.txt), or install Debian's r-cran-janeaustenr, or unpack it "
             "(dpkg -x) and give --data the folder: see docs/language.md."
         )
-    return data_of(novels(root), "Jane Austen's novels", LEAST_COUNT, None if folder else SUBSET)
+    return data_of(novels(root), "Jane Austen's novels", LEAST_COUNT, most if folder else most or SUBSET)
 
 
 def novels(root: Path) -> dict[str, list[str]]:
@@ -149,16 +149,29 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
 
     Products are in bfloat16 where the processor has them; everything else is in fp32.
     """
-    windows = list(steps_of(data.texts["train"]))
-    state: State | None = None
+    count = epoch_steps(data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)  # dropout draws from torch's own generator
-        for place in map(int, training.batches(len(windows), 1, WARM_UP, lambda: torch.arange(len(windows)))):
-            inputs, targets = windows[place]
-            with precision():
-                scores, after = model(inputs, state if place else None)
-            state = after[0].detach().float(), after[1].detach().float()
-            training.minimise(F.cross_entropy(scores.flatten(0, 1), targets.flatten()), CLIP)
+        places = training.batches(count, 1, WARM_UP, lambda: torch.arange(count))
+        for step_loss in losses(model, data, map(int, places)):
+            training.minimise(step_loss, CLIP)
+
+
+def losses(model: nn.Module, data: Data, places: Iterable[int]) -> Iterator[Float[Tensor, ""]]:
+    """The mean cross entropy of the training text's steps at these places, in nats a word; at 0 the state begins."""
+    steps = list(steps_of(data.texts["train"]))
+    state: State | None = None
+    for place in places:
+        inputs, targets = steps[place]
+        with precision():
+            scores, after = model(inputs, state if place else None)
+        state = after[0].detach().float(), after[1].detach().float()
+        yield F.cross_entropy(scores.flatten(0, 1), targets.flatten())
+
+
+def epoch_steps(data: Data) -> int:
+    """Steps of a pass over the training text."""
+    return -(-((len(data.texts["train"]) - 1) // BATCH) // UNROLLED)
 
 
 def loss(model: nn.Module, data: Data) -> float:
