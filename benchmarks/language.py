@@ -106,40 +106,29 @@ class Bench:
         return lstm_lm.build(self.data, self.options.width, self.options.depth)
 
     def train(
-        self, name: str, model: nn.Module, epochs: int, each: Callable[[int], object] = lambda step: None
+        self,
+        name: str,
+        model: nn.Module,
+        epochs: int,
+        rate: float | None = None,
+        each: Callable[[int], object] = lambda step: None,
     ) -> None:
-        """So many epochs by plain descent, the field's recipe; ``each`` is told after every step.
+        """So many epochs; ``each`` is told after every step.
 
-        The rate stays for 4 thirteenths of the steps, then falls to 2^-9 of itself, as Zaremba's does in 13 epochs.
+        Codes that begin trained learn at ``rate`` times --lr; without, as the task trains fresh ones.
         """
-        steps, told = self._begin(name, epochs)
-        optimizer = torch.optim.SGD(dt.parameter_groups(model, self.options.lr, 1.0))
-        model.train()
-        torch.manual_seed(self.options.seed)
-        places = (step % self.epoch_steps for step in range(steps))
-        for step, loss in enumerate(lstm_lm.losses(model, self.data, places)):
-            for group in optimizer.param_groups:
-                group["lr"] = self.options.lr * 2 ** -(13 * max(step / steps - 4 / 13, 0))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), lstm_lm.CLIP)
-            optimizer.step()
-            each(step + 1)
-            told(step + 1)
-
-    def train_codes(self, name: str, model: nn.Module, epochs: int) -> None:
-        """So many epochs as the task trains what is thin."""
-        steps, told = self._begin(name, epochs)
-        lr = lstm_lm.LEARNING_RATE
-        lstm_lm.fit(model, self.data, Training(model=model, steps=steps, lr=lr, seed=self.options.seed, progress=told))
-
-    def _begin(self, name: str, epochs: int) -> tuple[int, Callable[[int], None]]:
-        """The steps, and what is told of each: a bar, or a line at the beginning where there is no terminal."""
         steps = epochs * self.epoch_steps
         bar = self.progress.add_task(name, total=steps)
         if self.progress.disable:
             print(f"{time.strftime('%H:%M:%S')} {name}: {steps} steps", flush=True)
-        return steps, lambda step: self.progress.update(bar, completed=step)
+
+        def told(step: int) -> None:
+            each(step)
+            self.progress.update(bar, completed=step)
+
+        lr = lstm_lm.LEARNING_RATE if rate is None else self.options.lr
+        training = Training(model=model, steps=steps, lr=lr, seed=self.options.seed, rate=rate, progress=told)
+        lstm_lm.fit(model, self.data, training)
 
     def dense(self) -> nn.Module:
         """The network that all begin from, trained at the first call."""
@@ -147,7 +136,7 @@ class Bench:
         if path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))
             return model
-        self.train("dense", model, self.options.epochs)
+        self.train("dense", model, self.options.epochs, 1.0)
         part = path.with_suffix(".part")
         torch.save(model.state_dict(), part)
         part.replace(path)
@@ -173,10 +162,10 @@ class Bench:
         elif case.way == "once":
             dt.Twist(model, case.plans(model)).finish()
             row["before"] = lstm_lm.evaluate(model, self.data, "test")["perplexity"]
-            (self.train_codes if case.section == "deepthin" else self.train)(name, model, epochs)
+            self.train(name, model, epochs, None if case.section == "deepthin" else 1.0)
         else:
             dt.compress(model, case.rules, init="scratch", seed=self.options.seed)
-            self.train_codes(name, model, 2 * epochs)
+            self.train(name, model, 2 * epochs)
         row |= self.judged(name.replace(" ", "-").replace("%", "percent"), model)
         if case.section == "pruning":
             weights = torch.cat([getattr(model.get_submodule("lstm"), n.split(".")[1]).flatten() for n in FIRST])
@@ -202,7 +191,7 @@ class Bench:
             twist.step()
 
         watch(0)
-        self.train(name, model, self.options.epochs, each=each)
+        self.train(name, model, self.options.epochs, 1.0, each)
         twist.finish()
         return {"spectra": spectra} if spectra else {}
 
@@ -214,11 +203,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the Penn Treebank, or with Jane Austen's novels")
     parser.add_argument("--out", type=Path, default=Path("runs/language"))
     parser.add_argument("--words", type=int, default=lstm_lm.SUBSET, help="to train; of all splits the same share")
-    parser.add_argument("--epochs", type=int, default=4, help="of the first training, and of each one that goes on")
+    parser.add_argument("--epochs", type=int, default=5, help="of the first training, and of each one that goes on")
     parser.add_argument("--every", type=int, default=100, help="steps from one distortion to the next, S_D")
     parser.add_argument("--width", type=int, default=lstm_lm.WIDTH)
     parser.add_argument("--depth", type=int, default=lstm_lm.DEPTH)
-    parser.add_argument("--lr", type=float, default=20.0, help="of plain descent, for a loss of mean words")
+    parser.add_argument("--lr", type=float, default=lstm_lm.LEARNING_RATES["dense"])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if unknown := [section for section in options.sections if section not in SECTIONS]:
