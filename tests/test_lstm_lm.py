@@ -401,3 +401,12 @@ def test_jane_austen():
     }
     assert sum(len(austen.words(lines)) for lines in books.values()) == 845_503
     assert lstm_lm.data_of(lstm_lm.novels(root), "x", 3, 200_000).words[:4] == ["<unk>", ",", ".", "the"]
+
+
+def test_the_output_begins_with_what_is_frequent(data):
+    """The share of each word in the training text, one added to each count; on the meta device there are no values."""
+    bias = lstm_lm.build(data, 8).output.bias.detach()
+    counts = torch.bincount(data.texts["train"]).double() + 1
+    assert torch.allclose(bias.exp().double(), counts / counts.sum(), rtol=1e-5)
+    with torch.device("meta"):
+        assert lstm_lm.build(data, 8).output.bias.is_meta
