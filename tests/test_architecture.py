@@ -57,6 +57,8 @@ LEVELS = {
     "tasks.conv": 5,
     "tasks.ctc": 5,
     "tasks.decoder": 5,
+    "tasks.austen": 5,
+    "tasks.lstm_lm": 5,
     "tasks.own": 5,
     "tasks.lenet": 5,
     "train": 5,

@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from deepthin.tasks import acoustic, conv, ctc, digits, lenet
+from deepthin.tasks import acoustic, conv, ctc, digits, lenet, lstm_lm
 
-TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic, ctc, conv, lenet)}
+TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic, ctc, conv, lenet, lstm_lm)}
