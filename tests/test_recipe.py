@@ -17,7 +17,9 @@ import deepthin.torch as dt
 from deepthin.cli import app
 from deepthin.method import BudgetError, ConfigError, Then
 from deepthin.rules import Rules
+from deepthin.storage import to_bytes
 from deepthin.torch.compress import tensors_of
+from deepthin.torch.files import contents
 from deepthin.torch.layers import thin_tensors
 
 DEEP = {
@@ -389,3 +391,18 @@ def _wide(folder):
     """The documented configuration, at a size that a small network can have."""
     rules = tomllib.loads((folder / "deep.toml").read_text())
     return {**rules, "model": {"file_bytes": 6000, "allocation": rules["model"]["allocation"]}}
+
+
+def test_centres_that_are_not_used_cost_no_more_after_training():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randint(-2, 3, (64, 64)) / 4)  # five numbers for more centres
+    dt.compress(model, {"rules": {"*": {"method": "ecsq", "bits": 2.5}}})
+    before = len(to_bytes(contents(model)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+    assert len(to_bytes(contents(model))) == before

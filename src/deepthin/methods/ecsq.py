@@ -125,7 +125,7 @@ class Ecsq:
 
         By NumPy, on the host, in float64. Takes a sort and some hundred rounds of ``levels * log(weights)`` steps; with
         ``importance`` sixty times as many, and the search tells only three values of it in each doubling apart. Unused
-        centres repeat the last one, and are not stored.
+        centres are zeros, which training leaves alone, and are stored as one.
         """
         flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
         shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
@@ -137,7 +137,7 @@ class Ecsq:
             return size is not None and size <= self.coded_bytes
 
         centres, symbols = within(flat, self.levels, fits, shares)
-        filled = np.concatenate([centres, np.full(self.levels - len(centres), centres[-1])])
+        filled = np.concatenate([centres, np.zeros(self.levels - len(centres))])
         symbols = symbols.reshape(self.shape).astype(np.int16)
         return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols)}
 
