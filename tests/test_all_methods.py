@@ -25,6 +25,7 @@ RULES = {name: {"method": name} for name in METHODS} | {
     "deepthin then 4 bits": {"method": "deepthin", "then": {**EIGHT, "bits": 4, "per": "row"}},
     "hashed then 8 bits": {"method": "hashed", "then": EIGHT},
     "pruned then 8 bits": {"method": "pruned", "then": {**EIGHT, "affine": True}},
+    "pruned, balanced": {"method": "pruned", "balance": 4},
     "rank then 8 bits": {"method": "rank", "then": EIGHT},
     "tensor-train then 8 bits": {"method": "tensor-train", "then": EIGHT},
     "pruned then kmeans": {"method": "pruned", "then": {"method": "kmeans", "bits": 5}},

@@ -496,6 +496,28 @@ def test_pruned_at_the_price_of_sparse_rows(shape, column):
         Pruned(shape, 3, "coo")
 
 
+def test_balanced_pruning_keeps_the_same_share_in_every_processing_element():
+    """ESE (Han et al., 2017), section 3.1: rows are dealt out in turn, sub-matrices have the same sparsity."""
+    weight = np.array([[9, 8], [1, 2], [7, 6], [4, 3]], "f4")
+    code = Pruned((4, 2), 4, balance=2).encode(weight, np)
+    assert code["positions"].tolist() == [0, 1, 6, 7]  # rows 0 and 2 keep two, rows 1 and 3 too
+    assert Pruned((4, 2), 4).encode(weight, np)["positions"].tolist() == [0, 1, 4, 5]
+    for shape, kept, balance in [((10, 7), 33, 4), ((32, 50), 170, 32), ((5, 3), 15, 5), ((7, 11), 1, 3)]:
+        method = Pruned(shape, kept, balance=balance)
+        rng = np.random.default_rng(kept)
+        for code in (method.encode(rng.normal(size=shape), np), method.init(rng, 1.0)):
+            assert len(set(code["positions"].tolist())) == kept
+            counts = np.bincount(code["positions"] // shape[1] % balance, minlength=balance)
+            weights = np.bincount(np.arange(shape[0]) % balance) * shape[1]
+            assert abs(counts - kept * weights / weights.sum()).max() < 1
+    assert METHODS["pruned"].fit((10, 7), 900, balance=32).balance == 10
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ConfigError, match="processing elements is a whole one, from 1 on"):
+            METHODS["pruned"].fit((10, 7), 900, balance=wrong)
+    with pytest.raises(ValueError, match="cannot balance 4 rows over 5"):
+        Pruned((4, 2), 4, balance=5)
+
+
 def test_pruned_against_scipy():
     from scipy import sparse
 

@@ -1,7 +1,8 @@
 """Magnitude pruning: the largest weights at their places, all others zero.
 
 Han, Pool, Tran and Dally, 2015, arXiv:1506.02626; stored as in Han et al., 2016, arXiv:1510.00149, section 2. How
-many weights remain is exact: where magnitudes tie, the first in order stay.
+many weights remain is exact: where magnitudes tie, the first in order stay. Load-balance-aware: ESE (Han et al., 2017,
+arXiv:1612.00694, section 3.1).
 """
 
 import math
@@ -24,6 +25,7 @@ class Pruned:
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
     kept: int
     index: str = "gaps"  # or "csr": how positions are counted; they are stored as gaps, or as they are, in any case
+    balance: int = 1  # so many processing elements take rows in turn, and keep the same share of their weights
 
     def __post_init__(self) -> None:
         """Refuse fields that no ``fit`` makes."""
@@ -34,16 +36,24 @@ class Pruned:
             raise ValueError(f"Pruned has no index {self.index!r}.")
         if self.kept > math.prod(self.shape):
             raise ValueError(f"Pruned cannot keep {self.kept} of {math.prod(self.shape)} weights.")
+        if type(self.balance) is not int or not 1 <= self.balance <= self.shape[0]:
+            raise ValueError(f"Pruned cannot balance {self.shape[0]} rows over {self.balance!r}.")
 
     @classmethod
-    def fit(cls, shape: tuple[int, int], max_bits: int, *, index: Any = "gaps") -> "Pruned":
+    def fit(cls, shape: tuple[int, int], max_bits: int, *, index: Any = "gaps", balance: Any = 1) -> "Pruned":
         """As many weights as there is room for, their positions stored in the shortest of the known ways.
 
         ``index="csr"`` counts what compressed sparse rows would take, and leaves fewer: 16 bits for the column of a
         value, or 32 in a matrix of more than 65,536 columns, and 32 for where each row begins. The file is shorter.
+
+        ``balance`` is the number of processing elements (32 in ESE) that take the rows in turn: each keeps the same
+        share, to one weight, so that none waits for another. There are at most as many as rows.
         """
         if index not in INDEXES:
             raise ConfigError(f"index = {index!r} is unknown. Valid: {', '.join(INDEXES)}.")
+        if type(balance) is not int or balance < 1:
+            raise ConfigError(f"balance = {balance!r}: the number of processing elements is a whole one, from 1 on.")
+        balance = min(balance, shape[0])
         low, high = 0, min(max_bits // FLOAT_BITS, math.prod(shape)) + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -58,7 +68,7 @@ class Pruned:
                 smallest_bits=least,
                 smallest_ratio=ratio,
             )
-        return cls(shape, low, index)
+        return cls(shape, low, index, balance)
 
     @property
     def trains(self) -> Trains:
@@ -87,8 +97,12 @@ class Pruned:
 
     def init(self, rng: Generator, std: float) -> Code:
         """Random places; what is kept is larger by as much as there is less of it."""
-        area = math.prod(self.shape)
-        positions = np.sort(rng.choice(area, self.kept, replace=False)).astype(np.int64)
+        area, cols = math.prod(self.shape), self.shape[1]
+        chosen = [
+            _place(rng.choice(weights, kept, replace=False), first, self.balance, cols)
+            for first, weights, kept in self._elements()
+        ]
+        positions = np.sort(np.concatenate(chosen)).astype(np.int64)
         values = rng.normal(size=self.kept)
         scale = std * math.sqrt(area / self.kept) / np.sqrt(np.mean(values * values))
         return {"values": (values * scale).astype(np.float32), "positions": positions}
@@ -99,9 +113,25 @@ class Pruned:
         """The largest magnitudes; with ``importance``, the largest ``importance * w^2`` (LeCun et al., 1990)."""
         flat = xp.reshape(weight, (-1,))
         size = abs(flat) if importance is None else xp.reshape(importance, (-1,)) * flat * flat
-        largest = xp.argsort(-size, stable=True)[: self.kept]
-        positions = xp.take(largest, xp.argsort(largest))
+        rows = xp.reshape(size, self.shape)
+        chosen = []
+        for first, _, kept in self._elements():
+            largest = xp.argsort(-xp.reshape(rows[first :: self.balance], (-1,)), stable=True)[:kept]
+            chosen.append(_place(largest, first, self.balance, self.shape[1]))
+        places = xp.concatenate(chosen)
+        positions = xp.take(places, xp.argsort(places))
         return {"values": xp.take(flat, positions), "positions": positions}
+
+    def _elements(self) -> list[tuple[int, int, int]]:
+        """Of each processing element its first row, how many weights it has, and how many of them it keeps."""
+        (rows, cols), found, done, kept = self.shape, [], 0, 0
+        for first in range(self.balance):
+            weights = len(range(first, rows, self.balance)) * cols
+            done += weights
+            most = self.kept * done // (rows * cols)
+            found.append((first, weights, most - kept))
+            kept = most
+        return found
 
     def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
         """That of the weights which are kept."""
@@ -112,3 +142,8 @@ class Pruned:
         flat = xp.tile(xp.zeros_like(code["values"][:1]), (math.prod(self.shape),))
         flat[code["positions"]] = code["values"]
         return xp.reshape(flat, self.shape)
+
+
+def _place(own: Any, first: int, balance: int, cols: int) -> Any:
+    """Where in the whole matrix the weights of an element are, whose rows are ``first`` and every ``balance``-th on."""
+    return (first + balance * (own // cols)) * cols + own % cols

@@ -1,13 +1,13 @@
 """Occasional distortion: train dense weights, and every so often replace them by what a method would make of them.
 
-DeepTwist (Lee, Kim, Kim, Kwon and Wei, 2018, arXiv:1810.12823). Between two distortions training is untouched: no
+DeepTwist (Lee, Kapoor and Kim, 2018, arXiv:1810.12823). Between two distortions training is untouched: no
 masks, no other gradients. With magnitude pruning and a rising rate this is gradual pruning (Zhu and Gupta, 2017,
 arXiv:1710.01878), except that a pruned weight may come back.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Twist:
         area = math.prod(method.shape)
         if isinstance(method, Pruned):
             kept = round(area * self.schedule.share(self.steps, method.kept / area))
-            return None if kept >= area else Pruned(method.shape, max(kept, method.kept))
+            return None if kept >= area else replace(method, kept=max(kept, method.kept))
         share = self.schedule.share(self.steps, method.bits() / (32 * area))
         return None if share >= 1 else planned.fit(max(int(32 * area * share), method.bits()))
 
