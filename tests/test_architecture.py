@@ -46,6 +46,7 @@ LEVELS = {
     "torch.twist": 4,
     "torch.allocation": 4,
     "torch.recipe": 4,
+    "torch.schemes": 4,
     "torch.units": 4,
     "torch.widths": 4,
     "torch.distill": 4,

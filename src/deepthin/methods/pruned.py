@@ -114,7 +114,7 @@ class Pruned:
         flat = xp.reshape(weight, (-1,))
         size = abs(flat) if importance is None else xp.reshape(importance, (-1,)) * flat * flat
         rows = xp.reshape(size, self.shape)
-        chosen = []
+        chosen: list[Any] = []
         for first, _, kept in self._elements():
             largest = xp.argsort(-xp.reshape(rows[first :: self.balance], (-1,)), stable=True)[:kept]
             chosen.append(_place(largest, first, self.balance, self.shape[1]))
@@ -124,7 +124,8 @@ class Pruned:
 
     def _elements(self) -> list[tuple[int, int, int]]:
         """Of each processing element its first row, how many weights it has, and how many of them it keeps."""
-        (rows, cols), found, done, kept = self.shape, [], 0, 0
+        (rows, cols), done, kept = self.shape, 0, 0
+        found: list[tuple[int, int, int]] = []
         for first in range(self.balance):
             weights = len(range(first, rows, self.balance)) * cols
             done += weights

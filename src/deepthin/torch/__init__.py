@@ -7,6 +7,7 @@ from deepthin.torch.files import load, save
 from deepthin.torch.importance import adam_importance, hessian_diagonal, optimal_brain_surgeon
 from deepthin.torch.layers import ThinLayer, ThinLinear
 from deepthin.torch.recipe import Recipe, share
+from deepthin.torch.schemes import prune_by
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
 from deepthin.torch.widths import Trimming, apoz, trim
@@ -31,6 +32,7 @@ __all__ = [
     "optimal_brain_surgeon",
     "parameter_groups",
     "plan",
+    "prune_by",
     "same_size",
     "save",
     "share",

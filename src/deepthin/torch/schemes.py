@@ -1,0 +1,111 @@
+"""Which matrices pruning takes most from: by one threshold for all, by the same share of each class, or by its spread.
+
+See, Luong and Manning, 2016, arXiv:1606.09274, section 3.2. A class is what one rule covers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from deepthin.method import ConfigError, Method, Then
+from deepthin.methods.pruned import Pruned
+from deepthin.rules import Planned, Rules, Unit
+from deepthin.torch.compress import Encoded, plan_of, tensors_of
+
+SCHEMES = ("class-blind", "class-uniform", "class-distribution")
+_HALVINGS = 60  # of the range of the threshold
+
+
+def prune_by(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, scheme: str) -> Rules:
+    """The same rules with a target for every pruned matrix that shares ``[model] ratio``, by a dense model's weights.
+
+    * ``class-blind``: what is above one threshold stays, wherever it is.
+    * ``class-uniform``: each class keeps the same share of its weights, those above a threshold of its own.
+    * ``class-distribution``: a class's threshold is a multiple of the standard deviation of its weights, one for all.
+
+    Positions are paid for as always. The budget is used up to a value a matrix, or to some 5 % of it where values are
+    stored by another method (``then``), whose bits are estimated. Each matrix keeps one weight at least.
+    ConfigError for another scheme, for matrices of other methods in the budget, or where there is none.
+    """
+    if scheme not in SCHEMES:
+        raise ConfigError(f"scheme = {scheme!r} is unknown. Valid: {', '.join(SCHEMES)}.")
+    rules = dataclasses.replace(Rules.parse(rules), allocation=1.0)
+    if rules.ratio is None:
+        raise ConfigError(f"{scheme} shares out a budget: give [model] a ratio.")
+    found, owners = tensors_of(model)
+    plans = {plan.tensors[0].name: plan for plan in plan_of(model, rules, found)}
+    units, fixed, shared = rules.split(found)
+    encoded = Encoded(owners)
+    sizes: dict[str, np.ndarray] = {}
+    for unit in shared:
+        if not isinstance(_outer(plans[unit.name].method), Pruned):
+            raise ConfigError(
+                f"{scheme} is for pruning, and {unit.name} is stored by {unit.rule.name}: use dt.allocate."
+            )
+        dense = [abs(values.detach().float()).flatten() for values in encoded.dense(plans[unit.name])]
+        sizes[unit.name] = np.sort(torch.cat(dense).cpu().numpy())
+    budget = rules.budget(units, fixed, shared)
+    threshold = _thresholds(scheme, shared, sizes)
+
+    def bits(level: float) -> dict[str, int]:
+        above = threshold(level)
+        return {
+            unit.name: max(
+                _bits(
+                    unit, plans[unit.name], len(own) - int(np.searchsorted(own, above[unit.rule.pattern], side="right"))
+                ),
+                unit.smallest_bits(),
+            )
+            for unit in shared
+            for own in [sizes[unit.name]]
+        }
+
+    low, high = 0.0, 1.0  # of the way from what keeps all to what keeps none
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(bits(middle).values()) <= budget else (middle, high)
+    return rules.with_targets(found, bits(high))
+
+
+def _thresholds(
+    scheme: str, units: list[Unit], sizes: Mapping[str, Float[np.ndarray, " weights"]]
+) -> Callable[[float], dict[str, float]]:
+    """For a level from 0, all stays, to 1, all goes: above what a weight of a class stays."""
+    classes = {
+        rule: np.sort(np.concatenate([sizes[unit.name] for unit in units if unit.rule.pattern == rule]))
+        for rule in {unit.rule.pattern for unit in units}
+    }
+    if scheme == "class-uniform":
+        return lambda level: {
+            rule: -1.0 if level == 0 else float(own[max(math.ceil(level * len(own)) - 1, 0)])
+            for rule, own in classes.items()
+        }
+    scales = {rule: 1.0 if scheme == "class-blind" else _spread(own) for rule, own in classes.items()}
+    most = max(float(own[-1]) / scales[rule] for rule, own in classes.items())
+    return lambda level: {rule: level * most * scale for rule, scale in scales.items()}
+
+
+def _spread(magnitudes: np.ndarray) -> float:
+    """The deviation of weights around zero, where networks have them; 1 for zeros alone."""
+    return float(np.sqrt(np.mean(np.square(magnitudes, dtype=np.float64)))) or 1.0
+
+
+def _outer(method: Method | None) -> Method | None:
+    return method.outer if isinstance(method, Then) else method
+
+
+def _bits(unit: Unit, planned: Planned, kept: int) -> int:
+    """What a matrix takes that keeps so many weights; along a line, where another method stores their values."""
+    outer = cast(Pruned, _outer(planned.method))
+    if not isinstance(planned.method, Then):
+        return dataclasses.replace(outer, kept=kept).bits() if kept else 0
+    least = unit.fit(unit.smallest_bits())
+    fixed, one = least.bits(), cast(Pruned, _outer(least)).kept
+    return fixed + (planned.method.bits() - fixed) * (kept - one) // max(outer.kept - one, 1)
