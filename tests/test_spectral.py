@@ -139,6 +139,14 @@ def test_copies_and_exports(thin, images):
         assert torch.allclose(exported(images), expected, atol=1e-4)
 
 
+def test_a_weight_that_is_not_kept_has_no_spectrum(thin, images):
+    with torch.no_grad():
+        expected = thin(images)
+    thin[0].thin["weight"].train()  # it decodes anew each time, in inference mode without counting changes
+    with torch.inference_mode():
+        assert torch.allclose(thin(images), expected, atol=1e-4)
+
+
 def test_wrong_channels_are_said_by_torch(thin):
     with torch.no_grad(), pytest.raises(RuntimeError, match="channels"):
         thin(torch.randn(1, 3, 81, 50))
