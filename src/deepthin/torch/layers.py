@@ -104,7 +104,7 @@ class ThinConv2d(ThinLayer, nn.Conv2d):
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, self.bias))
         return (
             "weight" in self.thin
-            and not (self.training or weight.requires_grad or weight.is_inference() or wanted or is_traced(images))
+            and not (self.training or weight.requires_grad or wanted or is_traced(images) or weight.is_inference())
             and images.dtype == weight.dtype == torch.float32
             and images.device.type == weight.device.type == "cpu"
             and images.shape[1:2] == (self.in_channels,)
