@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_figures import BINS, FIRST, LIMIT, SECTIONS, draw, shown
+from language_figures import BINS, FIRST, LIMIT, SECTIONS, SHARED, draw, shown
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -67,7 +67,7 @@ class Case:
         return exact
 
 
-def cases(width: int) -> list[Case]:
+def cases(width: int, depth: int) -> list[Case]:
     """All, in the order of the paper; ranks are the paper's shares of the units."""
     found = [Case("dense", "", "again", {})]
     for rate in (80, 85, 90):
@@ -76,6 +76,10 @@ def cases(width: int) -> list[Case]:
     for share in (".39", ".20", ".15", ".10"):
         rules = {"rules": {"lstm.weight*": {"method": "rank", "rank": max(round(float(share) * width), 1)}}}
         found += [Case("rank", share, way, rules) for way in ("twist", "once")]
+        if share == ".15":  # an input matrix with the projection of the recurrent one
+            shared = {**rules["rules"]["lstm.weight*"], "group": "rows", "projection": "*weight_hh*"}
+            rules = {"rules": {f"lstm.weight_*_l{layer}": shared for layer in range(depth)}}
+            found += [Case("rank", share + SHARED, way, rules) for way in ("twist", "once")]
     for bits in (1, 2, 3):
         for rounds, name in ((0, "greedy"), (2, "alternating"))[: 1 if bits == 1 else 2]:  # of one bit they are equal
             rules = {"rules": {"*": {"method": "binary", "bits": bits, "rounds": rounds}}}
@@ -235,7 +239,11 @@ def main() -> None:
     }
     path = options.out / "language.json"
     rows = rows_of(path, about)
-    wanted = [case for case in cases(options.width) if case.section in ("dense", *(options.sections or SECTIONS))]
+    wanted = [
+        case
+        for case in cases(options.width, options.depth)
+        if case.section in ("dense", *(options.sections or SECTIONS))
+    ]
     done = {(row["section"], row["setting"], row["way"]) for row in rows}
     console = Console(stderr=True)
     columns = TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

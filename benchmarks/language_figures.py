@@ -8,6 +8,7 @@ from typing import Any
 
 from deepthin.report import table
 
+SHARED = " shared"  # in a setting: the input matrix has the projection of the recurrent one
 SECTIONS = ("pruning", "rank", "bits", "deepthin")
 FIRST = ("lstm.weight_ih_l0", "lstm.weight_hh_l0")  # whose singular values and histogram are drawn
 BINS, LIMIT = 101, 0.5  # of the histogram, and where it ends to either side
@@ -21,6 +22,7 @@ PAPER = {
     ("rank", ".39", "once"): "(84.88)",
     ("rank", ".20", "twist"): "81.70",
     ("rank", ".15", "twist"): "82.02",
+    ("rank", ".15 shared", "twist"): "82.65",
     ("rank", ".10", "once"): "(92.70)",
 }
 
@@ -63,10 +65,15 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
         found.append(folder / f"{name}.png")
 
     ranks = [row for row in rows if row["section"] == "rank"]
+    shared = [row for row in ranks if row["setting"].endswith(SHARED)]
+    ranks = [row for row in ranks if row not in shared]
     if ranks:
         figure, axes = plt.subplots(figsize=(5, 4))
         lines = {name: [(float(r["setting"]), r["test"]) for r in ranks if r["way"] == w] for w, name in ways.items()}
         lines["at once"] = [(float(r["setting"]), r["before"]) for r in ranks if "before" in r]
+        for row in shared:
+            label = f"{ways[row['way']]}, shared projection"
+            axes.plot(float(row["setting"].removesuffix(SHARED)), row["test"], "x", label=label)
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name) if points else None
         axes.axhline(by["dense", "", ""]["test"], color="0.6", label="dense")

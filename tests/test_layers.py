@@ -448,6 +448,60 @@ def test_groups_that_cannot_be():
         dt.compress(stack(), {"rules": {"*": {"ratio": 0.2, "group": "row"}}})
 
 
+def recurrent():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"lstm": nn.LSTM(24, 24)})
+    rule = {"method": "rank", "rank": 5, "group": "rows", "projection": "*weight_hh*"}
+    return model, {"rules": {"lstm.weight*": rule}}
+
+
+def is_projected(inputs, recurrent, before_inputs, before_recurrent):
+    """DeepTwist's equation 5, in double precision."""
+    u, sigma, vt = torch.linalg.svd(before_recurrent.double(), full_matrices=False)
+    v = vt[:5].T
+    assert (recurrent.double() - (u[:, :5] * sigma[:5]) @ v.T).norm() < 1e-5 * recurrent.norm()
+    assert (inputs.double() - before_inputs.double() @ v @ v.T).norm() < 1e-5 * inputs.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The relative error")
+def test_the_input_matrix_takes_the_projection_of_the_recurrent_one(tmp_path):
+    model, rules = recurrent()
+    before = [p.detach().clone() for p in (model.lstm.weight_ih_l0, model.lstm.weight_hh_l0)]
+    report = dt.compress(model, rules)
+    assert report.total_bytes < 4 * 5 * (2 * 96 + 24) + 2500
+    is_projected(model.lstm.weight_ih_l0, model.lstm.weight_hh_l0, *before)
+    dt.save(model, tmp_path / "m.thin")
+    again = dt.load(recurrent()[0], tmp_path / "m.thin")
+    assert torch.equal(again.lstm.weight_ih_l0, model.lstm.weight_ih_l0)
+
+
+def test_occasional_projection():
+    model, rules = recurrent()
+    before = [p.detach().clone() for p in (model.lstm.weight_ih_l0, model.lstm.weight_hh_l0)]
+    twist = dt.Twist(model, rules, every=1)
+    assert twist.step()
+    is_projected(model.lstm.weight_ih_l0, model.lstm.weight_hh_l0, *before)
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ({"projection": "*hh*", "group": "flat", "method": "rank"}, r"projection = '\*hh\*': give a pattern"),
+        ({"projection": "*hh*", "group": "rows"}, r"beside method = 'rank' and group = 'rows'"),
+        ({"projection": 3, "group": "rows", "method": "rank"}, r"projection = 3: give a pattern"),
+        (
+            {"projection": "*hh*", "group": "rows", "method": "rank", "then": {"method": "uniform", "bits": 8}},
+            r"without then",
+        ),
+        ({"projection": "*bias*", "group": "rows", "method": "rank"}, r"matches none of lstm.weight_ih_l0, lstm."),
+        ({"projection": "*", "group": "rows", "method": "rank"}, r"matches all of lstm.weight_ih_l0, lstm."),
+    ],
+)
+def test_projections_that_cannot_be(rule, says):
+    with pytest.raises(ConfigError, match=says):
+        dt.compress(recurrent()[0], {"rules": {"lstm.weight*": {"ratio": 0.4, **rule}}})
+
+
 def test_a_group_that_lost_a_layer_is_not_saved(tmp_path):
     model = stack()
     dt.compress(model, {"rules": {"*": {"ratio": 0.2, "group": "flat"}}}, init="scratch")

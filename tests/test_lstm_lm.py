@@ -368,13 +368,17 @@ def test_the_benchmark_twists_and_prunes(folder, tmp_path, language, capsys):
 def test_the_benchmark_truncates_signs_and_relays(folder, tmp_path, language):
     rows = language("--data", folder, "--out", tmp_path, "--words", 900, "--epochs", 2, "--every", 2, "--width", 20)
     by = {(row["section"], row["setting"], row["way"]): row for row in rows}
-    assert len([key for key in by if key[0] == "rank"]) == 8
+    assert len([key for key in by if key[0] == "rank"]) == 10
     for share, rank in ((".39", 8), (".20", 4), (".15", 3), (".10", 2)):
         for way in ("twist", "once"):
             model = dt.load(lstm_lm.build(lstm_lm.load(folder), 20), tmp_path / f"rank-{share}-{way}.thin")
             assert torch.linalg.matrix_rank(model.lstm.weight_hh_l0.detach(), rtol=1e-5) == rank
             assert not isinstance(model.output, ThinLinear)
         assert list(by["rank", share, "twist"]["spectra"]) == ["0", "1", "2"]
+    for way in ("twist", "once"):
+        lstm = dt.load(lstm_lm.build(lstm_lm.load(folder), 20), tmp_path / f"rank-.15-shared-{way}.thin").lstm
+        both = torch.cat([lstm.weight_ih_l0, lstm.weight_hh_l0]).detach()
+        assert torch.linalg.matrix_rank(both, rtol=1e-5) == 3  # one projection for both
     settings = [key[1] for key in by if key[0] == "bits"]
     assert settings == ["1 greedy", "2 greedy", "2 alternating", "3 greedy", "3 alternating"]
     model = dt.load(lstm_lm.build(lstm_lm.load(folder), 20), tmp_path / "bits-2-greedy-twist.thin")

@@ -24,7 +24,7 @@ DENSE = "dense"
 ALLOCATIONS = {"flat": 1.0, "uniform-bytes": 0.0}  # the power of its size that a matrix's share goes by
 SENSITIVITY = "sensitivity"  # the loss that each matrix costs is measured: deepthin.torch.allocate
 _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
-_RULE_KEYS = ("method", "ratio", "bytes", "group", "then")
+_RULE_KEYS = ("method", "ratio", "bytes", "group", "then", "projection")
 GROUPS = ("flat", "rows")
 IMPORTANCE = ("none", "hessian", "adam")
 NO_LIMIT = 1 << 62
@@ -51,6 +51,7 @@ class Planned:
     name: str  # of the method, as users write it
     method: Method | None
     fit: Callable[[int], Method] | None = None  # the same method within other bits
+    projecting: tuple[bool, ...] = ()  # for each tensor, whether the shared projection comes from it; empty: from all
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,14 @@ class Unit:
     def name(self) -> str:
         """Of its first tensor."""
         return self.tensors[0].name
+
+    @property
+    def projecting(self) -> tuple[bool, ...]:
+        """For each tensor, whether the rule takes the shared projection from it; empty if it does not say."""
+        if self.rule.projection is None:
+            return ()
+        hits = _matcher(self.rule.projection)
+        return tuple(any(map(hits, (tensor.name, *tensor.also))) for tensor in self.tensors)
 
     @property
     def dense_bits(self) -> int:
@@ -119,6 +128,7 @@ class Rule:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     group: str | None = None  # "flat" or "rows": one code for all that the rule covers
     then: tuple[str, Mapping[str, Any]] | None = None  # a method, and its options, that stores the code's floats
+    projection: str | None = None  # a pattern: of a group in rows by rank, the members whose projection all share
 
     @property
     def name(self) -> str:
@@ -253,7 +263,7 @@ class Rules:
             method = methods.get(tensor.name)
             if tensor.name in names and method is not None:
                 unit = names[tensor.name]
-                planned.append(Planned(unit.tensors, unit.rule.name, method, unit.fit))
+                planned.append(Planned(unit.tensors, unit.rule.name, method, unit.fit, unit.projecting))
             elif len(tensor.shape) > 1 and (tensor.name not in within or tensor.name in names):
                 planned.append(Planned((tensor,), DENSE, None))
         return planned
@@ -390,7 +400,14 @@ def _units(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[Unit]:
                 f"rule {rule.pattern!r}: group = 'rows' stacks matrices of as many inputs, but {members[0].name} has "
                 f"{_matrix(members[0])[1]} and {odd.name} has {_matrix(odd)[1]}. Use group = 'flat', or two rules."
             )
-        units.append(Unit(rule, tuple(members)))
+        unit = Unit(rule, tuple(members))
+        if rule.projection is not None and len(set(unit.projecting)) != 2:
+            matches = f"matches {'all' if all(unit.projecting) else 'none'} of {', '.join(t.name for t in members)}"
+            raise ConfigError(
+                f"rule {rule.pattern!r}: projection = {rule.projection!r} {matches}: name those whose projection the "
+                "others are to share."
+            )
+        units.append(unit)
     return units
 
 
@@ -486,7 +503,15 @@ def _parse_rule(pattern: str, table: Any) -> Rule:
         raise ConfigError(f"{where} group = {group!r} is unknown. {_closest(group, GROUPS)}")
     given = {key: settings[key] for key in options if key in settings}
     then = None if settings.get("then") is None else parse_then(method, settings["then"], where)
-    return Rule(pattern, method, ratio, max_bytes, given, group, then)
+    projection = settings.get("projection")
+    if projection is not None:
+        if not isinstance(projection, str) or method != "rank" or group != "rows" or then is not None:
+            raise ConfigError(
+                f"{where} projection = {projection!r}: give a pattern, as '*weight_hh*', beside method = 'rank' and "
+                "group = 'rows', and without then."
+            )
+        _matcher(projection)
+    return Rule(pattern, method, ratio, max_bytes, given, group, then, projection)
 
 
 def parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:

@@ -127,8 +127,15 @@ class Factor:
 
         The last row is incomplete where n does not divide ``rows * cols``: the SVD is that of the complete rows and
         the last one gets its least-squares coefficients, so encoding a decoded weight gives that weight again.
-        Costs an SVD of an m x n matrix. ``importance`` is not used: a weighted low-rank fit has no closed form.
+        Costs an SVD of an m x n matrix. A weighted low-rank fit has no closed form, so ``importance`` says one thing
+        only: in a plain rank factorisation, rows that have none get least-squares coefficients for the projection of
+        the others (Lee et al., 2018, arXiv:1810.12823, eq. 5).
         """
+        if importance is not None and self.seed is None and self.n == self.shape[1]:
+            rows = np.flatnonzero(np.asarray(xp.sum(importance, 1)))
+            if 0 < rows.size < self.shape[0]:
+                wf = type(self)((rows.size, self.n), self.n, self.rank).encode(weight[rows], xp)["wf"]
+                return {"xf": xp.matmul(weight, xp.linalg.pinv(wf)), "wf": wf}
         flat = xp.reshape(weight, (-1,))
         if self.seed is not None:
             flat = xp.take(flat, xp.asarray(np.argsort(self.derived()["order"], kind="stable")))

@@ -142,7 +142,7 @@ class _Trial:
 
 
 def _planned(unit: Unit, method: Method) -> Planned:
-    return Planned(unit.tensors, unit.rule.name, method)
+    return Planned(unit.tensors, unit.rule.name, method, projecting=unit.projecting)
 
 
 def _split(units: list[Unit], curves: Mapping[str, list[Point]], budget: int) -> dict[str, Method]:

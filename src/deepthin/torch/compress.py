@@ -64,7 +64,7 @@ class Encoded:
                         f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
                         "zero: set it to zero, or the layer's padding_idx to None."
                     )
-            weigh = importance_for([(tensor.name, *tensor.also) for tensor in planned.tensors], self.importance)
+            weigh = importance_for(planned, self.importance)
             self._made[names[0], method] = ThinWeight.encode(planned.name, method, parts, dense, weigh)
         return self._made[names[0], method]
 

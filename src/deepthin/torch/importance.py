@@ -15,6 +15,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError, NonFiniteError
+from deepthin.rules import Planned
 
 Batches = Iterable[Sequence[Tensor]]
 """Tensors with items first: what the model takes, one or several, and last what the loss compares with."""
@@ -145,11 +146,16 @@ def check_importance(model: nn.Module, importance: Mapping[str, Tensor]) -> None
             )
 
 
-def importance_for(names: Sequence[Sequence[str]], importance: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """What is said about tensors that share a code, each known under some names; None if nothing is.
+def importance_for(planned: Planned, importance: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """What is said about the tensors of a plan; None if nothing is.
 
-    ConfigError if it is said of some only: there is no number that all would agree to be the usual one.
+    Those that share another's projection have none of their own. ConfigError if importance is said of some of a code
+    only: there is no number that all would agree to be the usual one.
     """
+    if planned.projecting:
+        pairs = zip(planned.tensors, planned.projecting, strict=True)
+        return [torch.full(tensor.shape, float(projecting)) for tensor, projecting in pairs]
+    names = [(tensor.name, *tensor.also) for tensor in planned.tensors]
     found = [next((importance[name] for name in own if name in importance), None) for own in names]
     given = [value for value in found if value is not None]
     if given and len(given) < len(names):

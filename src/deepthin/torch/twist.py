@@ -133,7 +133,7 @@ class Twist:
         dense = [self._parameter(tensor.name) for tensor in planned.tensors]
         for tensor, values in zip(planned.tensors, dense, strict=True):
             check_finite(tensor.name, values)
-        weigh = importance_for([(tensor.name, *tensor.also) for tensor in planned.tensors], importance)
+        weigh = importance_for(planned, importance)
         weight = ThinWeight.encode(planned.name, method, parts_of(planned), dense, weigh)
         with torch.no_grad():
             for index, values in enumerate(dense):
