@@ -25,6 +25,7 @@ LEVELS = {
     "methods.scalar": 2,
     "methods.tensor_train": 2,
     "methods": 2,
+    "costs": 3,
     "kernels": 3,
     "recurrent": 3,
     "report": 3,

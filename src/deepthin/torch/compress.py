@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepthin import kernels
+from deepthin import costs, kernels
 from deepthin.method import BudgetError, ConfigError, Method, NonFiniteError, Then
 from deepthin.methods import learning_rate
 from deepthin.methods.factor import Factor
@@ -20,7 +20,6 @@ from deepthin.report import Report
 from deepthin.rules import Planned, Rules
 from deepthin.rules import Tensor as Named
 from deepthin.storage import Contents, Part, Thin, to_bytes
-from deepthin.torch import product
 from deepthin.torch.files import contents, raw_code
 from deepthin.torch.importance import check_importance, importance_for
 from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
@@ -351,8 +350,8 @@ def _decoder(method: Method | None) -> Method | None:
 
 
 def _expected(method: Factor) -> dict[str, Any]:
-    predicted = product.costs(method, 32, dense_ready=True)
-    path = product.choose(method, 32, dense_ready=True, native=kernels.native_available)
+    predicted = costs.costs(method, 32, dense_ready=True)
+    path = costs.choose(method, 32, dense_ready=True, native=kernels.native_available)
     return {"path": path, "cost": round(predicted[path] / predicted["dense"], 3)}
 
 

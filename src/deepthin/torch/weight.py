@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deepthin.costs import NATIVE, Path, choose, in_turn_pays, symbols_pay
 from deepthin.kernels import csr_linear
 from deepthin.method import Method, Then
 from deepthin.methods.ecsq import Ecsq
@@ -31,15 +32,7 @@ from deepthin.torch.operators import (
     symbol_linear,
     takes,
 )
-from deepthin.torch.product import (
-    NATIVE,
-    Path,
-    choose,
-    factor_linear,
-    in_turn_pays,
-    multiply_in_turn,
-    symbols_pay,
-)
+from deepthin.torch.product import factor_linear, multiply_in_turn
 
 _TYPICAL_BATCH = 32
 _GATHER = 4  # the time of a row on its own over one among all of them, at most (a training step)
