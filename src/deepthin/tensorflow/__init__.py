@@ -1,0 +1,1 @@
+"""deepthin for TensorFlow."""
