@@ -15,7 +15,7 @@ from keras import ops
 
 from deepthin.keras.namespace import NAMESPACE
 from deepthin.method import Array, Code, Integers, Method, Namespace, Then
-from deepthin.methods import fields, with_fields
+from deepthin.methods import fields, learning_rate, with_fields
 from deepthin.methods.binary import Binary
 from deepthin.methods.factor import Factor
 from deepthin.methods.pruned import Pruned
@@ -62,6 +62,7 @@ class ThinWeight(keras.layers.Layer):
         self.method_name, self.method, self.parts = method_name, method, tuple(parts)
         self.decoder = method.outer if isinstance(method, Then) else method  # takes floats, however they are stored
         self.rounds = method.trains == "through"
+        self.learning_rate_multiplier = learning_rate(method_name, method)
         ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
         self._cuts = tuple(zip([0, *ends], ends, strict=False))
         self._kept: _Kept | None = None
@@ -75,6 +76,7 @@ class ThinWeight(keras.layers.Layer):
             kind = _integer_type(whole[entry]) if entry in whole else self.variable_dtype
             options = {"trainable": entry not in whole, "autocast": False, "name": entry}
             self.latents[entry] = self.add_weight(shape, "zeros", kind, **options)
+            self.latents[entry].learning_rate_multiplier = self.learning_rate_multiplier
         self.stored: dict[str, Any] = {}
         if self.rounds and _drifts(method):
             whole = method.integers()
@@ -188,9 +190,12 @@ class ThinWeight(keras.layers.Layer):
         return {"weight": self.method.decode(code, _OPS)}
 
     def _set(self, code: Code, latents: Code | None) -> None:
-        values = latents_of(self.method, code) if latents is None else latents
+        whole, kind = self.method.integers(), np.dtype(self.variable_dtype)
+        code = {entry: np.asarray(a) if entry in whole else np.asarray(a).astype(kind) for entry, a in code.items()}
+        wide = {entry: _wide(array) for entry, array in code.items()}
+        values = latents_of(self.method, wide) if latents is None else latents
         for entry, variable in (*self.latents.items(), *self.stored.items()):
-            variable.assign(np.asarray((values if entry in self.latents else code)[entry]))
+            variable.assign((values if entry in self.latents else code)[entry])
         if self.rounds and latents is None:
             self._kept = _Kept(_values(self.latents), code)
 
