@@ -56,6 +56,7 @@ LEVELS = {
     "torch.distill": 4,
     "tensorflow": 4,
     "tensorflow.product": 4,
+    "tensorflow.variables": 4,
     "keras": 4,
     "keras.namespace": 4,
     "keras.weight": 4,

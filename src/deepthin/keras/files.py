@@ -90,7 +90,7 @@ def contents(model: keras.Model) -> Contents:
             weights[id(held.thin)] = held.thin
             parts.setdefault(id(held.thin), {})[held.index] = name
         else:
-            dense[name] = _raw(held.layout.stored(_array(held.variable)))
+            dense[name] = raw_of(held.layout.stored(_array(held.variable)))
     thin: dict[str, Thin] = {}
     for key, weight in weights.items():
         if len(parts[key]) < len(weight.parts):
@@ -105,7 +105,7 @@ def contents(model: keras.Model) -> Contents:
 
 def raw_code(weight: ThinWeight) -> dict[str, Raw]:
     """The stored entries of a matrix."""
-    return {entry: _raw(array) for entry, array in weight.code().items()}
+    return {entry: raw_of(array) for entry, array in weight.code().items()}
 
 
 class Restart:
@@ -140,7 +140,7 @@ def _fitted(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held]
     stored = renamed(stored, names, path)
     known = shapes_of(stored)
     dense = {name: raw for name, raw in stored.dense.items() if name in held or not name.endswith(COUNTER)}
-    thin = {key: dataclasses.replace(t, parts=_upright(t.parts)) for key, t in stored.thin.items()}
+    thin = {key: dataclasses.replace(t, parts=upright(t.parts)) for key, t in stored.thin.items()}
     stored = Contents(thin, dense, stored.aliases)
     if known.keys() != held.keys():
         other = renumbered(model, known)
@@ -149,7 +149,7 @@ def _fitted(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held]
     return stored
 
 
-def _upright(parts: Mapping[str, Part]) -> dict[str, Part]:
+def upright(parts: Mapping[str, Part]) -> dict[str, Part]:
     """Parts as (outputs, inputs), where the model that was saved kept them otherwise."""
     return {
         n: dataclasses.replace(p, shape=p.shape[::-1], transposed=False) if p.transposed else p
@@ -235,7 +235,8 @@ def _array(variable: Any) -> np.ndarray:
     return array.astype(ml_dtypes.bfloat16) if keras.backend.standardize_dtype(variable.dtype) == "bfloat16" else array
 
 
-def _raw(array: np.ndarray) -> Raw:
+def raw_of(array: np.ndarray) -> Raw:
+    """As a file has it, bfloat16 too."""
     if array.dtype == ml_dtypes.bfloat16:
         return Raw("BF16", array.shape, np.ascontiguousarray(array).tobytes())
     return Raw.of(array)

@@ -64,7 +64,7 @@ class ThinWeight(keras.layers.Layer):
         self.rounds = method.trains == "through"
         self.learning_rate_multiplier = learning_rate(method_name, method)
         ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
-        self._cuts = tuple(zip([0, *ends], ends, strict=False))
+        self.cuts = tuple(zip([0, *ends], ends, strict=False))
         self._kept: _Kept | None = None
         self.latents: dict[str, Any] = {}
         shapes, whole = method.code_shapes(), method.integers()
@@ -145,7 +145,7 @@ class ThinWeight(keras.layers.Layer):
 
     def dense(self, index: int = 0) -> Float[Array, "..."]:
         """A tensor, differentiable in every latent; one of the backend's, in a graph too."""
-        (start, stop), part, decoder, floats = self._cuts[index], self.parts[index], self.decoder, self.floats()
+        (start, stop), part, decoder, floats = self.cuts[index], self.parts[index], self.decoder, self.floats()
         if isinstance(decoder, Factor) and decoder.seed is None:
             flat = decoder.decode_flat(floats, start, stop, _OPS)
         elif self.rounds and not isinstance(self.method, Then):

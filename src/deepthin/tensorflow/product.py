@@ -20,6 +20,7 @@ from tensorflow.python.saved_model.save_context import in_save_context
 
 from deepthin import kernels
 from deepthin.costs import choose_native, work
+from deepthin.keras.weight import ThinWeight
 from deepthin.methods.factor import Factor
 
 _TYPICAL_BATCH = 32  # what is chosen for where the batch is unknown
@@ -43,6 +44,20 @@ def portable() -> Iterator[None]:
         yield
     finally:
         _portable.reset(token)
+
+
+def product(weight: ThinWeight, x: tf.Tensor, index: int = 0) -> tf.Tensor | None:
+    """``x @ W.T`` for a tensor of a thin weight, (outputs, inputs), or None where that is for the decoded one to do."""
+    part, method, (start, stop) = weight.parts[index], weight.decoder, weight.cuts[index]
+    if not isinstance(method, Factor) or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
+        return None
+    first, offset = divmod(start, method.n)
+    if method.n == part.shape[1] and offset:
+        return None
+    floats = weight.floats()
+    rows = floats["xf"][first : -(-stop // method.n)] if len(weight.parts) > 1 else floats["xf"]
+    y = fused(Factor(part.shape, method.n, method.rank, method.seed), x, rows, floats["wf"], offset)
+    return y if y is None or part.scale == 1.0 else y * part.scale
 
 
 def fused(
