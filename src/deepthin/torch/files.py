@@ -41,12 +41,14 @@ def load(
     allocated; tensors then go to main memory). ``names`` maps names in the file to names in the model. ``frozen``: for
     use alone; what trains through its rounding then holds its code instead of latents, a byte a weight for 8 bits;
     native code multiplies by the symbols, and no thin matrix wants a gradient. Whatever does not fit raises ConfigError
-    before the model is touched; a damaged file raises FormatError.
+    before the model is touched; a damaged file raises FormatError. A file of another framework may do without
+    ``num_batches_tracked``, and, for an LSTM or RNN, without ``bias_hh_*``, which is then zero.
     """
     stored = renamed(storage.read(path), names or {}, str(path))
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
     have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
     have |= {name: tuple(tensor.shape) for name, tensor in dense_now.items()}
+    stored = _completed(model, stored, dense_now)
     check_names(shapes_of(stored), have, str(path))
     _check_places(model, stored, thin_now, dense_now, str(path))
 
@@ -193,6 +195,24 @@ def _tensor(raw: Raw) -> Tensor:
         return torch.empty(raw.shape, dtype=_TYPES[raw.dtype])
     data = raw.data if isinstance(raw.data, bytearray) else bytearray(raw.data)
     return torch.frombuffer(data, dtype=_TYPES[raw.dtype]).view(raw.shape)
+
+
+def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tensor]) -> Contents:
+    """With what files of other frameworks do without: counts of batches, and the second of two biases that are added.
+
+    An LSTM or RNN adds ``bias_hh`` to ``bias_ih``: the file may hold their sum. In a GRU they are different.
+    """
+    known, added = shapes_of(stored), dict[str, Raw]()
+    for name, tensor in dense_now.items():
+        layer, own = _owner(model, name)
+        if name in known:
+            continue
+        if own == "num_batches_tracked" and isinstance(layer, nn.modules.batchnorm._NormBase):
+            added[name] = _raw(name, tensor)
+        twin = name.replace("bias_hh", "bias_ih")
+        if own.startswith("bias_hh") and isinstance(layer, nn.LSTM | nn.RNN) and twin in known:
+            added[name] = _raw(name, torch.zeros_like(tensor))
+    return Contents(stored.thin, {**stored.dense, **added}, stored.aliases)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
