@@ -62,10 +62,12 @@ class _Weight(ThinWeight):
         """The stored entries, as NumPy arrays; those of a graph of TensorFlow 1 are read in the default session."""
         if tf.executing_eagerly():
             return super().code()
-        now = {entry: variable.eval() for entry, variable in (*self.latents.items(), *self.stored.items())}
-        kind = self.variable_dtype
-        twin = _Weight(lambda entry, value, trains: value, self.method_name, self.method, self.parts, (now, {}), kind)
-        return ThinWeight.code(twin)
+        live = self.latents, self.stored
+        self.latents, self.stored = ({entry: variable.eval() for entry, variable in held.items()} for held in live)
+        try:
+            return super().code()
+        finally:
+            self.latents, self.stored = live
 
     def _set(self, code: Code, latents: Code | None) -> None:
         if tf.executing_eagerly():
@@ -423,7 +425,7 @@ def get_variable(
         )
     scope = tf.compat.v1.get_variable_scope().name
     full = f"{scope}/{name}" if scope else name
-    return _here._entry(full, shape, dtype, initializer, trainable, (_parsed(rules), seed)).value()
+    return _here._entry(full, shape, dtype, initializer, trainable, (Rules.parse(rules), seed)).value()
 
 
 def variables() -> Variables:
@@ -455,8 +457,13 @@ def load(variables: Variables, path: str | Path, names: Mapping[str, str] | None
     """
     stored = renamed(storage.read(path), {name: _dotted(own) for name, own in (names or {}).items()}, str(path))
     state, found = variables._state, _by_name(stored)
+    if missing := sorted(state.entries.keys() - found.keys()):
+        raise ConfigError(
+            f"{path} holds no {missing[0]!r}.{_closest(missing[0], found)} Pass names={{file name: name here}}, or "
+            "load into a new Variables()."
+        )
     for name, entry in state.entries.items():
-        _check(name, entry, found.get(name), found, str(path))
+        _check(name, entry, *found[name], str(path))
     done: set[int] = set()
     for name, entry in state.entries.items():
         matrix, _ = found.pop(name)
@@ -471,20 +478,8 @@ def load(variables: Variables, path: str | Path, names: Mapping[str, str] | None
     return variables
 
 
-def _parsed(rules: Source) -> Rules:
-    return Rules.parse(rules)
-
-
-def _check(
-    name: str, entry: _Entry, there: "tuple[Thin | Raw, int] | None", known: Mapping[str, Any], path: str
-) -> None:
+def _check(name: str, entry: _Entry, matrix: Thin | Raw, index: int, path: str) -> None:
     """ConfigError if a file's tensor cannot take the place of what there is."""
-    if there is None:
-        raise ConfigError(
-            f"{path} holds no {name!r}.{_closest(name, known)} Pass names={{file name: name here}}, or load into a new "
-            "Variables()."
-        )
-    matrix, index = there
     shape = (list(matrix.parts.values())[index] if isinstance(matrix, Thin) else matrix).shape
     if shape != entry.layout.shape(entry.shape):
         raise ConfigError(f"{name} has shape {shape} in {path}, outputs first, but {entry.shape} here.")
