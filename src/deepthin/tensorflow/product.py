@@ -15,8 +15,10 @@ from typing import Any
 import tensorflow as tf
 from jaxtyping import Float
 from numpy import ndarray
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
-from tensorflow.python.saved_model.save_context import in_save_context
+from tensorflow.python.ops.control_flow_util import (  # pyright: ignore[reportMissingImports]
+    GraphOrParentsInXlaContext,
+)
+from tensorflow.python.saved_model.save_context import in_save_context  # pyright: ignore[reportMissingImports]
 
 from deepthin import kernels
 from deepthin.costs import choose_native, work
@@ -117,7 +119,7 @@ def _forbid_saving() -> None:
     """Let a graph hold what TensorFlow refuses to save: it would save a call of Python that nobody else can make."""
     with tf.init_scope():
         if not _unsaved:
-            _unsaved.append(tf.Variable(False, trainable=False, name=_REFUSAL))
+            _unsaved.append(tf.Variable(tf.zeros(()), trainable=False, name=_REFUSAL))
     if not tf.executing_eagerly():
         graph: Any = tf.compat.v1.get_default_graph()
         if tf.compat.v1.executing_eagerly_outside_functions():
@@ -177,7 +179,7 @@ def _spread(method: Factor, grad: tf.Tensor, x: tf.Tensor, offset: int) -> Float
     return tf.reshape(tf.pad(entries, [[offset, after]]), (-1, method.n))
 
 
-def _call(function: Any, operands: Sequence[tf.Tensor], shapes: Sequence[tf.TensorShape]) -> list[tf.Tensor]:
+def _call(function: Any, operands: Sequence[tf.Tensor], shapes: Sequence[Any]) -> list[tf.Tensor]:
     """float32 tensors, of shapes as far as these are known, from a function of arrays."""
     found = tf.nest.flatten(tf.numpy_function(function, operands, [tf.float32] * len(shapes), stateful=False))
     for tensor, shape in zip(found, shapes, strict=True):

@@ -54,8 +54,9 @@ class _Weight(ThinWeight):
         self._make, self._values = make, {**code, **(start.latents_of(method, code) if latents is None else latents)}
         super().__init__(name, method, parts, begin if tf.executing_eagerly() else None, dtype=dtype)
 
-    def add_weight(self, shape: Any, initializer: Any, dtype: Any, *, trainable: bool, name: str, **_: Any) -> Any:
+    def add_weight(self, *given: Any, trainable: bool, name: str, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What Keras calls for each entry."""
+        _, _, dtype = given
         return self._make(name, _as_type(self._values[name], dtype), trainable)
 
     def code(self) -> Code:
@@ -191,8 +192,8 @@ class Variables(tf.Module):
         """
         options = {**dict(zip(("shape", "dtype", "initializer"), args, strict=False)), **options}
         initializer, dtype = options.get("initializer"), tf.as_dtype(options.get("dtype") or tf.float32)
-        shape = options.get("shape")
-        shape = np.shape(initializer) if shape is None else tuple(tf.TensorShape(shape).as_list())
+        shape: Any = options.get("shape")
+        shape = np.asarray(initializer).shape if shape is None else tuple(tf.TensorShape(shape).as_list())
         eager = tf.compat.v1.executing_eagerly_outside_functions()
         planned = self._plan(self._tensor(_dotted(name), shape), self._state.asked[0]) if dtype.name in _TYPES else None
         if planned is not None and options.get("constraint") is not None:
@@ -333,7 +334,9 @@ class Variables(tf.Module):
 
         def make(entry: str, value: np.ndarray, trains: bool) -> tf.Variable:
             name = f"{first}/{entry}"
-            self._tracked[name] = tf.Variable(value, trainable=trains and trainable, name=name.replace(".", "/"))
+            self._tracked[name] = tf.Variable(
+                tf.constant(value), trainable=trains and trainable, name=name.replace(".", "/")
+            )
             return self._tracked[name]
 
         weight = _Weight(make, method_name, method, list(parts.values()), begin, dtype)
@@ -345,7 +348,7 @@ class Variables(tf.Module):
         """A variable as it is."""
         variable = tf.Variable(tf.cast(value, dtype), trainable=trainable, name=name.replace(".", "/"))
         self._tracked[name] = variable
-        shape = tuple(variable.shape.as_list())
+        shape: Any = tuple(variable.shape.as_list())
         self._state.entries[name] = _Entry(variable, 0, shape, self._layout(name, shape), dtype, asked)
 
     def _plan(self, tensor: Tensor, rules: Rules | None) -> Planned | None:
