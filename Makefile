@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS ?= all
+KERAS_BACKENDS ?= tensorflow jax torch
 
-.PHONY: demo test check slow sanitize portable docs clean
+.PHONY: demo test test-tensorflow check slow sanitize portable docs clean
 
 demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reload the best file, write a report
 	rm -rf runs/demo
@@ -13,6 +14,12 @@ demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reloa
 
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-tensorflow: .venv-tensorflow/installed  ## Keras on each of its backends, and TensorFlow, in an environment of their own
+	for backend in $(KERAS_BACKENDS); do \
+		KERAS_BACKEND=$$backend .venv-tensorflow/bin/python -m pytest tests/test_keras*.py || exit 1; \
+	done
+	.venv-tensorflow/bin/python -m pytest tests/test_tensorflow*.py
 
 slow: .venv/installed  ## tests that take minutes
 	$(BIN)/python -m pytest -n 2 -m slow --override-ini addopts="-ra --strict-markers"
@@ -49,10 +56,12 @@ docs: .venv/installed  ## the documentation, into site/
 	$(BIN)/python docs/symmetry.py
 	$(BIN)/mkdocs build --strict
 
-.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+.venv-tensorflow/installed: EXTRAS = keras,tensorflow,jax,test
+
+%/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $*
+	$*/bin/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf .venv runs site dist
+	rm -rf .venv .venv-tensorflow runs site dist

@@ -1,8 +1,8 @@
-"""Fit the cost model of deepthin.torch.product to timings on this machine, and say what a choice by it costs.
+"""Fit the cost model of deepthin.costs to timings on this machine, and say what a choice by it costs.
 
     python benchmarks/fit_costs.py      (about five minutes, one core)
 
-Prints the nanoseconds for each count that `product.terms` names, to be copied there, and the regret: the time of the
+Prints the nanoseconds for each count that `costs.terms` names, to be copied there, and the regret: the time of the
 way that the fitted model chooses over that of the fastest one.
 """
 
@@ -16,10 +16,10 @@ from scipy.optimize import nnls
 from torch import nn
 
 from deepthin import METHODS, BudgetError
+from deepthin.costs import NATIVE, terms
 from deepthin.methods.factor import Factor
 from deepthin.storage import Part
 from deepthin.torch import operators
-from deepthin.torch.product import NATIVE, terms
 from deepthin.torch.weight import ThinWeight
 
 SHAPES = ((2048, 2048), (1024, 1024), (512, 512), (300, 784), (128, 256), (2048, 440), (64, 64))

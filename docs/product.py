@@ -8,8 +8,8 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
+from deepthin.costs import fft_length
 from deepthin.methods.factor import Factor
-from deepthin.torch.product import fft_length
 
 mpl.use("Agg")
 from matplotlib import colors, pyplot

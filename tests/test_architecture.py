@@ -25,12 +25,16 @@ LEVELS = {
     "methods.scalar": 2,
     "methods.tensor_train": 2,
     "methods": 2,
+    "costs": 3,
     "kernels": 3,
     "recurrent": 3,
     "report": 3,
     "rules": 3,
     "coding": 3,
     "storage": 3,
+    "start": 3,
+    "plans": 3,
+    "names": 3,
     "torch": 4,
     "torch.product": 4,
     "torch.operators": 4,
@@ -50,6 +54,18 @@ LEVELS = {
     "torch.units": 4,
     "torch.widths": 4,
     "torch.distill": 4,
+    "tensorflow": 4,
+    "tensorflow.product": 4,
+    "tensorflow.variables": 4,
+    "keras": 4,
+    "keras.compress": 4,
+    "keras.files": 4,
+    "keras.layers": 4,
+    "keras.layout": 4,
+    "keras.namespace": 4,
+    "keras.optimizers": 4,
+    "keras.tree": 4,
+    "keras.weight": 4,
     "tasks": 5,
     "tasks.training": 5,
     "tasks.digits": 5,
@@ -80,7 +96,7 @@ OUTSIDE = {  # what a level may import besides the standard library
     1: {"numpy", "jaxtyping"},
     2: {"numpy", "jaxtyping"},
     3: {"numpy", "jaxtyping", "safetensors"},
-    4: {"numpy", "jaxtyping", "torch", "transformers"},
+    4: {"numpy", "jaxtyping", "torch", "transformers", "keras", "ml_dtypes", "tensorflow"},
     5: {
         "numpy",
         "jaxtyping",
@@ -127,7 +143,12 @@ def test_imports_go_downwards(path, name):
             assert LEVELS.get(rest, 0) <= level, f"{name} imports {imported}, which stands above it"
             if level == 2 and name != "methods":
                 assert not rest.startswith("methods"), f"{name} imports {imported}: methods do not know each other"
+            frameworks = [own for own in ("torch", "keras") if name.split(".")[0] == own]
+            assert not frameworks or rest.split(".")[0] not in {"torch", "keras"} - set(frameworks), (
+                f"{name}: {imported}"
+            )
         else:
+            assert name.split(".")[0] != "keras" or top not in ("torch", "transformers"), f"{name} imports {imported}"
             assert top in sys.stdlib_module_names or top in OUTSIDE[level], f"{name} imports {imported}"
 
 

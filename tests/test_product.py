@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepthin.costs import choose, costs, fft_length
 from deepthin.methods.factor import Factor
-from deepthin.torch.product import choose, costs, factor_linear, fft_length
+from deepthin.torch.product import factor_linear
 
 EPS32 = float(np.finfo(np.float32).eps)
 

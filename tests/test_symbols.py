@@ -10,10 +10,9 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import deepthin.torch as dt
-from deepthin import kernels
+from deepthin import costs, kernels
 from deepthin.methods.kmeans import KMeans
 from deepthin.methods.scalar import Uniform
-from deepthin.torch import product
 
 EPS32 = float(np.finfo(np.float32).eps)
 RULES = {
@@ -140,15 +139,15 @@ def test_what_is_not_finite_is_as_from_the_decoded_weight(tmp_path):
 
 
 def test_the_way_is_a_function_of_plan_and_batch(monkeypatch):
-    monkeypatch.setattr(product.kernels, "levels", lambda: (8, 16))
+    monkeypatch.setattr(costs.kernels, "levels", lambda: (8, 16))
     few, more, most = (KMeans((100, 100), levels) for levels in (8, 9, 17))
     large = KMeans((2048, 1024), 16)
-    assert [product.symbols_pay(few, batch) for batch in (0, 1, 8, 9)] == [False, True, True, False]
-    assert [product.symbols_pay(plan, 1) for plan in (more, most, large)] == [False, False, True]
-    assert product.symbols_pay(Uniform((9, 9), 8), 1)
-    assert not product.symbols_pay(Uniform((9, 9), 9), 1)
-    monkeypatch.setattr(product.kernels, "levels", lambda: (0, 0))
-    assert not product.symbols_pay(Uniform((9, 9), 8), 1)
+    assert [costs.symbols_pay(few, batch) for batch in (0, 1, 8, 9)] == [False, True, True, False]
+    assert [costs.symbols_pay(plan, 1) for plan in (more, most, large)] == [False, False, True]
+    assert costs.symbols_pay(Uniform((9, 9), 8), 1)
+    assert not costs.symbols_pay(Uniform((9, 9), 9), 1)
+    monkeypatch.setattr(costs.kernels, "levels", lambda: (0, 0))
+    assert not costs.symbols_pay(Uniform((9, 9), 8), 1)
 
 
 def test_symbols_take_a_byte_and_files_stay_the_same(tmp_path):

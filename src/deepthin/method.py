@@ -173,6 +173,10 @@ class Namespace(Protocol):
         """The entries of ``a`` where the condition holds, and those of ``b`` elsewhere."""
         ...
 
+    def bitwise_right_shift(self, a: Array, bits: int, /) -> Array:
+        """Integers without their lowest bits."""
+        ...
+
 
 @runtime_checkable
 class Method(Protocol):

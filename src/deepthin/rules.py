@@ -239,6 +239,21 @@ class Rules:
                 matched[tensor.name] = rule
         return {tensor.name: (tensor, matched[tensor.name]) for tensor in tensors if tensor.name in matched}
 
+    def for_one(self, tensor: Tensor) -> "Rules":
+        """The same for a tensor that comes alone: without the patterns that do not reach it.
+
+        [model] ratio is then that of this tensor by itself. ConfigError where a target or a group needs all tensors.
+        """
+        ignore = tuple(pattern for pattern in self.ignore if _reaches(pattern, tensor))
+        rules = tuple(rule for rule in self.rules if _reaches(rule.pattern, tensor))
+        if rules and not ignore and (self.file_bytes is not None or rules[0].group):
+            what = f"rule {rules[0].pattern!r} has a group" if rules[0].group else "[model] file_bytes is shared"
+            raise ConfigError(
+                f"{what}, which takes the shapes of all tensors, but {tensor.name} comes alone. Give them up front, "
+                "deepthin.tensorflow.Variables(rules, shapes={name: shape}), or give a ratio instead."
+            )
+        return dataclasses.replace(self, ignore=ignore, rules=rules)
+
     def plan(self, tensors: Sequence[Tensor], model_bits: int | None = None) -> list[Planned]:
         """What becomes of every matrix and of every tensor that a rule names, in the order of ``tensors``.
 
@@ -357,15 +372,7 @@ class Rules:
     def _reached(self, pattern: str, tensors: Sequence[Tensor], where: str) -> list[Tensor]:
         """The tensors that a pattern covers; ConfigError with the closest name if there are none."""
         hits = _matcher(pattern)
-        found: list[Tensor] = []
-        for tensor in tensors:
-            names = (tensor.name, *tensor.also)
-            if len(tensor.shape) > 1:
-                reached = any(hits(part) for name in names for part in itertools.accumulate(name.split("."), _dotted))
-            else:
-                reached = pattern in names or (pattern.endswith("bias") and any(map(hits, names)))
-            if reached:
-                found.append(tensor)
+        found = [tensor for tensor in tensors if _reaches(pattern, tensor)]
         if found:
             return found
         names = {name for tensor in tensors for name in (tensor.name, *tensor.also)}
@@ -378,6 +385,13 @@ class Rules:
                 "Name those exactly, or by a pattern that ends in 'bias'."
             )
         raise ConfigError(f"{where} pattern {pattern!r} matches nothing. {_closest(pattern, sorted(modules | names))}")
+
+
+def _reaches(pattern: str, tensor: Tensor) -> bool:
+    hits, names = _matcher(pattern), (tensor.name, *tensor.also)
+    if len(tensor.shape) > 1:
+        return any(hits(part) for name in names for part in itertools.accumulate(name.split("."), _dotted))
+    return pattern in names or (pattern.endswith("bias") and any(map(hits, names)))
 
 
 def _units(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[Unit]:

@@ -117,15 +117,26 @@ class Binary:
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One multiplication a sign."""
-        return _sums(code["symbols"], code["scales"])
+        return _sums(code["symbols"], code["scales"], xp)
 
 
-def _sums(symbols: Integer[Array, "rows cols"], scales: Float[Array, "own planes"]) -> Float[Array, "rows cols"]:
+def _sums(
+    symbols: Integer[Array, "rows cols"], scales: Float[Array, "own planes"], xp: Namespace
+) -> Float[Array, "rows cols"]:
     """Scales times signs; ``own`` is the rows or 1."""
-    weight = scales[:, :1] * (2 * (symbols & 1) - 1)
+    weight = scales[:, :1] * _signs(symbols, 0, scales.dtype, xp)
     for k in range(1, scales.shape[1]):
-        weight = weight + scales[:, k : k + 1] * (2 * (symbols >> k & 1) - 1)
+        weight = weight + scales[:, k : k + 1] * _signs(symbols, k, scales.dtype, xp)
     return weight
+
+
+def _signs(symbols: Integer[Array, "rows cols"], k: int, kind: Any, xp: Namespace) -> Float[Array, "rows cols"]:
+    """+1 where bit k is set, else -1."""
+    return 2 * xp.asarray(xp.bitwise_right_shift(symbols, k) & 1, dtype=kind) - 1
+
+
+def _turned(a: Float[Array, "rows cols"], xp: Namespace) -> Float[Array, "cols rows"]:
+    return xp.moveaxis(a, (1,), (0,))
 
 
 def _errors(
@@ -135,7 +146,7 @@ def _errors(
     xp: Namespace,
 ) -> Float[Array, "rows"]:
     """Squared distances, summed over each row."""
-    return xp.sum((rows - _sums(symbols, scales)) ** 2, 1)
+    return xp.sum((rows - _sums(symbols, scales, xp)) ** 2, 1)
 
 
 def _one_by_one(
@@ -148,12 +159,12 @@ def _one_by_one(
     symbols = xp.asarray(rows >= 0, dtype=xp.int16)
     scales = xp.mean(abs(rows), 1)[:, None]
     for k in range(1, planes):
-        left = rows - _sums(symbols, scales)
+        left = rows - _sums(symbols, scales, xp)
         symbols = symbols + xp.asarray(left >= 0, dtype=xp.int16) * (1 << k)
         if refined:
             scales = _best_scales(rows, symbols, k + 1, xp)
         else:
-            scales = xp.concatenate([scales.T, xp.mean(abs(left), 1)[None, :]]).T
+            scales = _turned(xp.concatenate([_turned(scales, xp), xp.mean(abs(left), 1)[None, :]]), xp)
     return symbols, scales
 
 
@@ -161,7 +172,7 @@ def _best_scales(
     rows: Float[Array, "rows cols"], symbols: Integer[Array, "rows cols"], planes: int, xp: Namespace
 ) -> Float[Array, "rows planes"]:
     """Least squares, of least norm where signs of two planes are equal or opposite throughout a row."""
-    signs = xp.stack([xp.asarray(2 * (symbols >> k & 1) - 1, dtype=rows.dtype) for k in range(planes)], 1)
+    signs = xp.stack([_signs(symbols, k, rows.dtype, xp) for k in range(planes)], 1)
     gram = xp.matmul(signs, xp.moveaxis(signs, (2,), (1,)))
     inverse = xp.linalg.pinv(gram, rtol=16 * xp.finfo(rows.dtype).eps, hermitian=True)
     return xp.matmul(inverse, xp.matmul(signs, rows[:, :, None]))[:, :, 0]
@@ -171,15 +182,16 @@ def _nearest(
     rows: Float[Array, "rows cols"], scales: Float[Array, "rows planes"], xp: Namespace
 ) -> Integer[Array, "rows cols"]:
     """The symbol whose sum is nearest, found by halving: a comparison a plane."""
-    sums, planes = 0 * scales[:, :1].T, scales.shape[1]
+    sums, planes = 0 * _turned(scales[:, :1], xp), scales.shape[1]
     for k in range(planes):  # bit k is set in the second half
         sums = xp.concatenate([sums - scales[:, k], sums + scales[:, k]])
-    order = xp.argsort(sums.T, stable=True)
+    sums = _turned(sums, xp)
+    order = xp.argsort(sums, stable=True)
     row = xp.cumsum(xp.ones_like(order[:, :1]), 0) - 1
-    sums = xp.take(sums.T, order + (row << planes))
+    sums = xp.take(sums, order + row * (1 << planes))
     bounds = sums[:, :-1] / 2 + sums[:, 1:] / 2
     below = 0 * row  # how many bounds are at most the weight
     for k in reversed(range(planes)):
         bound = xp.take(bounds, below + row * ((1 << planes) - 1) + ((1 << k) - 1))
         below = below + xp.asarray(rows >= bound, dtype=xp.int64) * (1 << k)
-    return xp.asarray(xp.take(order, below + (row << planes)), dtype=xp.int16)
+    return xp.asarray(xp.take(order, below + row * (1 << planes)), dtype=xp.int16)

@@ -108,7 +108,7 @@ class Kronecker:
         """``terms`` multiplications an entry."""
         (r1, q1), (r2, q2) = self.left, self.right
         a, b = xp.reshape(code["a"], (self.terms, -1)), xp.reshape(code["b"], (self.terms, -1))
-        blocks = xp.moveaxis(xp.reshape(xp.matmul(a.T, b), (r1, q1, r2, q2)), (2,), (1,))
+        blocks = xp.moveaxis(xp.reshape(xp.matmul(xp.moveaxis(a, (1,), (0,)), b), (r1, q1, r2, q2)), (2,), (1,))
         return xp.reshape(blocks, (r1 * r2, q1 * q2))[: self.shape[0], : self.shape[1]]
 
     def multiply(self, code: Code, x: Any, xp: Namespace) -> Any:

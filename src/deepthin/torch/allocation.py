@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import Method
+from deepthin.plans import coded_bytes, parts_of
 from deepthin.rules import Planned, Rules, Unit, spend
 from deepthin.storage import Thin
-from deepthin.torch.compress import Encoded, coded_bytes, parts_of, plan_of, tensors_of
-from deepthin.torch.files import contents, raw_code
+from deepthin.torch.compress import Encoded, plan_of, tensors_of
+from deepthin.torch.files import contents
 from deepthin.torch.importance import check_importance
 
 _TRIES = 4  # to fill what is left of a file with a larger matrix
@@ -65,7 +66,7 @@ def allocate(
         with torch.no_grad():
             trial = _Trial(model, loss, Encoded(owners, importance), measured)
             if measured:
-                taken = coded_bytes(contents(model), list(plans.values()), trial.encoded)
+                taken = coded_bytes(contents(model), list(plans.values()), trial.encoded.raw)
                 budget = 8 * ((flat.file_bytes or 0) - taken) + sum(trial.cost(u, at_first[u.name]) for u in shared)
             else:
                 budget = flat.budget(units, fixed, shared)
@@ -107,7 +108,7 @@ class _Trial:
             return method.bits()
         planned = _planned(unit, method)
         parts = dict(zip((tensor.name for tensor in unit.tensors), parts_of(planned), strict=True))
-        return 8 * Thin(planned.name, method, parts, raw_code(self.encoded(planned))).bytes
+        return 8 * Thin(planned.name, method, parts, self.encoded.raw(planned)).bytes
 
     def spend(self, units: list[Unit], methods: Mapping[str, Method], left: int) -> dict[str, Method]:
         """As ``rules.spend``, by what plans cost: a larger one is looked for by how much the one before was off."""

@@ -3,31 +3,27 @@
 import dataclasses
 import math
 import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepthin import kernels
+from deepthin import costs, kernels, start
+from deepthin.coding import Raw
 from deepthin.method import BudgetError, ConfigError, Method, NonFiniteError, Then
 from deepthin.methods import learning_rate
 from deepthin.methods.factor import Factor
+from deepthin.plans import parts_of, planned_contents, within
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules
 from deepthin.rules import Tensor as Named
-from deepthin.storage import Contents, Part, Thin, to_bytes
-from deepthin.torch import product
 from deepthin.torch.files import contents, raw_code
 from deepthin.torch.importance import check_importance, importance_for
 from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
-
-_MEASUREMENTS = 8  # files that are written, at most, to find how much coding leaves room for
 
 Owners = dict[str, list[tuple[nn.Module, str]]]
 """By the name of a parameter the layers that hold it, and as what: more than one where it is shared."""
@@ -67,6 +63,10 @@ class Encoded:
             weigh = importance_for(planned, self.importance)
             self._made[names[0], method] = ThinWeight.encode(planned.name, method, parts, dense, weigh)
         return self._made[names[0], method]
+
+    def raw(self, planned: Planned) -> dict[str, Raw]:
+        """The same code, as a file has it."""
+        return raw_code(self(planned))
 
 
 def compress(
@@ -115,7 +115,7 @@ def carry_out(
         dense = encoded.dense(planned)
         parts = parts_of(planned)
         if init == "scratch" and dense[0].dim() > 1:
-            rng = np.random.default_rng([seed % 2**64, zlib.crc32(names[0].encode())])
+            rng = start.generator(names[0], seed)
             weight = ThinWeight.draw(planned.name, method, parts, dense[0], rng, planned.tensors[0].std)
         else:
             weight = encoded(planned)
@@ -262,88 +262,11 @@ def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:
     return found, {min(names[key]): held for key, held in holders.items()}
 
 
-def parts_of(planned: Planned) -> list[Part]:
-    """The tensors of a plan as parts of its matrix; in a group each is scaled to its own fresh standard deviation."""
-    first = planned.tensors[0]
-    return [Part(t.shape, t.std / first.std, t.transposed, t.zero_row) for t in planned.tensors]
-
-
 def plan_of(model: nn.Module, rules: Rules, found: list[Named], encoded: Encoded | None = None) -> list[Planned]:
-    """What becomes of the tensors that ``tensors_of`` found; a limit for the file is met by writing files.
-
-    With ``encoded``, by files of the codes themselves, where these have integers that training leaves as they are and
-    that may be coded in fewer bits than any others.
-    """
+    """What becomes of the tensors that ``tensors_of`` found; a limit for the file is met by writing files."""
     if rules.file_bytes is None:
         return rules.plan(found)
-    limit, base = rules.file_bytes, contents(model)
-
-    def written(planned: list[Planned]) -> int:
-        return len(to_bytes(planned_contents(base, planned)))
-
-    try:
-        low = 0
-        best = rules.plan(found, low)
-    except BudgetError as error:
-        low = error.smallest_bits
-        best = rules.plan(found, low)
-    smallest = planned_contents(base, best)
-    if (least := len(to_bytes(smallest))) > limit:
-        kept = sum(len(raw.data) for raw in smallest.dense.values())
-        raise BudgetError(
-            f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which {kept} are "
-            f"tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
-            smallest_bits=8 * least,
-            smallest_ratio=least / base.report().dense_bytes,
-        )
-    high = 8 * limit
-    while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
-        middle = (low + high) // 2
-        planned = rules.plan(found, middle)
-        if written(planned) <= limit:
-            low, best = middle, planned
-        else:
-            high = middle
-    if encoded is None or not any(map(_codable, best)):
-        return best
-    taken, high = coded_bytes(base, best, encoded), 64 * limit
-    for _ in range(_MEASUREMENTS):
-        wanted = low * limit // taken  # too little by as much as some bytes do not grow
-        wanted = (low + high) // 2 if wanted >= high else wanted
-        if wanted <= low + (low >> 10):
-            break
-        planned = rules.plan(found, wanted)
-        if (bytes_ := coded_bytes(base, planned, encoded)) <= limit:
-            low, best, taken = wanted, planned, bytes_
-        else:
-            high = wanted
-    return best
-
-
-def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoded) -> int:
-    """Of the file, with codes that training leaves as long as they are taken as they are."""
-    return len(to_bytes(planned_contents(base, planned, encoded)))
-
-
-def _codable(planned: Planned) -> bool:
-    """Whether training leaves its integers as they are, so that a file may count on how short they are."""
-    return planned.method is not None and planned.method.trains == "codes" and bool(planned.method.integers())
-
-
-def planned_contents(base: Contents, planned: Sequence[Planned], encoded: Encoded | None = None) -> Contents:
-    """What the file would hold; it may be less without ``encoded``, since coding depends on the weights."""
-    thin: dict[str, Thin] = {}
-    for p in planned:
-        if p.method is not None:
-            first = p.tensors[0].name
-            parts = dict(zip((tensor.name for tensor in p.tensors), parts_of(p), strict=True))
-            if encoded is not None and _codable(p):
-                thin[first] = Thin(p.name, p.method, parts, raw_code(encoded(p)))
-            else:
-                thin[first] = Thin.plan(p.name, p.method, parts, base.dense[first])
-    gone = {name for entry in thin.values() for name in entry.parts}
-    dense = {name: raw for name, raw in base.dense.items() if name not in gone}
-    return Contents({**base.thin, **thin}, dense, base.aliases)
+    return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.raw)
 
 
 def _decoder(method: Method | None) -> Method | None:
@@ -351,8 +274,8 @@ def _decoder(method: Method | None) -> Method | None:
 
 
 def _expected(method: Factor) -> dict[str, Any]:
-    predicted = product.costs(method, 32, dense_ready=True)
-    path = product.choose(method, 32, dense_ready=True, native=kernels.native_available)
+    predicted = costs.costs(method, 32, dense_ready=True)
+    path = costs.choose(method, 32, dense_ready=True, native=kernels.native_available)
     return {"path": path, "cost": round(predicted[path] / predicted["dense"], 3)}
 
 

@@ -1,7 +1,5 @@
 """Models to ``.thin`` files and back, under the names of the dense model's state dict."""
 
-import dataclasses
-import difflib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from deepthin import storage
 from deepthin.coding import FLOATS, Raw
 from deepthin.method import ConfigError
+from deepthin.names import check_names, renamed, shapes_of
 from deepthin.storage import Contents, Thin
 from deepthin.torch.layers import ThinLayer, is_transposed, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.sequential import make_sequential
@@ -42,16 +41,15 @@ def load(
     allocated; tensors then go to main memory). ``names`` maps names in the file to names in the model. ``frozen``: for
     use alone; what trains through its rounding then holds its code instead of latents, a byte a weight for 8 bits;
     native code multiplies by the symbols, and no thin matrix wants a gradient. Whatever does not fit raises ConfigError
-    before the model is touched; a damaged file raises FormatError.
+    before the model is touched; a damaged file raises FormatError. A file of another framework may do without
+    ``num_batches_tracked``, and, for an LSTM or RNN, without ``bias_hh_*``, which is then zero.
     """
-    stored = _renamed(storage.read(path), names or {}, str(path))
+    stored = renamed(storage.read(path), names or {}, str(path))
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
     have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
     have |= {name: tuple(tensor.shape) for name, tensor in dense_now.items()}
-    wanted = {name: part.shape for thin in stored.thin.values() for name, part in thin.parts.items()}
-    wanted |= {name: raw.shape for name, raw in stored.dense.items()}
-    wanted |= {name: wanted[target] for name, target in stored.aliases.items()}
-    _check(wanted, have, str(path))
+    stored = _completed(model, stored, dense_now)
+    check_names(shapes_of(stored), have, str(path))
     _check_places(model, stored, thin_now, dense_now, str(path))
 
     sharing: dict[str, list[str]] = {}
@@ -199,6 +197,24 @@ def _tensor(raw: Raw) -> Tensor:
     return torch.frombuffer(data, dtype=_TYPES[raw.dtype]).view(raw.shape)
 
 
+def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tensor]) -> Contents:
+    """With what files of other frameworks do without: counts of batches, and the second of two biases that are added.
+
+    An LSTM or RNN adds ``bias_hh`` to ``bias_ih``: the file may hold their sum. In a GRU they are different.
+    """
+    known, added = shapes_of(stored), dict[str, Raw]()
+    for name, tensor in dense_now.items():
+        layer, own = _owner(model, name)
+        if name in known:
+            continue
+        if own == "num_batches_tracked" and isinstance(layer, nn.modules.batchnorm._NormBase):
+            added[name] = _raw(name, tensor)
+        twin = name.replace("bias_hh", "bias_ih")
+        if own.startswith("bias_hh") and isinstance(layer, nn.LSTM | nn.RNN) and twin in known:
+            added[name] = _raw(name, torch.zeros_like(tensor))
+    return Contents(stored.thin, {**stored.dense, **added}, stored.aliases)
+
+
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, own = name.rpartition(".")
     return model.get_submodule(path), own
@@ -235,47 +251,3 @@ def _once(key: object, tensor: Tensor, replaced: dict[int, Tensor], like: Tensor
         is_parameter = isinstance(like, nn.Parameter)
         replaced[id(key)] = nn.Parameter(tensor, requires_grad=like.requires_grad) if is_parameter else tensor
     return replaced[id(key)]  # pyright: ignore[reportReturnType] -- a buffer's stand-in goes back among the buffers
-
-
-def _renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
-    known = {*stored.dense, *stored.aliases, *(name for thin in stored.thin.values() for name in thin.parts)}
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"names: {path} holds no {name!r}.{_closest(name, known)}")
-
-    def renamed(old: Mapping[str, object]) -> dict[str, object]:
-        return {names.get(name, name): value for name, value in old.items()}
-
-    if len({names.get(name, name) for name in known}) < len(known):
-        raise ConfigError("names: two names of the file would become one in the model.")
-    aliases = {names.get(name, name): names.get(target, target) for name, target in stored.aliases.items()}
-    thin = {
-        names.get(key, key): dataclasses.replace(thin, parts=renamed(thin.parts)) for key, thin in stored.thin.items()
-    }
-    return Contents(thin, renamed(stored.dense), aliases)  # pyright: ignore[reportArgumentType]
-
-
-def _check(wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]], path: str) -> None:
-    if extra := sorted(wanted.keys() - have.keys()):
-        raise ConfigError(
-            f"{path} holds {extra[0]!r}, which the model has not{_more(extra)}."
-            f"{_closest(extra[0], have.keys() - wanted)} Build the architecture that was saved, "
-            "or pass names={file name: model name}."
-        )
-    if missing := sorted(have.keys() - wanted.keys()):
-        raise ConfigError(
-            f"{path} holds no {missing[0]!r}, which the model has{_more(missing)}. Build the architecture that was "
-            "saved, or pass names={file name: model name}."
-        )
-    for name, shape in wanted.items():
-        if shape != have[name]:
-            raise ConfigError(f"{name} has shape {shape} in {path}, but {have[name]} in the model.")
-
-
-def _more(names: list[str]) -> str:
-    return f" (nor {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _closest(name: str, names: "set[str] | Mapping[str, object]") -> str:
-    best = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-    return f" Closest: {best[0]!r}." if best else ""

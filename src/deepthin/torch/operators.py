@@ -19,8 +19,9 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from deepthin import kernels
+from deepthin.costs import choose_native
 from deepthin.methods.factor import Factor
-from deepthin.torch.product import choose_native, factor_linear
+from deepthin.torch.product import factor_linear
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from deepthin.method import ConfigError, Then, as_matrix
 from deepthin.methods import METHODS, THEN
+from deepthin.plans import coded_bytes
 from deepthin.report import Report
 from deepthin.rules import NO_LIMIT, Planned, Rules, Stages, parse_then
 from deepthin.storage import to_bytes
 from deepthin.torch.allocation import allocate
-from deepthin.torch.compress import Encoded, carry_out, coded_bytes, materialize, plan_of, tensors_of
+from deepthin.torch.compress import Encoded, carry_out, materialize, plan_of, tensors_of
 from deepthin.torch.files import contents
 from deepthin.torch.importance import check_importance
 from deepthin.torch.layers import ThinLayer, make_thin, thin_tensors
@@ -109,7 +110,7 @@ class Recipe:
         """Smaller plans, if the dense weights as they are now would make a file above the configuration's limit."""
         limit, owners = self.rules.file_bytes, tensors_of(self.model)[1]
         while limit is not None:
-            size = coded_bytes(contents(self.model), plans, Encoded(owners))
+            size = coded_bytes(contents(self.model), plans, Encoded(owners).raw)
             if size <= limit:
                 break
             plans = [_smaller(plan, limit / size) for plan in plans]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from deepthin import kernels
+from deepthin.costs import NATIVE, choose_native, work
 from deepthin.methods.factor import Factor
 from deepthin.recurrent import CELLS, gates_of
 from deepthin.torch.operators import takes
-from deepthin.torch.product import NATIVE, choose_native, work
 
 _STEPS = 100  # of a typical sequence
 _ABREAST = 32  # of inputs, which are always multiplied many at a time

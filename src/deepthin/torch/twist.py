@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from deepthin.method import ConfigError, Method
 from deepthin.methods.pruned import Pruned
+from deepthin.plans import parts_of
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules
-from deepthin.torch.compress import Encoded, carry_out, check_finite, parts_of, plan_of, tensors_of
+from deepthin.torch.compress import Encoded, carry_out, check_finite, plan_of, tensors_of
 from deepthin.torch.importance import check_importance, importance_for
 from deepthin.torch.weight import ThinWeight
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deepthin.costs import NATIVE, Path, choose, in_turn_pays, symbols_pay
 from deepthin.kernels import csr_linear
 from deepthin.method import Method, Then
 from deepthin.methods.ecsq import Ecsq
@@ -21,6 +22,7 @@ from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Uniform
 from deepthin.methods.tensor_train import TensorTrain
+from deepthin.start import Start, drawn, encoded
 from deepthin.storage import Part
 from deepthin.torch.operators import (
     eager_linear,
@@ -31,15 +33,7 @@ from deepthin.torch.operators import (
     symbol_linear,
     takes,
 )
-from deepthin.torch.product import (
-    NATIVE,
-    Path,
-    choose,
-    factor_linear,
-    in_turn_pays,
-    multiply_in_turn,
-    symbols_pay,
-)
+from deepthin.torch.product import factor_linear, multiply_in_turn
 
 _TYPICAL_BATCH = 32
 _GATHER = 4  # the time of a row on its own over one among all of them, at most (a training step)
@@ -114,54 +108,22 @@ class ThinWeight(nn.Module):
         importance: Sequence[Tensor] | None = None,
     ) -> "ThinWeight":
         """The code nearest to dense tensors, on their device and in their type; ``importance`` has their shapes."""
-
-        def matrix(tensors: Sequence[Tensor], power: int) -> np.ndarray:
-            pieces: list[np.ndarray] = []
-            for part, tensor in zip(parts, tensors, strict=True):
-                piece = tensor.detach().float().cpu().numpy()
-                pieces.append((piece.T if part.transposed else piece).reshape(-1) / part.scale**power)
-            flat = np.concatenate(pieces)
-            return np.pad(flat, (0, math.prod(method.shape) - flat.size)).reshape(method.shape)
-
-        # What is stored is the weight over its scale, so an error of it counts by the square of the scale
-        weigh = None if importance is None else matrix(importance, power=-2)
-        return cls._of(name, method, parts, tensors[0], matrix(tensors, power=1), weigh, None)
+        arrays, weigh = (
+            None if values is None else [tensor.detach().float().cpu().numpy() for tensor in values]
+            for values in (tensors, importance)
+        )
+        return cls._begun(name, method, parts, tensors[0], encoded(method, parts, arrays or [], weigh))
 
     @classmethod
     def draw(
         cls, name: str, method: Method, parts: Sequence[Part], like: Tensor, rng: np.random.Generator, std: float
     ) -> "ThinWeight":
         """A from-scratch start; the entries of a part then have standard deviation ``std`` times its scale."""
-        if method.trains == "codes":
-            return cls._of(name, method, parts, like, None, None, method.init(rng, std))
-        if isinstance(method, Then):  # not rounded: what is below a step may count in time
-            return cls._of(name, method, parts, like, None, None, method.outer.init(rng, std))
-        return cls._of(
-            name, method, parts, like, rng.normal(scale=std, size=method.shape).astype(np.float32), None, None
-        )
+        return cls._begun(name, method, parts, like, drawn(method, rng, std))
 
     @classmethod
-    def _of(
-        cls,
-        name: str,
-        method: Method,
-        parts: Sequence[Part],
-        like: Tensor,
-        weight: np.ndarray | None,
-        importance: np.ndarray | None,
-        code: Mapping[str, np.ndarray] | None,
-    ) -> "ThinWeight":
-        """From a dense matrix or from a start: the code, or the outer code where the method trains through rounding."""
-        numpy = cast(Any, np)
-        latents = None
-        if isinstance(method, Then) and method.trains == "through":
-            latents = dict(method.outer.encode(weight, numpy, importance)) if code is None else dict(code)
-            code = method.encode_floats(latents, numpy, method.shares(latents, numpy, importance))
-        elif method.trains == "through":
-            latents = {"weight": weight}
-            code = method.encode(weight, numpy, importance)
-        elif code is None:
-            code = method.encode(weight, numpy, importance)
+    def _begun(cls, name: str, method: Method, parts: Sequence[Part], like: Tensor, start: Start) -> "ThinWeight":
+        code, latents = start
         return cls(name, method, parts, _tensors(code, like), None if latents is None else _tensors(latents, like))
 
     def with_floats_stored(self, name: str, method: Then, shares: Mapping[str, Tensor]) -> "ThinWeight":

@@ -1,0 +1,9 @@
+"""deepthin for Keras 3, on any of its backends: never imports torch by itself."""
+
+from deepthin.keras.compress import compress, materialize, plan
+from deepthin.keras.files import load, save
+from deepthin.keras.layers import ThinLayer
+from deepthin.keras.optimizers import SGD, Adam, AdamW
+from deepthin.keras.weight import ThinWeight
+
+__all__ = ["SGD", "Adam", "AdamW", "ThinLayer", "ThinWeight", "compress", "load", "materialize", "plan", "save"]

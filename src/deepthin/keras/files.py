@@ -1,0 +1,242 @@
+"""Keras models to ``.thin`` files and back, in torch's layouts: files cross (docs/keras.md)."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+from keras import layers, ops
+
+from deepthin import storage
+from deepthin.coding import FLOATS, Raw
+from deepthin.keras.layers import ThinLayer, exchange_recurrent, make_plain, make_thin, why_not
+from deepthin.keras.tree import Held, layer_name, renumbered, tensors, walk
+from deepthin.keras.weight import ThinWeight
+from deepthin.method import ConfigError
+from deepthin.names import check_names, renamed, shapes_of
+from deepthin.storage import Contents, Part, Thin
+
+COUNTER = ".num_batches_tracked"  # of torch's batch normalisation, which Keras does without
+
+
+def save(model: keras.Model, path: str | Path, max_bytes: int | None = None) -> int:
+    """Write all weights, atomically, and return the bytes written.
+
+    BudgetError, with nothing written, above ``max_bytes``. Seeds, optimisers and states of sequences are no weights.
+    """
+    return storage.write(contents(model), path, max_bytes)
+
+
+def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None = None) -> keras.Model:
+    """Put a file's tensors into ``model``, whose stored matrices become thin in place; returns the model.
+
+    ``model`` has the architecture that was saved, dense or thin, and is built. ``names`` maps names in the file to
+    names in the model; two biases that become one, as those of torch's LSTM, are added. Where names differ only in the
+    numbers that Keras gave to unnamed layers, these are taken in order. Whatever does not fit raises ConfigError before
+    the model is touched; a damaged file raises FormatError.
+    """
+    held = tensors(model)
+    stored = _fitted(storage.read(path), names or {}, held, model, str(path))
+    check_names(shapes_of(stored), {name: own.layout.shape(own.shape) for name, own in held.items()}, str(path))
+    _check_places(stored, held, str(path))
+
+    sharing: dict[str, list[str]] = {}
+    for alias, target in stored.aliases.items():
+        sharing.setdefault(target, []).append(alias)
+    wanted = {
+        name: (thin, index)
+        for thin in stored.thin.values()
+        for index, part in enumerate(thin.parts)
+        for name in (part, *sharing.get(part, ()))
+    }
+    if {name for name, own in held.items() if own.thin} != wanted.keys() or not all(
+        _plan_of(held[name].thin) == _plan_of(thin) and held[name].index == index
+        for name, (thin, index) in wanted.items()
+    ):
+        restart = Restart(model)
+        for layer in [layer for _, layer in walk(model)]:
+            if isinstance(layer, ThinLayer):
+                make_plain(layer)
+        held = tensors(model)
+        made = {first: _thin_weight(thin, held[first]) for first, thin in stored.thin.items()}
+        for name, (thin, index) in wanted.items():
+            for place in held[name].places:
+                if not isinstance(place.layer, ThinLayer) or place.weight not in place.layer.thin:
+                    weight = made[next(iter(thin.parts))]
+                    make_thin(place.layer, {place.weight: (weight, index)}, {place.weight: held[name].variable})
+        restart()
+        held = tensors(model)
+    for first, thin in stored.thin.items():
+        held[first].thin.set_code({entry: raw.numpy() for entry, raw in thin.code.items()})  # pyright: ignore[reportOptionalMemberAccess]
+    for name in _names_of(stored, stored.dense):
+        _put(held[name], stored.dense[stored.aliases.get(name, name)].numpy())
+    return model
+
+
+def contents(model: keras.Model) -> Contents:
+    """All that a model would save, in the file's layouts: thin tensors, the rest, and which names share a tensor."""
+    dense: dict[str, Raw] = {}
+    aliases: dict[str, str] = {}
+    first: dict[object, str] = {}
+    parts: dict[int, dict[int, str]] = {}  # by ThinWeight: names of its tensors
+    weights: dict[int, ThinWeight] = {}
+    for name, held in sorted(tensors(model).items()):
+        if (kept := first.setdefault(held.key, name)) != name:
+            aliases[name] = kept
+        elif held.thin is not None:
+            weights[id(held.thin)] = held.thin
+            parts.setdefault(id(held.thin), {})[held.index] = name
+        else:
+            dense[name] = raw_of(held.layout.stored(_array(held.variable)))
+    thin: dict[str, Thin] = {}
+    for key, weight in weights.items():
+        if len(parts[key]) < len(weight.parts):
+            raise ConfigError(
+                f"{', '.join(parts[key].values())} share one code with layers that are not in this model: save the "
+                "model that holds them all, or materialize it and compress this one anew."
+            )
+        named = {parts[key][index]: part for index, part in enumerate(weight.parts)}
+        thin[next(iter(named))] = Thin(weight.method_name, weight.method, named, raw_code(weight))
+    return Contents(thin, dense, aliases)
+
+
+def raw_code(weight: ThinWeight) -> dict[str, Raw]:
+    """The stored entries of a matrix."""
+    return {entry: raw_of(array) for entry, array in weight.code().items()}
+
+
+class Restart:
+    """What a model must do once its variables are others: its optimiser begins anew, as do compiled functions.
+
+    Made before the change, so that an optimiser that cannot begin anew is known in time.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, optimizer = model, getattr(model, "optimizer", None)
+        self.optimizer: Any = None
+        if optimizer is not None and optimizer.built:
+            self.optimizer = type(optimizer).from_config(optimizer.get_config())
+
+    def __call__(self) -> None:
+        """After the change."""
+        for _, layer in walk(self.model):
+            exchange_recurrent(layer)
+            if hasattr(layer, "_torch_params"):  # of the torch backend, for torch's own parameters()
+                layer._track_variables()
+        if self.optimizer is not None:
+            self.optimizer.build(self.model.trainable_variables)
+            self.model.optimizer = self.optimizer
+        for function in ("train_function", "test_function", "predict_function"):
+            if getattr(self.model, function, None) is not None:
+                setattr(self.model, function, None)
+
+
+def _fitted(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held], model: Any, path: str) -> Contents:
+    """A file's contents under the names of the model."""
+    stored, names = _added(stored, names, held)
+    stored = renamed(stored, names, path)
+    known = shapes_of(stored)
+    dense = {name: raw for name, raw in stored.dense.items() if name in held or not name.endswith(COUNTER)}
+    thin = {key: dataclasses.replace(t, parts=upright(t.parts)) for key, t in stored.thin.items()}
+    stored = Contents(thin, dense, stored.aliases)
+    if known.keys() != held.keys():
+        other = renumbered(model, known)
+        if {other.get(name, name) for name in shapes_of(stored)} == held.keys():
+            return renamed(stored, other, path)
+    return stored
+
+
+def upright(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Parts as (outputs, inputs), where the model that was saved kept them otherwise."""
+    return {
+        n: dataclasses.replace(p, shape=p.shape[::-1], transposed=False) if p.transposed else p
+        for n, p in parts.items()
+    }
+
+
+def _added(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held]) -> tuple[Contents, Mapping[str, str]]:
+    """Biases that are to become one of an LSTM or SimpleRNN, added: these add them anyway."""
+    targets: dict[str, list[str]] = {}
+    for name, target in names.items():
+        targets.setdefault(target, []).append(name)
+    dense, left = dict(stored.dense), dict(names)
+    for target, own in targets.items():
+        cell = held[target].places[0].layer if target in held else None
+        biases = isinstance(cell, layers.LSTMCell | layers.SimpleRNNCell) and held[target].places[0].weight == "bias"
+        if len(own) > 1 and biases and all(name in dense for name in own):
+            values = [dense[name].numpy() for name in own]
+            if len({(array.shape, array.dtype) for array in values}) == 1:
+                for name in own[1:]:
+                    del dense[name], left[name]
+                dense[own[0]] = Raw.of(np.sum(values, axis=0, dtype=values[0].dtype))
+    return Contents(stored.thin, dense, stored.aliases), left
+
+
+def _plan_of(matrix: ThinWeight | Thin | None) -> tuple[object, ...]:
+    if matrix is None:
+        return ()
+    name, parts = (
+        (matrix.name, matrix.parts.values()) if isinstance(matrix, Thin) else (matrix.method_name, matrix.parts)
+    )
+    return name, matrix.method, *parts
+
+
+def _thin_weight(thin: Thin, first: Held) -> ThinWeight:
+    """All zeros, in the type of the variable whose place it takes."""
+    kind = keras.backend.standardize_dtype(first.variable.dtype)
+    return ThinWeight(
+        thin.name, thin.method, list(thin.parts.values()), name=layer_name(next(iter(thin.parts))), dtype=kind
+    )
+
+
+def _check_places(stored: Contents, held: Mapping[str, Held], path: str) -> None:
+    """ConfigError if what a file holds under some name cannot stand where the model has that name."""
+    thin = {name for entry in stored.thin.values() for name in entry.parts}
+    for name in _names_of(stored, dict.fromkeys(thin)):
+        own = held[name]
+        for place in own.places:
+            if own.thin is None and (reason := why_not(place.layer, place.weight, own.variable)):
+                raise ConfigError(f"{path} stores {name} thin, but in the model {reason}.")
+    for name in _names_of(stored, stored.dense):
+        kind, own = stored.dense[stored.aliases.get(name, name)].dtype, held[name]
+        floats = own.thin is not None or "float" in keras.backend.standardize_dtype(own.variable.dtype)
+        if (kind in FLOATS) != floats:
+            raise ConfigError(f"{path} stores {name} as {kind}, which its kind in the model is not.")
+    first: dict[tuple[int, int], str] = {}
+    for name, own in held.items():
+        twin = first.setdefault(own.key, name)
+        if stored.aliases.get(twin, twin) != stored.aliases.get(name, name):
+            raise ConfigError(
+                f"The model shares one tensor as {twin} and {name}, but {path} stores two different ones."
+            )
+
+
+def _names_of(stored: Contents, names: Mapping[str, object]) -> list[str]:
+    """These names and every name that shares a tensor with one of them."""
+    return [*names, *(name for name, target in stored.aliases.items() if target in names)]
+
+
+def _put(held: Held, values: np.ndarray) -> None:
+    """A tensor of the file into its variable."""
+    kept = held.layout.kept(values, held.shape)
+    if held.layout.row is not None:
+        whole = _array(held.variable).copy()
+        whole[held.layout.row] = kept
+        kept = whole
+    held.variable.assign(kept)
+
+
+def _array(variable: Any) -> np.ndarray:
+    """In its own type, bfloat16 too."""
+    array = np.asarray(ops.convert_to_numpy(variable))
+    return array.astype(ml_dtypes.bfloat16) if keras.backend.standardize_dtype(variable.dtype) == "bfloat16" else array
+
+
+def raw_of(array: np.ndarray) -> Raw:
+    """As a file has it, bfloat16 too."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return Raw("BF16", array.shape, np.ascontiguousarray(array).tobytes())
+    return Raw.of(array)

@@ -1,0 +1,261 @@
+"""A weight that is generated: the optimiser sees the latent floats, the layer sees the tensor that they decode to."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import keras
+import numpy as np
+from jaxtyping import Float
+from keras import ops
+
+from deepthin.keras.namespace import NAMESPACE
+from deepthin.method import Array, Code, Integers, Method, Namespace, Then
+from deepthin.methods import fields, learning_rate, with_fields
+from deepthin.methods.binary import Binary
+from deepthin.methods.factor import Factor
+from deepthin.methods.pruned import Pruned
+from deepthin.start import Start, drawn, encoded, latents_of
+from deepthin.storage import Part
+
+_OPS = cast(Namespace, NAMESPACE)
+_ROUNDING = 1e-6  # of the largest: two decodings of one code may differ by that
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A code, and the latents that it stands for: it is the one to be stored as long as these do not change."""
+
+    latents: Code
+    code: Code
+
+
+@keras.saving.register_keras_serializable("deepthin")
+class ThinWeight(keras.layers.Layer):
+    """One matrix in compressed form, and the tensors that it holds: one, or those of a group.
+
+    Trainable variables are the latent floats: those of the code, or, where the method trains ``through`` its rounding,
+    what it encodes. Integers that do not follow from these are variables too, not trainable. Tables that follow from
+    the method's fields are constants. ``dense(i)`` is the i-th tensor as a file has it, (outputs, inputs), in the type
+    of the latents, whatever type the layer around it computes in.
+
+    A code that was loaded stays as it is until a latent changes in value. Of ``binary`` it is held beside the latents,
+    since what its signs give, encoded again, need not be the same.
+    """
+
+    def __init__(
+        self,
+        method_name: str,
+        method: Method,
+        parts: Sequence[Part],
+        start: Start | None = None,
+        *,
+        dtype: str = "float32",
+        **options: Any,
+    ) -> None:
+        """``start`` is as ``deepthin.start`` makes it; None: all zeros, until something is loaded."""
+        super().__init__(dtype=dtype, **options)
+        self.method_name, self.method, self.parts = method_name, method, tuple(parts)
+        self.decoder = method.outer if isinstance(method, Then) else method  # takes floats, however they are stored
+        self.rounds = method.trains == "through"
+        self.learning_rate_multiplier = learning_rate(method_name, method)
+        ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
+        self.cuts = tuple(zip([0, *ends], ends, strict=False))
+        self._kept: _Kept | None = None
+        self.latents: dict[str, Any] = {}
+        shapes, whole = method.code_shapes(), method.integers()
+        if self.rounds and isinstance(method, Then):
+            shapes, whole = method.outer.code_shapes(), method.outer.integers()
+        elif self.rounds:
+            shapes, whole = {"weight": method.shape}, {}
+        for entry, shape in shapes.items():
+            kind = _integer_type(whole[entry]) if entry in whole else self.variable_dtype
+            options = {"trainable": entry not in whole, "autocast": False, "name": entry}
+            self.latents[entry] = self.add_weight(shape, "zeros", kind, **options)
+            self.latents[entry].learning_rate_multiplier = self.learning_rate_multiplier
+        self.stored: dict[str, Any] = {}
+        if self.rounds and _drifts(method):
+            whole = method.integers()
+            for entry, shape in method.code_shapes().items():
+                if entry in self.latents:
+                    continue
+                kind = _integer_type(whole[entry]) if entry in whole else self.variable_dtype
+                options = {"trainable": False, "autocast": False, "name": entry}
+                self.stored[entry] = self.add_weight(shape, "zeros", kind, **options)
+        self.built = True
+        if start is not None:
+            self._set(*start)
+
+    @classmethod
+    def encode(
+        cls,
+        method_name: str,
+        method: Method,
+        parts: Sequence[Part],
+        tensors: Sequence[np.ndarray],
+        importance: Sequence[np.ndarray] | None = None,
+        **options: Any,
+    ) -> "ThinWeight":
+        """The code nearest to float32 tensors in the file's layout; ``importance`` has their shapes."""
+        return cls(method_name, method, parts, encoded(method, parts, tensors, importance), **options)
+
+    @classmethod
+    def draw(
+        cls,
+        method_name: str,
+        method: Method,
+        parts: Sequence[Part],
+        rng: np.random.Generator,
+        std: float,
+        **options: Any,
+    ) -> "ThinWeight":
+        """A from-scratch start; the entries of a part then have standard deviation ``std`` times its scale.
+
+        ``rng`` is that of ``deepthin.start.generator``.
+        """
+        return cls(method_name, method, parts, drawn(method, rng, std), **options)
+
+    def code(self) -> Code:
+        """The stored entries, as NumPy arrays."""
+        now = _values(self.latents)
+        if not self.rounds:
+            return now
+        kept = self._kept
+        if kept is None or any(not np.array_equal(kept.latents[entry], now[entry]) for entry in now):
+            self._kept = kept = _Kept(now, self._code_of(now))
+        return kept.code
+
+    def _code_of(self, latents: Code) -> Code:
+        code = {**_values(self.stored), **{entry: a for entry, a in latents.items() if entry in self.method.integers()}}
+        if self.stored and all(
+            _near(latents[e], a, np) for e, a in latents_of(self.method, code).items() if e in latents
+        ):
+            return code
+        code = self._encode({entry: _wide(array) for entry, array in latents.items()}, cast(Namespace, np))
+        kind = next(a.dtype for a in latents.values() if not np.issubdtype(a.dtype, np.integer))
+        return {entry: a if entry in self.method.integers() else a.astype(kind) for entry, a in code.items()}
+
+    def set_code(self, code: Mapping[str, np.ndarray]) -> None:
+        """Take over another code of the same method, in place: optimisers, and what is frozen, stay as they are."""
+        self._set(dict(code), None)
+
+    def dense(self, index: int = 0) -> Float[Array, "..."]:
+        """A tensor, differentiable in every latent; one of the backend's, in a graph too."""
+        (start, stop), part, decoder, floats = self.cuts[index], self.parts[index], self.decoder, self.floats()
+        if isinstance(decoder, Factor) and decoder.seed is None:
+            flat = decoder.decode_flat(floats, start, stop, _OPS)
+        elif self.rounds and not isinstance(self.method, Then):
+            flat = ops.reshape(floats["weight"], (-1,))[start:stop]
+        elif isinstance(decoder, Pruned):  # whose own decode writes in place
+            places = ops.cast(floats["positions"], "int32")[:, None]
+            flat = ops.scatter(places, floats["values"], (math.prod(decoder.shape),))[start:stop]
+        else:
+            tables = {entry: ops.convert_to_tensor(_narrow(table)) for entry, table in decoder.derived().items()}
+            flat = ops.reshape(decoder.decode({**tables, **floats}, _OPS), (-1,))[start:stop]
+        return _cut(flat, part)
+
+    def floats(self) -> dict[str, Array]:
+        """What ``decoder`` takes: its floats, rounded where the method rounds, and its integers.
+
+        The gradient goes through rounding as if it were not there: the straight-through estimator of Bengio et al.,
+        2013, arXiv:1308.3432.
+        """
+        state = _tensors(self.latents)
+        if not self.rounds:
+            return self._decode_floats(state) if isinstance(self.method, Then) else state
+        fixed = {entry: ops.stop_gradient(tensor) for entry, tensor in state.items()}
+        rounded = self._decode_floats(self._encode(fixed, _OPS))
+        whole = self.decoder.integers() if isinstance(self.method, Then) else {}
+        if self.stored:
+            loaded = self._decode_floats({**_tensors(self.stored), **{entry: fixed[entry] for entry in whole}})
+            near = ops.all(ops.stack([_near(t, loaded[e], ops) for e, t in fixed.items() if e not in whole]))
+            rounded = {e: t if e in whole else ops.where(near, loaded[e], t) for e, t in rounded.items()}
+        # The difference is 0, and the sum just what is rounded.
+        return {e: t if e in whole else (t - fixed[e]) + ops.stop_gradient(rounded[e]) for e, t in state.items()}
+
+    def _encode(self, latents: Code, xp: Namespace) -> Code:
+        """What is stored for latents, by a method that trains through its rounding."""
+        if isinstance(self.method, Then):
+            return self.method.encode_floats(latents, xp)
+        return self.method.encode(latents["weight"], xp)
+
+    def _decode_floats(self, code: Code) -> Code:
+        """What the decoder takes, of what is stored."""
+        if isinstance(self.method, Then):
+            return self.method.decode_floats(code, _OPS)
+        return {"weight": self.method.decode(code, _OPS)}
+
+    def _set(self, code: Code, latents: Code | None) -> None:
+        whole, kind = self.method.integers(), np.dtype(self.variable_dtype)
+        code = {entry: np.asarray(a) if entry in whole else np.asarray(a).astype(kind) for entry, a in code.items()}
+        wide = {entry: _wide(array) for entry, array in code.items()}
+        values = latents_of(self.method, wide) if latents is None else latents
+        for entry, variable in (*self.latents.items(), *self.stored.items()):
+            variable.assign((values if entry in self.latents else code)[entry])
+        if self.rounds and latents is None:
+            self._kept = _Kept(_values(self.latents), code)
+
+    def get_config(self) -> dict[str, Any]:
+        """The method as a file has it, and the parts."""
+        parts = [dataclasses.asdict(part) for part in self.parts]
+        own = {"method": self.method_name, "fields": fields(self.method), "parts": parts}
+        return {**super().get_config(), **json.loads(json.dumps(own))}  # lists, as JSON has no tuples
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "ThinWeight":
+        """All zeros: whoever asks loads the variables."""
+        rest = {key: value for key, value in config.items() if key not in ("method", "fields", "parts")}
+        parts = [Part(**{**part, "shape": tuple(part["shape"])}) for part in config["parts"]]
+        return cls(config["method"], with_fields(config["method"], config["fields"]), parts, **rest)
+
+
+def _drifts(method: Method) -> bool:
+    """Whether a decoded code, encoded again, may be another one, by more than rounding."""
+    inner = [stored for _, stored in method.inner] if isinstance(method, Then) else [method]
+    return any(isinstance(stored, Binary) for stored in inner)
+
+
+def _near(a: Array, b: Array, xp: Any) -> Array:
+    """Whether arrays are the same but for rounding, by NumPy or keras.ops."""
+    return xp.max(xp.abs(a - b)) <= _ROUNDING * xp.max(xp.abs(b))
+
+
+def _values(variables: Mapping[str, Any]) -> Code:
+    return {entry: np.array(ops.convert_to_numpy(variable)) for entry, variable in variables.items()}
+
+
+def _tensors(variables: Mapping[str, Any]) -> Code:
+    return {entry: ops.convert_to_tensor(variable) for entry, variable in variables.items()}
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    """Half precision as float32."""
+    return array if np.issubdtype(array.dtype, np.integer) else array.astype(np.float32)
+
+
+def _cut(flat: Array, part: Part) -> Array:
+    """``Part.cut``, by functions."""
+    if part.scale != 1.0:
+        flat = flat * part.scale
+    tensor = ops.transpose(ops.reshape(flat, part.shape[::-1])) if part.transposed else ops.reshape(flat, part.shape)
+    if part.zero_row is None:
+        return tensor
+    row, after = part.zero_row, part.zero_row + 1
+    return ops.concatenate([tensor[:row], 0 * tensor[row:after], tensor[after:]], axis=0)
+
+
+def _narrow(table: np.ndarray) -> np.ndarray:
+    """Tables of places as int32: JAX has no other."""
+    return table.astype(np.int32) if table.dtype == np.int64 else table
+
+
+def _integer_type(kind: Integers) -> str:
+    """The narrowest that holds them."""
+    most = kind.least + kind.count - 1
+    if kind.least >= 0:
+        return "uint8" if most < 1 << 8 else "int16" if most < 1 << 15 else "int32"
+    return "int8" if kind.least >= -(1 << 7) and most < 1 << 7 else "int16"

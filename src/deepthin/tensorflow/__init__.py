@@ -1,0 +1,9 @@
+"""deepthin for TensorFlow: the call that declares a variable returns a tensor that small factors generate.
+
+Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 4.
+"""
+
+from deepthin.tensorflow.product import portable
+from deepthin.tensorflow.variables import Variables, get_variable, getter, load, save, variables
+
+__all__ = ["Variables", "get_variable", "getter", "load", "portable", "save", "variables"]

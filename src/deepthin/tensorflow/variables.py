@@ -1,0 +1,605 @@
+"""Variables that are generated: whoever asks for one by its name gets a tensor, made of small trainable factors.
+
+The interface of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 4: one call in the place of the one that
+declares a variable, and one configuration file that says what becomes of it.
+"""
+
+import difflib
+import fnmatch
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from deepthin import start, storage
+from deepthin.coding import Raw
+from deepthin.keras.files import raw_code, raw_of, upright
+from deepthin.keras.layout import Layout
+from deepthin.keras.weight import ThinWeight
+from deepthin.method import BudgetError, Code, ConfigError, Method, NonFiniteError
+from deepthin.names import renamed
+from deepthin.plans import parts_of, within
+from deepthin.report import Report
+from deepthin.rules import Planned, Rules, Tensor
+from deepthin.start import Start
+from deepthin.storage import Contents, Part, Thin
+from deepthin.tensorflow.product import product
+
+if keras.config.backend() != "tensorflow":
+    raise ConfigError(
+        f"Keras runs on {keras.config.backend()} here, but deepthin.tensorflow decodes by Keras on TensorFlow: set "
+        "KERAS_BACKEND=tensorflow in the environment before Keras is imported."
+    )
+
+Source = Mapping[str, Any] | str | Path | Rules
+"""A configuration: a mapping, a path to a TOML file, or Rules."""
+
+Make = Callable[[str, np.ndarray, bool], Any]
+"""Makes a variable of an entry's name, its first value, and whether it trains."""
+
+_TYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+class _Weight(ThinWeight):
+    """A thin weight whose variables are TensorFlow's own, by whoever makes them here."""
+
+    def __init__(self, make: Make, name: str, method: Method, parts: Sequence[Part], begin: Start, dtype: str) -> None:
+        code, latents = begin
+        self._make, self._values = make, {**code, **(start.latents_of(method, code) if latents is None else latents)}
+        super().__init__(name, method, parts, begin if tf.executing_eagerly() else None, dtype=dtype)
+
+    def add_weight(self, *given: Any, trainable: bool, name: str, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What Keras calls for each entry."""
+        _, _, dtype = given
+        return self._make(name, _as_type(self._values[name], dtype), trainable)
+
+    def code(self) -> Code:
+        """The stored entries, as NumPy arrays; those of a graph of TensorFlow 1 are read in the default session."""
+        if tf.executing_eagerly():
+            return super().code()
+        live = self.latents, self.stored
+        self.latents, self.stored = ({entry: variable.eval() for entry, variable in held.items()} for held in live)
+        try:
+            return super().code()
+        finally:
+            self.latents, self.stored = live
+
+    def _set(self, code: Code, latents: Code | None) -> None:
+        if tf.executing_eagerly():
+            super()._set(code, latents)
+            return
+        values = start.latents_of(self.method, code) if latents is None else latents
+        for entry, variable in (*self.latents.items(), *self.stored.items()):
+            _assign(variable, (values if entry in self.latents else code)[entry])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a name stands for: a tensor of a thin weight, or a variable as TensorFlow has it."""
+
+    held: Any  # _Weight or tf.Variable
+    index: int
+    shape: tuple[int, ...]  # as the model has it
+    layout: Layout
+    dtype: str
+    asked: "Asked"
+
+    def value(self) -> Any:
+        """The tensor, as it is now."""
+        if not isinstance(self.held, ThinWeight):
+            return tf.convert_to_tensor(self.held)
+        return self.layout.kept(self.held.dense(self.index), self.shape, keras.ops)
+
+
+@dataclass
+class _State:
+    """What a factory knows, where TensorFlow's tracking does not look."""
+
+    asked: "Asked"
+    outputs_first: tuple[str, ...]
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    planned: "dict[str, Planned | None] | None" = None  # by name, where all shapes were given
+    stored: "dict[str, tuple[Thin | Raw, int]]" = field(default_factory=dict)  # of a file, what nobody asked for yet
+
+
+class Variables(tf.Module):
+    """A factory of generated variables: ``get`` instead of the call that declares one. It holds and tracks the factors.
+
+    A matrix that the configuration names is generated; all else is a variable as usual. Under ``tf.function`` and
+    ``tf.GradientTape`` ask anew in each step: the tensor is then that of the factors as they are. Names have slashes or
+    dots; files and patterns see dots.
+
+    A matrix that comes alone meets ``[model] ratio`` by itself. ``shapes`` names all variables up front, with shapes as
+    ``get`` will ask for: then they share the budget as the layers of a model in torch do, and ``file_bytes`` and groups
+    are possible. Without ``rules`` all variables are those of a file: see ``load``.
+
+    The last dimension is the outputs, as in TensorFlow's kernels; files have the outputs first. ``outputs_first`` are
+    patterns of names whose shapes have them first already, such as those of embeddings.
+    """
+
+    def __init__(
+        self,
+        rules: Source | None = None,
+        seed: int = 0,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        outputs_first: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        parsed = None if rules is None else Rules.parse(rules)
+        self._tracked: dict[str, tf.Variable] = {}  # what tf.Module and tf.train.Checkpoint find
+        self._state = _State((parsed, seed), tuple(outputs_first))
+        if shapes is not None and parsed is not None:
+            named = {_dotted(name): tuple(map(int, shape)) for name, shape in shapes.items()}
+            self._state.planned = _plan_all(parsed, [self._tensor(name, shape) for name, shape in named.items()])
+
+    def get(
+        self,
+        name: str,
+        shape: Sequence[int] | None = None,
+        dtype: Any = None,
+        *,
+        initializer: Any = None,
+        trainable: bool = True,
+    ) -> tf.Tensor:
+        """The tensor of this name, generated from its factors as they are now.
+
+        They are made when it is first asked for, in float32 if not told otherwise; ``shape`` and ``dtype`` may be left
+        out afterwards. A generated matrix begins, as by ``init="scratch"`` in torch, with factors that seed and name
+        draw, and sqrt(0.2 / inputs) is the standard deviation of its entries. An ``initializer`` that is an array is
+        encoded instead. One that is a function, of shape and type, is for what is not generated; without it, that is
+        drawn likewise, or zeros in one dimension.
+
+        ConfigError for a new name without a shape, for a name that has another shape or type, and where the rules
+        want what a variable that comes alone cannot have. NonFiniteError for a NaN or infinity that is to be encoded.
+        """
+        return self._entry(name, shape, dtype, initializer, trainable).value()
+
+    def product(
+        self,
+        x: tf.Tensor,
+        name: str,
+        shape: Sequence[int] | None = None,
+        dtype: Any = None,
+        *,
+        initializer: Any = None,
+        trainable: bool = True,
+    ) -> tf.Tensor:
+        """``x @ get(name, shape)``, by the native product where that is faster than to generate the matrix.
+
+        ``x`` is (..., inputs), the result (..., outputs). ConfigError for what is no matrix of inputs x outputs.
+        """
+        entry = self._entry(name, shape, dtype, initializer, trainable)
+        if len(entry.shape) != 2:
+            raise ConfigError(f"{name}, of shape {entry.shape}, is no matrix of inputs x outputs: use get.")
+        if isinstance(entry.held, ThinWeight) and entry.layout.axes is not None:
+            y = product(entry.held, x, entry.index)
+            if y is not None:
+                return y
+        return tf.tensordot(x, entry.value(), [[-1], [0]])
+
+    def getter(self, getter: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
+        """For ``tf.compat.v1.variable_scope(scope, custom_getter=thin.getter)``.
+
+        In a graph of TensorFlow 1 the factors are variables of that graph, made and reused as its scopes say; else they
+        are held here, as by ``get``. A regularizer is told the generated matrix, in TensorFlow 1; for a constraint,
+        which factors cannot keep, there is a ConfigError.
+        """
+        options = {**dict(zip(("shape", "dtype", "initializer"), args, strict=False)), **options}
+        initializer, dtype = options.get("initializer"), tf.as_dtype(options.get("dtype") or tf.float32)
+        shape: Any = options.get("shape")
+        shape = np.asarray(initializer).shape if shape is None else tuple(tf.TensorShape(shape).as_list())
+        eager = tf.compat.v1.executing_eagerly_outside_functions()
+        planned = self._plan(self._tensor(_dotted(name), shape), self._state.asked[0]) if dtype.name in _TYPES else None
+        if planned is not None and options.get("constraint") is not None:
+            raise ConfigError(f"{name} has a constraint, which a generated matrix cannot keep: leave it out.")
+        if eager and dtype.name in _TYPES:
+            return self.get(
+                name, shape, dtype, initializer=initializer, trainable=options.get("trainable") is not False
+            )
+        if planned is None:
+            return getter(name, **options)
+        return self._in_graph(getter, name, planned, shape, dtype.name, options)
+
+    def report(self) -> Report:
+        """What the file would hold, one row a matrix."""
+        return _contents(self).report()
+
+    def _in_graph(
+        self, getter: Any, name: str, planned: Planned, shape: tuple[int, ...], dtype: str, options: Mapping[str, Any]
+    ) -> Any:
+        """The tensor, from factors that are variables of a graph of TensorFlow 1."""
+        if len(planned.tensors) > 1:
+            raise ConfigError(f"{name} shares a code with others: in a graph of TensorFlow 1 use a rule without group.")
+        kept = {key: value for key, value in options.items() if key in ("reuse", "collections", "use_resource")}
+        trains = options.get("trainable") is not False
+
+        def make(entry: str, value: np.ndarray, trainable: bool) -> Any:
+            first = tf.compat.v1.constant_initializer(value)
+            own = {"shape": value.shape, "dtype": tf.as_dtype(value.dtype), "initializer": first}
+            return getter(f"{name}/{entry}", **own, trainable=trainable and trains, **kept)
+
+        own, asked = _dotted(name), self._state.asked
+        layout = self._layout(own, shape)
+        begin = _begin(planned, asked[1], _array(own, options.get("initializer"), shape, layout))
+        weight = _Weight(make, planned.name, _method(planned), parts_of(planned), begin, dtype)
+        entry = _Entry(weight, 0, shape, layout, dtype, asked)
+        self._state.entries[own] = entry  # for save, in a session; never asked for again
+        value = entry.value()
+        if options.get("regularizer") is not None:
+            loss = options["regularizer"](value)
+            tf.compat.v1.add_to_collection(tf.compat.v1.GraphKeys.REGULARIZATION_LOSSES, loss)
+        return value
+
+    def _entry(
+        self,
+        name: str,
+        shape: Sequence[int] | None,
+        dtype: Any,
+        initializer: Any,
+        trainable: bool,
+        asked: "Asked | None" = None,
+    ) -> _Entry:
+        """What the name stands for, made if need be as ``asked``, or by the rules and the seed of this factory."""
+        own, kind, asked = _dotted(name), None if dtype is None else tf.as_dtype(dtype).name, asked or self._state.asked
+        entry = self._state.entries.get(own)
+        if entry is None:
+            if shape is None:
+                raise ConfigError(f"There is no {name!r} yet: give its shape.{_closest(own, self._state.entries)}")
+            if kind not in (None, *_TYPES):
+                raise ConfigError(f"{name} cannot be {kind}: generated variables are {', '.join(_TYPES)}.")
+            with tf.init_scope():
+                self._make(own, tuple(map(int, shape)), kind or "float32", initializer, trainable, asked)
+            entry = self._state.entries[own]
+        if shape is not None and tuple(shape) != entry.shape:
+            raise ConfigError(f"{name} has shape {entry.shape}, but is asked for as {tuple(shape)}.")
+        if kind not in (None, entry.dtype):
+            raise ConfigError(f"{name} is {entry.dtype}, but is asked for as {kind}.")
+        if asked != entry.asked:
+            raise ConfigError(f"{name} was made by other rules or another seed: use these again, or another name.")
+        return entry
+
+    def _make(
+        self, name: str, shape: tuple[int, ...], dtype: str, initializer: Any, trainable: bool, asked: "Asked"
+    ) -> None:
+        """Make what the name stands for, with whatever shares its code."""
+        (rules, seed), layout = asked, self._layout(name, shape)
+        if name in self._state.stored:
+            self._take(name, shape, dtype, trainable, asked)
+            return
+        if rules is None:
+            known = {*self._state.stored, *self._state.entries}
+            raise ConfigError(f"No file has {name!r}, and there are no rules to make it by.{_closest(name, known)}")
+        given, planned = _array(name, initializer, shape, layout), self._plan(self._tensor(name, shape), rules)
+        if planned is None:
+            if given is None:
+                first = initializer(shape, dtype) if callable(initializer) else _drawn(name, shape, layout, seed)
+            else:
+                first = layout.kept(given, shape)
+            self._keep(name, first, dtype, trainable, asked)
+            return
+        if len(planned.tensors) > 1 and given is not None:
+            raise ConfigError(f"{name} shares a code with others, which are not known here: leave initializer out.")
+        parts = dict(zip((tensor.name for tensor in planned.tensors), parts_of(planned), strict=True))
+        begin = _begin(planned, seed, given)
+        self._generate(planned.name, _method(planned), parts, begin, dtype, trainable, asked)
+        if given is not None and (norm := float(np.linalg.norm(given))):
+            error = float(np.linalg.norm(given - layout.stored(np.asarray(self.get(name), np.float32)))) / norm
+            if error > 0.5:
+                warnings.warn(
+                    f"The relative error of {name} is {error:.2f}: at this size the values given are lost. Train on "
+                    "before use; without initializer a start is drawn that is as good.",
+                    stacklevel=4,
+                )
+
+    def _take(self, name: str, shape: tuple[int, ...], dtype: str, trainable: bool, asked: "Asked") -> None:
+        """Make what a file has under this name, for every name there that shares it."""
+        stored = self._state.stored
+        matrix, index = stored[name]
+        there = (list(matrix.parts.values())[index] if isinstance(matrix, Thin) else matrix).shape
+        if there != self._layout(name, shape).shape(shape):
+            kept = self._kept_shape(name, there)
+            raise ConfigError(f"{name} has shape {kept} in the file, but is asked for as {shape}.")
+        names = {own: at for own, (held, at) in stored.items() if held is matrix}
+        if isinstance(matrix, Thin):
+            code = {entry: raw.numpy() for entry, raw in matrix.code.items()}
+            self._generate(matrix.name, matrix.method, matrix.parts, (code, None), dtype, trainable, asked)
+            held = self._state.entries[next(iter(matrix.parts))].held
+        else:
+            self._keep(name, self._layout(name, shape).kept(matrix.numpy(), shape), dtype, trainable, asked)
+            held = self._state.entries[name].held
+        for own, at in names.items():
+            there = (list(matrix.parts.values())[at] if isinstance(matrix, Thin) else matrix).shape
+            kept = self._kept_shape(own, there)
+            self._state.entries[own] = _Entry(held, at, kept, self._layout(own, kept), dtype, asked)
+            del stored[own]
+
+    def _generate(
+        self,
+        method_name: str,
+        method: Method,
+        parts: Mapping[str, Part],
+        begin: Start,
+        dtype: str,
+        trainable: bool,
+        asked: "Asked",
+    ) -> None:
+        """A thin weight, and an entry for each of its tensors."""
+        first = next(iter(parts))
+
+        def make(entry: str, value: np.ndarray, trains: bool) -> tf.Variable:
+            name = f"{first}/{entry}"
+            self._tracked[name] = tf.Variable(
+                tf.constant(value), trainable=trains and trainable, name=name.replace(".", "/")
+            )
+            return self._tracked[name]
+
+        weight = _Weight(make, method_name, method, list(parts.values()), begin, dtype)
+        for index, (name, part) in enumerate(parts.items()):
+            shape = self._kept_shape(name, part.shape)
+            self._state.entries[name] = _Entry(weight, index, shape, self._layout(name, shape), dtype, asked)
+
+    def _keep(self, name: str, value: Any, dtype: str, trainable: bool, asked: "Asked") -> None:
+        """A variable as it is."""
+        variable = tf.Variable(tf.cast(value, dtype), trainable=trainable, name=name.replace(".", "/"))
+        self._tracked[name] = variable
+        shape: Any = tuple(variable.shape.as_list())
+        self._state.entries[name] = _Entry(variable, 0, shape, self._layout(name, shape), dtype, asked)
+
+    def _plan(self, tensor: Tensor, rules: Rules | None) -> Planned | None:
+        """What the rules make of a tensor; None for nothing."""
+        planned = self._state.planned
+        if planned is not None:
+            if tensor.name not in planned:
+                raise ConfigError(f"{tensor.name} is not among the shapes given.{_closest(tensor.name, planned)}")
+            found = planned[tensor.name]
+            wanted = {t.name: t.shape for t in found.tensors} if found else {}
+            if wanted.get(tensor.name, tensor.shape) != tensor.shape:
+                there = self._kept_shape(tensor.name, wanted[tensor.name])
+                raise ConfigError(f"{tensor.name} was given up front with shape {there}: ask for that.")
+            return found
+        if rules is None:
+            return None
+        try:
+            return next((p for p in rules.for_one(tensor).plan([tensor]) if p.method is not None), None)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{tensor.name}, which comes alone: {error} Or give all shapes up front, Variables(rules, "
+                "shapes={name: shape}), so that all share the budget.",
+                smallest_bits=error.smallest_bits,
+                smallest_ratio=error.smallest_ratio,
+            ) from None
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As rules see it, and a file has it."""
+        own = self._layout(name, shape).shape(shape)
+        inputs = math.prod(own[1:])
+        return Tensor(name, own, std=math.sqrt(0.2 / inputs) if inputs and len(own) > 1 else 1.0)
+
+    def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
+        """The way to the file's order: outputs, inputs, places."""
+        if len(shape) < 2 or any(fnmatch.fnmatchcase(name, _dotted(p)) for p in self._state.outputs_first):
+            return Layout()
+        last = len(shape) - 1
+        return Layout((last, last - 1, *range(last - 1)))
+
+    def _kept_shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """As the model has what is of this shape in the file."""
+        return stored if self._layout(name, stored).axes is None else (*stored[2:], stored[1], stored[0])
+
+
+Asked = tuple[Rules | None, int]
+"""The rules and the seed by which something is made."""
+
+_here = Variables()  # what get_variable has made
+
+
+def get_variable(
+    name: str,
+    shape: Sequence[int] | None = None,
+    rules: Source | None = None,
+    seed: int = 0,
+    dtype: Any = None,
+    *,
+    initializer: Any = None,
+    trainable: bool = True,
+) -> tf.Tensor:
+    """A tensor that small trainable factors generate: the call in the place of ``tf.compat.v1.get_variable``.
+
+    The factors are made at the first call, held by ``variables()``, and the same in every call with that name, before
+    which the ``tf.compat.v1.variable_scope`` around goes. In a graph of TensorFlow 1 they are its own variables, under
+    its rules of reuse. All else is as in ``Variables.get``.
+    """
+    if rules is None:
+        raise ConfigError("get_variable needs rules: a mapping, or the path of a TOML file.")
+    if not tf.compat.v1.executing_eagerly_outside_functions():
+        return tf.compat.v1.get_variable(
+            name,
+            shape,
+            dtype,
+            initializer=initializer,
+            trainable=trainable,
+            custom_getter=getter(rules, seed),
+        )
+    scope = tf.compat.v1.get_variable_scope().name
+    full = f"{scope}/{name}" if scope else name
+    return _here._entry(full, shape, dtype, initializer, trainable, (Rules.parse(rules), seed)).value()
+
+
+def variables() -> Variables:
+    """The factory behind ``get_variable``, but for graphs of TensorFlow 1: to train, save and load."""
+    return _here
+
+
+def getter(rules: Source, seed: int = 0, outputs_first: Sequence[str] = ()) -> Callable[..., Any]:
+    """A ``custom_getter`` for ``tf.compat.v1.variable_scope``: that of a new ``Variables``."""
+    return Variables(rules, seed, outputs_first=outputs_first).getter
+
+
+def save(variables: Variables, path: str | Path, max_bytes: int | None = None) -> int:
+    """Write all variables of a factory, atomically, and return the bytes written; the matrices outputs first.
+
+    Those of a graph of TensorFlow 1 are read in the default session. BudgetError, with nothing written, above
+    ``max_bytes``.
+    """
+    return storage.write(_contents(variables), path, max_bytes)
+
+
+def load(variables: Variables, path: str | Path, names: Mapping[str, str] | None = None) -> Variables:
+    """Put a file's tensors into a factory; returns it.
+
+    What it has already takes the values over, in place; what it has not is made from the file when it is asked for, by
+    the file's method, whatever the rules say. ``names`` maps names in the file to names here. ConfigError, before
+    anything is touched, where the file lacks a variable, or has it in another shape or by another plan; FormatError for
+    a damaged file.
+    """
+    stored = renamed(storage.read(path), {name: _dotted(own) for name, own in (names or {}).items()}, str(path))
+    state, found = variables._state, _by_name(stored)
+    if missing := sorted(state.entries.keys() - found.keys()):
+        raise ConfigError(
+            f"{path} holds no {missing[0]!r}.{_closest(missing[0], found)} Pass names={{file name: name here}}, or "
+            "load into a new Variables()."
+        )
+    for name, entry in state.entries.items():
+        _check(name, entry, *found[name], str(path))
+    done: set[int] = set()
+    for name, entry in state.entries.items():
+        matrix, _ = found.pop(name)
+        if id(matrix) in done:
+            continue
+        done.add(id(matrix))
+        if isinstance(matrix, Thin):
+            entry.held.set_code({own: raw.numpy() for own, raw in matrix.code.items()})
+        else:
+            _assign(entry.held, entry.layout.kept(matrix.numpy(), entry.shape))
+    state.stored = found
+    return variables
+
+
+def _check(name: str, entry: _Entry, matrix: Thin | Raw, index: int, path: str) -> None:
+    """ConfigError if a file's tensor cannot take the place of what there is."""
+    shape = (list(matrix.parts.values())[index] if isinstance(matrix, Thin) else matrix).shape
+    if shape != entry.layout.shape(entry.shape):
+        raise ConfigError(f"{name} has shape {shape} in {path}, outputs first, but {entry.shape} here.")
+    same = isinstance(entry.held, ThinWeight) == isinstance(matrix, Thin)
+    if same and isinstance(matrix, Thin):
+        held = entry.held
+        same = (held.method, held.parts, entry.index) == (matrix.method, tuple(matrix.parts.values()), index)
+    if not same:
+        raise ConfigError(
+            f"{path} stores {name} by another plan than it has here, which functions may have been traced with: load "
+            "before anything is asked for, or use the rules of that file."
+        )
+
+
+def _by_name(stored: Contents) -> "dict[str, tuple[Thin | Raw, int]]":
+    """What a file has under each name, that of a shared tensor too."""
+    found: dict[str, tuple[Thin | Raw, int]] = {name: (raw, 0) for name, raw in stored.dense.items()}
+    for thin in stored.thin.values():
+        whole = Thin(thin.name, thin.method, upright(thin.parts), thin.code)
+        found |= {name: (whole, index) for index, name in enumerate(thin.parts)}
+    return found | {name: found[target] for name, target in stored.aliases.items()}
+
+
+def _contents(variables: Variables) -> Contents:
+    """All that a factory would save, and what of a file nobody asked for yet."""
+    state, first = variables._state, dict[object, str]()
+    thin: dict[str, Thin] = {}
+    dense: dict[str, Raw] = {}
+    aliases: dict[str, str] = {}
+    for name, entry in sorted(state.entries.items()):
+        if (kept := first.setdefault((id(entry.held), entry.index), name)) != name:
+            aliases[name] = kept
+        elif not isinstance(entry.held, ThinWeight):
+            dense[name] = raw_of(entry.layout.stored(_numpy(entry.held)))
+    for weight in {id(e.held): e.held for e in state.entries.values() if isinstance(e.held, ThinWeight)}.values():
+        parts = {first[id(weight), index]: part for index, part in enumerate(weight.parts)}
+        thin[next(iter(parts))] = Thin(weight.method_name, weight.method, parts, raw_code(weight))
+    for name, (matrix, index) in sorted(state.stored.items()):
+        if (kept := first.setdefault((id(matrix), index), name)) != name:
+            aliases[name] = kept
+        elif isinstance(matrix, Raw):
+            dense[name] = matrix
+        else:
+            parts = list(matrix.parts)
+            thin[parts[0]] = matrix
+    return Contents(thin, dense, aliases)
+
+
+def _plan_all(rules: Rules, tensors: Sequence[Tensor]) -> "dict[str, Planned | None]":
+    """By name, what becomes of tensors that are all known."""
+    if rules.file_bytes is None:
+        plans = rules.plan(tensors)
+    else:
+        empty = {t.name: raw_of(np.zeros(t.shape, np.float32)) for t in tensors}
+        plans = within(rules.file_bytes, rules, tensors, Contents({}, empty))
+    found: dict[str, Planned | None] = {tensor.name: None for tensor in tensors}
+    for planned in plans:
+        found |= {tensor.name: planned if planned.method is not None else None for tensor in planned.tensors}
+    return found
+
+
+def _method(planned: Planned) -> Method:
+    if planned.method is None:
+        raise ValueError(f"{planned.tensors[0].name} stays dense.")
+    return planned.method
+
+
+def _begin(planned: Planned, seed: int, given: np.ndarray | None) -> Start:
+    """The start of a code: of a value in the file's order, or drawn; in one dimension, zeros."""
+    first, method = planned.tensors[0], _method(planned)
+    if given is None and len(first.shape) > 1:
+        return start.drawn(method, start.generator(first.name, seed), first.std)
+    values = np.zeros(first.shape, np.float32) if given is None else given.astype(np.float32)
+    if not np.isfinite(values).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise NonFiniteError(f"{first.name} is {values[where]} at index {where}, outputs first: give finite values.")
+    return start.encoded(method, parts_of(planned), [values])
+
+
+def _array(name: str, initializer: Any, shape: tuple[int, ...], layout: Layout) -> np.ndarray | None:
+    """The values of an initializer that is no function, in the file's order."""
+    if initializer is None or callable(initializer):
+        return None
+    values = np.asarray(initializer)
+    if values.shape != shape:
+        raise ConfigError(f"The initializer of {name} has shape {values.shape}, not {shape}.")
+    return np.ascontiguousarray(layout.stored(values))
+
+
+def _drawn(name: str, shape: tuple[int, ...], layout: Layout, seed: int) -> np.ndarray:
+    """A start of what is not generated."""
+    if len(shape) < 2:
+        return np.zeros(shape, np.float32)
+    std = math.sqrt(0.2 / max(math.prod(layout.shape(shape)[1:]), 1))
+    return start.generator(name, seed).normal(scale=std, size=shape)
+
+
+def _numpy(variable: Any) -> np.ndarray:
+    return variable.numpy() if tf.executing_eagerly() else variable.eval()
+
+
+def _assign(variable: Any, value: np.ndarray) -> None:
+    value = _as_type(value, variable.dtype.base_dtype)
+    if tf.executing_eagerly():
+        variable.assign(value)
+    else:
+        variable.load(value, tf.compat.v1.get_default_session())
+
+
+def _as_type(array: Any, dtype: Any) -> np.ndarray:
+    return np.asarray(array).astype(tf.as_dtype(dtype).as_numpy_dtype)
+
+
+def _dotted(name: str) -> str:
+    return name.removesuffix(":0").replace("/", ".")
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    best = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f" Closest: {best[0]!r}." if best else ""

@@ -1,0 +1,32 @@
+"""The two whole examples of docs/keras.md run, in small."""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("keras")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def example(name):
+    path = Path(__file__).parent.parent / "docs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_an_acoustic_net(tmp_path, capsys):
+    right = example("keras_acoustic").main(str(tmp_path / "m.thin"), width=128, epochs=3)
+    assert "fc1.kernel" in capsys.readouterr().out
+    assert right > 10 / 48
+
+
+def test_an_lstm_and_the_same_file_in_torch(tmp_path):
+    right, far = example("keras_lstm").main(str(tmp_path / "m.thin"), units=32, epochs=3)
+    assert right > 0.4
+    assert far < 1e-4
