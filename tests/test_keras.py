@@ -397,6 +397,20 @@ def test_groups_share_a_code_and_come_back(tmp_path):
         dk.save(parts, tmp_path / "part.thin")
 
 
+@pytest.mark.filterwarnings("ignore:The relative error")
+def test_the_input_kernel_takes_the_projection_of_the_recurrent_one():
+    """DeepTwist's equation 5, as in deepthin.torch."""
+    model = keras.Sequential([keras.layers.Input((7, 12)), keras.layers.LSTM(12, name="lstm")])
+    cell = model.layers[0].cell
+    inputs, recurrent = (np.array(keras.ops.convert_to_numpy(k)).T for k in (cell.kernel, cell.recurrent_kernel))
+    rule = {"method": "rank", "rank": 3, "group": "rows", "projection": "*recurrent_kernel"}
+    dk.compress(model, {"rules": {"*kernel": rule}})
+    v = np.linalg.svd(recurrent)[2][:3].T
+    cell = model.layers[0].cell
+    for kernel, before in ((cell.kernel, inputs), (cell.recurrent_kernel, recurrent)):
+        assert np.allclose(keras.ops.convert_to_numpy(kernel).T, before @ v @ v.T, atol=1e-5)
+
+
 def test_biases_are_thin_where_they_are_named_and_a_thin_model_may_become_thinner(tmp_path):
     model, (x, _) = sequential(), data()
     dk.compress(model, {"rules": {"fc1.kernel": {"method": "kmeans", "bits": 4}}})

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from deepthin.coding import Raw
 from deepthin.method import BudgetError
 from deepthin.rules import Planned, Rules, Tensor
@@ -17,6 +19,12 @@ def parts_of(planned: Planned) -> list[Part]:
     """The tensors of a plan as parts of its matrix; in a group each is scaled to its own fresh standard deviation."""
     first = planned.tensors[0]
     return [Part(t.shape, t.std / first.std, t.transposed, t.zero_row) for t in planned.tensors]
+
+
+def projecting(planned: Planned) -> list[np.ndarray] | None:
+    """Importance that is 1 in the tensors whose projection the rule's others share, and 0 in these; None without."""
+    pairs = zip(planned.tensors, planned.projecting, strict=False)
+    return [np.full(tensor.shape, projects, np.float32) for tensor, projects in pairs] or None
 
 
 def within(

@@ -16,7 +16,7 @@ from deepthin.keras.layout import fresh_std
 from deepthin.keras.tree import Held, layer_name, steady, tensors, walk
 from deepthin.keras.weight import ThinWeight
 from deepthin.method import ConfigError, Method, NonFiniteError
-from deepthin.plans import parts_of, planned_contents, within
+from deepthin.plans import parts_of, planned_contents, projecting, within
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules, Tensor
 from deepthin.start import generator
@@ -54,8 +54,9 @@ class Encoded:
             dense = self.dense(planned)
             for tensor, values in zip(planned.tensors, dense, strict=True):
                 check_finite(tensor.name, values)
-            parts = parts_of(planned)
-            self._made[name, method] = ThinWeight.encode(planned.name, method, parts, dense, **self.options(planned))
+            encode, options = ThinWeight.encode, self.options(planned)
+            weight = encode(planned.name, method, parts_of(planned), dense, projecting(planned), **options)
+            self._made[name, method] = weight
         return self._made[name, method]
 
     def raw(self, planned: Planned) -> dict[str, Raw]:

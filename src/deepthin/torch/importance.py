@@ -15,6 +15,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from deepthin.method import ConfigError, NonFiniteError
+from deepthin.plans import projecting
 from deepthin.rules import Planned
 
 Batches = Iterable[Sequence[Tensor]]
@@ -152,9 +153,8 @@ def importance_for(planned: Planned, importance: Mapping[str, Tensor]) -> list[T
     Those that share another's projection have none of their own. ConfigError if importance is said of some of a code
     only: there is no number that all would agree to be the usual one.
     """
-    if planned.projecting:
-        pairs = zip(planned.tensors, planned.projecting, strict=True)
-        return [torch.full(tensor.shape, float(projecting)) for tensor, projecting in pairs]
+    if (shares := projecting(planned)) is not None:
+        return [torch.from_numpy(share) for share in shares]
     names = [(tensor.name, *tensor.also) for tensor in planned.tensors]
     found = [next((importance[name] for name in own if name in importance), None) for own in names]
     given = [value for value in found if value is not None]
