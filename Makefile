@@ -19,7 +19,7 @@ test-tensorflow: .venv-tensorflow/installed  ## Keras on each of its backends, a
 	for backend in $(KERAS_BACKENDS); do \
 		KERAS_BACKEND=$$backend .venv-tensorflow/bin/python -m pytest tests/test_keras*.py || exit 1; \
 	done
-	.venv-tensorflow/bin/python -m pytest tests/test_tensorflow*.py
+	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest -n 2 tests/test_tensorflow*.py
 
 slow: .venv/installed  ## tests that take minutes
 	$(BIN)/python -m pytest -n 2 -m slow --override-ini addopts="-ra --strict-markers"

@@ -1,6 +1,10 @@
 """Generated variables of TensorFlow: made, trained, traced, saved, and the same as torch's."""
 
+import json
 import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +161,7 @@ class Net(nn.Module):
         self.fc1, self.fc2, self.conv = nn.Linear(70, 90), nn.Linear(90, 50), nn.Conv2d(8, 12, 3)
 
 
+PARTS = {"kernel": "weight", "bias": "bias"}
 SHAPES = {
     "fc1/weight": (70, 90),
     "fc1/bias": (90,),
@@ -487,3 +492,40 @@ def test_outputs_first(tmp_path):
     assert same(layer.net.embedding.weight.detach(), table)
     x = tf.ones((2, 100))
     assert same(thin.product(x, "net/embedding"), x @ table)
+
+
+# ---- The page and the benchmark --------------------------------------------------------------------------------------
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_example_of_the_page_learns_and_its_file_serves_in_torch(tmp_path):
+    shown = run("docs/tensorflow_acoustic.py", str(tmp_path / "m.thin"))
+    before, after = map(float, re.search(r"loss ([\d.]+), then ([\d.]+);", shown).groups())
+    assert after < 0.9 * before
+    net = nn.Sequential(nn.Linear(429, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 102))
+    names = {"fc1": 0, "fc2": 2, "output": 4}
+    dt.load(
+        net,
+        tmp_path / "m.thin",
+        {f"{name}.{ours}": f"{at}.{own}" for name, at in names.items() for ours, own in PARTS.items()},
+    )
+    assert net(torch.ones(1, 429)).isfinite().all()
+
+
+def test_the_benchmark_writes_its_rows(tmp_path):
+    words = "bench tensorflow --rows 300 --cols 200 --ratios 0.1,0.001 --batch 2 --repeats 2 --out".split()
+    shown = run("-m", "deepthin", *words, str(tmp_path / "b.json"))
+    assert "tensorflow 300x200" in shown
+    one, small = json.loads((tmp_path / "b.json").read_text())
+    assert small["microseconds"] is None
+    assert 0.001 < small["smallest_ratio"] < 0.1
+    assert {
+        "n",
+        "microseconds",
+        "dense_microseconds",
+        "best_dense_microseconds",
+        "generated_microseconds",
+    } <= one.keys()

@@ -32,7 +32,7 @@ from deepthin.trial import quantised
 Shapes = Sequence[tuple[int, int]]
 """(outputs, inputs) of one linear layer after the other, rectified but for the last."""
 
-CASES = ("linear", "tfkaldi", "train", *WHOLE)
+CASES = ("linear", "tfkaldi", "train", *WHOLE, "tensorflow")
 PAPER_RATIOS = (0.0195, 0.0129, 0.0099, 0.0057, 0.0040, 0.0027, 0.0020, 0.0014)
 TFKALDI: Shapes = ((2048, 440), *[(2048, 2048)] * 5, (1952, 2048))
 # Table 2: times faster than the uncompressed network on three machines, by the size of their last cache
@@ -63,6 +63,9 @@ _COLUMNS = {  # what is timed, and the name of its column
     "uniform": "uniform_8bit_microseconds",
     "kmeans": "kmeans_4bit_microseconds",
     "kept": "kept_microseconds",
+    "xla": "xla_microseconds",
+    "function": "function_microseconds",
+    "generated": "generated_microseconds",
 }
 
 
@@ -89,7 +92,8 @@ def run(
     ``linear`` is one layer in evaluation, ``tfkaldi`` the paper's network, ``train`` a forward and a backward pass of a
     layer with the gradients of input and parameters; ``lstm`` and ``gru`` are 5 layers over 100 steps, whose shape is
     (units, inputs), ``deepspeech`` the paper's other network over a second of speech, ``train-lstm`` a training step of
-    the task ctc. ``microseconds`` is the bare operator for ``linear``, the module as users have it for the others;
+    the task ctc, ``tensorflow`` one layer in evaluation within ``tf.function`` (deepthin.bench_tensorflow says who
+    competes). ``microseconds`` is the bare operator for ``linear``, the module as users have it for the others;
     ``layer_microseconds`` always the module. The competitors: ``dense`` torch's own layers, ``packed`` oneDNN with
     packed weights, ``int8`` dynamic quantisation, ``rank`` and ``csr`` the same bytes as a plain rank factorisation and
     as sparse rows, by kernels of the same library; ``best_dense`` is the faster of the first two. ``uniform_8bit`` and
@@ -102,7 +106,9 @@ def run(
     rows: list[dict[str, Any]] = []
     for number, batch in enumerate(batches):
         step = lambda done, total, number=number: progress(number * total + done, len(batches) * total)  # noqa: E731
-        if case in WHOLE:
+        if case == "tensorflow":
+            rows += _measure_tensorflow(shape, ratios, batch, rank, threads, repeats, step)
+        elif case in WHOLE:
             rows += _measure_whole(case, whole(case, shape, batch), ratios, batch, rank, threads, repeats, step)
         else:
             rows += _measure(case, shapes, ratios, batch, rank, threads, repeats, step)
@@ -195,6 +201,33 @@ def _measure_whole(
             for name in ("dense", "int8", "rank", "thin"):
                 row[_COLUMNS[name]] = times.get((name, None), times.get((name, row["ratio"])))
             row["microseconds"], row["best_dense_microseconds"] = row[_COLUMNS["thin"]], row[_COLUMNS["dense"]]
+    return rows
+
+
+def _measure_tensorflow(
+    shape: tuple[int, int],
+    ratios: Sequence[float],
+    batch: int,
+    rank: int,
+    threads: int,
+    repeats: int,
+    progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    from deepthin.bench_tensorflow import layers
+
+    found = list(layers(shape, ratios, batch, rank, threads))
+    timings = [Timing(name, ratio, work) for name, ratio, work, _ in found if name != "smallest"]
+    times, _ = _interleaved(timings, repeats, cold=False, progress=progress)
+    common = {"case": "tensorflow", "rows": shape[0], "cols": shape[1], "batch": batch, "rank": rank}
+    rows: list[dict[str, Any]] = []
+    for name, ratio, work, n in found:
+        row = {**common, "ratio": ratio, "threads": threads, "isa": kernels.isa()}
+        if name == "smallest":
+            rows.append({**row, "microseconds": None, "smallest_ratio": work})
+        elif name == "thin":
+            own = {_COLUMNS[kind]: value for (kind, at), value in times.items() if at in (None, ratio)}
+            best = min(times["dense", None], times["xla", None])
+            rows.append({**row, "n": n, **own, "microseconds": times[name, ratio], "best_dense_microseconds": best})
     return rows
 
 
@@ -376,7 +409,7 @@ def _interleaved(
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of how many times faster DeepThin is than each competitor."""
     lines: list[tuple[str, ...]] = []
-    rivals = ("dense", "best_dense", "int8", "rank", "csr", "uniform_8bit", "kmeans_4bit")
+    rivals = ("dense", "best_dense", "int8", "rank", "csr", "uniform_8bit", "kmeans_4bit", "generated", "function")
     shown = [rival for rival in rivals if any(row.get(f"{rival}_microseconds") for row in rows)]
     cold = any(row.get("cold_microseconds") for row in rows)
     for row in rows:
@@ -433,7 +466,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
     axes.set_xlabel("size of the weights over dense")
     axes.set_ylabel(
-        "times faster than nn.Linear" if case in ("linear", "train") else "times faster than the dense network"
+        "times faster than the dense layer"
+        if case in ("linear", "train", "tensorflow")
+        else "times faster than the dense network"
     )
     threads = rows[0]["threads"]
     cores = "one thread" if threads == 1 else f"{threads} threads"

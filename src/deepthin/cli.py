@@ -122,7 +122,8 @@ def bench(
         str,
         typer.Argument(
             help="linear: a layer; train: the same, forward and backward; lstm, gru: 5 layers over 100 steps; tfkaldi, "
-            "deepspeech: the paper's networks; train-lstm: a training step of the task ctc."
+            "deepspeech: the paper's networks; train-lstm: a training step of the task ctc; tensorflow: a layer in "
+            "tf.function."
         ),
     ],
     ratios: Annotated[
