@@ -178,10 +178,9 @@ def _added(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held])
 def _plan_of(matrix: ThinWeight | Thin | None) -> tuple[object, ...]:
     if matrix is None:
         return ()
-    name, parts = (
-        (matrix.name, matrix.parts.values()) if isinstance(matrix, Thin) else (matrix.method_name, matrix.parts)
-    )
-    return name, matrix.method, *parts
+    if isinstance(matrix, ThinWeight):
+        return matrix.method_name, matrix.method, *matrix.parts
+    return matrix.name, matrix.method, *matrix.parts.values()
 
 
 def _thin_weight(thin: Thin, first: Held) -> ThinWeight:

@@ -32,12 +32,12 @@ def _generated(name: str) -> Any:
 
     def write(layer: "ThinLayer", value: Any) -> None:
         if name not in vars(layer).get("thin", {}):
-            vars(layer)[name] = value
+            layer.__dict__[name] = value
         elif value is not None:  # what ``add_weight`` gives for a thin one
             raise AttributeError(f"{name!r} is generated: train or load the thin code.")
 
     def remove(layer: "ThinLayer") -> None:
-        del vars(layer)[name]
+        del layer.__dict__[name]
 
     return _Generated(read, write, remove, f"The {name}, decoded where it is stored thin. Read-only.")
 
