@@ -96,6 +96,15 @@ def test_an_array_is_encoded_as_in_torch(tmp_path):
     assert (tmp_path / "torch.thin").read_bytes() == (tmp_path / "tensorflow.thin").read_bytes()
 
 
+def test_what_get_variable_made_is_in_one_factory(tmp_path):
+    values = np.random.default_rng(0).normal(size=(60, 90)).astype(np.float32)
+    rules = {"rules": {"*": {"method": "uniform", "bits": 8}}}
+    found = dtf.get_variable("fc/kernel", (60, 90), rules, initializer=values)
+    assert np.abs(found - values).max() < 0.02
+    assert same(dtf.variables().get("fc/kernel"), found)
+    assert same(file_of(tmp_path, dtf.variables())["fc.kernel"].T, found)
+
+
 def test_values_that_are_lost_are_said_to_be():
     values = np.random.default_rng(0).normal(size=(60, 90))
     with pytest.warns(UserWarning, match=r"relative error of fc is 0.9\d: at this size the values given are lost"):

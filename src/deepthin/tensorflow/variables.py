@@ -246,7 +246,7 @@ class Variables(tf.Module):
         asked: "Asked | None" = None,
     ) -> _Entry:
         """What the name stands for, made if need be as ``asked``, or by the rules and the seed of this factory."""
-        own, kind, asked = _dotted(name), None if dtype is None else tf.as_dtype(dtype).name, asked or self._state.asked
+        own, kind = _dotted(name), None if dtype is None else tf.as_dtype(dtype).name
         entry = self._state.entries.get(own)
         if entry is None:
             if shape is None:
@@ -254,13 +254,15 @@ class Variables(tf.Module):
             if kind not in (None, *_TYPES):
                 raise ConfigError(f"{name} cannot be {kind}: generated variables are {', '.join(_TYPES)}.")
             with tf.init_scope():
-                self._make(own, tuple(map(int, shape)), kind or "float32", initializer, trainable, asked)
+                self._make(
+                    own, tuple(map(int, shape)), kind or "float32", initializer, trainable, asked or self._state.asked
+                )
             entry = self._state.entries[own]
         if shape is not None and tuple(shape) != entry.shape:
             raise ConfigError(f"{name} has shape {entry.shape}, but is asked for as {tuple(shape)}.")
         if kind not in (None, entry.dtype):
             raise ConfigError(f"{name} is {entry.dtype}, but is asked for as {kind}.")
-        if asked != entry.asked:
+        if asked not in (None, entry.asked):
             raise ConfigError(f"{name} was made by other rules or another seed: use these again, or another name.")
         return entry
 
@@ -289,7 +291,10 @@ class Variables(tf.Module):
         begin = _begin(planned, seed, given)
         self._generate(planned.name, _method(planned), parts, begin, dtype, trainable, asked)
         if given is not None and (norm := float(np.linalg.norm(given))):
-            error = float(np.linalg.norm(given - layout.stored(np.asarray(self.get(name), np.float32)))) / norm
+            error = (
+                float(np.linalg.norm(given - layout.stored(np.asarray(self._state.entries[name].value(), np.float32))))
+                / norm
+            )
             if error > 0.5:
                 warnings.warn(
                     f"The relative error of {name} is {error:.2f}: at this size the values given are lost. Train on "
