@@ -27,6 +27,6 @@ def test_an_acoustic_net(tmp_path, capsys):
 
 
 def test_an_lstm_and_the_same_file_in_torch(tmp_path):
-    right, far = example("keras_lstm").main(str(tmp_path / "m.thin"), units=32, epochs=3)
-    assert right > 0.4
+    right, far = example("keras_lstm").main(str(tmp_path / "m.thin"))
+    assert right > 0.7  # a quarter by chance
     assert far < 1e-4

@@ -91,7 +91,7 @@ class ThinLayer(keras.layers.Layer):
         if regularizer is None:
             return
         self.penalties[name] = regularizer
-        latent = next(variable for variable in self.thin[name].latents.values() if variable.trainable)
+        latent = self.thin[name]._trainable_variables[0]
         if latent.regularizer is None:
             latent.regularizer = _Penalty()
         latent.regularizer.terms.append(lambda: regularizer(self.generate(name)))
@@ -377,8 +377,8 @@ def make_thin(layer: Any, weights: Mapping[str, tuple[ThinWeight, int]], variabl
     for name, variable in variables.items():
         layer.shapes[name] = tuple(variable.shape)
         layer.penalize(name, variable.regularizer)
-        for latent in weights[name][0].latents.values():
-            latent.trainable = latent.trainable and variable.trainable
+        if not variable.trainable:
+            weights[name][0].trainable = False
 
 
 def make_plain(layer: Any) -> None:
