@@ -17,7 +17,7 @@ test: .venv/installed  ## the whole test suite
 
 test-tensorflow: .venv-tensorflow/installed  ## Keras on each of its backends, and TensorFlow, in an environment of their own
 	for backend in $(KERAS_BACKENDS); do \
-		KERAS_BACKEND=$$backend .venv-tensorflow/bin/python -m pytest tests/test_keras*.py || exit 1; \
+		KERAS_BACKEND=$$backend .venv-tensorflow/bin/python -m pytest -n 2 tests/test_keras*.py || exit 1; \
 	done
 	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest -n 2 tests/test_tensorflow*.py
 
