@@ -346,7 +346,8 @@ def test_codes_and_the_biases_beside_them_learn_at_their_own_rate():
         for variable, old in zip(model.trainable_variables, before, strict=True)
     }
     for path, steps in moved.items():
-        times = {"t": METHODS["deepthin"].learning_rate, "h": METHODS["hashed"].learning_rate, "d": 1.0}[path[0]]
+        rates = {"thin": METHODS["deepthin"].learning_rate, "hash": METHODS["hashed"].learning_rate, "dense": 1.0}
+        times = next(rate for name, rate in rates.items() if name in path)
         assert np.abs(steps - 0.5 * times).max() <= 16 * EPS * times, path
     again = keras.optimizers.deserialize(keras.optimizers.serialize(dk.AdamW(0.25)))
     assert type(again) is dk.AdamW
@@ -416,7 +417,7 @@ def test_biases_are_thin_where_they_are_named_and_a_thin_model_may_become_thinne
 def test_a_limit_for_the_file_is_met(tmp_path):
     model = keras.Sequential([keras.Input((64,)), layers.Dense(64, name="a"), layers.Dense(64, name="b")])
     dk.compress(model, {"model": {"file_bytes": 12_000}}, init="scratch")
-    assert 11_000 < dk.save(model, tmp_path / "m.thin", max_bytes=12_000) <= 12_000
+    assert 9_000 < dk.save(model, tmp_path / "m.thin", max_bytes=12_000) <= 12_000
     with pytest.raises(BudgetError, match="above the limit of 100"):
         dk.save(model, tmp_path / "n.thin", max_bytes=100)
     assert not (tmp_path / "n.thin").exists()

@@ -138,13 +138,13 @@ def _fitted(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held]
     """A file's contents under the names of the model."""
     stored, names = _added(stored, names, held)
     stored = renamed(stored, names, path)
-    known = shapes_of(stored)
     dense = {name: raw for name, raw in stored.dense.items() if name in held or not name.endswith(COUNTER)}
     thin = {key: dataclasses.replace(t, parts=upright(t.parts)) for key, t in stored.thin.items()}
     stored = Contents(thin, dense, stored.aliases)
+    known = shapes_of(stored)
     if known.keys() != held.keys():
         other = renumbered(model, known)
-        if {other.get(name, name) for name in shapes_of(stored)} == held.keys():
+        if {other.get(name, name) for name in known} == held.keys():
             return renamed(stored, other, path)
     return stored
 

@@ -120,9 +120,12 @@ class ThinLayer(keras.layers.Layer):
         return {**super().get_config(), "thin": self.thin_config()}
 
     def thin_config(self) -> dict[str, Any]:
-        """By the weight's name: the ThinWeight, and which of its tensors."""
+        """By the weight's name: the ThinWeight, and which of its tensors; Keras knows a shared one by its number."""
         serialize = keras.saving.serialize_keras_object
-        return {name: [serialize(weight), self.indices[name]] for name, weight in self.thin.items()}
+        return {
+            name: [{**serialize(weight), "shared_object_id": id(weight)}, self.indices[name]]
+            for name, weight in self.thin.items()
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
