@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import deepthin.tensorflow as dtf
 
-RULES = {"model": {"ratio": 0.02, "ignore": ["output"]}}  # or the path of a TOML file
+RULES = {"model": {"ratio": 0.02}, "rules": {"output": {"ratio": 0.2}, "*": {}}}  # or the path of a TOML file
 SIZES = (429, 512, 512, 102)  # 11 frames of 39 features, two hidden layers, 102 states
 NAMES = ("fc1", "fc2", "output")
 

@@ -278,3 +278,45 @@ def test_one_wrong_letter_in_a_key_is_understood(key, edit, at, letter):
         return
     with pytest.raises(ConfigError, match=f"Did you mean '{key}'"):
         Rules.parse({"model": {typo: 1}})
+
+
+def alone(name, **model):
+    """The methods of tensors, each planned by itself."""
+    rules = Rules.parse(
+        {
+            "model": {"ratio": 0.05, "ignore": ["output"], **model},
+            "rules": {
+                "encoder.fc1": {"ratio": 0.5},
+                "encoder.fc2": {},
+                "encoder.fc1.bias": {"method": "dense"},
+                "*.other": {"group": "flat"},
+            },
+        }
+    )
+    tensor = next(tensor for tensor in [*MODEL, Tensor("a.other", (90, 90))] if tensor.name == name)
+    return [(planned.name, planned.method.bits() / (32 * math.prod(tensor.shape)))
+            for planned in rules.for_one(tensor).plan([tensor]) if planned.method]  # fmt: skip
+
+
+def test_a_tensor_alone_meets_its_target_by_itself():
+    (own,), (shared,) = alone("encoder.fc1.weight"), alone("encoder.fc2.weight")
+    assert own[0] == shared[0] == "deepthin"
+    assert 0.05 < own[1] <= 0.5
+    assert 0.045 < shared[1] <= 0.05
+    assert [alone(name) for name in ("encoder.fc1.bias", "encoder.fc2.bias", "output.weight", "norm.weight")] == [
+        []
+    ] * 4
+
+
+def test_what_needs_all_tensors_is_refused_for_one_alone():
+    for name, model, what in (
+        ("a.other", {}, "rule '*.other' has a group"),
+        ("encoder.fc2.weight", {"ratio": None, "file_bytes": 9999}, "[model] file_bytes is shared"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            alone(name, **model)
+        assert str(raised.value) == (
+            f"{what}, which takes the shapes of all tensors, but {name} comes alone. Give them up front, "
+            "deepthin.tensorflow.Variables(rules, shapes={name: shape}), or give a ratio instead."
+        )
+    assert alone("encoder.fc1.weight", ratio=None, file_bytes=9999) == alone("encoder.fc1.weight")

@@ -218,7 +218,7 @@ def test_alone_each_matrix_meets_the_ratio():
 
 
 def test_rules_that_do_not_reach_a_variable_are_no_error_for_it():
-    rules = {"rules": {"fc*": {"method": "rank", "rank": 1}, "out": {"method": "hashed", "ratio": 0.2}}}
+    rules = {"model": {"ratio": 0.1}, "rules": {"fc*": {"method": "rank"}, "out": {"method": "hashed", "ratio": 0.2}}}
     thin = dtf.Variables(rules)
     thin.get("fc/kernel", (60, 90))
     thin.get("out/kernel", (60, 90))

@@ -242,17 +242,22 @@ class Rules:
     def for_one(self, tensor: Tensor) -> "Rules":
         """The same for a tensor that comes alone: without the patterns that do not reach it.
 
-        [model] ratio is then that of this tensor by itself. ConfigError where a target or a group needs all tensors.
+        [model] ratio is then that of this tensor, if its rule has no target of its own. ConfigError where a target or a
+        group needs all tensors.
         """
         ignore = tuple(pattern for pattern in self.ignore if _reaches(pattern, tensor))
         rules = tuple(rule for rule in self.rules if _reaches(rule.pattern, tensor))
-        if rules and not ignore and (self.file_bytes is not None or rules[0].group):
-            what = f"rule {rules[0].pattern!r} has a group" if rules[0].group else "[model] file_bytes is shared"
+        rule = next(iter(rules), None)
+        if rule is None or ignore or rule.method == DENSE:
+            return dataclasses.replace(self, ignore=ignore, rules=rules)
+        if rule.group or (self.file_bytes is not None and not rule.own_target):
+            what = f"rule {rule.pattern!r} has a group" if rule.group else "[model] file_bytes is shared"
             raise ConfigError(
                 f"{what}, which takes the shapes of all tensors, but {tensor.name} comes alone. Give them up front, "
                 "deepthin.tensorflow.Variables(rules, shapes={name: shape}), or give a ratio instead."
             )
-        return dataclasses.replace(self, ignore=ignore, rules=rules)
+        ratio = None if rule.own_target else self.ratio
+        return dataclasses.replace(self, ignore=ignore, rules=rules, ratio=ratio)
 
     def plan(self, tensors: Sequence[Tensor], model_bits: int | None = None) -> list[Planned]:
         """What becomes of every matrix and of every tensor that a rule names, in the order of ``tensors``.
