@@ -52,7 +52,7 @@ def test_plan(run, here):
     assert plan["total_bytes"] == sum(r["bytes"] for r in plan["rows"]) + plan["other_bytes"] + plan["header_bytes"]
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("always:The relative error")
 def test_compress_then_inspect(run, here):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 10))

@@ -197,7 +197,7 @@ def test_infeasible_rule_names_the_matrix():
         (
             {"rules": {"*": {"metod": "rank"}}},
             "[rules.\"*\"], method deepthin has no key 'metod'. Did you mean 'method'? "
-            "Valid: method, ratio, bytes, group, then, rank, n, seed.",
+            "Valid: method, ratio, bytes, group, then, projection, rank, n, seed.",
         ),
         ({"model": {"ratio": "0.1"}}, "[model] ratio = '0.1' must be a number."),
         ({"model": {"ratio": True}}, "[model] ratio = True must be a number."),

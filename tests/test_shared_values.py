@@ -414,12 +414,12 @@ def test_the_nearest_sum_is_found(planes, seed, kind):
 
     rng = np.random.default_rng(seed)
     rows, scales = rng.normal(size=(3, 20)), rng.normal(size=(3, planes))
-    every = _sums(np.arange(1 << planes, dtype=np.int16)[None].repeat(3, 0), scales)
+    every = _sums(np.arange(1 << planes, dtype=np.int16)[None].repeat(3, 0), scales, np)
     distance = abs(rows[:, :, None] - every[:, None, :])
-    chosen = abs(rows - _sums(_nearest(rows, scales, np), scales))
+    chosen = abs(rows - _sums(_nearest(rows, scales, np), scales, np))
     assert np.allclose(chosen, distance.min(2))
     theirs = _nearest(torch.from_numpy(rows).to(kind), torch.from_numpy(scales).to(kind), torch).numpy()
-    assert np.allclose(abs(rows - _sums(theirs, scales)), distance.min(2), atol=1e-5)
+    assert np.allclose(abs(rows - _sums(theirs, scales, np)), distance.min(2), atol=1e-5)
 
 
 def test_greedy_by_hand():
