@@ -35,7 +35,7 @@ def layers(
     rows, cols = shape
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=(batch, cols)).astype(np.float32))
-    kernel = tf.Variable(rng.normal(size=(cols, rows)).astype(np.float32))
+    kernel = tf.Variable(tf.constant(rng.normal(size=(cols, rows)), tf.float32))
     yield "dense", None, _calls(tf.function(lambda x: x @ kernel), x), 0
     yield "xla", None, _calls(tf.function(lambda x: x @ kernel, jit_compile=True), x), 0
     yield "function", None, _calls(tf.function(lambda x: x + 1), x), 0
