@@ -42,7 +42,7 @@ def main(path: Path, steps: int = 60) -> tuple[float, float, int]:
         gradients = tape.gradient(loss, thin.trainable_variables)
         for variable, gradient, before in zip(thin.trainable_variables, gradients, momentum, strict=True):
             before.assign(0.9 * before + gradient)
-            variable.assign_sub(0.02 * before)
+            variable.assign_sub(0.05 * before)
         return loss
 
     losses = [float(step()) for _ in range(steps)]

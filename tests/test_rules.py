@@ -302,7 +302,7 @@ def test_a_tensor_alone_meets_its_target_by_itself():
     (own,), (shared,) = alone("encoder.fc1.weight"), alone("encoder.fc2.weight")
     assert own[0] == shared[0] == "deepthin"
     assert 0.05 < own[1] <= 0.5
-    assert 0.045 < shared[1] <= 0.05
+    assert 0.04 < shared[1] <= 0.05
     assert [alone(name) for name in ("encoder.fc1.bias", "encoder.fc2.bias", "output.weight", "norm.weight")] == [
         []
     ] * 4
