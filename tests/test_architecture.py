@@ -55,6 +55,7 @@ LEVELS = {
     "torch.widths": 4,
     "torch.distill": 4,
     "tensorflow": 4,
+    "tensorflow.files": 4,
     "tensorflow.product": 4,
     "tensorflow.variables": 4,
     "keras": 4,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deepthin.method import ConfigError
@@ -21,7 +21,7 @@ def renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
     known = {*stored.dense, *stored.aliases, *(name for thin in stored.thin.values() for name in thin.parts)}
     for name in names:
         if name not in known:
-            raise ConfigError(f"names: {path} holds no {name!r}.{_closest(name, known)}")
+            raise ConfigError(f"names: {path} holds no {name!r}.{closest(name, known)}")
 
     def carried(old: Mapping[str, Any]) -> dict[str, Any]:
         return {names.get(name, name): value for name, value in old.items()}
@@ -40,7 +40,7 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[
     if extra := sorted(wanted.keys() - have.keys()):
         raise ConfigError(
             f"{path} holds {extra[0]!r}, which the model has not{_more(extra)}."
-            f"{_closest(extra[0], have.keys() - wanted)} Build the architecture that was saved, "
+            f"{closest(extra[0], have.keys() - wanted)} Build the architecture that was saved, "
             "or pass names={file name: model name}."
         )
     if missing := sorted(have.keys() - wanted.keys()):
@@ -57,6 +57,7 @@ def _more(names: list[str]) -> str:
     return f" (nor {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _closest(name: str, names: "set[str] | Mapping[str, object]") -> str:
+def closest(name: str, names: Iterable[str]) -> str:
+    """The end of a message: which of the names is nearest; nothing if there are none."""
     best = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
     return f" Closest: {best[0]!r}." if best else ""

@@ -3,7 +3,8 @@
 Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 4.
 """
 
+from deepthin.tensorflow.files import load, save
 from deepthin.tensorflow.product import portable
-from deepthin.tensorflow.variables import Variables, get_variable, getter, load, save, variables
+from deepthin.tensorflow.variables import Variables, get_variable, getter, variables
 
 __all__ = ["Variables", "get_variable", "getter", "load", "portable", "save", "variables"]

@@ -4,11 +4,10 @@ The interface of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 4: one
 declares a variable, and one configuration file that says what becomes of it.
 """
 
-import difflib
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepthin import start, storage
+from deepthin import start
 from deepthin.coding import Raw
-from deepthin.keras.files import raw_code, raw_of, upright
+from deepthin.keras.files import raw_of
 from deepthin.keras.layout import Layout
 from deepthin.keras.weight import ThinWeight
 from deepthin.method import BudgetError, Code, ConfigError, Method, NonFiniteError
-from deepthin.names import renamed
+from deepthin.names import closest
 from deepthin.plans import parts_of, within
 from deepthin.report import Report
 from deepthin.rules import Planned, Rules, Tensor
 from deepthin.start import Start
 from deepthin.storage import Contents, Part, Thin
+from deepthin.tensorflow.files import as_type, assign, contents, dotted
 from deepthin.tensorflow.product import product
 
 if keras.config.backend() != "tensorflow":
@@ -57,7 +57,7 @@ class _Weight(ThinWeight):
     def add_weight(self, *given: Any, trainable: bool, name: str, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What Keras calls for each entry."""
         _, _, dtype = given
-        return self._make(name, _as_type(self._values[name], dtype), trainable)
+        return self._make(name, as_type(self._values[name], dtype), trainable)
 
     def code(self) -> Code:
         """The stored entries, as NumPy arrays; those of a graph of TensorFlow 1 are read in the default session."""
@@ -76,11 +76,11 @@ class _Weight(ThinWeight):
             return
         values = start.latents_of(self.method, code) if latents is None else latents
         for entry, variable in (*self.latents.items(), *self.stored.items()):
-            _assign(variable, (values if entry in self.latents else code)[entry])
+            assign(variable, (values if entry in self.latents else code)[entry])
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """What a name stands for: a tensor of a thin weight, or a variable as TensorFlow has it."""
 
     held: Any  # _Weight or tf.Variable
@@ -103,7 +103,7 @@ class _State:
 
     asked: "Asked"
     outputs_first: tuple[str, ...]
-    entries: dict[str, _Entry] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
     planned: "dict[str, Planned | None] | None" = None  # by name, where all shapes were given
     stored: "dict[str, tuple[Thin | Raw, int]]" = field(default_factory=dict)  # of a file, what nobody asked for yet
 
@@ -135,7 +135,7 @@ class Variables(tf.Module):
         self._tracked: dict[str, tf.Variable] = {}  # what tf.Module and tf.train.Checkpoint find
         self._state = _State((parsed, seed), tuple(outputs_first))
         if shapes is not None and parsed is not None:
-            named = {_dotted(name): tuple(map(int, shape)) for name, shape in shapes.items()}
+            named = {dotted(name): tuple(map(int, shape)) for name, shape in shapes.items()}
             self._state.planned = _plan_all(parsed, [self._tensor(name, shape) for name, shape in named.items()])
 
     def get(
@@ -195,7 +195,7 @@ class Variables(tf.Module):
         shape: Any = options.get("shape")
         shape = np.asarray(initializer).shape if shape is None else tuple(tf.TensorShape(shape).as_list())
         eager = tf.compat.v1.executing_eagerly_outside_functions()
-        planned = self._plan(self._tensor(_dotted(name), shape), self._state.asked[0]) if dtype.name in _TYPES else None
+        planned = self._plan(self._tensor(dotted(name), shape), self._state.asked[0]) if dtype.name in _TYPES else None
         if planned is not None and options.get("constraint") is not None:
             raise ConfigError(f"{name} has a constraint, which a generated matrix cannot keep: leave it out.")
         if eager and dtype.name in _TYPES:
@@ -208,7 +208,7 @@ class Variables(tf.Module):
 
     def report(self) -> Report:
         """What the file would hold, one row a matrix."""
-        return _contents(self).report()
+        return contents(self).report()
 
     def _in_graph(
         self, getter: Any, name: str, planned: Planned, shape: tuple[int, ...], dtype: str, options: Mapping[str, Any]
@@ -224,11 +224,11 @@ class Variables(tf.Module):
             own = {"shape": value.shape, "dtype": tf.as_dtype(value.dtype), "initializer": first}
             return getter(f"{name}/{entry}", **own, trainable=trainable and trains, **kept)
 
-        own, asked = _dotted(name), self._state.asked
+        own, asked = dotted(name), self._state.asked
         layout = self._layout(own, shape)
         begin = _begin(planned, asked[1], _array(own, options.get("initializer"), shape, layout))
         weight = _Weight(make, planned.name, _method(planned), parts_of(planned), begin, dtype)
-        entry = _Entry(weight, 0, shape, layout, dtype, asked)
+        entry = Entry(weight, 0, shape, layout, dtype, asked)
         self._state.entries[own] = entry  # for save, in a session; never asked for again
         value = entry.value()
         if options.get("regularizer") is not None:
@@ -244,13 +244,13 @@ class Variables(tf.Module):
         initializer: Any,
         trainable: bool,
         asked: "Asked | None" = None,
-    ) -> _Entry:
+    ) -> Entry:
         """What the name stands for, made if need be as ``asked``, or by the rules and the seed of this factory."""
-        own, kind = _dotted(name), None if dtype is None else tf.as_dtype(dtype).name
+        own, kind = dotted(name), None if dtype is None else tf.as_dtype(dtype).name
         entry = self._state.entries.get(own)
         if entry is None:
             if shape is None:
-                raise ConfigError(f"There is no {name!r} yet: give its shape.{_closest(own, self._state.entries)}")
+                raise ConfigError(f"There is no {name!r} yet: give its shape.{closest(own, self._state.entries)}")
             if kind not in (None, *_TYPES):
                 raise ConfigError(f"{name} cannot be {kind}: generated variables are {', '.join(_TYPES)}.")
             with tf.init_scope():
@@ -276,7 +276,7 @@ class Variables(tf.Module):
             return
         if rules is None:
             known = {*self._state.stored, *self._state.entries}
-            raise ConfigError(f"No file has {name!r}, and there are no rules to make it by.{_closest(name, known)}")
+            raise ConfigError(f"No file has {name!r}, and there are no rules to make it by.{closest(name, known)}")
         given, planned = _array(name, initializer, shape, layout), self._plan(self._tensor(name, shape), rules)
         if planned is None:
             if given is None:
@@ -321,7 +321,7 @@ class Variables(tf.Module):
         for own, at in names.items():
             there = (list(matrix.parts.values())[at] if isinstance(matrix, Thin) else matrix).shape
             kept = self._kept_shape(own, there)
-            self._state.entries[own] = _Entry(held, at, kept, self._layout(own, kept), dtype, asked)
+            self._state.entries[own] = Entry(held, at, kept, self._layout(own, kept), dtype, asked)
             del stored[own]
 
     def _generate(
@@ -347,21 +347,21 @@ class Variables(tf.Module):
         weight = _Weight(make, method_name, method, list(parts.values()), begin, dtype)
         for index, (name, part) in enumerate(parts.items()):
             shape = self._kept_shape(name, part.shape)
-            self._state.entries[name] = _Entry(weight, index, shape, self._layout(name, shape), dtype, asked)
+            self._state.entries[name] = Entry(weight, index, shape, self._layout(name, shape), dtype, asked)
 
     def _keep(self, name: str, value: Any, dtype: str, trainable: bool, asked: "Asked") -> None:
         """A variable as it is."""
         variable = tf.Variable(tf.cast(value, dtype), trainable=trainable, name=name.replace(".", "/"))
         self._tracked[name] = variable
         shape: Any = tuple(variable.shape.as_list())
-        self._state.entries[name] = _Entry(variable, 0, shape, self._layout(name, shape), dtype, asked)
+        self._state.entries[name] = Entry(variable, 0, shape, self._layout(name, shape), dtype, asked)
 
     def _plan(self, tensor: Tensor, rules: Rules | None) -> Planned | None:
         """What the rules make of a tensor; None for nothing."""
         planned = self._state.planned
         if planned is not None:
             if tensor.name not in planned:
-                raise ConfigError(f"{tensor.name} is not among the shapes given.{_closest(tensor.name, planned)}")
+                raise ConfigError(f"{tensor.name} is not among the shapes given.{closest(tensor.name, planned)}")
             found = planned[tensor.name]
             wanted = {t.name: t.shape for t in found.tensors} if found else {}
             if wanted.get(tensor.name, tensor.shape) != tensor.shape:
@@ -388,7 +388,7 @@ class Variables(tf.Module):
 
     def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
         """The way to the file's order: outputs, inputs, places."""
-        if len(shape) < 2 or any(fnmatch.fnmatchcase(name, _dotted(p)) for p in self._state.outputs_first):
+        if len(shape) < 2 or any(fnmatch.fnmatchcase(name, dotted(p)) for p in self._state.outputs_first):
             return Layout()
         last = len(shape) - 1
         return Layout((last, last - 1, *range(last - 1)))
@@ -446,96 +446,6 @@ def getter(rules: Source, seed: int = 0, outputs_first: Sequence[str] = ()) -> C
     return Variables(rules, seed, outputs_first=outputs_first).getter
 
 
-def save(variables: Variables, path: str | Path, max_bytes: int | None = None) -> int:
-    """Write all variables of a factory, atomically, and return the bytes written; the matrices outputs first.
-
-    Those of a graph of TensorFlow 1 are read in the default session. BudgetError, with nothing written, above
-    ``max_bytes``.
-    """
-    return storage.write(_contents(variables), path, max_bytes)
-
-
-def load(variables: Variables, path: str | Path, names: Mapping[str, str] | None = None) -> Variables:
-    """Put a file's tensors into a factory; returns it.
-
-    What it has already takes the values over, in place; what it has not is made from the file when it is asked for, by
-    the file's method, whatever the rules say. ``names`` maps names in the file to names here. ConfigError, before
-    anything is touched, where the file lacks a variable, or has it in another shape or by another plan; FormatError for
-    a damaged file.
-    """
-    stored = renamed(storage.read(path), {name: _dotted(own) for name, own in (names or {}).items()}, str(path))
-    state, found = variables._state, _by_name(stored)
-    if missing := sorted(state.entries.keys() - found.keys()):
-        raise ConfigError(
-            f"{path} holds no {missing[0]!r}.{_closest(missing[0], found)} Pass names={{file name: name here}}, or "
-            "load into a new Variables()."
-        )
-    for name, entry in state.entries.items():
-        _check(name, entry, *found[name], str(path))
-    done: set[int] = set()
-    for name, entry in state.entries.items():
-        matrix, _ = found.pop(name)
-        if id(matrix) in done:
-            continue
-        done.add(id(matrix))
-        if isinstance(matrix, Thin):
-            entry.held.set_code({own: raw.numpy() for own, raw in matrix.code.items()})
-        else:
-            _assign(entry.held, entry.layout.kept(matrix.numpy(), entry.shape))
-    state.stored = found
-    return variables
-
-
-def _check(name: str, entry: _Entry, matrix: Thin | Raw, index: int, path: str) -> None:
-    """ConfigError if a file's tensor cannot take the place of what there is."""
-    shape = (list(matrix.parts.values())[index] if isinstance(matrix, Thin) else matrix).shape
-    if shape != entry.layout.shape(entry.shape):
-        raise ConfigError(f"{name} has shape {shape} in {path}, outputs first, but {entry.shape} here.")
-    same = isinstance(entry.held, ThinWeight) == isinstance(matrix, Thin)
-    if same and isinstance(matrix, Thin):
-        held = entry.held
-        same = (held.method, held.parts, entry.index) == (matrix.method, tuple(matrix.parts.values()), index)
-    if not same:
-        raise ConfigError(
-            f"{path} stores {name} by another plan than it has here, which functions may have been traced with: load "
-            "before anything is asked for, or use the rules of that file."
-        )
-
-
-def _by_name(stored: Contents) -> "dict[str, tuple[Thin | Raw, int]]":
-    """What a file has under each name, that of a shared tensor too."""
-    found: dict[str, tuple[Thin | Raw, int]] = {name: (raw, 0) for name, raw in stored.dense.items()}
-    for thin in stored.thin.values():
-        whole = Thin(thin.name, thin.method, upright(thin.parts), thin.code)
-        found |= {name: (whole, index) for index, name in enumerate(thin.parts)}
-    return found | {name: found[target] for name, target in stored.aliases.items()}
-
-
-def _contents(variables: Variables) -> Contents:
-    """All that a factory would save, and what of a file nobody asked for yet."""
-    state, first = variables._state, dict[object, str]()
-    thin: dict[str, Thin] = {}
-    dense: dict[str, Raw] = {}
-    aliases: dict[str, str] = {}
-    for name, entry in sorted(state.entries.items()):
-        if (kept := first.setdefault((id(entry.held), entry.index), name)) != name:
-            aliases[name] = kept
-        elif not isinstance(entry.held, ThinWeight):
-            dense[name] = raw_of(entry.layout.stored(_numpy(entry.held)))
-    for weight in {id(e.held): e.held for e in state.entries.values() if isinstance(e.held, ThinWeight)}.values():
-        parts = {first[id(weight), index]: part for index, part in enumerate(weight.parts)}
-        thin[next(iter(parts))] = Thin(weight.method_name, weight.method, parts, raw_code(weight))
-    for name, (matrix, index) in sorted(state.stored.items()):
-        if (kept := first.setdefault((id(matrix), index), name)) != name:
-            aliases[name] = kept
-        elif isinstance(matrix, Raw):
-            dense[name] = matrix
-        else:
-            parts = list(matrix.parts)
-            thin[parts[0]] = matrix
-    return Contents(thin, dense, aliases)
-
-
 def _plan_all(rules: Rules, tensors: Sequence[Tensor]) -> "dict[str, Planned | None]":
     """By name, what becomes of tensors that are all known."""
     if rules.file_bytes is None:
@@ -583,28 +493,3 @@ def _drawn(name: str, shape: tuple[int, ...], layout: Layout, seed: int) -> np.n
         return np.zeros(shape, np.float32)
     std = math.sqrt(0.2 / max(math.prod(layout.shape(shape)[1:]), 1))
     return start.generator(name, seed).normal(scale=std, size=shape)
-
-
-def _numpy(variable: Any) -> np.ndarray:
-    return variable.numpy() if tf.executing_eagerly() else variable.eval()
-
-
-def _assign(variable: Any, value: np.ndarray) -> None:
-    value = _as_type(value, variable.dtype.base_dtype)
-    if tf.executing_eagerly():
-        variable.assign(value)
-    else:
-        variable.load(value, tf.compat.v1.get_default_session())
-
-
-def _as_type(array: Any, dtype: Any) -> np.ndarray:
-    return np.asarray(array).astype(tf.as_dtype(dtype).as_numpy_dtype)
-
-
-def _dotted(name: str) -> str:
-    return name.removesuffix(":0").replace("/", ".")
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    best = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f" Closest: {best[0]!r}." if best else ""
