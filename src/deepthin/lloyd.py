@@ -269,9 +269,10 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
         else:  # no distance counts
             live, bounds = np.array([int(lengths.argmin())], np.int64), np.empty(0)
         ends = own.ends(bounds)
-        counts[live] += np.diff(ends)
+        many = ends[1:] - ends[:-1]
+        counts[live] += many
         sums[:, live] += own.masses(ends[:-1], ends[1:])
-        found.append((own, live, np.diff(ends)))
+        found.append((own, live, many))
     full = counts > 0
     names = np.cumsum(full) - 1
 
@@ -298,6 +299,9 @@ def _cells_by_passes(
     return Cells(centres[full], counts[full], lambda: names).centred(numbers)
 
 
+_FIRST = np.array([True])
+
+
 def _hull(
     centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]
 ) -> tuple[Int64[np.ndarray, "live"], Float64[np.ndarray, "inner"]]:
@@ -307,7 +311,8 @@ def _hull(
     """
     heights = centres**2 + lengths
     order = np.lexsort((heights, centres))
-    order = order[np.diff(centres[order], prepend=-math.inf) > 0]  # of equal centres the cheapest
+    rising = centres[order]
+    order = order[np.concatenate([_FIRST, rising[1:] > rising[:-1]])]  # of equal centres the cheapest
     live: list[int] = []
     bounds: list[float] = []
     slopes, levels = centres.tolist(), heights.tolist()
