@@ -42,6 +42,7 @@ struct Job {
     const float* spectra;   // rank x points x {re, im}
     Transform single;       // of one item, whose positions modulo W are abreast
     const float* spectra1;  // rank x points x {re, im} x 2 V: of all 2 V - 1 shifts, V = Kernels::single_width
+    const float* packed;    // of one item: xf as `Kernels::pack` lays it out; or null
     // Gradients of one slice of the batch; any may be null.
     const float* grad;       // batch x rows
     float *grad_x, *grad_xf;  // batch x cols; m x rank, added to
@@ -107,6 +108,9 @@ struct Kernels {
     void (*backward)(const Job&, int width, int64_t first, int64_t items, float* scratch);
     int64_t (*single_scratch)(const Job&);
     bool (*single)(const Job&, int64_t item, float* scratch);  // whether all outputs are finite
+    // A copy of xf for single items, faster where it serves several; 0 floats where it would not be.
+    int64_t (*packed_floats)(const Plan&);
+    void (*pack)(const Plan&, const float* xf, float* to);
     // Spectra in the layouts of Job; scratch is 2 W floats a point.
     void (*spectra)(const Plan&, const float* wf, const Transform&, float* out, float* scratch);
     void (*spectra1)(const Plan&, const float* wf, const Transform&, float* out, float* scratch);

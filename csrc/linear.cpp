@@ -437,17 +437,23 @@ const Kernels* find_kernels(const char* name) {
 }
 
 Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, const float* wf, const float* bias, bool fft,
-                 float scale, bool relu, const std::vector<Block>& blocks)
+                 float scale, bool relu, const std::vector<Block>& blocks, bool often)
     : kernels_(&kernels) {
     job_.plan = plan;
     job_.xf = xf, job_.wf = wf, job_.bias = bias, job_.scale = scale, job_.relu = relu;
+    const bool alone = !blocks.empty() && blocks.back().width == 1;
+    if (const int64_t floats = often && alone ? kernels.packed_floats(plan) : 0) {
+        packed_ = allocate(floats);
+        kernels.pack(plan, xf, packed_.get());
+        job_.packed = packed_.get();
+    }
     if (!fft || is_plain_rank(plan) || blocks.empty()) return;
     if (blocks.front().width > 1) {
         job_.lanes = transform_of_items(plan);
         kept_ = spectra().get(kernels, plan, wf, job_.lanes, false);
         job_.spectra = kept_->get();
     }
-    if (blocks.back().width == 1) {
+    if (alone) {
         const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
         job_.single = transform_of(half + (plan.n + width - 2) / width);
         kept1_ = spectra().get(kernels, plan, wf, job_.single, true);
@@ -471,7 +477,7 @@ void Product::operator()(const Block& block, const float* x, float* y) const {
 void forward(const Kernels& kernels, const Plan& plan, const float* x, const float* xf, const float* wf,
              const float* bias, float* y, int64_t batch, bool fft, float scale, bool relu, int threads) {
     const auto blocks = split(kernels, batch, true);
-    const Product product(kernels, plan, xf, wf, bias, fft, scale, relu, blocks);
+    const Product product(kernels, plan, xf, wf, bias, fft, scale, relu, blocks, false);
     in_parallel(int64_t(blocks.size()), threads, [&](int64_t i) { product(blocks[i], x, y); });
 }
 

@@ -30,11 +30,12 @@ std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone);
 
 using KeptSpectra = std::shared_ptr<const Memory>;
 
-// y = scale x W^T + bias, rectified if asked, all set for blocks like those that it is made for.
+// y = scale x W^T + bias, rectified if asked, all set for blocks like those that it is made for. `often`: each of them meets
+// the weight so many times that it pays to lay it out anew.
 class Product {
   public:
     Product(const Kernels&, const Plan&, const float* xf, const float* wf, const float* bias, bool fft, float scale,
-            bool relu, const std::vector<Block>& blocks);
+            bool relu, const std::vector<Block>& blocks, bool often);
     // x and y are those of the whole batch. May be called from several threads.
     void operator()(const Block& block, const float* x, float* y) const;
 
@@ -42,6 +43,7 @@ class Product {
     const Kernels* kernels_;
     Job job_{};
     KeptSpectra kept_, kept1_;
+    Memory packed_;
 };
 
 // Gradients of the inputs of one product after another: grad W.

@@ -77,12 +77,12 @@ void recurrent(const Kernels& kernels, const Recurrent& shape, const float* x, f
         std::vector<Product> of_inputs, of_states;
         for (int64_t d = 0; d < shape.directions; d++) {
             const Direction one = layout.direction(reserve, layer, d);
-            const auto product = [&](const Gate& gate, const std::vector<Block>& blocks) {
-                return Product(kernels, gate.plan, gate.xf, gate.wf, gate.bias, gate.fft, 1.0f, false, blocks);
+            const auto product = [&](const Gate& gate, const std::vector<Block>& blocks, bool often) {
+                return Product(kernels, gate.plan, gate.xf, gate.wf, gate.bias, gate.fft, 1.0f, false, blocks, often);
             };
             directions.push_back(one);
-            of_inputs.push_back(product(*one.input, split(kernels, chunk * batch, false)));
-            of_states.push_back(product(*one.state, blocks));
+            of_inputs.push_back(product(*one.input, split(kernels, chunk * batch, false), false));
+            of_states.push_back(product(*one.state, blocks, true));
         }
         const int64_t inputs = directions.front().input->plan.cols;
         for (int64_t done = 0; done < steps; done += chunk) {

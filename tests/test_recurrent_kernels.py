@@ -170,8 +170,23 @@ def test_what_is_not_finite_stays_in_its_sequence(isa):
         assert all(np.array_equal(a[:, rest], b[:, rest]) for a, b in zip(clean, found, strict=True))
 
 
+@pytest.mark.parametrize("correlation", WAYS)
+def test_outputs_of_a_phase_abreast(isa, correlation):
+    """Sequences one by one, of factors whose phases fill tiles: evenly or not, and with lanes that no output has."""
+    rng = np.random.default_rng(12)
+    for number in range(60):
+        cell, hidden = CELLS[number % 4], int(rng.integers(8, 50))
+        n = int(rng.integers(8, max(9, gates_of(cell) * hidden // 2)))
+        rank, offset = int(rng.choice([1, 1, 2, 5])), int(rng.integers(0, 3))
+        problem = Problem(rng, cell, 4, int(rng.integers(1, 4)), 3, hidden, 1, 2, n, rank, number % 3 > 0, offset)
+        for got, want in zip(problem.run(correlation=correlation), problem.reference(), strict=True):
+            assert np.abs(got - want).max() <= 2e-5 * max(1.0, np.abs(want).max()), problem.gates[1].method
+        problem.x[1, 0, 0] = np.nan
+        assert np.isnan(problem.run(correlation=correlation)[0][1:, 0, :hidden]).any()
+
+
 def test_gates_that_are_shut_or_open():
-    """Far from zero, and where the series of the hyperbolic tangent meets its other form."""
+    """Near zero and far from it; never beyond -1 and 1."""
     values = np.concatenate(
         [np.linspace(-0.5, 0.5, 2001), np.linspace(-100, 100, 2001), [np.inf, -np.inf, 1e-30, -1e-8]]
     )
@@ -183,6 +198,7 @@ def test_gates_that_are_shut_or_open():
     y, _ = recurrent("tanh", gates, x, (np.zeros((1, 1, 1), np.float32), None), correlation="direct")
     want = np.tanh(x.astype(np.float64))
     assert (np.abs(y - want) <= 5e-7 * np.abs(want)).all()
+    assert np.abs(y).max() <= 1
     assert np.isnan(recurrent("tanh", gates, x[:1] * np.nan, (np.zeros((1, 1, 1), np.float32), None))[0]).all()
 
 

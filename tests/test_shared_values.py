@@ -359,9 +359,7 @@ def test_many_important_weights_take_few_passes(monkeypatch):
     passes, by_passes = [], lloyd._cells_by_passes
     monkeypatch.setattr(lloyd, "_cells_by_passes", lambda *given: passes.append(given) or by_passes(*given))
     METHODS["ecsq"].fit((100, 300), 1 << 30, bits=3).encode(weight, np, importance)
-    assert (
-        len(passes) == 1
-    )  # the last assignment; 1,400 rounds search coarsely
+    assert len(passes) == 1  # the last assignment; 1,400 rounds search coarsely
 
 
 def test_what_ecsq_plans():

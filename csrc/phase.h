@@ -1,0 +1,56 @@
+// What all products with two factors share: where an output's terms lie, scratch memory, a rectifier.
+#pragma once
+#include "kernels.h"
+#include "vector.h"
+
+namespace {
+
+using deepthin::Job;
+using deepthin::Plan;
+
+constexpr int TILE = DEEPTHIN_TILE;  // accumulators in registers
+
+template <int W>
+DEEPTHIN_INLINE Vec<W> rectify(Vec<W> value) {
+    return value < 0.0f ? Vec<W>{} : value;  // NaN stays
+}
+
+// Lays scratch memory out; with no memory it counts.
+struct Arena {
+    float* base;
+    int64_t used = 0;
+
+    float* take(int64_t floats) {
+        float* at = base ? base + used : nullptr;
+        used += round_up(floats, 16);
+        return at;
+    }
+};
+
+// One after the other, from `output` on, the phase of output p: where it starts in xf and in wf.
+struct Phase {
+    int64_t row, at;  // of xf; of wf
+    int64_t row_step, at_step, n;
+
+    explicit Phase(const Plan& plan, int64_t output = 0)
+        : row((plan.offset + output * plan.cols) / plan.n),
+          at((plan.offset + output * plan.cols) % plan.n),
+          row_step(plan.cols / plan.n),
+          at_step(plan.cols % plan.n),
+          n(plan.n) {}
+
+    bool next() {  // whether it begins another row of the factors' product
+        at += at_step;
+        const int64_t wrap = at >= n;  // as a number: a branch would be mispredicted
+        at -= n & -wrap;
+        row += row_step + wrap;
+        return wrap;
+    }
+    // ceil((at + cols) / n), without a division
+    int64_t blocks() const { return row_step + (at + at_step > 0) + (at + at_step > n); }
+    int64_t first() const { return n - 1 - at; }  // the position in the correlation of its first term
+};
+
+bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
+
+}  // namespace

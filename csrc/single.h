@@ -1,0 +1,325 @@
+// The product with one item, whose positions are abreast; or, where the same weight meets one item after another, whose
+// outputs are.
+#pragma once
+#include "fft.h"
+#include "phase.h"
+
+namespace {
+
+// ---- One item: positions abreast ---------------------------------------------------------------------------------------
+
+// No more than 8: the spectra's product takes as many instructions with 16, and all else more (measured: up to 1.4 times
+// the time).
+constexpr int SINGLE = DEEPTHIN_WIDTH < 8 ? DEEPTHIN_WIDTH : 8;
+
+struct Alone {  // scratch memory of one item
+    int64_t count, padded, half_length, width, panels;
+    float *x, *p, *z, *c, *panel, *tail;
+    int64_t floats;
+
+    Alone(const Job& job, float* memory) {
+        constexpr int W = SINGLE;
+        const Plan& plan = job.plan;
+        Arena arena{memory};
+        count = plan.cols + plan.n - 1;
+        padded = larger(round_up(count, W) + TILE * W, plan.blocks * plan.n + W);
+        half_length = round_up(divide_up(plan.cols, 2), W);
+        width = round_up(plan.blocks * plan.rank, W);
+        panels = plan.n / plan.common;
+        const int64_t points = job.single.points * 2 * W;
+        x = arena.take(2 * half_length + 2 * TILE * W) + (memory ? TILE * W : 0);
+        p = arena.take(padded);
+        z = arena.take(points);
+        c = arena.take(points);
+        panel = arena.take(larger(panels * width, round_up(panels, W) * plan.blocks * plan.rank));
+        tail = arena.take(2 * width);
+        floats = arena.used;
+    }
+};
+
+// sum_i a[i] b[i], i < length, a multiple of W
+template <int W>
+DEEPTHIN_INLINE Vec<W> dot(const float* a, const float* b, int64_t length) {
+    Vec<W> sum = {};
+    for (int64_t i = 0; i < length; i += W) sum += load<W>(a + i) * load<W>(b + i);
+    return sum;
+}
+
+// Row after row of a dense matrix times x: y[j] = sum_q a[j, q] x[q], length any.
+template <int W, int K>
+DEEPTHIN_INLINE void dots(const float* a, int64_t stride, int64_t length, const float* x, float* y) {
+    Vec<W> sum[K] = {};
+    int64_t i = 0;
+    for (; i + W <= length; i += W) {
+        const Vec<W> value = load<W>(x + i);
+        DEEPTHIN_UNROLL
+        for (int k = 0; k < K; k++) sum[k] += load<W>(a + k * stride + i) * value;
+    }
+    DEEPTHIN_UNROLL
+    for (int k = 0; k < K; k++) {
+        y[k] = sum_lanes<W>(sum[k]);
+        for (int64_t j = i; j < length; j++) y[k] += a[k * stride + j] * x[j];
+    }
+}
+
+void correlate_single(const Alone& space, const Plan& plan, const float* w) {
+    constexpr int W = SINGLE;
+    const int64_t n = plan.n;
+    for (int64_t v = 0; v < space.count; v += TILE * W) {
+        const int64_t from = larger(0, n - 1 - v - (TILE * W - 1)), to = smaller(n, plan.cols + n - 1 - v);
+        const float* at = space.x + v - (n - 1);
+        Vec<W> sum[TILE] = {};
+        for (int64_t t = from; t < to; t++) {
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < TILE; k++) sum[k] += load<W>(at + t + k * W) * w[t];
+        }
+        DEEPTHIN_UNROLL
+        for (int k = 0; k < TILE; k++)
+            if (v + k * W < space.padded) store<W>(space.p + v + k * W, sum[k]);
+    }
+}
+
+// Positions modulo W are abreast, so that a product of spectra becomes one with a W x W Toeplitz matrix of them.
+void transform_single(const Job& job, const Alone& space, int64_t a) {
+    constexpr int W = SINGLE;
+    const int64_t points = job.single.points, q = space.half_length / W, rows = divide_up(space.count, W);
+    const float *z = space.z, *x = space.x, *c = space.c;
+    if (a == 0)
+        forward_transform<W>(
+            job.single,
+            [=](int64_t i) DEEPTHIN_INLINED {
+                return i < q ? Complex<W>{load<W>(x + i * W), load<W>(x + (i + q) * W)} : Complex<W>{};
+            },
+            space.z);
+    const float* spectra = job.spectra1 + a * points * 4 * W;
+    inverse_transform<W>(
+        job.single,
+        [=](int64_t f) DEEPTHIN_INLINED {
+            const float *value = z + f * 2 * W, *h = spectra + f * 4 * W + W - 1;
+            Vec<W> rr = {}, ii = {}, ri = {}, ir = {};
+            DEEPTHIN_UNROLL
+            for (int l = 0; l < W; l++) {
+                const Vec<W> re = load<W>(h - l), im = load<W>(h + 2 * W - l);
+                rr += re * value[l];
+                ii += im * value[W + l];
+                ri += im * value[l];
+                ir += re * value[W + l];
+            }
+            return Complex<W>{rr - ii, ri + ir};
+        },
+        space.c);
+    for (int64_t i = 0; i < rows; i++) {
+        Vec<W> sum = i < points ? load<W>(c + i * 2 * W) : Vec<W>{};
+        if (i >= q && i - q < points) sum += load<W>(c + (i - q) * 2 * W + W);
+        store<W>(space.p + i * W, sum);
+    }
+}
+
+// The terms of each phase side by side, all phases, rank 1: rows of n -> n rows of `width`, filled up with zeros.
+void arrange(const Alone& space, const Plan& plan) {
+    constexpr int W = SINGLE;
+    const int64_t n = plan.n, width = space.width;
+    __builtin_memset(space.p + space.count, 0, sizeof(float) * (space.padded - space.count));
+    int64_t lane = 0;
+    for (; lane + W <= n; lane += W)
+        for (int64_t s = 0; s < width; s += W) {
+            Vec<W> block[W];
+            DEEPTHIN_UNROLL
+            for (int i = 0; i < W; i++) block[i] = s + i < plan.blocks ? load<W>(space.p + (s + i) * n + lane) : Vec<W>{};
+            transpose<W>(block);
+            DEEPTHIN_UNROLL
+            for (int i = 0; i < W; i++) store<W>(space.panel + (lane + i) * width + s, block[i]);
+        }
+    for (; lane < n; lane++)
+        for (int64_t s = 0; s < width; s++) space.panel[lane * width + s] = s < plan.blocks ? space.p[s * n + lane] : 0.0f;
+}
+
+// Each phase's terms of filter a side by side, in rows of `width`.
+void lay_side_by_side(const Alone& space, const Plan& plan, int64_t a) {
+    const int64_t n = plan.n, common = plan.common, first = (n - 1 - plan.offset) % common;
+    for (int64_t s = 0; s < plan.blocks; s++) {
+        float* to = space.panel + s * plan.rank + a;
+        const float* from = space.p + s * n;
+        const int64_t end = smaller(n, space.count - s * n);
+        int64_t lane = first;
+        for (; lane < end; lane += common, to += space.width) *to = from[lane];
+        for (; lane < n; lane += common, to += space.width) *to = 0.0f;
+    }
+}
+
+// Outputs of one phase abreast: the k-th W of them are lanes of one vector for each of their columns. W phases make a tile;
+// where they do not come out even, the last tile begins earlier, and some are computed twice.
+// `work(first, phase)` is to go on by W phases.
+template <class Work>
+DEEPTHIN_INLINE void by_tiles(const Plan& plan, Work work) {
+    constexpr int W = SINGLE;
+    Phase phase(plan);
+    for (int64_t first = 0; first + W <= plan.phases; first += W) work(first, phase);
+    if (plan.phases % W) {
+        Phase last(plan, plan.phases - W);
+        work(plan.phases - W, last);
+    }
+}
+
+int64_t vectors_of(const Plan& plan) { return divide_up(plan.rows, plan.phases * SINGLE); }
+
+// None where too few outputs share a phase, or too few phases fill a tile.
+int64_t packed_floats(const Plan& plan) {
+    constexpr int W = SINGLE;
+    if (plan.phases < W || plan.rows < 2 * plan.phases) return 0;
+    return round_up(plan.phases, W) * vectors_of(plan) * plan.blocks * plan.rank * W;
+}
+
+// Tile after tile, then vector after vector, column after column, phase after phase.
+void pack(const Plan& plan, const float* xf, float* to) {
+    constexpr int W = SINGLE;
+    const int64_t columns = plan.blocks * plan.rank, length = plan.m * plan.rank, vectors = vectors_of(plan);
+    by_tiles(plan, [&](int64_t first, Phase& phase) {
+        int64_t begin[W];
+        for (int i = 0; i < W; i++, phase.next()) begin[i] = phase.row * plan.rank;
+        for (int64_t v = 0; v < vectors; v++, to += columns * W * W)
+            for (int64_t c = 0; c < columns; c += W)
+                for (int i = 0; i < W; i++) {
+                    Vec<W> block[W];
+                    for (int l = 0; l < W; l++) {
+                        const int64_t k = v * W + l, at = begin[i] + k * plan.step * plan.rank + c;
+                        if (first + i + k * plan.phases >= plan.rows)
+                            block[l] = Vec<W>{};
+                        else
+                            block[l] = at + W <= length ? load<W>(xf + at) : load_some<W>(xf + at, length - at);
+                    }
+                    transpose<W>(block);
+                    for (int64_t b = 0; b < smaller(W, columns - c); b++) store<W>(to + ((c + b) * W + i) * W, block[b]);
+                }
+    });
+}
+
+// The terms of filter a as `multiply_packed` reads them: by tile, column and phase.
+void lay_in_tiles(const Alone& space, const Plan& plan, int64_t a) {
+    constexpr int W = SINGLE;
+    float* to = space.panel + a * W;
+    __builtin_memset(space.p + space.count, 0, sizeof(float) * (space.padded - space.count));
+    by_tiles(plan, [&](int64_t, Phase& phase) {
+        for (int i = 0; i < W; i++, phase.next()) {
+            const float* from = space.p + phase.first();
+            for (int64_t s = 0; s < plan.blocks; s++) to[s * plan.rank * W + i] = from[s * plan.n];
+        }
+        to += plan.blocks * plan.rank * W;
+    });
+}
+
+// `finish(j, values, count)`: outputs from j on. Something that is not finite makes the result so.
+template <class Finish>
+DEEPTHIN_INLINE Vec<SINGLE> multiply_packed(const Alone& space, const Plan& plan, const float* packed, Finish finish) {
+    constexpr int W = SINGLE;
+    const int64_t columns = plan.blocks * plan.rank, vectors = vectors_of(plan);
+    const float* terms = space.panel;
+    Vec<W> all = {};
+    by_tiles(plan, [&](int64_t first, Phase&) DEEPTHIN_INLINED {
+        for (int64_t v = 0; v < vectors; v++) {
+            Vec<W> sum[W] = {};
+            for (int64_t c = 0; c < columns; c++, packed += W * W) {
+                DEEPTHIN_UNROLL
+                for (int i = 0; i < W; i++) sum[i] += load<W>(packed + i * W) * terms[c * W + i];
+            }
+            transpose<W>(sum);
+            int64_t j = first + v * W * plan.phases;
+            if (j + W * plan.phases <= plan.rows) {
+                DEEPTHIN_UNROLL
+                for (int l = 0; l < W; l++, j += plan.phases) all += finish(j, sum[l], int64_t(W)) * 0.0f;
+            } else {
+                for (int l = 0; l < W && j < plan.rows; l++, j += plan.phases)
+                    all += finish(j, sum[l], smaller(W, plan.rows - j)) * 0.0f;
+            }
+        }
+        terms += columns * W;
+    });
+    return all;
+}
+
+bool single_item(const Job& job, int64_t item, float* scratch) {
+    constexpr int W = SINGLE;
+    const Plan& plan = job.plan;
+    const int64_t rank = plan.rank, n = plan.n, cols = plan.cols;
+    Alone space(job, scratch);
+    const float* x = job.x + item * cols;
+    if (is_plain_rank(plan)) {
+        __builtin_memset(space.panel, 0, sizeof(float) * space.width);
+        int64_t a = 0;
+        for (; a + 4 <= rank; a += 4) dots<W, 4>(job.wf + a * n, n, n, x, space.panel + a);
+        for (; a < rank; a++) dots<W, 1>(job.wf + a * n, n, n, x, space.panel + a);
+    } else {
+        __builtin_memset(space.x - TILE * W, 0, sizeof(float) * TILE * W);
+        __builtin_memcpy(space.x, x, sizeof(float) * cols);
+        __builtin_memset(space.x + cols, 0, sizeof(float) * (2 * space.half_length - cols + TILE * W));
+        const int64_t width = space.width, used = plan.blocks * rank;
+        for (int64_t a = 0; a < rank; a++) {
+            if (job.single.points)
+                transform_single(job, space, a);
+            else
+                correlate_single(space, plan, job.wf + a * n);
+            if (job.packed)
+                lay_in_tiles(space, plan, a);
+            else if (plan.common == 1 && rank == 1)
+                arrange(space, plan);
+            else
+                lay_side_by_side(space, plan, a);
+        }
+        if (width > used && !job.packed)
+            for (int64_t i = 0; i < space.panels; i++)
+                for (int64_t j = used; j < width; j++) space.panel[i * width + j] = 0.0f;
+    }
+    float* y = job.y + item * plan.rows;
+    const auto finish = [&](int64_t j, Vec<W> value, int64_t outputs) DEEPTHIN_INLINED {
+        value *= job.scale;
+        if (job.bias) value += outputs == W ? load<W>(job.bias + j) : load_some<W>(job.bias + j, outputs);
+        if (outputs == W)
+            store<W>(y + j, job.relu ? rectify<W>(value) : value);
+        else
+            for (int64_t i = 0; i < outputs; i++) y[j + i] = job.relu ? rectify<W>(value)[i] : value[i];
+        return value;
+    };
+    const auto finite = [](Vec<W> odd) DEEPTHIN_INLINED {
+        const float total = sum_lanes<W>(odd);
+        return total == total;
+    };
+    if (job.packed) return finite(multiply_packed(space, plan, job.packed, finish));
+    // Outputs in order, so that xf is read from its beginning to its end. The last ones read a copy that has an edge.
+    const int64_t width = space.width, length = plan.m * rank, cut = larger(0, length - width);
+    for (int64_t i = 0; i < 2 * width; i++) space.tail[i] = cut + i < length ? job.xf[cut + i] : 0.0f;
+    Phase phase(plan);
+    const int64_t down = phase.at_step / plan.common * width, up = space.panels * width;
+    const float* panel = space.panel + phase.first() / plan.common * width;
+    const auto next = [&]() DEEPTHIN_INLINED { panel += (up & -int64_t(phase.next())) - down; };
+    int64_t j = 0;
+    Vec<W> odd = {};
+    const auto inner = [&]<int VECTORS>() DEEPTHIN_INLINED {  // `width` as a constant, or 0
+        for (; j + W <= plan.rows && (phase.row + W * (phase.row_step + 1)) * rank + width <= length; j += W) {
+            Vec<W> sum[W];
+            DEEPTHIN_UNROLL
+            for (int i = 0; i < W; i++, next())
+                sum[i] = dot<W>(job.xf + phase.row * rank, panel, VECTORS ? VECTORS * W : width);
+            odd += finish(j, sum_rows<W>(sum), W) * 0.0f;
+        }
+    };
+    switch (width / W) {
+        case 1: inner.template operator()<1>(); break;
+        case 2: inner.template operator()<2>(); break;
+        case 3: inner.template operator()<3>(); break;
+        case 4: inner.template operator()<4>(); break;
+        case 5: inner.template operator()<5>(); break;
+        default: inner.template operator()<0>();
+    }
+    for (; j < plan.rows; j += W) {
+        const int64_t outputs = smaller(W, plan.rows - j);
+        Vec<W> sum[W] = {};
+        for (int i = 0; i < outputs; i++, next()) {
+            const int64_t at = phase.row * rank;
+            sum[i] = dot<W>(at + width <= length ? job.xf + at : space.tail + at - cut, panel, width);
+        }
+        odd += finish(j, sum_rows<W>(sum), outputs) * 0.0f;
+    }
+    return finite(odd);
+}
+
+}  // namespace
