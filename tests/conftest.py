@@ -11,7 +11,6 @@ from hypothesis import settings
 SHAPED = (
     "bits",
     "huffman",
-    "lloyd",
     "methods.binary",
     "methods.ecsq",
     "methods.factor",
@@ -32,7 +31,7 @@ SHAPED = (
     "torch.recurrent",
     "torch.weight",
     "torch.layers",
-)  # what has shapes in signatures
+)  # what has shapes in signatures, but for lloyd, whose small functions are called too often
 jaxtyping.install_import_hook([f"deepthin.{module}" for module in SHAPED], "beartype.beartype")
 
 settings.register_profile("default", deadline=None, derandomize=True)
