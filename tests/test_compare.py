@@ -141,7 +141,7 @@ def test_summary_and_page(finished):
 def test_every_method_runs(folder, tmp_path):
     """Each in few steps; pruning starts dense; what cannot be reached is a row; cuts stand beside the paper's."""
     methods = tuple(name for name in COMPARED if not name.endswith("4bit"))
-    rows = compare(settings(folder, methods, (0.05,), steps=40), tmp_path)
+    rows = compare(settings(folder, methods, (0.05,), steps=15), tmp_path)
     reached = {row["method"]: row for row in rows if row["value"] is not None}
     assert set(methods) - set(reached) == {"uniform"}
     assert all(row["microseconds"] > 0 for row in reached.values())

@@ -4,6 +4,7 @@ The nearest such sum is a truncated SVD of the rearranged matrix: Van Loan and P
 Kronecker products".
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +41,7 @@ class Kronecker:
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int) -> "Kronecker":
         """The shapes with the smallest term, R1 and Q1 near the roots of rows and cols, and as many terms as fit."""
-        rows, cols = (range(max(1, math.isqrt(d) // 2), min(d, 2 * math.isqrt(d) + 1) + 1) for d in shape)
-        plans = (cls(shape, (r, q), 1) for r in rows for q in cols)
-        one = min(plans, key=lambda plan: (plan.bits(), sum(plan.left) + sum(plan.right), plan.left[1]))
+        one = _smallest_term(shape)
         terms = min(max_bits // one.bits(), *(math.prod(side) for side in (one.left, one.right)))
         if terms == 0:
             ratio = one.bits() / FLOAT_BITS / math.prod(shape)
@@ -124,3 +123,10 @@ class Kronecker:
         """Of ``multiply``, for an item."""
         (r1, q1), (r2, q2) = self.left, self.right
         return self.terms * q1 * r2 * (q2 + r1)
+
+
+@functools.lru_cache
+def _smallest_term(shape: tuple[int, int]) -> Kronecker:
+    rows, cols = (range(max(1, math.isqrt(d) // 2), min(d, 2 * math.isqrt(d) + 1) + 1) for d in shape)
+    plans = (Kronecker(shape, (r, q), 1) for r in rows for q in cols)
+    return min(plans, key=lambda plan: (plan.bits(), sum(plan.left) + sum(plan.right), plan.left[1]))
