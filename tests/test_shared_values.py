@@ -430,6 +430,16 @@ def test_greedy_by_hand():
     assert Binary((1, 4), 2, 0).decode(code, np).tolist() == [[3.0, -1.0, 1.0, 3.0]]
 
 
+def test_greedy_codes_shrink_when_coded_again():
+    """Of 2 bits 16 % of the norm are left after 26 times (docs/methods.md); alternating ones stay as they are."""
+    weight = np.random.default_rng(0).normal(size=(800, 200))
+    for rounds, left in ((0, 0.16), (2, 0.92)):
+        method, again = METHODS["binary"].fit((800, 200), 1 << 30, bits=2, rounds=rounds), weight
+        for _ in range(26):
+            again = method.decode(method.encode(again, np), np)
+        assert np.linalg.norm(again) / np.linalg.norm(weight) == pytest.approx(left, abs=0.01)
+
+
 def test_middles_go_up():
     from deepthin.methods.binary import _nearest
 
