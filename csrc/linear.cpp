@@ -290,7 +290,8 @@ class Spectra {
             }
         }
         // Of a copy, which no other thread can write to meanwhile: what is kept under it must be its transform.
-        Entry entry{&kernels, single, transform.points, plan.n, {wf, wf + length}, hash, 0, nullptr};
+        Entry entry{&kernels, single, transform.points, plan.n, wf, {wf, wf + length}, hash, 0, nullptr};
+        forget_earlier(entry);
         const int64_t floats = plan.rank * transform.points * (single ? 4 * kernels.single_width : 2);
         Memory memory = allocate(floats), points = allocate(transform.points * 2 * width);
         (single ? kernels.spectra1 : kernels.spectra)(plan, entry.wf.data(), transform, memory.get(), points.get());
@@ -300,11 +301,7 @@ class Spectra {
         floats_ += entry.floats;
         entries_.push_front(std::move(entry));
         places_[hash] = entries_.begin();  // what had this hash is found no more, and goes in its time
-        for (; floats_ > LIMIT && entries_.size() > 1; entries_.pop_back()) {
-            const auto oldest = std::prev(entries_.end());
-            floats_ -= oldest->floats;
-            if (auto place = places_.find(oldest->hash); place != places_.end() && place->second == oldest) places_.erase(place);
-        }
+        while (floats_ > LIMIT && entries_.size() > 1) forget(std::prev(entries_.end()));
         return kept;
     }
 
@@ -323,15 +320,37 @@ class Spectra {
     }
 
     static constexpr int64_t LIMIT = 16 << 20;  // 64 MiB, the latest used
+    static constexpr int VERSIONS = 2;          // of what has stood at one place
     struct Entry {
         const Kernels* kernels;
         bool single;
         int64_t points, n;
+        const float* place;  // where wf stood
         std::vector<float> wf;
         uint64_t hash;
         int64_t floats;
         KeptSpectra spectra;
     };
+
+    // Training writes to the same place again and again. Were all kept, each step would leave something small between the
+    // large blocks that it takes and gives back, which would then find no room again but behind it: memory would grow.
+    void forget_earlier(const Entry& made) {
+        std::lock_guard<std::mutex> hold(lock_);
+        int versions = 1;
+        for (auto entry = entries_.begin(); entry != entries_.end();) {
+            const auto next = std::next(entry);
+            const bool alike = entry->place == made.place && entry->single == made.single && entry->points == made.points;
+            if (alike && ++versions > VERSIONS) forget(entry);
+            entry = next;
+        }
+    }
+
+    void forget(std::list<Entry>::iterator entry) {
+        floats_ -= entry->floats;
+        if (auto place = places_.find(entry->hash); place != places_.end() && place->second == entry) places_.erase(place);
+        entries_.erase(entry);
+    }
+
     std::mutex lock_;
     std::list<Entry> entries_;
     std::unordered_map<uint64_t, std::list<Entry>::iterator> places_;
