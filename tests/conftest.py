@@ -1,7 +1,9 @@
 """Shapes in signatures are checked while testing; users pay nothing for them."""
 
+import functools
 import os
 import sys
+import typing
 import warnings
 
 import jaxtyping
@@ -32,6 +34,11 @@ SHAPED = (
     "torch.weight",
     "torch.layers",
 )  # what has shapes in signatures, but for lloyd, whose small functions are called too often
+if sys.version_info < (
+    3,
+    12,
+):  # which keeps a protocol's attributes; before, each check of a ``Namespace`` lists them anew
+    typing._get_protocol_attrs = functools.lru_cache(None)(typing._get_protocol_attrs)
 jaxtyping.install_import_hook([f"deepthin.{module}" for module in SHAPED], "beartype.beartype")
 
 settings.register_profile("default", deadline=None, derandomize=True)
