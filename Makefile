@@ -43,7 +43,7 @@ sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide co
 portable:  ## the kernels on 64-bit ARM, emulated (Debian: g++-aarch64-linux-gnu, qemu-user)
 	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++20 -O3 -Wno-psabi -static -DDEEPTHIN_TABLE=baseline -DDEEPTHIN_WIDTH=8 \
-		-DDEEPTHIN_TILE=12 csrc/kernels.cpp csrc/linear.cpp csrc/recurrent.cpp tests/portable.cpp -o build/portable-arm
+		-DDEEPTHIN_TILE=12 csrc/kernels.cpp csrc/linear.cpp csrc/recurrent.cpp csrc/spectra.cpp csrc/threads.cpp tests/portable.cpp -o build/portable-arm
 	qemu-aarch64 build/portable-arm
 
 check: .venv/installed  ## formatting, lint, types, import directions

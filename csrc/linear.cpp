@@ -1,39 +1,18 @@
-// What is done once a product, whatever the instruction set: plans, transforms, memory, threads, and what is not finite.
+// What is done once a product, whatever the instruction set: plans, working memory, the sharing out of a batch, and what is
+// not finite.
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
-#include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <functional>
 #include <limits>
-#include <list>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <numeric>
 #include <stdexcept>
-#include <string>
-#include <thread>
-#include <unordered_map>
 #include <utility>
 #include <vector>
-
-#if !defined(_WIN32)
-#include <pthread.h>
-#endif
 
 #include "linear.h"
 
 namespace deepthin {
 namespace {
-
-// ---- Memory ------------------------------------------------------------------------------------------------------------
-
-std::atomic<int64_t> allocations_left{-1};
 
 // Working memory that a thread keeps from call to call.
 float* scratch(int64_t floats) {
@@ -46,320 +25,6 @@ float* scratch(int64_t floats) {
         size = floats;
     }
     return kept.get();
-}
-
-// ---- Threads -----------------------------------------------------------------------------------------------------------
-
-// Waits some time with open eyes: waking a thread takes longer than many a product.
-template <class Condition>
-bool spin_until(Condition condition) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
-    do {
-        for (int i = 0; i < 64; i++) {
-            if (condition()) return true;
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
-        }
-    } while (std::chrono::steady_clock::now() < end);
-    return condition();
-}
-
-// Threads that wait for work. One product at a time has them; another that comes meanwhile does its work alone.
-class Pool {
-  public:
-    void run(int64_t tasks, int threads, const std::function<void(int64_t)>& work) {
-        std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
-        if (!mine.owns_lock()) {
-            for (int64_t i = 0; i < tasks; i++) work(i);
-            return;
-        }
-        const int64_t helpers = std::min<int64_t>({threads, tasks, MOST}) - 1;
-        while (started_ < helpers) {
-            std::thread([this, number = started_] { serve(number); }).detach();
-            started_++;
-        }
-        work_ = &work;
-        tasks_ = tasks;
-        next_ = 0;
-        failure_ = nullptr;
-        active_ = helpers;
-        {
-            std::lock_guard<std::mutex> hold(lock_);
-            turn_ = (turn_ / MOST + 1) * MOST + helpers;
-        }
-        wake_.notify_all();
-        take_tasks();
-        if (!spin_until([this] { return active_ == 0; })) {
-            std::unique_lock<std::mutex> hold(lock_);
-            done_.wait(hold, [this] { return active_ == 0; });
-        }
-        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
-    }
-
-  private:
-    static constexpr int64_t MOST = 1024;  // threads
-
-    void take_tasks() {
-        try {
-            for (int64_t i; (i = next_.fetch_add(1)) < tasks_;) (*work_)(i);
-        } catch (...) {
-            next_ = tasks_;
-            std::lock_guard<std::mutex> hold(lock_);
-            if (!failure_) failure_ = std::current_exception();
-        }
-    }
-
-    void serve(int64_t number) {
-        for (int64_t seen = 0;;) {
-            if (!spin_until([&] { return turn_ != seen; })) {
-                std::unique_lock<std::mutex> hold(lock_);
-                wake_.wait(hold, [&] { return turn_ != seen; });
-            }
-            seen = turn_;
-            if (number >= seen % MOST) continue;
-            take_tasks();
-            std::lock_guard<std::mutex> hold(lock_);
-            if (--active_ == 0) done_.notify_one();
-        }
-    }
-
-    std::mutex busy_, lock_;
-    std::condition_variable wake_, done_;
-    const std::function<void(int64_t)>* work_ = nullptr;
-    int64_t tasks_ = 0, started_ = 0;
-    std::atomic<int64_t> turn_{0};  // counts the products; its remainder by MOST is how many helpers the last one has
-    std::atomic<int64_t> next_{0}, active_{0};
-    std::exception_ptr failure_;
-};
-
-std::atomic<Pool*> pool_of_process{nullptr};
-
-// The threads of a framework's GNU OpenMP, where we were told of them: two pools would fight for the same cores.
-std::atomic<OpenMpParallel> framework_threads{nullptr};
-
-// A forked child has none of its parent's threads: it gets a pool of its own. (OpenMP would wait for them for ever.)
-void mind_forks() {
-#if !defined(_WIN32)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] {
-        pool_of_process.store(nullptr);
-        framework_threads.store(nullptr);
-    });
-    (void)registered;
-#endif
-}
-
-// Never destroyed: its threads may wait in it when the process ends.
-Pool& pool() {
-    Pool* found = pool_of_process.load();
-    if (found) return *found;
-    mind_forks();
-    auto fresh = std::make_unique<Pool>();
-    if (pool_of_process.compare_exchange_strong(found, fresh.get())) return *fresh.release();
-    return *found;
-}
-
-struct Region {
-    Region(const std::function<void(int64_t)>& work, int64_t tasks) : work(work), tasks(tasks) {}
-
-    const std::function<void(int64_t)>& work;
-    const int64_t tasks;
-    std::atomic<int64_t> next{0};
-    std::mutex lock;
-    std::exception_ptr failure;
-
-    static void enter(void* self) {
-        Region& region = *static_cast<Region*>(self);
-        try {
-            for (int64_t i; (i = region.next.fetch_add(1)) < region.tasks;) region.work(i);
-        } catch (...) {
-            region.next = region.tasks;
-            std::lock_guard<std::mutex> hold(region.lock);
-            region.failure = std::current_exception();
-        }
-    }
-};
-
-}  // namespace
-
-void Release::operator()(float* memory) const { std::free(memory); }
-
-Memory allocate(int64_t floats) {
-    if (allocations_left.load(std::memory_order_relaxed) >= 0 && allocations_left.fetch_sub(1) == 0) throw std::bad_alloc();
-    if (floats > int64_t(1) << 58) throw std::bad_alloc();
-    const std::size_t bytes = (std::size_t(floats) * sizeof(float) + 64) / 64 * 64;
-    void* memory = std::aligned_alloc(64, bytes);
-    if (!memory) throw std::bad_alloc();
-    return Memory(static_cast<float*>(memory));
-}
-
-void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>& work) {
-    if (threads < 2 || tasks < 2) {
-        for (int64_t i = 0; i < tasks; i++) work(i);
-    } else if (const OpenMpParallel parallel = framework_threads.load()) {
-        Region region(work, tasks);
-        parallel(Region::enter, &region, unsigned(std::min<int64_t>(threads, tasks)), 0);
-        if (region.failure) std::rethrow_exception(region.failure);
-    } else {
-        pool().run(tasks, threads, work);
-    }
-}
-
-namespace {
-
-// ---- Transforms --------------------------------------------------------------------------------------------------------
-
-// The radices of `points`, or none if it has other factors. Measured: a 4 first and an 8 last make the fastest passes.
-std::vector<int> radices(int64_t points) {
-    int twos = 0;
-    for (; points % 2 == 0; points /= 2) twos++;
-    const int last = twos % 2 == 0 ? 0 : twos == 1 ? 2 : 8;
-    int fours = (twos - (last == 8 ? 3 : last / 2)) / 2;
-    std::vector<int> found;
-    if (fours > 0) found.push_back(4), fours--;
-    for (int radix : {5, 3})
-        for (; points % radix == 0; points /= radix) found.push_back(radix);
-    if (points > 1) return {};
-    found.insert(found.end(), fours, 4);
-    if (last) found.push_back(last);
-    return found;
-}
-
-// At least `least` points, fast to transform.
-int64_t transform_length(int64_t least) {
-    int64_t best = 0;
-    double best_cost = 0;
-    for (int64_t points = std::max<int64_t>(least, 2); points <= 2 * std::max<int64_t>(least, 2); points++) {
-        const auto found = radices(points);
-        if (found.empty()) continue;
-        double cost = 2;  // the spectra's product
-        for (int radix : found) cost += radix == 2 ? 2.2 : radix == 3 ? 3.2 : radix == 4 ? 3.0 : radix == 5 ? 4.6 : 5.0;
-        if (cost *= double(points); best == 0 || cost < best_cost) best = points, best_cost = cost;
-    }
-    return best;
-}
-
-// A transform of `least` points or some more. Kept for good: a process meets few lengths.
-const Transform& transform_of(int64_t least) {
-    static std::mutex lock;
-    static auto& known = *new std::map<int64_t, std::pair<Transform, std::vector<Memory>>>;
-    std::lock_guard<std::mutex> hold(lock);
-    if (auto found = known.find(least); found != known.end()) return found->second.first;
-    const int64_t points = transform_length(least);
-    Transform plan;
-    plan.points = points;
-    std::vector<Memory> tables;
-    int64_t length = points;
-    for (int radix : radices(points)) {
-        const int64_t part = length / radix;
-        Memory table = allocate(part * (radix - 1) * 2);
-        for (int64_t j = 0, i = 0; j < part; j++)
-            for (int64_t k = 1; k < radix; k++, i++) {
-                const double angle = -2 * 3.14159265358979323846 * double(j * k) / double(length);
-                table[2 * i] = float(std::cos(angle));
-                table[2 * i + 1] = float(std::sin(angle));
-            }
-        plan.radix[plan.levels] = radix;
-        plan.twiddles[plan.levels++] = table.get();
-        tables.push_back(std::move(table));
-        length = part;
-    }
-    auto& kept = known[least];
-    kept = {plan, std::move(tables)};
-    return kept.first;
-}
-
-// ---- Spectra of filters, kept by value ---------------------------------------------------------------------------------
-
-// Filters are short, so that comparing one costs less than its transform: no one has to say when a weight has changed.
-class Spectra {
-  public:
-    KeptSpectra get(const Kernels& kernels, const Plan& plan, const float* wf, const Transform& transform, bool single) {
-        const int64_t length = plan.rank * plan.n, width = std::max(kernels.widths[0], kernels.single_width);
-        const uint64_t hash = hash_of(wf, length) ^ uint64_t(transform.points * 2 + single) ^ reinterpret_cast<uintptr_t>(&kernels);
-        {
-            std::lock_guard<std::mutex> hold(lock_);
-            if (auto place = places_.find(hash); place != places_.end()) {
-                const Entry& entry = *place->second;
-                if (entry.kernels == &kernels && entry.single == single && entry.points == transform.points &&
-                    entry.n == plan.n && int64_t(entry.wf.size()) == length &&
-                    std::memcmp(entry.wf.data(), wf, sizeof(float) * length) == 0) {
-                    entries_.splice(entries_.begin(), entries_, place->second);
-                    return entry.spectra;
-                }
-            }
-        }
-        // Of a copy, which no other thread can write to meanwhile: what is kept under it must be its transform.
-        Entry entry{&kernels, single, transform.points, plan.n, wf, {wf, wf + length}, hash, 0, nullptr};
-        forget_earlier(entry);
-        const int64_t floats = plan.rank * transform.points * (single ? 4 * kernels.single_width : 2);
-        Memory memory = allocate(floats), points = allocate(transform.points * 2 * width);
-        (single ? kernels.spectra1 : kernels.spectra)(plan, entry.wf.data(), transform, memory.get(), points.get());
-        KeptSpectra kept = entry.spectra = std::make_shared<const Memory>(std::move(memory));
-        entry.floats = floats + length + 64;
-        std::lock_guard<std::mutex> hold(lock_);
-        floats_ += entry.floats;
-        entries_.push_front(std::move(entry));
-        places_[hash] = entries_.begin();  // what had this hash is found no more, and goes in its time
-        while (floats_ > LIMIT && entries_.size() > 1) forget(std::prev(entries_.end()));
-        return kept;
-    }
-
-  private:
-    static uint64_t hash_of(const float* numbers, int64_t count) {
-        constexpr int LANES = 4;  // so that no step waits for the one before
-        uint64_t hash[LANES] = {1, 2, 3, 4};
-        for (int64_t i = 0; i < count; i++) {
-            uint32_t bits;
-            std::memcpy(&bits, numbers + i, sizeof bits);
-            uint64_t& lane = hash[i % LANES];
-            lane = (lane ^ bits) * 0x9E3779B97F4A7C15u;
-            lane ^= lane >> 32;
-        }
-        return ((hash[0] * 31 + hash[1]) * 31 + hash[2]) * 31 + hash[3];
-    }
-
-    static constexpr int64_t LIMIT = 16 << 20;  // 64 MiB, the latest used
-    static constexpr int VERSIONS = 2;          // of what has stood at one place
-    struct Entry {
-        const Kernels* kernels;
-        bool single;
-        int64_t points, n;
-        const float* place;  // where wf stood
-        std::vector<float> wf;
-        uint64_t hash;
-        int64_t floats;
-        KeptSpectra spectra;
-    };
-
-    // Training writes to the same place again and again. Were all kept, each step would leave something small between the
-    // large blocks that it takes and gives back, which would then find no room again but behind it: memory would grow.
-    void forget_earlier(const Entry& made) {
-        std::lock_guard<std::mutex> hold(lock_);
-        int versions = 1;
-        for (auto entry = entries_.begin(); entry != entries_.end();) {
-            const auto next = std::next(entry);
-            const bool alike = entry->place == made.place && entry->single == made.single && entry->points == made.points;
-            if (alike && ++versions > VERSIONS) forget(entry);
-            entry = next;
-        }
-    }
-
-    void forget(std::list<Entry>::iterator entry) {
-        floats_ -= entry->floats;
-        if (auto place = places_.find(entry->hash); place != places_.end() && place->second == entry) places_.erase(place);
-        entries_.erase(entry);
-    }
-
-    std::mutex lock_;
-    std::list<Entry> entries_;
-    std::unordered_map<uint64_t, std::list<Entry>::iterator> places_;
-    int64_t floats_ = 0;
-};
-
-Spectra& spectra() {
-    static auto& kept = *new Spectra;
-    return kept;
 }
 
 // ---- One item in plain loops, for what is not finite -------------------------------------------------------------------
@@ -415,13 +80,6 @@ bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset
 
 }  // namespace
 
-void use_openmp(OpenMpParallel parallel) {
-    mind_forks();
-    framework_threads = parallel;
-}
-
-void fail_allocation_after(int64_t count) { allocations_left = count; }
-
 Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset) {
     constexpr int64_t LIMIT = int64_t(1) << 31;
     const auto within = [](int64_t value) { return 0 < value && value < LIMIT; };
@@ -469,13 +127,13 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
     if (!fft || is_plain_rank(plan) || blocks.empty()) return;
     if (blocks.front().width > 1) {
         job_.lanes = transform_of_items(plan);
-        kept_ = spectra().get(kernels, plan, wf, job_.lanes, false);
+        kept_ = spectra_of(kernels, plan, wf, job_.lanes, false);
         job_.spectra = kept_->get();
     }
     if (alone) {
         const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
         job_.single = transform_of(half + (plan.n + width - 2) / width);
-        kept1_ = spectra().get(kernels, plan, wf, job_.single, true);
+        kept1_ = spectra_of(kernels, plan, wf, job_.single, true);
         job_.spectra1 = kept1_->get();
     }
 }
@@ -507,7 +165,7 @@ InputGradient::InputGradient(const Kernels& kernels, const Plan& plan, const flo
     job_.xf = xf, job_.wf = wf;
     if (!fft || is_plain_rank(plan) || blocks.empty()) return;
     job_.lanes = transform_of_items(plan);
-    kept_ = spectra().get(kernels, plan, wf, job_.lanes, false);
+    kept_ = spectra_of(kernels, plan, wf, job_.lanes, false);
     job_.spectra = kept_->get();
 }
 
@@ -525,7 +183,7 @@ void backward(const Kernels& kernels, const Plan& plan, const float* x, const fl
     KeptSpectra kept;
     if (fft && !is_plain_rank(plan)) {
         job.lanes = transform_of_items(plan);
-        kept = spectra().get(kernels, plan, wf, job.lanes, false);
+        kept = spectra_of(kernels, plan, wf, job.lanes, false);
         job.spectra = kept->get();
     }
     const int width = kernels.widths[1] && batch <= kernels.widths[1] ? kernels.widths[1] : kernels.widths[0];

@@ -28,7 +28,13 @@ struct Block {
 // alone.
 std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone);
 
+// Of at least so many points, as few as are fast; kept for ever.
+const Transform& transform_of(int64_t least);
+
 using KeptSpectra = std::shared_ptr<const Memory>;
+
+// Those of wf, in a layout of Job: of items abreast or of a `single` one.
+KeptSpectra spectra_of(const Kernels&, const Plan&, const float* wf, const Transform&, bool single);
 
 // y = scale x W^T + bias, rectified if asked, all set for blocks like those that it is made for. `often`: each of them meets
 // the weight so many times that it pays to lay it out anew.
