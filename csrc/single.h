@@ -163,11 +163,13 @@ DEEPTHIN_INLINE void by_tiles(const Plan& plan, Work work) {
 
 int64_t vectors_of(const Plan& plan) { return divide_up(plan.rows, plan.phases * SINGLE); }
 
-// None where too few outputs share a phase, or too few phases fill a tile.
+// None where it would not pay: too few phases for a tile, or too many lanes empty. Beside its products `single_item` has to
+// find and sum up each output, which takes as long again.
 int64_t packed_floats(const Plan& plan) {
     constexpr int W = SINGLE;
-    if (plan.phases < W || plan.rows < 2 * plan.phases) return 0;
-    return round_up(plan.phases, W) * vectors_of(plan) * plan.blocks * plan.rank * W;
+    const int64_t columns = plan.blocks * plan.rank, vectors = vectors_of(plan);
+    if (plan.phases < W || plan.phases * vectors * columns > 2 * plan.rows * divide_up(columns, W)) return 0;
+    return round_up(plan.phases, W) * vectors * columns * W;
 }
 
 // Tile after tile, then vector after vector, column after column, phase after phase.
