@@ -60,7 +60,7 @@ docs: .venv/installed  ## the documentation, into site/
 
 %/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $*
-	$*/bin/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$*/bin/pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
