@@ -80,9 +80,8 @@ WIDEST_GAP = 24
 
 def gap_bytes(count: int, places: int) -> int:
     """The most that ``count`` rising positions below ``places`` can take, with the width that suits them best."""
-    return min(
-        packed_bytes(count + (places - count) // ((1 << width) - 1), width) for width in range(1, WIDEST_GAP + 1)
-    )
+    bits = min((count + (places - count) // ((1 << width) - 1)) * width for width in range(1, WIDEST_GAP + 1))
+    return -(-bits // 8)
 
 
 def pack_gaps(positions: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
