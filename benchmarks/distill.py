@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from deepthin.method import ConfigError
-from deepthin.report import table
-from deepthin.storage import write_atomically
-from deepthin.teacher import Teacher
+from deepthin.errors import ConfigError
+from deepthin.lab.teacher import Teacher
+from deepthin.lab.trial import DENSE, Setup, Trial, run_trial
+from deepthin.storage.atomic import write_atomically
+from deepthin.storage.report import table
 from deepthin.torch import Noise
-from deepthin.trial import DENSE, Setup, Trial, run_trial
 
 RATIOS = {"digits": (0.02, 0.01), "conv": (0.02, 0.01), "acoustic": (0.02, 0.005)}
 WAYS: dict[str, dict[str, Any] | None] = {

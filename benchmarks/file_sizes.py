@@ -14,8 +14,8 @@ from torch import nn
 
 import deepthin.torch as dt
 from deepthin import METHODS, BudgetError
-from deepthin.report import table
-from deepthin.storage import read
+from deepthin.storage.read import read
+from deepthin.storage.report import table
 
 RATIO = float(sys.argv[1]) if len(sys.argv) > 1 else 0.01
 EIGHT = {"method": "uniform", "bits": 8}

@@ -16,9 +16,9 @@ from scipy.optimize import nnls
 from torch import nn
 
 from deepthin import METHODS, BudgetError
-from deepthin.costs import NATIVE, terms
+from deepthin.kernels.costs import NATIVE, terms
 from deepthin.methods.factor import Factor
-from deepthin.storage import Part
+from deepthin.storage.contents import Part
 from deepthin.torch import operators
 from deepthin.torch.weight import ThinWeight
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import deepthin.torch as dt
-from deepthin.tasks import digits
-from deepthin.tasks.training import error, predict
+from deepthin.lab.tasks import digits
+from deepthin.lab.tasks.training import error, predict
 
 ITEMS, STEPS = 1000, 1500
 KINDS = ("none", "hessian", "of unseen", "adam")

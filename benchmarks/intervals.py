@@ -24,12 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import deepthin.torch as dt
+from deepthin.lab.tasks import digits, lenet
 from deepthin.methods.pruned import Pruned
-from deepthin.report import table
-from deepthin.rules import Planned, Rules
-from deepthin.storage import write_atomically
-from deepthin.tasks import digits, lenet
-from deepthin.torch.compress import plan_of, tensors_of
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.shares import Planned
+from deepthin.storage.atomic import write_atomically
+from deepthin.storage.report import table
+from deepthin.torch.compress import plan_of
+from deepthin.torch.tensors import tensors_of
 
 STEPS, START, INITIAL, POWER = 20_000, 8_000, 0.25, 7.0
 KEPT = {5: (0.142, 0.031, 0.007, 0.043), 3: (0.018, 0.018, 0.055)}  # of each matrix, by depth: Guo et al., Table 3
@@ -126,7 +128,7 @@ class Run:
         """Every matrix keeps its part; biases stay dense."""
         matrices = [name for name, weight in model.named_parameters() if weight.dim() > 1]
         kept = dict(zip(matrices, KEPT[self.depth], strict=True))
-        rules = Rules.parse({"rules": {name: {"method": "pruned", "ratio": 0.5} for name in matrices}})
+        rules = parse_rules({"rules": {name: {"method": "pruned", "ratio": 0.5} for name in matrices}})
         found: list[Planned] = []
         for plan in plan_of(model, rules, tensors_of(model)[0]):
             if plan.method is not None:

@@ -21,10 +21,10 @@ import torch
 
 import deepthin.keras as dk
 import deepthin.torch as dt
-from deepthin.report import table
-from deepthin.tasks import digits
-from deepthin.tasks.training import WARM_UP, Training, error, predict
-from deepthin.trial import seeded
+from deepthin.lab.tasks import digits
+from deepthin.lab.tasks.training import WARM_UP, Training, error, predict
+from deepthin.lab.trial import seeded
+from deepthin.storage.report import table
 
 NAMES = {
     f"{k}.{ours}": f"{2 * k}.{theirs}" for k in range(3) for ours, theirs in (("kernel", "weight"), ("bias", "bias"))

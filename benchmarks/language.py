@@ -25,14 +25,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.method import BudgetError, ConfigError
+from deepthin.errors import BudgetError, ConfigError
+from deepthin.lab.tasks import lstm_lm
+from deepthin.lab.tasks.training import Training
+from deepthin.lab.trial import seeded
 from deepthin.methods.pruned import Pruned
-from deepthin.rules import Planned, Rules
-from deepthin.storage import write_atomically
-from deepthin.tasks import lstm_lm
-from deepthin.tasks.training import Training
-from deepthin.torch.compress import plan_of, tensors_of
-from deepthin.trial import seeded
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.shares import Planned
+from deepthin.storage.atomic import write_atomically
+from deepthin.torch.compress import plan_of
+from deepthin.torch.tensors import tensors_of
 
 RISING_EPOCHS = 3  # in which pruning reaches its rate, as for the paper's medium network
 
@@ -54,7 +56,7 @@ class Case:
 
     def plans(self, model: nn.Module) -> list[Planned]:
         """What becomes of each matrix."""
-        found = plan_of(model, Rules.parse(self.rules), tensors_of(model)[0])
+        found = plan_of(model, parse_rules(self.rules), tensors_of(model)[0])
         if self.left is None:
             return found
         exact: list[Planned] = []

@@ -6,7 +6,7 @@ DeepTwist (Lee, Kapoor and Kim, 2018, arXiv:1810.12823): Figures 2a, 3 and 4.
 from pathlib import Path
 from typing import Any
 
-from deepthin.report import table
+from deepthin.storage.report import table
 
 SHARED = " shared"  # in a setting: the input matrix has the projection of the recurrent one
 SECTIONS = ("pruning", "rank", "bits", "deepthin")

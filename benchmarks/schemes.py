@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.report import table
-from deepthin.tasks import digits
+from deepthin.lab.tasks import digits
+from deepthin.storage.report import table
 from deepthin.torch.schemes import SCHEMES
 
 RATIOS = (0.2, 0.05, 0.02)

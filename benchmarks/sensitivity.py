@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from deepthin.report import table
-from deepthin.train import train
-from deepthin.trial import Setup
+from deepthin.lab.train import train
+from deepthin.lab.trial import Setup
+from deepthin.storage.report import table
 
 STEPS = {"digits": 1500, "lenet": 1500, "acoustic": 900}
 RULES = {

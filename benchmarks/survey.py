@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.report import table
-from deepthin.rules import Stages
-from deepthin.tasks import lenet
-from deepthin.tasks.training import Training
-from deepthin.trial import Setup, prepared, seeded
+from deepthin.lab.tasks import lenet
+from deepthin.lab.tasks.training import Training
+from deepthin.lab.trial import Setup, prepared, seeded
+from deepthin.plan.rules import Stages
+from deepthin.storage.report import table
 
 STAGES = Stages()
 ROWS: dict[str, tuple[dict[str, Any] | None, bool, tuple[float, float]]] = {  # then, Hessian, published accuracy, ratio

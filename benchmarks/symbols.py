@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deepthin import kernels
+from deepthin.kernels import products
 from deepthin.torch.operators import same_values, symbol_linear
 
 ROUNDS = 25
@@ -26,7 +26,7 @@ def measure(side: int) -> dict[str, float]:
         "compared": lambda: same_values(copy, weight),
         "numbers": lambda: symbol_linear(x, signed, None, step=step),
     }
-    for levels in sorted(set(kernels.levels()) - {0}):
+    for levels in sorted(set(products.levels()) - {0}):
         centres = torch.randn(levels)
         ways[f"{levels} values"] = lambda centres=centres: symbol_linear(x, symbols, None, centres=centres)
     found = dict.fromkeys(ways, np.inf)
@@ -41,8 +41,8 @@ def measure(side: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for isa in kernels.isas():
-        kernels.native().select(isa)
+    for isa in products.isas():
+        products.native().select(isa)
         for side in (1024, 2048, 4096):
             shown = ", ".join(f"{name} {value:,.0f}" for name, value in measure(side).items())
             print(f"{isa} {side} x {side}: {shown}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from deepthin.costs import fft_length
+from deepthin.kernels.costs import fft_length
 from deepthin.methods.factor import Factor
 
 mpl.use("Agg")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.tasks import digits
+from deepthin.lab.tasks import digits
 
 
 def main(folder: Path, steps: int) -> None:

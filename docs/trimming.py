@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.report import table
-from deepthin.tasks import lenet
-from deepthin.tasks.training import Training
+from deepthin.lab.tasks import lenet
+from deepthin.lab.tasks.training import Training
+from deepthin.storage.report import table
 
 
 def train(model: nn.Module, data: lenet.digits.Data, steps: int, lr: float) -> float:

@@ -17,7 +17,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.modules["deepthin._native"] = module
 
-from deepthin import kernels  # noqa: E402
+from deepthin.kernels import products  # noqa: E402
 
-assert kernels.native() is module
+assert products.native() is module
 sys.exit(pytest.main(["-W", "ignore::pytest.PytestAssertRewriteWarning", *sys.argv[2:]]))

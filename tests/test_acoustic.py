@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from deepthin import ConfigError
-from deepthin.compare import Settings, compare
-from deepthin.tasks import acoustic, an4
-from deepthin.tasks.acoustic import Utterance, spliced
-from deepthin.tasks.training import Training
-from deepthin.trial import Run, Setup
+from deepthin.lab.compare import Settings, compare
+from deepthin.lab.tasks import acoustic, an4
+from deepthin.lab.tasks.acoustic import Utterance, spliced
+from deepthin.lab.tasks.training import Training
+from deepthin.lab.trial import Run, Setup
 
 SPEAKERS = {"train": [f"s{i}" for i in range(9)], "test": ["t0", "t1"]}
 

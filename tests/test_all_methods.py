@@ -15,8 +15,10 @@ from torch import nn
 import deepthin
 import deepthin.torch as dt
 from deepthin import METHODS, BudgetError, ConfigError, FormatError
-from deepthin.rules import Rules, Tensor
-from deepthin.storage import from_bytes
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.shares import plan_tensors
+from deepthin.plan.tensor import Tensor
+from deepthin.storage.read import from_bytes
 from test_storage import header_of, resign
 
 EIGHT = {"method": "uniform", "bits": 8}
@@ -274,7 +276,7 @@ def deepthin_weight(codes, method):
 
 
 def test_a_fixed_scale_per_row_and_the_sizes_of_then():
-    plan = Rules.parse({"model": {"ratio": 0.01}, "rules": {"*": {"method": "deepthin", "then": EIGHT}}})
+    plan = parse_rules({"model": {"ratio": 0.01}, "rules": {"*": {"method": "deepthin", "then": EIGHT}}})
     (planned,) = plan.plan([Tensor("w", (1024, 1024))])
     assert planned.name == "deepthin then uniform"
     outer = planned.method.outer
@@ -297,7 +299,7 @@ def test_a_fixed_scale_per_row_and_the_sizes_of_then():
 )
 def test_what_then_cannot_be(then, message):
     with pytest.raises(ConfigError, match=message):
-        Rules.parse({"rules": {"*": {"method": "deepthin", "then": then}}})
+        parse_rules({"rules": {"*": {"method": "deepthin", "then": then}}})
 
 
 def test_rounded_factors_of_a_high_rank_get_half_the_rate():
@@ -359,8 +361,8 @@ def test_allocation_by_a_power_of_the_size():
     tensors = [Tensor(name, shape) for name, shape in (("a", (400, 400)), ("b", (100, 100)), ("c", (200, 200)))]
 
     def bits(allocation):
-        rules = Rules.parse({"model": {"ratio": 0.1, "allocation": allocation}, "rules": {"*": {"method": "hashed"}}})
-        return [planned.method.bits() for planned in rules.plan(tensors)]
+        rules = parse_rules({"model": {"ratio": 0.1, "allocation": allocation}, "rules": {"*": {"method": "hashed"}}})
+        return [planned.method.bits() for planned in plan_tensors(rules, tensors)]
 
     assert bits("flat") == bits(1)
     assert bits("uniform-bytes") == bits(0)
@@ -373,7 +375,7 @@ def test_allocation_by_a_power_of_the_size():
     assert sum(flat) == pytest.approx(sum(middle), rel=0.001) == pytest.approx(sum(equal), rel=0.001)
     for wrong in (-0.1, 1.5, True, None, "blind"):
         with pytest.raises(ConfigError, match="allocation"):
-            Rules.parse({"model": {"ratio": 0.1, "allocation": wrong}})
+            parse_rules({"model": {"ratio": 0.1, "allocation": wrong}})
 
 
 # ---- Files that hold integers, and lie ------------------------------------------------------------------------------

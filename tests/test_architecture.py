@@ -1,6 +1,7 @@
-"""Who may import whom: lower layers know nothing of higher ones, and no framework comes in by the back door."""
+"""Who may import whom: downward only, without circles, and no framework comes in by the back door."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,153 +10,137 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "deepthin"
 
-# docs/architecture.md, "Who may import whom": a module imports from lower levels, or from its own where that is said.
-LEVELS = {
-    "bits": 0,
-    "huffman": 0,
-    "lloyd": 0,
-    "method": 1,
-    "methods.binary": 2,
-    "methods.ecsq": 2,
-    "methods.factor": 2,
-    "methods.hashed": 2,
-    "methods.kmeans": 2,
-    "methods.kronecker": 2,
-    "methods.pruned": 2,
-    "methods.scalar": 2,
-    "methods.tensor_train": 2,
-    "methods": 2,
-    "costs": 3,
-    "kernels": 3,
-    "recurrent": 3,
-    "report": 3,
-    "rules": 3,
-    "coding": 3,
-    "storage": 3,
-    "start": 3,
-    "plans": 3,
-    "names": 3,
-    "torch": 4,
-    "torch.product": 4,
-    "torch.operators": 4,
-    "torch.recurrent": 4,
-    "torch.weight": 4,
-    "torch.spectral": 4,
-    "torch.layers": 4,
-    "torch.sequential": 4,
-    "torch.files": 4,
-    "torch.huggingface": 4,
-    "torch.importance": 4,
-    "torch.compress": 4,
-    "torch.twist": 4,
-    "torch.allocation": 4,
-    "torch.recipe": 4,
-    "torch.schemes": 4,
-    "torch.units": 4,
-    "torch.widths": 4,
-    "torch.distill": 4,
-    "tensorflow": 4,
-    "tensorflow.files": 4,
-    "tensorflow.product": 4,
-    "tensorflow.variables": 4,
-    "keras": 4,
-    "keras.compress": 4,
-    "keras.files": 4,
-    "keras.layers": 4,
-    "keras.layout": 4,
-    "keras.namespace": 4,
-    "keras.optimizers": 4,
-    "keras.tree": 4,
-    "keras.weight": 4,
-    "tasks": 5,
-    "tasks.training": 5,
-    "tasks.digits": 5,
-    "tasks.acoustic": 5,
-    "tasks.an4": 5,
-    "tasks.conv": 5,
-    "tasks.ctc": 5,
-    "tasks.decoder": 5,
-    "tasks.austen": 5,
-    "tasks.lstm_lm": 5,
-    "tasks.own": 5,
-    "tasks.lenet": 5,
-    "train": 5,
-    "compare": 5,
-    "engines": 5,
-    "search": 5,
-    "trial": 5,
-    "teacher": 5,
-    "page": 5,
-    "results": 5,
-    "bench": 5,
-    "bench_tensorflow": 5,
-    "networks": 5,
-    "cli": 5,
-    "__main__": 5,
-}
-OUTSIDE = {  # what a level may import besides the standard library
-    0: {"numpy", "jaxtyping"},
-    1: {"numpy", "jaxtyping"},
-    2: {"numpy", "jaxtyping"},
-    3: {"numpy", "jaxtyping", "safetensors"},
-    4: {"numpy", "jaxtyping", "torch", "transformers", "keras", "ml_dtypes", "tensorflow"},
-    5: {
-        "numpy",
-        "jaxtyping",
-        "torch",
-        "tensorflow",
-        "typer",
-        "rich",
-        "matplotlib",
-        "mlxtend",
-        "safetensors",
-        "optuna",
-        "ray",
-        "jiwer",
-    },
-}
+# docs/architecture.md, "Who may import whom": a room imports its own files and those of the rooms before it.
+ROOMS = (
+    "errors", "coding", "method", "methods", "kernels", "storage", "plan", "keras", "tensorflow", "torch", "testing",
+    "lab", "tasks", "cli", "__main__",
+)  # fmt: skip
+# What a room may import from outside, besides the standard library; and rooms before it that it must not import.
+CORE = {"numpy", "jaxtyping"}
+OUTSIDE = {
+    "storage": CORE | {"safetensors"},
+    "keras": CORE | {"keras", "ml_dtypes", "tensorflow"},
+    "tensorflow": CORE | {"keras", "tensorflow"},
+    "torch": CORE | {"torch", "transformers"},
+    "lab": CORE
+    | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"},
+    "cli": CORE | {"torch", "typer", "rich", "safetensors"},
+}  # fmt: skip
+APART = {"torch": {"keras", "tensorflow"}, "testing": {"keras", "tensorflow"}}
 
 
-def modules():
-    for path in sorted(SOURCE.rglob("*.py")):
-        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        yield path, name.removesuffix(".__init__") if name != "__init__" else ""
+def modules(source):
+    """Dotted name -> path of every module under a folder, the package itself being the empty name."""
+    found = {}
+    for path in sorted(source.rglob("*.py")):
+        name = ".".join(path.relative_to(source).with_suffix("").parts)
+        found["" if name == "__init__" else name.removesuffix(".__init__")] = path
+    return found
 
 
-def imports(path):
-    """(module, whether at the top) for every import; ``from deepthin import x`` counts as deepthin.x if x is one."""
+def imports(path, known, package="deepthin"):
+    """The modules of the package, and those outside, that a file imports anywhere, also within functions."""
+    inside, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def test_every_module_has_a_level():
-    assert {name for _, name in modules()} - {""} == set(LEVELS)
-
-
-@pytest.mark.parametrize(("path", "name"), [pytest.param(*m, id=m[1]) for m in modules() if m[1]])
-def test_imports_go_downwards(path, name):
-    level = LEVELS[name]
-    for imported in imports(path):
-        top, _, rest = imported.partition(".")
-        if top == "deepthin":
-            assert LEVELS.get(rest, 0) <= level, f"{name} imports {imported}, which stands above it"
-            if level == 2 and name != "methods":
-                assert not rest.startswith("methods"), f"{name} imports {imported}: methods do not know each other"
-            frameworks = [own for own in ("torch", "keras") if name.split(".")[0] == own]
-            assert not frameworks or rest.split(".")[0] not in {"torch", "keras"} - set(frameworks), (
-                f"{name}: {imported}"
-            )
+            names = [(node.module, alias.name) for alias in node.names]
         else:
-            assert name.split(".")[0] != "keras" or top not in ("torch", "transformers"), f"{name} imports {imported}"
-            assert top in sys.stdlib_module_names or top in OUTSIDE[level], f"{name} imports {imported}"
+            continue
+        for module, name in names:
+            top, _, rest = module.partition(".")
+            if top != package:
+                outside.add(module)
+            else:
+                inside.add(longer if name and (longer := f"{rest}.{name}".lstrip(".")) in known else rest)
+    return inside, outside
 
 
-@pytest.mark.parametrize("statement", ["import deepthin", "import deepthin.cli"])
+def graph(source):
+    """Module -> the modules of the package that it imports."""
+    known = modules(source)
+    return {name: imports(path, known)[0] - {name} for name, path in known.items()}
+
+
+def check_no_circles(source):
+    """CycleError, naming the modules, where files import each other."""
+    graphlib.TopologicalSorter(graph(source)).prepare()
+
+
+def check_downwards(source):
+    """AssertionError, naming both modules, where one imports a room that stands above its own."""
+    for name, imported in graph(source).items():
+        room = name.split(".")[0]
+        for other in imported:
+            there = other.split(".")[0]
+            if name:  # the package itself gathers what users see
+                assert other, f"{name} imports the package itself, which imports everything"
+                assert ROOMS.index(there) <= ROOMS.index(room), f"{name} imports {other}, which stands above it"
+            assert there not in APART.get(room, ()), f"{name} imports {other}: the frameworks do not know each other"
+
+
+def test_no_circles():
+    check_no_circles(SOURCE)
+
+
+def test_imports_go_downwards():
+    check_downwards(SOURCE)
+
+
+def test_methods_do_not_know_each_other():
+    for name, imported in graph(SOURCE).items():
+        if name.startswith("methods."):
+            assert not {other for other in imported if other.startswith("methods")} - {"methods.lloyd"}, name
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_only_what_a_room_is_meant_to_import_from_outside(room):
+    known, allowed = modules(SOURCE), OUTSIDE.get(room, CORE)
+    for name, path in known.items():
+        if name.split(".")[0] == room:
+            for module in imports(path, known)[1]:
+                top = module.split(".")[0]
+                assert top in sys.stdlib_module_names or top in allowed, f"{name} imports {module}"
+
+
+def plant(tmp_path, files):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(text)
+    return tmp_path
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    """Between files of one package, through a third, and where an import stands within a function."""
+    source = plant(
+        tmp_path,
+        {
+            "plan/one.py": "from deepthin.plan.two import x\n",
+            "plan/two.py": "from deepthin.plan import three\n",
+            "plan/three.py": "def late():\n    import deepthin.plan.one\n",
+        },
+    )
+    with pytest.raises(graphlib.CycleError) as found:
+        check_no_circles(source)
+    assert {"plan.one", "plan.two", "plan.three"} == set(found.value.args[1])
+    (source / "plan/three.py").write_text("x = 1\n")
+    check_no_circles(source)
+
+
+def test_a_planted_upward_import_is_found(tmp_path):
+    source = plant(tmp_path, {"plan/one.py": "def late():\n    from deepthin.torch import x\n", "torch/two.py": ""})
+    with pytest.raises(AssertionError, match=r"plan.one imports torch, which stands above it"):
+        check_downwards(source)
+    source = plant(tmp_path, {"plan/one.py": "", "torch/two.py": "import deepthin.keras.layers\n"})
+    with pytest.raises(AssertionError, match="the frameworks do not know each other"):
+        check_downwards(source)
+
+
+@pytest.mark.parametrize("statement", ["import deepthin", "import deepthin.cli.main"])
 def test_no_framework_is_loaded_before_it_is_needed(statement):
     code = f"import sys; {statement}; print([m for m in ('torch', 'keras', 'tensorflow') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -11,7 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deepthin
-from deepthin import bench, cli, kernels, networks, trial
+from deepthin.cli import laboratory
+from deepthin.kernels import products
+from deepthin.lab import trial
+from deepthin.lab.bench import networks, shown
+from deepthin.lab.bench import run as bench_run
 
 FACTORY = """
 import torch
@@ -153,7 +157,7 @@ def test_compare_prints_the_table_and_names_the_report_last(run, here):
 
 
 def test_compare_without_matplotlib_says_so_first(run, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    monkeypatch.setattr(laboratory, "find_spec", lambda _: None)
     code, _, err = run("compare", "digits")
     assert code == 2
     assert "pip install 'deepthin[compare]'" in err
@@ -170,25 +174,25 @@ def test_bench_writes_its_rows(run, here):
 
 
 def test_bench_of_a_layer_times_every_rival_warm_and_cold():
-    (row,) = bench.run("linear", (64, 96), (0.2,), (2,), rank=1, threads=1, repeats=2)
+    (row,) = bench_run.run("linear", (64, 96), (0.2,), (2,), rank=1, threads=1, repeats=2)
     for temperature in ("", "cold_"):
         times = {name: row[f"{temperature}{name}_microseconds"] for name in ("dense", "packed", "best_dense", "rank")}
         assert times["best_dense"] == min(times["dense"], times["packed"])
         assert all(time > 0 for time in times.values())
         assert all(row[f"{temperature}{name}_microseconds"] > 0 for name in ("uniform_8bit", "kmeans_4bit"))
-        if kernels.native_available:
+        if products.native_available:
             assert row[f"{temperature}microseconds"] > 0
             assert row[f"{temperature}layer_microseconds"] > 0
             assert row[f"{temperature}csr_microseconds"] > 0
-    assert "best dense, cold" in bench.summary([row])
+    assert "best dense, cold" in shown.summary([row])
 
 
 def test_bench_of_the_papers_network_draws_its_table(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "TFKALDI", ((40, 30), (50, 40), (20, 50)))
-    rows = bench.run("tfkaldi", (1, 1), (0.2, 0.1), (1, 3), rank=1, threads=1, repeats=1)
+    monkeypatch.setattr(bench_run, "TFKALDI", ((40, 30), (50, 40), (20, 50)))
+    rows = bench_run.run("tfkaldi", (1, 1), (0.2, 0.1), (1, 3), rank=1, threads=1, repeats=1)
     assert [(row["batch"], row["ratio"]) for row in rows] == [(1, 0.2), (1, 0.1), (3, 0.2), (3, 0.1)]
     assert all(row["microseconds"] > 0 and row["rows"] == 20 and row["cols"] == 30 for row in rows)
-    assert bench.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert shown.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("case", ["lstm", "gru", "deepspeech", "train-lstm"])
@@ -196,19 +200,19 @@ def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
     monkeypatch.setattr(networks, "UNITS", 32)
     monkeypatch.setattr(networks, "STEPS", 12)
     monkeypatch.setattr(networks.ctc, "WIDTH", 24)
-    rows = bench.run(case, (32, 24), (0.3, 0.0001), (2,), rank=1, threads=1, repeats=2)
+    rows = bench_run.run(case, (32, 24), (0.3, 0.0001), (2,), rank=1, threads=1, repeats=2)
     assert [row["microseconds"] is None for row in rows] == [False, True]
     assert rows[0]["dense_microseconds"] > 0
     assert rows[0]["rank_microseconds"] > 0
     assert (rows[0]["int8_microseconds"] is None) == (case == "train-lstm")
-    assert "smallest ratio" in bench.summary(rows)
+    assert "smallest ratio" in shown.summary(rows)
     if not rows[0]["int8_microseconds"]:
         return
     built, whole = [], networks.whole(case, (32, 24), 2)
-    monkeypatch.setattr(bench, "quantised", lambda model: built.append(trial.quantised(model)) or built[-1])
-    bench._measure_whole(case, whole, (0.3,), 2, 1, 1, 1, lambda *_: None)
+    monkeypatch.setattr(bench_run, "quantised", lambda model: built.append(trial.quantised(model)) or built[-1])
+    bench_run._measure_whole(case, whole, (0.3,), 2, 1, 1, 1, lambda *_: None)
     assert any("quantized" in type(module).__module__ for module in built[0].modules())
-    assert bench.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert shown.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_says_where_there_are_no_kernels(here):

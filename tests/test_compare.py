@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import deepthin
-from deepthin import ConfigError, NonFiniteError, results
-from deepthin.compare import Settings, compare
-from deepthin.storage import from_bytes
-from deepthin.tasks import TASKS, digits
-from deepthin.tasks.training import Training
-from deepthin.trial import COMPARED, Run, Setup, Trial
+from deepthin import ConfigError, NonFiniteError
+from deepthin.lab.compare import Settings, compare
+from deepthin.lab.report import points, tables
+from deepthin.lab.report.page import write_page
+from deepthin.lab.tasks import TASKS, digits
+from deepthin.lab.tasks.training import Training
+from deepthin.lab.trial import COMPARED, Run, Setup, Trial
+from deepthin.storage.read import from_bytes
 
 PIECES = {"train": 480, "t10k": 120}
 
@@ -46,7 +48,7 @@ def finished(folder, tmp_path_factory):
 
 def test_rows_say_what_was_measured(finished):
     out, rows = finished
-    assert json.loads((out / "results.json").read_text()) == rows
+    assert json.loads((out / "points.json").read_text()) == rows
     by = {(row["method"], row["ratio"], row["split"]): row for row in rows}
     assert {key[:2] for key in by} == {("dense", 1.0), ("int8", 0.25)} | {
         (m, r) for m in ("deepthin", "rank", "same-size") for r in (0.02, 0.001)
@@ -101,7 +103,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(folder, tmp_path):
     wanted = settings(folder, ("deepthin", "rank"))
     with pytest.raises(Stopped):
         compare(wanted, tmp_path / "a", stop_in_second)
-    assert {row["method"] for row in json.loads((tmp_path / "a" / "results.json").read_text())} == {"dense"}
+    assert {row["method"] for row in json.loads((tmp_path / "a" / "points.json").read_text())} == {"dense"}
     trained = []
     rows = compare(wanted, tmp_path / "a", lambda name, *_: trained.append(name))
     assert set(trained) - {"timing"} == {"deepthin-0.02-seed0", "rank-0.02-seed0"}
@@ -123,18 +125,18 @@ def test_results_of_different_runs_do_not_mix(folder, tmp_path):
 
 def test_summary_and_page(finished):
     out, rows = finished
-    text = results.summary(rows)
+    text = tables.summary(rows)
     assert "not reachable: smallest ratio 0.00519" in text
     assert text.splitlines()[2].split()[0] == "dense"
-    page = results.write_page(rows, out, "deepthin compare digits --out <here>").read_text()
+    page = write_page(rows, out, "deepthin compare digits --out <here>").read_text()
     assert (out / "digits.png").stat().st_size > 10_000
     assert (out / "digits-latency.png").exists()
     assert "--out &lt;here&gt;" in page
     assert "<h3>deepthin at 0.02</h3>" in page
     assert "://" not in page  # it needs no other file
-    best = results.best_thin(rows)
+    best = points.best_thin(rows)
     assert best["value"] == min(
-        r["value"] for r in rows if r["split"] == "dev" and r["method"] not in results.UNCOMPRESSED
+        r["value"] for r in rows if r["split"] == "dev" and r["method"] not in points.UNCOMPRESSED
     )
 
 
@@ -152,7 +154,7 @@ def test_every_method_runs(folder, tmp_path):
         assert 0.6 * 0.05 < held / reached["dense"]["weight_bytes"] <= 0.05, name
         own = {"pruned-csr": "pruned", "same-size-8bit": "uniform"}.get(name, name.replace("-8bit", " then uniform"))
         assert all(thin.name == own for thin in stored)
-    told = results.cuts([{**row, "value": 1 + methods.index(row["method"])} for row in rows])
+    told = tables.cuts([{**row, "value": 1 + methods.index(row["method"])} for row in rows])
     head, _, *lines = told.splitlines()[1:]
     ours = ["deepthin", "deepthin-8bit"]
     assert head.split() == [
@@ -168,7 +170,7 @@ def test_every_method_runs(folder, tmp_path):
 def test_spread_over_seeds_is_shown(finished):
     _, rows = finished
     doubled = [{**row, "seed": seed, "value": row["value"] and row["value"] + seed} for row in rows for seed in (0, 1)]
-    assert "+-0.50" in results.summary(doubled)
+    assert "+-0.50" in tables.summary(doubled)
 
 
 def test_missing_data_is_told(tmp_path):

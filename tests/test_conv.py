@@ -12,8 +12,8 @@ from torch import nn
 
 import deepthin.torch as dt
 from deepthin import ConfigError
-from deepthin.tasks import conv
-from deepthin.tasks.training import Training
+from deepthin.lab.tasks import conv
+from deepthin.lab.tasks.training import Training
 
 DEPTHS = 5, 8
 PIECES = {"train": 192, "t10k": 40}

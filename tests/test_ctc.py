@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 import deepthin.torch as dt
 from deepthin import ConfigError
-from deepthin.tasks import an4, ctc
-from deepthin.tasks.training import Training
-from deepthin.torch.layers import ThinLSTM
+from deepthin.lab.tasks import an4, ctc
+from deepthin.lab.tasks.training import Training
+from deepthin.torch.recurrent_layers import ThinLSTM
 
 SPEAKERS = {"train": [f"s{i:02}" for i in range(18)], "test": ["t0", "t1"]}
 WORDS = ("AB", "BA", "C")

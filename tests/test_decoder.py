@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepthin.method import ConfigError, NonFiniteError
-from deepthin.tasks.decoder import (
+from deepthin.errors import ConfigError, NonFiniteError
+from deepthin.lab.tasks.decoder import (
     FLOOR,
     WordLoop,
     hybrid_scores,

@@ -13,11 +13,11 @@ from torch import nn
 
 import deepthin.torch as dt
 from deepthin import ConfigError
-from deepthin.compare import Settings, compare
-from deepthin.tasks import TASKS, acoustic, digits
-from deepthin.tasks.training import Training
-from deepthin.teacher import Teacher
-from deepthin.trial import Setup, prepared
+from deepthin.lab.compare import Settings, compare
+from deepthin.lab.tasks import TASKS, acoustic, digits
+from deepthin.lab.tasks.training import Training
+from deepthin.lab.teacher import Teacher
+from deepthin.lab.trial import Setup, prepared
 
 ROOT = Path(__file__).parent.parent
 EPS = torch.finfo(torch.float32).eps

@@ -16,11 +16,11 @@ import optuna
 import pytest
 
 from deepthin import ConfigError
-from deepthin.compare import Settings, compare, searched_ratio
-from deepthin.engines import Inline, Processes, Ray, run_chains
-from deepthin.method import DeepThinError
-from deepthin.search import Choice, Search, open_storage, search
-from deepthin.trial import Setup
+from deepthin.errors import DeepThinError
+from deepthin.lab.compare import Settings, compare, searched_ratio
+from deepthin.lab.engines import Inline, Processes, Ray, run_chains
+from deepthin.lab.search import Choice, Search, open_storage, search
+from deepthin.lab.trial import Setup
 
 UNTIMED = ("seconds", "microseconds", "dense_microseconds")
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'deepthin[ray]'")
@@ -92,7 +92,7 @@ def test_several_processes_give_the_same_rows(straight, tmp_path):
 
 
 def test_ray_that_is_not_installed_is_told(monkeypatch):
-    monkeypatch.setattr("deepthin.engines.find_spec", lambda _: None)
+    monkeypatch.setattr("deepthin.lab.engines.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'deepthin\[ray\]'"):
         Ray(1, 1)
 
@@ -198,7 +198,7 @@ def test_what_diverges_counts_but_never_wins(tmp_path):
 
 
 def test_a_search_without_optuna_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr("deepthin.search.find_spec", lambda _: None)
+    monkeypatch.setattr("deepthin.lab.search.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="--search needs Optuna"):
         open_storage(tmp_path / "s.db")
 

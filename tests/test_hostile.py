@@ -17,12 +17,16 @@ from torch.nn.utils import prune
 
 import deepthin
 import deepthin.torch as dt
-from deepthin import METHODS, BudgetError, ConfigError, FormatError, cli
-from deepthin.coding import Raw
-from deepthin.method import Then
+from deepthin import METHODS, BudgetError, ConfigError, FormatError
+from deepthin.cli import main
 from deepthin.methods.factor import Factor
 from deepthin.methods.kmeans import KMeans
-from deepthin.storage import Contents, Part, Thin, from_bytes, to_bytes, write, write_atomically
+from deepthin.methods.then import Then
+from deepthin.storage.arrays import Raw
+from deepthin.storage.atomic import write_atomically
+from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.read import from_bytes
+from deepthin.storage.write import to_bytes, write
 from test_storage import header_of, resign, small_contents
 
 R = {"model": {"ratio": 0.3}}
@@ -560,7 +564,7 @@ def run(tmp_path, monkeypatch, capsys):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["deepthin", *words])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main.main()
         shown = capsys.readouterr()
         return stopped.value.code, shown.err
 

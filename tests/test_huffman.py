@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepthin import huffman, kernels
-from deepthin.huffman import LONGEST, MOST_FREE, MOST_USED, coded_bytes, decode, encode, lengths_of
+from deepthin.coding import huffman
+from deepthin.coding.huffman import LONGEST, MOST_FREE, MOST_USED, coded_bytes, decode, encode, lengths_of
+from deepthin.kernels import products
 from deepthin.methods.kmeans import KMeans
 
-WALKS = [huffman.walk] + ([kernels.huffman_walk] if kernels.native_available else [])
+WALKS = [huffman.walk] + ([products.huffman_walk] if products.native_available else [])
 each_walk = pytest.mark.parametrize("walk", WALKS, ids=["python", "native"][: len(WALKS)])
 
 
@@ -273,7 +274,7 @@ def test_a_short_stream_takes_little_memory(walk):
     assert peak < 1 << 20
 
 
-@pytest.mark.skipif(not kernels.native_available, reason="there is no native code")
+@pytest.mark.skipif(not products.native_available, reason="there is no native code")
 @pytest.mark.parametrize(
     "change", [{"bytes": -1}, {"start": -1}, {"start": 17}, {"entries": 3}, {"entries": 1}, {"most": -1}, {"count": -1}]
 )
@@ -281,7 +282,7 @@ def test_native_code_checks_what_it_is_given(change):
     lookup, data, out = np.array([1, 17], np.uint32), np.zeros(2, np.uint8), np.zeros(16, np.uint16)
     given = {"data": data.ctypes.data, "bytes": 2, "start": 0, "lookup": lookup.ctypes.data, "entries": 2}
     given |= {"out": out.ctypes.data, "most": 16, "count": 16, "skip": -1}
-    native = kernels.native().huffman_walk
+    native = products.native().huffman_walk
     assert native(*given.values()) == [16, 16]
     with pytest.raises(ValueError, match="of no possible size"):
         native(*(given | change).values())
@@ -291,11 +292,11 @@ def test_native_code_checks_what_it_is_given(change):
             native(*given.values())
 
 
-@pytest.mark.skipif(not kernels.native_available, reason="there is no native code")
+@pytest.mark.skipif(not products.native_available, reason="there is no native code")
 def test_native_code_reads_no_further_than_the_bytes():
     """Streams that end at the end of an array, at every distance to the next eight bytes; `make sanitize` looks on."""
     for count in range(1, 90):
         values = drawn(count, count, 3, "even")
         data = encode(values, 3)
-        assert (decode(data.copy(), 3, count, walk=kernels.huffman_walk) == values).all()
+        assert (decode(data.copy(), 3, count, walk=products.huffman_walk) == values).all()
         assert len(data) >= math.ceil(count * huffman_bits(np.bincount(values)) / count / 8)

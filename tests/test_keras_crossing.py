@@ -13,8 +13,8 @@ from torch import nn
 
 import deepthin
 import deepthin.torch as dt
-from deepthin.method import ConfigError
-from deepthin.start import drawn, generator
+from deepthin.errors import ConfigError
+from deepthin.plan.start import drawn, generator
 
 pytest.importorskip("keras")
 with warnings.catch_warnings():

@@ -11,21 +11,21 @@ import time
 import numpy as np
 import pytest
 
-from deepthin import kernels
+from deepthin.kernels import products
 from deepthin.methods.factor import Factor
 
-pytestmark = pytest.mark.skipif(not kernels.native_available, reason="no native kernels here")
+pytestmark = pytest.mark.skipif(not products.native_available, reason="no native kernels here")
 
 EPS32 = float(np.finfo(np.float32).eps)
 WAYS = ("direct", "fft")
 
 
-@pytest.fixture(params=kernels.isas() or ("none",))
+@pytest.fixture(params=products.isas() or ("none",))
 def isa(request):
     """Every instruction set that this machine runs."""
-    kernels.native().select(request.param)
+    products.native().select(request.param)
     yield request.param
-    kernels.native().select(os.environ.get("DEEPTHIN_ISA", ""))
+    products.native().select(os.environ.get("DEEPTHIN_ISA", ""))
 
 
 class Problem:
@@ -44,17 +44,17 @@ class Problem:
         return flat[self.offset : self.offset + rows * cols].reshape(rows, cols)
 
     def run(self, correlation, **options):
-        return kernels.linear(
+        return products.linear(
             self.method, self.x, self.xf, self.wf, self.bias, correlation=correlation, offset=self.offset, **options
         )
 
     def gradients(self, correlation, **options):
-        return kernels.linear_gradients(
+        return products.linear_gradients(
             self.method, self.grad, self.x, self.xf, self.wf, correlation=correlation, offset=self.offset, **options
         )
 
     def reference(self):
-        return kernels.linear_reference(self.method, self.x, self.xf, self.wf, self.bias, offset=self.offset)
+        return products.linear_reference(self.method, self.x, self.xf, self.wf, self.bias, offset=self.offset)
 
     def losses(self):
         """Roundings of a sum of so many terms; by FFT, of its levels, over the energy of the whole item."""
@@ -292,7 +292,7 @@ def guarded(array, at_end):  # a copy that ends where a page begins that nobody 
 
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.standard_normal(shape).astype("f4")
-kernels.native().select(sys.argv[1])
+products.native().select(sys.argv[1])
 count = 0
 for rows, cols, n, rank, offset in [
     (1, 1, 1, 1, 0), (5, 7, 3, 1, 2), (40, 64, 13, 1, 0), (40, 64, 13, 3, 5), (17, 100, 33, 2, 0), (64, 30, 200, 1, 7),
@@ -310,26 +310,26 @@ for rows, cols, n, rank, offset in [
             at = lambda *arrays: [a.ctypes.data for a in arrays]
             for fft in (False, True):
                 plan = rows, cols, n, rank, offset
-                kernels.native().forward(*plan, *at(x, xf, wf, bias, y), batch, fft, True, 1)
-                kernels.native().backward(*plan, *at(x, xf, wf, grad, gx, gxf, gwf), batch, fft, 1)
+                products.native().forward(*plan, *at(x, xf, wf, bias, y), batch, fft, True, 1)
+                products.native().backward(*plan, *at(x, xf, wf, grad, gx, gxf, gwf), batch, fft, 1)
                 count += 2
             starts, columns = guarded(np.array([0, *[1] * rows]), at_end), guarded(np.zeros(1, "i4"), at_end)
             value = guarded(draw(1), at_end)
-            kernels.native().csr(*at(value, columns, starts), rows, cols, 1, *at(bias, x, y), batch, 1)
+            products.native().csr(*at(value, columns, starts), rows, cols, 1, *at(bias, x, y), batch, 1)
             symbols, once = guarded(np.zeros((rows, cols), "u1"), at_end), guarded(draw(1, 1), at_end)
-            for levels in {1, *kernels.levels()} - {0} if kernels.levels()[1] else ():
+            for levels in {1, *products.levels()} - {0} if products.levels()[1] else ():
                 table = guarded(draw(levels), at_end)
-                kernels.native().symbols(
+                products.native().symbols(
                     rows, cols, *at(symbols), 0, 0, False, *at(table), levels, *at(bias, x, y), batch, 1
                 )
             for step in (once, bias):
                 own = *at(symbols, step, step), step is bias, 0, 0
-                kernels.native().symbols(rows, cols, *own, *at(bias, x, y), batch, 1)
+                products.native().symbols(rows, cols, *own, *at(bias, x, y), batch, 1)
 print("untouched", count)
 """
 
 
-@pytest.mark.parametrize("name", kernels.isas())
+@pytest.mark.parametrize("name", products.isas())
 def test_nothing_is_touched_outside_the_arrays(name):
     """Promise 10: every array between pages that may be neither read nor written."""
     shown = subprocess.run([sys.executable, "-c", GUARDED, name], capture_output=True, text=True, check=False)
@@ -340,7 +340,7 @@ def test_the_guard_pages_do_guard():
     """The test above can fail: a plan with one row more reads past xf."""
     broken = GUARDED.replace("plan = rows,", "plan = rows + 1,")
     shown = subprocess.run(
-        [sys.executable, "-c", broken, kernels.isas()[0]], capture_output=True, text=True, check=False
+        [sys.executable, "-c", broken, products.isas()[0]], capture_output=True, text=True, check=False
     )
     assert shown.returncode < 0
 
@@ -354,20 +354,20 @@ from deepthin.methods.factor import Factor
 rng = np.random.default_rng(0)
 method = Factor((40, 50), 7, 2)
 x, xf, wf, grad = (rng.standard_normal(s).astype("f4") for s in [(130, 50), (286, 2), (2, 7), (130, 40)])
-runs = [lambda: kernels.linear(method, x, xf, wf, correlation="fft", threads=2),
-        lambda: kernels.linear(method, x[:1], xf, wf, correlation="fft"),
-        lambda: kernels.linear_gradients(method, grad, x, xf, wf, correlation="fft", threads=2)]
+runs = [lambda: products.linear(method, x, xf, wf, correlation="fft", threads=2),
+        lambda: products.linear(method, x[:1], xf, wf, correlation="fft"),
+        lambda: products.linear_gradients(method, grad, x, xf, wf, correlation="fft", threads=2)]
 failures = 0
 for run in runs:
     for count in range(100):
-        kernels.native().fail_allocation_after(count)
+        products.native().fail_allocation_after(count)
         try:
             y = run()
         except MemoryError:
             failures += 1
             continue
         break
-    kernels.native().fail_allocation_after(-1)
+    products.native().fail_allocation_after(-1)
     again = run()
     assert all(np.array_equal(a, b) for a, b in zip(y, again))
 print("failures", failures)
@@ -382,40 +382,40 @@ def test_what_does_not_fit_is_refused():
     method = Factor((6, 9), 4, 1)
     x, xf, wf = np.zeros((2, 9), np.float32), np.zeros((14, 1), np.float32), np.zeros((1, 4), np.float32)
     with pytest.raises(TypeError, match="xf is float64: the native kernels compute in float32"):
-        kernels.linear(method, x, xf.astype(np.float64), wf)
+        products.linear(method, x, xf.astype(np.float64), wf)
     with pytest.raises(ValueError, match=r"x is \(2, 8\): this plan needs \(2, 9\)"):
-        kernels.linear(method, x[:, :8], xf, wf)
+        products.linear(method, x[:, :8], xf, wf)
     with pytest.raises(ValueError, match=r"xf is \(13, 1\): this plan needs \(14, 1\)"):
-        kernels.linear(method, x, xf[:13], wf)
+        products.linear(method, x, xf[:13], wf)
     with pytest.raises(ValueError, match="The offset 4 must be at least 0 and below n = 4"):
-        kernels.linear(method, x, xf, wf, offset=4)
+        products.linear(method, x, xf, wf, offset=4)
     with pytest.raises(ValueError, match="'Direct' must be 'direct' or 'fft'"):
-        kernels.linear(method, x, xf, wf, correlation="Direct")
+        products.linear(method, x, xf, wf, correlation="Direct")
     with pytest.raises(TypeError, match="x is a masked array"):
-        kernels.linear(method, np.ma.masked_array(x, x > 0), xf, wf)
+        products.linear(method, np.ma.masked_array(x, x > 0), xf, wf)
     with pytest.raises(ValueError, match="shuffled"):
-        kernels.linear(Factor((6, 9), 4, 1, seed=1), x, xf, wf)
+        products.linear(Factor((6, 9), 4, 1, seed=1), x, xf, wf)
     for plan in [(0, 9, 4, 1, 0), (6, 9, 4, 1, 4), (2**31, 9, 4, 1, 0), (6, 9, -4, 1, 0)]:
         with pytest.raises(ValueError, match="must be from 1 to 2"):
-            kernels.native().forward(*plan, 0, 0, 0, 0, 0, 0, False, False, 1)
+            products.native().forward(*plan, 0, 0, 0, 0, 0, 0, False, False, 1)
     with pytest.raises(ValueError, match="the batch is negative or too large"):
-        kernels.native().forward(6, 9, 4, 1, 0, 0, 0, 0, 0, 0, 2**60, False, False, 1)
+        products.native().forward(6, 9, 4, 1, 0, 0, 0, 0, 0, 0, 2**60, False, False, 1)
 
 
-def in_fresh_process(isa, statement="print(kernels.native_available, kernels.isa())"):
+def in_fresh_process(isa, statement="print(products.native_available, products.isa())"):
     environment = {**os.environ, "DEEPTHIN_ISA": isa}
-    code = f"from deepthin import kernels; {statement}"
+    code = f"from deepthin.kernels import products; {statement}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
 def test_the_instruction_set_can_be_forced():
-    for name in kernels.isas():
+    for name in products.isas():
         assert in_fresh_process(name).stdout.strip() == f"True {name}"
     assert in_fresh_process("none").stdout.strip() == "False none"
-    shown = in_fresh_process("none", "kernels.native()")
+    shown = in_fresh_process("none", "products.native()")
     assert "deepthin has no native kernels here: DEEPTHIN_ISA=none." in shown.stderr
     shown = in_fresh_process("v9")
-    assert f"DEEPTHIN_ISA='v9': this machine runs {', '.join(kernels.isas())}, or none." in shown.stderr
+    assert f"DEEPTHIN_ISA='v9': this machine runs {', '.join(products.isas())}, or none." in shown.stderr
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 8, 21])
@@ -427,7 +427,7 @@ def test_sparse_rows_against_scipy(isa, batch):
     dense[5] = 0
     matrix = sparse.csr_matrix(dense.astype(np.float32))
     x, bias = rng.standard_normal((batch, 70)).astype(np.float32), rng.standard_normal(40).astype(np.float32)
-    y = kernels.csr_linear(matrix.shape, matrix.data, matrix.indices, matrix.indptr, x, bias, threads=2)
+    y = products.csr_linear(matrix.shape, matrix.data, matrix.indices, matrix.indptr, x, bias, threads=2)
     want = (matrix.astype(np.float64) @ x.T.astype(np.float64)).T + bias
     bound = 40 * EPS32 * ((abs(matrix).astype(np.float64) @ abs(x.T)).T + abs(bias))
     assert (abs(y - want) <= bound).all()
@@ -443,11 +443,11 @@ def test_sparse_rows_are_checked():
         ([0, 2**32, 2], [0, 1, 3]),
     ]:
         with pytest.raises(ValueError, match="columns lie within the matrix|Columns go from"):
-            kernels.csr_linear((2, 4), ones, np.array(columns), np.array(starts), x)
+            products.csr_linear((2, 4), ones, np.array(columns), np.array(starts), x)
     with pytest.raises(ValueError, match="3 values need as many columns, and 2 rows one start more; there are 2 and 3"):
-        kernels.csr_linear((2, 4), ones, np.array([0, 1]), np.array([0, 1, 3]), x)
+        products.csr_linear((2, 4), ones, np.array([0, 1]), np.array([0, 1, 3]), x)
     with pytest.raises(TypeError, match="must be integers; they are float64 and int64"):
-        kernels.csr_linear((2, 4), ones, np.array([0.0, 1.0, 2.0]), np.array([0, 1, 3]), x)
+        products.csr_linear((2, 4), ones, np.array([0.0, 1.0, 2.0]), np.array([0, 1, 3]), x)
 
 
 def test_many_filters_leave_the_latest_in_place():
@@ -456,9 +456,9 @@ def test_many_filters_leave_the_latest_in_place():
     rng = np.random.default_rng(0)
     x, xf = rng.standard_normal((9, 2048), np.float32), rng.standard_normal((method.m, 1), np.float32)
     filters = rng.standard_normal((1500, 1, 1024), np.float32)  # their spectra take some 70 MB
-    first = [kernels.linear(method, x, xf, wf) for wf in filters[:3]]
+    first = [products.linear(method, x, xf, wf) for wf in filters[:3]]
     for wf in filters:
-        kernels.linear(method, x, xf, wf)
+        products.linear(method, x, xf, wf)
     for wf, y in zip(filters, first, strict=False):
-        assert np.array_equal(kernels.linear(method, x, xf, wf), y)
-        assert np.allclose(y, kernels.linear_reference(method, x, xf, wf), atol=1e-2)
+        assert np.array_equal(products.linear(method, x, xf, wf), y)
+        assert np.allclose(y, products.linear_reference(method, x, xf, wf), atol=1e-2)

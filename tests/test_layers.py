@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import deepthin
 import deepthin.torch as dt
-from deepthin import ConfigError, kernels
-from deepthin.torch.layers import THIN, ThinLayer, thin_tensors
+from deepthin import ConfigError
+from deepthin.kernels import products
+from deepthin.torch.exchange import THIN, thin_tensors
+from deepthin.torch.generated import ThinLayer
 
 CLASSES = 5
 
@@ -220,7 +222,7 @@ def test_gradient_checkpointing(case):
 @ALL
 def test_training_compiles_to_one_graph(case, compiling):
     network, x = thin(case)
-    if any(isinstance(module, nn.RNNBase) for module in network.modules()) and not kernels.native_available:
+    if any(isinstance(module, nn.RNNBase) for module in network.modules()) and not products.native_available:
         pytest.skip("Dynamo traces no gradients of torch's own recurrent layers")
     network(x).sum().backward()
     expected = {name: p.grad.clone() for name, p in network.named_parameters()}

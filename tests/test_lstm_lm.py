@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 import deepthin.torch as dt
 from deepthin import ConfigError
-from deepthin.tasks import austen, lstm_lm
-from deepthin.tasks.training import Training
-from deepthin.torch.layers import ThinEmbedding, ThinLinear, ThinLSTM, thin_tensors
+from deepthin.lab.tasks import austen, lstm_lm
+from deepthin.lab.tasks.training import Training
+from deepthin.torch.exchange import thin_tensors
+from deepthin.torch.layers import ThinEmbedding, ThinLinear
+from deepthin.torch.recurrent_layers import ThinLSTM
 
 NOUNS, VERBS = ("cat", "dog", "owl", "eel"), ("sees", "likes")
 

@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepthin import METHODS, BudgetError, ConfigError
-from deepthin.bits import gap_bytes, pack, pack_gaps, packed_bytes, permutation, splitmix, unpack, unpack_gaps
-from deepthin.coding import Raw
-from deepthin.method import Then
+from deepthin.coding.bits import gap_bytes, pack, pack_gaps, packed_bytes, permutation, splitmix, unpack, unpack_gaps
 from deepthin.methods import THEN, fields, with_fields
 from deepthin.methods.binary import Binary
 from deepthin.methods.factor import Factor
@@ -22,7 +20,11 @@ from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Uniform
 from deepthin.methods.tensor_train import TensorTrain
-from deepthin.storage import Contents, Part, Thin, from_bytes, to_bytes
+from deepthin.methods.then import Then
+from deepthin.storage.arrays import Raw
+from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.read import from_bytes
+from deepthin.storage.write import to_bytes
 from deepthin.torch import ThinWeight
 
 EPS32 = float(np.finfo(np.float32).eps)

@@ -18,11 +18,11 @@ from torch import nn
 
 import deepthin
 import deepthin.torch as dt
-from deepthin import kernels
+from deepthin.kernels import products
 from deepthin.methods.factor import Factor
 from deepthin.torch.operators import linear
 
-native = pytest.mark.skipif(not kernels.native_available, reason="no native kernels here")
+native = pytest.mark.skipif(not products.native_available, reason="no native kernels here")
 OPERATOR = torch.ops.deepthin.factor_linear.default
 
 
@@ -48,7 +48,7 @@ def wide(ratio=0.01, width=1024, **options):
 
 
 def test_whether_there_is_native_code_is_said():
-    assert deepthin.native_available is kernels.native_available
+    assert deepthin.native_available is products.native_available
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -397,7 +397,7 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads():
 def test_a_plan_of_the_library_is_that_of_the_kernels():
     method = Factor((20, 30), 7, 1)
     x, xf, wf = (np.ones(s, np.float32) for s in ((2, 30), *method.code_shapes().values()))
-    assert np.array_equal(kernels.linear(method, x, xf, wf), np.full((2, 20), 30, np.float32))
+    assert np.array_equal(products.linear(method, x, xf, wf), np.full((2, 20), 30, np.float32))
 
 
 @native

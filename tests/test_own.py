@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from deepthin import ConfigError
-from deepthin.compare import Settings, compare
-from deepthin.tasks.own import Own
-from deepthin.tasks.training import Training
-from deepthin.trial import Run, Setup, Trial, _loaded
+from deepthin.lab.compare import Settings, compare
+from deepthin.lab.tasks.own import Own
+from deepthin.lab.tasks.training import Training
+from deepthin.lab.trial import Run, Setup, Trial, _loaded
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "own_network.py"
 

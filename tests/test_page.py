@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin import results
-from deepthin.page import render
+from deepthin.lab.report import points
+from deepthin.lab.report.page import render, write_page
 from test_results import RATIOS, made
 
 RUN = {"task": "acoustic", "steps": 1800, "data": "AN4 & more", "network": "Sequential(<a>)"}
@@ -122,13 +122,13 @@ def report(tmp_path_factory):
     for row in {row["model"]: row for row in rows if row.get("model")}.values():
         torch.manual_seed(row["seed"])
         model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300))
-        name, bits = results.base(row["method"])
+        name, bits = points.base(row["method"])
         if name != "dense":
             rule = {"method": "pruned" if name == "pruned-csr" else name}
             rule |= {"then": {"method": "uniform", "bits": int(bits)}} if bits else {}
             dt.compress(model, {"model": {"ratio": row["ratio"]}, "rules": {"*": rule}}, init="scratch", seed=0)
         dt.save(model, out / row["model"])
-    return results.write_page(rows, out, "deepthin compare acoustic")
+    return write_page(rows, out, "deepthin compare acoustic")
 
 
 @pytest.fixture

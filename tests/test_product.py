@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepthin.costs import choose, costs, fft_length
+from deepthin.kernels.costs import choose, costs, fft_length
 from deepthin.methods.factor import Factor
 from deepthin.torch.product import factor_linear
 

@@ -14,13 +14,15 @@ from typer.testing import CliRunner
 
 import deepthin
 import deepthin.torch as dt
-from deepthin.cli import app
-from deepthin.method import BudgetError, ConfigError, Then
-from deepthin.rules import Rules
-from deepthin.storage import to_bytes
-from deepthin.torch.compress import tensors_of
+from deepthin.cli.app import app
+from deepthin.errors import BudgetError, ConfigError
+from deepthin.methods.then import Then
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.shares import plan_tensors
+from deepthin.storage.write import to_bytes
+from deepthin.torch.exchange import thin_tensors
 from deepthin.torch.files import contents
-from deepthin.torch.layers import thin_tensors
+from deepthin.torch.tensors import tensors_of
 
 DEEP = {
     "model": {"ratio": 0.03, "allocation": 0.5},
@@ -193,7 +195,7 @@ def test_a_file_in_bytes_is_never_exceeded(allocation, then, digits, tmp_path):
 )
 def test_wrong_stages_are_refused(stages, message):
     with pytest.raises(ConfigError, match=re.escape(message) if message else "stages"):
-        Rules.parse({**DEEP, "stages": stages})
+        parse_rules({**DEEP, "stages": stages})
 
 
 def test_what_cannot_be_done_is_said_before_the_training():
@@ -213,7 +215,7 @@ def test_codes_of_a_trained_network_may_have_a_rate_of_their_own():
         "dense": 1e-3,
         "pruned": 2e-3,
     }
-    assert Rules.parse({**DEEP, "stages": {"rate": 4}}).stages.rate == 4.0
+    assert parse_rules({**DEEP, "stages": {"rate": 4}}).stages.rate == 4.0
 
 
 # ---- Sensitivity ----------------------------------------------------------------------------------------------------
@@ -292,7 +294,7 @@ def test_groups_and_own_targets_keep_their_places(trained, digits):
     model.append(nn.ReLU()).append(nn.Linear(10, 40))
     found = dt.allocate(model, rules, lambda model: float(model(digits[0])[:, :10].square().mean()))
     named = {plan.tensors[0].name: plan.method for plan in found.plan(tensors_of(model)[0])}
-    before = {plan.tensors[0].name: plan.method for plan in Rules.parse(rules).plan(tensors_of(model)[0])}
+    before = {plan.tensors[0].name: plan.method for plan in plan_tensors(parse_rules(rules), tensors_of(model)[0])}
     assert named == before  # there was nothing to be shared out
     assert named["4.weight"] is None
 
@@ -334,7 +336,7 @@ def test_train_from_scratch_where_there_are_no_stages(tmp_path, monkeypatch):
 
 
 def test_lenet_has_two_depths():
-    from deepthin.tasks import lenet
+    from deepthin.lab.tasks import lenet
 
     sizes = {depth: sum(p.numel() for p in lenet.build(None, 1000, depth).parameters()) for depth in (3, 5)}
     assert sizes == {3: 266_610, 5: 431_080}  # Table 1 of Deep Compression: 1,070 and 1,720 KB

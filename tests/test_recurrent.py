@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import deepthin.torch as dt
-from deepthin import kernels
+from deepthin.kernels import products
+from deepthin.kernels.recurrent import CELLS, gates_of
 from deepthin.methods.factor import Factor
-from deepthin.recurrent import CELLS, gates_of
-from deepthin.torch.layers import ThinRecurrent
 from deepthin.torch.recurrent import pays, recurrent
+from deepthin.torch.recurrent_layers import ThinRecurrent
 
-native = pytest.mark.skipif(not kernels.native_available, reason="no native kernels here")
+native = pytest.mark.skipif(not products.native_available, reason="no native kernels here")
 OPERATOR = torch.ops.deepthin.recurrent.default
 KINDS = [nn.LSTM, nn.GRU, nn.RNN, lambda *sizes, **rest: nn.RNN(*sizes, nonlinearity="relu", **rest)]
 
@@ -60,7 +60,7 @@ def layer(kind, decoded=False, ratio=0.3, **options):
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """Native code also where decoded weights are faster: the layers here are small."""
-    monkeypatch.setattr("deepthin.torch.layers.pays", lambda *_: True)
+    monkeypatch.setattr("deepthin.torch.recurrent_layers.pays", lambda *_: True)
 
 
 @pytest.fixture

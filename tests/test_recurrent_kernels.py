@@ -7,21 +7,21 @@ import sys
 import numpy as np
 import pytest
 
-from deepthin import kernels
+from deepthin.kernels import products
+from deepthin.kernels.recurrent import CELLS, Gate, gates_of, recurrent, recurrent_gradients, recurrent_reference
 from deepthin.methods.factor import Factor
-from deepthin.recurrent import CELLS, Gate, gates_of, recurrent, recurrent_gradients, recurrent_reference
 
-pytestmark = pytest.mark.skipif(not kernels.native_available, reason="no native kernels here")
+pytestmark = pytest.mark.skipif(not products.native_available, reason="no native kernels here")
 
 WAYS = ("direct", "fft")
 
 
-@pytest.fixture(params=kernels.isas() or ("none",))
+@pytest.fixture(params=products.isas() or ("none",))
 def isa(request):
     """Every instruction set that this machine runs."""
-    kernels.native().select(request.param)
+    products.native().select(request.param)
     yield request.param
-    kernels.native().select(os.environ.get("DEEPTHIN_ISA", ""))
+    products.native().select(os.environ.get("DEEPTHIN_ISA", ""))
 
 
 class Problem:
@@ -225,7 +225,7 @@ import test_recurrent_kernels as own
 from test_kernels import GUARDED
 exec(GUARDED.split("rng = np.random")[0])
 from deepthin.recurrent import _at, _numbers, _parts
-kernels.native().select(sys.argv[1])
+products.native().select(sys.argv[1])
 count = 0
 for problem in own.problems(60, seed=9):
     for at_end in (True, False):
@@ -236,14 +236,14 @@ for problem in own.problems(60, seed=9):
         grads = [(guarded(g.xf, at_end), guarded(g.wf, at_end), guarded(np.zeros(g.method.shape[0], "f4"), at_end))
                  for g in gates]
         y, numbers = guarded(grad_y, at_end), _numbers(problem.cell, x, h, problem.directions)
-        reserve = guarded(np.zeros(kernels.native().recurrent_reserve(*numbers[:3], *numbers[4:]), "f4"), at_end)
+        reserve = guarded(np.zeros(products.native().recurrent_reserve(*numbers[:3], *numbers[4:]), "f4"), at_end)
         grad_x, grad_h = guarded(x, at_end), guarded(h, at_end)
         grad_c = None if c is None else guarded(c, at_end)
         last, last_c = guarded(h, at_end), None if c is None else guarded(c, at_end)
         for way in own.WAYS:
-            kernels.native().recurrent(*numbers, *_parts(gates, way), *_at(x, last, last_c, y), 0, 1)
-            kernels.native().recurrent(*numbers, *_parts(gates, way), *_at(x, last, last_c, y, reserve), 1)
-            kernels.native().recurrent_backward(*numbers, *_parts(gates, way, grads),
+            products.native().recurrent(*numbers, *_parts(gates, way), *_at(x, last, last_c, y), 0, 1)
+            products.native().recurrent(*numbers, *_parts(gates, way), *_at(x, last, last_c, y, reserve), 1)
+            products.native().recurrent_backward(*numbers, *_parts(gates, way, grads),
                                                 *_at(x, h, c, y, reserve, grad_y, grad_x, grad_h, grad_c), 1)
             count += 1
     kept.clear()
@@ -251,7 +251,7 @@ print("untouched", count)
 """
 
 
-@pytest.mark.parametrize("name", kernels.isas())
+@pytest.mark.parametrize("name", products.isas())
 def test_nothing_is_touched_outside_the_arrays(name):
     """Promise 10: every array between pages that may be neither read nor written."""
     folder = os.path.dirname(__file__)
@@ -264,13 +264,13 @@ def test_memory_that_is_not_there_is_an_error_and_no_crash():
     want = problem.run() + problem.gradients()
     failures = 0
     for count in range(40):
-        kernels.native().fail_allocation_after(count)
+        products.native().fail_allocation_after(count)
         try:
             problem.run()
             problem.gradients()
         except MemoryError:
             failures += 1
         finally:
-            kernels.native().fail_allocation_after(-1)
+            products.native().fail_allocation_after(-1)
     assert failures > 3
     assert all(np.array_equal(a, b) for a, b in zip(want, problem.run() + problem.gradients(), strict=True))

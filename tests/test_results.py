@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from deepthin import results
+from deepthin.lab.report import figures, points, tables
 
 # Of each method its error at the largest size, the growth of that from size to size, and its speed over dense: made up.
 LIKELY = {
@@ -70,11 +70,11 @@ def cells(text):
 
 def test_the_seeds_of_a_method_at_a_size_are_one_point():
     rows = made(("dense", "rank", "deepthin"), ratios=(0.004, 0.0099))
-    found = results.points(rows)
+    found = points.points(rows)
     assert [(p.method, p.ratio) for p in found] == [
         ("dense", 1.0), ("rank", 0.0099), ("rank", 0.004), ("deepthin", 0.0099), ("deepthin", 0.004)
     ]  # fmt: skip
-    assert results.metrics(rows) == ["frame_error", "wer"]
+    assert points.metrics(rows) == ["frame_error", "wer"]
     values = [r["value"] for r in rows if (r["method"], r["ratio"], r["metric"]) == ("rank", 0.004, "wer")]
     test = values[1::2]
     spread = found[2].test["wer"]
@@ -84,7 +84,7 @@ def test_the_seeds_of_a_method_at_a_size_are_one_point():
 
 
 def test_the_table_has_every_metric_and_the_speed():
-    head, rule, *lines = cells(results.summary(made(("dense", "deepthin", "uniform"), ratios=(0.0195,))))
+    head, rule, *lines = cells(tables.summary(made(("dense", "deepthin", "uniform"), ratios=(0.0195,))))
     sizes = ["method", "weights ratio", "weight bytes", "file bytes", "of dense"]
     assert head == [*sizes, "test frame error, %", "test WER, %", "microseconds", "times faster", "note"]
     assert set(*rule) == {"-"}
@@ -96,18 +96,18 @@ def test_the_table_has_every_metric_and_the_speed():
 
 
 def test_columns_that_would_be_empty_are_left_out():
-    head, *_ = cells(results.summary(of("dense", 1.0, 20.0)))
+    head, *_ = cells(tables.summary(of("dense", 1.0, 20.0)))
     assert head == ["method", "weights ratio", "file bytes", "of dense", "test error, %"]
 
 
 def test_what_failed_is_told_and_the_other_seeds_count():
     (lost,) = of("rank", 0.1, None, failed="The loss is nan at step 3")
     lost["bytes"] = None
-    (point,) = results.points([lost, {**lost, "seed": 1}])
+    (point,) = points.points([lost, {**lost, "seed": 1}])
     assert point.note == "failed: The loss is nan at step 3"
-    (point,) = results.points([lost, *of("rank", 0.1, 1.0, 2.0, 3.0)[1:]])
+    (point,) = points.points([lost, *of("rank", 0.1, 1.0, 2.0, 3.0)[1:]])
     assert (point.note, point.file_bytes, point.seeds) == ("1 failed", 10, 2)
-    assert "2.50 +-0.50" in results.summary([lost, *of("rank", 0.1, 1.0, 2.0, 3.0)[1:]])
+    assert "2.50 +-0.50" in tables.summary([lost, *of("rank", 0.1, 1.0, 2.0, 3.0)[1:]])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_failed_is_told_and_the_other_seeds_count():
     ],
 )
 def test_values_have_the_digits_of_their_unit(metric, values, told):
-    (point,) = results.points(of("rank", 0.1, *values, metric=metric))
+    (point,) = points.points(of("rank", 0.1, *values, metric=metric))
     assert point.test[metric].text(metric) == told
 
 
@@ -135,10 +135,10 @@ def test_the_best_file_is_of_the_best_configuration_not_of_the_luckiest_seed():
         *of("deepthin", 0.1, 0.0, 0.0, split="dev", metric="wer"),
         *of("rank", 0.1, 0.0, 0.0, split="test"),
     ]
-    best = results.best_thin(rows)
+    best = points.best_thin(rows)
     assert (best["model"], best["seed"], best["value"]) == ("best", 1, 4.0)
-    assert results.best_thin(rows[:4]) is None
-    assert results.best_thin([]) is None
+    assert points.best_thin(rows[:4]) is None
+    assert points.best_thin([]) is None
 
 
 def test_cuts_and_gaps_are_means_over_the_sizes_that_both_reach():
@@ -152,13 +152,13 @@ def test_cuts_and_gaps_are_means_over_the_sizes_that_both_reach():
         *of("int8", 0.25, 11.0),
         *of("hashed", 0.1, 9.0),  # better than dense: there is no gap to close
     ]
-    found = results.compared(results.points(rows), "error")
+    found = tables.compared(points.points(rows), "error")
     assert list(found) == ["rank", "hashed", "deepthin", "deepthin-8bit"]
     cut = found["rank"]["deepthin"]
     assert cut.cut == pytest.approx((6 / 20 + 4 / 16) / 2)
     assert cut.closed == pytest.approx((6 / 10 + 4 / 6) / 2)
     assert found["hashed"]["deepthin"].closed is None
-    about, head, _, *lines = results.cuts(rows).splitlines()
+    about, head, _, *lines = tables.cuts(rows).splitlines()
     assert about == "Cut of test error over each rival, %, and how much of the rival's gap to dense it closes, %"
     ours = ["deepthin", "gap", "deepthin-8bit", "gap"]
     assert cells(head) == [["over", *ours, "sizes", "paper: TFKaldi WER", "paper: DeepSpeech loss"]]
@@ -171,24 +171,24 @@ def test_cuts_and_gaps_are_means_over_the_sizes_that_both_reach():
 
 
 def test_every_metric_has_its_table_of_cuts():
-    told = results.cuts(made(("dense", "rank", "deepthin"), task="ctc", metrics=("loss", "wer", "wer_greedy")))
+    told = tables.cuts(made(("dense", "rank", "deepthin"), task="ctc", metrics=("loss", "wer", "wer_greedy")))
     assert [line for line in told.splitlines() if line.startswith("Cut")] == [
         f"Cut of test {name} over each rival, %, and how much of the rival's gap to dense it closes, %"
         for name in ("loss", "WER", "greedy WER")
     ]
-    assert results.cuts(made(("dense", "rank"))) == ""
-    assert results.cuts(made(("dense", "deepthin"))) == ""
+    assert tables.cuts(made(("dense", "rank"))) == ""
+    assert tables.cuts(made(("dense", "deepthin"))) == ""
 
 
 def test_pictures_of_every_metric_and_of_the_latency(tmp_path):
     rows = made(seeds=2, task="a/b", metrics=("error", "my metric"))
-    files = results.draw(rows, tmp_path)
+    files = figures.draw(rows, tmp_path)
     assert [file.name for file in files] == ["a_b.png", "a_b-my_metric.png", "a_b-latency.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 20_000 for file in files)
 
 
 def test_pictures_of_little(tmp_path):
     """One method, errors of nothing, no time: what a first short run gives."""
-    assert len(results.draw(of("rank", 0.1, 0.0, 0.0), tmp_path)) == 1
-    assert len(results.draw(made(("dense", "uniform"), timed=False, metrics=("error",)), tmp_path)) == 1
-    assert len(results.draw(made(("uniform",), metrics=("error",)), tmp_path)) == 1
+    assert len(figures.draw(of("rank", 0.1, 0.0, 0.0), tmp_path)) == 1
+    assert len(figures.draw(made(("dense", "uniform"), timed=False, metrics=("error",)), tmp_path)) == 1
+    assert len(figures.draw(made(("uniform",), metrics=("error",)), tmp_path)) == 1

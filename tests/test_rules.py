@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepthin import BudgetError, ConfigError
-from deepthin.rules import Rule, Rules, Tensor, matrix_shape
+from deepthin.method import matrix_shape
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rule
+from deepthin.plan.shares import plan_tensors
+from deepthin.plan.tensor import Tensor
 
 MODEL = [
     Tensor("encoder.fc1.weight", (300, 784)),
@@ -25,7 +29,7 @@ AREA = 300 * 784 + 100 * 300 + 10 * 100
 
 
 def matched(rules):
-    return {name: rule.pattern for name, (_, rule) in Rules.parse(rules).match(MODEL).items()}
+    return {name: rule.pattern for name, (_, rule) in parse_rules(rules).match(MODEL).items()}
 
 
 def bits(planned):
@@ -43,8 +47,8 @@ def test_toml_and_mapping_say_the_same(tmp_path):
         "model": {"ratio": 0.02, "ignore": ["output"]},
         "rules": {"encoder.fc*": {"method": "deepthin", "ratio": 0.01, "rank": 2}},
     }
-    assert Rules.parse(path) == Rules.parse(str(path)) == Rules.parse(mapping) == Rules.parse(Rules.parse(mapping))
-    assert Rules.parse(mapping).rules == (Rule("encoder.fc*", "deepthin", 0.01, None, {"rank": 2}),)
+    assert parse_rules(path) == parse_rules(str(path)) == parse_rules(mapping) == parse_rules(parse_rules(mapping))
+    assert parse_rules(mapping).rules == (Rule("encoder.fc*", "deepthin", 0.01, None, {"rank": 2}),)
 
 
 @pytest.mark.parametrize(
@@ -86,42 +90,42 @@ def test_no_rules_means_deepthin_for_all():
 
 def test_a_shared_tensor_is_reached_by_any_of_its_names():
     tensors = [Tensor("embed.weight", (50, 20), also=("decoder.weight",))]
-    assert list(Rules.parse({"rules": {"decoder": {"ratio": 0.5}}}).match(tensors)) == ["embed.weight"]
+    assert list(parse_rules({"rules": {"decoder": {"ratio": 0.5}}}).match(tensors)) == ["embed.weight"]
 
 
 def test_a_layer_without_thin_version_is_never_silent():
     tensors = [*MODEL, Tensor("conv1.weight", (8, 1, 3, 3), "Odd has no thin version")]
     with pytest.raises(ConfigError) as caught:
-        Rules.parse({"model": {"ratio": 0.1}}).match(tensors)
+        parse_rules({"model": {"ratio": 0.1}}).match(tensors)
     assert str(caught.value) == (
         "rule '*' reaches conv1.weight: Odd has no thin version. Covered are the parameters of linear, convolution, "
         "embedding, recurrent and attention layers of torch.nn. Add 'conv1' to [model] ignore to keep it dense."
     )
-    assert list(Rules.parse({"model": {"ratio": 0.1, "ignore": ["conv1"]}}).match(tensors)) == MATRICES
+    assert list(parse_rules({"model": {"ratio": 0.1, "ignore": ["conv1"]}}).match(tensors)) == MATRICES
 
 
 def test_a_rules_own_ratio_is_that_matrix_alone():
-    planned = Rules.parse({"rules": {"encoder.fc1": {"ratio": 0.02}}}).plan(MODEL)
+    planned = plan_tensors(parse_rules({"rules": {"encoder.fc1": {"ratio": 0.02}}}), MODEL)
     assert [p.name for p in planned] == ["deepthin", "dense", "dense"]
     assert 0.019 * 32 * 300 * 784 < planned[0].method.bits() <= 0.02 * 32 * 300 * 784
 
 
 def test_a_rules_bytes():
-    planned = Rules.parse({"rules": {"encoder.fc1": {"bytes": 5000}}}).plan(MODEL)
+    planned = plan_tensors(parse_rules({"rules": {"encoder.fc1": {"bytes": 5000}}}), MODEL)
     assert 4900 * 8 < planned[0].method.bits() <= 5000 * 8
 
 
 def test_rank_alone_is_a_target_for_method_rank_only():
-    planned = Rules.parse({"rules": {"encoder.fc2": {"method": "rank", "rank": 7}}}).plan(MODEL)
+    planned = plan_tensors(parse_rules({"rules": {"encoder.fc2": {"method": "rank", "rank": 7}}}), MODEL)
     assert planned[1].method.rank == 7
     with pytest.raises(ConfigError, match="has no target"):
-        Rules.parse({"rules": {"encoder.fc2": {"method": "deepthin", "rank": 7}}}).plan(MODEL)
+        plan_tensors(parse_rules({"rules": {"encoder.fc2": {"method": "deepthin", "rank": 7}}}), MODEL)
 
 
 @pytest.mark.parametrize("allocation", ["flat", "uniform-bytes"])
 @pytest.mark.parametrize("ratio", [0.006, 0.02, 0.1, 0.5])
 def test_the_models_ratio_is_shared_out_and_kept(allocation, ratio):
-    planned = Rules.parse({"model": {"ratio": ratio, "allocation": allocation}}).plan(MODEL)
+    planned = plan_tensors(parse_rules({"model": {"ratio": ratio, "allocation": allocation}}), MODEL)
     taken = bits(planned)
     assert sum(taken.values()) <= ratio * 32 * AREA
     # What n = 2, 3, 5 ... leave unused at large ratios is no small part; at small ones nothing is left to speak of.
@@ -131,17 +135,18 @@ def test_the_models_ratio_is_shared_out_and_kept(allocation, ratio):
 def test_flat_gives_equal_ratios_and_uniform_bytes_equal_bytes():
     wide = [Tensor("a", (1000, 1000)), Tensor("b", (500, 500)), Tensor("c", (300, 200))]
     area = [1000 * 1000, 500 * 500, 300 * 200]
-    flat = bits(Rules.parse({"model": {"ratio": 0.02}}).plan(wide)).values()
+    flat = bits(plan_tensors(parse_rules({"model": {"ratio": 0.02}}), wide)).values()
     ratios = [taken / (32 * weights) for taken, weights in zip(flat, area, strict=True)]
     assert max(ratios) < 1.2 * min(ratios)
-    equal = bits(Rules.parse({"model": {"ratio": 0.02, "allocation": "uniform-bytes"}}).plan(wide)).values()
+    equal = bits(plan_tensors(parse_rules({"model": {"ratio": 0.02, "allocation": "uniform-bytes"}}), wide)).values()
     assert max(equal) < 1.2 * min(equal)
 
 
 def test_an_own_target_is_fixed_and_the_model_shares_the_rest():
-    planned = Rules.parse(
-        {"model": {"ratio": 0.05}, "rules": {"encoder.fc1": {"ratio": 0.02}, "*": {"method": "rank"}}}
-    ).plan(MODEL)
+    planned = plan_tensors(
+        parse_rules({"model": {"ratio": 0.05}, "rules": {"encoder.fc1": {"ratio": 0.02}, "*": {"method": "rank"}}}),
+        MODEL,
+    )
     taken = bits(planned)
     assert taken["encoder.fc1.weight"] <= 0.02 * 32 * 300 * 784
     assert 0.9 * 0.05 * 32 * AREA < sum(taken.values()) <= 0.05 * 32 * AREA
@@ -149,7 +154,7 @@ def test_an_own_target_is_fixed_and_the_model_shares_the_rest():
 
 
 def test_a_matrix_that_no_plan_makes_smaller_stays_dense():
-    planned = Rules.parse({"model": {"ratio": 0.5}}).plan([*MODEL, Tensor("gate.weight", (1, 2))])
+    planned = plan_tensors(parse_rules({"model": {"ratio": 0.5}}), [*MODEL, Tensor("gate.weight", (1, 2))])
     assert planned[-1].method is None
 
 
@@ -164,12 +169,12 @@ def test_a_bias_is_stored_near_square():
 
 def test_infeasible_model_ratio_names_the_smallest():
     with pytest.raises(BudgetError) as caught:
-        Rules.parse({"model": {"ratio": 1e-9}}).plan(MODEL)
+        plan_tensors(parse_rules({"model": {"ratio": 1e-9}}), MODEL)
     assert str(caught.value) == (
         "The matched matrices cannot be stored in 0 bytes: the smallest plans, and what the rules' own targets fix, "
         "need 5524. Use [model] ratio >= 0.0052, another method, or [model] ignore."
     )
-    Rules.parse({"model": {"ratio": 0.0052}}).plan(MODEL)
+    plan_tensors(parse_rules({"model": {"ratio": 0.0052}}), MODEL)
     assert caught.value.smallest_ratio == pytest.approx(5524 / 4 / AREA)
 
 
@@ -177,7 +182,7 @@ def test_infeasible_rule_names_the_matrix():
     with pytest.raises(
         BudgetError, match=r"^encoder\.fc1\.weight: DeepThin cannot store 300x784 .* Use ratio >= 0\.0042\.$"
     ):
-        Rules.parse({"rules": {"*fc1": {"ratio": 1e-9}}}).plan(MODEL)
+        plan_tensors(parse_rules({"rules": {"*fc1": {"ratio": 1e-9}}}), MODEL)
 
 
 @pytest.mark.parametrize(
@@ -226,16 +231,16 @@ def test_infeasible_rule_names_the_matrix():
 )  # fmt: skip
 def test_a_wrong_configuration_is_refused_with_the_way_out(rules, message):
     with pytest.raises(ConfigError) as caught:
-        Rules.parse(rules)
+        parse_rules(rules)
     assert str(caught.value) == message
 
 
 def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(ConfigError, match="There is no configuration file"):
-        Rules.parse(tmp_path / "none.toml")
+        parse_rules(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("[model\n")
     with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML"):
-        Rules.parse(tmp_path / "bad.toml")
+        parse_rules(tmp_path / "bad.toml")
 
 
 @pytest.mark.parametrize(
@@ -277,12 +282,12 @@ def test_one_wrong_letter_in_a_key_is_understood(key, edit, at, letter):
     if typo in KEYS:
         return
     with pytest.raises(ConfigError, match=f"Did you mean '{key}'"):
-        Rules.parse({"model": {typo: 1}})
+        parse_rules({"model": {typo: 1}})
 
 
 def alone(name, **model):
     """The methods of tensors, each planned by itself."""
-    rules = Rules.parse(
+    rules = parse_rules(
         {
             "model": {"ratio": 0.05, "ignore": ["output"], **model},
             "rules": {
@@ -295,7 +300,7 @@ def alone(name, **model):
     )
     tensor = next(tensor for tensor in [*MODEL, Tensor("a.other", (90, 90))] if tensor.name == name)
     return [(planned.name, planned.method.bits() / (32 * math.prod(tensor.shape)))
-            for planned in rules.for_one(tensor).plan([tensor]) if planned.method]  # fmt: skip
+            for planned in plan_tensors(rules.for_one(tensor), [tensor]) if planned.method]  # fmt: skip
 
 
 def test_a_tensor_alone_meets_its_target_by_itself():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.method import ConfigError
+from deepthin.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The relative error of")  # nothing is trained here
 RULES = {"model": {"ratio": 0.2}, "rules": {"0.*": {"method": "pruned"}, "*": {"method": "pruned"}}}

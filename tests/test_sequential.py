@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin import kernels
+from deepthin.kernels import products
 from deepthin.torch.sequential import ThinSequential
 
-pytestmark = pytest.mark.skipif(not kernels.native_available, reason="no native kernels here")
+pytestmark = pytest.mark.skipif(not products.native_available, reason="no native kernels here")
 
 
 def network(**options):

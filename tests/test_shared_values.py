@@ -13,16 +13,21 @@ from torch import nn
 
 import deepthin
 import deepthin.torch as dt
-from deepthin import METHODS, BudgetError, ConfigError, FormatError, lloyd
-from deepthin.bits import width_of
-from deepthin.coding import Raw
-from deepthin.lloyd import STARTS, Numbers, cells_of, centres_of, first_centres, refined, settled, within
+from deepthin import METHODS, BudgetError, ConfigError, FormatError
+from deepthin.coding.bits import width_of
+from deepthin.methods import lloyd
 from deepthin.methods.binary import Binary
 from deepthin.methods.ecsq import Ecsq
 from deepthin.methods.kmeans import KMeans
+from deepthin.methods.lloyd import STARTS, Numbers, cells_of, centres_of, first_centres, refined, settled, within
 from deepthin.methods.scalar import Uniform
-from deepthin.rules import Rules, Tensor
-from deepthin.storage import Part, Thin, from_bytes
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rules
+from deepthin.plan.shares import plan_tensors
+from deepthin.plan.tensor import Tensor
+from deepthin.storage.arrays import Raw
+from deepthin.storage.contents import Part, Thin
+from deepthin.storage.read import from_bytes
 from test_storage import header_of, resign
 
 EPS32 = float(np.finfo(np.float32).eps)
@@ -372,7 +377,7 @@ def test_what_ecsq_plans():
     assert (budget.levels, budget.coded_bytes) == (32, (70_000 - 32 * 32) // 8)
     assert METHODS["ecsq"].fit((100, 200), 1 << 30).bits() == 256 * 32 + 8 * 20_000
     assert METHODS["ecsq"].fit((3, 5), 15 * 4 + 200).levels == 4  # centres cost what symbols could have
-    (planned,) = Rules.parse({"rules": {"*": {"method": "ecsq", "bits": 1.5}}}).plan([Tensor("w", (100, 200))])
+    (planned,) = plan_tensors(parse_rules({"rules": {"*": {"method": "ecsq", "bits": 1.5}}}), [Tensor("w", (100, 200))])
     assert planned.method == plan
 
 
@@ -518,7 +523,7 @@ def test_a_loaded_code_is_trained_on_from_where_it_was(then, tmp_path):
 
 def test_a_plan_with_tables_is_never_smaller_for_a_larger_budget():
     """Short factors have small tables, so plans of more floats may take fewer bits; what was fitted can be again."""
-    rules = Rules.parse({"rules": {"*": {"method": "deepthin", "then": {"method": "kmeans", "bits": 6}}}})
+    rules = parse_rules({"rules": {"*": {"method": "deepthin", "then": {"method": "kmeans", "bits": 6}}}})
     sizes = []
     for bits in range(5000, 40_000, 250):
         (planned,) = Rules(rules.rules, ratio=bits / (32 * 60 * 80)).plan([Tensor("w", (60, 80))])

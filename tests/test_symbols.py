@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import deepthin.torch as dt
-from deepthin import costs, kernels
+from deepthin.kernels import costs, products
 from deepthin.methods.kmeans import KMeans
 from deepthin.methods.scalar import Uniform
 
@@ -24,7 +24,7 @@ RULES = {
     "ecsq": {"method": "ecsq", "bits": 1.5, "levels": 8},
 }
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-needs_look_ups = pytest.mark.skipif(kernels.levels()[1] == 0, reason="no look-ups in this instruction set")
+needs_look_ups = pytest.mark.skipif(products.levels()[1] == 0, reason="no look-ups in this instruction set")
 
 
 def layer_of(rule, tmp_path, rows=30, cols=53, bias=True):
@@ -139,14 +139,14 @@ def test_what_is_not_finite_is_as_from_the_decoded_weight(tmp_path):
 
 
 def test_the_way_is_a_function_of_plan_and_batch(monkeypatch):
-    monkeypatch.setattr(costs.kernels, "levels", lambda: (8, 16))
+    monkeypatch.setattr(costs.products, "levels", lambda: (8, 16))
     few, more, most = (KMeans((100, 100), levels) for levels in (8, 9, 17))
     large = KMeans((2048, 1024), 16)
     assert [costs.symbols_pay(few, batch) for batch in (0, 1, 8, 9)] == [False, True, True, False]
     assert [costs.symbols_pay(plan, 1) for plan in (more, most, large)] == [False, False, True]
     assert costs.symbols_pay(Uniform((9, 9), 8), 1)
     assert not costs.symbols_pay(Uniform((9, 9), 9), 1)
-    monkeypatch.setattr(costs.kernels, "levels", lambda: (0, 0))
+    monkeypatch.setattr(costs.products, "levels", lambda: (0, 0))
     assert not costs.symbols_pay(Uniform((9, 9), 8), 1)
 
 

@@ -19,8 +19,8 @@ from torch import nn
 import deepthin
 import deepthin.tensorflow as dtf
 import deepthin.torch as dt
-from deepthin.method import BudgetError, ConfigError, NonFiniteError
-from deepthin.tensorflow.variables import _here
+from deepthin.errors import BudgetError, ConfigError, NonFiniteError
+from deepthin.tensorflow.get_variable import _here
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept")  # of TensorFlow's variables
 EPS32 = float(np.finfo(np.float32).eps)

@@ -11,14 +11,13 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 import tensorflow as tf
 
 import deepthin.tensorflow as dtf
-from deepthin import kernels
+from deepthin.keras.tensorflow_product import fused, pays
+from deepthin.kernels import products
 from deepthin.methods.factor import Factor
-from deepthin.tensorflow import product as module
-from deepthin.tensorflow.product import fused, pays
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept"),  # of TensorFlow's variables
-    pytest.mark.skipif(not kernels.native_available, reason="the native product needs the native module"),
+    pytest.mark.skipif(not products.native_available, reason="the native product needs the native module"),
 ]
 EPS32 = float(np.finfo(np.float32).eps)
 PLAN = Factor((37, 53), 11, 2)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 import deepthin
 import deepthin.torch as dt
 from deepthin import BudgetError, ConfigError, FormatError, NonFiniteError
-from deepthin.torch.layers import thin_tensors
+from deepthin.torch.exchange import thin_tensors
 
 RATIO = {"model": {"ratio": 0.1}}
 
@@ -613,3 +614,20 @@ def test_training_takes_no_more_memory_with_every_step():
     shown = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=False)
     before, after = map(int, shown.stdout.split())
     assert after - before < 80e6, shown.stderr  # 620e6 where spectra of every step were kept
+
+
+def test_a_model_that_version_0_1_pickled_loads_and_computes_the_same():
+    """``torch.save`` of a whole model names classes by their modules: these paths stay importable."""
+    saved = torch.load(Path(__file__).parent / "whole_model_0_1.pt", weights_only=False)
+    with torch.no_grad():
+        for name, x in saved["x"].items():
+            y = saved["model"][name](x)
+            y = y[0] if isinstance(y, tuple) else y
+            assert torch.allclose(y, saved["y"][name], rtol=1e-5, atol=1e-6), name
+
+
+def test_paths_that_documents_name_stay_importable():
+    from deepthin.lab.tasks.training import Training
+    from deepthin.tasks.training import Training as earlier
+
+    assert earlier is Training

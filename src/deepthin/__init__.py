@@ -1,9 +1,9 @@
 """deepthin: neural networks at 2 % to 0.1 % of their size. Importing it loads no framework."""
 
-from deepthin.kernels import native_available
-from deepthin.method import BudgetError, ConfigError, DeepThinError, FormatError, NonFiniteError
+from deepthin.errors import BudgetError, ConfigError, DeepThinError, FormatError, NonFiniteError
+from deepthin.kernels.products import native_available
 from deepthin.methods import METHODS
-from deepthin.storage import inspect, load
+from deepthin.storage.read import inspect, load
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,5 +1,5 @@
 """``python -m deepthin`` is the command ``deepthin``."""
 
-from deepthin.cli import main
+from deepthin.cli.main import main
 
 main()

@@ -5,13 +5,22 @@ use (``Namespace``), one method after another (``Then``) and the errors of the w
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from numpy.random import Generator
 
-from deepthin.bits import gap_bytes, packed_bytes, width_of
+from deepthin.coding.bits import gap_bytes, packed_bytes, width_of
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, cols) under which a tensor is stored: (outputs, all else), and near-square for a single dimension."""
+    if len(shape) > 1:
+        return shape[0], math.prod(shape[1:])
+    cols = math.isqrt(max(math.prod(shape) - 1, 0)) + 1
+    return -(-math.prod(shape) // cols), cols
+
 
 Array = Any
 """A NumPy array, a torch tensor or a Keras tensor: methods are written once for all of them."""
@@ -45,34 +54,6 @@ class Integers:
         if self.most_bytes is not None:
             return min(packed, self.most_bytes)
         return min(packed, gap_bytes(entries, self.count)) if self.rising else packed
-
-
-class DeepThinError(Exception):
-    """The parent of every error that this library raises by itself."""
-
-
-class BudgetError(DeepThinError):
-    """A size was asked for that cannot be reached; the message and the fields name the smallest that can.
-
-    ``smallest_bits`` is what the smallest possible code takes; ``smallest_ratio`` is the same over 32 bits a weight.
-    """
-
-    def __init__(self, message: str, *, smallest_bits: int, smallest_ratio: float) -> None:
-        super().__init__(message)
-        self.smallest_bits = smallest_bits
-        self.smallest_ratio = smallest_ratio
-
-
-class ConfigError(DeepThinError):
-    """A configuration, a layer name or an option that does not fit; the message names the closest valid one."""
-
-
-class FormatError(DeepThinError):
-    """A file that is damaged, hostile, or no ``.thin`` file at all."""
-
-
-class NonFiniteError(DeepThinError):
-    """A NaN or an infinity where there must be none; the message names the tensor and the index."""
 
 
 @runtime_checkable
@@ -245,130 +226,6 @@ class Separable(Method, Protocol):
         ``sum(importance * (change of the weights)^2)`` is ``sum(importance_of * (change of the floats)^2)``.
         """
         ...
-
-
-def round_up(ratio: float) -> str:
-    """A ratio in two significant digits, rounded up so that what a message recommends can be reached."""
-    digits = 1 - math.floor(math.log10(ratio))
-    return f"{math.ceil(ratio * 10**digits - 1e-9) / 10**digits:.{max(digits, 0)}f}"
-
-
-@dataclass(frozen=True, slots=True)
-class Then:
-    """One method after another: ``inner`` stores each floating entry of ``outer``'s code, which it sees as a matrix.
-
-    Han et al. (2016) prune, then share values; here any method's floats may be stored by any other.
-    """
-
-    outer: Method
-    inner: tuple[tuple[str, Method], ...]  # by entry of the outer code
-
-    @classmethod
-    def fit(
-        cls,
-        outer: Callable[[int], Method],
-        inner: Callable[[tuple[int, int]], Method],
-        max_bits: int,
-    ) -> "Then":
-        """The largest outer plan whose floats the inner method stores in ``max_bits``; BudgetError if there is none.
-
-        ``outer(bits)`` is the outer method that fits these bits, were its floats stored as they are; ``inner`` stores a
-        matrix of some shape in a fixed number of bits for each entry.
-        """
-
-        def made(bits: int) -> "Then":
-            plan = outer(bits)
-            whole = {e: s for e, s in plan.code_shapes().items() if e not in plan.integers()}
-            return cls(plan, tuple((e, inner(as_matrix(s))) for e, s in whole.items()))
-
-        try:
-            least = outer(0).bits()
-        except BudgetError as error:
-            least = error.smallest_bits
-        smallest = made(least)
-        if smallest.bits() > max_bits:
-            raise BudgetError(
-                f"It cannot be stored in {max_bits} bits: the smallest plan, its numbers then stored by "
-                f"{type(smallest.inner[0][1]).__name__}, needs {smallest.bits()}.",
-                smallest_bits=smallest.bits(),
-                smallest_ratio=smallest.bits() / (FLOAT_BITS * math.prod(smallest.shape)),
-            )
-        best, low, high = smallest, least, max(least, 1)
-        while high < 64 * max_bits and (found := made(high)).bits() <= max_bits:
-            best, low, high = max(best, found, key=lambda plan: plan.bits()), high, 2 * high  # tables may shrink
-        while high - low > max(FLOAT_BITS, low >> 12):
-            middle = (low + high) // 2
-            found = made(middle)
-            low, high = (middle, high) if found.bits() <= max_bits else (low, middle)
-            best = max(best, found, key=lambda plan: plan.bits() if plan.bits() <= max_bits else -1)
-        return best
-
-    @property
-    def trains(self) -> Trains:
-        """As the inner method."""
-        return self.inner[0][1].trains
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the dense matrix."""
-        return self.outer.shape
-
-    def bits(self) -> int:
-        """Of the inner codes, and of the outer integers."""
-        shapes = self.outer.code_shapes()
-        whole = sum(8 * kind.bytes(math.prod(shapes[e])) for e, kind in self.outer.integers().items())
-        return whole + sum(method.bits() for _, method in self.inner)
-
-    def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``xf_symbols``: the entry ``symbols`` of what stores ``xf``."""
-        own = {e: s for e, s in self.outer.code_shapes().items() if e in self.outer.integers()}
-        return own | {f"{e}_{k}": s for e, method in self.inner for k, s in method.code_shapes().items()}
-
-    def integers(self) -> dict[str, Integers]:
-        """Of both."""
-        return self.outer.integers() | {f"{e}_{k}": i for e, method in self.inner for k, i in method.integers().items()}
-
-    def derived(self) -> Code:
-        """Of both."""
-        return self.outer.derived() | {f"{e}_{k}": a for e, method in self.inner for k, a in method.derived().items()}
-
-    def init(self, rng: Generator, std: float) -> Code:
-        """The outer start, encoded."""
-        import numpy as np
-
-        return self.encode_floats(self.outer.init(rng, std), np)  # pyright: ignore[reportArgumentType]
-
-    def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
-        """The outer code, encoded."""
-        code = self.outer.encode(weight, xp, importance)
-        return self.encode_floats(code, xp, self.shares(code, xp, importance))
-
-    def shares(self, code: Code, xp: Namespace, importance: Array | None) -> Code:
-        """The importance of the outer floats, of that of the weights: none where it cannot be told."""
-        if importance is None or not isinstance(self.outer, Separable):
-            return {}
-        return self.outer.importance_of(code, importance, xp)
-
-    def encode_floats(self, code: Code, xp: Namespace, shares: Mapping[str, Array] | None = None) -> Code:
-        """What is stored for an outer code; ``shares`` weigh the errors of its floats, those of a missing one alike."""
-        made = {entry: code[entry] for entry in self.outer.integers()}
-        for entry, method in self.inner:
-            share = xp.reshape(shares[entry], method.shape) if shares and entry in shares else None
-            stored = method.encode(xp.reshape(code[entry], method.shape), xp, share)
-            made |= {f"{entry}_{key}": array for key, array in stored.items()}
-        return made
-
-    def decode_floats(self, code: Code, xp: Namespace) -> Code:
-        """The outer code of what is stored."""
-        shapes, made = self.outer.code_shapes(), dict(code)
-        for entry, method in self.inner:
-            stored = {key.removeprefix(f"{entry}_"): made.pop(key) for key in code if key.startswith(f"{entry}_")}
-            made[entry] = xp.reshape(method.decode(stored, xp), shapes[entry])
-        return made
-
-    def decode(self, code: Code, xp: Namespace) -> Array:
-        """The dense matrix."""
-        return self.outer.decode(self.decode_floats(code, xp), xp)
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

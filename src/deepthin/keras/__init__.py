@@ -2,7 +2,7 @@
 
 from deepthin.keras.compress import compress, materialize, plan
 from deepthin.keras.files import load, save
-from deepthin.keras.layers import ThinLayer
+from deepthin.keras.generated import ThinLayer
 from deepthin.keras.optimizers import SGD, Adam, AdamW
 from deepthin.keras.weight import ThinWeight
 

@@ -9,17 +9,22 @@ import keras
 import numpy as np
 from keras import ops
 
-from deepthin.coding import Raw
+from deepthin.errors import ConfigError, NonFiniteError
+from deepthin.keras.exchange import make_plain, make_thin, why_not
 from deepthin.keras.files import Restart, contents, raw_code
-from deepthin.keras.layers import ThinLayer, make_plain, make_thin, why_not
+from deepthin.keras.generated import ThinLayer
 from deepthin.keras.layout import fresh_std
 from deepthin.keras.tree import Held, layer_name, steady, tensors, walk
 from deepthin.keras.weight import ThinWeight
-from deepthin.method import ConfigError, Method, NonFiniteError
-from deepthin.plans import parts_of, planned_contents, projecting, within
-from deepthin.report import Report
-from deepthin.rules import Planned, Rules, Tensor
-from deepthin.start import generator
+from deepthin.method import Method
+from deepthin.plan.file_limit import parts_of, planned_contents, projecting, within
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rules
+from deepthin.plan.shares import Planned, plan_tensors
+from deepthin.plan.start import generator
+from deepthin.plan.tensor import Tensor
+from deepthin.storage.arrays import Raw
+from deepthin.storage.report import Report, report_of
 
 
 class Encoded:
@@ -83,7 +88,7 @@ def compress(
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     held = tensors(model)
     encoded = Encoded(held)
-    planned = plan_of(model, Rules.parse(rules), held, encoded if init == "trained" else None)
+    planned = plan_of(model, parse_rules(rules), held, encoded if init == "trained" else None)
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
     for chosen in planned:
@@ -116,13 +121,13 @@ def compress(
             "init='scratch' is as good.",
             stacklevel=2,
         )
-    return contents(model).report(errors)
+    return report_of(contents(model), errors)
 
 
 def plan(model: keras.Model, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
     """What ``compress`` would make of a model, without touching it."""
-    planned = plan_of(model, Rules.parse(rules), tensors(model))
-    return planned_contents(contents(model), planned).report()
+    planned = plan_of(model, parse_rules(rules), tensors(model))
+    return report_of(planned_contents(contents(model), planned))
 
 
 def materialize(model: keras.Model) -> keras.Model:
@@ -141,7 +146,7 @@ def plan_of(
     """What becomes of the tensors of a model; a limit for the file is met by writing files."""
     found = named(held)
     if rules.file_bytes is None:
-        return rules.plan(found)
+        return plan_tensors(rules, found)
     return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.raw)
 
 

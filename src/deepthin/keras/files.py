@@ -10,14 +10,16 @@ import ml_dtypes
 import numpy as np
 from keras import layers, ops
 
-from deepthin import storage
-from deepthin.coding import FLOATS, Raw
-from deepthin.keras.layers import ThinLayer, exchange_recurrent, make_plain, make_thin, why_not
+from deepthin.errors import ConfigError
+from deepthin.keras.exchange import exchange_recurrent, make_plain, make_thin, why_not
+from deepthin.keras.generated import ThinLayer
 from deepthin.keras.tree import Held, layer_name, renumbered, tensors, walk
 from deepthin.keras.weight import ThinWeight
-from deepthin.method import ConfigError
-from deepthin.names import check_names, renamed, shapes_of
-from deepthin.storage import Contents, Part, Thin
+from deepthin.storage.arrays import FLOATS, Raw
+from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.names import check_names, renamed, shapes_of
+from deepthin.storage.read import read
+from deepthin.storage.write import write
 
 COUNTER = ".num_batches_tracked"  # of torch's batch normalisation, which Keras does without
 
@@ -27,7 +29,7 @@ def save(model: keras.Model, path: str | Path, max_bytes: int | None = None) -> 
 
     BudgetError, with nothing written, above ``max_bytes``. Seeds, optimisers and states of sequences are no weights.
     """
-    return storage.write(contents(model), path, max_bytes)
+    return write(contents(model), path, max_bytes)
 
 
 def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None = None) -> keras.Model:
@@ -39,7 +41,7 @@ def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None =
     the model is touched; a damaged file raises FormatError.
     """
     held = tensors(model)
-    stored = _fitted(storage.read(path), names or {}, held, model, str(path))
+    stored = _fitted(read(path), names or {}, held, model, str(path))
     check_names(shapes_of(stored), {name: own.layout.shape(own.shape) for name, own in held.items()}, str(path))
     _check_places(stored, held, str(path))
 

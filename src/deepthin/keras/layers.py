@@ -4,140 +4,15 @@ A layer becomes thin in place: its class is exchanged for the thin one and the v
 models, graphs and names stay. All Keras code of the layer stays too; it reads variables that are now properties.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import keras
 from keras import layers, ops
 
-from deepthin.keras.layout import Shape, layouts
-from deepthin.keras.weight import ThinWeight
+from deepthin.keras.generated import HELD, ThinLayer, _weights, generated
 from deepthin.method import Array
-
-_HELD: ContextVar[Mapping[int, Mapping[str, Array]]] = ContextVar("held")
-"""What cells have decoded for all steps of a sequence, by the id of the cell."""
-
-
-class _Generated(property):
-    """A weight that is read from what generates it, or, while it is dense, from where Keras keeps it."""
-
-
-def _generated(name: str) -> Any:
-    def read(layer: "ThinLayer") -> Any:
-        if name in vars(layer).get("thin", {}):
-            return layer.generate(name)
-        return vars(layer)[name] if name in vars(layer) else getattr(super(ThinLayer, layer), name)
-
-    def write(layer: "ThinLayer", value: Any) -> None:
-        if name not in vars(layer).get("thin", {}):
-            layer.__dict__[name] = value
-        elif value is not None:  # what ``add_weight`` gives for a thin one
-            raise AttributeError(f"{name!r} is generated: train or load the thin code.")
-
-    def remove(layer: "ThinLayer") -> None:
-        del layer.__dict__[name]
-
-    return _Generated(read, write, remove, f"The {name}, decoded where it is stored thin. Read-only.")
-
-
-class _Penalty:
-    """The regularisers of dense weights, as that of a latent: Keras asks variables for theirs."""
-
-    def __init__(self) -> None:
-        self.terms: list[Any] = []
-
-    def __call__(self, _: Any) -> Any:
-        return sum(term() for term in self.terms)
-
-
-class ThinLayer(keras.layers.Layer):
-    """What all thin layers share: ``thin`` maps a weight's name to what generates it."""
-
-    thin: dict[str, ThinWeight]
-    indices: dict[str, int]  # which of the ThinWeight's tensors
-    shapes: dict[str, Shape]  # as Keras has the weight
-    penalties: dict[str, Any]  # regularisers of the dense weights
-
-    def generate(self, name: str) -> Array:
-        """A dense weight, as Keras keeps it, in the type that the layer computes in."""
-        held = _HELD.get({}).get(id(self), {})
-        return held[name] if name in held else ops.cast(self.decoded(name), self.compute_dtype)
-
-    def decoded(self, name: str) -> Array:
-        """The same in the type of the latents."""
-        shape, tensor = self.shapes[name], self.thin[name].dense(self.indices[name])
-        return layouts(self, name, shape)[name].kept(tensor, shape, ops)
-
-    def attach(self, weights: Mapping[str, tuple[ThinWeight, int]]) -> None:
-        """Generate these weights, whose dense variables are gone or not yet made."""
-        locked, old = self._tracker.locked, vars(self)
-        self._tracker.unlock()
-        self.shapes, self.penalties = dict(old.get("shapes", {})), dict(old.get("penalties", {}))
-        self.indices = {**old.get("indices", {}), **{name: index for name, (_, index) in weights.items()}}
-        self.thin = {**old.get("thin", {}), **{name: weight for name, (weight, _) in weights.items()}}
-        if locked:
-            self._tracker.lock()
-        for variable in self._trainable_variables:
-            self._speed(variable)
-
-    def _speed(self, variable: Any) -> None:
-        """The biases of a thin layer learn at the rate of its codes (``deepthin.methods.learning_rate``)."""
-        variable.learning_rate_multiplier = next(iter(self.thin.values())).learning_rate_multiplier
-
-    def penalize(self, name: str, regularizer: Any) -> None:
-        """Add the penalty of a dense weight to the losses."""
-        if regularizer is None:
-            return
-        self.penalties[name] = regularizer
-        latent = self.thin[name]._trainable_variables[0]
-        if latent.regularizer is None:
-            latent.regularizer = _Penalty()
-        latent.regularizer.terms.append(lambda: regularizer(self.generate(name)))
-
-    def add_weight(self, *args: Any, name: str | None = None, **options: Any) -> Any:
-        """As Keras's own; nothing for what is generated."""
-        if name is None or name not in vars(self).get("thin", {}):
-            variable = super().add_weight(*args, name=name, **options)
-            if vars(self).get("thin"):
-                self._speed(variable)
-            return variable
-        self.shapes[name] = tuple(args[0] if args else options["shape"])
-        self.penalize(name, keras.regularizers.get(options.get("regularizer")))
-        return None
-
-    def save_own_variables(self, store: Any) -> None:
-        """Those that are dense: what generates the others is saved by itself."""
-        keras.layers.Layer.save_own_variables(self, store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Those that are dense."""
-        keras.layers.Layer.load_own_variables(self, store)
-
-    def get_config(self) -> dict[str, Any]:
-        """With what generates the weights."""
-        return {**super().get_config(), "thin": self.thin_config()}
-
-    def thin_config(self) -> dict[str, Any]:
-        """By the weight's name: the ThinWeight, and which of its tensors; Keras knows a shared one by its number."""
-        serialize = keras.saving.serialize_keras_object
-        return {
-            name: [{**serialize(weight), "shared_object_id": id(weight)}, self.indices[name]]
-            for name, weight in self.thin.items()
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Any:
-        """The layer, not built yet."""
-        layer = cast(Any, super()).from_config({key: value for key, value in config.items() if key != "thin"})
-        layer.attach(_weights(config["thin"]))
-        return layer
-
-
-def _weights(config: Mapping[str, Any]) -> dict[str, tuple[ThinWeight, int]]:
-    made = keras.saving.deserialize_keras_object
-    return {name: (made(weight), index) for name, (weight, index) in config.items()}
 
 
 def _cells(layer: Any) -> list[Any]:
@@ -149,11 +24,11 @@ def _cells(layer: Any) -> list[Any]:
 def _decoded(layer: Any) -> Iterator[None]:
     """Weights of cells are decoded once for all steps within."""
     cells = [cell for cell in _cells(layer) if isinstance(cell, ThinLayer)]
-    token = _HELD.set({id(cell): {name: cell.generate(name) for name in cell.thin} for cell in cells})
+    token = HELD.set({id(cell): {name: cell.generate(name) for name in cell.thin} for cell in cells})
     try:
         yield
     finally:
-        _HELD.reset(token)
+        HELD.reset(token)
 
 
 class ThinRecurrent(keras.layers.RNN):
@@ -188,13 +63,13 @@ _register = keras.saving.register_keras_serializable("deepthin")
 class ThinDense(ThinLayer, layers.Dense):
     """A dense layer by a decoded kernel, or by the native product where TensorFlow has it and it is faster."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
     def call(self, inputs: Any, training: bool | None = None) -> Array:
         """As Keras's own."""
         product = None
         if keras.config.backend() == "tensorflow" and "kernel" in self.thin:
-            from deepthin.tensorflow.product import product as native_product
+            from deepthin.keras.tensorflow_product import product as native_product
 
             product = native_product(self.thin["kernel"], inputs, self.indices["kernel"])
         if product is None:
@@ -208,100 +83,100 @@ class ThinDense(ThinLayer, layers.Dense):
 class ThinConv1D(ThinLayer, layers.Conv1D):
     """A convolution by a decoded kernel."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
 
 @_register
 class ThinConv2D(ThinLayer, layers.Conv2D):
     """A convolution by a decoded kernel."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
 
 @_register
 class ThinConv3D(ThinLayer, layers.Conv3D):
     """A convolution by a decoded kernel."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
 
 @_register
 class ThinConv1DTranspose(ThinLayer, layers.Conv1DTranspose):
     """A transposed convolution by a decoded kernel."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
 
 @_register
 class ThinConv2DTranspose(ThinLayer, layers.Conv2DTranspose):
     """A transposed convolution by a decoded kernel."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
 
 @_register
 class ThinConv3DTranspose(ThinLayer, layers.Conv3DTranspose):
     """A transposed convolution by a decoded kernel."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
 
 @_register
 class ThinDepthwiseConv1D(ThinLayer, layers.DepthwiseConv1D):
     """A convolution of each channel by a decoded kernel."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
 
 @_register
 class ThinDepthwiseConv2D(ThinLayer, layers.DepthwiseConv2D):
     """A convolution of each channel by a decoded kernel."""
 
-    kernel, bias = _generated("kernel"), _generated("bias")
+    kernel, bias = generated("kernel"), generated("bias")
 
 
 @_register
 class ThinSeparableConv1D(ThinLayer, layers.SeparableConv1D):
     """A convolution of each channel, then one of all, by decoded kernels."""
 
-    depthwise_kernel, pointwise_kernel = _generated("depthwise_kernel"), _generated("pointwise_kernel")
-    bias = _generated("bias")
+    depthwise_kernel, pointwise_kernel = generated("depthwise_kernel"), generated("pointwise_kernel")
+    bias = generated("bias")
 
 
 @_register
 class ThinSeparableConv2D(ThinLayer, layers.SeparableConv2D):
     """A convolution of each channel, then one of all, by decoded kernels."""
 
-    depthwise_kernel, pointwise_kernel = _generated("depthwise_kernel"), _generated("pointwise_kernel")
-    bias = _generated("bias")
+    depthwise_kernel, pointwise_kernel = generated("depthwise_kernel"), generated("pointwise_kernel")
+    bias = generated("bias")
 
 
 @_register
 class ThinEmbedding(ThinLayer, layers.Embedding):
     """Rows of a decoded table."""
 
-    embeddings = _generated("embeddings")
+    embeddings = generated("embeddings")
 
 
 @_register
 class ThinSimpleRNNCell(ThinLayer, layers.SimpleRNNCell):
     """A cell with decoded kernels."""
 
-    kernel, recurrent_kernel, bias = _generated("kernel"), _generated("recurrent_kernel"), _generated("bias")
+    kernel, recurrent_kernel, bias = generated("kernel"), generated("recurrent_kernel"), generated("bias")
 
 
 @_register
 class ThinLSTMCell(ThinLayer, layers.LSTMCell):
     """A cell with decoded kernels."""
 
-    kernel, recurrent_kernel, bias = _generated("kernel"), _generated("recurrent_kernel"), _generated("bias")
+    kernel, recurrent_kernel, bias = generated("kernel"), generated("recurrent_kernel"), generated("bias")
 
 
 @_register
 class ThinGRUCell(ThinLayer, layers.GRUCell):
     """A cell with decoded kernels."""
 
-    kernel, recurrent_kernel, bias = _generated("kernel"), _generated("recurrent_kernel"), _generated("bias")
+    kernel, recurrent_kernel, bias = generated("kernel"), generated("recurrent_kernel"), generated("bias")
 
 
 @_register
@@ -349,68 +224,3 @@ RECURRENT: dict[type, type[ThinRecurrent]] = {
     layers.GRU: ThinGRU,
 }
 """Layers that call cells, and their classes for thin ones."""
-
-
-def why_not(layer: Any, name: str, variable: Any) -> str:
-    """Why a weight of a layer cannot be thin; an empty string if it can."""
-    if not isinstance(layer, ThinLayer) and type(layer) not in THIN:
-        return f"{type(layer).__name__} has no thin version"
-    if not isinstance(vars(THIN.get(type(layer), type(layer))).get(name), _Generated):
-        return f"{name} is no weight of a {type(layer).__name__}, which therefore is more than that"
-    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
-        return "the layer is quantised, or has adapters: Keras keeps its weights in another way"
-    if variable.constraint is not None:
-        return "it has a constraint, which sets values, as generated ones cannot be set"
-    if len(layouts(layer, name, tuple(variable.shape))) > 1:
-        return "the two biases of a GRU are one weight in Keras"
-    return ""
-
-
-def make_thin(layer: Any, weights: Mapping[str, tuple[ThinWeight, int]], variables: Mapping[str, Any]) -> None:
-    """Exchange dense variables of a layer for generated weights, in place. The layer may be thin already."""
-    for variable in variables.values():
-        for attribute in [own for own, value in vars(layer).items() if value is variable]:
-            delattr(layer, attribute)
-    if not isinstance(layer, ThinLayer):
-        layer.__class__ = THIN[type(layer)]
-    layer.attach(weights)
-    for name, variable in variables.items():
-        layer.shapes[name] = tuple(variable.shape)
-        layer.penalize(name, variable.regularizer)
-        if not variable.trainable:
-            weights[name][0].trainable = False
-
-
-def make_plain(layer: Any) -> None:
-    """Undo ``make_thin``: a thin layer is Keras's own again, with the variables that its weights decode to."""
-    plain = next(plain for plain, thin in THIN.items() if thin is type(layer))
-    thin, shapes, penalties = layer.thin, layer.shapes, layer.penalties
-    dense = {name: layer.decoded(name) for name in thin}
-    order = [name for name, value in vars(type(layer)).items() if isinstance(value, _Generated)]
-    for name in ("thin", "indices", "shapes", "penalties"):
-        delattr(layer, name)
-    layer.__class__ = plain
-    locked = layer._tracker.locked
-    layer._tracker.unlock()
-    for name, values in dense.items():
-        layer._tracker.untrack(thin[name])
-        kind, trained = thin[name].variable_dtype, bool(thin[name].trainable_variables)
-        variable = layer.add_weight(shapes[name], "zeros", kind, name=name, trainable=trained)
-        variable.regularizer = penalties.get(name)
-        variable.assign(values)
-        setattr(layer, f"_{name}" if isinstance(getattr(plain, name, None), property) else name, variable)
-    for variables in (layer._trainable_variables, layer._non_trainable_variables):
-        variables.sort(key=lambda variable: order.index(variable.name) if variable.name in order else len(order))
-    if locked:
-        layer._tracker.lock()
-
-
-def exchange_recurrent(layer: Any) -> None:
-    """Give a layer, if it is one over cells, the class that its cells need: thin or Keras's own."""
-    if not isinstance(layer, layers.RNN):
-        return
-    thin = any(isinstance(cell, ThinLayer) for cell in _cells(layer))
-    if thin and type(layer) in RECURRENT:
-        layer.__class__ = RECURRENT[type(layer)]
-    elif not thin and type(layer) in RECURRENT.values():
-        layer.__class__ = next(plain for plain, own in RECURRENT.items() if own is type(layer))

@@ -7,10 +7,11 @@ from typing import Any
 
 import keras
 
-from deepthin.keras.layers import RECURRENT, THIN, ThinLayer
+from deepthin.errors import ConfigError
+from deepthin.keras.generated import ThinLayer
+from deepthin.keras.layers import RECURRENT, THIN
 from deepthin.keras.layout import Layout, Shape, layouts
 from deepthin.keras.weight import ThinWeight
-from deepthin.method import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,14 @@ from jaxtyping import Float
 from keras import ops
 
 from deepthin.keras.namespace import NAMESPACE
-from deepthin.method import Array, Code, Integers, Method, Namespace, Then
+from deepthin.method import Array, Code, Integers, Method, Namespace
 from deepthin.methods import fields, learning_rate, with_fields
 from deepthin.methods.binary import Binary
 from deepthin.methods.factor import Factor
 from deepthin.methods.pruned import Pruned
-from deepthin.start import Start, drawn, encoded, latents_of
-from deepthin.storage import Part
+from deepthin.methods.then import Then
+from deepthin.plan.start import Start, drawn, encoded, latents_of
+from deepthin.storage.contents import Part
 
 _OPS = cast(Namespace, NAMESPACE)
 _ROUNDING = 1e-6  # of the largest: two decodings of one code may differ by that

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepthin.method import Fitted, Method, Then, as_matrix
+from deepthin.method import Fitted, Method, as_matrix
 from deepthin.methods.binary import Binary
 from deepthin.methods.ecsq import Ecsq
 from deepthin.methods.factor import Factor
@@ -19,6 +19,7 @@ from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Uniform
 from deepthin.methods.tensor_train import TensorTrain
+from deepthin.methods.then import Then
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, Integer
 from numpy.random import Generator
 
-from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+from deepthin.errors import BudgetError, ConfigError, round_up
+from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 BITS = range(1, 9)
 ROUNDS = 2  # "two are enough" for two bits (Xu et al.); more are better from three on

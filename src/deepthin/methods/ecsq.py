@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import Float
 from numpy.random import Generator
 
-from deepthin.bits import width_of
-from deepthin.huffman import coded_bytes, usual_table_bits
-from deepthin.lloyd import within
-from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+from deepthin.coding.bits import width_of
+from deepthin.coding.huffman import coded_bytes, usual_table_bits
+from deepthin.errors import BudgetError, ConfigError, round_up
+from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.methods.lloyd import within
 
 MOST_BITS = 8
 SPARE_BITS = 2  # levels to begin with: so many times two to the bits that are wanted, since many are dropped

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy.random import Generator
 
-from deepthin.bits import splitmix
-from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+from deepthin.coding.bits import splitmix
+from deepthin.errors import BudgetError, ConfigError, round_up
+from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 
 @dataclass(frozen=True, slots=True)

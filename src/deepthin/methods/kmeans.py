@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy.random import Generator
 
-from deepthin.lloyd import STARTS, centres_of, midpoints
-from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+from deepthin.errors import BudgetError, ConfigError, round_up
+from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.methods.lloyd import STARTS, centres_of, midpoints
 
 BITS = range(1, 9)
 

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.random import Generator
 
-from deepthin.method import FLOAT_BITS, Array, BudgetError, Code, ConfigError, Integers, Namespace, Trains, round_up
+from deepthin.errors import BudgetError, ConfigError, round_up
+from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 INDEXES = ("gaps", "csr")
 

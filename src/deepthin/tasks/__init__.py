@@ -1,7 +1,1 @@
-"""The tasks that ``deepthin compare`` runs: each a module with data, model and metric, under one table."""
-
-from types import ModuleType
-
-from deepthin.tasks import acoustic, conv, ctc, digits, lenet, lstm_lm
-
-TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic, ctc, conv, lenet, lstm_lm)}
+"""The path under which documents of earlier versions name what is now ``deepthin.lab.tasks``."""

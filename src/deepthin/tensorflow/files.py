@@ -2,21 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import tensorflow as tf
-
-from deepthin import storage
-from deepthin.coding import Raw
-from deepthin.keras.files import raw_code, raw_of, upright
+from deepthin.errors import ConfigError, closest
+from deepthin.keras.files import upright
 from deepthin.keras.weight import ThinWeight
-from deepthin.method import ConfigError
-from deepthin.names import closest, renamed
-from deepthin.storage import Contents, Thin
+from deepthin.storage.arrays import Raw
+from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.names import renamed
+from deepthin.storage.read import read
+from deepthin.storage.write import write
+from deepthin.tensorflow.entries import contents
+from deepthin.tensorflow.host import assign, dotted
 
 if TYPE_CHECKING:
-    from deepthin.tensorflow.variables import Entry, Variables
+    from deepthin.tensorflow.entries import Entry
+    from deepthin.tensorflow.variables import Variables
 
 
 def save(variables: "Variables", path: str | Path, max_bytes: int | None = None) -> int:
@@ -25,7 +26,7 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None)
     Those of a graph of TensorFlow 1 are read in the default session. BudgetError, with nothing written, above
     ``max_bytes``.
     """
-    return storage.write(contents(variables), path, max_bytes)
+    return write(contents(variables._state), path, max_bytes)
 
 
 def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | None = None) -> "Variables":
@@ -36,7 +37,7 @@ def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | No
     anything is touched, where the file lacks a variable, or has it in another shape or by another plan; FormatError for
     a damaged file.
     """
-    stored = renamed(storage.read(path), {name: dotted(own) for name, own in (names or {}).items()}, str(path))
+    stored = renamed(read(path), {name: dotted(own) for name, own in (names or {}).items()}, str(path))
     state, found = variables._state, _by_name(stored)
     if missing := sorted(state.entries.keys() - found.keys()):
         raise ConfigError(
@@ -82,51 +83,3 @@ def _by_name(stored: Contents) -> "dict[str, tuple[Thin | Raw, int]]":
         whole = Thin(thin.name, thin.method, upright(thin.parts), thin.code)
         found |= {name: (whole, index) for index, name in enumerate(thin.parts)}
     return found | {name: found[target] for name, target in stored.aliases.items()}
-
-
-def contents(variables: "Variables") -> Contents:
-    """All that a factory would save, and what of a file nobody asked for yet."""
-    state, first = variables._state, dict[object, str]()
-    thin: dict[str, Thin] = {}
-    dense: dict[str, Raw] = {}
-    aliases: dict[str, str] = {}
-    for name, entry in sorted(state.entries.items()):
-        if (kept := first.setdefault((id(entry.held), entry.index), name)) != name:
-            aliases[name] = kept
-        elif not isinstance(entry.held, ThinWeight):
-            dense[name] = raw_of(entry.layout.stored(_numpy(entry.held)))
-    for weight in {id(e.held): e.held for e in state.entries.values() if isinstance(e.held, ThinWeight)}.values():
-        parts = {first[id(weight), index]: part for index, part in enumerate(weight.parts)}
-        thin[next(iter(parts))] = Thin(weight.method_name, weight.method, parts, raw_code(weight))
-    for name, (matrix, index) in sorted(state.stored.items()):
-        if (kept := first.setdefault((id(matrix), index), name)) != name:
-            aliases[name] = kept
-        elif isinstance(matrix, Raw):
-            dense[name] = matrix
-        else:
-            parts = list(matrix.parts)
-            thin[parts[0]] = matrix
-    return Contents(thin, dense, aliases)
-
-
-def _numpy(variable: Any) -> np.ndarray:
-    return variable.numpy() if tf.executing_eagerly() else variable.eval()
-
-
-def assign(variable: Any, value: np.ndarray) -> None:
-    """Set a variable; one of a graph of TensorFlow 1, in the default session."""
-    value = as_type(value, variable.dtype.base_dtype)
-    if tf.executing_eagerly():
-        variable.assign(value)
-    else:
-        variable.load(value, tf.compat.v1.get_default_session())
-
-
-def as_type(array: Any, dtype: Any) -> np.ndarray:
-    """The same values in a type of TensorFlow's."""
-    return np.asarray(array).astype(tf.as_dtype(dtype).as_numpy_dtype)
-
-
-def dotted(name: str) -> str:
-    """A name as files and patterns have it."""
-    return name.removesuffix(":0").replace("/", ".")

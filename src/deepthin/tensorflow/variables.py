@@ -8,7 +8,6 @@ import fnmatch
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,23 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepthin import start
-from deepthin.coding import Raw
-from deepthin.keras.files import raw_of
+from deepthin.errors import BudgetError, ConfigError, closest
 from deepthin.keras.layout import Layout
+from deepthin.keras.tensorflow_product import product
 from deepthin.keras.weight import ThinWeight
-from deepthin.method import BudgetError, Code, ConfigError, Method, NonFiniteError
-from deepthin.names import closest
-from deepthin.plans import parts_of, within
-from deepthin.report import Report
-from deepthin.rules import Planned, Rules, Tensor
-from deepthin.start import Start
-from deepthin.storage import Contents, Part, Thin
-from deepthin.tensorflow.files import as_type, assign, contents, dotted
-from deepthin.tensorflow.product import product
+from deepthin.method import Method
+from deepthin.plan.file_limit import parts_of
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rules
+from deepthin.plan.shares import Planned, plan_tensors
+from deepthin.plan.start import Start
+from deepthin.plan.tensor import Tensor
+from deepthin.storage.contents import Part, Thin
+from deepthin.storage.report import Report, report_of
+from deepthin.tensorflow.entries import Asked, Entry, State, contents
+from deepthin.tensorflow.host import dotted
+from deepthin.tensorflow.starts import array_of, fresh_values, method_of, plan_all, start_of
+from deepthin.tensorflow.weight import Weight
 
 if keras.config.backend() != "tensorflow":
     raise ConfigError(
@@ -40,72 +42,7 @@ if keras.config.backend() != "tensorflow":
 Source = Mapping[str, Any] | str | Path | Rules
 """A configuration: a mapping, a path to a TOML file, or Rules."""
 
-Make = Callable[[str, np.ndarray, bool], Any]
-"""Makes a variable of an entry's name, its first value, and whether it trains."""
-
 _TYPES = ("float32", "float64", "float16", "bfloat16")
-
-
-class _Weight(ThinWeight):
-    """A thin weight whose variables are TensorFlow's own, by whoever makes them here."""
-
-    def __init__(self, make: Make, name: str, method: Method, parts: Sequence[Part], begin: Start, dtype: str) -> None:
-        code, latents = begin
-        self._make, self._values = make, {**code, **(start.latents_of(method, code) if latents is None else latents)}
-        super().__init__(name, method, parts, begin if tf.executing_eagerly() else None, dtype=dtype)
-
-    def add_weight(self, *given: Any, trainable: bool, name: str, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What Keras calls for each entry."""
-        _, _, dtype = given
-        return self._make(name, as_type(self._values[name], dtype), trainable)
-
-    def code(self) -> Code:
-        """The stored entries, as NumPy arrays; those of a graph of TensorFlow 1 are read in the default session."""
-        if tf.executing_eagerly():
-            return super().code()
-        live = self.latents, self.stored
-        self.latents, self.stored = ({entry: variable.eval() for entry, variable in held.items()} for held in live)
-        try:
-            return super().code()
-        finally:
-            self.latents, self.stored = live
-
-    def _set(self, code: Code, latents: Code | None) -> None:
-        if tf.executing_eagerly():
-            super()._set(code, latents)
-            return
-        values = start.latents_of(self.method, code) if latents is None else latents
-        for entry, variable in (*self.latents.items(), *self.stored.items()):
-            assign(variable, (values if entry in self.latents else code)[entry])
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a name stands for: a tensor of a thin weight, or a variable as TensorFlow has it."""
-
-    held: Any  # _Weight or tf.Variable
-    index: int
-    shape: tuple[int, ...]  # as the model has it
-    layout: Layout
-    dtype: str
-    asked: "Asked"
-
-    def value(self) -> Any:
-        """The tensor, as it is now."""
-        if not isinstance(self.held, ThinWeight):
-            return tf.convert_to_tensor(self.held)
-        return self.layout.kept(self.held.dense(self.index), self.shape, keras.ops)
-
-
-@dataclass
-class _State:
-    """What a factory knows, where TensorFlow's tracking does not look."""
-
-    asked: "Asked"
-    outputs_first: tuple[str, ...]
-    entries: dict[str, Entry] = field(default_factory=dict)
-    planned: "dict[str, Planned | None] | None" = None  # by name, where all shapes were given
-    stored: "dict[str, tuple[Thin | Raw, int]]" = field(default_factory=dict)  # of a file, what nobody asked for yet
 
 
 class Variables(tf.Module):
@@ -131,12 +68,12 @@ class Variables(tf.Module):
         outputs_first: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        parsed = None if rules is None else Rules.parse(rules)
+        parsed = None if rules is None else parse_rules(rules)
         self._tracked: dict[str, tf.Variable] = {}  # what tf.Module and tf.train.Checkpoint find
-        self._state = _State((parsed, seed), tuple(outputs_first))
+        self._state = State((parsed, seed), tuple(outputs_first))
         if shapes is not None and parsed is not None:
             named = {dotted(name): tuple(map(int, shape)) for name, shape in shapes.items()}
-            self._state.planned = _plan_all(parsed, [self._tensor(name, shape) for name, shape in named.items()])
+            self._state.planned = plan_all(parsed, [self._tensor(name, shape) for name, shape in named.items()])
 
     def get(
         self,
@@ -208,7 +145,7 @@ class Variables(tf.Module):
 
     def report(self) -> Report:
         """What the file would hold, one row a matrix."""
-        return contents(self).report()
+        return report_of(contents(self._state))
 
     def _in_graph(
         self, getter: Any, name: str, planned: Planned, shape: tuple[int, ...], dtype: str, options: Mapping[str, Any]
@@ -226,8 +163,8 @@ class Variables(tf.Module):
 
         own, asked = dotted(name), self._state.asked
         layout = self._layout(own, shape)
-        begin = _begin(planned, asked[1], _array(own, options.get("initializer"), shape, layout))
-        weight = _Weight(make, planned.name, _method(planned), parts_of(planned), begin, dtype)
+        begin = start_of(planned, asked[1], array_of(own, options.get("initializer"), shape, layout))
+        weight = Weight(make, planned.name, method_of(planned), parts_of(planned), begin, dtype)
         entry = Entry(weight, 0, shape, layout, dtype, asked)
         self._state.entries[own] = entry  # for save, in a session; never asked for again
         value = entry.value()
@@ -277,10 +214,10 @@ class Variables(tf.Module):
         if rules is None:
             known = {*self._state.stored, *self._state.entries}
             raise ConfigError(f"No file has {name!r}, and there are no rules to make it by.{closest(name, known)}")
-        given, planned = _array(name, initializer, shape, layout), self._plan(self._tensor(name, shape), rules)
+        given, planned = array_of(name, initializer, shape, layout), self._plan(self._tensor(name, shape), rules)
         if planned is None:
             if given is None:
-                first = initializer(shape, dtype) if callable(initializer) else _drawn(name, shape, layout, seed)
+                first = initializer(shape, dtype) if callable(initializer) else fresh_values(name, shape, layout, seed)
             else:
                 first = layout.kept(given, shape)
             self._keep(name, first, dtype, trainable, asked)
@@ -288,8 +225,8 @@ class Variables(tf.Module):
         if len(planned.tensors) > 1 and given is not None:
             raise ConfigError(f"{name} shares a code with others, which are not known here: leave initializer out.")
         parts = dict(zip((tensor.name for tensor in planned.tensors), parts_of(planned), strict=True))
-        begin = _begin(planned, seed, given)
-        self._generate(planned.name, _method(planned), parts, begin, dtype, trainable, asked)
+        begin = start_of(planned, seed, given)
+        self._generate(planned.name, method_of(planned), parts, begin, dtype, trainable, asked)
         if given is not None and (norm := float(np.linalg.norm(given))):
             error = (
                 float(np.linalg.norm(given - layout.stored(np.asarray(self._state.entries[name].value(), np.float32))))
@@ -344,7 +281,7 @@ class Variables(tf.Module):
             )
             return self._tracked[name]
 
-        weight = _Weight(make, method_name, method, list(parts.values()), begin, dtype)
+        weight = Weight(make, method_name, method, list(parts.values()), begin, dtype)
         for index, (name, part) in enumerate(parts.items()):
             shape = self._kept_shape(name, part.shape)
             self._state.entries[name] = Entry(weight, index, shape, self._layout(name, shape), dtype, asked)
@@ -371,7 +308,7 @@ class Variables(tf.Module):
         if rules is None:
             return None
         try:
-            return next((p for p in rules.for_one(tensor).plan([tensor]) if p.method is not None), None)
+            return next((p for p in plan_tensors(rules.for_one(tensor), [tensor]) if p.method is not None), None)
         except BudgetError as error:
             raise BudgetError(
                 f"{tensor.name}, which comes alone: {error} Or give all shapes up front, Variables(rules, "
@@ -396,100 +333,3 @@ class Variables(tf.Module):
     def _kept_shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
         """As the model has what is of this shape in the file."""
         return stored if self._layout(name, stored).axes is None else (*stored[2:], stored[1], stored[0])
-
-
-Asked = tuple[Rules | None, int]
-"""The rules and the seed by which something is made."""
-
-_here = Variables()  # what get_variable has made
-
-
-def get_variable(
-    name: str,
-    shape: Sequence[int] | None = None,
-    rules: Source | None = None,
-    seed: int = 0,
-    dtype: Any = None,
-    *,
-    initializer: Any = None,
-    trainable: bool = True,
-) -> tf.Tensor:
-    """A tensor that small trainable factors generate: the call in the place of ``tf.compat.v1.get_variable``.
-
-    The factors are made at the first call, held by ``variables()``, and the same in every call with that name, before
-    which the ``tf.compat.v1.variable_scope`` around goes. In a graph of TensorFlow 1 they are its own variables, under
-    its rules of reuse. All else is as in ``Variables.get``.
-    """
-    if rules is None:
-        raise ConfigError("get_variable needs rules: a mapping, or the path of a TOML file.")
-    if not tf.compat.v1.executing_eagerly_outside_functions():
-        return tf.compat.v1.get_variable(
-            name,
-            shape,
-            dtype,
-            initializer=initializer,
-            trainable=trainable,
-            custom_getter=getter(rules, seed),
-        )
-    scope = tf.compat.v1.get_variable_scope().name
-    full = f"{scope}/{name}" if scope else name
-    return _here._entry(full, shape, dtype, initializer, trainable, (Rules.parse(rules), seed)).value()
-
-
-def variables() -> Variables:
-    """The factory behind ``get_variable``, but for graphs of TensorFlow 1: to train, save and load."""
-    return _here
-
-
-def getter(rules: Source, seed: int = 0, outputs_first: Sequence[str] = ()) -> Callable[..., Any]:
-    """A ``custom_getter`` for ``tf.compat.v1.variable_scope``: that of a new ``Variables``."""
-    return Variables(rules, seed, outputs_first=outputs_first).getter
-
-
-def _plan_all(rules: Rules, tensors: Sequence[Tensor]) -> "dict[str, Planned | None]":
-    """By name, what becomes of tensors that are all known."""
-    if rules.file_bytes is None:
-        plans = rules.plan(tensors)
-    else:
-        empty = {t.name: raw_of(np.zeros(t.shape, np.float32)) for t in tensors}
-        plans = within(rules.file_bytes, rules, tensors, Contents({}, empty))
-    found: dict[str, Planned | None] = {tensor.name: None for tensor in tensors}
-    for planned in plans:
-        found |= {tensor.name: planned if planned.method is not None else None for tensor in planned.tensors}
-    return found
-
-
-def _method(planned: Planned) -> Method:
-    if planned.method is None:
-        raise ValueError(f"{planned.tensors[0].name} stays dense.")
-    return planned.method
-
-
-def _begin(planned: Planned, seed: int, given: np.ndarray | None) -> Start:
-    """The start of a code: of a value in the file's order, or drawn; in one dimension, zeros."""
-    first, method = planned.tensors[0], _method(planned)
-    if given is None and len(first.shape) > 1:
-        return start.drawn(method, start.generator(first.name, seed), first.std)
-    values = np.zeros(first.shape, np.float32) if given is None else given.astype(np.float32)
-    if not np.isfinite(values).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-        raise NonFiniteError(f"{first.name} is {values[where]} at index {where}, outputs first: give finite values.")
-    return start.encoded(method, parts_of(planned), [values])
-
-
-def _array(name: str, initializer: Any, shape: tuple[int, ...], layout: Layout) -> np.ndarray | None:
-    """The values of an initializer that is no function, in the file's order."""
-    if initializer is None or callable(initializer):
-        return None
-    values = np.asarray(initializer)
-    if values.shape != shape:
-        raise ConfigError(f"The initializer of {name} has shape {values.shape}, not {shape}.")
-    return np.ascontiguousarray(layout.stored(values))
-
-
-def _drawn(name: str, shape: tuple[int, ...], layout: Layout, seed: int) -> np.ndarray:
-    """A start of what is not generated."""
-    if len(shape) < 2:
-        return np.zeros(shape, np.float32)
-    std = math.sqrt(0.2 / max(math.prod(layout.shape(shape)[1:]), 1))
-    return start.generator(name, seed).normal(scale=std, size=shape)

@@ -1,16 +1,19 @@
 """deepthin for torch: thin layers, compression in place, files, and what belongs to training."""
 
 from deepthin.torch.allocation import allocate
-from deepthin.torch.compress import compress, materialize, parameter_groups, plan, same_size
+from deepthin.torch.compress import compress, materialize, plan
 from deepthin.torch.distill import Distillation, Noise
 from deepthin.torch.files import load, save
-from deepthin.torch.importance import adam_importance, hessian_diagonal, optimal_brain_surgeon
-from deepthin.torch.layers import ThinLayer, ThinLinear
+from deepthin.torch.generated import ThinLayer
+from deepthin.torch.importance import adam_importance, hessian_diagonal
+from deepthin.torch.layers import ThinLinear
+from deepthin.torch.rates import parameter_groups
 from deepthin.torch.recipe import Recipe, share
 from deepthin.torch.schemes import prune_by
+from deepthin.torch.surgeon import optimal_brain_surgeon
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
-from deepthin.torch.widths import Trimming, apoz, trim
+from deepthin.torch.widths import Trimming, apoz, same_size, trim
 
 __all__ = [
     "Distillation",

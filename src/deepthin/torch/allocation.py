@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import Method
-from deepthin.plans import coded_bytes, parts_of
-from deepthin.rules import Planned, Rules, Unit, spend
-from deepthin.storage import Thin
-from deepthin.torch.compress import Encoded, plan_of, tensors_of
+from deepthin.plan.file_limit import coded_bytes, parts_of
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rules
+from deepthin.plan.shares import Planned, Unit, shared_budget, spend, split_units, with_targets
+from deepthin.storage.contents import Thin
+from deepthin.torch.compress import plan_of
 from deepthin.torch.files import contents
 from deepthin.torch.importance import check_importance
+from deepthin.torch.tensors import Encoded, tensors_of
 
 _TRIES = 4  # to fill what is left of a file with a larger matrix
 SIZES = 8  # at which each matrix is tried, from the smallest possible to what the budget can spare
@@ -50,12 +53,12 @@ def allocate(
     found and the flat one, the better is returned. Under ``file_bytes`` a matrix costs the bytes that a file takes for
     it, coded as they are then; else ``Method.bits``. What ``compress`` raises is raised here.
     """
-    rules = Rules.parse(rules)
+    rules = parse_rules(rules)
     flat = dataclasses.replace(rules, allocation=1.0 if rules.allocation is None else rules.allocation)
     found, owners = tensors_of(model)
     check_importance(model, importance := importance or {})
     plans = {plan.tensors[0].name: plan for plan in plan_of(model, flat, found)}
-    units, fixed, shared = flat.split(found)
+    units, fixed, shared = split_units(flat, found)
     if not shared:
         return flat
     measured, methods = flat.file_bytes is not None, {unit.name: plans[unit.name].method for unit in shared}
@@ -69,7 +72,7 @@ def allocate(
                 taken = coded_bytes(contents(model), list(plans.values()), trial.encoded.raw)
                 budget = 8 * ((flat.file_bytes or 0) - taken) + sum(trial.cost(u, at_first[u.name]) for u in shared)
             else:
-                budget = flat.budget(units, fixed, shared)
+                budget = shared_budget(flat, units, fixed, shared)
             floors = {unit.name: unit.smallest_bits() for unit in shared}
             curves: dict[str, list[Point]] = {}
             for number, unit in enumerate(shared):
@@ -82,7 +85,7 @@ def allocate(
             best = min((chosen, at_first), key=lambda methods: trial.judged(methods, shared))
     finally:
         model.train(training)
-    return flat.with_targets(found, {name: method.bits() for name, method in best.items()})
+    return with_targets(flat, found, {name: method.bits() for name, method in best.items()})
 
 
 class _Trial:

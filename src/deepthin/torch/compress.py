@@ -1,72 +1,33 @@
 """From a dense model to a thin one, in place, and back; and what belongs to training it."""
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from deepthin import costs, kernels, start
-from deepthin.coding import Raw
-from deepthin.method import BudgetError, ConfigError, Method, NonFiniteError, Then
-from deepthin.methods import learning_rate
+from deepthin.errors import ConfigError
+from deepthin.kernels import costs, products
+from deepthin.method import Method
 from deepthin.methods.factor import Factor
-from deepthin.plans import parts_of, planned_contents, within
-from deepthin.report import Report
-from deepthin.rules import Planned, Rules
-from deepthin.rules import Tensor as Named
-from deepthin.torch.files import contents, raw_code
-from deepthin.torch.importance import check_importance, importance_for
-from deepthin.torch.layers import ThinLayer, fresh_std, is_transposed, make_plain, make_thin, padding_row, why_not
+from deepthin.methods.then import Then
+from deepthin.plan import start
+from deepthin.plan.file_limit import parts_of, planned_contents, within
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rules
+from deepthin.plan.shares import Planned, plan_tensors
+from deepthin.plan.tensor import Tensor as Named
+from deepthin.storage.report import Report, report_of
+from deepthin.torch.exchange import make_plain, make_thin
+from deepthin.torch.files import contents
+from deepthin.torch.generated import ThinLayer
+from deepthin.torch.importance import check_importance
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
+from deepthin.torch.tensors import Encoded, Owners, tensors_of
 from deepthin.torch.weight import ThinPart, ThinWeight
-
-Owners = dict[str, list[tuple[nn.Module, str]]]
-"""By the name of a parameter the layers that hold it, and as what: more than one where it is shared."""
-
-
-class Encoded:
-    """Matrices of a model by their plans, each encoded once; ``importance`` is that of ``compress``."""
-
-    def __init__(self, owners: Owners, importance: Mapping[str, Tensor] | None = None) -> None:
-        self.owners, self.importance = owners, importance or {}
-        self._made: dict[tuple[str, Method], ThinWeight] = {}
-
-    def dense(self, planned: Planned) -> list[Tensor]:
-        """The values of its tensors; ConfigError if these cannot share a code."""
-        names = [tensor.name for tensor in planned.tensors]
-        dense = [_value(self.owners[name]) for name in names]
-        if len({(tensor.dtype, tensor.device, tensor.requires_grad) for tensor in dense}) > 1:
-            raise ConfigError(
-                f"{', '.join(names)} cannot share a code: they differ in type, device or in being frozen."
-            )
-        return dense
-
-    def __call__(self, planned: Planned) -> ThinWeight:
-        """The code nearest to its tensors; NonFiniteError, and ConfigError for padding that is not zero."""
-        names, method, dense = [t.name for t in planned.tensors], planned.method, self.dense(planned)
-        if method is None:
-            raise ValueError(f"{names[0]} stays dense.")
-        if (names[0], method) not in self._made:
-            parts = parts_of(planned)
-            for name, tensor, part in zip(names, dense, parts, strict=True):
-                check_finite(name, tensor)
-                if part.zero_row is not None and tensor[part.zero_row].any():
-                    raise ConfigError(
-                        f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
-                        "zero: set it to zero, or the layer's padding_idx to None."
-                    )
-            weigh = importance_for(planned, self.importance)
-            self._made[names[0], method] = ThinWeight.encode(planned.name, method, parts, dense, weigh)
-        return self._made[names[0], method]
-
-    def raw(self, planned: Planned) -> dict[str, Raw]:
-        """The same code, as a file has it."""
-        return raw_code(self(planned))
 
 
 def compress(
@@ -92,7 +53,7 @@ def compress(
     check_importance(model, importance := importance or {})
     contents(model)  # TypeError now, not after the model has changed, for what no file can hold
     encoded = Encoded(owners, importance)
-    planned = plan_of(model, Rules.parse(rules), found, encoded if init == "trained" else None)
+    planned = plan_of(model, parse_rules(rules), found, encoded if init == "trained" else None)
     return carry_out(model, planned, owners, init, seed, encoded)
 
 
@@ -138,7 +99,7 @@ def carry_out(
             "init='scratch' is as good.",
             stacklevel=2,
         )
-    return contents(model).report(errors)
+    return report_of(contents(model), errors)
 
 
 def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
@@ -148,8 +109,8 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
     predicted time over that of a dense layer.
     """
     found, owners = tensors_of(model)
-    planned = plan_of(model, Rules.parse(rules), found)
-    report = planned_contents(contents(model), planned).report()
+    planned = plan_of(model, parse_rules(rules), found)
+    report = report_of(planned_contents(contents(model), planned))
     layers = {name: type(held[0][0]) for name, held in owners.items()}
     methods = {tensor.name: p.method for p in planned for tensor in p.tensors if len(p.tensors) == 1}
     rows = [
@@ -181,91 +142,10 @@ def materialize(model: nn.Module) -> nn.Module:
     return model
 
 
-def parameter_groups(model: nn.Module, lr: float, rate: float | None = None) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimiser; ``lr`` is what suits the dense network.
-
-    A code wants a larger rate than a dense weight, and so do the biases beside it: with the dense rate DeepThin loses
-    to every rival. The factors are those of deepthin.methods.learning_rate, found by experiment (docs/training.md), or
-    ``rate`` for all codes: what a trained network was pruned to wants less than what begins anew.
-    """
-    groups: dict[tuple[str, float], list[nn.Parameter]] = {("dense", 1.0): []}
-    seen: set[int] = set()
-    for module in model.modules():
-        weights = [module] if isinstance(module, ThinWeight) else []
-        if isinstance(module, ThinLayer):
-            weights = [t.group if isinstance(t, ThinPart) else t for t in module.thin.values()]
-        name = weights[0].name if weights else "dense"
-        times = 1.0
-        if weights:
-            times = learning_rate(name, weights[0].method) if rate is None else rate
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                groups.setdefault((name, times), []).append(parameter)
-    return [{"params": found, "lr": lr * times, "name": name} for (name, times), found in groups.items() if found]
-
-
-def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
-    """The largest width such that the matrices (two or more dimensions) of ``build(width)`` take at most that.
-
-    The rival that needs no library. ``build`` is called on the meta device; the size must grow with the width.
-    """
-
-    def taken(width: int) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() * p.element_size() for p in build(width).parameters() if p.dim() > 1)
-
-    if (least := taken(1)) > weight_bytes:
-        raise BudgetError(
-            f"No network of this shape fits {weight_bytes} bytes: the one of width 1 takes {least}.",
-            smallest_bits=8 * least,
-            smallest_ratio=math.nan,
-        )
-    high = 2
-    while taken(high) <= weight_bytes:
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if taken(middle) <= weight_bytes else (low, middle)
-    return low
-
-
-def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:
-    """Every dense parameter as rules see it, and who holds it."""
-    names: dict[int, list[str]] = {}
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    parameters: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, ThinWeight):
-            continue
-        for own, parameter in module._parameters.items():
-            if isinstance(parameter, nn.UninitializedParameter):
-                raise ConfigError(f"{path}.{own} has no shape yet: call the model once, then compress it.".lstrip("."))
-            if parameter is not None:
-                parameters[id(parameter)] = parameter
-                names.setdefault(id(parameter), []).append(f"{path}.{own}".lstrip("."))
-                if not any(layer is module and held == own for layer, held in holders.get(id(parameter), [])):
-                    holders.setdefault(id(parameter), []).append((module, own))
-    found: list[Named] = []
-    for key, parameter in parameters.items():
-        reasons = [reason for layer, own in holders[key] if (reason := why_not(layer, own))]
-        turned = {is_transposed(layer) for layer, _ in holders[key]}
-        if len(turned) > 1:
-            reasons.append("a tensor shared by layers that keep it in different orders is not covered")
-        name, *also = sorted(names[key])  # files keep a shared tensor under the first of its names
-        shape = tuple(parameter.shape)
-        std = fresh_std(holders[key][0][0], shape) if not reasons and len(shape) > 1 else 1.0
-        turned_matrix = turned == {True} and len(shape) == 2
-        zero_row = next((row for layer, _ in holders[key] if (row := padding_row(layer)) is not None), None)
-        found.append(Named(name, shape, "; ".join(reasons), tuple(also), turned_matrix, std, zero_row))
-    return found, {min(names[key]): held for key, held in holders.items()}
-
-
 def plan_of(model: nn.Module, rules: Rules, found: list[Named], encoded: Encoded | None = None) -> list[Planned]:
     """What becomes of the tensors that ``tensors_of`` found; a limit for the file is met by writing files."""
     if rules.file_bytes is None:
-        return rules.plan(found)
+        return plan_tensors(rules, found)
     return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.raw)
 
 
@@ -275,20 +155,5 @@ def _decoder(method: Method | None) -> Method | None:
 
 def _expected(method: Factor) -> dict[str, Any]:
     predicted = costs.costs(method, 32, dense_ready=True)
-    path = costs.choose(method, 32, dense_ready=True, native=kernels.native_available)
+    path = costs.choose(method, 32, dense_ready=True, native=products.native_available)
     return {"path": path, "cost": round(predicted[path] / predicted["dense"], 3)}
-
-
-def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
-    return owner[0][0]._parameters[owner[0][1]]  # pyright: ignore[reportReturnType] -- _tensors lists no missing ones
-
-
-def check_finite(name: str, weight: Tensor) -> None:
-    """NonFiniteError, naming the place, for a weight that cannot be encoded."""
-    if weight.is_meta:
-        raise ConfigError(f"{name} is on the meta device and has no values: load weights first, or use init='scratch'.")
-    if not torch.isfinite(weight).all():
-        where = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
-        raise NonFiniteError(
-            f"{name} is {weight[where].item()} at index {where}: nothing was compressed. Load finite weights first."
-        )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deepthin.method import ConfigError
+from deepthin.errors import ConfigError
 from deepthin.torch.units import at_rest
 
 

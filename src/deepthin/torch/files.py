@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deepthin import storage
-from deepthin.coding import FLOATS, Raw
-from deepthin.method import ConfigError
-from deepthin.names import check_names, renamed, shapes_of
-from deepthin.storage import Contents, Thin
-from deepthin.torch.layers import ThinLayer, is_transposed, make_thin, padding_row, thin_tensors, why_not
+from deepthin.errors import ConfigError
+from deepthin.storage.arrays import FLOATS, Raw
+from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.names import check_names, renamed, shapes_of
+from deepthin.storage.read import read
+from deepthin.storage.write import write
+from deepthin.torch.exchange import is_transposed, make_thin, padding_row, thin_tensors, why_not
+from deepthin.torch.generated import ThinLayer
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
 
@@ -29,7 +31,7 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
 
     BudgetError, with nothing written, above ``max_bytes``; TypeError for a tensor that the file cannot hold.
     """
-    return storage.write(contents(model), path, max_bytes)
+    return write(contents(model), path, max_bytes)
 
 
 def load(
@@ -44,7 +46,7 @@ def load(
     before the model is touched; a damaged file raises FormatError. A file of another framework may do without
     ``num_batches_tracked``, and, for an LSTM or RNN, without ``bias_hh_*``, which is then zero.
     """
-    stored = renamed(storage.read(path), names or {}, str(path))
+    stored = renamed(read(path), names or {}, str(path))
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
     have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
     have |= {name: tuple(tensor.shape) for name, tensor in dense_now.items()}

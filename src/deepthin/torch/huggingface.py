@@ -4,13 +4,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from deepthin.torch.layers import ThinLayer, _generated
+from deepthin.torch.generated import ThinLayer, generated
 
 
 class ThinConv1D(ThinLayer, Conv1D):
     """``input @ weight + bias``; the code is that of the (outputs, inputs) matrix, multiplied as in ThinLinear."""
 
-    weight, bias = _generated("weight"), _generated("bias")
+    weight, bias = generated("weight"), generated("bias")
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """The product by the code, where that is cheaper."""

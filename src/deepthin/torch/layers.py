@@ -5,62 +5,24 @@ every reference to the layer, its hooks and its training mode stay. All torch co
 parameters that are now properties.
 """
 
-import math
-import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from deepthin.kernels import native_available
-from deepthin.methods.factor import Factor
 from deepthin.torch import spectral
-from deepthin.torch.recurrent import pays, recurrent
-from deepthin.torch.weight import ThinPart, ThinWeight, is_traced, is_transformed
-
-_TYPICAL_BATCH = 8  # of a graph, whose batch may be unknown
-
-
-class _Generated(property):
-    """A parameter that is read from what generates it, or, while it is dense, from where torch keeps it."""
-
-
-def _generated(name: str) -> Any:
-    def read(layer: "ThinLayer") -> Tensor | None:
-        thin = layer._modules.get("thin")
-        if thin is not None and name in thin._modules:
-            return layer.thin[name]()
-        if name in layer._parameters:
-            return layer._parameters[name]
-        raise AttributeError(f"{type(layer).__name__} has no {name!r}.")
-
-    def write(
-        layer: "ThinLayer", value: Tensor | None
-    ) -> None:  # DataParallel's replicas, whose tensors are no parameters
-        if name not in layer._parameters and name in layer.thin:
-            raise AttributeError(f"{name!r} is generated: train or load the thin code.")
-        layer._parameters[name] = cast(nn.Parameter, value)
-
-    return _Generated(
-        read, write, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code."
-    )
-
-
-class ThinLayer(nn.Module):
-    """What all thin layers share: ``thin`` maps a parameter's name to what generates it."""
-
-    thin: dict[str, ThinWeight | ThinPart]  # in truth an nn.ModuleDict, whose annotations forget what it holds
+from deepthin.torch.generated import ThinLayer, generated
+from deepthin.torch.recurrent_layers import ThinGRU, ThinLSTM, ThinRNN  # noqa: F401 -- pickles of version 0.1 name them here
+from deepthin.torch.tracing import is_traced
+from deepthin.torch.weight import ThinPart, ThinWeight
 
 
 class ThinLinear(ThinLayer, nn.Linear):
     """A linear layer that multiplies by its code without building the weight, where that is cheaper."""
 
-    weight, bias = _generated("weight"), _generated("bias")
+    weight, bias = generated("weight"), generated("bias")
 
     def forward(self, input: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """``input @ weight.T + bias``."""
@@ -77,13 +39,13 @@ class ThinOutProjection(ThinLinear, NonDynamicallyQuantizableLinear):
 class ThinConv1d(ThinLayer, nn.Conv1d):
     """A convolution by a decoded kernel."""
 
-    weight, bias = _generated("weight"), _generated("bias")
+    weight, bias = generated("weight"), generated("bias")
 
 
 class ThinConv2d(ThinLayer, nn.Conv2d):
     """A convolution by a decoded kernel; in evaluation, where a large kernel's spectrum is faster, by that."""
 
-    weight, bias = _generated("weight"), _generated("bias")
+    weight, bias = generated("weight"), generated("bias")
     _spectrum: tuple[Tensor, int, Tensor] | None = None  # of which weight, as it was when it had so many changes
 
     def forward(self, input: Float[Tensor, "*batch channels h w"]) -> Float[Tensor, "*batch outputs rows cols"]:
@@ -119,31 +81,31 @@ class ThinConv2d(ThinLayer, nn.Conv2d):
 class ThinConv3d(ThinLayer, nn.Conv3d):
     """A convolution by a decoded kernel."""
 
-    weight, bias = _generated("weight"), _generated("bias")
+    weight, bias = generated("weight"), generated("bias")
 
 
 class ThinConvTranspose1d(ThinLayer, nn.ConvTranspose1d):
     """A transposed convolution by a decoded kernel."""
 
-    weight, bias = _generated("weight"), _generated("bias")
+    weight, bias = generated("weight"), generated("bias")
 
 
 class ThinConvTranspose2d(ThinLayer, nn.ConvTranspose2d):
     """A transposed convolution by a decoded kernel."""
 
-    weight, bias = _generated("weight"), _generated("bias")
+    weight, bias = generated("weight"), generated("bias")
 
 
 class ThinConvTranspose3d(ThinLayer, nn.ConvTranspose3d):
     """A transposed convolution by a decoded kernel."""
 
-    weight, bias = _generated("weight"), _generated("bias")
+    weight, bias = generated("weight"), generated("bias")
 
 
 class ThinEmbedding(ThinLayer, nn.Embedding):
     """Rows of a table, each made from its code where they are few."""
 
-    weight = _generated("weight")
+    weight = generated("weight")
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch features"]:
         """One row for each index."""
@@ -155,244 +117,12 @@ class ThinEmbedding(ThinLayer, nn.Embedding):
 class ThinEmbeddingBag(ThinLayer, nn.EmbeddingBag):
     """Sums or means of rows of a decoded table."""
 
-    weight = _generated("weight")
+    weight = generated("weight")
 
 
 class ThinMultiheadAttention(ThinLayer, nn.MultiheadAttention):
     """Attention whose projections are decoded; the output projection is a layer of its own."""
 
-    in_proj_weight, in_proj_bias = _generated("in_proj_weight"), _generated("in_proj_bias")
-    q_proj_weight, k_proj_weight = _generated("q_proj_weight"), _generated("k_proj_weight")
-    v_proj_weight = _generated("v_proj_weight")
-
-
-class ThinRecurrent(ThinLayer, nn.RNNBase):
-    """A recurrent layer that multiplies by the codes of its gate matrices, where native code does.
-
-    Else these, stacked as torch keeps them, are decoded once a call.
-    """
-
-    def forward(self, input: Any, hx: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The outputs of all steps, and the states after the last."""
-        factors = self._factors(input) if isinstance(input, Tensor) and self._is_plain(input) else None
-        return super().forward(input, hx) if factors is None else self._run(input, hx, *factors)
-
-    def _is_plain(self, input: Tensor) -> bool:
-        """Whether the operator may take it. While a graph is exported or transformed, weights are decoded inside it."""
-        if input.dim() not in (2, 3) or not input.numel() or not input.is_floating_point() or input.is_meta:
-            return False
-        if self.proj_size or torch._C._get_tracing_state() is not None or is_transformed():
-            return False
-        if input.dtype is not torch.float32 and not torch.is_autocast_enabled("cpu"):
-            return False
-        like = next(self.parameters())
-        return native_available and not torch.compiler.is_exporting() and like.is_cpu and like.dtype is torch.float32
-
-    def _parts(self) -> "list[tuple[ThinWeight, int]]":
-        """The code of each matrix, and which of its tensors; nothing where one is dense or must be decoded."""
-        thin = cast(nn.Module, self._modules["thin"])._modules
-        parts: list[tuple[ThinWeight, int]] = []
-        for name in self._flat_weights_names:
-            if name.startswith("weight"):
-                part = thin.get(name)
-                weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
-                if not isinstance(weight, ThinWeight) or weight.plans[index] is None:
-                    return []
-                parts.append((weight, index))
-        return parts
-
-    def _factors(self, input: Tensor) -> "tuple[list[Tensor], list[Tensor], list[int]] | None":
-        """Those of all matrices, the biases, and where the matrices begin; none where decoded ones serve better."""
-        parts = self._parts()
-        plans = [cast(tuple[Factor, int, int, int], weight.plans[index]) for weight, index in parts]
-        alone, axis = input.dim() == 2, 0 if self.batch_first else 1
-        traced = torch.compiler.is_compiling()  # the batch may be a symbol there
-        batch = _TYPICAL_BATCH if traced else 1 if alone else input.shape[axis]
-        training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        if not parts or not pays(tuple(plan[0] for plan in plans), batch, training):
-            return None
-        factors: list[Tensor] = []
-        known: dict[int, dict[str, Tensor]] = {}  # a group's floats are taken once
-        for (weight, index), (_, first, stop, _) in zip(parts, plans, strict=True):
-            floats = known[id(weight)] = known.get(id(weight)) or weight.floats()
-            scale, rows = weight.parts[index].scale, floats["xf"]
-            rows = rows if len(rows) == stop - first else rows[first:stop]
-            factors += [rows if scale == 1.0 else rows * scale, floats["wf"]]
-        biases = [getattr(self, name) for name in self._flat_weights_names if name.startswith("bias")]
-        return factors, biases, [plan[3] for plan in plans]
-
-    def _run(self, input: Tensor, hx: Any, factors: list[Tensor], biases: list[Tensor], offsets: list[int]) -> Any:
-        """By the operator, in single precision whatever autocast says; with torch's layouts and errors."""
-        lstm, alone = self.mode == "LSTM", input.dim() == 2
-        places, cell = 2 if self.bidirectional else 1, self.mode.lower().removeprefix("rnn_")
-        x = input.unsqueeze(1) if alone else input.transpose(0, 1) if self.batch_first else input
-        whole = self.num_layers * places, x.shape[1], self.hidden_size
-        if hx is None:
-            zeros = x.new_zeros(whole)
-            states = [zeros, zeros] if lstm else [zeros]
-        else:
-            states = [state.unsqueeze(1) if alone else state for state in (hx if lstm else [hx])]
-        if x.shape[2] != self.input_size or any(state.shape != whole for state in states):
-            return super().forward(input, hx)  # which says what is wrong
-        autocast = torch.is_autocast_enabled("cpu")
-        kind = torch.get_autocast_dtype("cpu") if autocast else input.dtype
-        with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-            if autocast:
-                x, states, factors, biases = x.float(), *([t.float() for t in ts] for ts in (states, factors, biases))
-            h, c = states[0], states[1] if lstm else None
-            # All layers in one call, except where dropout stands between them
-            layers = 1 if self.training and self.dropout else self.num_layers
-            ends: list[tuple[Tensor, Tensor | None]] = []
-            for first in range(0, self.num_layers, layers):
-                x = F.dropout(x, self.dropout) if first else x
-                own, of_own = (slice(k * places * first, k * places * (first + layers)) for k in (1, 2))
-                matrices = slice(2 * of_own.start, 2 * of_own.stop)
-                rest = factors[matrices], biases[of_own], offsets[of_own], cell, places
-                x, last, last_c = recurrent(x, h[own], None if c is None else c[own], *rest)
-                ends.append((last, last_c))
-        y = (x.squeeze(1) if alone else x.transpose(0, 1) if self.batch_first else x).to(kind)
-        last = [
-            torch.cat(parts) if len(ends) > 1 else parts[0] for parts in list(zip(*ends, strict=True))[: len(states)]
-        ]
-        last = [(state.squeeze(1) if alone else state).to(kind) for state in last]
-        return y, tuple(last) if lstm else last[0]
-
-    def __getattr__(self, name: str) -> Any:
-        thin = self.__dict__.get("_modules", {}).get("thin")
-        return thin[name]() if thin is not None and name in thin else super().__getattr__(name)
-
-    @property
-    def _flat_weights(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return [getattr(self, name) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, _: list[Tensor]) -> None:
-        """What torch would keep here is read anew at every call."""
-
-    def _init_flat_weights(self) -> None:
-        self._flat_weight_refs = []
-
-    def _update_flat_weights(self) -> None:
-        """Nothing is kept, so nothing can be out of date."""
-
-    def flatten_parameters(self) -> None:
-        """Decoded weights have no place of their own in memory to be moved together."""
-
-
-class ThinRNN(ThinRecurrent, nn.RNN):
-    """nn.RNN with decoded weights."""
-
-
-class ThinLSTM(ThinRecurrent, nn.LSTM):
-    """nn.LSTM with decoded weights."""
-
-
-class ThinGRU(ThinRecurrent, nn.GRU):
-    """nn.GRU with decoded weights."""
-
-
-THIN: dict[type[nn.Module], type[ThinLayer]] = {
-    nn.Linear: ThinLinear,
-    NonDynamicallyQuantizableLinear: ThinOutProjection,
-    nn.Conv1d: ThinConv1d,
-    nn.Conv2d: ThinConv2d,
-    nn.Conv3d: ThinConv3d,
-    nn.ConvTranspose1d: ThinConvTranspose1d,
-    nn.ConvTranspose2d: ThinConvTranspose2d,
-    nn.ConvTranspose3d: ThinConvTranspose3d,
-    nn.Embedding: ThinEmbedding,
-    nn.EmbeddingBag: ThinEmbeddingBag,
-    nn.MultiheadAttention: ThinMultiheadAttention,
-    nn.RNN: ThinRNN,
-    nn.LSTM: ThinLSTM,
-    nn.GRU: ThinGRU,
-}
-"""Every layer that can be thin, and its thin class. Hugging Face's Conv1D joins when transformers is imported."""
-
-
-def why_not(layer: nn.Module, name: str) -> str:
-    """Why a parameter of a layer cannot be thin; an empty string if it can."""
-    if "transformers.pytorch_utils" in sys.modules:
-        from deepthin.torch import huggingface
-
-        THIN.setdefault(huggingface.Conv1D, huggingface.ThinConv1D)
-    if not isinstance(layer, ThinLayer) and type(layer) not in THIN:
-        return f"{type(layer).__name__} has no thin version"
-    if added := sorted(layer._parameters.keys() - parameter_names(layer)):
-        return f"{', '.join(added)} is no parameter of a {type(layer).__name__}, which therefore is more than that"
-    parameter = layer._parameters.get(name)
-    if parameter is not None and not parameter.is_floating_point():
-        return f"it holds {parameter.dtype}, and codes are real numbers"
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
-        return "a table with max_norm or sparse gradients is changed in place, which a generated one cannot be"
-    if isinstance(layer, nn.MultiheadAttention) and name in ("bias_k", "bias_v"):
-        return "these are no matrices"
-    return ""
-
-
-def parameter_names(layer: nn.Module) -> list[str]:
-    """The parameters that a layer of this type may have, in torch's order."""
-    if isinstance(layer, nn.RNNBase):
-        return layer._flat_weights_names
-    thin = THIN.get(type(layer), type(layer))
-    generated = [name for base in thin.__mro__ for name, value in vars(base).items() if isinstance(value, _Generated)]
-    return generated + (["bias_k", "bias_v"] if isinstance(layer, nn.MultiheadAttention) else [])
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer keeps its matrix as (inputs, outputs)."""
-    return type(layer).__name__ in ("Conv1D", "ThinConv1D")
-
-
-def padding_row(layer: nn.Module) -> int | None:
-    """The row of an embedding that is padding: zero, and never trained."""
-    return layer.padding_idx if isinstance(layer, nn.Embedding) else None
-
-
-def fresh_std(layer: nn.Module, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a from-scratch start: a tenth of He's variance, but torch's own for tables and gates."""
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) or 0 in shape:
-        return 1.0
-    if isinstance(layer, nn.RNNBase):
-        return 1 / math.sqrt(3 * layer.hidden_size)  # uniform within 1 / sqrt(hidden_size)
-    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return math.sqrt(0.2 * math.prod(layer.stride) * layer.groups / (shape[0] * math.prod(shape[2:])))
-    return math.sqrt(0.2 / (shape[0] if is_transposed(layer) else math.prod(shape[1:])))
-
-
-def make_thin(layer: nn.Module, weights: Mapping[str, ThinWeight | ThinPart]) -> None:
-    """Exchange named parameters of a layer for generated ones, in place. The layer may be thin already."""
-    if not isinstance(layer, ThinLayer):
-        layer.__class__ = THIN[type(layer)]
-        layer.register_module("thin", nn.ModuleDict())
-        layer.__dict__.pop("_flat_weights", None)  # a recurrent layer's list would keep the dense weights alive
-    thin = cast(ThinLayer, layer).thin
-    for name, weight in weights.items():
-        layer._parameters.pop(name, None)
-        thin[name] = weight.train(layer.training)
-
-
-def make_plain(layer: nn.Module, dense: Mapping[str, nn.Parameter]) -> None:
-    """Undo ``make_thin``: a thin layer is torch's own again, with these parameters."""
-    layer.__class__ = next(plain for plain, thin in THIN.items() if thin is type(layer))
-    del layer.thin
-    for name, parameter in dense.items():
-        layer.register_parameter(name, parameter)
-    for name in parameter_names(layer):  # optimiser states go by the order
-        if name in layer._parameters:
-            layer._parameters[name] = layer._parameters.pop(name)
-    if isinstance(layer, nn.RNNBase):
-        layer._init_flat_weights()
-
-
-def thin_tensors(model: nn.Module) -> dict[str, tuple[ThinWeight, int]]:
-    """The dotted name of every compressed tensor, as the dense model has it: its ThinWeight, and which of its tensors.
-
-    A shared tensor appears under each of its names.
-    """
-    return {
-        f"{path}.{name}".lstrip("."): (thin.group, thin.index) if isinstance(thin, ThinPart) else (thin, 0)
-        for path, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, ThinLayer)
-        for name, thin in layer.thin.items()
-    }
+    in_proj_weight, in_proj_bias = generated("in_proj_weight"), generated("in_proj_bias")
+    q_proj_weight, k_proj_weight = generated("q_proj_weight"), generated("k_proj_weight")
+    v_proj_weight = generated("v_proj_weight")

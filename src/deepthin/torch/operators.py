@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
 
-from deepthin import kernels
-from deepthin.costs import choose_native
+from deepthin.kernels import products
+from deepthin.kernels.costs import choose_native
 from deepthin.methods.factor import Factor
 from deepthin.torch.product import factor_linear
+from deepthin.torch.tracing import forward_mode
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -65,15 +65,10 @@ def product(method: Factor, first: int, offset: int, scale: float) -> Any:
     """
     if not short_ways:
         return None
-    return kernels.native().Product(*method.shape, method.n, method.rank, offset, first, scale)
+    return products.native().Product(*method.shape, method.n, method.rank, offset, first, scale)
 
 
-def forward_mode() -> bool:
-    """Whether tangents may go along with tensors: derivatives in forward mode, which the native code has not."""
-    return forward_ad._current_level >= 0
-
-
-short_ways: bool = kernels.native_available and kernels.native().use_torch(
+short_ways: bool = products.native_available and products.native().use_torch(
     Tensor,
     torch.nn.Parameter,
     torch.is_grad_enabled,
@@ -94,17 +89,17 @@ def _share_threads() -> None:
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
         parallel = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
         if parallel is not None:
-            kernels.native().use_openmp(ctypes.cast(parallel, ctypes.c_void_p).value)
+            products.native().use_openmp(ctypes.cast(parallel, ctypes.c_void_p).value)
             return
 
 
-if kernels.native_available:
+if products.native_available:
     _share_threads()
 
 
 def takes(*operands: Tensor | None) -> bool:
     """Whether all of them are what the native kernels read: plain float32 tensors in the CPU's memory."""
-    return kernels.native_available and all(t is None or _is_plain(t) for t in operands)
+    return products.native_available and all(t is None or _is_plain(t) for t in operands)
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -122,7 +117,7 @@ def _in_memory(t: Tensor) -> bool:
 def same_values(kept: Tensor, now: Tensor) -> bool:
     """``torch.equal``, ten times as fast for plain float32 and integers; NaN is a value there, zeros have signs."""
     if (
-        kernels.native_available
+        products.native_available
         and kept.dtype == now.dtype
         and (now.dtype is torch.float32 or now.dtype in _INTEGERS)
         and _in_memory(kept)
@@ -132,7 +127,7 @@ def same_values(kept: Tensor, now: Tensor) -> bool:
         and not now.is_neg()
         and kept.shape == now.shape
     ):
-        return kernels.native().same_bytes(kept.data_ptr(), now.data_ptr(), now.element_size() * now.numel())
+        return products.native().same_bytes(kept.data_ptr(), now.data_ptr(), now.element_size() * now.numel())
     return torch.equal(kept, now)
 
 
@@ -145,12 +140,12 @@ def symbol_linear(
     least: Float[Tensor, "steps 1"] | None = None,
     centres: Float[Tensor, " levels"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
-    """``kernels.symbol_linear`` for plain tensors whose gradients nobody wants; the caller minds shapes and types."""
+    """``products.symbol_linear`` for plain tensors whose gradients nobody wants; the caller minds shapes and types."""
     rows, cols = symbols.shape
     items, *others = (_as_read(t) for t in (x, symbols, step, least, centres, bias))
     y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32, device="cpu")
     at = [0 if t is None else t.data_ptr() for t in others]
-    kernels.native().symbols(
+    products.native().symbols(
         rows,
         cols,
         *at[:3],
@@ -196,7 +191,7 @@ def _forward(
         return y.relu() if relu else y
     operands = tuple(_as_read(t) for t in (x, xf, wf, bias))
     y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32, device="cpu")
-    kernels.native().forward(
+    products.native().forward(
         *method.shape,
         method.n,
         method.rank,
@@ -225,7 +220,7 @@ def _backward(
         torch.empty(t.shape, dtype=torch.float32, device="cpu") if want else x.new_empty(0)
         for t, want in zip((x, xf, wf), wanted, strict=True)
     ]
-    kernels.native().backward(
+    products.native().backward(
         *method.shape,
         method.n,
         method.rank,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from deepthin.costs import fft_length
+from deepthin.kernels.costs import fft_length
 from deepthin.methods.factor import Factor
 from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.tensor_train import TensorTrain

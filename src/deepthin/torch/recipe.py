@@ -11,18 +11,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deepthin.method import ConfigError, Then, as_matrix
+from deepthin.errors import ConfigError
+from deepthin.method import as_matrix
 from deepthin.methods import METHODS, THEN
-from deepthin.plans import coded_bytes
-from deepthin.report import Report
-from deepthin.rules import NO_LIMIT, Planned, Rules, Stages, parse_then
-from deepthin.storage import to_bytes
+from deepthin.methods.then import Then
+from deepthin.plan.file_limit import coded_bytes
+from deepthin.plan.parse import parse_rules, parse_then
+from deepthin.plan.rules import NO_LIMIT, Rules, Stages
+from deepthin.plan.shares import Planned
+from deepthin.storage.report import Report, report_of
+from deepthin.storage.write import to_bytes
 from deepthin.torch.allocation import allocate
-from deepthin.torch.compress import Encoded, carry_out, materialize, plan_of, tensors_of
+from deepthin.torch.compress import carry_out, materialize, plan_of
+from deepthin.torch.exchange import make_thin, thin_tensors
 from deepthin.torch.files import contents
+from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import check_importance
-from deepthin.torch.layers import ThinLayer, make_thin, thin_tensors
 from deepthin.torch.sequential import make_sequential
+from deepthin.torch.tensors import Encoded, tensors_of
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinPart, ThinWeight
 
@@ -51,7 +57,7 @@ class Recipe:
         loss: Callable[[nn.Module], float] | None = None,
         importance: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
-        self.model, self.rules, self.loss, self.importance = model, Rules.parse(rules), loss, importance
+        self.model, self.rules, self.loss, self.importance = model, parse_rules(rules), loss, importance
         stages = self.rules.stages or Stages()
         self.thin_from, self.thin_to, self.share_from = (round(share * steps) for share in (*stages.thin, stages.share))
         self.thin_to = max(self.thin_to, self.thin_from + 1)
@@ -148,7 +154,7 @@ def share(model: nn.Module, then: Mapping[str, Any], importance: Mapping[str, Te
         inner = tuple((e, METHODS[name].fit(as_matrix(shape), NO_LIMIT, **options)) for e, shape in floats)
         wanted[weight] = f"{weight.name}{THEN}{name}", Then(weight.method, inner)
     _store_floats(model, wanted, importance or {})
-    return contents(model).report()
+    return report_of(contents(model))
 
 
 def _store_floats(

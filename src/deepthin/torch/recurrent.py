@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from deepthin import kernels
-from deepthin.costs import NATIVE, choose_native, work
+from deepthin.kernels import products
+from deepthin.kernels.costs import NATIVE, choose_native, work
+from deepthin.kernels.recurrent import CELLS, gates_of
 from deepthin.methods.factor import Factor
-from deepthin.recurrent import CELLS, gates_of
 from deepthin.torch.operators import takes
 
 _STEPS = 100  # of a typical sequence
@@ -170,7 +170,7 @@ def _forward(
     )
     reserve = torch.empty(_reserve(layers) if keep else 0, **like)
     held = [_plain(t) for t in (x, *factors, *biases)]
-    kernels.native().recurrent(
+    products.native().recurrent(
         *layers.numbers(),
         *_operands(layers, held[1 : 1 + len(factors)], held[1 + len(factors) :], keep),
         held[0].data_ptr(),
@@ -185,10 +185,10 @@ def _forward(
 
 def _reserve(layers: _Layers) -> int:
     """Numbers that are kept for the gradient."""
-    if not kernels.native_available:
+    if not products.native_available:
         return 0
     numbers = layers.numbers()
-    return kernels.native().recurrent_reserve(*numbers[:3], *numbers[4:])
+    return products.native().recurrent_reserve(*numbers[:3], *numbers[4:])
 
 
 def _operands(
@@ -259,7 +259,7 @@ def _backward(
     first = 1 + len(states)
     factors, biases = held[first : first + len(factors)], held[first + len(factors) : len(inputs)]
     addresses = [t.data_ptr() for t in held]
-    kernels.native().recurrent_backward(
+    products.native().recurrent_backward(
         *layers.numbers(),
         *_operands(layers, factors, biases, True, own[first:]),
         addresses[0],
@@ -323,7 +323,7 @@ def _fake_forward(
     layer = steps * batch * directions * (hidden + own)
     reserve = (places // directions) * layer - steps * batch * directions * hidden
     y = x.new_empty(steps, batch, directions * hidden)
-    native = kernels.native_available and all(
+    native = products.native_available and all(
         t is None or (t.dtype is torch.float32 and t.is_cpu) for t in (x, h, c, *factors, *biases)
     )
     return (

@@ -14,10 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from deepthin.method import ConfigError, Method, Then
+from deepthin.errors import ConfigError
+from deepthin.method import Method
 from deepthin.methods.pruned import Pruned
-from deepthin.rules import Planned, Rules, Unit
-from deepthin.torch.compress import Encoded, plan_of, tensors_of
+from deepthin.methods.then import Then
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rules
+from deepthin.plan.shares import Planned, Unit, shared_budget, split_units, with_targets
+from deepthin.torch.compress import plan_of
+from deepthin.torch.tensors import Encoded, tensors_of
 
 SCHEMES = ("class-blind", "class-uniform", "class-distribution")
 _HALVINGS = 60  # of the range of the threshold
@@ -36,12 +41,12 @@ def prune_by(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, sc
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme = {scheme!r} is unknown. Valid: {', '.join(SCHEMES)}.")
-    rules = dataclasses.replace(Rules.parse(rules), allocation=1.0)
+    rules = dataclasses.replace(parse_rules(rules), allocation=1.0)
     if rules.ratio is None:
         raise ConfigError(f"{scheme} shares out a budget: give [model] a ratio.")
     found, owners = tensors_of(model)
     plans = {plan.tensors[0].name: plan for plan in plan_of(model, rules, found)}
-    units, fixed, shared = rules.split(found)
+    units, fixed, shared = split_units(rules, found)
     encoded = Encoded(owners)
     sizes: dict[str, np.ndarray] = {}
     for unit in shared:
@@ -51,7 +56,7 @@ def prune_by(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, sc
             )
         dense = [abs(values.detach().float()).flatten() for values in encoded.dense(plans[unit.name])]
         sizes[unit.name] = np.sort(torch.cat(dense).cpu().numpy())
-    budget = rules.budget(units, fixed, shared)
+    budget = shared_budget(rules, units, fixed, shared)
     threshold = _thresholds(scheme, shared, sizes)
 
     def bits(level: float) -> dict[str, int]:
@@ -71,7 +76,7 @@ def prune_by(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, sc
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if sum(bits(middle).values()) <= budget else (middle, high)
-    return rules.with_targets(found, bits(high))
+    return with_targets(rules, found, bits(high))
 
 
 def _thresholds(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
-from deepthin import kernels
+from deepthin.kernels import products
 from deepthin.torch.layers import ThinLinear
 from deepthin.torch.operators import short_ways
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -70,7 +70,7 @@ class ThinSequential(nn.Sequential):
                 if product is None:
                     return None
                 links.append((module, product, group, part, thin))
-        return kernels.native().Chain(links, vars(module_globals)) if len(modules) > 1 else None
+        return products.native().Chain(links, vars(module_globals)) if len(modules) > 1 else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_runs"}

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepthin.method import ConfigError, Method
+from deepthin.errors import ConfigError
+from deepthin.method import Method
 from deepthin.methods.pruned import Pruned
-from deepthin.plans import parts_of
-from deepthin.report import Report
-from deepthin.rules import Planned, Rules
-from deepthin.torch.compress import Encoded, carry_out, check_finite, plan_of, tensors_of
+from deepthin.plan.file_limit import parts_of
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rules
+from deepthin.plan.shares import Planned
+from deepthin.storage.report import Report
+from deepthin.torch.compress import carry_out, plan_of
 from deepthin.torch.importance import check_importance, importance_for
+from deepthin.torch.tensors import Encoded, check_finite, tensors_of
 from deepthin.torch.weight import ThinWeight
 
 
@@ -82,7 +86,7 @@ class Twist:
             self._asked()  # what is wrong with it is said now
         self.steps = 0
         tensors, self._owners = tensors_of(model)
-        plans = rules if isinstance(rules, list) else plan_of(model, Rules.parse(rules), tensors)
+        plans = rules if isinstance(rules, list) else plan_of(model, parse_rules(rules), tensors)
         self._planned = [planned for planned in plans if planned.method is not None]
 
     def step(self) -> bool:

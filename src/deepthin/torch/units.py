@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from deepthin.method import ConfigError
-from deepthin.torch.layers import ThinLayer
+from deepthin.errors import ConfigError
+from deepthin.torch.generated import ThinLayer
 
 _RELU: set[Any] = {nn.ReLU, nn.ReLU6, torch.relu, torch.relu_, F.relu, F.relu6, F.relu_, "relu", "relu_"}
 _FLATTEN: set[Any] = {nn.Flatten, torch.flatten, "flatten"}

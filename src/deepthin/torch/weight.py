@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deepthin.costs import NATIVE, Path, choose, in_turn_pays, symbols_pay
-from deepthin.kernels import csr_linear
-from deepthin.method import Method, Then
+from deepthin.kernels.costs import NATIVE, Path, choose, in_turn_pays, symbols_pay
+from deepthin.kernels.products import csr_linear
+from deepthin.method import Method
 from deepthin.methods.ecsq import Ecsq
 from deepthin.methods.factor import Factor
 from deepthin.methods.kmeans import KMeans
@@ -22,18 +22,12 @@ from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Uniform
 from deepthin.methods.tensor_train import TensorTrain
-from deepthin.start import Start, drawn, encoded
-from deepthin.storage import Part
-from deepthin.torch.operators import (
-    eager_linear,
-    forward_mode,
-    linear,
-    product,
-    same_values,
-    symbol_linear,
-    takes,
-)
+from deepthin.methods.then import Then
+from deepthin.plan.start import Start, drawn, encoded
+from deepthin.storage.contents import Part
+from deepthin.torch.operators import eager_linear, linear, product, same_values, symbol_linear, takes
 from deepthin.torch.product import factor_linear, multiply_in_turn
+from deepthin.torch.tracing import is_traced, is_transformed
 
 _TYPICAL_BATCH = 32
 _GATHER = 4  # the time of a row on its own over one among all of them, at most (a training step)
@@ -481,16 +475,6 @@ def _same(kept: Sequence[Tensor], now: Iterable[Tensor]) -> bool:
         old.dtype == new.dtype and old.device == new.device and not new.is_meta and same_values(old, new)
         for old, new in zip(kept, now, strict=True)
     )
-
-
-def is_transformed() -> bool:
-    """Whether values have more to them than what is in memory: nothing of them may be kept."""
-    return torch._C._are_functorch_transforms_active() or forward_mode()
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether what is computed now is recorded as a graph or transformed by torch.func."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_transformed()
 
 
 class ThinPart(nn.Module):

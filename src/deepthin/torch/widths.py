@@ -5,15 +5,15 @@ of zeros of what it gives after its rectifier.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from deepthin.method import ConfigError, NonFiniteError
-from deepthin.report import table
+from deepthin.errors import BudgetError, ConfigError, NonFiniteError
+from deepthin.storage.report import table
 from deepthin.torch.units import Path, at_rest, inputs_of, trace, units_of
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
@@ -208,3 +208,29 @@ def _apoz(model: nn.Module, graph: fx.Graph, paths: Mapping[str, Path], batches:
     if not all(counter.counts.values()):
         raise ConfigError("There was no item in batches, so that nothing could be counted: give some, anew each time.")
     return {name: zeros / counter.counts[name] for name, zeros in counter.zeros.items()}
+
+
+def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
+    """The largest width such that the matrices (two or more dimensions) of ``build(width)`` take at most that.
+
+    The rival that needs no library. ``build`` is called on the meta device; the size must grow with the width.
+    """
+
+    def taken(width: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() * p.element_size() for p in build(width).parameters() if p.dim() > 1)
+
+    if (least := taken(1)) > weight_bytes:
+        raise BudgetError(
+            f"No network of this shape fits {weight_bytes} bytes: the one of width 1 takes {least}.",
+            smallest_bits=8 * least,
+            smallest_ratio=math.nan,
+        )
+    high = 2
+    while taken(high) <= weight_bytes:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if taken(middle) <= weight_bytes else (low, middle)
+    return low

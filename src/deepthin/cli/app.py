@@ -1,0 +1,48 @@
+"""The application that commands register with, and what all of them print by."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from deepthin.errors import ConfigError
+from deepthin.storage.atomic import write_atomically
+from deepthin.storage.report import Report
+
+app = typer.Typer(
+    help="Compress neural networks to 2 % - 0.1 % of their size, and compare the ways to do it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+notes = Console(stderr=True, highlight=False)
+
+
+def say(kind: str, message: str) -> None:
+    """A message as it stands: brackets in it are no markup."""
+    notes.print(Text.assemble((f"{kind}: ", "bold red" if kind == "error" else "yellow"), message), soft_wrap=True)
+
+
+def known(word: str, valid: Any, what: str) -> str:
+    """The word, if it is one of the valid ones; else ConfigError with the closest."""
+    import difflib
+
+    if word not in valid:
+        closest = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.0)
+        raise ConfigError(f"There is no {what} {word!r}. Did you mean {closest[0]!r}? Valid: {', '.join(valid)}.")
+    return word
+
+
+def show(report: Report, json_file: Path | None) -> None:
+    """Print a report, and write it as JSON if a file was named."""
+    print(report)
+    write_json(json_file, report.to_json())
+
+
+def write_json(path: Path | None, text: str) -> None:
+    """Write JSON text to the file that ``--json`` names, if any."""
+    if path is not None:
+        write_atomically(path, text.encode())

@@ -1,0 +1,272 @@
+"""The commands that experiment: bench, train, compare."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.text import Text
+
+from deepthin.cli.app import app, known, notes, write_json
+from deepthin.cli.options import Data, Depth, Json, OwnEvaluate, OwnModel, OwnTrain, Task, Threads, Width
+from deepthin.cli.progress import Progress
+from deepthin.errors import ConfigError
+
+
+@app.command()
+def bench(
+    case: Annotated[
+        str,
+        typer.Argument(
+            help="linear: a layer; train: the same, forward and backward; lstm, gru: 5 layers over 100 steps; tfkaldi, "
+            "deepspeech: the paper's networks; train-lstm: a training step of the task ctc; tensorflow: a layer in "
+            "tf.function."
+        ),
+    ],
+    ratios: Annotated[
+        str, typer.Option(help="Sizes over dense, comma-separated  [default: the paper's eight]", show_default=False)
+    ] = "0.0195,0.0129,0.0099,0.0057,0.0040,0.0027,0.0020,0.0014",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Items at once, comma-separated  [default: 1,8,32; recurrent: 1,8; train: 128; train-lstm: 16]"
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Outputs or units of a layer  [default: 2048; lstm, gru: 1024]")
+    ] = None,
+    cols: Annotated[int | None, typer.Option(min=1, help="Inputs of the layer  [default: as --rows]")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of the factors.")] = 1,
+    threads: Threads = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; the median counts.")] = 21,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "--json", help="Where the rows go; the chart lies beside it  [default: runs/bench/CASE.json]"
+        ),
+    ] = None,
+) -> None:
+    """Time DeepThin against dense, int8, low-rank and sparse products, in turn, in one run.
+
+    Prints how many times faster it is, warm and with flushed caches, and writes the rows and a chart; those of tfkaldi
+    and deepspeech show the paper's Table 2 beside ours.
+
+    Example: `deepthin bench linear --ratios 0.0099,0.0040 --batch 1,32 --threads 1`
+    """
+    from deepthin.kernels import products
+    from deepthin.lab.bench import run, shown
+
+    known(case, run.CASES, "case")
+    usual = {"train": "128", "train-lstm": "16", "lstm": "1,8", "gru": "1,8", "deepspeech": "1,8"}
+    parts = [part.strip() for part in (batch or usual.get(case, "1,8,32")).split(",")]
+    rows = rows or (1024 if case in ("lstm", "gru") else 2048)
+    batches = tuple(int(part) for part in parts if part.isdecimal())
+    if len(batches) < len(parts) or 0 in batches:
+        raise ConfigError(f"--batch {batch!r} must be whole numbers with commas, such as 1,8,32.")
+    if not products.native_available:
+        notes.print(Text(f"No native kernels ({products.why_not}): products run on torch operations.", style="yellow"))
+    sizes = _ratios(ratios)
+    with Progress("timing", "rounds") as report_step:
+        found = run.run(
+            case,
+            (rows, cols or rows),
+            sizes,
+            batches,
+            rank,
+            threads,
+            repeats,
+            lambda i, total: report_step(case, i, total),
+        )
+    print(shown.summary(found))
+    out = out or Path("runs") / "bench" / f"{case}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, json.dumps(found, indent=1))
+    if find_spec("matplotlib") is not None and any(row["microseconds"] for row in found):
+        print(f"{shown.draw(found, out.with_suffix('.png'))} shows it.")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="The TOML file: methods, sizes, and [stages] if it begins dense.")],
+    out: Annotated[Path, typer.Option(help="The .thin file to write.")],
+    task: Task = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: the task's]")] = None,
+    width: Width = None,
+    depth: Depth = None,
+    data: Data = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="What suits the dense network  [default: the task's]")] = None,
+    seed: Annotated[int, typer.Option(help="Of the start and of the batches.")] = 0,
+    model: OwnModel = None,
+    train: OwnTrain = None,
+    evaluate: OwnEvaluate = None,
+    threads: Threads = 1,
+    json_file: Json = None,
+) -> None:
+    """Train one network as a configuration says, write one small file, and judge what is loaded from it.
+
+    With a table `[stages]` in the configuration it is dense first, thinned step by step, and its values are shared in
+    the end: Deep Compression. Without, it is thin from scratch.
+
+    Example: `deepthin train lenet --config deep.toml --data mnist --out lenet.thin`
+    """
+    import torch
+
+    from deepthin.lab.train import summary
+    from deepthin.lab.train import train as train_one
+    from deepthin.lab.trial import Setup
+
+    torch.set_num_threads(threads)
+    setup = Setup(_task(task, (model, train, evaluate)), data and data.absolute(), steps, width, depth)
+    if model and train and evaluate:
+        setup = replace(setup, own=(model, train, evaluate))
+    with Progress("training", "steps") as report_step:
+        found = train_one(setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total))
+    print(found.report)
+    print(summary(found, out))
+    write_json(json_file, json.dumps(found.to_dict(), indent=1))
+
+
+@app.command()
+def compare(
+    task: Task = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results, models and report  [default: runs/TASK]")
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: deepthin, shuffled, rank, same-size, hashed, pruned, pruned-csr (as in the paper), "
+            "kronecker, tensor-train, uniform, kmeans, ecsq, binary; with -8bit or -4bit a method whose floats are "
+            "then rounded, as deepthin-8bit; or all. The dense network, and the same in 8 bits, are always compared."
+        ),
+    ] = "dense,deepthin,shuffled,rank,same-size",
+    ratios: Annotated[
+        str, typer.Option(help="Sizes of the weight matrices over dense, comma-separated.")
+    ] = "0.02,0.01",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of every trial.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")
+    ] = None,
+    width: Width = None,
+    depth: Depth = None,
+    data: Data = None,
+    search: Annotated[
+        int, typer.Option(min=0, help="Trainings for each method that choose its learning rate and allocation.")
+    ] = 0,
+    search_ratio: Annotated[
+        float | None, typer.Option(help="The size at which they do  [default: the middle one of --ratios]")
+    ] = None,
+    search_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each of them  [default: a third of --steps]")
+    ] = None,
+    model: OwnModel = None,
+    train: OwnTrain = None,
+    evaluate: OwnEvaluate = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .thin file of a trained dense network: all but the dense row learn from it too, such as "
+            "runs/demo/models/dense-seed0.thin."
+        ),
+    ] = None,
+    teacher_kind: Annotated[
+        str, typer.Option(help="What is learned: soft, its probabilities at a temperature, or logits.")
+    ] = "soft",
+    teacher_weight: Annotated[
+        float, typer.Option(help="0 to 1: of what the teacher says; the rest is that of the labels.")
+    ] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Of soft targets.")] = 4.0,
+    teacher_noise: Annotated[
+        float, typer.Option(min=0, help="Deviation of the factors by which half of the items' logits are perturbed.")
+    ] = 0.0,
+    engine: Annotated[str, typer.Option(help="local, or ray where one machine is not enough.")] = "local",
+    jobs: Annotated[int, typer.Option(min=1, max=4096, help="Trials at once.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each of them.")] = 1,
+    json_file: Json = None,
+) -> None:
+    """Train one network by several methods at equal bytes, and report error against size.
+
+    Writes points.json, PNGs, report.html and the trained models, as .thin files, into --out. If interrupted, the same
+    command goes on where it stopped.
+
+    Example: `deepthin compare digits --methods deepthin,rank,same-size --ratios 0.02,0.01 --jobs 2`
+
+    Your own network: `deepthin compare --model nets:build --train nets:fit --evaluate nets:evaluate --ratios 0.05`
+    """
+    import torch
+
+    from deepthin.lab import compare
+    from deepthin.lab.engines import ENGINES
+    from deepthin.lab.report import tables
+    from deepthin.lab.report.page import write_page
+    from deepthin.lab.report.points import best_thin
+    from deepthin.lab.search import Search
+    from deepthin.lab.teacher import Teacher
+    from deepthin.lab.trial import COMPARED, Setup, prepared
+    from deepthin.torch import Noise
+
+    if find_spec("matplotlib") is None:  # said before the training, not after it
+        raise ConfigError("The figures of a comparison need matplotlib: pip install 'deepthin[compare]'.")
+    torch.set_num_threads(threads)
+    own = (model, train, evaluate)
+    name = _task(task, own)
+    known(engine, ENGINES, "engine")
+    names = ",".join(COMPARED) if methods == "all" else methods
+    chosen = tuple(dict.fromkeys(known(m.strip(), COMPARED, "method") for m in names.split(",")))
+    sizes = _ratios(ratios)
+    setup = Setup(
+        name, data and data.absolute(), steps, width, depth, cast(tuple[str, str, str], own) if model else None
+    )
+    if teacher is not None:
+        noise = Noise(teacher_noise) if teacher_noise else None
+        kind = cast(Any, teacher_kind)
+        setup = replace(setup, teacher=Teacher(teacher.absolute(), kind, teacher_weight, temperature, noise))
+    elif (teacher_kind, teacher_weight, temperature, teacher_noise) != ("soft", 0.9, 4.0, 0.0):
+        raise ConfigError("--teacher-kind, --teacher-weight, --temperature and --teacher-noise need --teacher FILE.")
+    run = prepared(setup)
+    folder = out or Path("runs") / run.task.NAME
+    searched = None
+    if search:
+        if search_ratio is not None and not 0 < search_ratio < 1:
+            raise ConfigError(f"--search-ratio {search_ratio:g} must lie between 0 and 1.")
+        at = search_ratio or compare.searched_ratio(folder) or sorted(sizes)[len(sizes) // 2]
+        searched = Search(search, at, search_steps or max(run.steps // 3, 1))
+    settings = compare.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads)
+    with Progress("running", "steps") as report_step:
+        rows = compare.compare(settings, folder, report_step)
+    page = write_page(rows, folder, shlex.join(["deepthin", *sys.argv[1:]]))
+    print(tables.summary(rows))
+    if compared := tables.cuts(rows):
+        print(f"\n{compared}")
+    if any(row["value"] is not None for row in rows):
+        print("\nEvery file was loaded into a new model, which did exactly what the trained one did.")
+    if best := best_thin(rows):
+        print(f"Best file by development {best['metric']}: {folder / best['model']}, {best['bytes']:,} bytes")
+    print(f"Report: {page}")
+    if json_file is not None:
+        compare.write_rows(rows, json_file)
+
+
+def _task(task: str | None, own: tuple[str | None, ...]) -> str:
+    """The name of a task, or nothing if all of the user's own three functions are named; ConfigError otherwise."""
+    from deepthin.lab.tasks import TASKS
+
+    if (task is None) != all(own) or (task is not None and any(own)):
+        raise ConfigError(
+            f"Name a task ({', '.join(TASKS)}), or your own network by --model, --train and --evaluate, all three."
+        )
+    return known(task, TASKS, "task") if task is not None else ""
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        ratios = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        raise ConfigError(f"--ratios {text!r} must be numbers with commas, such as 0.02,0.01.") from None
+    if not all(0 < ratio < 1 for ratio in ratios):
+        raise ConfigError(f"--ratios {text!r} must lie between 0 and 1.")
+    return ratios

@@ -1,0 +1,108 @@
+"""The commands of the library itself: plan, compress, inspect."""
+
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deepthin.cli.app import app, notes, show
+from deepthin.cli.options import Config, Json, Model, Ratio
+from deepthin.errors import ConfigError
+from deepthin.storage.read import inspect as inspect_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@app.command()
+def plan(model: Model, config: Config = None, ratio: Ratio = None, json_file: Json = None) -> None:
+    """Show what each layer would become, and the bytes of the file, without doing it.
+
+    Example: `deepthin plan --model nets:lenet --config thin.toml`
+    """
+    from deepthin.torch import plan as plan_model
+
+    show(plan_model(_build(model), _rules(config, ratio)), json_file)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The .thin file to write.")],
+    weights: Annotated[Path, typer.Option(help="The trained state dict: .safetensors, or a torch file (.pt, .pth).")],
+    config: Config = None,
+    ratio: Ratio = None,
+    json_file: Json = None,
+) -> None:
+    """Store trained weights in compressed form: encode what the configuration names and write one small file.
+
+    At extreme sizes the network must be trained on afterwards; a warning says so.
+
+    Example: `deepthin compress --model nets:lenet --weights dense.safetensors --ratio 0.02 --out lenet.thin`
+    """
+    from deepthin.torch import compress as compress_model
+    from deepthin.torch import save
+
+    rules = _rules(config, ratio)
+    network = _build(model)
+    _load_weights(network, weights)
+    with notes.status("encoding ..."):
+        report = compress_model(network, rules)
+        written = save(network, out)
+    show(report, json_file)
+    print(f"wrote {out}: {written:,} bytes")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A .thin file.")],
+    json_file: Json = None,
+) -> None:
+    """Show what a .thin file holds, without decoding it; every checksum is verified.
+
+    Example: `deepthin inspect lenet.thin`
+    """
+    show(inspect_file(file), json_file)
+
+
+def _build(spec: str) -> "nn.Module":
+    from torch import nn
+
+    from deepthin.lab.tasks.own import function
+
+    factory = function(spec, "--model")
+    try:
+        signature(factory).bind()
+    except TypeError as error:
+        raise ConfigError(f"--model {spec}: the function must work without arguments, but has a {error}.") from None
+    network = factory()
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"--model {spec} returned {type(network).__name__}, no torch.nn.Module.")
+    return network
+
+
+def _rules(config: Path | None, ratio: float | None) -> Any:
+    if (config is None) == (ratio is None):
+        raise ConfigError("Give either --config FILE or --ratio NUMBER.")
+    return config if config is not None else {"model": {"ratio": ratio}}
+
+
+def _load_weights(network: "nn.Module", path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file makes a reader raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"--weights {path} cannot be read as a state dict: {reason}") from None
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--weights {path} do not fit --model: {' '.join(str(error).split())}") from None

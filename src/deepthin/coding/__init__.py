@@ -1,0 +1,1 @@
+"""Integers in few bits. Nothing but NumPy is needed here."""

@@ -1,0 +1,160 @@
+"""What each way to multiply inputs by a compressed weight is predicted to take, and which one is least: pure functions.
+
+The counts are those of docs/performance.md; the times were fitted to one machine. A framework adds what its calls take.
+"""
+
+import math
+from functools import lru_cache
+from typing import Literal
+
+from deepthin.kernels import products
+from deepthin.methods.ecsq import Ecsq
+from deepthin.methods.factor import Factor
+from deepthin.methods.kmeans import KMeans
+from deepthin.methods.kronecker import Kronecker
+from deepthin.methods.scalar import Uniform
+from deepthin.methods.tensor_train import TensorTrain
+
+Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "csr", "symbols"]
+"""The weight first; its factors in turn; the structured way in torch; the same in native code; sparse rows; symbols."""
+
+NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
+LANES, FEW = 8, 3  # how native code splits a batch: items abreast; so few, or fewer, are computed one by one
+
+# Nanoseconds for each of `terms`, on one core in single precision, fitted by benchmarks/fit_costs.py to timings: of a
+# product with nothing to record, the dense weight at hand, and of a training step, the dense weight to be made.
+# A choice by them takes 1 % longer than the best one with native code, 3 % in torch, on average over its cases.
+_NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
+    True: {
+        "dense": (3.17e4, 0.0244, 0.16, 0.0),
+        "factors": (4e4, 0.04, 0.2),
+        "fft": (3.09e5, 0.18, 0.0199, 3.16, 1.6, 111.0),
+        "direct": (1.92e5, 0.0506, 0.0, 0.0321, 3.08, 2.01, 446.0),
+        "native-direct": (5.08e3, 0.0273, 0.114, 3.04, 0.129, 0.26),
+        "native-fft": (4.55e3, 1.39, 0.0985, 1.51, 1.13, 0.258),
+    },
+    False: {
+        "dense": (2.14e5, 0.0702, 1.33, 0.273),
+        "factors": (1.2e5, 0.12, 0.6),
+        "fft": (7.52e5, 0.421, 0.0775, 10.6, 3.96, 254.0),
+        "direct": (5.94e5, 0.151, 0.0, 0.0857, 9.02, 8.8, 2160.0),
+        "native-direct": (2.47e5, 0.279, 0.89, 12.1, 0.552, 1.03),
+        "native-fft": (2.37e5, 13.1, 0.748, 3.8, 4.35, 1.02),
+    },
+}
+
+_SYMBOL_ITEMS, _SYMBOL_AREA = 8, 1 << 21
+_IN_TURN = {True: (6e4, 0.05), False: (2.5e5, 0.2)}  # of Kronecker sums and tensor trains: a call, each multiplication
+
+
+def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
+    """For every way to multiply ``batch`` items by a factored weight, the counts that its time depends on."""
+    (rows, cols), n, rank = method.shape, method.n, method.rank
+    area = rows * cols
+    found: dict[Path, tuple[int | float, ...]] = {"dense": (1, batch * area, area, area * rank)}
+    if method.seed is not None:
+        return found
+    found |= _native_terms(rows, cols, n, rank, batch)
+    if n == cols:
+        return {**found, "factors": (1, batch * rank * (rows + cols), rank * (rows + cols))}
+    if math.gcd(n, cols) > 1:
+        return found
+    length = n * -(-(cols + n - 1) // n)
+    points = fft_length(length)
+    taps = rows * length // n * rank  # what the phases multiply for one item, and what is gathered for all
+    phases = (batch * taps, taps, batch * (rank * length + rows), n)
+    transforms = batch * points * math.log2(points) * (1 + rank)
+    windows = (batch * rank * length * n, batch * rank * length)
+    return {**found, "fft": (1, transforms, *phases), "direct": (1, *windows, *phases)}
+
+
+def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[Path, tuple[int | float, ...]]:
+    """What docs/performance.md counts: both stages, for items that are computed one by one and for those abreast."""
+    alone = batch % LANES if batch % LANES <= FEW else 0
+    blocks = -(-(batch - alone) // LANES)
+    moved = blocks * (rows + cols)
+    taps = rows * (-(-(cols + n - 1) // n)) * rank
+    if n == cols:
+        multiplies = rank * (rows + cols)
+        return {"native-direct": (1, alone * multiplies, 0, moved, blocks * multiplies, 0)}
+    window = rank * n * (cols + n)
+    points, points1 = fft_length((cols + 1) // 2 + n - 1), fft_length(-(-(cols // 2 + n) // LANES))
+    transforms = (1 + rank) * points * math.log2(points)
+    transforms1 = (1 + rank) * points1 * (LANES + math.log2(points1))
+    return {
+        "native-direct": (1, alone * window, alone * taps, moved, blocks * window, blocks * taps),
+        "native-fft": (1, alone * transforms1, alone * taps, moved, blocks * transforms, blocks * taps),
+    }
+
+
+def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
+    """Predicted nanoseconds of every way; ``dense_ready``: the dense weight is kept, and no gradient is wanted."""
+    weights = _NANOSECONDS[dense_ready]
+    return {
+        path: sum(w * c for w, c in zip(weights[path], counts, strict=True))
+        for path, counts in terms(method, batch).items()
+    }
+
+
+def work(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
+    """The same without what each call takes, however small the product."""
+    return {path: cost - _NANOSECONDS[dense_ready][path][0] for path, cost in costs(method, batch, dense_ready).items()}
+
+
+@lru_cache(maxsize=4096)
+def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) -> Path:
+    """The way with the least predicted cost, of those in torch or, with ``native``, of the dense and the native ones.
+
+    A pure function of its arguments, so that a reloaded model computes the same bits.
+    """
+    if batch == 0:
+        return "dense"  # the FFT library takes no empty batches
+    predicted = costs(method, batch, dense_ready)
+    return min(
+        (path for path in predicted if path == "dense" or (path in NATIVE) == native), key=lambda p: predicted[p]
+    )
+
+
+@lru_cache(maxsize=4096)
+def in_turn_pays(method: Kronecker | TensorTrain, batch: int, dense_ready: bool) -> bool:
+    """Whether multiplying by the factors in turn is predicted to be faster than by the dense weight."""
+    area, inner = math.prod(method.shape), method.terms if isinstance(method, Kronecker) else method.rank
+    counts = (1, batch * area, area, area * inner)
+    dense = sum(w * c for w, c in zip(_NANOSECONDS[dense_ready]["dense"], counts, strict=True))
+    delay, each = _IN_TURN[dense_ready]
+    return batch > 0 and delay + each * batch * method.multiplies() < dense
+
+
+def symbols_pay(method: Uniform | KMeans | Ecsq, batch: int) -> bool:
+    """Whether native code that reads symbols of a byte is faster than the dense weight, kept in evaluation.
+
+    Measured (docs/performance.md): for few items, where look-ups are quick. Those that take two look-ups and a choice
+    gain on matrices that the nearer caches do not hold.
+    """
+    once, most = products.levels()
+    if not 0 < batch <= _SYMBOL_ITEMS or most == 0:
+        return False
+    if isinstance(method, Uniform):
+        return method.width <= 8
+    return method.levels <= (most if math.prod(method.shape) >= _SYMBOL_AREA else once)
+
+
+@lru_cache(maxsize=4096)
+def choose_native(method: Factor, batch: int, training: bool) -> Path:
+    """Native code's faster correlation."""
+    predicted = costs(method, batch, dense_ready=not training)
+    return min((path for path in predicted if path in NATIVE), key=lambda path: predicted[path])
+
+
+def fft_length(least: int) -> int:
+    """The smallest even number of the form 2^a 3^b 5^c that is at least ``least``: lengths that transform fast."""
+    best = 1 << max(least - 1, 1).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            two = max(2, 1 << (-(-least // three) - 1).bit_length())
+            best = min(best, three * two)
+            three *= 3
+        five *= 5
+    return best

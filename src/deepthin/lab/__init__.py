@@ -1,0 +1,1 @@
+"""Experiments: comparisons, single trainings, benchmarks, tasks and reports. Only the command line imports it."""

@@ -1,0 +1,1 @@
+"""Timing thin layers against dense ones, interleaved."""

@@ -1,0 +1,115 @@
+"""The table and the chart of a benchmark."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepthin.storage.report import table
+
+PAPER_RATIOS = (0.0195, 0.0129, 0.0099, 0.0057, 0.0040, 0.0027, 0.0020, 0.0014)
+# Table 2: times faster than the uncompressed network on three machines, by the size of their last cache
+PAPER = {
+    "tfkaldi": {
+        "paper, 6 MB cache": (3.80, 5.64, 6.47, 8.12, 8.53, 8.22, 7.43, 4.44),
+        "paper, 25 MB cache": (2.51, 3.16, 3.88, 4.21, 5.69, 5.22, 4.56, 4.12),
+        "paper, 45 MB cache": (2.46, 3.51, 4.09, 4.84, 5.32, 5.42, 4.58, 2.44),
+    },
+    "deepspeech": {
+        "paper, 6 MB cache": (7.66, 10.66, 12.12, 13.69, 13.72, 13.04, 11.68, 8.72),
+        "paper, 25 MB cache": (2.24, 3.09, 3.50, 3.89, 3.86, 3.65, 3.36, 2.57),
+        "paper, 45 MB cache": (2.08, 2.77, 3.09, 3.67, 3.70, 3.46, 3.22, 2.42),
+    },
+}
+COLUMNS = {  # what is timed, and the name of its column
+    "operator": "microseconds",
+    "thin": "layer_microseconds",
+    "dense": "dense_microseconds",
+    "packed": "packed_microseconds",
+    "int8": "int8_microseconds",
+    "rank": "rank_microseconds",
+    "csr": "csr_microseconds",
+    "uniform": "uniform_8bit_microseconds",
+    "kmeans": "kmeans_4bit_microseconds",
+    "kept": "kept_microseconds",
+    "xla": "xla_microseconds",
+    "function": "function_microseconds",
+    "generated": "generated_microseconds",
+}
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of how many times faster DeepThin is than each competitor."""
+    lines: list[tuple[str, ...]] = []
+    rivals = ("dense", "best_dense", "int8", "rank", "csr", "uniform_8bit", "kmeans_4bit", "generated", "function")
+    shown = [rival for rival in rivals if any(row.get(f"{rival}_microseconds") for row in rows)]
+    cold = any(row.get("cold_microseconds") for row in rows)
+    for row in rows:
+        start = (str(row["batch"]), f"{row['ratio']:g}")
+        if row["microseconds"] is None:
+            lines.append((*start, "", f"smallest ratio {row['smallest_ratio']:.5f}", *[""] * (len(shown) + cold + 1)))
+            continue
+        own = row["microseconds"]
+        line = [*start, str(row["n"]), f"{own:,.1f}", f"{row['layer_microseconds']:,.1f}"]
+        line += [_times(row.get(f"{rival}_microseconds"), own) for rival in shown]
+        if cold:
+            line.append(_times(row.get("cold_best_dense_microseconds"), row.get("cold_microseconds")))
+        lines.append(tuple(line))
+    first = rows[0]
+    heads = ["batch", "ratio", "n", "us", "as module", *(rival.replace("_", " ") for rival in shown)]
+    title = (
+        f"{first['case']} {first['rows']}x{first['cols']}, rank {first['rank']}, threads {first['threads']}, "
+        f"instruction set {first['isa']}. Times faster than:"
+    )
+    heads += ["best dense, cold"] if cold else []
+    return title + "\n" + table(tuple(heads), lines, right=tuple(range(len(heads))), total=False)
+
+
+def _times(other: float | None, own: float | None) -> str:
+    return f"{other / own:.1f}x" if other and own else ""
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Times faster than nn.Linear against size; for ``tfkaldi`` beside the figures of the paper's Table 2."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    case, reds = rows[0]["case"], ("#fcae91", "#fb6a4a", "#cb181d", "#67000d")
+    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150)
+    series: list[tuple[str, str, dict[float, float]]] = []
+    if case in PAPER:
+        for (label, values), grey in zip(PAPER[case].items(), ("#d9d9d9", "#bdbdbd", "#969696"), strict=True):
+            series.append((label, grey, dict(zip(PAPER_RATIOS, values, strict=True))))
+    for number, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
+        own = {row["ratio"]: row for row in rows if row["batch"] == batch and row["microseconds"]}
+        faster = {ratio: row["dense_microseconds"] / row["microseconds"] for ratio, row in own.items()}
+        series.append((f"batch {batch}", reds[number % len(reds)], faster))
+    ratios = sorted({row["ratio"] for row in rows}, reverse=True)
+    width = 0.8 / len(series)
+    for number, (label, colour, values) in enumerate(series):
+        at = [place + (number - (len(series) - 1) / 2) * width for place in range(len(ratios))]
+        axes.bar(at, [values.get(ratio, 0.0) for ratio in ratios], width, color=colour, label=label)
+    axes.set_yscale("log")
+    axes.set_ylim(1, 4 * max(value for _, _, values in series for value in values.values()))  # room for the legend
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+    axes.set_xlabel("size of the weights over dense")
+    axes.set_ylabel(
+        "times faster than the dense layer"
+        if case in ("linear", "train", "tensorflow")
+        else "times faster than the dense network"
+    )
+    threads = rows[0]["threads"]
+    cores = "one thread" if threads == 1 else f"{threads} threads"
+    axes.set_title(f"{case}, rank {rows[0]['rank']}, {cores}, {rows[0]['isa']}", fontsize=10)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,54 @@
+"""Interleaved timing: medians of calls that take turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from deepthin.lab.bench.networks import Work
+
+_TURNS_BEFORE = 2  # calls right before the one that is timed, so that its data is where it would be in steady use
+_BUSY_SECONDS = 0.005  # until another library's threads have stopped to wait, busily, for more work
+_FLUSH_BYTES = 96 << 20  # more than the caches hold
+
+
+class Timing(NamedTuple):
+    """What is run: which competitor, at which ratio (none: at any), as long as it takes."""
+
+    name: str
+    ratio: float | None
+    work: Work
+
+
+Times = dict[tuple[str, float | None], float]
+
+
+def interleaved(
+    timings: Sequence[Timing], repeats: int, cold: bool, progress: Callable[[int, int], None]
+) -> tuple[Times, Times]:
+    """The median microseconds of each, all of them timed in every round: warm and, on request, cold."""
+    found: list[dict[tuple[str, float | None], list[float]]] = [{}, {}]
+    flush = np.zeros(_FLUSH_BYTES // 8) if cold else None
+    for turn in range(repeats + 1):  # the first one warms up
+        for name, ratio, work in timings:
+            for warm, times in zip((True, False), found, strict=True):
+                if warm:
+                    began = time.perf_counter()
+                    for _ in range(_TURNS_BEFORE):
+                        work()
+                    while torch.get_num_threads() > 1 and time.perf_counter() - began < _BUSY_SECONDS:
+                        work()
+                elif flush is None:
+                    continue
+                else:
+                    flush += 1.0
+                start = time.perf_counter_ns()
+                work()
+                if turn:
+                    times.setdefault((name, ratio), []).append((time.perf_counter_ns() - start) / 1000)
+        progress(turn + 1, repeats + 1)
+    warm, cold_times = ({key: statistics.median(values) for key, values in times.items()} for times in found)
+    return warm, cold_times

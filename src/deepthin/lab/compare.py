@@ -1,0 +1,247 @@
+"""The same network, the same bytes, the same training: every method side by side, and what came out of it.
+
+First a search for each method, if one is asked for; then all trials; then the networks' speed. Whatever ends is written
+at once, so that an interrupted comparison goes on where it stopped.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepthin.errors import ConfigError
+from deepthin.lab.engines import ENGINES, Chain, Engine, run_chains
+from deepthin.lab.search import Choice, Search, open_storage, search
+from deepthin.lab.trial import (
+    ALWAYS,
+    DENSE,
+    INT8,
+    INT8_RATIO,
+    SAME_SIZE,
+    Run,
+    Setup,
+    Trial,
+    judge,
+    prepared,
+    quantised,
+    run_trial,
+    split,
+)
+from deepthin.storage.atomic import write_atomically
+
+LATENCY_ROUNDS, LATENCY_SECONDS = 15, 120.0  # at most so many rounds, and no further one after so long
+SEARCH_SEED = 1000  # of the trainings that choose; those that count have seeds from 0
+Progress = Callable[[str, int, int], None]
+"""Told what runs, how far it is, and of how much."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one comparison is about. ``ratios`` are those of the weight matrices; the dense rows are always there."""
+
+    setup: Setup
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...]
+    seeds: int = 1
+    search: Search | None = None
+    engine: str = "local"
+    jobs: int = 1
+    threads: int = 1
+
+
+def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[dict[str, Any]]:
+    """Run all trials that ``out`` does not hold yet, write ``results.json`` and the trained models, return all rows.
+
+    ConfigError if ``out`` holds results that other steps, another network or other data gave.
+    """
+    out = out.absolute()
+    run = prepared(settings.setup)
+    methods = tuple(dict.fromkeys((*ALWAYS, *settings.methods)))
+    about = {"task": run.task.NAME, "steps": run.steps, "data": run.data.about, "network": str(run.build(run.width))}
+    if run.teacher is not None:
+        about["teacher"] = run.teacher[0].about()
+    if settings.search:
+        about["search"] = asdict(settings.search)
+    _check_widths(run, methods)
+    _check_same_run(about, out)
+    results = out / "results.json"
+    rows = [row for row in read_json(results, list) if _still_there(row, out)] if results.exists() else []
+    engine = ENGINES[settings.engine](settings.jobs, settings.threads)
+    try:
+        choices = _search_all(settings, settings.search, methods, engine, out, progress) if settings.search else {}
+        done = {(row["method"], row["ratio"], row["seed"]) for row in rows}
+        wanted = _trials(settings, methods, choices)
+        trials = [trial for trial in wanted if trial.key not in done]
+        count = [len(wanted) - len(trials), len(wanted)]
+        for quantising in (False, True):  # the 8-bit network is made of the dense one
+            chains = [
+                _chain(settings, trial, out, progress, rows, count)
+                for trial in trials
+                if (trial.method == INT8) is quantising
+            ]
+            run_chains(engine, chains)
+    finally:
+        engine.close()
+    order = {name: place for place, name in enumerate(methods)}
+    rows.sort(key=lambda row: (row["seed"], order.get(row["method"], len(order)), -row["ratio"]))
+    if any(row["value"] is not None and "microseconds" not in row for row in rows):
+        _time_all(run, rows, out, progress)
+    write_rows(rows, results)
+    return rows
+
+
+def _trials(settings: Settings, methods: tuple[str, ...], choices: dict[str, Choice]) -> list[Trial]:
+    fixed = {DENSE: (1.0,), INT8: (INT8_RATIO,)}
+    return [
+        Trial(method, ratio, seed, choices.get(method))
+        for seed in range(settings.seeds)
+        for method in methods
+        for ratio in fixed.get(method, settings.ratios)
+    ]
+
+
+def _chain(
+    settings: Settings, trial: Trial, out: Path, progress: Progress, rows: list[dict[str, Any]], count: list[int]
+) -> Chain:
+    """One trial; in this process its steps are told, else how many trials are done: ``count``, of how many."""
+    if settings.engine == "local" and settings.jobs == 1:
+        steps = prepared(settings.setup).steps
+        found = yield run_trial, settings.setup, trial, out, lambda step: progress(trial.name, step, steps)
+    else:
+        found = yield run_trial, settings.setup, trial, out
+    rows += found
+    write_rows(rows, out / "results.json")
+    count[0] += 1
+    if settings.jobs > 1 or settings.engine != "local":
+        progress("trials", *count)
+
+
+def _search_all(
+    settings: Settings, wanted: Search, methods: tuple[str, ...], engine: Engine, out: Path, progress: Progress
+) -> dict[str, Choice]:
+    """The choice for each method, and how it was found, in ``run.json``."""
+    storage, run = open_storage(out / "search.db"), prepared(settings.setup)
+    setup = replace(settings.setup, steps=wanted.steps)
+    found: dict[str, tuple[Choice, float | None]] = {}
+    searched = [method for method in methods if method != INT8]
+    told = 0
+
+    def chain(method: str) -> Chain:
+        nonlocal told
+        ratio = 1.0 if method == DENSE else wanted.ratio
+
+        def call(choice: Choice) -> Any:
+            return judge, setup, Trial(method, ratio, SEARCH_SEED, choice)
+
+        allocates = method != DENSE and split(method)[0] != SAME_SIZE
+        steps = search(storage, method, run.choice(method), allocates, wanted.trials, call)
+        value: float | None = None
+        while True:
+            try:
+                value = yield steps.send(value)
+            except StopIteration as end:
+                found[method] = end.value
+                return
+            told += 1
+            progress("searching", told, wanted.trials * len(searched))
+
+    run_chains(engine, map(chain, searched))
+    chosen = {name: {**asdict(choice), "value": value} for name, (choice, value) in found.items()}
+    path = out / "run.json"
+    earlier = read_json(path, dict)
+    whole = {**earlier, "chosen": {**earlier.get("chosen", {}), **chosen}}
+    write_atomically(path, json.dumps(whole, indent=1).encode())
+    return {name: choice for name, (choice, _) in found.items()}
+
+
+def _time_all(run: Run, rows: list[dict[str, Any]], out: Path, progress: Progress) -> None:
+    """``microseconds`` of a single item for every method and size, medians of one interleaved run, one thread each.
+
+    The files of the first seed that has one serve for all.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    example = run.task.example(run.data)
+    models: dict[tuple[str, float], torch.nn.Module] = {}
+    for row in rows:
+        key = row["method"], row["ratio"]
+        if key not in models and row.get("model"):
+            models[key] = run.load(out / row["model"], *key)
+    dense = models.get((DENSE, 1.0))
+    if dense is not None and any(row["method"] == INT8 and row["value"] is not None for row in rows):
+        models[INT8, INT8_RATIO] = quantised(dense)
+    times: dict[tuple[str, float], list[int]] = {key: [] for key in models}
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for turn in range(LATENCY_ROUNDS):
+            for key, model in models.items():
+                model(*example)
+                start = time.perf_counter_ns()
+                model(*example)
+                times[key].append(time.perf_counter_ns() - start)
+            progress("timing", turn + 1, LATENCY_ROUNDS)
+            if time.perf_counter() - began > LATENCY_SECONDS:
+                break
+    torch.set_num_threads(threads)
+    medians = {key: statistics.median(values) / 1000 for key, values in times.items()}
+    for row in rows:
+        if row["value"] is not None:
+            row["microseconds"] = round(medians[row["method"], row["ratio"]], 1)
+            if dense is not None:
+                row["dense_microseconds"] = round(medians[DENSE, 1.0], 1)
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """``results.json``: one row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    write_atomically(path, f"[\n{lines}\n]\n".encode())
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """What an earlier run wrote; ConfigError if it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it to begin anew.") from None
+    if not isinstance(found, kind):
+        raise ConfigError(f"{path} is damaged (it holds no {kind.__name__}): remove it to begin anew.")
+    return found
+
+
+def searched_ratio(out: Path) -> float | None:
+    """The size at which an earlier run searched."""
+    path = out / "run.json"
+    return read_json(path, dict).get("search", {}).get("ratio") if path.exists() else None
+
+
+def _still_there(row: dict[str, Any], out: Path) -> bool:
+    """Whether the file of a trial, or of what it was made of, is still there; else it is made again."""
+    model = f"models/{DENSE}-seed{row['seed']}.thin" if row["method"] == INT8 else row.get("model")
+    return row["value"] is None or (model is not None and (out / model).exists())
+
+
+def _check_same_run(about: dict[str, Any], out: Path) -> None:
+    """Results of different runs must not mix in one folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "run.json"
+    begun = (out / "results.json").exists() or (out / "search.db").exists()
+    earlier = read_json(path, dict) if begun and path.exists() else {}
+    keys = {*about, *earlier} - {"chosen"}
+    changed = [
+        f"{k} = {earlier.get(k)!r}, now {about.get(k)!r}" for k in sorted(keys) if earlier.get(k) != about.get(k)
+    ]
+    if earlier and changed:
+        raise ConfigError(f"{out} holds results of another run ({'; '.join(changed)}): choose another --out.")
+    write_atomically(path, json.dumps({**earlier, **about}, indent=1).encode())
+
+
+def _check_widths(run: Run, methods: tuple[str, ...]) -> None:
+    """Said before the training, not after hours of it."""
+    if any(split(method)[0] == SAME_SIZE for method in methods):
+        with torch.device("meta"):
+            run.build(run.width + 1)

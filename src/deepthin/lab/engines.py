@@ -1,0 +1,189 @@
+"""Where trials run: in this process, in several on this machine, or on Ray's workers.
+
+An engine starts work and hands back results as they come. What is to be done in what order is the business of
+``run_chains``: a chain is a generator that yields a call and is sent its result, on which its next call may depend.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from deepthin.errors import ConfigError, DeepThinError
+
+Call = tuple[Any, ...]
+"""A function that can be pickled, and its arguments."""
+Chain = Generator[Call, Any, None]
+
+
+class Engine(Protocol):
+    """Runs calls, at most ``jobs`` at once."""
+
+    jobs: int
+
+    def start(self, call: Call) -> Any:
+        """Begin a call; what stands for it until it is done."""
+        ...
+
+    def done(self, begun: list[Any]) -> tuple[Any, Any]:
+        """Wait for one of the calls that were begun: which, and its result, or the exception that it raised."""
+        ...
+
+    def close(self) -> None:
+        """End what still runs."""
+        ...
+
+
+class Inline:
+    """One call after another in this process."""
+
+    jobs = 1
+
+    def start(self, call: Call) -> Any:
+        """Nothing runs before it is waited for."""
+        return call
+
+    def done(self, begun: list[Any]) -> tuple[Any, Any]:
+        """Run the first."""
+        function, *arguments = begun[0]
+        try:
+            return begun[0], function(*arguments)
+        except Exception as error:
+            return begun[0], error
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class Processes:
+    """Several processes on this machine, which end when this one does, however it ends."""
+
+    def __init__(self, jobs: int, threads: int) -> None:
+        import multiprocessing
+
+        self.jobs = jobs
+        self._pool = ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(), threads)
+        )
+
+    def start(self, call: Call) -> Future[Any]:
+        """Hand it to a process that is free."""
+        return self._pool.submit(*call)
+
+    def done(self, begun: list[Future[Any]]) -> tuple[Any, Any]:
+        """The first that ends."""
+        first = next(iter(wait(begun, return_when=FIRST_COMPLETED).done))
+        error = first.exception()
+        if isinstance(error, BrokenProcessPool):  # no other will end either
+            raise DeepThinError(
+                "A process was ended from outside, perhaps for want of memory: use fewer --jobs. The same command goes "
+                "on where it stopped."
+            ) from None
+        return first, error or first.result()
+
+    def close(self) -> None:
+        """Stop the processes, whatever they do."""
+        for process in list((getattr(self._pool, "_processes", None) or {}).values()):
+            process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Ray:
+    """Ray's workers: those of a cluster that RAY_ADDRESS names, else started here for the time being.
+
+    Every worker needs the library, and the data under the same path.
+    """
+
+    def __init__(self, jobs: int, threads: int) -> None:
+        if find_spec("ray") is None:
+            raise ConfigError("--engine ray needs Ray: pip install 'deepthin[ray]', or leave --engine out.")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        import ray
+
+        self.jobs, self._ray = jobs, ray
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            ray.init(address="local", num_cpus=jobs * threads, include_dashboard=False, **quiet)
+        self._remote = ray.remote(num_cpus=threads, max_retries=3)(_on_ray)
+        self._threads = threads
+
+    def start(self, call: Call) -> Any:
+        """Hand it to Ray."""
+        return self._remote.remote(self._threads, *call)
+
+    def done(self, begun: list[Any]) -> tuple[Any, Any]:
+        """The first that ends."""
+        (first, *_), _ = self._ray.wait(begun, num_returns=1)
+        try:
+            return first, self._ray.get(first)
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            cause.__cause__ = error
+            return first, cause
+
+    def close(self) -> None:
+        """Leave the cluster, or stop what was started here."""
+        self._ray.shutdown()
+
+
+ENGINES: dict[str, Callable[[int, int], Engine]] = {
+    "local": lambda jobs, threads: Inline() if jobs == 1 else Processes(jobs, threads),
+    "ray": Ray,
+}
+
+
+def run_chains(engine: Engine, chains: Iterable[Chain]) -> None:
+    """Run all chains to their ends, as many of them at once as the engine has jobs, in turn.
+
+    A result reaches its chain at once, whatever waits. After an exception nothing more is begun; what runs may end and
+    be recorded before it is raised.
+    """
+    waiting = deque((chain, call) for chain in chains if (call := next(chain, None)) is not None)
+    running: dict[Any, Chain] = {}
+    failure: Exception | None = None
+    while running or (waiting and failure is None):
+        while waiting and failure is None and len(running) < engine.jobs:
+            chain, call = waiting.popleft()
+            running[engine.start(call)] = chain
+        begun, result = engine.done(list(running))
+        chain = running.pop(begun)
+        if isinstance(result, Exception):
+            failure = failure or result
+            continue
+        try:
+            waiting.append((chain, chain.send(result)))
+        except StopIteration:
+            continue
+    if failure is not None:
+        raise failure
+
+
+def _begin(parent: int, threads: int) -> None:
+    """A process of a pool: so many threads, and an end when its parent is gone, which alone hears the keyboard."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_ray(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    import torch
+
+    torch.set_num_threads(threads)
+    return function(*arguments)

@@ -1,0 +1,1 @@
+"""The rows of a comparison, for people: tables, figures and a page."""

@@ -1,0 +1,154 @@
+"""The rows of a comparison as points: the seeds of one method at one size become one point."""
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+METRICS = {  # name and unit of the metrics that the tasks have; others go by the name they were given
+    "error": ("error", "%"),
+    "frame_error": ("frame error", "%"),
+    "wer": ("WER", "%"),
+    "wer_greedy": ("greedy WER", "%"),
+    "loss": ("loss", "nats a character"),
+}
+STYLES = {  # colour and marker (corners, whether a star, angle); seen on white and on black, and with 8 and 4 bits
+    "dense": ("#808080", (24, 0, 0)),
+    "int8": ("#808080", (4, 0, 45)),
+    "deepthin": ("#dd2c2f", (24, 0, 0)),
+    "shuffled": ("#e0669a", (4, 0, 45)),
+    "rank": ("#2f7fd0", (3, 0, 0)),
+    "same-size": ("#2c9c3c", (4, 0, 0)),
+    "hashed": ("#9467d0", (3, 0, 180)),
+    "pruned": ("#a0764e", (4, 1, 0)),
+    "pruned-csr": ("#e07800", (4, 1, 45)),
+    "kronecker": ("#0f99a6", (5, 1, 0)),
+    "tensor-train": ("#8f8a00", (6, 0, 0)),
+    "uniform": ("#7f7f7f", (5, 0, 0)),
+    "kmeans": ("#7f7f7f", (3, 0, 0)),
+    "ecsq": ("#7f7f7f", (3, 0, 180)),
+    "binary": ("#7f7f7f", (4, 0, 0)),
+}
+UNKNOWN = "#7f7f7f", (24, 0, 0)
+DASHES = {"8": (6.0, 3.0), "4": (1.5, 2.5)}  # by the bits that floats are rounded to; others are drawn as with 8
+UNCOMPRESSED = "dense", "int8"  # what is no thin network, and stands in a picture as a level line
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What the seeds gave for one metric."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def text(self, metric: str, plus_minus: str = "+-") -> str:
+        """Mean and half the range: two decimals for per cent, else four digits."""
+        decimals = 2 if label(metric).endswith("%") else max(0, 3 - math.floor(math.log10(abs(self.mean) or 1)))
+        spread = f" {plus_minus}{(self.high - self.low) / 2:.{decimals}f}" if self.seeds > 1 else ""
+        return f"{self.mean:.{decimals}f}{spread}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one size. The bytes are those of the first seed's file; None is what was not measured."""
+
+    method: str
+    ratio: float  # of the weight matrices, as asked for
+    test: Mapping[str, Spread]  # by metric; empty where the size cannot be reached
+    file_bytes: int | None
+    dense_bytes: int
+    weight_bytes: int | None
+    microseconds: float | None  # for one item
+    dense_microseconds: float | None  # of the dense network in the same run
+    smallest_ratio: float | None
+    failed: tuple[str, ...] = ()  # why, of seeds that gave nothing
+
+    @property
+    def times_faster(self) -> float | None:
+        """Than the dense network."""
+        return self.dense_microseconds / self.microseconds if self.dense_microseconds and self.microseconds else None
+
+    @property
+    def seeds(self) -> int:
+        """How many there were."""
+        return max((spread.seeds for spread in self.test.values()), default=0)
+
+    @property
+    def note(self) -> str:
+        """Why there is no value, or that a seed has none."""
+        if self.test:
+            return f"{len(self.failed)} failed" if self.failed else ""
+        if self.failed:
+            return f"failed: {self.failed[0]}"
+        return "not reachable" + ("" if self.smallest_ratio is None else f": smallest ratio {self.smallest_ratio:.5f}")
+
+
+def points(rows: Rows) -> list[Point]:
+    """Methods in the order of their first appearance, larger ratios first."""
+    groups: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], {}).setdefault(row["ratio"], []).append(row)
+    return [_point(groups[method][ratio]) for method in groups for ratio in sorted(groups[method], reverse=True)]
+
+
+def _point(group: Rows) -> Point:
+    values: dict[str, list[float]] = {}
+    for row in group:
+        if row["split"] == "test" and row["value"] is not None:
+            values.setdefault(row["metric"], []).append(row["value"])
+    first = min(group, key=lambda row: (row["bytes"] is None, row["seed"]))
+    times = [[row[key] for row in group if row.get(key) is not None] for key in ("microseconds", "dense_microseconds")]
+    own, dense = (statistics.median(found) if found else None for found in times)
+    return Point(
+        first["method"],
+        first["ratio"],
+        {name: Spread(statistics.mean(found), min(found), max(found), len(found)) for name, found in values.items()},
+        first["bytes"],
+        first["dense_bytes"],
+        first.get("weight_bytes"),
+        own,
+        dense,
+        next((row["smallest_ratio"] for row in group if row.get("smallest_ratio") is not None), None),
+        tuple(row["failed"] for row in group if row.get("failed")),
+    )
+
+
+def metrics(rows: Rows) -> list[str]:
+    """In the order of their first appearance: the first is the leading one."""
+    return list(dict.fromkeys(row["metric"] for row in rows))
+
+
+def worded(metric: str) -> tuple[str, str]:
+    """Name and unit of a metric, for people."""
+    return METRICS.get(metric, (metric.replace("_", " "), ""))
+
+
+def label(metric: str) -> str:
+    """For heads and axes: ``frame error, %``."""
+    return ", ".join(filter(None, worded(metric)))
+
+
+def base(method: str) -> tuple[str, str]:
+    """A method and the bits that its floats are rounded to: ``deepthin-8bit`` is ("deepthin", "8")."""
+    rounded = re.fullmatch(r"(.+)-(\d+)bit", method)
+    return (rounded[1], rounded[2]) if rounded else (method, "")
+
+
+def best_thin(rows: Rows) -> Mapping[str, Any] | None:
+    """The row of the best thin file: of the configuration with the lowest mean development value, the best seed.
+
+    Judged by the leading metric; the dense network and int8 are not thin. None if there is nothing to choose from.
+    """
+    judged: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        thin = row["method"] not in UNCOMPRESSED and row["metric"] == rows[0]["metric"]
+        if thin and row["split"] == "dev" and row["value"] is not None:
+            judged.setdefault((row["method"], row["ratio"]), []).append(row)
+    groups = judged.values()
+    best = min(groups, key=lambda group: statistics.mean(row["value"] for row in group), default=[])
+    return min(best, key=lambda row: row["value"], default=None)

@@ -1,0 +1,98 @@
+"""A comparison as plain text: every method at every size, and how much less error DeepThin has than its rivals."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from deepthin.lab.report.points import UNCOMPRESSED, Point, Rows, base, label, metrics, points, worded
+from deepthin.storage.report import table
+
+# Average relative improvement of DeepThin over each rival, per cent: Sotoudeh and Baghsorkhi, 2018, Table 1.
+PAPER = {"rank": (60.08, 28.09), "pruned-csr": (56.96, 27.21), "same-size": (23.40, 20.45), "hashed": (6.12, 12.16)}
+PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # and the task and metric like theirs
+
+
+def summary(rows: Rows) -> str:
+    """One line a method and size: bytes, mean test values over the seeds with half their range, and the speed."""
+    names, found = metrics(rows), points(rows)
+    lines: list[tuple[str, ...]] = []
+    for point in found:
+        cells = [point.method, f"{point.ratio:g}", "", "", ""]
+        if point.weight_bytes is not None:
+            cells[2] = f"{point.weight_bytes:,}"
+        if point.file_bytes is not None:
+            cells[3:] = f"{point.file_bytes:,}", f"{point.file_bytes / point.dense_bytes:.4f}"
+        cells += [point.test[name].text(name) if name in point.test else "" for name in names]
+        cells.append("" if point.microseconds is None else f"{point.microseconds:,.0f}")
+        cells.append("" if point.times_faster is None else f"{point.times_faster:.2f}")
+        lines.append((*cells, point.note))
+    tests = [f"test {label(name)}" for name in names]
+    heads = ("method", "weights ratio", "weight bytes", "file bytes", "of dense", *tests)
+    heads += ("microseconds", "times faster", "note")
+    kept = [i for i in range(len(heads)) if any(line[i] for line in lines)]
+    right = [at for at, i in enumerate(kept) if heads[i] not in ("method", "note", *tests)]
+    return table([heads[i] for i in kept], [[line[i] for i in kept] for line in lines], right, total=False)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """By how much DeepThin's test value is below a rival's: means over the sizes that both reach."""
+
+    cut: float  # 1 - ours / rival
+    closed: float | None  # (rival - ours) / (rival - dense): of the rival's distance from dense; None if it has none
+    sizes: int  # of how many it is the mean
+
+    def texts(self) -> tuple[str, str]:
+        """Both, in per cent."""
+        return f"{100 * self.cut:z.1f}", "" if self.closed is None else f"{100 * self.closed:z.1f}"
+
+
+def sizes(by: Mapping[str, Cut]) -> str:
+    """Of how many sizes the cuts over one rival are means; more than one number where they differ."""
+    return "/".join(dict.fromkeys(str(cut.sizes) for cut in by.values()))
+
+
+def compared(found: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
+    """For each rival, for each kind of DeepThin, the cut. The paper's rivals come first, rounded ones last."""
+    means = {(p.method, p.ratio): p.test[metric].mean for p in found if metric in p.test}
+    dense = next((value for (method, _), value in means.items() if method == "dense"), None)
+    methods = [method for method in dict.fromkeys(method for method, _ in means) if method not in UNCOMPRESSED]
+    rank = {name: position for position, name in enumerate(PAPER)}
+    result: dict[str, dict[str, Cut]] = {}
+    for rival in sorted(methods, key=lambda name: (base(name)[1] != "", rank.get(name, len(rank)))):
+        for own in (name for name in methods if base(name)[0] == "deepthin" and name != rival):
+            pairs = {
+                ratio: (means[own, ratio], value)
+                for (method, ratio), value in means.items()
+                if method == rival and (own, ratio) in means and value > 0
+            }
+            if pairs:
+                cut = statistics.mean(1 - ours / theirs for ours, theirs in pairs.values())
+                gaps = [(r - ours) / (r - dense) for ours, r in pairs.values() if dense is not None and r > dense]
+                closed = statistics.mean(gaps) if gaps else None
+                result.setdefault(rival, {})[own] = Cut(cut, closed, len(pairs))
+    return result
+
+
+def cuts(rows: Rows) -> str:
+    """For every metric a table: how far DeepThin is below each rival, in per cent, beside the paper's figures.
+
+    Empty where there is no DeepThin, or no rival.
+    """
+    told: list[str] = []
+    for metric in metrics(rows):
+        if not (found := compared(points(rows), metric)):
+            continue
+        ours = list(dict.fromkeys(own for by in found.values() for own in by))
+        lines: list[tuple[str, ...]] = []
+        for rival, by in found.items():
+            cells = [text for own in ours for text in (by[own].texts() if own in by else ("", ""))]
+            paper = [f"{value:.1f}" for value in PAPER.get(rival, ())] or [""] * len(PAPER_COLUMNS)
+            lines.append((rival, *cells, sizes(by), *paper))
+        heads = ("over", *(head for own in ours for head in (own, "gap")), "sizes")
+        heads += tuple(f"paper: {name} {worded(like)[0]}" for name, _, like in PAPER_COLUMNS)
+        about = (
+            f"Cut of test {worded(metric)[0]} over each rival, %, and how much of the rival's gap to dense it closes, %"
+        )
+        told.append(f"{about}\n{table(heads, lines, range(1, len(heads)), total=False)}")
+    return "\n\n".join(told)

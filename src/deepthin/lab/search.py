@@ -1,0 +1,86 @@
+"""The same search for every method: so many short trainings, judged on development data, choose rate and allocation.
+
+Optuna's tree-structured Parzen estimator (Bergstra et al., 2011), in a study for each method that is kept in an SQLite
+file. Each proposal depends only on those before it, so that an interrupted search goes on to the same end.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from deepthin.errors import ConfigError
+
+RATES = 1 / 8, 8.0  # times the task's own rate: between which one is looked for
+ALLOCATIONS = (0.0, 0.5, 1.0)  # equal bytes a matrix, between, equal ratios
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search chooses for a method: the rate of what is dense, and the power of its size that a share goes by."""
+
+    lr: float
+    allocation: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """How every method is searched: ``trials`` trainings of ``steps`` steps, at one ``ratio``."""
+
+    trials: int
+    ratio: float
+    steps: int
+
+
+def open_storage(path: Path) -> Any:
+    """The SQLite file of all studies; ConfigError without Optuna."""
+    if find_spec("optuna") is None:
+        raise ConfigError("--search needs Optuna: pip install 'deepthin[compare]', or leave --search out.")
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return optuna.storages.RDBStorage(f"sqlite:///{path}")
+    except Exception as error:  # whatever SQLAlchemy makes of a damaged file
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason}): remove it to search anew.") from None
+
+
+def search(
+    storage: Any, method: str, default: Choice, allocates: bool, trials: int, call: Callable[[Choice], Any]
+) -> Generator[Any, float | None, tuple[Choice, float | None]]:
+    """Yield the call of one training after another, take its development value, return the best choice and its value.
+
+    A training that diverges, sent as None, counts as one of the ``trials``. The first is the task's own choice. What
+    earlier runs have tried is not tried again; what they left unfinished is.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    study = optuna.create_study(storage=storage, study_name=method, load_if_exists=True)
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # the run that asked for it was ended
+        study.tell(trial.number, state=TrialState.FAIL)
+    finished = (TrialState.COMPLETE, TrialState.PRUNED)
+    while (count := len(study.get_trials(states=finished))) < trials:
+        study.sampler = optuna.samplers.TPESampler(
+            seed=zlib.crc32(f"{method} {count}".encode()), n_startup_trials=max(3, trials // 3)
+        )
+        if count == 0 and not study.get_trials(states=(TrialState.WAITING,)):
+            first = {"lr": default.lr} | ({"allocation": default.allocation} if allocates else {})
+            study.enqueue_trial(first, skip_if_exists=False)
+        trial = study.ask()
+        lr = trial.suggest_float("lr", default.lr * RATES[0], default.lr * RATES[1], log=True)
+        powers = sorted({*ALLOCATIONS, default.allocation})
+        allocation = trial.suggest_categorical("allocation", powers) if allocates else default.allocation
+        value = yield call(Choice(lr, allocation))
+        if value is None or not math.isfinite(value):
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, value)
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
+        return default, None
+    best = study.best_trial
+    return Choice(best.params["lr"], best.params.get("allocation", default.allocation)), best.value

@@ -1,0 +1,92 @@
+"""CMU AN4 as Sphinx features, and what speech tasks make of features: deltas, normalisation, speakers held out.
+
+A recording's features are static: 13 numbers a frame, 100 frames a second.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from deepthin.errors import ConfigError
+
+SPLITS = ("train", "test")  # as AN4 comes; speakers are disjoint
+DEVELOPMENT_SPEAKERS = 8
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One utterance of one speaker."""
+
+    name: str  # the utterance's, which occurs once
+    speaker: str
+    features: Float[np.ndarray, "frames dims"]
+
+
+def find(folder: Path) -> Path | None:
+    """AN4's own folder, the one with ``etc`` and ``feat``: the one given, or ``an4``, or ``an4/an4`` within."""
+    places = (folder / "an4" / "an4", folder / "an4", folder)
+    return next((place for place in places if (place / "etc" / "an4_train.fileids").exists()), None)
+
+
+def read(root: Path) -> dict[str, list[Recording]]:
+    """The recordings of both splits, in the order of AN4's lists."""
+    found: dict[str, list[Recording]] = {}
+    for split in SPLITS:
+        names = (root / "etc" / f"an4_{split}.fileids").read_text().split()
+        paths = [root / "feat" / f"{name}.mfc" for name in names]
+        found[split] = [Recording(path.stem, path.parent.name, sphinx(path)) for path in paths]
+    return found
+
+
+def transcripts(root: Path, split: str) -> dict[str, str]:
+    """Utterance -> its words, apart by blanks. A line is ``WORD WORD (utterance)``, or has ``<s>`` and ``</s>`` too.
+
+    Empty where there is no file.
+    """
+    path = root / "etc" / f"an4_{split}.transcription"
+    found: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        words, bracket, name = line.strip().rpartition("(")
+        if not bracket or not name.endswith(")"):
+            raise ConfigError(f"{path}, line {number}: {line!r} does not end in (utterance). Fetch the file again.")
+        found[name[:-1]] = " ".join(word for word in words.split() if word not in ("<s>", "</s>"))
+    return found
+
+
+def sphinx(path: Path) -> Float[np.ndarray, "frames 13"]:
+    """A Sphinx feature file: a count, then as many big- or little-endian floats, 13 a frame."""
+    raw = path.read_bytes()
+    for order in "<>":
+        if len(raw) >= 4 and int(np.frombuffer(raw, f"{order}i4", 1)[0]) == len(raw) // 4 - 1:
+            return np.frombuffer(raw, f"{order}f4", offset=4).reshape(-1, 13).astype(np.float64)
+    raise ConfigError(f"{path} is no Sphinx feature file: its first number is not the count of those that follow.")
+
+
+def held_out(speakers: Iterable[str]) -> set[str]:
+    """The training speakers for development: every ninth of AN4's sorted names, eight in all."""
+    names = sorted(set(speakers))
+    return set(names[:: max(len(names) // DEVELOPMENT_SPEAKERS, 1)][:DEVELOPMENT_SPEAKERS])
+
+
+def with_deltas(features: Float[np.ndarray, "frames dims"]) -> Float[np.ndarray, "frames 3*dims"]:
+    """Static features, their slope over two frames to either side, and the slope of the slope."""
+
+    def slope(x: np.ndarray) -> np.ndarray:
+        padded = np.pad(x, ((2, 2), (0, 0)), mode="edge")
+        return (2 * (padded[4:] - padded[:-4]) + padded[3:-1] - padded[1:-3]) / 10
+
+    first = slope(features)
+    return np.concatenate([features, first, slope(first)], axis=1)
+
+
+def normalised(speakers: list[str], features: list[np.ndarray]) -> list[np.ndarray]:
+    """Features of mean 0 and standard deviation 1 over all that their speaker says."""
+    by_speaker: dict[str, list[np.ndarray]] = {}
+    for speaker, own in zip(speakers, features, strict=True):
+        by_speaker.setdefault(speaker, []).append(own)
+    mean = {speaker: np.concatenate(own).mean(0) for speaker, own in by_speaker.items()}
+    spread = {speaker: np.concatenate(own).std(0) + 1e-8 for speaker, own in by_speaker.items()}
+    return [(own - mean[speaker]) / spread[speaker] for speaker, own in zip(speakers, features, strict=True)]

@@ -1,0 +1,102 @@
+"""Convolutions on 28 x 28 images, MNIST or Fashion-MNIST: LeNet-5, or a residual network; error in percent.
+
+LeNet-5 (LeCun et al., 1998) as Caffe has it. The residual networks are those for small images of He et al., 2016
+(arXiv:1512.03385, section 4.2).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deepthin.errors import ConfigError
+from deepthin.lab.tasks import digits
+
+NAME = "conv"
+ABOUT = "MNIST or Fashion-MNIST with LeNet-5 (depth 5) or a ResNet (8, 14, 20, ...); data as for digits"
+METRICS = ("error",)  # percent
+WIDTH, DEPTH = 1000, 5  # thousandths of the published channels, so that same-size networks come in fine steps
+DEFAULT_STEPS = 1000
+
+# Chosen for each method with LeNet-5 at .02 on full MNIST's development split, 500 steps (docs/training.md).
+LEARNING_RATE = 1e-3
+LEARNING_RATES = {"dense": 2e-3, "same-size": 1.6e-2}
+ALLOCATION = "uniform-bytes"
+ALLOCATIONS: dict[str, str | float] = {}
+OPTIONS: dict[str, dict[str, object]] = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
+
+rules, fit, evaluate, example = digits.rules, digits.fit, digits.evaluate, digits.example  # only the networks differ
+loss, calibration, TAUGHT = digits.loss, digits.calibration, digits.TAUGHT
+
+
+def load(folder: Path | None) -> digits.Data:
+    """The images of the task digits as (items, 1, 28, 28), from a folder with the files of either data set."""
+    data = digits.load(folder)
+    return dataclasses.replace(data, inputs={split: x.reshape(-1, 1, 28, 28) for split, x in data.inputs.items()})
+
+
+def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module:
+    """The network of a depth, with ``width`` thousandths of its published channels.
+
+    ConfigError for a depth that is neither 5, which is LeNet-5, nor 6 k + 2, a residual network of k blocks a stage.
+    """
+    if depth == DEPTH:
+        return _lenet(width)
+    if depth >= 8 and depth % 6 == 2:
+        return _resnet(width, depth // 6)
+    raise ConfigError(f"No network of depth {depth}: use 5 for LeNet-5, or 8, 14, 20, ... (6 k + 2) for a ResNet.")
+
+
+def _lenet(width: int) -> nn.Module:
+    """20 and 50 channels of 5 x 5, each halved by a maximum, 500 units, 10 classes: 431,080 numbers at width 1000."""
+    first, second, hidden = (_share(full, width) for full in (20, 50, 500))
+    return nn.Sequential(
+        nn.Conv2d(1, first, 5),
+        nn.MaxPool2d(2),
+        nn.Conv2d(first, second, 5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * second, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 10),
+    )
+
+
+def _resnet(width: int, blocks: int) -> nn.Module:
+    """A convolution, three stages of as many blocks with 16, 32 and 64 channels, the mean of each, 10 classes."""
+    stages = [_share(full, width) for full in (16, 32, 64)]
+    layers: list[nn.Module] = [nn.Conv2d(1, stages[0], 3, padding=1, bias=False), nn.BatchNorm2d(stages[0]), nn.ReLU()]
+    inputs = stages[0]
+    for number, outputs in enumerate(stages):
+        for block in range(blocks):
+            layers.append(Block(inputs, outputs, 2 if number and not block else 1))
+            inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+
+class Block(nn.Module):
+    """Two convolutions and the input itself, of which each ``stride``-th pixel is kept.
+
+    New channels get zeros from the input: the paper's option A, which has no weights.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.added = stride, outputs - inputs
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Float[Tensor, "items inputs height width"]) -> Tensor:
+        """As many items, with ``outputs`` channels."""
+        kept = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added))
+        hidden = torch.relu(self.first_norm(self.first(x)))
+        return torch.relu(kept + self.second_norm(self.second(hidden)))
+
+
+def _share(full: int, width: int) -> int:
+    """``width`` thousandths of the channels, rounded, at least one."""
+    return max((full * width + 500) // 1000, 1)

@@ -1,0 +1,336 @@
+"""From scores a frame to words: the best path through a loop over words, each a chain of states that emit one column.
+
+Phone models of a hybrid recogniser and the characters of a CTC net are the same loop with other chains. The search is
+exact (Viterbi, no beam). It keeps words only: a state carries the frame at which its word was entered, and a frame the
+best state in which a word could end there (token passing: Young, Russell and Thornton, 1989, CUED/F-INFENG/TR38).
+CTC's chains are those of Graves et al., 2006 (ICML, "Connectionist temporal classification").
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from deepthin.errors import ConfigError, NonFiniteError
+
+POSITIONS = 3  # states of a phone, passed from left to right
+FLOOR = math.log(1e-5)  # log-probability of a word that the language model does not know
+NO_WORDS = ("<s>", "</s>", "<unk>")  # entries of a language model that stand for no word, whatever their case
+
+
+class _Chain(NamedTuple):
+    """A pronunciation or spelling: its columns from left to right, and what entering it costs.
+
+    A filler (silence, blanks) is a chain without a name. The next word begins after the last state; an utterance may
+    end in each of the last ``endings``. A state in ``skips`` may follow the one before its neighbour.
+    """
+
+    word: str
+    columns: list[int]
+    entry: float
+    endings: int = 1
+    skips: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WordLoop:
+    """A loop over chains of states, chain after chain; a state may follow itself and the one before it in its chain.
+
+    ``entry`` is added where a chain is entered: natural logarithms, as the scores are.
+    """
+
+    words: tuple[str, ...]  # by chain; empty for a filler
+    starts: Int[np.ndarray, "chains"]  # first states
+    entry: Float[np.ndarray, "chains"]
+    chain: Int[np.ndarray, "states"]  # the chain of a state
+    columns: Int[np.ndarray, "states"]  # what a state emits
+    skips: Int[np.ndarray, "skips"]  # states that may also follow the one before their neighbour
+    leaves: Int[np.ndarray, "leaves"]  # states after which a chain may be entered
+    finals: Int[np.ndarray, "finals"]  # states in which an utterance may end
+
+    @classmethod
+    def from_phones(
+        cls,
+        pronunciations: Iterable[tuple[str, Sequence[str]]],
+        phones: Sequence[str],
+        unigrams: Mapping[str, float],
+        *,
+        lm_weight: float = 1.0,
+        word_penalty: float = 0.0,
+        silence: str = "SIL",
+        silence_penalty: float = 0.0,
+    ) -> "WordLoop":
+        """Words as phones of three states: state p of the phone ``phones[i]`` emits column 3i + p.
+
+        A word costs ``word_penalty`` and gains ``lm_weight`` times its log-probability, ``FLOOR`` where ``unigrams``
+        lacks it; each of its variants gains all of it. Silence may stand between words and at both ends, any number
+        of times, for ``silence_penalty`` each. All transitions weigh the same. ConfigError for phones not in the list.
+        """
+        number = {phone: i for i, phone in enumerate(phones)}
+
+        def columns(word: str, sounds: Sequence[str]) -> list[int]:
+            if unknown := [phone for phone in sounds if phone not in number]:
+                raise ConfigError(
+                    f"{word!r} is pronounced {' '.join(sounds)!r}, but {unknown[0]!r} is none of the {len(number)} "
+                    "phones. Use the dictionary and the list of phones of one model."
+                )
+            return [POSITIONS * number[phone] + position for phone in sounds for position in range(POSITIONS)]
+
+        words = [
+            _Chain(word, columns(word, sounds), lm_weight * unigrams.get(word, FLOOR) - word_penalty)
+            for word, sounds in pronunciations
+        ]
+        return cls._joined(words, _Chain("", columns("silence", [silence]), -silence_penalty))
+
+    @classmethod
+    def from_characters(
+        cls,
+        words: Iterable[str],
+        symbols: Sequence[str],
+        unigrams: Mapping[str, float],
+        *,
+        blank: str,
+        word_end: str,
+        lm_weight: float = 1.0,
+        word_penalty: float = 0.0,
+    ) -> "WordLoop":
+        """Words as characters for CTC: ``symbols[i]`` is column i, ``blank`` and ``word_end`` are two of them.
+
+        Blanks may stand anywhere and must stand between equal characters; ``word_end`` follows each word, and may be
+        missing after the last. Weights are those of ``from_phones``. ConfigError for characters not among the symbols.
+        """
+        number = {symbol: i for i, symbol in enumerate(symbols)}
+        if missing := [symbol for symbol in (blank, word_end) if symbol not in number]:
+            raise ConfigError(
+                f"The symbols {list(symbols)} lack {missing[0]!r}. Name the blank and the end of a word as they "
+                "stand in the list."
+            )
+        letters = set(number) - {blank, word_end}
+
+        def spelled(word: str) -> _Chain:
+            if unknown := [letter for letter in word if letter not in letters]:
+                raise ConfigError(
+                    f"{word!r} cannot be spelled: {unknown[0]!r} is none of the letters {sorted(letters)}. Leave the "
+                    "word out, or train with that letter."
+                )
+            columns = [number[blank]] * (2 * len(word) + 1)
+            columns[::2] = [number[letter] for letter in (*word, word_end)]
+            skips = [i for i in range(2, len(columns), 2) if columns[i] != columns[i - 2]]
+            entry = lm_weight * unigrams.get(word, FLOOR) - word_penalty
+            return _Chain(word, columns, entry, endings=3, skips=skips)
+
+        return cls._joined([spelled(word) for word in words], _Chain("", [number[blank]], 0.0))
+
+    @classmethod
+    def _joined(cls, words: list[_Chain], filler: _Chain) -> "WordLoop":
+        if not words:
+            raise ConfigError("There is no word to decode. Give at least one, e.g. with read_dictionary.")
+        if empty := [chain for chain in words if not chain.word or len(chain.columns) < chain.endings]:
+            raise ConfigError(f"The word {empty[0].word!r} is empty, or has no phones. Leave it out.")
+        chains = [*words, filler]
+        lengths = np.array([len(chain.columns) for chain in chains])
+        after = np.cumsum(lengths)
+        starts = after - lengths
+        return cls(
+            words=tuple(chain.word for chain in chains),
+            starts=starts,
+            entry=np.array([chain.entry for chain in chains]),
+            chain=np.repeat(np.arange(len(chains)), lengths),
+            columns=np.concatenate([chain.columns for chain in chains]),
+            skips=np.concatenate([start + np.array(c.skips, int) for start, c in zip(starts, chains, strict=True)]),
+            leaves=after - 1,
+            finals=np.concatenate([np.arange(end - c.endings, end) for end, c in zip(after, chains, strict=True)]),
+        )
+
+    def decode(
+        self,
+        scores: Float[np.ndarray, "utterances frames columns"],
+        lengths: Sequence[int] | Int[np.ndarray, "utterances"],
+    ) -> list[list[str]]:
+        """The words of the best path through each utterance, of which the first ``lengths`` frames count.
+
+        Scores are natural logarithms, up to a constant a frame; minus infinity forbids. An utterance that no path fits
+        (too short, or all forbidden) has no words. Of words that sound alike and weigh the same, the earlier wins.
+        Time is frames times states; memory is a copy of the scores, and 8 bytes a frame. ValueError for shapes that
+        do not fit, NonFiniteError for NaN and plus infinity.
+        """
+        scores, lengths = np.asarray(scores), np.asarray(lengths, dtype=np.int64)
+        self._check(scores, lengths)
+        order = np.argsort(-lengths, kind="stable")  # the longest first: those still running are a slice
+        found: list[list[str]] = [[] for _ in order]
+        for utterance, words in zip(order, self._search(scores[order], lengths[order]), strict=True):
+            found[utterance] = words
+        return found
+
+    def _check(self, scores: np.ndarray, lengths: np.ndarray) -> None:
+        needed = int(self.columns.max()) + 1
+        if scores.ndim != 3 or scores.shape[2] < needed:
+            raise ValueError(
+                f"Scores of shape {scores.shape} cannot be decoded: these words need (utterances, frames, {needed} or "
+                "more columns). Pad utterances to one length and stack them."
+            )
+        if lengths.shape != scores.shape[:1] or (lengths < 0).any() or (lengths > scores.shape[1]).any():
+            raise ValueError(
+                f"Lengths {lengths.tolist()} do not fit scores of shape {scores.shape}: give one for each utterance, "
+                f"0 to {scores.shape[1]} frames."
+            )
+        for utterance, length in enumerate(lengths):
+            wrong = ~(scores[utterance, :length] < np.inf)
+            if wrong.any():
+                frame, column = np.argwhere(wrong)[0]
+                raise NonFiniteError(
+                    f"The score of utterance {utterance}, frame {frame}, column {column} is "
+                    f"{scores[utterance, frame, column]}. Scores are log-probabilities; look at the net's weights."
+                )
+
+    def _search(self, scores: np.ndarray, lengths: np.ndarray) -> Iterator[list[str]]:
+        """Words of one utterance after another; lengths must fall."""
+        frames, shape = int(lengths.max(initial=0)), (len(lengths), len(self.columns))
+        best = np.full(shape, -np.inf)
+        before = np.full(shape, -np.inf)  # the same of the state before, or of entering the chain
+        entered = np.zeros(shape, np.int32)
+        entered_before = np.zeros(shape, np.int32)
+        ended = np.zeros(len(lengths))  # the best path that ends a word with the frame before
+        last_state = np.zeros((frames, len(lengths)), np.int32)  # that path's state, and when its word was entered
+        last_entered = np.zeros((frames, len(lengths)), np.int32)
+        for frame in range(frames):
+            running = int(np.searchsorted(-lengths, -frame))
+            rows = np.arange(running)
+            now, past, since, past_since = best[:running], before[:running], entered[:running], entered_before[:running]
+            past[:, 1:] = now[:, :-1]
+            past[:, self.starts] = ended[:running, None] + self.entry
+            past_since[:, 1:] = since[:, :-1]
+            past_since[:, self.starts] = frame
+            if len(self.skips):
+                skipping = now[:, self.skips - 2]
+                neighbour = past[:, self.skips]
+                chosen = np.where(skipping > neighbour, since[:, self.skips - 2], past_since[:, self.skips])
+                past_since[:, self.skips] = chosen
+                past[:, self.skips] = np.maximum(skipping, neighbour)
+            np.copyto(since, past_since, where=past > now)
+            np.maximum(now, past, out=now)
+            now += scores[:running, frame].take(self.columns, 1)
+            state = self.leaves[now[:, self.leaves].argmax(1)]
+            ended[:running] = now[rows, state]
+            last_state[frame, :running] = state
+            last_entered[frame, :running] = since[rows, state]
+        final = self.finals[best[:, self.finals].argmax(1)]
+        for utterance, state in enumerate(final):
+            if best[utterance, state] == -np.inf:
+                yield []
+                continue
+            chains, since = [self.chain[state]], entered[utterance, state]
+            while since > 0:
+                frame = since - 1
+                chains.append(self.chain[last_state[frame, utterance]])
+                since = last_entered[frame, utterance]
+            yield [self.words[chain] for chain in reversed(chains) if self.words[chain]]
+
+
+def log_priors(states: Int[np.ndarray, "frames"], count: int) -> Float[np.ndarray, "count"]:
+    """Natural log of the share of the frames that each state has, one added to every count: none is zero."""
+    counts = np.bincount(states, minlength=count) + 1.0
+    return np.log(counts / counts.sum())
+
+
+def hybrid_scores(
+    log_posteriors: Float[np.ndarray, "... states"],
+    priors: Float[np.ndarray, "states"],
+    *,
+    prior_scale: float = 1.0,
+    acoustic_scale: float = 1.0,
+) -> Float[np.ndarray, "... states"]:
+    """What a hybrid recogniser decodes: posteriors over priors, scaled, in natural logarithms.
+
+    (Bourlard and Morgan, 1994, "Connectionist speech recognition".)
+    """
+    return acoustic_scale * (np.asarray(log_posteriors) - prior_scale * priors)
+
+
+def read_dictionary(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """The words of a CMU-style dictionary with their phones, a variant ``WORD(2)`` as one more entry of ``WORD``."""
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip() or line.startswith(";;;"):  # a comment
+            continue
+        name, *phones = line.split()
+        if not phones:
+            raise ConfigError(
+                f"{path}, line {number}: {name!r} has no phones. A line is a word and its phones, apart by blanks."
+            )
+        found.append((re.sub(r"(?<=.)\(\d+\)$", "", name), tuple(phones)))
+    if not found:
+        raise ConfigError(f"{path} holds no word. A pronunciation dictionary has a line a word: the word, its phones.")
+    return found
+
+
+def read_unigrams(path: Path) -> dict[str, float]:
+    """Word -> natural log of its probability, from the 1-grams of an ARPA file, which writes log10.
+
+    ConfigError where the file is no ARPA file, or holds fewer or more 1-grams than it says.
+    """
+    lines = list(enumerate(map(str.strip, _lines(path)), 1))
+    texts = [text for _, text in lines]
+    way_out = "Fetch the file again, or write it anew with the tool that made it."
+    try:
+        data = texts.index("\\data\\")  # comments before it may look like sections
+        first = texts.index("\\1-grams:", data) + 1
+        texts.index("\\end\\", first)
+        last = next(i for i in range(first, len(texts)) if texts[i].startswith("\\"))
+        declared = next(
+            int(text.split("=")[1]) for text in texts[data:first] if re.match(r"ngram\s+1\s*=\s*\d+$", text)
+        )
+    except (ValueError, StopIteration):
+        raise ConfigError(
+            f"{path} is no complete ARPA language model: it needs \\data\\ with 'ngram 1=', \\1-grams: and \\end\\, "
+            f"each on its line. {way_out}"
+        ) from None
+    found: dict[str, float] = {}
+    entries = [(number, text.split()) for number, text in lines[first:last] if text]
+    for number, fields in entries:
+        try:
+            value = float(fields[0]) * math.log(10)
+            if not -math.inf < value <= 0:
+                raise ValueError
+            found[fields[1]] = value
+        except (ValueError, IndexError):
+            raise ConfigError(
+                f"{path}, line {number}: {' '.join(fields)!r} is no 1-gram, a log10 probability of at most 0 and a "
+                f"word. {way_out}"
+            ) from None
+    if len(entries) != declared:
+        raise ConfigError(f"{path} says that it has {declared} 1-grams, but has {len(entries)}. {way_out}")
+    return {word: value for word, value in found.items() if word.lower() not in NO_WORDS}
+
+
+def word_error_rate(references: list[str], hypotheses: list[str]) -> float:
+    """Word errors over the words of all references, in percent, by jiwer; words are apart by blanks.
+
+    ConfigError without jiwer, ValueError where the lists differ in length or no reference has a word.
+    """
+    try:
+        import jiwer
+    except ImportError:
+        raise ConfigError(
+            "The word error rate is counted by jiwer, which is not installed: pip install 'deepthin[compare]'."
+        ) from None
+    if len(references) != len(hypotheses) or not any(text.split() for text in references):
+        raise ValueError(
+            f"{len(references)} references and {len(hypotheses)} hypotheses: give one of each for every utterance, "
+            "and at least one word among the references."
+        )
+    return 100 * float(jiwer.wer(references, hypotheses))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(
+            f"{path} cannot be read ({problem}). Name a text file; AN4's own lie in its folder etc."
+        ) from None

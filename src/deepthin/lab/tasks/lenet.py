@@ -1,0 +1,39 @@
+"""The networks of Deep Compression's Table 1 on MNIST: LeNet-300-100 (depth 3) and LeNet-5 (depth 5); error in percent.
+
+Han, Mao and Dally, 2016, arXiv:1510.00149. Unlike the tasks ``digits`` and ``conv``, trained until they are done.
+"""
+
+from torch import nn
+
+from deepthin.errors import ConfigError
+from deepthin.lab.tasks import conv, digits
+from deepthin.lab.tasks.training import Training
+
+NAME = "lenet"
+ABOUT = "MNIST with LeNet-5 (depth 5) or LeNet-300-100 (depth 3), 20,000 steps; data as for digits"
+METRICS = ("error",)  # percent
+WIDTH, DEPTH = 1000, 5  # thousandths of the published units
+DEFAULT_STEPS = 20_000
+BATCH = 50
+LEARNING_RATE = 1e-3
+LEARNING_RATES: dict[str, float] = {}
+ALLOCATION = "uniform-bytes"
+ALLOCATIONS: dict[str, str | float] = {}
+OPTIONS: dict[str, dict[str, object]] = {}
+
+load, rules, evaluate, example = conv.load, conv.rules, conv.evaluate, conv.example
+loss, calibration, TAUGHT = digits.loss, digits.calibration, digits.TAUGHT
+
+
+def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module:
+    """``width`` thousandths of the published units; ConfigError for a depth that is neither 3 nor 5."""
+    if depth == 3:
+        return nn.Sequential(nn.Flatten(), digits.build(data, max((300 * width + 500) // 1000, 1)))
+    if depth == 5:
+        return conv.build(data, width, depth)
+    raise ConfigError(f"No LeNet of depth {depth}: use 3 for LeNet-300-100, or 5 for LeNet-5.")
+
+
+def fit(model: nn.Module, data: digits.Data, training: Training) -> None:
+    """The cross entropy; the last state counts."""
+    digits.minimise(model, data, training, BATCH)

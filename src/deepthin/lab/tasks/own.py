@@ -1,0 +1,162 @@
+"""A user's own network and training as a task: three functions, named on the command line (docs/comparison.md)."""
+
+import importlib
+import zlib
+from collections.abc import Callable, Mapping
+from inspect import Parameter, getsourcefile, signature
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deepthin.errors import ConfigError
+
+
+class _Seen(Exception):
+    """Carries the first item that a model was given."""
+
+
+class Own:
+    """Three functions, less being better in what the third gives; ``split`` is "dev" or "test".
+
+    ``factory([width])`` builds the dense network, ``train(model, training)`` trains it, ``evaluate(model, split)`` is
+    a number, or several by name. ``train`` gets a network that is dense or thin, and a
+    `deepthin.tasks.training.Training`. The same-size network needs a factory that takes a ``width`` with a default.
+    """
+
+    DEPTH = None
+    DEFAULT_STEPS = 1000
+    TAUGHT = True  # by training.taught, which is the user's to call
+    LEARNING_RATE = 1e-3
+    ALLOCATION = "flat"
+    LEARNING_RATES: ClassVar[dict[str, float]] = {}
+    ALLOCATIONS: ClassVar[dict[str, float | str]] = {}
+    OPTIONS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init__(self, name: str, factory: Callable[..., Any], train: Callable[..., Any], evaluate: Callable[..., Any]):
+        """Tries the functions, so that mistakes show before the training."""
+        self.NAME, self._factory, self._train, self._evaluate = name, factory, train, evaluate
+        width = signature(factory).parameters.get("width")
+        if width is not None and width.default is Parameter.empty:
+            raise ConfigError(f"--model {name}: give width a default, which is that of the dense network.")
+        try:
+            signature(factory).bind()
+        except TypeError as error:
+            raise ConfigError(f"--model {name}: the function must work without arguments, but has a {error}.") from None
+        self._has_width = width is not None
+        self.WIDTH: int = width.default if width is not None else 1
+        three = (factory, train, evaluate)
+        sources = "".join(Path(file).read_text() for file in sorted({str(getsourcefile(f)) for f in three}))
+        names = ", ".join(f"{f.__module__}:{f.__name__}" for f in three)
+        self.about = f"{names}, checksum {zlib.crc32(sources.encode()):08x}"  # another source gives other results
+        self._first = self._item()
+        self.METRICS = tuple(self.evaluate(self.build(None, self.WIDTH), None, "dev"))
+
+    @classmethod
+    def find(cls, factory: str, train: str, evaluate: str) -> "Own":
+        """From three ``package.module:function``; ConfigError, naming the option, for what cannot be found or used."""
+        found = [
+            function(spec, option)
+            for spec, option in ((factory, "--model"), (train, "--train"), (evaluate, "--evaluate"))
+        ]
+        return cls(factory.partition(":")[2], *found)
+
+    def load(self, _: Path | None) -> "Own":
+        """The data are the user's business."""
+        return self
+
+    def build(self, _: Any, width: int) -> nn.Module:
+        """The dense network; ConfigError if there is but one width and another is asked for."""
+        if width != self.WIDTH and not self._has_width:
+            raise ConfigError(
+                f"--model {self.NAME} takes no width, so there is no same-size network: give it a parameter, such as "
+                "width=256, or leave same-size out of --methods, and --width."
+            )
+        model = self._factory(width=width) if self._has_width else self._factory()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"--model {self.NAME} returned {type(model).__name__}, no torch.nn.Module.")
+        return model
+
+    def rules(self, rule: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Every matrix."""
+        return {"*": rule}
+
+    def fit(self, model: nn.Module, _: Any, training: Any) -> None:
+        """The user's training."""
+        self._train(model, training)
+
+    def evaluate(self, model: nn.Module, _: Any, split: str) -> dict[str, float]:
+        """The user's numbers; one without a name is called error."""
+        model.eval()
+        with torch.no_grad():
+            found = self._evaluate(model, split)
+        values = found if isinstance(found, Mapping) else {"error": found}
+        try:
+            numbers = {str(name): float(value) for name, value in values.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        except (TypeError, ValueError):
+            numbers = {}
+        if not numbers:
+            raise ConfigError(
+                f"--evaluate returned {found!r} for {split!r}: return a number, or a mapping of names to numbers."
+            )
+        return numbers
+
+    def example(self, _: Any) -> tuple[Any, ...]:
+        """The first item that the network is given when it is evaluated."""
+        return self._first
+
+    def _item(self) -> tuple[Any, ...]:
+        model = self.build(None, self.WIDTH)
+
+        def first(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            try:
+                bound = signature(model.forward).bind(*inputs, **named)
+                bound.apply_defaults()
+            except TypeError as error:
+                raise ConfigError(f"--evaluate calls the network with {error}.") from None
+            if bound.kwargs:
+                raise ConfigError(
+                    f"The network takes {', '.join(bound.kwargs)} by name only: let it take them in order."
+                )
+            raise _Seen(tuple(map(_cut, bound.args)))
+
+        handle = model.register_forward_pre_hook(first, with_kwargs=True)
+        try:
+            self.evaluate(model, None, "dev")
+        except _Seen as seen:
+            handle.remove()
+            with torch.no_grad():
+                model.eval()(*seen.args[0])
+            return seen.args[0]
+        raise ConfigError("--evaluate never calls the network: it must judge what model(...) gives.")
+
+
+def _cut(inputs: Any) -> Any:
+    """One item of a batch."""
+    if isinstance(inputs, Tensor):
+        return inputs[:1] if inputs.dim() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _cut(value) for key, value in inputs.items()}  # pyright: ignore[reportUnknownVariableType]
+    return type(inputs)(map(_cut, inputs)) if type(inputs) in (list, tuple) else inputs  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
+def function(spec: str, option: str) -> Callable[..., Any]:
+    """What ``package.module:function`` names; ConfigError with the option otherwise."""
+    module_name, _, name = spec.partition(":")
+    form = f"{option} {spec}: write package.module:function"
+    if not module_name or not name or module_name.startswith("."):
+        raise ConfigError(f"{form}.")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{option} {spec}: cannot import {module_name!r} from {Path.cwd()}: {error}.") from None
+    found: Any = getattr(module, name, None)
+    if found is None:
+        raise ConfigError(f"{form}; {module_name!r} has no {name!r}.")
+    if isinstance(found, nn.Module) or not callable(found):
+        raise ConfigError(
+            f"{option} {spec} is {type(found).__name__}: it must be a function"
+            + (" that returns the network." if option == "--model" else ".")
+        )
+    return found

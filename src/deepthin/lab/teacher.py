@@ -1,0 +1,60 @@
+"""The teacher of a comparison: a trained network of the same task, from its file, that all thin networks learn from.
+
+How they learn: ``deepthin.torch.distill`` (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531).
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+import deepthin.torch as dt
+from deepthin.errors import ConfigError
+from deepthin.torch.distill import check_settings
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The file of a network that is built like the dense one, and how one learns from it, as ``Distillation`` says."""
+
+    path: Path
+    kind: Literal["soft", "logits"] = "soft"
+    weight: float = 0.9
+    temperature: float = 4.0
+    noise: dt.Noise | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be learned from."""
+        check_settings(self.weight, self.temperature, self.kind)
+
+    def load(self, task: Any, dense: Callable[[], nn.Module]) -> nn.Module:
+        """The network, in evaluation. ConfigError if the task asks no teacher, or if the file is of another network."""
+        if not getattr(task, "TAUGHT", False):
+            raise ConfigError(f"The task {task.NAME} has no teacher's loss: leave out --teacher.")
+        if not self.path.is_file():
+            raise ConfigError(
+                f"--teacher {self.path}: there is no such file. Give the .thin file of a trained network."
+            )
+        try:
+            return dt.load(dense(), self.path, frozen=True).eval()
+        except ConfigError as error:
+            raise ConfigError(
+                f"--teacher {self.path.name} is not of this task, width and depth: {error} Give the same --width and "
+                "--depth as in its training."
+            ) from None
+
+    def distillation(self, network: nn.Module, seed: int) -> dt.Distillation:
+        """For one training."""
+        return dt.Distillation(network, self.weight, self.temperature, self.kind, self.noise, seed)
+
+    def about(self) -> str:
+        """All that the results depend on; the file is known by its content."""
+        how = f"soft targets at temperature {self.temperature:g}" if self.kind == "soft" else "logits"
+        if self.noise is not None:
+            kind = "added" if self.noise.additive else "relative"
+            how += f" with {kind} noise of {self.noise.sigma:g} for {self.noise.share:g} of the items"
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]  # all .thin files have one and the same CRC-32
+        return f"{self.path.name}, SHA-256 {digest}...; weight {self.weight:g} for its {how}"

@@ -1,0 +1,101 @@
+"""One network, one configuration, one file: trained thin from the start, or dense first and then by ``[stages]``."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deepthin.torch as dt
+from deepthin.errors import ConfigError, DeepThinError
+from deepthin.lab.tasks.training import Training
+from deepthin.lab.trial import Run, Setup, alike, prepared, seeded
+from deepthin.plan.parse import parse_rules
+from deepthin.plan.rules import Rules
+from deepthin.storage.read import inspect
+from deepthin.storage.report import Report
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it: the file, and what the network that was loaded from it does."""
+
+    report: Report
+    values: Mapping[str, Mapping[str, float]]  # by split and metric
+    lr: float
+    steps: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [row.to_dict() for row in self.report.rows]
+        sizes = {"bytes": self.report.total_bytes, "dense_bytes": self.report.dense_bytes, "rows": rows}
+        return {"values": self.values, **sizes, "lr": self.lr, "steps": self.steps, "seconds": self.seconds}
+
+
+def train(
+    setup: Setup,
+    rules: Mapping[str, Any] | str | Path | Rules,
+    path: Path,
+    lr: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
+) -> Trained:
+    """Train the network of a task, or the user's own, as ``rules`` say, and write it to ``path``.
+
+    With ``[stages]`` it is dense at first (``deepthin.torch.Recipe``), else thin from scratch. ``lr`` is what suits the
+    dense network. What is judged is the file, loaded into a new model. Raises ConfigError and BudgetError before
+    anything is trained, NonFiniteError if the training diverges.
+    """
+    rules, run = parse_rules(rules), prepared(setup)
+    rate: float = run.task.LEARNING_RATE if lr is None else lr
+    started = time.perf_counter()
+    seeded(seed)
+    model = run.build(run.width)
+    training = Training(
+        model=model, steps=run.steps, lr=rate, seed=seed, progress=lambda step: progress(step, run.steps)
+    )
+    if rules.stages is None:
+        dt.compress(model, rules, init="scratch", seed=seed)
+    else:
+        training.rate = rules.stages.rate
+        importance = _importance(rules.stages.importance, run, training)
+        training.recipe = dt.Recipe(model, rules, run.steps, lambda model: _loss(run, model), importance)
+    run.fit(model, training)
+    dt.save(model, path)
+    loaded = dt.load(run.build(run.width), path).eval()
+    if not alike(model.eval(), loaded, run.task.example(run.data)):
+        raise DeepThinError(f"{path} does not hold what the trained model does: please report it.")
+    values = {split: run.task.evaluate(loaded, run.data, split) for split in ("dev", "test")}
+    return Trained(inspect(path), values, rate, run.steps, round(time.perf_counter() - started, 1))
+
+
+def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping[str, torch.Tensor]]:
+    """What a recipe asks; ConfigError if the task has no Hessian."""
+    if kind == "hessian":
+        if not hasattr(run.task, "calibration"):
+            raise ConfigError(
+                f"[stages] importance = 'hessian': {run.task.NAME} has no loss of single items. Use 'adam'."
+            )
+        batch = run.task.calibration(run.data)
+        return lambda: dt.hessian_diagonal(training.model, [batch], torch.nn.functional.cross_entropy)
+    return training.importance if kind == "adam" else dict
+
+
+def _loss(run: Run, model: torch.nn.Module) -> float:
+    """On development data: the task's own loss, else its leading metric."""
+    if hasattr(run.task, "loss"):
+        return run.task.loss(model, run.data)
+    return next(iter(run.task.evaluate(model, run.data, "dev").values()))
+
+
+def summary(trained: Trained, path: Path) -> str:
+    """For people: the numbers of the test data, and the file."""
+    numbers = ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g} (development {trained.values['dev'][name]:.4g})"
+        for name, value in trained.values["test"].items()
+    )
+    times = trained.report.dense_bytes / trained.report.total_bytes
+    return f"test {numbers}\n{path}: {trained.report.total_bytes:,} bytes, {times:.1f} times smaller than dense"

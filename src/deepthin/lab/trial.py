@@ -1,0 +1,373 @@
+"""One trial: a network by one method at one size with one seed, trained, stored, loaded again, and judged."""
+
+import copy
+import math
+import random
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import deepthin.torch as dt
+from deepthin.errors import BudgetError, ConfigError, DeepThinError, NonFiniteError
+from deepthin.lab.search import Choice
+from deepthin.lab.tasks import TASKS
+from deepthin.lab.tasks.own import Own
+from deepthin.lab.tasks.training import Training
+from deepthin.lab.teacher import Teacher
+from deepthin.methods import METHODS
+from deepthin.plan.rules import ALLOCATIONS
+from deepthin.storage.read import inspect
+from deepthin.torch.exchange import thin_tensors
+from deepthin.torch.tensors import tensors_of
+
+DENSE, INT8, SAME_SIZE = "dense", "int8", "same-size"
+ALWAYS = (DENSE, INT8)
+SCALAR = [name for name, named in METHODS.items() if "bits" in named.sized_by]  # nothing is left to be rounded
+PRUNED_CSR = "pruned-csr"
+ROUNDED = re.compile(r"(.+)-(\d+)bit")  # a method whose floats are then stored in so many bits: deepthin-8bit
+COMPARED = (
+    *ALWAYS,
+    *METHODS,
+    SAME_SIZE,
+    PRUNED_CSR,
+    *(f"{name}-{bits}bit" for bits in (8, 4) for name in (*METHODS, SAME_SIZE) if name not in SCALAR),
+)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Shares of the steps between which pruning rises; then the layers are thin, and trained on. ``times`` in all."""
+
+    start: float
+    end: float
+    times: int
+
+
+# Ours: from early on, often, long before the weights are trained (gradual pruning). The paper's: a trained network,
+# pruned and trained on in turn (Han et al., 2015, arXiv:1506.02626, section 3), stored as compressed sparse rows.
+PRUNING = {"pruned": Pruning(0.02, 0.15, 24), PRUNED_CSR: Pruning(0.4, 0.7, 6)}
+INT8_RATIO = 0.25
+QUANTISED = {nn.Linear, nn.LSTM, nn.GRU}  # just these types: torch goes by them
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all trials of a comparison share. None is the task's own default."""
+
+    task: str
+    data: Path | None = None
+    steps: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    own: tuple[str, str, str] | None = None  # the user's factory, training and evaluation, instead of ``task``
+    teacher: Teacher | None = None  # of all networks but the dense one
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one size with one seed; ``choice`` is what a search found, None the task's own."""
+
+    method: str
+    ratio: float
+    seed: int
+    choice: Choice | None = None
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """What identifies it in a comparison."""
+        return self.method, self.ratio, self.seed
+
+    @property
+    def name(self) -> str:
+        """For files: ``deepthin-0.02-seed0``."""
+        size = "" if self.method in ALWAYS else f"-{self.ratio}"
+        return f"{self.method}{size}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A task with its data, and the network and steps that all trials share."""
+
+    task: Any  # a module of deepthin.tasks, or Own
+    data: Any
+    steps: int
+    width: int
+    build: Callable[[int], nn.Module]  # width -> the dense network
+    teacher: tuple[Teacher, nn.Module] | None = None  # and the network itself
+
+    @classmethod
+    def prepare(cls, setup: Setup) -> "Run":
+        """Load the task's data; ConfigError for a depth where the task's network has none to choose."""
+        task = Own.find(*setup.own) if setup.own else TASKS[setup.task]
+        if setup.depth is not None and task.DEPTH is None:
+            raise ConfigError(f"The network of {task.NAME} has a fixed depth: leave out --depth.")
+        data = task.load(setup.data)
+        depth = {} if task.DEPTH is None else {"depth": setup.depth or task.DEPTH}
+        build = partial(task.build, data, **depth)
+        width, teacher = setup.width or task.WIDTH, setup.teacher
+        taught = None if teacher is None else (teacher, teacher.load(task, lambda: build(width)))
+        return cls(task, data, setup.steps or task.DEFAULT_STEPS, width, build, taught)
+
+    def weight_bytes(self) -> int:
+        """Of the dense network's matrices."""
+        return self._bytes(lambda p: p.dim() > 1)
+
+    def dense_bytes(self) -> int:
+        """Of all parameters of the dense network."""
+        return self._bytes(lambda p: True)
+
+    def _bytes(self, counts: Callable[[nn.Parameter], bool]) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() * p.element_size() for p in self.build(self.width).parameters() if counts(p))
+
+    def width_of(self, method: str, ratio: float) -> int:
+        """The dense width, except for the same-size network, which has more weights if they have fewer bits."""
+        outer, bits = split(method)
+        if outer != SAME_SIZE:
+            return self.width
+        budget = int(ratio * self.weight_bytes())
+        if bits is None:
+            return dt.same_size(self.build, budget)
+        kept, matrices = self._never_thin()
+        apart = 4 * matrices + kept  # a step for each matrix, and what stays in fp32; there is more room in the rest
+        try:
+            return dt.same_size(self.build, (budget - apart) * 32 // bits + kept)
+        except BudgetError as error:
+            smallest = error.smallest_bits * bits // 32 + 8 * apart
+            raise BudgetError(str(error), smallest_bits=smallest, smallest_ratio=error.smallest_ratio) from None
+
+    def _never_thin(self) -> tuple[int, int]:
+        """Bytes of the dense network's matrices that have no thin version, and how many matrices have one."""
+        with torch.device("meta"):
+            tensors = [tensor for tensor in tensors_of(self.build(self.width))[0] if len(tensor.shape) > 1]
+        kept = sum(4 * math.prod(tensor.shape) for tensor in tensors if tensor.uncovered)
+        return kept, sum(not tensor.uncovered for tensor in tensors)
+
+    def choice(self, method: str) -> Choice:
+        """``LEARNING_RATES`` and ``ALLOCATIONS`` of the task hold what development data chose for each method."""
+        outer, _ = split(method)
+        rates, shares = self.task.LEARNING_RATES, self.task.ALLOCATIONS
+        share = shares.get(method, shares.get(outer, self.task.ALLOCATION))
+        rate = rates.get(method, rates.get(outer, self.task.LEARNING_RATE))
+        return Choice(rate, float(ALLOCATIONS[share] if isinstance(share, str) else share))
+
+    def model(self, trial: Trial) -> tuple[nn.Module, dict[str, Any]]:
+        """The network, untrained, its weight matrices within the ratio of the dense ones', and how it becomes thin.
+
+        Pruning starts from dense weights, and the second result is what makes it thin on the way. Raises BudgetError.
+        """
+        width = self.width_of(trial.method, trial.ratio)
+        seeded(trial.seed)
+        model = self.build(width)
+        outer, _ = split(trial.method)
+        if trial.method in (*ALWAYS, SAME_SIZE):
+            return model, {}
+        rules = self.rules(trial.method, trial.ratio, (trial.choice or self.choice(trial.method)).allocation)
+        rules["model"]["ignore"] = [t.name for t in tensors_of(model)[0] if t.uncovered and len(t.shape) > 1]
+        if rules["model"]["ignore"] and "ratio" in rules["model"]:  # their bytes count
+            kept, whole = self._never_thin()[0], self.weight_bytes()
+            if trial.ratio * whole <= kept:
+                raise BudgetError(
+                    f"{', '.join(rules['model']['ignore'])} have no thin version and take {kept} of {whole} bytes.",
+                    smallest_bits=8 * kept,
+                    smallest_ratio=kept / whole,
+                )
+            rules["model"]["ratio"] = (trial.ratio * whole - kept) / (whole - kept)
+        if outer in PRUNING:
+            over = PRUNING[outer]
+            every = max(int((over.end - over.start) * self.steps) // over.times, 1)
+            rules["stages"] = {"thin": [over.start, over.end], "share": over.end, "every": every}
+            return model, {"recipe": dt.Recipe(model, rules, self.steps)}
+        dt.compress(model, rules, init="scratch", seed=trial.seed)
+        return model, {}
+
+    def rules(self, method: str, ratio: float, allocation: float) -> dict[str, Any]:
+        """The configuration of a method; ``OPTIONS`` of the task hold what else was chosen for it."""
+        outer, bits = split(method)
+        if outer == SAME_SIZE:
+            return {"model": {}, "rules": self.task.rules({"method": "uniform", "bits": bits})}
+        rule = {"method": outer, **self.task.OPTIONS.get(method, self.task.OPTIONS.get(outer, {}))}
+        if outer == PRUNED_CSR:
+            rule |= {"method": "pruned", "index": "csr"}
+        if bits:
+            rule["then"] = {"method": "uniform", "bits": bits}
+        return {"model": {"ratio": ratio, "allocation": allocation}, "rules": self.task.rules(rule)}
+
+    def teaches(self, trial: Trial) -> bool:
+        """Whether there is a teacher for this trial: the dense network, with which all are compared, has none."""
+        return self.teacher is not None and trial.method not in ALWAYS
+
+    def train(self, trial: Trial, progress: Callable[[int], None]) -> nn.Module:
+        """The trained network. Raises BudgetError, and NonFiniteError if the training diverges."""
+        model, recipe = self.model(trial)
+        lr, decays = (trial.choice or self.choice(trial.method)).lr, getattr(self.task, "DECAYS", {})
+        decay = decays.get(trial.method, decays.get(split(trial.method)[0], 0.0))
+        if self.teaches(trial) and self.teacher is not None:
+            teacher, network = self.teacher
+            recipe["distillation"] = teacher.distillation(network, trial.seed)
+        training = Training(
+            model=model,
+            steps=self.steps,
+            lr=lr,
+            decay=decay,
+            seed=trial.seed,
+            progress=progress,
+            **recipe,
+        )
+        self.fit(model, training)
+        return model
+
+    def fit(self, model: nn.Module, training: Training) -> None:
+        """Train the model; ConfigError if that made another number of steps."""
+        self.task.fit(model, self.data, training)
+        if training.step != self.steps:
+            raise ConfigError(
+                f"The training of {self.task.NAME} made {training.step} of {self.steps} steps: it must call "
+                "training.minimise once for each batch of training.batches(...)."
+            )
+
+    def load(self, path: Path, method: str, ratio: float) -> nn.Module:
+        """A trained network from its file, in evaluation."""
+        return dt.load(self.build(self.width_of(method, ratio)), path).eval()
+
+
+def seeded(seed: int) -> None:
+    """Seed all that a network's start, and a user's training, draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+def split(method: str) -> tuple[str, int | None]:
+    """The name of a method, and the bits of its floats where they are rounded."""
+    rounded = ROUNDED.fullmatch(method)
+    return (rounded[1], int(rounded[2])) if rounded else (method, None)
+
+
+def prepared(setup: Setup) -> Run:
+    """``Run.prepare``, whose data each process loads but once."""
+    run = _loaded(replace(setup, steps=None))
+    return replace(run, steps=setup.steps or run.steps)
+
+
+_loaded = lru_cache(maxsize=1)(Run.prepare)
+
+
+def judge(setup: Setup, trial: Trial) -> float | None:
+    """The leading metric of a training on development data; None where it diverges or the size is out of reach."""
+    run = prepared(setup)
+    try:
+        model = run.train(trial, lambda _: None)
+        value = float(next(iter(run.task.evaluate(model.eval(), run.data, "dev").values())))
+    except (NonFiniteError, BudgetError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def run_trial(
+    setup: Setup, trial: Trial, out: Path, progress: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """A row for each split and metric; one without a value where the size is out of reach, or the training diverges.
+
+    What is judged is the file: it is loaded into a new model, which must do on development data what the trained one
+    does.
+    """
+    run = prepared(setup)
+    row = first_row(run, trial)
+    if trial.method == INT8:
+        return _quantised(run, trial, row, out)
+    started = time.perf_counter()
+    try:
+        model = run.train(trial, progress or (lambda _: None))
+        if not all(torch.isfinite(t).all() for t in model.state_dict().values() if t.is_floating_point()):
+            raise NonFiniteError("The training ended with weights that are no numbers: use a smaller learning rate.")
+        row["seconds"] = round(time.perf_counter() - started, 2)
+        stored = {**row, "model": f"models/{trial.name}.thin"}
+        (out / "models").mkdir(exist_ok=True)
+        stored["bytes"] = dt.save(model, out / stored["model"])
+        stored["weight_bytes"] = sum(matrix.bytes for matrix in inspect(out / stored["model"]).rows)
+        reloaded = run.load(out / stored["model"], trial.method, trial.ratio)
+        if not alike(model.eval(), reloaded, run.task.example(run.data)):
+            raise DeepThinError(f"{out / stored['model']} does not hold what the trained model does: please report it.")
+        return _judged(run, stored, reloaded)
+    except BudgetError as error:
+        return [{**row, "smallest_ratio": error.smallest_bits / 8 / run.weight_bytes()}]
+    except NonFiniteError as error:
+        return [{**row, "failed": str(error)}]
+
+
+def first_row(run: Run, trial: Trial) -> dict[str, Any]:
+    """What is known before a trial."""
+    choice = trial.choice or run.choice(trial.method)
+    row: dict[str, Any] = {"task": run.task.NAME, "method": trial.method, "ratio": trial.ratio, "bytes": None}
+    row |= {"weight_bytes": None, "dense_bytes": run.dense_bytes(), "seed": trial.seed, "split": "test"}
+    if run.teaches(trial) and run.teacher is not None:
+        row["teacher"] = run.teacher[0].about()
+    return row | {"metric": run.task.METRICS[0], "value": None, "lr": choice.lr, "allocation": choice.allocation}
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    """The dense network with weights of 8 bits, and activations rounded on the way (torch's dynamic quantisation)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that its quantisation moves elsewhere
+        from torch.ao.quantization import quantize_dynamic
+
+        return quantize_dynamic(copy.deepcopy(model), QUANTISED, dtype=torch.qint8)  # pyright: ignore[reportArgumentType]
+
+
+def _quantised(run: Run, trial: Trial, row: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+    """The rows of the dense network of the same seed, quantised after its training. Convolutions stay in fp32."""
+    path = out / "models" / f"{DENSE}-seed{trial.seed}.thin"
+    if not path.exists():
+        return [{**row, "failed": "the dense network of this seed failed"}]
+    dense = run.load(path, DENSE, 1.0)
+    rounded = sum(
+        p.numel() for m in dense.modules() if type(m) in QUANTISED for p in m.parameters(False) if p.dim() > 1
+    )
+    row |= {"weight_bytes": run.weight_bytes() - 3 * rounded, "bytes": run.dense_bytes() - 3 * rounded}
+    try:
+        return _judged(run, row, quantised(dense))
+    except Exception as error:  # torch's quantisation does not take every network, nor every processor
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return [{**row, "failed": f"torch cannot quantise it: {reason}"}]
+
+
+def alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
+    """Whether two networks have the same weights, decoded where they are thin, and the same outputs for an item."""
+    held: list[list[torch.Tensor]] = []
+    with torch.no_grad():
+        for model in (one, other):
+            weights = [weight(index) for _, (weight, index) in sorted(thin_tensors(model).items())]
+            plain = [t for n, t in sorted(model.state_dict().items()) if ".thin." not in f".{n}"]
+            held.append([*weights, *plain, *_tensors(model(*example))])
+    return len(held[0]) == len(held[1]) and all(map(torch.equal, *held))
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    """Those that a network returns, in whatever it returns."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _judged(run: Run, row: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
+    """The rows of a network; NonFiniteError if one of its numbers is none."""
+    found = {name: run.task.evaluate(model, run.data, name) for name in ("dev", "test")}
+    for name, values in found.items():
+        if wrong := [metric for metric, value in values.items() if not math.isfinite(value)]:
+            raise NonFiniteError(f"The {wrong[0]} on {name} data is {values[wrong[0]]}.")
+    return [
+        {**row, "split": name, "metric": metric, "value": value}
+        for name, values in found.items()
+        for metric, value in values.items()
+    ]

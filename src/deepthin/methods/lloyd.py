@@ -1,0 +1,401 @@
+"""Few centres for many numbers: Lloyd's rounds, plain or weighted, and those that also bound an entropy.
+
+Lloyd, 1982, "Least squares quantization in PCM"; weights and the entropy as in Choi, El-Khamy and Lee, 2017,
+arXiv:1612.01543. The numbers are sorted once: a cell is then a range, and its sums are differences of running sums, so
+that a round takes ``levels * log(count)`` steps.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from deepthin.coding.bits import permutation
+
+STARTS = ("linear", "density", "random")
+ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
+_FEW = 64  # different shares, at most, each of which is searched on its own
+_FINENESS, _OCTAVES = 3, 20  # classes of shares: so many for each doubling, and so many doublings
+_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until the entropy is low enough; and then
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers in rising order, each with its share of the error; all have the share 1 if ``alike``."""
+
+    values: Float64[np.ndarray, "count"]
+    shares: Float64[np.ndarray, "count"]
+    order: Int64[np.ndarray, "count"]  # where each of them stands in what was given
+    alike: bool
+
+    @classmethod
+    def of(cls, flat: Float64[np.ndarray, "count"], shares: Float64[np.ndarray, "count"] | None = None) -> "Numbers":
+        """Sorted; equal ones stay in their order. Without a positive share all are alike."""
+        order = np.argsort(flat, kind="stable")
+        alike = shares is None or not (shares > 0).any()
+        own = np.ones(len(flat)) if shares is None or alike else shares[order]
+        return cls(flat[order], own, order, alike)
+
+    @cached_property
+    def classes(self) -> "list[Numbers]":
+        """Those of each share, with their places here; none where there are many different shares."""
+        if self.alike:
+            return [Numbers(self.values, self.shares, np.arange(len(self.values)), True)]
+        if len(different := np.unique(self.shares)) > _FEW:
+            return []
+        places = [np.flatnonzero(self.shares == share) for share in different]
+        return [Numbers(self.values[p], self.shares[p], p, True) for p in places]
+
+    def coarse(self) -> "Numbers":
+        """The same with few different shares: those within a quarter of each other get their mean.
+
+        What is below a millionth of the largest is one class; so are zeros.
+        """
+        top = float(self.shares.max())
+        near = np.ones(len(self.shares))
+        there = self.shares > 0
+        near[there] = np.round(_FINENESS * np.maximum(np.log2(self.shares[there] / top), -_OCTAVES))
+        _, own = np.unique(near, return_inverse=True)
+        means = np.bincount(own, self.shares) / np.bincount(own)
+        return Numbers(self.values, means[own], self.order, self.alike)
+
+    @cached_property
+    def sums(self) -> Float64[np.ndarray, "2 ends"]:
+        """Of shares, and of shares times values, below each place."""
+        return np.stack([np.concatenate([[0.0], np.cumsum(t)]) for t in (self.shares, self.shares * self.values)])
+
+    def ends(self, bounds: Float64[np.ndarray, "inner"]) -> Int64[np.ndarray, "ends"]:
+        """Where each cell begins, and the last one ends; a number on a bound belongs to the upper cell."""
+        inner = np.searchsorted(self.values, bounds, side="left")
+        return np.concatenate([[0], inner, [len(self.values)]])
+
+    def means(
+        self, ends: Int64[np.ndarray, "ends"], empty: Float64[np.ndarray, "cells"]
+    ) -> Float64[np.ndarray, "cells"]:
+        """Of each cell; where there is no share, ``empty``."""
+        mass, first = self.masses(ends[:-1], ends[1:])
+        return np.sort(np.where(mass > 0, first / np.where(mass > 0, mass, 1), empty))
+
+    def masses(
+        self, starts: Int64[np.ndarray, "cells"], stops: Int64[np.ndarray, "cells"]
+    ) -> Float64[np.ndarray, "2 cells"]:
+        """The shares, and the shares times values, summed over each cell."""
+        return self.sums[:, stops] - self.sums[:, starts]
+
+    def error(self, centres: Float64[np.ndarray, "cells"]) -> float:
+        """The sum of shares times squared distances to the nearest centre."""
+        nearest = np.searchsorted(midpoints(centres), self.values, side="right")
+        return float(np.sum(self.shares * (self.values - centres[nearest]) ** 2))
+
+    def distinct(self) -> Float64[np.ndarray, "distinct"]:
+        """The different values, rising."""
+        new: np.ndarray = np.concatenate([[True], self.values[1:] > self.values[:-1]])
+        return self.values[new]
+
+
+def midpoints(centres: Float64[np.ndarray, "cells"]) -> Float64[np.ndarray, "inner"]:
+    """Between neighbours."""
+    return centres[:-1] / 2 + centres[1:] / 2
+
+
+def first_centres(numbers: Numbers, levels: int, start: str, seed: int) -> Float64[np.ndarray, "levels"]:
+    """Evenly from the least to the largest, at quantiles, or at numbers that ``seed`` draws."""
+    values, count = numbers.values, len(numbers.values)
+    if start == "linear":
+        return np.linspace(float(values[0]), float(values[-1]), levels)
+    if start == "density":
+        return values[(2 * np.arange(levels) + 1) * count // (2 * levels)]
+    return values[np.sort(permutation(seed, count)[np.arange(levels) % count])]
+
+
+def refined(
+    numbers: Numbers, centres: Float64[np.ndarray, "levels"], rounds: int = ROUNDS
+) -> Float64[np.ndarray, "levels"]:
+    """Lloyd's rounds until nothing changes, at most so many; the error never rises.
+
+    A centre that is left without numbers moves into a cell that is worth two. So do, when the rounds have come to an
+    end, centres that their neighbours can do without, and the rounds go on.
+    """
+    before = None
+    for _ in range(rounds):
+        ends = numbers.ends(midpoints(centres))
+        settled = before is not None and (ends == before).all()
+        if (settled or (np.diff(ends) == 0).any()) and (moved := _moved(numbers, centres, ends)) is not None:
+            centres, before = moved, None
+            continue
+        if settled:
+            break
+        centres, before = numbers.means(ends, centres), ends
+    return centres
+
+
+def _moved(
+    numbers: Numbers, centres: Float64[np.ndarray, "levels"], ends: Int64[np.ndarray, "ends"]
+) -> Float64[np.ndarray, "levels"] | None:
+    """Some cells joined to the next one, and others split at their mean, where that lowers the error; none if nowhere.
+
+    Two centres c and d of masses m and n are worth ``(c - d)^2 m n / (m + n)`` more than their mean.
+    """
+    full = np.diff(ends) > 0
+    starts, stops, own = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
+    middles = np.clip(np.searchsorted(numbers.values, own, side="left"), starts, stops)
+    below, above = numbers.masses(starts, middles), numbers.masses(middles, stops)
+    gains, costs = _worth(below, above), _worth(*(numbers.masses(starts, stops)[:, part] for part in _NEIGHBOURS))
+    splits, joins = np.argsort(-gains, kind="stable"), iter(np.argsort(costs, kind="stable").tolist())
+    spare, taken = len(centres) - len(own), set[int]()
+    made, gone = list[float](), set[int]()
+    for cell in splits.tolist()[: max(spare, len(centres) // 8, 1)]:
+        if gains[cell] <= 0 or cell in taken:
+            continue
+        if spare:
+            spare -= 1
+        else:
+            pair = next((j for j in joins if not {j, j + 1} & (taken | {cell})), None)
+            if pair is None or costs[pair] >= gains[cell] * (1 - 1e-6):
+                break
+            taken |= {pair, pair + 1}
+            gone |= {pair, pair + 1}
+            mass, first = (numbers.sums[:, stops[pair + 1]] - numbers.sums[:, starts[pair]]).tolist()
+            made.append(first / mass if mass > 0 else float(own[pair]))
+        taken.add(cell)
+        gone.add(cell)
+        made += [below[1, cell] / below[0, cell], above[1, cell] / above[0, cell]]
+    if not made:
+        return None
+    kept = [own[cell] for cell in range(len(own)) if cell not in gone]
+    return np.sort(np.concatenate([kept, made, centres[~full][:spare]]))
+
+
+_NEIGHBOURS = slice(None, -1), slice(1, None)
+
+
+def _worth(one: Float64[np.ndarray, "2 cells"], other: Float64[np.ndarray, "2 cells"]) -> Float64[np.ndarray, "cells"]:
+    """What two centres save over one; nothing where a mass is 0."""
+    mass = np.where((one[0] > 0) & (other[0] > 0), one[0] * other[0], 0.0)
+    apart = one[1] / np.where(mass > 0, one[0], 1) - other[1] / np.where(mass > 0, other[0], 1)
+    return mass / np.where(mass > 0, one[0] + other[0], 1) * apart**2
+
+
+def centres_of(
+    flat: Float64[np.ndarray, "count"],
+    levels: int,
+    start: str = "linear",
+    seed: int = 0,
+    shares: Float64[np.ndarray, "count"] | None = None,
+) -> Float64[np.ndarray, "levels"]:
+    """The centres, rising; where there are fewer different numbers, these, the last one repeated.
+
+    With ``shares``, Lloyd's weighted rounds begin at the plain solution, and the better of the two is taken: begun
+    elsewhere they often end above it.
+    """
+    plain = Numbers.of(flat)
+    if len(found := plain.distinct()) <= levels:
+        return np.concatenate([found, np.full(levels - len(found), found[-1])])
+    centres = refined(plain, first_centres(plain, levels, start, seed))
+    weighted = plain if shares is None else Numbers.of(flat, shares)
+    if weighted.alike:
+        return centres
+    return min((refined(weighted, centres), centres), key=weighted.error)
+
+
+# ---- With a bound on the entropy ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The centres of some cells, and how many numbers are in each; none is empty."""
+
+    centres: Float64[np.ndarray, "cells"]
+    counts: Int64[np.ndarray, "cells"]
+    assign: Callable[[], Int64[np.ndarray, "count"]]
+    price: float = 0.0  # of a bit, at which they were found
+
+    @cached_property
+    def symbols(self) -> Int64[np.ndarray, "count"]:
+        """Which cell each number is in, of the numbers as they are sorted."""
+        return self.assign()
+
+    def entropy_bits(self) -> float:
+        """What an ideal coder takes for all symbols."""
+        return entropy_bits(self.counts)
+
+    def lengths(self, price: float) -> Float64[np.ndarray, "cells"]:
+        """What a number pays in each cell for an ideal code."""
+        return price * np.log2(self.counts.sum() / self.counts)
+
+    def error(self, numbers: Numbers) -> float:
+        """The sum of shares times squared distances, each number to the centre of its cell."""
+        return float(np.sum(numbers.shares * (numbers.values - self.centres[self.symbols]) ** 2))
+
+    def centred(self, numbers: Numbers) -> "Cells":
+        """The same cells, with the means of these numbers as centres."""
+        mass = np.bincount(self.symbols, numbers.shares, len(self.counts))
+        first = np.bincount(self.symbols, numbers.shares * numbers.values, len(self.counts))
+        return replace(self, centres=_means(mass, first, self.centres))
+
+
+def _means(
+    mass: Float64[np.ndarray, "cells"], first: Float64[np.ndarray, "cells"], empty: Float64[np.ndarray, "cells"]
+) -> Float64[np.ndarray, "cells"]:
+    """Where there is no mass, ``empty``."""
+    return np.where(mass > 0, first / np.where(mass > 0, mass, 1), empty)
+
+
+def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
+    """What an ideal coder takes for symbols that are there so often: count times entropy."""
+    there = counts[counts > 0]
+    return float(np.sum(there * np.log2(there.sum() / there)))
+
+
+def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]) -> Cells:
+    """Every number to the centre where share times squared distance plus ``lengths`` is least; empty cells go.
+
+    Takes ``levels * log(count)`` steps for each different share; where there are many, ``levels`` passes over the
+    numbers.
+    """
+    if not numbers.classes:
+        return _cells_by_passes(numbers, centres, lengths)
+    counts, sums = np.zeros(len(centres), np.int64), np.zeros((2, len(centres)))
+    found: list[tuple[Numbers, np.ndarray, np.ndarray]] = []
+    for own in numbers.classes:
+        share = float(own.shares[0])
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            own_lengths = lengths / share
+        if np.isfinite(own_lengths).all():
+            live, bounds = _hull(centres, own_lengths)
+        else:  # no distance counts
+            live, bounds = np.array([int(lengths.argmin())], np.int64), np.empty(0)
+        ends = own.ends(bounds)
+        many = ends[1:] - ends[:-1]
+        counts[live] += many
+        sums[:, live] += own.masses(ends[:-1], ends[1:])
+        found.append((own, live, many))
+    full = counts > 0
+    names = np.cumsum(full) - 1
+
+    def assign() -> Int64[np.ndarray, "count"]:
+        symbols = np.empty(len(numbers.values), np.int64)
+        for own, live, many in found:
+            symbols[own.order] = np.repeat(names[live], many)
+        return symbols
+
+    return Cells(_means(sums[0], sums[1], centres)[full], counts[full], assign)
+
+
+def _cells_by_passes(
+    numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]
+) -> Cells:
+    symbols, least = np.zeros(len(numbers.values), np.int64), np.full(len(numbers.values), math.inf)
+    for cell, (centre, length) in enumerate(zip(centres, lengths, strict=True)):
+        cost = numbers.shares * (numbers.values - centre) ** 2 + length
+        better = cost < least
+        symbols[better], least[better] = cell, cost[better]
+    counts = np.bincount(symbols, minlength=len(centres))
+    full = counts > 0
+    names = (np.cumsum(full) - 1)[symbols]
+    return Cells(centres[full], counts[full], lambda: names).centred(numbers)
+
+
+_FIRST = np.array([True])
+
+
+def _hull(
+    centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]
+) -> tuple[Int64[np.ndarray, "live"], Float64[np.ndarray, "inner"]]:
+    """The centres that are cheapest somewhere, rising, and where each takes over from the one below.
+
+    The cost less the square of the number is a straight line for each centre; wanted is the lower hull of the lines.
+    """
+    heights = centres**2 + lengths
+    order = np.lexsort((heights, centres))
+    rising = centres[order]
+    order = order[np.concatenate([_FIRST, rising[1:] > rising[:-1]])]  # of equal centres the cheapest
+    live: list[int] = []
+    bounds: list[float] = []
+    slopes, levels = centres.tolist(), heights.tolist()
+    for cell in order.tolist():
+        bound = -math.inf
+        while live:
+            bound = (levels[cell] - levels[live[-1]]) / (slopes[cell] - slopes[live[-1]]) / 2
+            if not bounds or bound > bounds[-1]:
+                break
+            live.pop()
+            bounds.pop()
+        if live:
+            bounds.append(bound)
+        live.append(cell)
+    return np.array(live, np.int64), np.array(bounds, np.float64)
+
+
+def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_ROUNDS) -> Cells:
+    """Rounds that lower ``sum share * (number - centre)^2 + price * entropy_bits`` until nothing changes."""
+    for _ in range(rounds):
+        found = cells_of(numbers, cells.centres, cells.lengths(price))
+        same = len(found.counts) == len(cells.counts) and (found.counts == cells.counts).all()
+        if same and (found.centres == cells.centres).all():
+            return replace(found, price=price)
+        cells = found
+    return replace(cells, price=price)
+
+
+Fits = Callable[[Int64[np.ndarray, "cells"]], bool]
+"""Whether symbols that are there so often can be stored in the room that there is."""
+
+
+def within(
+    flat: Float64[np.ndarray, "count"],
+    levels: int,
+    fits: Fits,
+    shares: Float64[np.ndarray, "count"] | None = None,
+) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
+    """Centres and symbols that fit, at as small an error as is found; one centre must fit.
+
+    Begins at k-means of ``levels`` centres, of each smaller power of two and each number below eight, until one fits
+    as it is, since equally likely cells are never given up however dear a bit is. So it is never worse than that one.
+    Many different shares are searched coarsely; the numbers are then assigned once by their own.
+    """
+    numbers, found = Numbers.of(flat, shares), list[Cells]()
+    searched = numbers if numbers.classes else numbers.coarse()
+    while levels:
+        centres = np.unique(centres_of(flat, levels, shares=shares))
+        start = cells_of(searched, centres, np.zeros(len(centres)))
+        found += [start] if fits(start.counts) else _priced(searched, start, fits)
+        levels = 0 if fits(start.counts) else levels - 1 if levels <= 8 else 1 << ((levels - 1).bit_length() - 1)
+    if searched is not numbers:
+        found = [cells.centred(numbers) for cells in found]
+    best = min(found, key=lambda cells: cells.error(numbers))
+    if searched is not numbers:
+        exact = cells_of(numbers, best.centres, best.lengths(best.price))
+        best = min((c for c in (exact, best) if fits(c.counts)), key=lambda cells: cells.error(numbers))
+    symbols = np.empty(len(flat), np.int64)
+    symbols[numbers.order] = best.symbols
+    return best.centres, symbols
+
+
+def _priced(numbers: Numbers, start: Cells, fits: Fits) -> list[Cells]:
+    """Cells that fit, if there are any: the price of a bit is raised until they do, then narrowed down.
+
+    Each price begins where a lower one has settled, which can only lose cells.
+    """
+    mean = float(np.average(numbers.values, weights=numbers.shares))
+    low, below = start, 0.0
+    price = 1e-6 * float(np.mean(numbers.shares * (numbers.values - mean) ** 2))
+    found = settled(numbers, low, price)
+    for _ in range(_MOST_GROWTHS):
+        if fits(found.counts):
+            break
+        low, below, price = found, price, price * _GROWTH
+        found = settled(numbers, low, price)
+    fitting = [found] if fits(found.counts) else []
+    for _ in range(_NARROWING if fitting else 0):
+        middle = math.sqrt(below * price) if below else price / _GROWTH
+        found = settled(numbers, low, middle)
+        if fits(found.counts):
+            price = middle
+            fitting.append(found)
+        else:
+            low, below = found, middle
+    return fitting

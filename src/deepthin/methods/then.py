@@ -1,0 +1,135 @@
+"""One method after another: the second stores the floating entries of the first one's code.
+
+Han, Mao and Dally, 2016, arXiv:1510.00149, prune, then share values; here any method may store any other's floats.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from numpy.random import Generator
+
+from deepthin import method as base
+from deepthin.errors import BudgetError
+from deepthin.method import FLOAT_BITS, Array, Code, Integers, Method, Namespace, Separable, Trains, as_matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Then:
+    """One method after another: ``inner`` stores each floating entry of ``outer``'s code, which it sees as a matrix.
+
+    Han et al. (2016) prune, then share values; here any method's floats may be stored by any other.
+    """
+
+    outer: Method
+    inner: tuple[tuple[str, Method], ...]  # by entry of the outer code
+
+    @classmethod
+    def fit(
+        cls,
+        outer: Callable[[int], Method],
+        inner: Callable[[tuple[int, int]], Method],
+        max_bits: int,
+    ) -> "Then":
+        """The largest outer plan whose floats the inner method stores in ``max_bits``; BudgetError if there is none.
+
+        ``outer(bits)`` is the outer method that fits these bits, were its floats stored as they are; ``inner`` stores a
+        matrix of some shape in a fixed number of bits for each entry.
+        """
+
+        def made(bits: int) -> "Then":
+            plan = outer(bits)
+            whole = {e: s for e, s in plan.code_shapes().items() if e not in plan.integers()}
+            return cls(plan, tuple((e, inner(as_matrix(s))) for e, s in whole.items()))
+
+        try:
+            least = outer(0).bits()
+        except BudgetError as error:
+            least = error.smallest_bits
+        smallest = made(least)
+        if smallest.bits() > max_bits:
+            raise BudgetError(
+                f"It cannot be stored in {max_bits} bits: the smallest plan, its numbers then stored by "
+                f"{type(smallest.inner[0][1]).__name__}, needs {smallest.bits()}.",
+                smallest_bits=smallest.bits(),
+                smallest_ratio=smallest.bits() / (FLOAT_BITS * math.prod(smallest.shape)),
+            )
+        best, low, high = smallest, least, max(least, 1)
+        while high < 64 * max_bits and (found := made(high)).bits() <= max_bits:
+            best, low, high = max(best, found, key=lambda plan: plan.bits()), high, 2 * high  # tables may shrink
+        while high - low > max(FLOAT_BITS, low >> 12):
+            middle = (low + high) // 2
+            found = made(middle)
+            low, high = (middle, high) if found.bits() <= max_bits else (low, middle)
+            best = max(best, found, key=lambda plan: plan.bits() if plan.bits() <= max_bits else -1)
+        return best
+
+    @property
+    def trains(self) -> Trains:
+        """As the inner method."""
+        return self.inner[0][1].trains
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the dense matrix."""
+        return self.outer.shape
+
+    def bits(self) -> int:
+        """Of the inner codes, and of the outer integers."""
+        shapes = self.outer.code_shapes()
+        whole = sum(8 * kind.bytes(math.prod(shapes[e])) for e, kind in self.outer.integers().items())
+        return whole + sum(method.bits() for _, method in self.inner)
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``xf_symbols``: the entry ``symbols`` of what stores ``xf``."""
+        own = {e: s for e, s in self.outer.code_shapes().items() if e in self.outer.integers()}
+        return own | {f"{e}_{k}": s for e, method in self.inner for k, s in method.code_shapes().items()}
+
+    def integers(self) -> dict[str, Integers]:
+        """Of both."""
+        return self.outer.integers() | {f"{e}_{k}": i for e, method in self.inner for k, i in method.integers().items()}
+
+    def derived(self) -> Code:
+        """Of both."""
+        return self.outer.derived() | {f"{e}_{k}": a for e, method in self.inner for k, a in method.derived().items()}
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """The outer start, encoded."""
+        import numpy as np
+
+        return self.encode_floats(self.outer.init(rng, std), np)  # pyright: ignore[reportArgumentType]
+
+    def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
+        """The outer code, encoded."""
+        code = self.outer.encode(weight, xp, importance)
+        return self.encode_floats(code, xp, self.shares(code, xp, importance))
+
+    def shares(self, code: Code, xp: Namespace, importance: Array | None) -> Code:
+        """The importance of the outer floats, of that of the weights: none where it cannot be told."""
+        if importance is None or not isinstance(self.outer, Separable):
+            return {}
+        return self.outer.importance_of(code, importance, xp)
+
+    def encode_floats(self, code: Code, xp: Namespace, shares: Mapping[str, Array] | None = None) -> Code:
+        """What is stored for an outer code; ``shares`` weigh the errors of its floats, those of a missing one alike."""
+        made = {entry: code[entry] for entry in self.outer.integers()}
+        for entry, method in self.inner:
+            share = xp.reshape(shares[entry], method.shape) if shares and entry in shares else None
+            stored = method.encode(xp.reshape(code[entry], method.shape), xp, share)
+            made |= {f"{entry}_{key}": array for key, array in stored.items()}
+        return made
+
+    def decode_floats(self, code: Code, xp: Namespace) -> Code:
+        """The outer code of what is stored."""
+        shapes, made = self.outer.code_shapes(), dict(code)
+        for entry, method in self.inner:
+            stored = {key.removeprefix(f"{entry}_"): made.pop(key) for key in code if key.startswith(f"{entry}_")}
+            made[entry] = xp.reshape(method.decode(stored, xp), shapes[entry])
+        return made
+
+    def decode(self, code: Code, xp: Namespace) -> Array:
+        """The dense matrix."""
+        return self.outer.decode(self.decode_floats(code, xp), xp)
+
+
+base.Then = Then  # pyright: ignore[reportAttributeAccessIssue] -- pickles of version 0.1 name it there

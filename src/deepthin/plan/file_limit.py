@@ -1,0 +1,107 @@
+"""What a model's file would hold, and which plans meet a limit for it: the same in every framework."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from deepthin.errors import BudgetError
+from deepthin.plan.rules import Rules
+from deepthin.plan.shares import Planned, plan_tensors
+from deepthin.plan.tensor import Tensor
+from deepthin.storage.arrays import Raw
+from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.write import to_bytes
+
+_MEASUREMENTS = 8  # files that are written, at most, to find how much coding leaves room for
+
+Encoder = Callable[[Planned], Mapping[str, Raw]]
+"""The code of what was planned, from the values that its tensors have."""
+
+
+def parts_of(planned: Planned) -> list[Part]:
+    """The tensors of a plan as parts of its matrix; in a group each is scaled to its own fresh standard deviation."""
+    first = planned.tensors[0]
+    return [Part(t.shape, t.std / first.std, t.transposed, t.zero_row) for t in planned.tensors]
+
+
+def projecting(planned: Planned) -> list[np.ndarray] | None:
+    """Importance that is 1 in the tensors whose projection the rule's others share, and 0 in these; None without."""
+    pairs = zip(planned.tensors, planned.projecting, strict=False)
+    return [np.full(tensor.shape, projects, np.float32) for tensor, projects in pairs] or None
+
+
+def within(
+    limit: int, rules: Rules, found: Sequence[Tensor], base: Contents, encoded: Encoder | None = None
+) -> list[Planned]:
+    """The largest plans whose file has at most so many bytes, found by writing files; BudgetError if there are none.
+
+    ``base`` is what the model holds now. With ``encoded``, by files of the codes themselves, where these have integers
+    that training leaves as they are and that may be coded in fewer bits than any others.
+    """
+
+    def written(planned: list[Planned]) -> int:
+        return len(to_bytes(planned_contents(base, planned)))
+
+    try:
+        low = 0
+        best = plan_tensors(rules, found, low)
+    except BudgetError as error:
+        low = error.smallest_bits
+        best = plan_tensors(rules, found, low)
+    smallest = planned_contents(base, best)
+    if (least := len(to_bytes(smallest))) > limit:
+        kept = sum(len(raw.data) for raw in smallest.dense.values())
+        raise BudgetError(
+            f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which {kept} are "
+            f"tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
+            smallest_bits=8 * least,
+            smallest_ratio=least / base.dense_bytes,
+        )
+    high = 8 * limit
+    while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
+        middle = (low + high) // 2
+        planned = plan_tensors(rules, found, middle)
+        if written(planned) <= limit:
+            low, best = middle, planned
+        else:
+            high = middle
+    if encoded is None or not any(map(_codable, best)):
+        return best
+    taken, high = coded_bytes(base, best, encoded), 64 * limit
+    for _ in range(_MEASUREMENTS):
+        wanted = low * limit // taken  # too little by as much as some bytes do not grow
+        wanted = (low + high) // 2 if wanted >= high else wanted
+        if wanted <= low + (low >> 10):
+            break
+        planned = plan_tensors(rules, found, wanted)
+        if (bytes_ := coded_bytes(base, planned, encoded)) <= limit:
+            low, best, taken = wanted, planned, bytes_
+        else:
+            high = wanted
+    return best
+
+
+def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoder) -> int:
+    """Of the file, with codes that training leaves as long as they are taken as they are."""
+    return len(to_bytes(planned_contents(base, planned, encoded)))
+
+
+def _codable(planned: Planned) -> bool:
+    """Whether training leaves its integers as they are, so that a file may count on how short they are."""
+    return planned.method is not None and planned.method.trains == "codes" and bool(planned.method.integers())
+
+
+def planned_contents(base: Contents, planned: Sequence[Planned], encoded: Encoder | None = None) -> Contents:
+    """What the file would hold; it may be less without ``encoded``, since coding depends on the weights."""
+    thin: dict[str, Thin] = {}
+    for p in planned:
+        if p.method is not None:
+            first = p.tensors[0].name
+            parts = dict(zip((tensor.name for tensor in p.tensors), parts_of(p), strict=True))
+            if encoded is not None and _codable(p):
+                thin[first] = Thin(p.name, p.method, parts, encoded(p))
+            else:
+                thin[first] = Thin.plan(p.name, p.method, parts, base.dense[first])
+    gone = {name for entry in thin.values() for name in entry.parts}
+    dense = {name: raw for name, raw in base.dense.items() if name not in gone}
+    return Contents({**base.thin, **thin}, dense, base.aliases)

@@ -1,0 +1,151 @@
+"""A configuration is read: a mapping or a TOML file becomes Rules, or ConfigError names the closest valid key."""
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from deepthin.errors import ConfigError, did_you_mean
+from deepthin.methods import METHODS
+from deepthin.plan.patterns import matcher
+from deepthin.plan.rules import ALLOCATIONS, DENSE, SENSITIVITY, Rule, Rules, Stages
+
+_MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
+_RULE_KEYS = ("method", "ratio", "bytes", "group", "then", "projection")
+GROUPS = ("flat", "rows")
+
+
+def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
+    """Rules from a mapping, a path to a TOML file, or Rules. ConfigError names the closest valid key or method."""
+    if isinstance(source, Rules):
+        return source
+    if isinstance(source, str | Path):
+        try:
+            source = tomllib.loads(Path(source).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"There is no configuration file {str(source)!r}.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source} is not valid TOML: {error}.") from None
+    _check_keys(source, ("model", "rules", "stages"), "the configuration")
+    model = _table(source, "model")
+    _check_keys(model, _MODEL_KEYS, "[model]")
+    ratio = _number(model, "ratio", float, "[model]")
+    file_bytes = _number(model, "file_bytes", int, "[model]")
+    if ratio is not None and file_bytes is not None:
+        raise ConfigError("[model] has both ratio and file_bytes: give one target.")
+    ignore = model.get("ignore", ())
+    if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in cast(list[object], ignore)):
+        raise ConfigError(f"[model] ignore = {ignore!r} must be a list of patterns, such as ['output'].")
+    rules = tuple(_parse_rule(pattern, table) for pattern, table in _table(source, "rules").items())
+    stages = _parse_stages(_table(source, "stages")) if "stages" in source else None
+    allocation = _parse_allocation(model.get("allocation", "flat"))
+    return Rules(rules or (Rule("*"),), ratio, file_bytes, tuple(cast(list[str], ignore)), allocation, stages)
+
+
+def _parse_allocation(allocation: Any) -> float | None:
+    """The power of a word or number; None for "sensitivity"."""
+    if allocation == SENSITIVITY:
+        return None
+    power = ALLOCATIONS.get(allocation, allocation) if isinstance(allocation, str) else allocation
+    if isinstance(power, str):
+        raise ConfigError(
+            f"[model] allocation = {allocation!r} is unknown. {did_you_mean(allocation, (*ALLOCATIONS, SENSITIVITY))} "
+            "Or give a number from 0 (equal bytes) to 1 (equal ratios)."
+        )
+    if isinstance(power, bool) or not isinstance(power, int | float) or not 0 <= power <= 1:
+        raise ConfigError(f"[model] allocation = {allocation!r} must be a word or a number from 0 to 1.")
+    return float(power)
+
+
+def _parse_stages(table: Mapping[str, Any]) -> Stages:
+    usual = Stages()
+    _check_keys(table, ("thin", "share", "every", "importance", "rate"), "[stages]")
+    thin: Any = table.get("thin", usual.thin)
+    pair = cast(list[Any], thin) if isinstance(thin, list | tuple) else []
+    fine = len(pair) == 2 and all(type(n) in (int, float) for n in pair)
+    share: Any = table.get("share", max(usual.share, *pair) if fine else 1.0)
+    every: Any = table.get("every", usual.every)
+    if not fine or type(share) not in (int, float) or type(every) is not int:
+        raise ConfigError(
+            f"[stages] thin = {thin!r}, share = {share!r}, every = {every!r}: write such as thin = [0.2, 0.6], "
+            "share = 0.8, every = 50."
+        )
+    rate: float | None = _number(table, "rate", float, "[stages]", most=math.inf)
+    importance: Any = table.get("importance", usual.importance)
+    return Stages((float(pair[0]), float(pair[1])), float(share), every, importance, rate)
+
+
+def _parse_rule(pattern: str, table: Any) -> Rule:
+    where = f'[rules."{pattern}"]'
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} must be a table such as {{ method = 'deepthin', ratio = 0.01 }}, not {table!r}.")
+    matcher(pattern)
+    settings = dict[str, Any](table)  # pyright: ignore[reportUnknownArgumentType] -- checked key by key below
+    method = settings.get("method", "deepthin")
+    if not isinstance(method, str) or (method != DENSE and method not in METHODS):
+        raise ConfigError(f"{where} method = {method!r} is unknown. {did_you_mean(method, (*METHODS, DENSE))}")
+    options = METHODS[method].options if method in METHODS else ()
+    if method == DENSE and (target := settings.keys() & {"ratio", "bytes", "group"}):
+        raise ConfigError(f"{where} keeps its matrices dense, so {min(target)} has no meaning there: leave it out.")
+    _check_keys(settings, (*_RULE_KEYS, *options), f"{where}, method {method}")
+    ratio = _number(settings, "ratio", float, where)
+    max_bytes = _number(settings, "bytes", int, where)
+    if ratio is not None and max_bytes is not None:
+        raise ConfigError(f"{where} has both ratio and bytes: give one target.")
+    group = settings.get("group")
+    if group is not None and group not in GROUPS:
+        raise ConfigError(f"{where} group = {group!r} is unknown. {did_you_mean(group, GROUPS)}")
+    given = {key: settings[key] for key in options if key in settings}
+    then = None if settings.get("then") is None else parse_then(method, settings["then"], where)
+    projection = settings.get("projection")
+    if projection is not None:
+        if not isinstance(projection, str) or method != "rank" or group != "rows" or then is not None:
+            raise ConfigError(
+                f"{where} projection = {projection!r}: give a pattern, as '*weight_hh*', beside method = 'rank' and "
+                "group = 'rows', and without then."
+            )
+        matcher(projection)
+    return Rule(pattern, method, ratio, max_bytes, given, group, then, projection)
+
+
+def parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:
+    """A method that stores another's floats, of a size that its options fix."""
+    sized = [name for name, named in METHODS.items() if "bits" in named.sized_by]
+    if method == DENSE or not isinstance(table, Mapping) or table.get("method") not in sized:  # pyright: ignore[reportUnknownMemberType]
+        raise ConfigError(
+            f"{where} then = {table!r}: give a method with a fixed number of bits for the floats of {method}, "
+            f"such as {{ method = '{sized[0]}', bits = 8 }}. Valid methods: {', '.join(sized)}."
+        )
+    settings = dict[str, Any](table)  # pyright: ignore[reportUnknownArgumentType] -- checked key by key below
+    name = settings.pop("method")
+    _check_keys(settings, METHODS[name].options, f"{where} then, method {name}")
+    if settings.get("bits") is None:
+        raise ConfigError(f"{where} then = {table!r} has no bits: add how many for each number, such as bits = 8.")
+    METHODS[name].fit((1, 1), 1 << 20, **settings)  # refuses what makes no sense
+    return name, settings
+
+
+def _table(source: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    table = source.get(key, {})
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{key} must be a table, not {table!r}.")
+    return table  # pyright: ignore[reportUnknownVariableType] -- its keys are checked by the caller
+
+
+def _check_keys(table: Mapping[str, Any], valid: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in valid:
+            raise ConfigError(f"{where} has no key {key!r}. {did_you_mean(key, valid)}")
+
+
+def _number(table: Mapping[str, Any], key: str, kind: type[int] | type[float], where: str, most: float = 1.0) -> Any:
+    value = table.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        raise ConfigError(f"{where} {key} = {value!r} must be {'a whole number' if kind is int else 'a number'}.")
+    limit = math.inf if kind is int else most
+    if not 0 < value < math.inf or value > limit:
+        raise ConfigError(f"{where} {key} = {value!r} must be above 0{'' if limit > 1 else ' and at most 1'}.")
+    return kind(value)

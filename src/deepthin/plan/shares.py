@@ -1,0 +1,251 @@
+"""A budget is shared out over the matrices of a model."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from deepthin.errors import BudgetError, ConfigError, round_up
+from deepthin.method import Method, matrix_shape
+from deepthin.methods import METHODS
+from deepthin.methods.then import Then
+from deepthin.plan.patterns import matcher
+from deepthin.plan.rules import DENSE, NO_LIMIT, Rule, Rules, bits_at
+from deepthin.plan.tensor import Tensor, matrix_of
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What becomes of a tensor, or of a group together. ``method`` is None for a matrix that stays dense."""
+
+    tensors: tuple[Tensor, ...]
+    name: str  # of the method, as users write it
+    method: Method | None
+    fit: Callable[[int], Method] | None = None  # the same method within other bits
+    projecting: tuple[bool, ...] = ()  # for each tensor, whether the shared projection comes from it; empty: from all
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one code is to hold: a tensor, or the members of a group."""
+
+    rule: "Rule"
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its first tensor."""
+        return self.tensors[0].name
+
+    @property
+    def projecting(self) -> tuple[bool, ...]:
+        """For each tensor, whether the rule takes the shared projection from it; empty if it does not say."""
+        if self.rule.projection is None:
+            return ()
+        hits = matcher(self.rule.projection)
+        return tuple(any(map(hits, (tensor.name, *tensor.also))) for tensor in self.tensors)
+
+    @property
+    def dense_bits(self) -> int:
+        """32 for each number."""
+        return 32 * sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the matrix to be stored."""
+        if self.rule.group == "rows":
+            matrices = [matrix_of(tensor) for tensor in self.tensors]
+            return sum(rows for rows, _ in matrices), matrices[0][1]
+        return matrix_of(self.tensors[0]) if len(self.tensors) == 1 else matrix_shape((self.dense_bits // 32,))
+
+    def fit(self, max_bits: int) -> Method:
+        """The method within a budget; what cannot be done is said with the tensor's name."""
+        named = METHODS[self.rule.method]
+        options = dict(self.rule.options)
+        if "seed" in named.preset:
+            options.setdefault("seed", zlib.crc32(self.name.encode()))  # no two matrices share a table
+        then = self.rule.then
+
+        def outer(bits: int) -> Method:
+            return named.fit(self.shape, bits, **options)
+
+        try:
+            if then is None:
+                return outer(max_bits)
+            return Then.fit(outer, lambda shape: METHODS[then[0]].fit(shape, NO_LIMIT, **then[1]), max_bits)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{self.name}: {error}", smallest_bits=error.smallest_bits, smallest_ratio=error.smallest_ratio
+            ) from None
+        except ConfigError as error:
+            raise ConfigError(f"rule {self.rule.pattern!r}: {error}") from None
+
+    def smallest_bits(self) -> int:
+        """The least that the rule's method needs."""
+        try:
+            return self.fit(0).bits()
+        except BudgetError as error:
+            return error.smallest_bits
+
+
+def units_of(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[Unit]:
+    """Matched tensors one by one, those of a group together; ConfigError for a group that cannot be."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor, rule in matched.values():
+        if rule.group:
+            groups.setdefault(rule.pattern, []).append(tensor)
+    units: list[Unit] = []
+    for tensor, rule in matched.values():
+        members = groups.get(rule.pattern, [tensor]) if rule.group else [tensor]
+        if members[0] is not tensor:
+            continue
+        if rule.group and (vector := next((t for t in members if len(t.shape) < 2), None)):
+            raise ConfigError(f"rule {rule.pattern!r}: {vector.name} has one dimension and cannot join a group.")
+        if rule.group == "rows" and (
+            odd := next((t for t in members if matrix_of(t)[1] != matrix_of(members[0])[1]), None)
+        ):
+            raise ConfigError(
+                f"rule {rule.pattern!r}: group = 'rows' stacks matrices of as many inputs, but {members[0].name} has "
+                f"{matrix_of(members[0])[1]} and {odd.name} has {matrix_of(odd)[1]}. Use group = 'flat', or two rules."
+            )
+        unit = Unit(rule, tuple(members))
+        if rule.projection is not None and len(set(unit.projecting)) != 2:
+            matches = f"matches {'all' if all(unit.projecting) else 'none'} of {', '.join(t.name for t in members)}"
+            raise ConfigError(
+                f"rule {rule.pattern!r}: projection = {rule.projection!r} {matches}: name those whose projection the "
+                "others are to share."
+            )
+        units.append(unit)
+    return units
+
+
+def spend(units: Sequence[Unit], methods: Mapping[str, Method], left: int) -> dict[str, Method]:
+    """Plans, some of them larger: the bits that are left go to the matrices in turn, largest first."""
+    found = dict(methods)
+    for unit in sorted(units, key=lambda unit: -unit.dense_bits):
+        larger = unit.fit(min(found[unit.name].bits() + left, unit.dense_bits))
+        if larger.bits() > found[unit.name].bits():
+            left -= larger.bits() - found[unit.name].bits()
+            found[unit.name] = larger
+    return found
+
+
+def plan_tensors(rules: Rules, tensors: Sequence[Tensor], model_bits: int | None = None) -> list[Planned]:
+    """What becomes of every matrix and of every tensor that a rule names, in the order of ``tensors``.
+
+    ``model_bits`` is the payload that all matched matrices share; None takes it from ``ratio``. Matrices whose
+    rule has its own target keep that; the rest is shared out by ``allocation``. A matrix of the shared budget that
+    no plan makes smaller stays dense. Raises BudgetError with the smallest reachable ratio.
+    """
+    units, methods, shared = split_units(rules, tensors, model_bits is not None)
+    if shared and rules.allocation is None:
+        raise ConfigError(
+            "[model] allocation = 'sensitivity' goes by measured losses: deepthin.torch.allocate(model, rules, "
+            "loss) returns rules with a share for every matrix; deepthin.torch.Recipe does so by itself."
+        )
+    if model_bits is not None or rules.ratio is not None:
+        budget = shared_budget(rules, units, methods, shared, model_bits)
+        if shared:
+            methods |= share_out(rules, shared, budget)
+    names = {unit.name: unit for unit in units}
+    within = {tensor.name for unit in units for tensor in unit.tensors}
+    planned: list[Planned] = []
+    for tensor in tensors:
+        method = methods.get(tensor.name)
+        if tensor.name in names and method is not None:
+            unit = names[tensor.name]
+            planned.append(Planned(unit.tensors, unit.rule.name, method, unit.fit, unit.projecting))
+        elif len(tensor.shape) > 1 and (tensor.name not in within or tensor.name in names):
+            planned.append(Planned((tensor,), DENSE, None))
+    return planned
+
+
+def split_units(
+    rules: Rules, tensors: Sequence[Tensor], limited: bool = False
+) -> tuple[list[Unit], dict[str, Method | None], list[Unit]]:
+    """What each code is to hold; what becomes of those of a fixed size; and those that share the model's budget.
+
+    ``limited``: there is such a budget, whatever the configuration says.
+    """
+    units = units_of(rules.match(tensors))
+    methods: dict[str, Method | None] = {}
+    shared: list[Unit] = []
+    for unit in units:
+        if unit.rule.method == DENSE or unit.dense_bits == 0:
+            methods[unit.name] = None
+        elif unit.rule.own_target:
+            methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
+        elif rules.ratio is None and rules.file_bytes is None and not limited:
+            pattern = unit.rule.pattern
+            raise ConfigError(
+                f"rule {pattern!r} has no target: give it ratio or bytes, or [model] a ratio or file_bytes."
+            )
+        elif unit.smallest_bits() < unit.dense_bits:
+            shared.append(unit)
+        else:
+            methods[unit.name] = None
+    return units, methods, shared
+
+
+def shared_budget(
+    rules: Rules,
+    units: Sequence[Unit],
+    methods: Mapping[str, Method | None],
+    shared: Sequence[Unit],
+    model_bits: int | None = None,
+) -> int:
+    """Bits that the shared ones have together, of ``ratio`` or ``model_bits``; BudgetError if they need more."""
+    compared = sum(unit.dense_bits for unit in units if unit.rule.method != DENSE)
+    if model_bits is None:
+        model_bits = bits_at(rules.ratio or 1.0, compared)
+    taken = 0
+    for unit in units:
+        if unit.rule.method != DENSE and unit.name in methods:
+            method = methods[unit.name]
+            taken += unit.dense_bits if method is None else method.bits()
+    smallest = taken + sum(unit.smallest_bits() for unit in shared)
+    if smallest > model_bits:
+        raise BudgetError(
+            f"The matched matrices cannot be stored in {max(model_bits, 0) // 8} bytes: the smallest plans, "
+            f"and what the rules' own targets fix, need {smallest // 8}. Use [model] ratio >= "
+            f"{round_up(smallest / compared)}, another method, or [model] ignore.",
+            smallest_bits=smallest,
+            smallest_ratio=smallest / compared,
+        )
+    return model_bits - taken
+
+
+def with_targets(rules: Rules, tensors: Sequence[Tensor], bits: Mapping[str, int]) -> Rules:
+    """The same, but what shared the model's budget has targets of its own: ``bits`` by the name of each."""
+    _, methods, shared = split_units(rules, tensors)
+    found: list[Rule] = []
+    for rule in rules.rules:  # what it covers, one by one, and then itself
+        for unit in (unit for unit in shared if unit.rule is rule):
+            pattern = rule.pattern if rule.group else unit.name
+            found.append(dataclasses.replace(rule, pattern=pattern, bytes=-(-bits[unit.name] // 8)))
+        found.append(rule)
+    kept = [Rule(name, DENSE) for name, method in methods.items() if method is None]
+    return dataclasses.replace(rules, rules=(*kept, *found), ratio=None, file_bytes=None, allocation=1.0)
+
+
+def share_out(rules: Rules, units: Sequence[Unit], budget: int) -> dict[str, Method]:
+    """Shares of one budget, by a power of the weight count, between what a method needs and the dense size.
+
+    What the whole-number settings leave over is spent on some of them.
+    """
+    floors = [unit.smallest_bits() for unit in units]
+    weights = [float(unit.dense_bits) ** (rules.allocation or 0.0) for unit in units]
+
+    def shares(level: float) -> list[float]:
+        return [
+            min(max(level * weight, floor), unit.dense_bits)
+            for unit, weight, floor in zip(units, weights, floors, strict=True)
+        ]
+
+    low, high = 0.0, max(unit.dense_bits / weight for unit, weight in zip(units, weights, strict=True))
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(shares(middle)) <= budget else (low, middle)
+    methods = {unit.name: unit.fit(int(share)) for unit, share in zip(units, shares(low), strict=True)}
+    return spend(units, methods, budget - sum(method.bits() for method in methods.values()))

@@ -1,0 +1,75 @@
+"""How a matrix's code begins, in any framework: encoded from weights, or drawn by a seed. All of it in NumPy.
+
+A start is the code and, where the method trains through its rounding, the latents: what the optimiser is shown.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from deepthin.method import Code, Method
+from deepthin.methods.then import Then
+from deepthin.storage.contents import Part
+
+_NUMPY = cast(Any, np)
+
+Start = tuple[Code, Code | None]
+"""The code, and the latents where it is not these that train."""
+
+
+def joined(method: Method, parts: Sequence[Part], tensors: Sequence[np.ndarray], power: int = 1) -> np.ndarray:
+    """The matrix that holds these tensors, each over its scale to this power, filled up with zeros."""
+    pieces = [
+        (tensor.T if part.transposed else tensor).reshape(-1) / part.scale**power
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+    flat = np.concatenate(pieces)
+    return np.pad(flat, (0, math.prod(method.shape) - flat.size)).reshape(method.shape)
+
+
+def encoded(
+    method: Method,
+    parts: Sequence[Part],
+    tensors: Sequence[np.ndarray],
+    importance: Sequence[np.ndarray] | None = None,
+) -> Start:
+    """The code nearest to float32 tensors; ``importance`` has their shapes."""
+    weight = joined(method, parts, tensors)
+    # What is stored is the weight over its scale, so an error of it counts by the square of the scale
+    weigh = None if importance is None else joined(method, parts, importance, power=-2)
+    if method.trains == "codes":
+        return method.encode(weight, _NUMPY, weigh), None
+    if isinstance(method, Then):
+        latents = dict(method.outer.encode(weight, _NUMPY, weigh))
+        return method.encode_floats(latents, _NUMPY, method.shares(latents, _NUMPY, weigh)), latents
+    return method.encode(weight, _NUMPY, weigh), {"weight": weight}
+
+
+def generator(name: str, seed: int) -> np.random.Generator:
+    """What draws the matrix whose first tensor has this name: the same numbers in every framework."""
+    return np.random.default_rng([seed % 2**64, zlib.crc32(name.encode())])
+
+
+def drawn(method: Method, rng: np.random.Generator, std: float) -> Start:
+    """A from-scratch start whose weights have this standard deviation."""
+    if method.trains == "codes":
+        return method.init(rng, std), None
+    if isinstance(method, Then):  # not rounded: what is below a step may count in time
+        latents = dict(method.outer.init(rng, std))
+        return method.encode_floats(latents, _NUMPY), latents
+    weight = rng.normal(scale=std, size=method.shape).astype(np.float32)
+    return method.encode(weight, _NUMPY), {"weight": weight}
+
+
+def latents_of(method: Method, code: Code) -> Code:
+    """What the optimiser is shown of a code: its rounded floats, with the integers that are not rounded; or itself."""
+    if method.trains == "codes":
+        return code
+    whole = {**code, **method.derived()}
+    if isinstance(method, Then):
+        floats = method.decode_floats(whole, _NUMPY)
+        return {entry: floats[entry] for entry in method.outer.code_shapes()}
+    return {"weight": method.decode(whole, _NUMPY)}

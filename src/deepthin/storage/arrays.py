@@ -1,0 +1,154 @@
+"""One array of a file: its type, its bytes, and how integers, and floats that repeat, become few of them.
+
+docs/format.md is normative for the codings. What is read is trusted in nothing: FormatError says what is wrong.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from deepthin.coding import huffman
+from deepthin.coding.bits import (
+    WIDEST_GAP,
+    best_gap_width,
+    gaps_of,
+    pack,
+    pack_gaps,
+    packed_bytes,
+    positions_of,
+    unpack,
+    unpack_gaps,
+    width_of,
+)
+from deepthin.errors import FormatError
+from deepthin.kernels import products
+from deepthin.method import Integers
+
+_NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "C64": "<c8", "BOOL": "|b1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
+}  # fmt: skip
+ITEM_BYTES = {"BF16": 2, **{name: np.dtype(code).itemsize for name, code in _NUMPY.items()}}
+FLOATS = ("F64", "F32", "F16", "BF16")
+Coding = tuple[str, int]
+"""How an entry is to be read: a name and a number, often a width."""
+_WIDEST_CODED_GAP = 12  # of which a table can hold all
+LONGEST_NAME: Coding = ("huffman", huffman.WIDEST)
+_MOST_REPEATED = 1 << 16  # floats in a row of which only the first are stored: a small file must not declare more
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """One stored tensor: its safetensors type, its shape, and its bytes, little-endian and row by row."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | bytearray | memoryview
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Raw":
+        """A NumPy array as a stored tensor; TypeError for a type that safetensors does not have."""
+        names = {np.dtype(code): name for name, code in _NUMPY.items()}
+        if array.dtype.newbyteorder("<") not in names:
+            raise TypeError(f"A .thin file cannot hold arrays of type {array.dtype}. It can hold: {', '.join(_NUMPY)}.")
+        kind = array.dtype.newbyteorder("<")
+        return cls(names[kind], array.shape, np.ascontiguousarray(array, dtype=kind).tobytes())
+
+    def numpy(self) -> np.ndarray:
+        """The tensor as a NumPy array; bfloat16, which NumPy lacks, is widened to float32 without loss."""
+        if self.dtype == "BF16":
+            wide = np.frombuffer(self.data, "<u2").astype("<u4") << np.uint32(16)
+            return wide.view("<f4").reshape(self.shape)
+        return np.frombuffer(self.data, _NUMPY[self.dtype]).reshape(self.shape)
+
+
+def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
+    """Integers in the fewest bytes, those that name the coding included; within what is promised (docs/format.md)."""
+    flat = values.reshape(-1).astype(np.int64) - kind.least
+    width = width_of(kind.count)
+    sizes: dict[Coding, int | None] = {("packed", width): packed_bytes(len(flat), width)}
+    if kind.rising:
+        gaps = np.diff(flat, prepend=-1) - 1
+        for narrow in range(1, _WIDEST_CODED_GAP + 1):
+            skip = (1 << narrow) - 1
+            counts = np.bincount(gaps % skip, minlength=skip + 1)
+            counts[skip] += int((gaps // skip).sum())
+            sizes["huffman", narrow] = huffman.coded_bytes(counts, narrow)
+        narrow = best_gap_width(flat)
+        sizes["gaps", narrow] = len(pack_gaps(flat, narrow))
+    else:
+        sizes["huffman", width] = huffman.coded_bytes(np.bincount(flat), width)
+    known = {coding: size for coding, size in sizes.items() if size is not None}
+    most = kind.bytes(len(flat))
+    way, width = min(known, key=lambda coding: (known[coding] > most, known[coding] + len(json.dumps(coding))))
+    if way == "huffman":
+        return Raw.of(huffman.encode(gaps_of(flat, width) if kind.rising else flat, width)), (way, width)
+    return Raw.of(pack_gaps(flat, width) if way == "gaps" else pack(flat, width)), (way, width)
+
+
+def without_repeats(entry: str, raw: Raw) -> tuple[Raw, Coding | None]:
+    """Floats as they are; those in a row without the repeats of the last one, where that saves more than it adds."""
+    if len(raw.shape) != 1 or not 1 < raw.shape[0] <= _MOST_REPEATED:
+        return raw, None
+    items = np.frombuffer(raw.data, np.uint8).reshape(raw.shape[0], -1)
+    kept = int(np.flatnonzero((items != items[-1]).any(1)).max(initial=-1)) + 2
+    coding = ("repeats", kept)
+    if (len(items) - kept) * items.shape[1] <= len(json.dumps({"codings": {entry: coding}})):
+        return raw, None
+    return Raw(raw.dtype, (kept,), raw.data[: kept * items.shape[1]]), coding
+
+
+def unpacked(name: str, raw: Raw | None, coding: Any, kind: Integers, shape: tuple[int, ...]) -> Raw:
+    """The integers of a file; FormatError if they are not what the method's fields demand."""
+    count = math.prod(shape)
+    way, width = _pair(coding)
+    if raw is None or raw.dtype != "U8" or len(raw.shape) != 1 or width is None:
+        raise FormatError(f"{name} must be packed integers, but is {raw and (raw.dtype, raw.shape)}, {coding!r}.")
+    data = np.frombuffer(raw.data, np.uint8)
+    if way == "gaps" and kind.rising and 1 <= width <= WIDEST_GAP:
+        values = unpack_gaps(data, width, count, kind.count)
+    elif way == "huffman" and kind.rising and 1 <= width <= _WIDEST_CODED_GAP:
+        skip = (1 << width) - 1
+        most = count + max(kind.count - count, 0) // skip
+        found = huffman.decode(data, width, count, skip, most, products.huffman_walk)
+        values = positions_of(found, width, count, kind.count)
+    elif way == "huffman" and not kind.rising and width == width_of(kind.count):
+        values = huffman.decode(data, width, count, walk=products.huffman_walk)
+    elif way == "packed" and width == width_of(kind.count) and len(data) == packed_bytes(count, width):
+        if not width and count > huffman.MOST_FREE:
+            raise FormatError(f"{name} declares {count} numbers that take no bits; at most {huffman.MOST_FREE} may.")
+        values = unpack(data, width, count)
+        if kind.rising and (np.diff(values.astype(np.int64)) < 1).any():
+            raise FormatError(f"{name} must rise.")
+    else:
+        raise FormatError(f"{name}, {len(data)} bytes, is not {count} integers below {kind.count} as {coding!r}.")
+    if count and int(values.max()) >= kind.count:
+        raise FormatError(f"{name} holds {int(values.max())}, but there are {kind.count} values.")
+    return Raw.of(integer_array(values, kind).reshape(shape))
+
+
+def repeated(name: str, raw: Raw | None, coding: Any, shape: tuple[int, ...]) -> Raw:
+    """Floats in a row whose last one is repeated; FormatError if they are not what the method's fields demand."""
+    (way, kept), length = _pair(coding), shape[0] if len(shape) == 1 else 0
+    fine = way == "repeats" and kept is not None and 0 < kept < length <= _MOST_REPEATED
+    if raw is None or kept is None or not fine or raw.shape != (kept,) or raw.dtype not in FLOATS:
+        found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
+        raise FormatError(f"{name} must be floating numbers of shape {shape}, as {coding!r}, but {found}.")
+    data = bytes(raw.data)
+    return Raw(raw.dtype, shape, data + data[-ITEM_BYTES[raw.dtype] :] * (length - kept))
+
+
+def _pair(coding: Any) -> tuple[Any, int | None]:
+    """The name and the number of a coding; no number if it is none."""
+    pair = cast(list[Any], coding) if isinstance(coding, list) else []
+    way, number = pair if len(pair) == 2 else (None, None)
+    return way, number if type(number) is int else None
+
+
+def integer_array(values: np.ndarray, kind: Integers) -> np.ndarray:
+    """Numbers from 0 on as those that the code holds, in the type that indexes or that holds them."""
+    wide = kind.rising or kind.least + kind.count - 1 >= 1 << 15
+    return (values.astype(np.int64) + kind.least) if wide else values.astype(np.int16) + np.int16(kind.least)

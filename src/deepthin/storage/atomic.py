@@ -1,0 +1,53 @@
+"""Files that are there whole or not at all."""
+
+import contextlib
+import os
+import secrets
+import time
+import zlib
+from pathlib import Path
+
+_STALE_SECONDS = 3600
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace the file at ``path`` by ``data``: after a crash or a full disk either the old or the new file is whole.
+
+    The bytes go to a temporary file beside it, are forced to disk, and take the name, and an old file's mode, in one
+    step. Temporary files that an earlier crash left more than an hour ago are removed. A link is followed; a pipe or a
+    device is written to. OSError names the path; then the old file still stands.
+    """
+    path = Path(path).resolve()
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        prefix = f".deepthin-{zlib.crc32(path.name.encode()):08x}-"
+        for stale in path.parent.glob(f"{prefix}*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # another save may clean up as well
+                if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                    stale.unlink()
+        temporary = path.parent / f"{prefix}{secrets.token_hex(8)}.tmp"
+        try:
+            mode = path.stat().st_mode & 0o777 if path.exists() else None
+            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                if mode is not None:
+                    os.fchmod(file, mode)
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(file, view) :]
+                os.fsync(file)
+            finally:
+                os.close(file)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write: {os.strerror(error.errno or 0)}", str(path)) from error

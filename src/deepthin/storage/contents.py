@@ -1,0 +1,109 @@
+"""What a ``.thin`` file holds: compressed matrices, tensors as they are, and names that share a tensor."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from deepthin.method import Method, Namespace
+from deepthin.storage.arrays import ITEM_BYTES, LONGEST_NAME, Coding, Raw, packed, without_repeats
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of a decoded matrix: its share of the flattened entries, times ``scale``, in its own shape."""
+
+    shape: tuple[int, ...]
+    scale: float = 1.0
+    transposed: bool = False  # stored (outputs, inputs), where the model keeps (inputs, outputs)
+    zero_row: int | None = None  # a row that reads as zeros: the padding of an embedding
+
+    def cut(self, flat: Any, xp: Namespace) -> Any:
+        """The tensor from its entries, in any framework."""
+        if self.scale != 1.0:
+            flat = flat * self.scale
+        tensor = flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+        if self.zero_row is None:
+            return tensor
+        row, after = self.zero_row, self.zero_row + 1
+        return xp.concatenate([tensor[:row], 0 * tensor[row:after], tensor[after:]])
+
+
+@dataclass(frozen=True, slots=True)
+class Thin:
+    """A compressed matrix and the tensors that it holds, one after the other: several in a group, else one."""
+
+    name: str  # of the method, as users write it
+    method: Method
+    parts: Mapping[str, Part]  # by the tensor's name, in order
+    code: Mapping[str, Raw]  # integers as they are, not packed
+    planned: bool = False  # whether there is no code yet: integers are then so many bytes, the most that they can take
+
+    @classmethod
+    def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":
+        """What takes at least the room of any code of this method whose floats have the type of ``like``."""
+        integers, code = method.integers(), dict[str, Raw]()
+        for entry, shape in method.code_shapes().items():
+            count = math.prod(shape)
+            if entry in integers:
+                code[entry] = Raw("U8", (most := integers[entry].bytes(count),), bytes(most))
+            else:
+                code[entry] = Raw(like.dtype, shape, bytes(ITEM_BYTES[like.dtype] * count))
+        return cls(name, method, parts, code, planned=True)
+
+    def stored(self) -> dict[str, tuple[Raw, Coding | None]]:
+        """Every entry as the file has it: floats, and integers as bytes; with how these are to be read."""
+        integers = self.method.integers()
+        if self.planned:
+            return {entry: (raw, LONGEST_NAME if entry in integers else None) for entry, raw in self.code.items()}
+        return {
+            entry: packed(raw.numpy(), integers[entry]) if entry in integers else without_repeats(entry, raw)
+            for entry, raw in self.code.items()
+        }
+
+    @property
+    def bytes(self) -> int:
+        """Of the stored tensors."""
+        return sum(len(raw.data) for raw, _ in self.stored().values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the dense tensors, in the type of the code."""
+        return sum(self.item_bytes * math.prod(part.shape) for part in self.parts.values())
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one number of the code."""
+        integers = self.method.integers()
+        return ITEM_BYTES[next(raw.dtype for entry, raw in self.code.items() if entry not in integers)]
+
+    def decode(self) -> dict[str, np.ndarray]:
+        """The dense tensors by name; codes in half precision are decoded in float32."""
+        code = {entry: raw.numpy() for entry, raw in self.code.items()}
+        code = {entry: a.astype(np.float32) if a.dtype == np.float16 else a for entry, a in code.items()}
+        flat = np.reshape(self.method.decode(code | self.method.derived(), cast(Any, np)), (-1,))
+        ends = list(itertools.accumulate(math.prod(part.shape) for part in self.parts.values()))
+        cuts = zip(self.parts.items(), [0, *ends], ends, strict=False)
+        return {
+            name: np.ascontiguousarray(part.cut(flat[start:end], cast(Any, np))) for (name, part), start, end in cuts
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """All that a file holds: compressed matrices, tensors as they are, and names that share another name's tensor.
+
+    ``thin`` is keyed by the name of each matrix's first tensor.
+    """
+
+    thin: Mapping[str, Thin]
+    dense: Mapping[str, Raw] = field(default_factory=dict[str, Raw])
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the dense model: every parameter and buffer."""
+        return sum(len(raw.data) for raw in self.dense.values()) + sum(thin.dense_bytes for thin in self.thin.values())

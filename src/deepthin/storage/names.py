@@ -1,0 +1,56 @@
+"""Names and shapes of a file's tensors, carried over to a model's."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from deepthin.errors import ConfigError, closest
+from deepthin.storage.contents import Contents
+
+
+def shapes_of(stored: Contents) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of a file, under each of its names."""
+    found = {name: part.shape for thin in stored.thin.values() for name, part in thin.parts.items()}
+    found |= {name: raw.shape for name, raw in stored.dense.items()}
+    return found | {name: found[target] for name, target in stored.aliases.items()}
+
+
+def renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
+    """The same under the names of the model; ConfigError for a name that the file has not, or two that become one."""
+    known = {*stored.dense, *stored.aliases, *(name for thin in stored.thin.values() for name in thin.parts)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"names: {path} holds no {name!r}.{closest(name, known)}")
+
+    def carried(old: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in old.items()}
+
+    if len({names.get(name, name) for name in known}) < len(known):
+        raise ConfigError("names: two names of the file would become one in the model.")
+    aliases = {names.get(name, name): names.get(target, target) for name, target in stored.aliases.items()}
+    thin = {
+        names.get(key, key): dataclasses.replace(thin, parts=carried(thin.parts)) for key, thin in stored.thin.items()
+    }
+    return Contents(thin, carried(stored.dense), aliases)
+
+
+def check_names(wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """ConfigError if a file and a model differ in the names or shapes of their tensors."""
+    if extra := sorted(wanted.keys() - have.keys()):
+        raise ConfigError(
+            f"{path} holds {extra[0]!r}, which the model has not{_more(extra)}."
+            f"{closest(extra[0], have.keys() - wanted)} Build the architecture that was saved, "
+            "or pass names={file name: model name}."
+        )
+    if missing := sorted(have.keys() - wanted.keys()):
+        raise ConfigError(
+            f"{path} holds no {missing[0]!r}, which the model has{_more(missing)}. Build the architecture that was "
+            "saved, or pass names={file name: model name}."
+        )
+    for name, shape in wanted.items():
+        if shape != have[name]:
+            raise ConfigError(f"{name} has shape {shape} in {path}, but {have[name]} in the model.")
+
+
+def _more(names: list[str]) -> str:
+    return f" (nor {len(names) - 1} more)" if len(names) > 1 else ""

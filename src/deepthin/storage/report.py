@@ -1,0 +1,161 @@
+"""What became of each matrix, in bytes of the written file: one row a matrix, and totals that add up to the file."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepthin.method import Method
+from deepthin.methods.then import Then
+from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.write import Stored, file_of
+
+
+def _coding_of(thin: Thin, stored: Stored) -> dict[str, str]:
+    """How a matrix's integers are stored, as a report shows it: nothing where there are none."""
+    if thin.planned or not (integers := thin.method.integers()):
+        return {}
+    ways: list[str] = []
+    for entry in integers:
+        raw, coding = stored[entry]
+        bits = 8 * len(raw.data) / max(math.prod(thin.code[entry].shape), 1)
+        ways.append(f"{entry + ' ' if len(integers) > 1 else ''}{coding[0] if coding else ''} {bits:.1f} bits")
+    return {"coding": ", ".join(ways)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One matrix: ``bytes`` are those of its tensors in the file, ``error`` is relative, in the Frobenius norm."""
+
+    name: str
+    method: str
+    shape: tuple[int, ...]
+    dense_bytes: int
+    bytes: int
+    error: float = math.nan  # NaN where nothing was approximated: drawn from scratch, or read from a file
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])  # of the method: m, n, rank ...
+
+    @property
+    def ratio(self) -> float:
+        """``bytes / dense_bytes``."""
+        return self.bytes / self.dense_bytes if self.dense_bytes else math.nan
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of the method, so that ``row.rank`` reads like ``row.bytes``."""
+        fields = self.__dict__.get("fields", {})
+        if name in fields:
+            return fields[name]
+        raise AttributeError(f"The row of {self.__dict__.get('name')} has no {name!r}; it has {sorted(fields)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; a NaN error becomes None."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fields"}
+        error = _or_none(self.error)
+        return {**own, **self.fields, "ratio": _or_none(self.ratio), "error": error, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, and the whole: ``total_bytes`` is the size of the written file, found by writing it."""
+
+    rows: tuple[Row, ...]
+    total_bytes: int
+    dense_bytes: int  # of the dense model: every parameter and buffer
+    other_bytes: int = 0  # of tensors that have no row: biases, normalisation, buffers
+
+    @property
+    def ratio(self) -> float:
+        """``total_bytes / dense_bytes``: biases, headers and checksums are all counted."""
+        return self.total_bytes / self.dense_bytes if self.dense_bytes else math.nan
+
+    @property
+    def header_bytes(self) -> int:
+        """What the file holds besides tensors: names, settings, checksums."""
+        return self.total_bytes - self.other_bytes - sum(row.bytes for row in self.rows)
+
+    def to_json(self) -> str:
+        """The rows and the totals as a JSON object."""
+        totals = {name: getattr(self, name) for name in ("total_bytes", "dense_bytes", "other_bytes", "header_bytes")}
+        rows = [row.to_dict() for row in self.rows]
+        return json.dumps({"rows": rows, **totals, "ratio": _or_none(self.ratio)}, indent=1)
+
+    def __str__(self) -> str:
+        heads = ("matrix", "method", "shape", "dense bytes", "bytes", "ratio", "error", "plan")
+        body = [
+            (
+                "".join(c if c.isprintable() else repr(c)[1:-1] for c in row.name),
+                row.method,
+                "x".join(map(str, row.shape)),
+                f"{row.dense_bytes:,}",
+                f"{row.bytes:,}",
+                f"{row.ratio:.4f}",
+                "" if math.isnan(row.error) else f"{row.error:.3f}",
+                " ".join(f"{key}={value}" for key, value in row.fields.items() if value is not None),
+            )
+            for row in self.rows
+        ]
+        if self.other_bytes:
+            body.append(("biases, buffers", "as they are", "", "", f"{self.other_bytes:,}", "", "", ""))
+        body.append(("names, checksums", "", "", "", f"{self.header_bytes:,}", "", "", ""))
+        total = ("file", "", "", f"{self.dense_bytes:,}", f"{self.total_bytes:,}", f"{self.ratio:.4f}", "", "")
+        return table(heads, [*body, total], right=(3, 4, 5, 6))
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = (), total: bool = True) -> str:
+    """Plain text: a head, a rule, and with ``total`` the last line set off; ``right`` names flush-right columns."""
+    widths = [max(len(line[i]) for line in (heads, *body)) for i in range(len(heads))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(padded).rstrip()
+
+    rule = "-" * len(line(["-" * w for w in widths]))
+    lines = [line(heads), rule, *map(line, body)]
+    return "\n".join([*lines[:-1], rule, lines[-1]] if total else lines)
+
+
+def describe(method: Method | None) -> dict[str, Any]:
+    """A method's fields and properties, but for its shape and what is as usual: what a row shows of the plan."""
+    if method is None:
+        return {}
+    if isinstance(method, Then):
+        return {**describe(method.inner[0][1]), **describe(method.outer)}
+    own = dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
+    fields = {f.name: value for f in own if (value := getattr(method, f.name)) != f.default}
+    properties = {name: getattr(method, name) for name, value in vars(type(method)).items() if type(value) is property}
+    return {name: value for name, value in {**properties, **fields}.items() if name not in ("shape", "trains")}
+
+
+def report_of(contents: Contents, errors: Mapping[str, float] | None = None) -> Report:
+    """One row a tensor of two dimensions or compressed, and the totals of the file as ``to_bytes`` writes it.
+
+    The tensors of a group share its bytes by their size.
+    """
+    rows: list[Row] = []
+    stored = {key: thin.stored() for key, thin in contents.thin.items()}
+    for key, thin in contents.thin.items():
+        left, dense_left = sum(len(raw.data) for raw, _ in stored[key].values()), thin.dense_bytes
+        plan = {**describe(thin.method), **_coding_of(thin, stored[key])}
+        for name, part in thin.parts.items():
+            dense = thin.item_bytes * math.prod(part.shape)
+            share = left * dense // dense_left
+            left, dense_left = left - share, dense_left - dense
+            group = {"group": key} if len(thin.parts) > 1 else {}
+            error = (errors or {}).get(name, math.nan)
+            rows.append(Row(name, thin.name, part.shape, dense, share, error, {**plan, **group}))
+    dense = {name: len(raw.data) for name, raw in contents.dense.items()}
+    matrices = [name for name, raw in contents.dense.items() if len(raw.shape) > 1]
+    rows += [Row(name, "dense", contents.dense[name].shape, dense[name], dense[name]) for name in matrices]
+    return Report(
+        rows=tuple(sorted(rows, key=lambda row: row.name)),
+        total_bytes=len(file_of(contents, stored)),
+        dense_bytes=contents.dense_bytes,
+        other_bytes=sum(bytes_ for name, bytes_ in dense.items() if name not in matrices),
+    )

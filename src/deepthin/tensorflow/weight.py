@@ -1,0 +1,50 @@
+"""A thin weight whose variables are TensorFlow's own."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from deepthin.keras.weight import ThinWeight
+from deepthin.method import Code, Method
+from deepthin.plan import start
+from deepthin.plan.start import Start
+from deepthin.storage.contents import Part
+from deepthin.tensorflow.host import as_type, assign
+
+Make = Callable[[str, np.ndarray, bool], Any]
+"""Makes a variable of an entry's name, its first value, and whether it trains."""
+
+
+class Weight(ThinWeight):
+    """A thin weight whose variables are TensorFlow's own, by whoever makes them here."""
+
+    def __init__(self, make: Make, name: str, method: Method, parts: Sequence[Part], begin: Start, dtype: str) -> None:
+        code, latents = begin
+        self._make, self._values = make, {**code, **(start.latents_of(method, code) if latents is None else latents)}
+        super().__init__(name, method, parts, begin if tf.executing_eagerly() else None, dtype=dtype)
+
+    def add_weight(self, *given: Any, trainable: bool, name: str, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What Keras calls for each entry."""
+        _, _, dtype = given
+        return self._make(name, as_type(self._values[name], dtype), trainable)
+
+    def code(self) -> Code:
+        """The stored entries, as NumPy arrays; those of a graph of TensorFlow 1 are read in the default session."""
+        if tf.executing_eagerly():
+            return super().code()
+        live = self.latents, self.stored
+        self.latents, self.stored = ({entry: variable.eval() for entry, variable in held.items()} for held in live)
+        try:
+            return super().code()
+        finally:
+            self.latents, self.stored = live
+
+    def _set(self, code: Code, latents: Code | None) -> None:
+        if tf.executing_eagerly():
+            super()._set(code, latents)
+            return
+        values = start.latents_of(self.method, code) if latents is None else latents
+        for entry, variable in (*self.latents.items(), *self.stored.items()):
+            assign(variable, (values if entry in self.latents else code)[entry])

@@ -1,0 +1,132 @@
+"""A layer becomes thin, and plain again, by exchanging its class in place."""
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import cast
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from deepthin.torch.generated import Generated, ThinLayer
+from deepthin.torch.layers import (
+    ThinConv1d,
+    ThinConv2d,
+    ThinConv3d,
+    ThinConvTranspose1d,
+    ThinConvTranspose2d,
+    ThinConvTranspose3d,
+    ThinEmbedding,
+    ThinEmbeddingBag,
+    ThinLinear,
+    ThinMultiheadAttention,
+    ThinOutProjection,
+)
+from deepthin.torch.recurrent_layers import ThinGRU, ThinLSTM, ThinRNN
+from deepthin.torch.weight import ThinPart, ThinWeight
+
+THIN: dict[type[nn.Module], type[ThinLayer]] = {
+    nn.Linear: ThinLinear,
+    NonDynamicallyQuantizableLinear: ThinOutProjection,
+    nn.Conv1d: ThinConv1d,
+    nn.Conv2d: ThinConv2d,
+    nn.Conv3d: ThinConv3d,
+    nn.ConvTranspose1d: ThinConvTranspose1d,
+    nn.ConvTranspose2d: ThinConvTranspose2d,
+    nn.ConvTranspose3d: ThinConvTranspose3d,
+    nn.Embedding: ThinEmbedding,
+    nn.EmbeddingBag: ThinEmbeddingBag,
+    nn.MultiheadAttention: ThinMultiheadAttention,
+    nn.RNN: ThinRNN,
+    nn.LSTM: ThinLSTM,
+    nn.GRU: ThinGRU,
+}
+"""Every layer that can be thin, and its thin class. Hugging Face's Conv1D joins when transformers is imported."""
+
+
+def why_not(layer: nn.Module, name: str) -> str:
+    """Why a parameter of a layer cannot be thin; an empty string if it can."""
+    if "transformers.pytorch_utils" in sys.modules:
+        from deepthin.torch import huggingface
+
+        THIN.setdefault(huggingface.Conv1D, huggingface.ThinConv1D)
+    if not isinstance(layer, ThinLayer) and type(layer) not in THIN:
+        return f"{type(layer).__name__} has no thin version"
+    if added := sorted(layer._parameters.keys() - parameter_names(layer)):
+        return f"{', '.join(added)} is no parameter of a {type(layer).__name__}, which therefore is more than that"
+    parameter = layer._parameters.get(name)
+    if parameter is not None and not parameter.is_floating_point():
+        return f"it holds {parameter.dtype}, and codes are real numbers"
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
+        return "a table with max_norm or sparse gradients is changed in place, which a generated one cannot be"
+    if isinstance(layer, nn.MultiheadAttention) and name in ("bias_k", "bias_v"):
+        return "these are no matrices"
+    return ""
+
+
+def parameter_names(layer: nn.Module) -> list[str]:
+    """The parameters that a layer of this type may have, in torch's order."""
+    if isinstance(layer, nn.RNNBase):
+        return layer._flat_weights_names
+    thin = THIN.get(type(layer), type(layer))
+    generated = [name for base in thin.__mro__ for name, value in vars(base).items() if isinstance(value, Generated)]
+    return generated + (["bias_k", "bias_v"] if isinstance(layer, nn.MultiheadAttention) else [])
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer keeps its matrix as (inputs, outputs)."""
+    return type(layer).__name__ in ("Conv1D", "ThinConv1D")
+
+
+def padding_row(layer: nn.Module) -> int | None:
+    """The row of an embedding that is padding: zero, and never trained."""
+    return layer.padding_idx if isinstance(layer, nn.Embedding) else None
+
+
+def fresh_std(layer: nn.Module, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a from-scratch start: a tenth of He's variance, but torch's own for tables and gates."""
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) or 0 in shape:
+        return 1.0
+    if isinstance(layer, nn.RNNBase):
+        return 1 / math.sqrt(3 * layer.hidden_size)  # uniform within 1 / sqrt(hidden_size)
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return math.sqrt(0.2 * math.prod(layer.stride) * layer.groups / (shape[0] * math.prod(shape[2:])))
+    return math.sqrt(0.2 / (shape[0] if is_transposed(layer) else math.prod(shape[1:])))
+
+
+def make_thin(layer: nn.Module, weights: Mapping[str, ThinWeight | ThinPart]) -> None:
+    """Exchange named parameters of a layer for generated ones, in place. The layer may be thin already."""
+    if not isinstance(layer, ThinLayer):
+        layer.__class__ = THIN[type(layer)]
+        layer.register_module("thin", nn.ModuleDict())
+        layer.__dict__.pop("_flat_weights", None)  # a recurrent layer's list would keep the dense weights alive
+    thin = cast(ThinLayer, layer).thin
+    for name, weight in weights.items():
+        layer._parameters.pop(name, None)
+        thin[name] = weight.train(layer.training)
+
+
+def make_plain(layer: nn.Module, dense: Mapping[str, nn.Parameter]) -> None:
+    """Undo ``make_thin``: a thin layer is torch's own again, with these parameters."""
+    layer.__class__ = next(plain for plain, thin in THIN.items() if thin is type(layer))
+    del layer.thin
+    for name, parameter in dense.items():
+        layer.register_parameter(name, parameter)
+    for name in parameter_names(layer):  # optimiser states go by the order
+        if name in layer._parameters:
+            layer._parameters[name] = layer._parameters.pop(name)
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()
+
+
+def thin_tensors(model: nn.Module) -> dict[str, tuple[ThinWeight, int]]:
+    """The dotted name of every compressed tensor, as the dense model has it: its ThinWeight, and which of its tensors.
+
+    A shared tensor appears under each of its names.
+    """
+    return {
+        f"{path}.{name}".lstrip("."): (thin.group, thin.index) if isinstance(thin, ThinPart) else (thin, 0)
+        for path, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, ThinLayer)
+        for name, thin in layer.thin.items()
+    }

@@ -1,0 +1,142 @@
+"""Thin RNN, LSTM and GRU layers, whole sequences in one native call."""
+
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepthin.kernels.products import native_available
+from deepthin.methods.factor import Factor
+from deepthin.torch.generated import ThinLayer
+from deepthin.torch.recurrent import pays, recurrent
+from deepthin.torch.tracing import is_transformed
+from deepthin.torch.weight import ThinPart, ThinWeight
+
+_TYPICAL_BATCH = 8  # of a graph, whose batch may be unknown
+
+
+class ThinRecurrent(ThinLayer, nn.RNNBase):
+    """A recurrent layer that multiplies by the codes of its gate matrices, where native code does.
+
+    Else these, stacked as torch keeps them, are decoded once a call.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The outputs of all steps, and the states after the last."""
+        factors = self._factors(input) if isinstance(input, Tensor) and self._is_plain(input) else None
+        return super().forward(input, hx) if factors is None else self._run(input, hx, *factors)
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether the operator may take it. While a graph is exported or transformed, weights are decoded inside it."""
+        if input.dim() not in (2, 3) or not input.numel() or not input.is_floating_point() or input.is_meta:
+            return False
+        if self.proj_size or torch._C._get_tracing_state() is not None or is_transformed():
+            return False
+        if input.dtype is not torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return False
+        like = next(self.parameters())
+        return native_available and not torch.compiler.is_exporting() and like.is_cpu and like.dtype is torch.float32
+
+    def _parts(self) -> "list[tuple[ThinWeight, int]]":
+        """The code of each matrix, and which of its tensors; nothing where one is dense or must be decoded."""
+        thin = cast(nn.Module, self._modules["thin"])._modules
+        parts: list[tuple[ThinWeight, int]] = []
+        for name in self._flat_weights_names:
+            if name.startswith("weight"):
+                part = thin.get(name)
+                weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
+                if not isinstance(weight, ThinWeight) or weight.plans[index] is None:
+                    return []
+                parts.append((weight, index))
+        return parts
+
+    def _factors(self, input: Tensor) -> "tuple[list[Tensor], list[Tensor], list[int]] | None":
+        """Those of all matrices, the biases, and where the matrices begin; none where decoded ones serve better."""
+        parts = self._parts()
+        plans = [cast(tuple[Factor, int, int, int], weight.plans[index]) for weight, index in parts]
+        alone, axis = input.dim() == 2, 0 if self.batch_first else 1
+        traced = torch.compiler.is_compiling()  # the batch may be a symbol there
+        batch = _TYPICAL_BATCH if traced else 1 if alone else input.shape[axis]
+        training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if not parts or not pays(tuple(plan[0] for plan in plans), batch, training):
+            return None
+        factors: list[Tensor] = []
+        known: dict[int, dict[str, Tensor]] = {}  # a group's floats are taken once
+        for (weight, index), (_, first, stop, _) in zip(parts, plans, strict=True):
+            floats = known[id(weight)] = known.get(id(weight)) or weight.floats()
+            scale, rows = weight.parts[index].scale, floats["xf"]
+            rows = rows if len(rows) == stop - first else rows[first:stop]
+            factors += [rows if scale == 1.0 else rows * scale, floats["wf"]]
+        biases = [getattr(self, name) for name in self._flat_weights_names if name.startswith("bias")]
+        return factors, biases, [plan[3] for plan in plans]
+
+    def _run(self, input: Tensor, hx: Any, factors: list[Tensor], biases: list[Tensor], offsets: list[int]) -> Any:
+        """By the operator, in single precision whatever autocast says; with torch's layouts and errors."""
+        lstm, alone = self.mode == "LSTM", input.dim() == 2
+        places, cell = 2 if self.bidirectional else 1, self.mode.lower().removeprefix("rnn_")
+        x = input.unsqueeze(1) if alone else input.transpose(0, 1) if self.batch_first else input
+        whole = self.num_layers * places, x.shape[1], self.hidden_size
+        if hx is None:
+            zeros = x.new_zeros(whole)
+            states = [zeros, zeros] if lstm else [zeros]
+        else:
+            states = [state.unsqueeze(1) if alone else state for state in (hx if lstm else [hx])]
+        if x.shape[2] != self.input_size or any(state.shape != whole for state in states):
+            return super().forward(input, hx)  # which says what is wrong
+        autocast = torch.is_autocast_enabled("cpu")
+        kind = torch.get_autocast_dtype("cpu") if autocast else input.dtype
+        with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+            if autocast:
+                x, states, factors, biases = x.float(), *([t.float() for t in ts] for ts in (states, factors, biases))
+            h, c = states[0], states[1] if lstm else None
+            # All layers in one call, except where dropout stands between them
+            layers = 1 if self.training and self.dropout else self.num_layers
+            ends: list[tuple[Tensor, Tensor | None]] = []
+            for first in range(0, self.num_layers, layers):
+                x = F.dropout(x, self.dropout) if first else x
+                own, of_own = (slice(k * places * first, k * places * (first + layers)) for k in (1, 2))
+                matrices = slice(2 * of_own.start, 2 * of_own.stop)
+                rest = factors[matrices], biases[of_own], offsets[of_own], cell, places
+                x, last, last_c = recurrent(x, h[own], None if c is None else c[own], *rest)
+                ends.append((last, last_c))
+        y = (x.squeeze(1) if alone else x.transpose(0, 1) if self.batch_first else x).to(kind)
+        last = [
+            torch.cat(parts) if len(ends) > 1 else parts[0] for parts in list(zip(*ends, strict=True))[: len(states)]
+        ]
+        last = [(state.squeeze(1) if alone else state).to(kind) for state in last]
+        return y, tuple(last) if lstm else last[0]
+
+    def __getattr__(self, name: str) -> Any:
+        thin = self.__dict__.get("_modules", {}).get("thin")
+        return thin[name]() if thin is not None and name in thin else super().__getattr__(name)
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, _: list[Tensor]) -> None:
+        """What torch would keep here is read anew at every call."""
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weight_refs = []
+
+    def _update_flat_weights(self) -> None:
+        """Nothing is kept, so nothing can be out of date."""
+
+    def flatten_parameters(self) -> None:
+        """Decoded weights have no place of their own in memory to be moved together."""
+
+
+class ThinRNN(ThinRecurrent, nn.RNN):
+    """nn.RNN with decoded weights."""
+
+
+class ThinLSTM(ThinRecurrent, nn.LSTM):
+    """nn.LSTM with decoded weights."""
+
+
+class ThinGRU(ThinRecurrent, nn.GRU):
+    """nn.GRU with decoded weights."""

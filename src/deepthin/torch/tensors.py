@@ -1,0 +1,106 @@
+"""The dense parameters of a model as rules see them, and their codes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deepthin.errors import ConfigError, NonFiniteError
+from deepthin.method import Method
+from deepthin.plan.file_limit import parts_of
+from deepthin.plan.shares import Planned
+from deepthin.plan.tensor import Tensor as Named
+from deepthin.storage.arrays import Raw
+from deepthin.torch.exchange import fresh_std, is_transposed, padding_row, why_not
+from deepthin.torch.files import raw_code
+from deepthin.torch.importance import importance_for
+from deepthin.torch.weight import ThinWeight
+
+Owners = dict[str, list[tuple[nn.Module, str]]]
+"""By the name of a parameter the layers that hold it, and as what: more than one where it is shared."""
+
+
+class Encoded:
+    """Matrices of a model by their plans, each encoded once; ``importance`` is that of ``compress``."""
+
+    def __init__(self, owners: Owners, importance: Mapping[str, Tensor] | None = None) -> None:
+        self.owners, self.importance = owners, importance or {}
+        self._made: dict[tuple[str, Method], ThinWeight] = {}
+
+    def dense(self, planned: Planned) -> list[Tensor]:
+        """The values of its tensors; ConfigError if these cannot share a code."""
+        names = [tensor.name for tensor in planned.tensors]
+        dense = [_value(self.owners[name]) for name in names]
+        if len({(tensor.dtype, tensor.device, tensor.requires_grad) for tensor in dense}) > 1:
+            raise ConfigError(
+                f"{', '.join(names)} cannot share a code: they differ in type, device or in being frozen."
+            )
+        return dense
+
+    def __call__(self, planned: Planned) -> ThinWeight:
+        """The code nearest to its tensors; NonFiniteError, and ConfigError for padding that is not zero."""
+        names, method, dense = [t.name for t in planned.tensors], planned.method, self.dense(planned)
+        if method is None:
+            raise ValueError(f"{names[0]} stays dense.")
+        if (names[0], method) not in self._made:
+            parts = parts_of(planned)
+            for name, tensor, part in zip(names, dense, parts, strict=True):
+                check_finite(name, tensor)
+                if part.zero_row is not None and tensor[part.zero_row].any():
+                    raise ConfigError(
+                        f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
+                        "zero: set it to zero, or the layer's padding_idx to None."
+                    )
+            weigh = importance_for(planned, self.importance)
+            self._made[names[0], method] = ThinWeight.encode(planned.name, method, parts, dense, weigh)
+        return self._made[names[0], method]
+
+    def raw(self, planned: Planned) -> dict[str, Raw]:
+        """The same code, as a file has it."""
+        return raw_code(self(planned))
+
+
+def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:
+    """Every dense parameter as rules see it, and who holds it."""
+    names: dict[int, list[str]] = {}
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ThinWeight):
+            continue
+        for own, parameter in module._parameters.items():
+            if isinstance(parameter, nn.UninitializedParameter):
+                raise ConfigError(f"{path}.{own} has no shape yet: call the model once, then compress it.".lstrip("."))
+            if parameter is not None:
+                parameters[id(parameter)] = parameter
+                names.setdefault(id(parameter), []).append(f"{path}.{own}".lstrip("."))
+                if not any(layer is module and held == own for layer, held in holders.get(id(parameter), [])):
+                    holders.setdefault(id(parameter), []).append((module, own))
+    found: list[Named] = []
+    for key, parameter in parameters.items():
+        reasons = [reason for layer, own in holders[key] if (reason := why_not(layer, own))]
+        turned = {is_transposed(layer) for layer, _ in holders[key]}
+        if len(turned) > 1:
+            reasons.append("a tensor shared by layers that keep it in different orders is not covered")
+        name, *also = sorted(names[key])  # files keep a shared tensor under the first of its names
+        shape = tuple(parameter.shape)
+        std = fresh_std(holders[key][0][0], shape) if not reasons and len(shape) > 1 else 1.0
+        turned_matrix = turned == {True} and len(shape) == 2
+        zero_row = next((row for layer, _ in holders[key] if (row := padding_row(layer)) is not None), None)
+        found.append(Named(name, shape, "; ".join(reasons), tuple(also), turned_matrix, std, zero_row))
+    return found, {min(names[key]): held for key, held in holders.items()}
+
+
+def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
+    return owner[0][0]._parameters[owner[0][1]]  # pyright: ignore[reportReturnType] -- _tensors lists no missing ones
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """NonFiniteError, naming the place, for a weight that cannot be encoded."""
+    if weight.is_meta:
+        raise ConfigError(f"{name} is on the meta device and has no values: load weights first, or use init='scratch'.")
+    if not torch.isfinite(weight).all():
+        where = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
+        raise NonFiniteError(
+            f"{name} is {weight[where].item()} at index {where}: nothing was compressed. Load finite weights first."
+        )
