@@ -34,7 +34,7 @@ def main() -> None:
         rules = {"model": {"ratio": ratio}, "rules": {name: {"method": "pruned"} for name in names}}
         for scheme in ("equal bytes a weight", *SCHEMES):
             model = copy.deepcopy(dense)
-            rows = dt.compress(model, dt.prune_by(model, rules, scheme) if scheme in SCHEMES else rules).rows
+            rows = dt.compress(model, dt.allocate_pruning(model, rules, scheme) if scheme in SCHEMES else rules).rows
             errors = [digits.evaluate(model, data, "test")["error"]]
             _train(model, data, 500, 1.0)
             errors.append(digits.evaluate(model, data, "test")["error"])

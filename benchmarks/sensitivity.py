@@ -39,7 +39,7 @@ def main() -> None:
                 rules = {
                     "model": {"ratio": ratio, "allocation": allocation},
                     "rules": {"*": rule},
-                    "stages": {"thin": [0.3, 0.6], "share": 0.8, "every": 10},
+                    "stages": {"thin": [0.3, 0.6], "quantize": 0.8, "every": 10},
                 }
                 errors: list[float] = []
                 for seed in range(options.seeds):

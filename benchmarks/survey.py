@@ -60,17 +60,22 @@ def main() -> None:
     rules = {
         "model": {"ratio": options.ratio, "allocation": allocation},
         "rules": {"*": {"method": "pruned", "then": {"method": "kmeans", "bits": 4}}},
-        "stages": {"thin": list(STAGES.thin), "share": 1.0, "every": STAGES.every, "rate": options.rate},
+        "stages": {
+            "thin": list(STAGES.thin),
+            "quantize": 1.0,
+            "every": STAGES.every,
+            "learning_rate_multiplier": options.rate,
+        },
     }
-    thin, begun = _trained(run, options.seed, rules, round(STAGES.share * options.steps))
+    thin, begun = _trained(run, options.seed, rules, round(STAGES.quantize * options.steps))
     for name, (then, hessian, published) in ROWS.items():
         model = copy.deepcopy(thin)
         batch = lenet.calibration(run.data)
         importance = dt.hessian_diagonal(model, [batch], nn.functional.cross_entropy) if hessian else None
         if then is not None:
-            dt.share(model, then, importance)
+            dt.quantize_codes(model, then, importance)
         training = Training(model=model, steps=options.steps, lr=lenet.LEARNING_RATE, seed=options.seed)
-        training.rate, training.step = options.rate, begun
+        training.learning_rate_multiplier, training.step = options.rate, begun
         lenet.fit(model, run.data, training)
         rows.append(_row(name, run, model, published))
         print(rows[-1], flush=True)
@@ -91,7 +96,7 @@ def _trained(run: Any, seed: int, rules: dict[str, Any] | None, until: int) -> t
     model = run.build(run.width)
     training = Training(model=model, steps=run.steps, lr=lenet.LEARNING_RATE, seed=seed)
     if rules is not None:
-        training.rate = rules["stages"]["rate"]
+        training.learning_rate_multiplier = rules["stages"]["learning_rate_multiplier"]
         training.recipe = dt.Recipe(model, rules, run.steps, lambda model: lenet.loss(model, run.data))
 
     def stop(step: int) -> None:

@@ -277,7 +277,7 @@ def deepthin_weight(codes, method):
 
 def test_a_fixed_scale_per_row_and_the_sizes_of_then():
     plan = parse_rules({"model": {"ratio": 0.01}, "rules": {"*": {"method": "deepthin", "then": EIGHT}}})
-    (planned,) = plan.plan([Tensor("w", (1024, 1024))])
+    (planned,) = plan_tensors(plan, [Tensor("w", (1024, 1024))])
     assert planned.name == "deepthin then uniform"
     outer = planned.method.outer
     assert planned.method.bits() == 8 * (outer.m + outer.n) + 64 <= 32 * 1024 * 1024 // 100

@@ -347,7 +347,11 @@ def test_codes_and_the_biases_beside_them_learn_at_their_own_rate():
         for variable, old in zip(model.trainable_variables, before, strict=True)
     }
     for path, steps in moved.items():
-        rates = {"thin": METHODS["deepthin"].learning_rate, "hash": METHODS["hashed"].learning_rate, "dense": 1.0}
+        rates = {
+            "thin": METHODS["deepthin"].learning_rate_multiplier,
+            "hash": METHODS["hashed"].learning_rate_multiplier,
+            "dense": 1.0,
+        }
         times = next(rate for name, rate in rates.items() if name in path)
         assert np.abs(steps - 0.5 * times).max() <= 16 * EPS * times, path
     again = keras.optimizers.deserialize(keras.optimizers.serialize(dk.AdamW(0.25)))

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import deepthin
 import deepthin.torch as dt
-from deepthin.cli.app import app
+from deepthin.cli.main import app
 from deepthin.errors import BudgetError, ConfigError
 from deepthin.methods.then import Then
 from deepthin.plan.parse import parse_rules
@@ -27,7 +27,7 @@ from deepthin.torch.tensors import tensors_of
 DEEP = {
     "model": {"ratio": 0.03, "allocation": 0.5},
     "rules": {"*": {"method": "pruned", "then": {"method": "kmeans", "bits": 3}}},
-    "stages": {"thin": [0.25, 0.5], "share": 0.75, "every": 2},
+    "stages": {"thin": [0.25, 0.5], "quantize": 0.75, "every": 2},
 }
 
 
@@ -115,7 +115,7 @@ def test_sharing_keeps_positions_and_moves_values_to_their_centres(digits):
 
 
 def test_values_are_shared_at_once_where_the_stages_say_so(digits):
-    rules = {**DEEP, "stages": {"thin": [0.0, 0.5], "share": 0.5, "every": 1}}
+    rules = {**DEEP, "stages": {"thin": [0.0, 0.5], "quantize": 0.5, "every": 1}}
     model = network()
     recipe = dt.Recipe(model, rules, steps=10)
     assert [recipe.step() for _ in range(10)] == [False] * 4 + [True] + [False] * 5
@@ -157,7 +157,7 @@ def test_a_file_in_bytes_is_never_exceeded(allocation, then, digits, tmp_path):
     rules = {
         "model": {"file_bytes": 4500, "allocation": allocation},
         "rules": {"*": {"method": "pruned", **then}},
-        "stages": {"thin": [0.3, 0.6], "share": 0.8, "every": 1},
+        "stages": {"thin": [0.3, 0.6], "quantize": 0.8, "every": 1},
     }
     model = network()
     recipe = dt.Recipe(model, rules, steps=40, loss=loss_of(digits))
@@ -170,26 +170,28 @@ def test_a_file_in_bytes_is_never_exceeded(allocation, then, digits, tmp_path):
     [
         (
             {"thin": [0.5, 0.2]},
-            "[stages] thin = [0.5, 0.2], share = 0.8, every = 50: give shares of the steps with 0 <= thin[0] < thin[1] "
-            "<= share <= 1, and every from 1 on.",
+            "[stages] thin = [0.5, 0.2], quantize = 0.8, every = 50: give fractions of the steps with 0 <= "
+            "thin[0] < thin[1] <= quantize <= 1, and every from 1 on.",
         ),
         (
             {"thin": 0.5},
-            "[stages] thin = 0.5, share = 1.0, every = 50: write such as thin = [0.2, 0.6], share = 0.8, every = 50.",
+            "[stages] thin = 0.5, quantize = 1.0, every = 50: write such as thin = [0.2, 0.6], quantize = 0.8, every = "
+            "50.",
         ),
         (
             {"thinn": 1},
-            "[stages] has no key 'thinn'. Did you mean 'thin'? Valid: thin, share, every, importance, rate.",
+            "[stages] has no key 'thinn'. Did you mean 'thin'? Valid: thin, quantize, every, "
+            "importance, learning_rate_multiplier.",
         ),
         (
             {"importance": "fisher"},
             "[stages] importance = 'fisher' is unknown. Valid: none, hessian, adam.",
         ),
         ({"importance": 1}, None),
-        ({"rate": 0}, "[stages] rate = 0 must be above 0."),
+        ({"learning_rate_multiplier": 0}, "[stages] learning_rate_multiplier = 0 must be above 0."),
         ({"every": 0}, None),
         ({"every": 1.5}, None),
-        ({"share": True}, None),
+        ({"quantize": True}, None),
         ({"thin": [0.1, "x"]}, None),
     ],
 )
@@ -215,7 +217,7 @@ def test_codes_of_a_trained_network_may_have_a_rate_of_their_own():
         "dense": 1e-3,
         "pruned": 2e-3,
     }
-    assert parse_rules({**DEEP, "stages": {"rate": 4}}).stages.rate == 4.0
+    assert parse_rules({**DEEP, "stages": {"learning_rate_multiplier": 4}}).stages.learning_rate_multiplier == 4.0
 
 
 # ---- Sensitivity ----------------------------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_groups_and_own_targets_keep_their_places(trained, digits):
     model = with_state(trained)
     model.append(nn.ReLU()).append(nn.Linear(10, 40))
     found = dt.allocate(model, rules, lambda model: float(model(digits[0])[:, :10].square().mean()))
-    named = {plan.tensors[0].name: plan.method for plan in found.plan(tensors_of(model)[0])}
+    named = {plan.tensors[0].name: plan.method for plan in plan_tensors(found, tensors_of(model)[0])}
     before = {plan.tensors[0].name: plan.method for plan in plan_tensors(parse_rules(rules), tensors_of(model)[0])}
     assert named == before  # there was nothing to be shared out
     assert named["4.weight"] is None
@@ -313,7 +315,7 @@ def test_train_writes_a_file_and_judges_it(tmp_path, monkeypatch):
     monkeypatch.delenv("DEEPTHIN_DATA", raising=False)
     (tmp_path / "deep.toml").write_text(
         '[model]\nratio = 0.05\nallocation = "sensitivity"\n[rules."*"]\nmethod = "pruned"\n'
-        'then = { method = "kmeans", bits = 4 }\n[stages]\nthin = [0.2, 0.5]\nshare = 0.7\nevery = 5\n'
+        'then = { method = "kmeans", bits = 4 }\n[stages]\nthin = [0.2, 0.5]\nquantize = 0.7\nevery = 5\n'
     )
     out, report = tmp_path / "net.thin", tmp_path / "net.json"
     arguments = ["train", "lenet", "--depth", "3", "--config", str(tmp_path / "deep.toml"), "--steps", "200"]
@@ -344,14 +346,14 @@ def test_lenet_has_two_depths():
         lenet.build(None, 1000, 4)
 
 
-def test_a_thin_model_is_shared_afterwards(digits, tmp_path):
+def test_codes_of_a_thin_model_are_quantized_afterwards(digits, tmp_path):
     model = train(network(), digits, 60)
     dt.compress(model, {"model": {"ratio": 0.2}, "rules": {"*": {"method": "pruned"}}})
     before = {name: weight(index) for name, (weight, index) in thin_tensors(model).items()}
     importance = dt.hessian_diagonal(model, [(digits[0][:50], digits[1][:50])], nn.functional.cross_entropy)
     plain = copy.deepcopy(model)
-    report = dt.share(model, {"method": "kmeans", "bits": 2}, importance)
-    dt.share(plain, {"method": "kmeans", "bits": 2})
+    report = dt.quantize_codes(model, {"method": "kmeans", "bits": 2}, importance)
+    dt.quantize_codes(plain, {"method": "kmeans", "bits": 2})
     assert report.total_bytes == dt.save(model, tmp_path / "x.thin")
     for name, (weight, _) in thin_tensors(model).items():
         assert weight.name == "pruned then kmeans"
@@ -362,10 +364,10 @@ def test_a_thin_model_is_shared_afterwards(digits, tmp_path):
         share = importance[f"{name.removesuffix('.weight')}.thin.weight.values"]
         errors = [(share * (x - before[name]).flatten()[positions] ** 2).sum() for x in (shared, other)]
         assert errors[0] < errors[1]
-    with pytest.raises(ConfigError, match="share: the model has no thin layers whose numbers are stored as they are"):
-        dt.share(model, {"method": "kmeans", "bits": 2})
-    with pytest.raises(ConfigError, match=re.escape("share then = {'method': 'rank'}")):
-        dt.share(dt.load(network(), _pruned(tmp_path)), {"method": "rank"})
+    with pytest.raises(ConfigError, match="quantize_codes: the model has no thin layers whose numbers are stored"):
+        dt.quantize_codes(model, {"method": "kmeans", "bits": 2})
+    with pytest.raises(ConfigError, match=re.escape("quantize_codes: then = {'method': 'rank'}")):
+        dt.quantize_codes(dt.load(network(), _pruned(tmp_path)), {"method": "rank"})
 
 
 def _pruned(folder):

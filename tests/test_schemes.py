@@ -38,7 +38,7 @@ def size(rules: object, model: nn.Module) -> int:
 
 def test_class_blind_keeps_what_is_above_one_threshold(model):
     before = magnitudes(model)
-    stays = kept(model, dt.prune_by(model, RULES, "class-blind"))
+    stays = kept(model, dt.allocate_pruning(model, RULES, "class-blind"))
     assert stays["0"].sum() == 1  # below the threshold, but a matrix keeps one
     least = min(before[name][stays[name]].min() for name in "12")
     gone = np.sort(np.concatenate([before[name][~stays[name]] for name in before]))
@@ -49,7 +49,7 @@ def test_class_blind_keeps_what_is_above_one_threshold(model):
 
 def test_class_uniform_keeps_the_same_share_of_each_class(model):
     before = magnitudes(model)
-    stays = kept(model, dt.prune_by(model, RULES, "class-uniform"))
+    stays = kept(model, dt.allocate_pruning(model, RULES, "class-uniform"))
     first = stays["0"].mean()
     others = np.concatenate([stays["1"].ravel(), stays["2"].ravel()]).mean()
     assert abs(first - others) < 0.001
@@ -59,7 +59,7 @@ def test_class_uniform_keeps_the_same_share_of_each_class(model):
 
 def test_class_distribution_goes_by_the_spread_of_each_class(model):
     before = magnitudes(model)
-    stays = kept(model, dt.prune_by(model, RULES, "class-distribution"))
+    stays = kept(model, dt.allocate_pruning(model, RULES, "class-distribution"))
     classes = {"0": ["0"], "1": ["1", "2"]}
     multiples = []
     for names in classes.values():
@@ -74,7 +74,7 @@ def test_class_distribution_goes_by_the_spread_of_each_class(model):
 def test_the_budget_is_kept_and_nearly_used(model, scheme, then):
     rule = {"method": "pruned"} | ({"then": then} if then else {})
     rules = {"model": {"ratio": 0.1}, "rules": {"0.*": rule, "*": rule}}
-    found = dt.prune_by(model, rules, scheme)
+    found = dt.allocate_pruning(model, rules, scheme)
     budget = 0.1 * 32 * sum(layer.weight.numel() for layer in model)
     taken = size(found, model)
     assert taken <= budget + 16 * 3  # targets are whole bytes, and so is what a row tells
@@ -84,11 +84,11 @@ def test_the_budget_is_kept_and_nearly_used(model, scheme, then):
 
 def test_what_it_refuses(model):
     with pytest.raises(ConfigError, match="scheme = 'blind' is unknown. Valid: class-blind, class-uniform, class-dist"):
-        dt.prune_by(model, RULES, "blind")
+        dt.allocate_pruning(model, RULES, "blind")
     with pytest.raises(ConfigError, match="give .model. a ratio"):
-        dt.prune_by(model, {"rules": {"*": {"method": "pruned", "ratio": 0.1}}}, "class-blind")
+        dt.allocate_pruning(model, {"rules": {"*": {"method": "pruned", "ratio": 0.1}}}, "class-blind")
     with pytest.raises(ConfigError, match="0.weight is stored by deepthin: use dt.allocate"):
-        dt.prune_by(model, {"model": {"ratio": 0.1}}, "class-blind")
+        dt.allocate_pruning(model, {"model": {"ratio": 0.1}}, "class-blind")
 
 
 def test_zeros_alone_and_equal_weights(model):
@@ -96,4 +96,4 @@ def test_zeros_alone_and_equal_weights(model):
         model[0].weight.zero_()
         model[1].weight.fill_(1.0)
     for scheme in ("class-blind", "class-uniform", "class-distribution"):
-        assert size(dt.prune_by(model, RULES, scheme), model) <= 0.2 * 32 * 7400 + 48
+        assert size(dt.allocate_pruning(model, RULES, scheme), model) <= 0.2 * 32 * 7400 + 48

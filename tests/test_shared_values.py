@@ -526,7 +526,7 @@ def test_a_plan_with_tables_is_never_smaller_for_a_larger_budget():
     rules = parse_rules({"rules": {"*": {"method": "deepthin", "then": {"method": "kmeans", "bits": 6}}}})
     sizes = []
     for bits in range(5000, 40_000, 250):
-        (planned,) = Rules(rules.rules, ratio=bits / (32 * 60 * 80)).plan([Tensor("w", (60, 80))])
+        (planned,) = plan_tensors(Rules(rules.rules, ratio=bits / (32 * 60 * 80)), [Tensor("w", (60, 80))])
         if planned.method is None:
             continue
         sizes.append(planned.method.bits())

@@ -80,7 +80,7 @@ class ThinLayer(keras.layers.Layer):
             self._speed(variable)
 
     def _speed(self, variable: Any) -> None:
-        """The biases of a thin layer learn at the rate of its codes (``deepthin.methods.learning_rate``)."""
+        """The biases of a thin layer learn at the rate of its codes (``deepthin.methods.learning_rate_multiplier``)."""
         variable.learning_rate_multiplier = next(iter(self.thin.values())).learning_rate_multiplier
 
     def penalize(self, name: str, regularizer: Any) -> None:

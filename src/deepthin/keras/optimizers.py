@@ -11,8 +11,8 @@ _register = keras.saving.register_keras_serializable("deepthin")
 class _Multiplied(optimizers.Optimizer):
     """The rate is what suits the dense network; codes, and the biases beside them, get their multiple of it.
 
-    The multiples are those of ``deepthin.methods.learning_rate``, found by experiment (docs/training.md). Weight decay
-    goes by the rate itself, for all.
+    The multiples are those of ``deepthin.methods.learning_rate_multiplier``, found by experiment (docs/training.md).
+    Weight decay goes by the rate itself, for all.
     """
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:

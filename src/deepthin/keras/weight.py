@@ -15,7 +15,7 @@ from keras import ops
 
 from deepthin.keras.namespace import NAMESPACE
 from deepthin.method import Array, Code, Integers, Method, Namespace
-from deepthin.methods import fields, learning_rate, with_fields
+from deepthin.methods import fields, learning_rate_multiplier, with_fields
 from deepthin.methods.binary import Binary
 from deepthin.methods.factor import Factor
 from deepthin.methods.pruned import Pruned
@@ -63,7 +63,7 @@ class ThinWeight(keras.layers.Layer):
         self.method_name, self.method, self.parts = method_name, method, tuple(parts)
         self.decoder = method.outer if isinstance(method, Then) else method  # takes floats, however they are stored
         self.rounds = method.trains == "through"
-        self.learning_rate_multiplier = learning_rate(method_name, method)
+        self.learning_rate_multiplier = learning_rate_multiplier(method_name, method)
         ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
         self.cuts = tuple(zip([0, *ends], ends, strict=False))
         self._kept: _Kept | None = None

@@ -60,7 +60,7 @@ def train(
     if rules.stages is None:
         dt.compress(model, rules, init="scratch", seed=seed)
     else:
-        training.rate = rules.stages.rate
+        training.learning_rate_multiplier = rules.stages.learning_rate_multiplier
         importance = _importance(rules.stages.importance, run, training)
         training.recipe = dt.Recipe(model, rules, run.steps, lambda model: _loss(run, model), importance)
     run.fit(model, training)

@@ -185,7 +185,7 @@ class Run:
         if outer in PRUNING:
             over = PRUNING[outer]
             every = max(int((over.end - over.start) * self.steps) // over.times, 1)
-            rules["stages"] = {"thin": [over.start, over.end], "share": over.end, "every": every}
+            rules["stages"] = {"thin": [over.start, over.end], "quantize": over.end, "every": every}
             return model, {"recipe": dt.Recipe(model, rules, self.steps)}
         dt.compress(model, rules, init="scratch", seed=trial.seed)
         return model, {}

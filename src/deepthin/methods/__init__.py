@@ -30,7 +30,7 @@ class Named:
     cls: type[Fitted]
     preset: Mapping[str, Any] = field(default_factory=dict[str, Any])  # options of ``cls.fit`` that the name fixes
     sized_by: frozenset[str] = frozenset()  # options that fix the size by themselves, so that no target is needed
-    learning_rate: float = 1.0  # times what suits the dense network (docs/training.md); found by experiment
+    learning_rate_multiplier: float = 1.0  # times what suits the dense network (docs/training.md); found by experiment
     about: str = ""
 
     @property
@@ -51,40 +51,51 @@ class Named:
 METHODS: dict[str, Named] = {
     named.name: named
     for named in (
-        Named("deepthin", Factor, learning_rate=20.0, about="two factors, re-laid out so that the symmetry breaks"),
-        Named("shuffled", Factor, {"seed": 0}, learning_rate=20.0, about="the same factors, scattered at random"),
+        Named(
+            "deepthin",
+            Factor,
+            learning_rate_multiplier=20.0,
+            about="two factors, re-laid out so that the symmetry breaks",
+        ),
+        Named(
+            "shuffled",
+            Factor,
+            {"seed": 0},
+            learning_rate_multiplier=20.0,
+            about="the same factors, scattered at random",
+        ),
         Named(
             "rank",
             Factor,
             {"n": "fan-in", "rank": "max"},
             sized_by=frozenset({"rank"}),
-            learning_rate=10.0,
+            learning_rate_multiplier=10.0,
             about="plain low-rank factorisation",
         ),
-        Named("hashed", Hashed, {"seed": 0}, learning_rate=3.0, about="few numbers, shared out by a hash"),
-        Named("pruned", Pruned, learning_rate=20.0, about="the largest weights at their places"),
-        Named("kronecker", Kronecker, learning_rate=10.0, about="a sum of Kronecker products"),
-        Named("tensor-train", TensorTrain, learning_rate=10.0, about="a chain of small cores"),
+        Named("hashed", Hashed, {"seed": 0}, learning_rate_multiplier=3.0, about="few numbers, shared out by a hash"),
+        Named("pruned", Pruned, learning_rate_multiplier=20.0, about="the largest weights at their places"),
+        Named("kronecker", Kronecker, learning_rate_multiplier=10.0, about="a sum of Kronecker products"),
+        Named("tensor-train", TensorTrain, learning_rate_multiplier=10.0, about="a chain of small cores"),
         Named("uniform", Uniform, sized_by=frozenset({"bits"}), about="a few bits for every weight"),
         Named(
             "kmeans",
             KMeans,
             sized_by=frozenset({"bits"}),
-            learning_rate=10.0,
+            learning_rate_multiplier=10.0,
             about="a few numbers that all weights share",
         ),
         Named(
             "ecsq",
             Ecsq,
             sized_by=frozenset({"bits"}),
-            learning_rate=10.0,
+            learning_rate_multiplier=10.0,
             about="the same, chosen for symbols of low entropy",
         ),
         Named(
             "binary",
             Binary,
             sized_by=frozenset({"bits"}),
-            learning_rate=3.0,
+            learning_rate_multiplier=3.0,
             about="a sum of a few signs, with scales of each row",
         ),
     )
@@ -101,9 +112,9 @@ def named(name: str) -> tuple[Named, Named | None]:
     return METHODS[outer], METHODS[inner] if found else None
 
 
-def learning_rate(name: str, method: Method) -> float:
+def learning_rate_multiplier(name: str, method: Method) -> float:
     """Times what suits the dense network; the same for floats that are rounded, but at most 10 for a high rank."""
-    rate = named(name)[0].learning_rate
+    rate = named(name)[0].learning_rate_multiplier
     many = isinstance(method, Then) and isinstance(method.outer, Factor) and method.outer.rank >= HIGH_RANK
     return min(rate, 10.0) if many else rate
 

@@ -60,20 +60,20 @@ def _parse_allocation(allocation: Any) -> float | None:
 
 def _parse_stages(table: Mapping[str, Any]) -> Stages:
     usual = Stages()
-    _check_keys(table, ("thin", "share", "every", "importance", "rate"), "[stages]")
+    _check_keys(table, ("thin", "quantize", "every", "importance", "learning_rate_multiplier"), "[stages]")
     thin: Any = table.get("thin", usual.thin)
     pair = cast(list[Any], thin) if isinstance(thin, list | tuple) else []
     fine = len(pair) == 2 and all(type(n) in (int, float) for n in pair)
-    share: Any = table.get("share", max(usual.share, *pair) if fine else 1.0)
+    quantize: Any = table.get("quantize", max(usual.quantize, *pair) if fine else 1.0)
     every: Any = table.get("every", usual.every)
-    if not fine or type(share) not in (int, float) or type(every) is not int:
+    if not fine or type(quantize) not in (int, float) or type(every) is not int:
         raise ConfigError(
-            f"[stages] thin = {thin!r}, share = {share!r}, every = {every!r}: write such as thin = [0.2, 0.6], "
-            "share = 0.8, every = 50."
+            f"[stages] thin = {thin!r}, quantize = {quantize!r}, every = {every!r}: write such as thin = [0.2, 0.6], "
+            "quantize = 0.8, every = 50."
         )
-    rate: float | None = _number(table, "rate", float, "[stages]", most=math.inf)
+    multiplier: float | None = _number(table, "learning_rate_multiplier", float, "[stages]", most=math.inf)
     importance: Any = table.get("importance", usual.importance)
-    return Stages((float(pair[0]), float(pair[1])), float(share), every, importance, rate)
+    return Stages((float(pair[0]), float(pair[1])), float(quantize), every, importance, multiplier)
 
 
 def _parse_rule(pattern: str, table: Any) -> Rule:

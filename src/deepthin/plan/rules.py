@@ -52,28 +52,32 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """When a training that begins dense does what: shares of its steps (Han et al., 2016, arXiv:1510.00149, section 2).
+    """When a training that begins dense does what, in fractions of its steps (Han et al., 2016, arXiv:1510.00149).
 
     From ``thin[0]`` to ``thin[1]`` the rules' methods take away more and more, every so many steps; then the layers are
-    thin and train on. From ``share`` on floats are stored by what ``then`` says, and train on; ``importance`` says what
-    weighs their errors.
+    thin and train on. From ``quantize`` on floats are stored by what ``then`` says, and train on; ``importance`` says
+    what weighs their errors.
     """
 
     thin: tuple[float, float] = (0.2, 0.6)
-    share: float = 0.8
+    quantize: float = 0.8
     every: int = 50
     importance: Literal["none", "hessian", "adam"] = "none"
-    rate: float | None = None  # of codes, times the dense one; None: that of each method
+    learning_rate_multiplier: float | None = None  # of codes, times the dense one; None: that of each method
 
     def __post_init__(self) -> None:
         """Refuse what is no schedule; ConfigError."""
-        if not 0 <= self.thin[0] < self.thin[1] <= self.share <= 1 or self.every < 1:
+        if not 0 <= self.thin[0] < self.thin[1] <= self.quantize <= 1 or self.every < 1:
             raise ConfigError(
-                f"[stages] thin = {list(self.thin)}, share = {self.share:g}, every = {self.every}: give shares of the "
-                "steps with 0 <= thin[0] < thin[1] <= share <= 1, and every from 1 on."
+                f"[stages] thin = {list(self.thin)}, quantize = {self.quantize:g}, every = {self.every}: give "
+                "fractions of the steps with 0 <= thin[0] < thin[1] <= quantize <= 1, and every from 1 on."
             )
-        if self.rate is not None and not 0 < self.rate < math.inf:
-            raise ConfigError(f"[stages] rate = {self.rate!r} must be above 0: times the dense rate, for codes.")
+        multiplier = self.learning_rate_multiplier
+        if multiplier is not None and not 0 < multiplier < math.inf:
+            raise ConfigError(
+                f"[stages] learning_rate_multiplier = {multiplier!r} must be above 0: times the dense learning rate, "
+                "for codes."
+            )
         if self.importance not in IMPORTANCE:
             raise ConfigError(f"[stages] importance = {self.importance!r} is unknown. Valid: {', '.join(IMPORTANCE)}.")
 

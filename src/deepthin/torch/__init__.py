@@ -8,8 +8,8 @@ from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import adam_importance, hessian_diagonal
 from deepthin.torch.layers import ThinLinear
 from deepthin.torch.rates import parameter_groups
-from deepthin.torch.recipe import Recipe, share
-from deepthin.torch.schemes import prune_by
+from deepthin.torch.recipe import Recipe, quantize_codes
+from deepthin.torch.schemes import allocate_pruning
 from deepthin.torch.surgeon import optimal_brain_surgeon
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
@@ -27,6 +27,7 @@ __all__ = [
     "Twist",
     "adam_importance",
     "allocate",
+    "allocate_pruning",
     "apoz",
     "compress",
     "hessian_diagonal",
@@ -35,9 +36,8 @@ __all__ = [
     "optimal_brain_surgeon",
     "parameter_groups",
     "plan",
-    "prune_by",
+    "quantize_codes",
     "same_size",
     "save",
-    "share",
     "trim",
 ]

@@ -4,17 +4,20 @@ from typing import Any
 
 from torch import nn
 
-from deepthin.methods import learning_rate
+from deepthin import methods
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 
-def parameter_groups(model: nn.Module, lr: float, rate: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, learning_rate_multiplier: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimiser; ``lr`` is what suits the dense network.
 
     A code wants a larger rate than a dense weight, and so do the biases beside it: with the dense rate DeepThin loses
-    to every rival. The factors are those of deepthin.methods.learning_rate, found by experiment (docs/training.md), or
-    ``rate`` for all codes: what a trained network was pruned to wants less than what begins anew.
+    to every rival. The multipliers are those of deepthin.methods.learning_rate_multiplier, found by experiment
+    (docs/training.md), or ``learning_rate_multiplier`` for all codes: what a trained network was pruned to wants less
+    than what begins anew.
     """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {("dense", 1.0): []}
     seen: set[int] = set()
@@ -25,7 +28,7 @@ def parameter_groups(model: nn.Module, lr: float, rate: float | None = None) -> 
         name = weights[0].name if weights else "dense"
         times = 1.0
         if weights:
-            times = learning_rate(name, weights[0].method) if rate is None else rate
+            times = learning_rate_multiplier or methods.learning_rate_multiplier(name, weights[0].method)
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -46,7 +46,7 @@ class Recipe:
             ...
             optimizer.step()
             if recipe.step():  # other parameters from here on
-                optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3, recipe.rate))
+                optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3, recipe.learning_rate_multiplier))
     """
 
     def __init__(
@@ -59,10 +59,12 @@ class Recipe:
     ) -> None:
         self.model, self.rules, self.loss, self.importance = model, parse_rules(rules), loss, importance
         stages = self.rules.stages or Stages()
-        self.thin_from, self.thin_to, self.share_from = (round(share * steps) for share in (*stages.thin, stages.share))
+        self.thin_from, self.thin_to, self.quantize_from = (
+            round(fraction * steps) for fraction in (*stages.thin, stages.quantize)
+        )
         self.thin_to = max(self.thin_to, self.thin_from + 1)
-        self.share_from = max(self.share_from, self.thin_to)
-        self.every, self.rate, self.steps = stages.every, stages.rate, 0
+        self.quantize_from = max(self.quantize_from, self.thin_to)
+        self.every, self.learning_rate_multiplier, self.steps = stages.every, stages.learning_rate_multiplier, 0
         if self.rules.allocation is None and loss is None:
             raise ConfigError(
                 "[model] allocation = 'sensitivity' needs losses: give Recipe(..., loss=f), where f(model) is the loss "
@@ -72,12 +74,12 @@ class Recipe:
             plan_of(model, self.rules, tensors_of(model)[0])  # what cannot be done is said now
         self._plans: list[Planned] = []
         self._twist: Twist | None = None
-        self._shares = False
+        self._quantizes = False
 
     @property
     def done(self) -> bool:
         """Whether the model is as thin as it gets."""
-        return self.steps >= (self.share_from if self._shares else self.thin_to)
+        return self.steps >= (self.quantize_from if self._quantizes else self.thin_to)
 
     def step(self) -> bool:
         """To be called after each optimiser step. Whether the model has other parameters now."""
@@ -89,9 +91,9 @@ class Recipe:
             if self.steps == self.thin_to:
                 self._thin()
                 self._twist = None
-                if not self._shares or self.share_from > self.thin_to:
+                if not self._quantizes or self.quantize_from > self.thin_to:
                     return True
-        if self._shares and self.steps == self.share_from:
+        if self._quantizes and self.steps == self.quantize_from:
             self._share()
             return True
         return False
@@ -103,7 +105,7 @@ class Recipe:
             rules = allocate(self.model, rules, self.loss)
         plans = [plan for plan in plan_of(self.model, rules, found, Encoded(owners)) if plan.method is not None]
         self._plans = plans
-        self._shares = any(isinstance(plan.method, Then) for plan in plans)
+        self._quantizes = any(isinstance(plan.method, Then) for plan in plans)
         rising = Rising(0, self.thin_to - self.thin_from)
         self._twist = Twist(self.model, [_first(plan) for plan in plans], self.every, rising)
 
@@ -135,7 +137,7 @@ class Recipe:
             carry_out(self.model, self._plans, tensors_of(self.model)[1])
 
 
-def share(model: nn.Module, then: Mapping[str, Any], importance: Mapping[str, Tensor] | None = None) -> Report:
+def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mapping[str, Tensor] | None = None) -> Report:
     """Store the floats of a model's codes by another method, in place: ``{"method": "kmeans", "bits": 5}``.
 
     As a rule's ``then`` would have done from the start; codes that are rounded already stay as they are.
@@ -145,11 +147,11 @@ def share(model: nn.Module, then: Mapping[str, Any], importance: Mapping[str, Te
     weights = {weight for weight, _ in thin_tensors(model).values() if weight.direct}
     if not weights:
         raise ConfigError(
-            "share: the model has no thin layers whose numbers are stored as they are: compress it first."
+            "quantize_codes: the model has no thin layers whose numbers are stored as they are: compress it first."
         )
     wanted: dict[ThinWeight, tuple[str, Then]] = {}
     for weight in weights:
-        name, options = parse_then(weight.name, then, "share")
+        name, options = parse_then(weight.name, then, "quantize_codes:")
         floats = [(e, s) for e, s in weight.method.code_shapes().items() if e not in weight.method.integers()]
         inner = tuple((e, METHODS[name].fit(as_matrix(shape), NO_LIMIT, **options)) for e, shape in floats)
         wanted[weight] = f"{weight.name}{THEN}{name}", Then(weight.method, inner)

@@ -28,7 +28,7 @@ SCHEMES = ("class-blind", "class-uniform", "class-distribution")
 _HALVINGS = 60  # of the range of the threshold
 
 
-def prune_by(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, scheme: str) -> Rules:
+def allocate_pruning(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, scheme: str) -> Rules:
     """The same rules with a target for every pruned matrix that shares ``[model] ratio``, by a dense model's weights.
 
     * ``class-blind``: what is above one threshold stays, wherever it is.

@@ -23,7 +23,7 @@ TAUGHT = True  # whether the training asks a teacher
 CALIBRATION = 1000
 
 # Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
-LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate times that
+LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate_multiplier times that
 LEARNING_RATES = {"dense": 2e-3, "same-size": 1e-2}
 ALLOCATION = "uniform-bytes"
 ALLOCATIONS: dict[str, str | float] = {}

@@ -34,7 +34,7 @@ class Training:
     lr: float
     decay: float = 0.0
     seed: int = 0
-    rate: float | None = None  # of codes, times ``lr``; None: that of each method
+    learning_rate_multiplier: float | None = None  # of codes, times ``lr``; None: that of each method
     recipe: Recipe | None = None
     distillation: Distillation | None = None
     progress: Callable[[int], None] = lambda _: None  # told after each step how many there were
@@ -134,7 +134,7 @@ class Training:
             done = first + step
             return min((done + 1) / self._warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
-        groups = parameter_groups(self.model, self.lr, self.rate)
+        groups = parameter_groups(self.model, self.lr, self.learning_rate_multiplier)
         if self.decay:
             groups = [part for group in groups for part in _by_decay(self.model, group, self.decay)]
         # Fused: a third of a dense step
