@@ -48,7 +48,7 @@ def finished(folder, tmp_path_factory):
 
 def test_rows_say_what_was_measured(finished):
     out, rows = finished
-    assert json.loads((out / "points.json").read_text()) == rows
+    assert json.loads((out / "results.json").read_text()) == rows
     by = {(row["method"], row["ratio"], row["split"]): row for row in rows}
     assert {key[:2] for key in by} == {("dense", 1.0), ("int8", 0.25)} | {
         (m, r) for m in ("deepthin", "rank", "same-size") for r in (0.02, 0.001)
@@ -103,7 +103,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(folder, tmp_path):
     wanted = settings(folder, ("deepthin", "rank"))
     with pytest.raises(Stopped):
         compare(wanted, tmp_path / "a", stop_in_second)
-    assert {row["method"] for row in json.loads((tmp_path / "a" / "points.json").read_text())} == {"dense"}
+    assert {row["method"] for row in json.loads((tmp_path / "a" / "results.json").read_text())} == {"dense"}
     trained = []
     rows = compare(wanted, tmp_path / "a", lambda name, *_: trained.append(name))
     assert set(trained) - {"timing"} == {"deepthin-0.02-seed0", "rank-0.02-seed0"}

@@ -272,7 +272,7 @@ def test_spectra_follow_the_filter():
 GUARDED = """
 import ctypes, mmap, sys
 import numpy as np
-from deepthin import kernels
+from deepthin.kernels import products
 from deepthin.methods.factor import Factor
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -349,7 +349,7 @@ def test_memory_that_runs_out_is_an_error_like_any_other():
     """Promise 13: the first, the second ... allocation fails; then all is as before."""
     script = """
 import numpy as np
-from deepthin import kernels
+from deepthin.kernels import products
 from deepthin.methods.factor import Factor
 rng = np.random.default_rng(0)
 method = Factor((40, 50), 7, 2)

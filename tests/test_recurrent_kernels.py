@@ -224,7 +224,7 @@ sys.path.insert(0, sys.argv[2])
 import test_recurrent_kernels as own
 from test_kernels import GUARDED
 exec(GUARDED.split("rng = np.random")[0])
-from deepthin.recurrent import _at, _numbers, _parts
+from deepthin.kernels.recurrent import _at, _numbers, _parts
 products.native().select(sys.argv[1])
 count = 0
 for problem in own.problems(60, seed=9):

@@ -190,7 +190,7 @@ def compare(
 ) -> None:
     """Train one network by several methods at equal bytes, and report error against size.
 
-    Writes points.json, PNGs, report.html and the trained models, as .thin files, into --out. If interrupted, the same
+    Writes results.json, PNGs, report.html and the trained models, as .thin files, into --out. If interrupted, the same
     command goes on where it stopped.
 
     Example: `deepthin compare digits --methods deepthin,rank,same-size --ratios 0.02,0.01 --jobs 2`
