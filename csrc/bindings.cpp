@@ -3,41 +3,22 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <stdexcept>
-#include <mutex>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "huffman.h"
 #include "kernels.h"
-#include "tensors.h"
+#include "python.h"
 
 namespace nb = nanobind;
 using deepthin::Kernels;
 using deepthin::Plan;
+using deepthin::python::at, deepthin::python::check_batch, deepthin::python::kernels;
 
 namespace {
-
-const Kernels* chosen = deepthin::find_kernels(nullptr);
-
-const Kernels& kernels() {
-    if (!chosen) throw std::runtime_error("this processor runs none of the instruction sets that were compiled");
-    return *chosen;
-}
-
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-void check_batch(const Plan& plan, int64_t batch) {
-    const int64_t most = plan.rows > plan.cols ? plan.rows : plan.cols;
-    if (batch < 0 || batch > (int64_t(1) << 58) / most) throw std::invalid_argument("the batch is negative or too large");
-}
 
 // The layers of a recurrent network, from numbers and addresses.
 struct Layers {
@@ -68,335 +49,6 @@ struct Layers {
     deepthin::Recurrent shape;
 };
 
-// ---- The short way for torch tensors: all checks here, in some hundred nanoseconds ----------------------------------
-
-struct Torch {
-    const deepthin::dlpack::ExchangeApi* api = nullptr;
-    PyTypeObject *tensor = nullptr, *parameter = nullptr;
-    nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach;
-    nb::list watchers;  // functions that return 0, False or None where nothing watches or records operations
-} *torch_of_process = nullptr;
-
-nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
-
-// Tells how tensors are read. False where this torch has no exchange table that is understood.
-bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabled, nb::handle num_threads,
-               nb::list watchers) {
-    if (!nb::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;
-    nb::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-    auto* api = static_cast<deepthin::dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!api) throw nb::python_error();
-    if (api->version.major != 1 || !api->from_python) return false;
-    auto* torch = new Torch;  // for as long as the process
-    torch->api = api;
-    torch->tensor = reinterpret_cast<PyTypeObject*>(tensor.ptr());
-    torch->parameter = reinterpret_cast<PyTypeObject*>(parameter.ptr());
-    torch->is_grad_enabled = nb::borrow(is_grad_enabled);
-    torch->num_threads = nb::borrow(num_threads);
-    torch->requires_grad = intern("requires_grad");
-    torch->is_neg = intern("is_neg");
-    torch->detach = intern("detach");
-    torch->watchers = watchers;
-    torch_of_process = torch;
-    return true;
-}
-
-nb::object call(PyObject* result) {  // a new reference, or what Python has raised
-    if (!result) throw nb::python_error();
-    return nb::steal(result);
-}
-
-bool is_true(nb::object value) {
-    return value.ptr() == Py_False || value.is_none() ? false : PyObject_IsTrue(value.ptr()) != 0;
-}
-
-// Whether nothing watches or records operations now.
-bool is_quiet(const Torch& torch) {
-    for (nb::handle watcher : torch.watchers)
-        if (is_true(call(PyObject_CallNoArgs(watcher.ptr())))) return false;
-    return true;
-}
-
-// A plain float32 tensor in the CPU's memory, row-major, whose gradient nobody wants. False, and no error, for all else.
-bool read_tensor(const Torch& torch, PyObject* object, bool grad, deepthin::dlpack::Tensor& tensor) {
-    if (!object || (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter)) return false;
-    if (grad) {
-        nb::object wanted = nb::steal(PyObject_GetAttr(object, torch.requires_grad.ptr()));
-        if (wanted.ptr() != Py_False) return false;
-    }
-    if (torch.api->from_python(object, &tensor) != 0) {
-        PyErr_Clear();
-        return false;
-    }
-    return tensor.data && tensor.is_float32_on_cpu() && tensor.is_row_major();
-}
-
-// Whether the numbers are those that lie in memory with the sign reversed.
-bool is_negated(const Torch& torch, PyObject* object) {
-    return is_true(call(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr())));
-}
-
-bool read_input(const Torch& torch, nb::handle x, bool grad, deepthin::dlpack::Tensor& tensor) {
-    return Py_TYPE(x.ptr()) == torch.tensor && read_tensor(torch, x.ptr(), grad, tensor) && tensor.ndim > 0 &&
-           !is_negated(torch, x.ptr());
-}
-
-int64_t items(const deepthin::dlpack::Tensor& x) {
-    int64_t batch = 1;
-    for (int32_t i = 0; i + 1 < x.ndim; i++) batch *= x.shape[i];
-    return batch;
-}
-
-// A new tensor like `x` with other columns, filled by `fill(data)` while other threads may run Python.
-template <class Fill>
-nb::object make_tensor(const Torch& torch, const deepthin::dlpack::Tensor& x, int64_t columns, Fill fill) {
-    std::vector<int64_t> shape(x.shape, x.shape + x.ndim);
-    shape.back() = columns;
-    deepthin::dlpack::Tensor like{nullptr, x.device, x.ndim, x.dtype, shape.data(), nullptr, 0};
-    deepthin::dlpack::ManagedTensor* made = nullptr;
-    const auto fail = [](void*, const char*, const char* message) {
-        nb::gil_scoped_acquire locked;
-        PyErr_SetString(PyExc_MemoryError, message);
-    };
-    if (torch.api->allocate(&like, &made, nullptr, fail) != 0) throw nb::python_error();
-    nb::object count = nb::steal(PyObject_CallNoArgs(torch.num_threads.ptr()));
-    try {
-        const int threads = nb::cast<int>(count);
-        nb::gil_scoped_release unlocked;
-        fill(made->tensor.floats(), threads);
-    } catch (...) {
-        made->deleter(made);
-        throw;
-    }
-    void* object = nullptr;
-    if (torch.api->to_python(made, &object) != 0) throw nb::python_error();
-    return nb::steal(static_cast<PyObject*>(object));
-}
-
-// y = scale x W^T + bias for one weight, from tensors as they come. None where that is not for the kernels to do.
-class Product {
-  public:
-    struct Operands {
-        const float *xf, *wf, *bias;
-        nb::object held[3];  // what keeps that memory while other threads run Python
-    };
-
-    Product(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset, int64_t first, float scale)
-        : plan(deepthin::make_plan(rows, cols, n, rank, offset)), first_(first), scale_(scale) {}
-
-    const Plan plan;
-
-    // The way to take for a batch, when no gradient is wanted: 0 none of these, 1 direct, 2 by FFT.
-    void choose(int64_t batch, int way) {
-        std::lock_guard<nb::ft_mutex> hold(lock_);
-        if (ways_.size() > 1000) ways_.clear();
-        ways_[batch] = way;
-    }
-
-    int way(int64_t batch) {
-        std::lock_guard<nb::ft_mutex> hold(lock_);
-        auto found = ways_.find(batch);
-        return found == ways_.end() || batch == 0 ? 0 : found->second;
-    }
-
-    // Bias: null or None for none.
-    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, Operands& operands) {
-        deepthin::dlpack::Tensor rows, columns, shift;
-        const nb::object owned[] = {nb::borrow(xf), nb::borrow(wf), nb::borrow(bias)};  // torch may let threads run below
-        const bool shifted = bias && bias != Py_None;
-        if (!read_tensor(torch, xf, grad, rows) || !read_tensor(torch, wf, grad, columns) ||
-            (shifted && !read_tensor(torch, bias, grad, shift)))
-            return false;
-        if (rows.ndim != 2 || rows.shape[1] != plan.rank || rows.shape[0] < first_ + plan.m || columns.ndim != 2 ||
-            columns.shape[0] != plan.rank || columns.shape[1] != plan.n ||
-            (shifted && (shift.ndim != 1 || shift.shape[0] != plan.rows)))
-            return false;
-        operands = {rows.floats() + first_ * plan.rank, columns.floats(), shifted ? shift.floats() : nullptr, {}};
-        return hold(torch, 0, xf, rows, operands) && hold(torch, 1, wf, columns, operands) &&
-               (!shifted || hold(torch, 2, bias, shift, operands));
-    }
-
-    void run(const Kernels& set, const Operands& o, const float* x, float* y, int64_t batch, int way, bool relu,
-             int threads) const {
-        deepthin::forward(set, plan, x, o.xf, o.wf, o.bias, y, batch, way == 2, scale_, relu, threads);
-    }
-
-    nb::object operator()(nb::handle x, nb::handle xf, nb::handle wf, nb::handle bias) {
-        const Torch* torch = torch_of_process;
-        if (!torch) return nb::none();
-        const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
-        deepthin::dlpack::Tensor in;
-        Operands operands;
-        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || in.shape[in.ndim - 1] != plan.cols ||
-            !read(*torch, xf.ptr(), wf.ptr(), bias.ptr(), grad, operands))
-            return nb::none();
-        const int64_t batch = items(in);
-        const int chosen = way(batch);
-        if (chosen == 0) return nb::none();
-        const Kernels& set = kernels();
-        return make_tensor(*torch, in, plan.rows, [&](float* y, int threads) {
-            run(set, operands, in.floats(), y, batch, chosen, false, threads);
-        });
-    }
-
-  private:
-    // A parameter's memory may be exchanged under it (`p.data = ...`): an alias, made once, owns what is read. False for
-    // a view with reversed signs.
-    bool hold(const Torch& torch, int which, PyObject* object, const deepthin::dlpack::Tensor& tensor, Operands& operands) {
-        std::lock_guard<nb::ft_mutex> locked(lock_);
-        Alias& alias = aliases_[which];
-        if (alias.of != object || alias.memory != tensor.data) {
-            if (is_negated(torch, object)) return false;
-            nb::object made = call(PyObject_CallMethodNoArgs(object, torch.detach.ptr()));
-            deepthin::dlpack::Tensor now;
-            if (!read_tensor(torch, made.ptr(), false, now) || now.data != tensor.data) return false;
-            operands.held[which] = made;
-            alias = {object, tensor.data, made};  // dropping the old one may let threads run, and they exchange it again
-        } else {
-            operands.held[which] = alias.tensor;
-        }
-        return true;
-    }
-
-    struct Alias {
-        PyObject* of = nullptr;
-        void* memory = nullptr;
-        nb::object tensor;
-    } aliases_[3];
-    int64_t first_;  // row of xf where W begins
-    float scale_;
-    nb::ft_mutex lock_;
-    std::unordered_map<int64_t, int> ways_;
-};
-
-// Several products in a row, each rectified or not, in one call: while the modules that they stand for are what they were.
-class Chain {
-  public:
-    // Links: (module, Product, group, part, thin) of a linear layer, whose `thin` holds under "weight" the part, or the
-    // group itself where that is the same; (module,) of a rectifier; (module, None) of what does nothing outside training.
-    // Globals: those of the module that has the hooks of all modules.
-    Chain(nb::list links, nb::dict globals) : links_(links), globals_(globals) {
-        for (nb::handle link : links) {
-            seen_.push_back(Py_TYPE(at(link, 0)));
-            group_types_.push_back(size(link) > 2 ? Py_TYPE(at(link, 2)) : nullptr);
-        }
-    }
-
-    // None: not now. NotImplemented: never again, the modules have changed.
-    nb::object operator()(nb::handle x) {
-        const Torch* torch = torch_of_process;
-        if (!torch) return nb::none();
-        const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
-        deepthin::dlpack::Tensor in;
-        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in)) return nb::none();
-        std::vector<Step> steps;
-        int64_t width = in.shape[in.ndim - 1], widest = 0;
-        const int64_t batch = items(in);
-        static const Names& names = *new Names;
-        if (!is_empty(globals_, names.all_hooks) || !is_empty(globals_, names.all_pre_hooks)) return nb::none();
-        for (std::size_t i = 0; i < nb::len(links_); i++) {
-            nb::handle link = PyList_GET_ITEM(links_.ptr(), i);
-            PyObject* module = at(link, 0);
-            if (Py_TYPE(module) != seen_[i]) return changed();
-            nb::object own = dictionary(module);
-            if (get(own, names.forward) || !is_empty(own, names.hooks) || !is_empty(own, names.pre_hooks)) return nb::none();
-            if (size(link) == 1) {
-                steps.back().relu = true;
-                continue;
-            }
-            if (size(link) == 2) {
-                if (get(own, names.training) != Py_False) return changed();
-                continue;
-            }
-            PyObject *group = at(link, 2), *part = at(link, 3), *thin = at(link, 4);
-            if (Py_TYPE(group) != group_types_[i] || get(get(own, names.modules), names.thin) != thin) return changed();
-            nb::object within = dictionary(thin), state = dictionary(group);
-            PyObject* parts = get(within, names.modules);
-            if (get(parts, names.weight) != part || get(state, names.training) != Py_False) return changed();
-            if (part != group && get(get(dictionary(part), names.modules), names.group) != group) return changed();
-            if (get(parts, names.bias) || get(state, names.product)) return nb::none();
-            PyObject* code = get(state, names.parameters);
-            Product& product = *nb::inst_ptr<Product>(nb::handle(at(link, 1)));
-            steps.push_back({nb::borrow(at(link, 1)), &product, {}, product.way(batch), false});
-            if (steps.back().way == 0 || product.plan.cols != width ||
-                !product.read(*torch, get(code, names.xf), get(code, names.wf), get(get(own, names.parameters), names.bias),
-                              grad, steps.back().operands))
-                return nb::none();
-            width = product.plan.rows;
-            widest = std::max(widest, width);
-        }
-        const Kernels& set = kernels();
-        const int64_t cols = in.shape[in.ndim - 1];
-        return make_tensor(*torch, in, width, [&](float* y, int threads) {
-            // Some items at a time: so many that threads have enough to do, so few that what is between stays small. A
-            // multiple of all widths, so that the bits are those of the whole batch.
-            const int64_t most = std::max<int64_t>(64, (int64_t(1) << 20) / widest / 64 * 64);
-            thread_local std::vector<float> between[2];
-            for (auto& memory : between) memory.resize(std::max<std::size_t>(memory.size(), std::min(batch, most) * widest));
-            for (int64_t first = 0; first < batch; first += most) {
-                const int64_t count = std::min(most, batch - first);
-                const float* from = in.floats() + first * cols;
-                for (std::size_t i = 0; i < steps.size(); i++) {
-                    const Step& step = steps[i];
-                    float* to = i + 1 == steps.size() ? y + first * width : between[i % 2].data();
-                    step.product->run(set, step.operands, from, to, count, step.way, step.relu, threads);
-                    from = to;
-                }
-            }
-        });
-    }
-
-    static int traverse(PyObject* self, visitproc visit, void* arg) {
-        Py_VISIT(Py_TYPE(self));
-        if (!nb::inst_ready(self)) return 0;
-        Py_VISIT(nb::inst_ptr<Chain>(self)->links_.ptr());
-        Py_VISIT(nb::inst_ptr<Chain>(self)->globals_.ptr());
-        return 0;
-    }
-
-    static int clear(PyObject* self) {
-        if (nb::inst_ready(self)) nb::inst_ptr<Chain>(self)->links_ = nb::list();
-        return 0;
-    }
-
-  private:
-    struct Step {
-        nb::object owner;
-        Product* product;
-        Product::Operands operands;
-        int way;
-        bool relu;
-    };
-    struct Names {
-        nb::object forward = intern("forward"), hooks = intern("_forward_hooks"), pre_hooks = intern("_forward_pre_hooks"),
-                   training = intern("training"), modules = intern("_modules"), parameters = intern("_parameters"),
-                   thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
-                   product = intern("product"), xf = intern("xf"), wf = intern("wf"),
-                   all_hooks = intern("_global_forward_hooks"), all_pre_hooks = intern("_global_forward_pre_hooks");
-    };
-
-    static PyObject* at(nb::handle tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
-    static Py_ssize_t size(nb::handle tuple) { return PyTuple_GET_SIZE(tuple.ptr()); }
-    static nb::object dictionary(PyObject* object) { return call(PyObject_GenericGetDict(object, nullptr)); }
-    // Null where there is no such entry; borrowed, while the GIL is held.
-    static PyObject* get(nb::handle dictionary, const nb::object& key) {
-        return dictionary && PyDict_Check(dictionary.ptr()) ? PyDict_GetItemWithError(dictionary.ptr(), key.ptr()) : nullptr;
-    }
-    static bool is_empty(nb::handle dictionary, const nb::object& key) {
-        PyObject* hooks = get(dictionary, key);
-        return hooks && PyDict_Check(hooks) && PyDict_Size(hooks) == 0;
-    }
-    static nb::object changed() { return nb::borrow(nb::handle(Py_NotImplemented)); }
-
-    nb::list links_;
-    nb::dict globals_;
-    std::vector<PyTypeObject*> seen_, group_types_;
-};
-
-PyType_Slot chain_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Chain::traverse)},
-                             {Py_tp_clear, reinterpret_cast<void*>(&Chain::clear)},
-                             {0, nullptr}};
-
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -411,19 +63,12 @@ NB_MODULE(_native, m) {
     });
     m.def("select", [](const std::string& name) {
         const Kernels* found = deepthin::find_kernels(name.empty() ? nullptr : name.c_str());
-        if (found) chosen = found;
+        if (found) deepthin::python::chosen = found;
         return found != nullptr;
     });
     m.def("width", [] { return kernels().widths[0]; });
-    m.def("use_torch", &use_torch);
+    deepthin::python::bind_torch(m);
     m.def("use_openmp", [](std::uintptr_t address) { deepthin::use_openmp(reinterpret_cast<deepthin::OpenMpParallel>(address)); });
-    nb::class_<Product>(m, "Product")
-        .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
-        .def("choose", &Product::choose)
-        .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
-    nb::class_<Chain>(m, "Chain", nb::type_slots(chain_slots))
-        .def(nb::init<nb::list, nb::dict>())
-        .def("__call__", &Chain::operator());
     m.def("same_bytes", [](std::uintptr_t a, std::uintptr_t b, std::size_t bytes) {
         return std::memcmp(at<const void>(a), at<const void>(b), bytes) == 0;
     });

@@ -1,0 +1,32 @@
+// What the bindings share: the kernels in use, addresses as pointers, and a check of the batch.
+#pragma once
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace deepthin::python {
+
+inline const Kernels* chosen = deepthin::find_kernels(nullptr);
+
+inline const Kernels& kernels() {
+    if (!chosen) throw std::runtime_error("this processor runs none of the instruction sets that were compiled");
+    return *chosen;
+}
+
+template <class T>
+T* at(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+inline void check_batch(const Plan& plan, int64_t batch) {
+    const int64_t most = plan.rows > plan.cols ? plan.rows : plan.cols;
+    if (batch < 0 || batch > (int64_t(1) << 58) / most) throw std::invalid_argument("the batch is negative or too large");
+}
+
+// Adds what takes torch's tensors directly: `use_torch`, `Product` and `Chain`.
+void bind_torch(nanobind::module_& m);
+
+}  // namespace deepthin::python
