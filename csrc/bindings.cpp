@@ -56,15 +56,15 @@ NB_MODULE(_native, m) {
     m.doc() = "Compiled kernels. Use them through deepthin.kernels, which checks what is handed over.";
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", [] {
-        nb::list found;
+        nb::list result;
         for (const char* name : {"v2", "v3", "v4", "baseline"})
-            if (deepthin::find_kernels(name)) found.append(name);
-        return found;
+            if (deepthin::find_kernels(name)) result.append(name);
+        return result;
     });
     m.def("select", [](const std::string& name) {
-        const Kernels* found = deepthin::find_kernels(name.empty() ? nullptr : name.c_str());
-        if (found) deepthin::python::chosen = found;
-        return found != nullptr;
+        const Kernels* result = deepthin::find_kernels(name.empty() ? nullptr : name.c_str());
+        if (result) deepthin::python::chosen = result;
+        return result != nullptr;
     });
     m.def("width", [] { return kernels().widths[0]; });
     deepthin::python::bind_torch(m);

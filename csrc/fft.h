@@ -1,4 +1,4 @@
-// Fast Fourier transforms of W independent sequences abreast: a complex point is W real and then W imaginary parts.
+// Fast Fourier transforms of W independent sequences, one per SIMD lane: a complex point is W real, then W imaginary parts.
 // Decimation in frequency forward, its mirror image backward: spectra stay in the order in which they fall out.
 #pragma once
 #include "kernels.h"

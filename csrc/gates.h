@@ -79,14 +79,14 @@ void step(const deepthin::Step& s) {
     for (int64_t b = 0; b < s.items; b++) {
         float *gates = s.gates + b * s.gates_step, *h = s.h + b * s.h_step, *y = s.y + b * s.y_step;
         const float* products = s.products + b * s.products_step;
-        float* kept = s.kept ? s.kept + b * s.kept_step : nullptr;
+        float* saved = s.saved ? s.saved + b * s.saved_step : nullptr;
         float* c = s.c ? s.c + b * s.h_step : nullptr;
         by_lanes<W>(n, [=](int64_t at, int64_t count) DEEPTHIN_INLINED {
             const auto sum = [=](int64_t gate) DEEPTHIN_INLINED {
                 return load_up_to<W>(gates + gate * n + at, count) + load_up_to<W>(products + gate * n + at, count);
             };
             const auto keep = [=](int64_t gate, Vec<W> value) DEEPTHIN_INLINED {
-                if (kept) store_up_to<W>(gates + gate * n + at, value, count);
+                if (saved) store_up_to<W>(gates + gate * n + at, value, count);
             };
             Vec<W> out;
             if (s.cell == Cell::lstm) {
@@ -95,14 +95,14 @@ void step(const deepthin::Step& s) {
                 store_up_to<W>(c + at, state, count);
                 out = o * tangent<W>(state);
                 keep(0, i), keep(1, f), keep(2, g), keep(3, o);
-                if (kept) store_up_to<W>(kept + at, state, count);
+                if (saved) store_up_to<W>(saved + at, state, count);
             } else if (s.cell == Cell::gru) {
                 const Vec<W> r = sigmoid<W>(sum(0)), z = sigmoid<W>(sum(1));
                 const Vec<W> product = load_up_to<W>(products + 2 * n + at, count);
                 const Vec<W> candidate = tangent<W>(load_up_to<W>(gates + 2 * n + at, count) + r * product);
                 out = candidate + z * (load_up_to<W>(h + at, count) - candidate);
                 keep(0, r), keep(1, z), keep(2, candidate);
-                if (kept) store_up_to<W>(kept + at, product, count);
+                if (saved) store_up_to<W>(saved + at, product, count);
             } else {
                 out = sum(0);
                 out = s.cell == Cell::tanh ? tangent<W>(out) : out < 0.0f ? Vec<W>{} : out;
@@ -119,7 +119,7 @@ void step_gradient(const deepthin::StepGradient& s) {
     const int64_t n = s.hidden;
     for (int64_t b = 0; b < s.items; b++) {
         const float *gates = s.gates + b * s.gates_step, *grad_y = s.grad_y + b * s.grad_y_step;
-        const float* kept = s.kept ? s.kept + b * s.kept_step : nullptr;
+        const float* saved = s.saved ? s.saved + b * s.saved_step : nullptr;
         const float *h = s.h + b * s.h_step, *y = s.y + b * s.y_step, *c = s.c ? s.c + b * s.c_step : nullptr;
         float *grad_h = s.grad_h + b * n, *grad_c = s.grad_c ? s.grad_c + b * n : nullptr;
         float *grad_gates = s.grad_gates + b * s.grad_step, *grad_products = s.grad_products + b * s.grad_step;
@@ -132,7 +132,7 @@ void step_gradient(const deepthin::StepGradient& s) {
             Vec<W> passed = {};
             if (s.cell == Cell::lstm) {
                 const Vec<W> i = gate(0), f = gate(1), g = gate(2), o = gate(3);
-                const Vec<W> state = tangent<W>(load_up_to<W>(kept + at, count));
+                const Vec<W> state = tangent<W>(load_up_to<W>(saved + at, count));
                 const Vec<W> grad_state = load_up_to<W>(grad_c + at, count) + grad * o * (1.0f - state * state);
                 give(0, grad_state * g * i * (1.0f - i));
                 give(1, grad_state * load_up_to<W>(c + at, count) * f * (1.0f - f));
@@ -142,7 +142,7 @@ void step_gradient(const deepthin::StepGradient& s) {
             } else if (s.cell == Cell::gru) {
                 const Vec<W> r = gate(0), z = gate(1), candidate = gate(2), before = load_up_to<W>(h + at, count);
                 const Vec<W> inner = grad * (1.0f - z) * (1.0f - candidate * candidate);
-                const Vec<W> of_r = inner * load_up_to<W>(kept + at, count) * r * (1.0f - r);
+                const Vec<W> of_r = inner * load_up_to<W>(saved + at, count) * r * (1.0f - r);
                 const Vec<W> of_z = grad * (before - candidate) * z * (1.0f - z);
                 give(0, of_r), give(1, of_z), give(2, inner);
                 store_up_to<W>(grad_products + at, of_r, count);

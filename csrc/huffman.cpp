@@ -1,4 +1,4 @@
-// A buffer of 64 bits is kept full; a symbol costs a look-up and a shift.
+// A 64-bit buffer is refilled before it runs low; a symbol costs a look-up and a shift.
 #include "huffman.h"
 
 #include <bit>
@@ -10,37 +10,37 @@ int64_t huffman_walk(const uint8_t* data, int64_t bytes, int64_t start, const ui
                      int64_t most, int64_t count, int64_t skip, int64_t* end) {
     const uint8_t *next = data + start / 8, *const stop = data + bytes;
     const uint32_t mask = (uint32_t(1) << width) - 1;
-    uint64_t held = 0;
-    int bits = 0;  // of `held` that count; those above are zeros, or the next byte's, which is then read again
+    uint64_t buffer = 0;
+    int bits = 0;  // of `buffer` that count; those above are zeros, or the next byte's, which is then read again
     const auto refill = [&] {
         if (std::endian::native == std::endian::little && stop - next >= 8) {
             uint64_t word;
             std::memcpy(&word, next, 8);
-            held |= word << bits;
+            buffer |= word << bits;
             next += (63 - bits) >> 3;
             bits |= 56;
             return;
         }
         while (bits <= 56 && next < stop) {
-            held = (held & ~(~uint64_t(0) << bits)) | uint64_t(*next++) << bits;
+            buffer = (buffer & ~(~uint64_t(0) << bits)) | uint64_t(*next++) << bits;
             bits += 8;
         }
     };
     refill();
-    held >>= start % 8;
+    buffer >>= start % 8;
     bits -= int(start % 8);
-    int64_t read = 0, found = 0;
-    while (found < count) {
+    int64_t read = 0, counted = 0;
+    while (counted < count) {
         if (read == most) return -1;
         if (bits < width) refill();
-        const uint32_t entry = lookup[held & mask];
+        const uint32_t entry = lookup[buffer & mask];
         const int length = int(entry & 15);
         if (length > bits) return -1;
-        held >>= length;
+        buffer >>= length;
         bits -= length;
         const uint16_t symbol = uint16_t(entry >> 4);
         out[read++] = symbol;
-        found += symbol != skip;
+        counted += symbol != skip;
     }
     *end = 8 * (next - data) - bits;
     return read;

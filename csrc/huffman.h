@@ -1,4 +1,4 @@
-// Symbols of a canonical code, read from a stream of bits: deepthin/huffman.py makes the table and is the definition.
+// Symbols of a canonical code, read from a stream of bits: deepthin/coding/huffman.py makes the table and is the definition.
 #pragma once
 #include <cstdint>
 

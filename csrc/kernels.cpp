@@ -1,6 +1,7 @@
 // The kernels of one instruction set: compiled once for each, with DEEPTHIN_TABLE naming the table that it fills.
 //
-// Items of a batch lie abreast, one a lane: [position][lane]. A single item has its positions abreast instead.
+// Items of a batch lie as [position][lane], one item per SIMD lane (lanes.h). A single item has one
+// position per lane (single.h).
 // Nothing here may come from the C++ library's templates: an inline function of theirs, compiled for this instruction set,
 // could be the one copy that the linker keeps for all.
 #include "kernels.h"
@@ -15,7 +16,7 @@
 namespace {
 
 #if DEEPTHIN_WIDTH > 8
-constexpr int FEW = 8;  // items abreast where there are no more
+constexpr int FEW = 8;  // lanes, where a batch has no more items than this
 #define DEEPTHIN_BY_WIDTH(call) (width == FEW ? call<FEW> : call<DEEPTHIN_WIDTH>)
 #else
 constexpr int FEW = 0;
@@ -29,7 +30,7 @@ int64_t space_of(const Job& job, bool backward) {
 
 int64_t forward_scratch(const Job& job, [[maybe_unused]] int width) { return DEEPTHIN_BY_WIDTH(space_of)(job, false); }
 int64_t backward_scratch(const Job& job, [[maybe_unused]] int width) { return DEEPTHIN_BY_WIDTH(space_of)(job, true); }
-int64_t single_scratch(const Job& job) { return Alone(job, nullptr).floats; }
+int64_t single_scratch(const Job& job) { return SingleSpace(job, nullptr).floats; }
 
 uint32_t forward(const Job& job, [[maybe_unused]] int width, int64_t first, int64_t items, float* scratch) {
     return DEEPTHIN_BY_WIDTH(forward_block)(job, first, items, scratch);

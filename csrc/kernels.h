@@ -38,9 +38,9 @@ struct Job {
     float scale;
     bool relu;
     // By FFT when `lanes.points` is set. Spectra are those of the reversed wf, over points, in the transform's order.
-    Transform lanes;        // of items abreast
+    Transform lanes;        // of one item per SIMD lane
     const float* spectra;   // rank x points x {re, im}
-    Transform single;       // of one item, whose positions modulo W are abreast
+    Transform single;       // of a single item: lane l holds its positions l modulo W
     const float* spectra1;  // rank x points x {re, im} x 2 V: of all 2 V - 1 shifts, V = Kernels::single_width
     const float* packed;    // of one item: xf as `Kernels::pack` lays it out; or null
     // Gradients of one slice of the batch; any may be null.
@@ -64,16 +64,16 @@ struct Step {
     int64_t h_step;
     float* y;  // h once more
     int64_t y_step;
-    float* kept;  // for the gradient: an LSTM's new c, a GRU's product for n; `gates` then takes the gates' values. Or null
-    int64_t kept_step;
+    float* saved;  // for the gradient: an LSTM's new c, a GRU's product for n; `gates` then takes the gates' values. Or null
+    int64_t saved_step;
 };
 
-// Its gradient. Gates and `kept` are what the step has left; `h` and `c` are the states before it.
+// Its gradient. Gates and `saved` are what the step has stored; `h` and `c` are the states before it.
 struct StepGradient {
     Cell cell;
     int64_t items, hidden;
-    const float *gates, *kept, *h, *c, *y;
-    int64_t gates_step, kept_step, h_step, c_step, y_step;
+    const float *gates, *saved, *h, *c, *y;
+    int64_t gates_step, saved_step, h_step, c_step, y_step;
     const float* grad_y;
     int64_t grad_y_step;
     float *grad_h, *grad_c;  // of the states after the step; then what of them reaches those before without a product
@@ -95,11 +95,12 @@ struct Symbols {
 constexpr int SYMBOL_LEVELS = 64;  // what the kernels take for a table has so many, whatever is in use
 constexpr int SYMBOL_ITEMS = 8;    // at once, at most
 
-// The kernels of one instruction set. `width` is the number of items abreast: widths[0], or widths[1] where it is not 0.
+// The kernels of one instruction set. `width` is the number of lanes, one item per lane: widths[0], or widths[1]
+// where it is not 0.
 struct Kernels {
     const char* name;
     int widths[2];
-    int single_width;  // positions abreast, where an item is on its own
+    int single_width;  // lanes for a single item, one position per lane
     int bundle;  // blocks of items that `backward` takes at once, at most
     int64_t (*forward_scratch)(const Job&, int width);  // floats
     int64_t (*backward_scratch)(const Job&, int width);
@@ -179,7 +180,7 @@ struct Recurrent {
     const Gate* gates;  // layers x directions x {of the inputs, of the states}
 };
 
-// Floats that `recurrent` keeps for the gradient.
+// Floats that `recurrent` saves for the gradient.
 int64_t recurrent_reserve(const Recurrent&);
 
 // `h` and `c` hold the first states and take the last ones; `c` is an LSTM's. `reserve` may be null. The result does not
@@ -191,7 +192,8 @@ void recurrent(const Kernels&, const Recurrent&, const float* x, float* h, float
 void recurrent_backward(const Kernels&, const Recurrent&, const float* x, const float* h, const float* c, const float* y,
                         const float* reserve, const float* grad_y, float* grad_x, float* grad_h, float* grad_c, int threads);
 
-// GOMP_parallel of the GNU OpenMP library that a framework has loaded: its threads then serve here too. Null: our own.
+// GOMP_parallel of the GNU OpenMP library that a framework has loaded: its threads then serve here too. Null: the
+// pool of threads.cpp.
 using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 void use_openmp(OpenMpParallel parallel);
 

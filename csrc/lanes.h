@@ -5,15 +5,15 @@
 
 namespace {
 
-// ---- Items abreast: three products with a matrix A whose rows lie `stride` apart --------------------------------------
+// ---- Three products with a matrix A whose rows lie `stride` apart -------------------------------------------------------
 // A column c = s * rank + a of A belongs to vector s * jump + a * W of P.
 
 struct Columns {
     int64_t blocks, rank, jump;
 };
 
-// Cuts `count` into as few tiles of at most MOST as will do, all of them about as large: small ones leave the arithmetic
-// units waiting. `work<size>(first)`.
+// Cuts `count` into the fewest tiles of at most MOST, of nearly equal size: small tiles leave arithmetic
+// units idle. `work<size>(first)`.
 template <int MOST, class Work>
 DEEPTHIN_INLINE void in_even_tiles(int64_t count, Work work) {
     for (int64_t first = 0, tiles = divide_up(count, MOST); tiles > 0; tiles--) {
@@ -63,7 +63,7 @@ DEEPTHIN_INLINE void multiply_tile(const float* a, int64_t stride, Columns c, co
     for (int k = 0; k < K; k++) finish(k, sum[k]);
 }
 
-// Rows of A at a time: as many as give enough independent sums, and no more, since each is a stream of its own.
+// Rows of A at a time: as many as give enough independent sums, and no more, since each is a separate stream from memory.
 constexpr int STREAMS = 8;
 
 template <int W, class Finish>
@@ -102,7 +102,7 @@ void spread(const float* a, int64_t stride, int64_t rows, const float* y, int64_
     });
 }
 
-// The columns of P, item after item: W rows of `width` columns, a multiple of W, those past the end zero.
+// The columns of P, item after item: W rows of `width` columns, a multiple of W, padded with zeros.
 template <int W>
 void lay_out(Columns c, const float* p, float* panel, int64_t width) {
     const int64_t columns = c.blocks * c.rank;
@@ -185,7 +185,7 @@ void outer(Outputs y, int64_t rows, const float* panel, int64_t width, int64_t c
     }
 }
 
-// ---- Items abreast: the correlation ------------------------------------------------------------------------------------
+// ---- The correlation ----------------------------------------------------------------------------------------------------
 
 // p[v] += or = sum_t x[v - lead + t] w[t] for v < count; x has `length` vectors and TILE more that may be read at both ends.
 template <int W, bool ADD>
@@ -199,10 +199,10 @@ void correlate(const float* x, int64_t length, const float* w, int64_t n, int64_
             DEEPTHIN_UNROLL
             for (int k = 0; k < TILE; k++) sum[k] += load<W>(at + (t + k) * x_jump) * w[t];
         }
-        const int64_t kept = smaller(TILE, count - v);
+        const int64_t valid = smaller(TILE, count - v);
         DEEPTHIN_UNROLL
         for (int k = 0; k < TILE; k++) {
-            if (k < kept) {
+            if (k < valid) {
                 float* out = p + (v + k) * p_jump;
                 store<W>(out, ADD ? load<W>(out) + sum[k] : sum[k]);
             }
@@ -223,10 +223,10 @@ void correlate_gradient(const float* x, int64_t length, const float* p, int64_t 
             DEEPTHIN_UNROLL
             for (int k = 0; k < TILE; k++) sum[k] += load<W>(at + (v + k) * W) * value;
         }
-        const int64_t kept = smaller(TILE, n - t);
+        const int64_t valid = smaller(TILE, n - t);
         DEEPTHIN_UNROLL
         for (int k = 0; k < TILE; k++)
-            if (k < kept) store<W>(grad + (t + k) * W, load<W>(grad + (t + k) * W) + sum[k]);
+            if (k < valid) store<W>(grad + (t + k) * W, load<W>(grad + (t + k) * W) + sum[k]);
     }
 }
 
@@ -331,8 +331,8 @@ uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scra
     Space<W> space(job, scratch, false);
     take_items<W>(job, space, first, items);
     correlations<W>(job, space);
-    Vec<W> odd = {};  // becomes NaN in the lane of an output that is not finite
-    Vec<W>* const strange = &odd;
+    Vec<W> odd = {};  // becomes NaN in the lane of an item with an output that is not finite
+    Vec<W>* const marked = &odd;
     Phase phase(plan);
     for (int64_t i = 0; i < smaller(plan.phases, plan.rows); i++, phase.next()) {
         float* const y = space.y + i * W;
@@ -344,7 +344,7 @@ uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scra
                     space.p + space.place(phase), [=](int64_t k, Vec<W> sum) DEEPTHIN_INLINED {
                         sum *= scale;
                         if (bias) sum += bias[k * apart];
-                        *strange += sum - sum;
+                        *marked += sum - sum;
                         if (relu) sum = rectify<W>(sum);
                         store<W>(y + k * apart * W, sum);
                     });
@@ -355,7 +355,7 @@ uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scra
     return mask;
 }
 
-// One of the blocks of a bundle: gradients of x and wf at once, what that of xf needs into the panels.
+// One block of a bundle: computes the gradients of x and wf, and fills the panels from which `outer` computes that of xf.
 template <int W>
 void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t items, float* y, float* panels,
                     int64_t panel_jump) {
@@ -404,28 +404,28 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
         if (job.grad_x) spread<W>(job.wf, n, rank, reads, W, columns, space.dx);
     } else if (!space.fft) {
         for (int64_t a = 0; a < rank; a++) {
-            const float* own = dp + a * W;
-            if (job.grad_wf) correlate_gradient<W>(space.x, cols, own, rank * W, n, job.grad_wf + a * n * W);
+            const float* gradient = dp + a * W;
+            if (job.grad_wf) correlate_gradient<W>(space.x, cols, gradient, rank * W, n, job.grad_wf + a * n * W);
             if (job.grad_x) {
                 float* reversed = space.c;
                 for (int64_t t = 0; t < n; t++) reversed[t] = job.wf[a * n + n - 1 - t];
                 if (a == 0)
-                    correlate<W, false>(own, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
+                    correlate<W, false>(gradient, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
                 else
-                    correlate<W, true>(own, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
+                    correlate<W, true>(gradient, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
             }
         }
     } else {
         const Transform& plan_of = job.lanes;
         const int64_t points = plan_of.points, q = half(plan), count = space.count;
         for (int64_t a = 0; a < rank; a++) {
-            const float* own = dp + a * W;
+            const float* gradient = dp + a * W;
             const int64_t jump = rank * W;
             forward_transform<W>(
                 plan_of,
                 [=](int64_t i) DEEPTHIN_INLINED {
-                    return Complex<W>{i < count ? load<W>(own + i * jump) : Vec<W>{},
-                                      i + q < count ? load<W>(own + (i + q) * jump) : Vec<W>{}};
+                    return Complex<W>{i < count ? load<W>(gradient + i * jump) : Vec<W>{},
+                                      i + q < count ? load<W>(gradient + (i + q) * jump) : Vec<W>{}};
                 },
                 space.c);
             const float* h = job.spectra + a * points * 2;
@@ -483,7 +483,7 @@ void finish_gradient(const Job& job, float* lanes, float* grad_wf) {
     } else if (points == 0) {
         for (int64_t i = 0; i < plan.rank * n; i++) grad_wf[i] = sum_lanes<W>(load<W>(lanes + i * W));
     } else {
-        for (int64_t a = 0; a < plan.rank; a += W) {  // W filters abreast
+        for (int64_t a = 0; a < plan.rank; a += W) {  // one filter per lane
             const int64_t filters = smaller(W, plan.rank - a);
             for (int64_t i = 0; i < points * 2; i++) {
                 Vec<W> sums = {};

@@ -14,17 +14,17 @@
 namespace deepthin {
 namespace {
 
-// Working memory that a thread keeps from call to call.
+// Working memory of a thread, reused from call to call.
 float* scratch(int64_t floats) {
-    thread_local Memory kept;
+    thread_local Memory memory;
     thread_local int64_t size = 0;
     if (size < floats) {
         size = 0;
-        kept.reset();
-        kept = allocate(floats);
+        memory.reset();
+        memory = allocate(floats);
         size = floats;
     }
-    return kept.get();
+    return memory.get();
 }
 
 // ---- One item in plain loops, for what is not finite -------------------------------------------------------------------
@@ -127,14 +127,14 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
     if (!fft || is_plain_rank(plan) || blocks.empty()) return;
     if (blocks.front().width > 1) {
         job_.lanes = transform_of_items(plan);
-        kept_ = spectra_of(kernels, plan, wf, job_.lanes, false);
-        job_.spectra = kept_->get();
+        spectra_ = spectra_of(kernels, plan, wf, job_.lanes, false);
+        job_.spectra = spectra_->get();
     }
     if (alone) {
         const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
         job_.single = transform_of(half + (plan.n + width - 2) / width);
-        kept1_ = spectra_of(kernels, plan, wf, job_.single, true);
-        job_.spectra1 = kept1_->get();
+        spectra1_ = spectra_of(kernels, plan, wf, job_.single, true);
+        job_.spectra1 = spectra1_->get();
     }
 }
 
@@ -165,8 +165,8 @@ InputGradient::InputGradient(const Kernels& kernels, const Plan& plan, const flo
     job_.xf = xf, job_.wf = wf;
     if (!fft || is_plain_rank(plan) || blocks.empty()) return;
     job_.lanes = transform_of_items(plan);
-    kept_ = spectra_of(kernels, plan, wf, job_.lanes, false);
-    job_.spectra = kept_->get();
+    spectra_ = spectra_of(kernels, plan, wf, job_.lanes, false);
+    job_.spectra = spectra_->get();
 }
 
 void InputGradient::operator()(const Block& block, const float* grad, float* grad_x) const {
@@ -180,15 +180,16 @@ void backward(const Kernels& kernels, const Plan& plan, const float* x, const fl
     Job job{};
     job.plan = plan;
     job.x = x, job.xf = xf, job.wf = wf, job.grad = grad, job.grad_x = grad_x;
-    KeptSpectra kept;
+    CachedSpectra spectra;
     if (fft && !is_plain_rank(plan)) {
         job.lanes = transform_of_items(plan);
-        kept = spectra_of(kernels, plan, wf, job.lanes, false);
-        job.spectra = kept->get();
+        spectra = spectra_of(kernels, plan, wf, job.lanes, false);
+        job.spectra = spectra->get();
     }
     const int width = kernels.widths[1] && batch <= kernels.widths[1] ? kernels.widths[1] : kernels.widths[0];
     const int64_t bundle = width * kernels.bundle, bundles = (batch + bundle - 1) / bundle;
-    // Slices of the batch, each with sums of its own: as many as the batch says, so that threads do not matter.
+    // Slices of the batch, each with separate sums. Their number depends on the batch alone, so that the
+    // result does not depend on threads.
     const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(8, bundles / 2));
     const int64_t xf_floats = plan.m * plan.rank, wf_floats = grad_wf ? gradient_floats(job, width) : 0;
     Memory sums_xf = allocate(grad_xf ? (slices - 1) * xf_floats : 0), sums_wf = allocate(slices * wf_floats);

@@ -21,20 +21,20 @@ void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>&
 
 struct Block {
     int64_t first, items;
-    int width;  // 1: on its own
+    int width;  // lanes; 1: a single item
 };
 
 // The blocks of a batch: full ones, then what is left over; with `alone`, one by one if it is little. Depends on the batch
 // alone.
 std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone);
 
-// Of at least so many points, as few as are fast; kept for ever.
+// Of at least so many points, the fastest length that is not much larger. Cached for the life of the process.
 const Transform& transform_of(int64_t least);
 
-using KeptSpectra = std::shared_ptr<const Memory>;
+using CachedSpectra = std::shared_ptr<const Memory>;
 
-// Those of wf, in a layout of Job: of items abreast or of a `single` one.
-KeptSpectra spectra_of(const Kernels&, const Plan&, const float* wf, const Transform&, bool single);
+// The spectra of wf in a layout of Job: for one item per SIMD lane, or for a `single` item. Cached; the key is the value of wf.
+CachedSpectra spectra_of(const Kernels&, const Plan&, const float* wf, const Transform&, bool single);
 
 // y = scale x W^T + bias, rectified if asked, all set for blocks like those that it is made for. `often`: each of them meets
 // the weight so many times that it pays to lay it out anew.
@@ -48,7 +48,7 @@ class Product {
   private:
     const Kernels* kernels_;
     Job job_{};
-    KeptSpectra kept_, kept1_;
+    CachedSpectra spectra_, spectra1_;
     Memory packed_;
 };
 
@@ -61,7 +61,7 @@ class InputGradient {
   private:
     const Kernels* kernels_;
     Job job_{};
-    KeptSpectra kept_;
+    CachedSpectra spectra_;
 };
 
 }  // namespace deepthin

@@ -8,29 +8,29 @@
 namespace deepthin {
 namespace {
 
-constexpr int64_t CHUNK = int64_t(1) << 18;  // floats of gates at a time, where nothing is kept: about what caches hold
+constexpr int64_t CHUNK = int64_t(1) << 18;  // floats of gates at a time, if no gradient is wanted: about a cache
 
 // One direction of a layer: where its parts of the reserve and of the states are.
 struct Direction {
     const Gate *input, *state;
     int64_t place;  // layer * directions + direction
     bool turned;    // runs from the last step to the first
-    float *gates, *kept;
+    float *gates, *saved;
 };
 
-// Sizes, and the reserve's layout: for each layer what it returns, but for the last, then gates and `kept` by direction.
+// Sizes, and the reserve's layout: for each layer what it returns, but for the last, then gates and `saved` by direction.
 struct Layout {
     const Recurrent& shape;
     int64_t width, out, items;  // of all gates; of y; of a sequence
-    bool keeps;                 // whether the cell has more to keep than its gates
+    bool saves;                 // whether the cell saves more than its gates
     int64_t of_direction, of_layer;
 
     explicit Layout(const Recurrent& shape) : shape(shape) {
         width = gates_of(shape.cell) * shape.hidden;
         out = shape.directions * shape.hidden;
         items = shape.steps * shape.batch;
-        keeps = shape.cell == Cell::lstm || shape.cell == Cell::gru;
-        of_direction = items * (width + (keeps ? shape.hidden : 0));
+        saves = shape.cell == Cell::lstm || shape.cell == Cell::gru;
+        of_direction = items * (width + (saves ? shape.hidden : 0));
         of_layer = items * out + shape.directions * of_direction;
     }
     int64_t total() const { return shape.layers * of_layer - items * out; }
@@ -42,12 +42,12 @@ struct Layout {
     }
     Direction direction(float* reserve, int64_t layer, int64_t number) const {
         const Gate* gates = shape.gates + 2 * (layer * shape.directions + number);
-        Direction found{gates, gates + 1, layer * shape.directions + number, number == 1, nullptr, nullptr};
+        Direction result{gates, gates + 1, layer * shape.directions + number, number == 1, nullptr, nullptr};
         if (reserve) {
-            found.gates = reserve + layer * of_layer + (layer + 1 == shape.layers ? 0 : items * out) + number * of_direction;
-            found.kept = keeps ? found.gates + items * width : nullptr;
+            result.gates = reserve + layer * of_layer + (layer + 1 == shape.layers ? 0 : items * out) + number * of_direction;
+            result.saved = saves ? result.gates + items * width : nullptr;
         }
-        return found;
+        return result;
     }
 };
 
@@ -108,14 +108,14 @@ void recurrent(const Kernels& kernels, const Recurrent& shape, const float* x, f
                 step.products = product + block.first * width;
                 step.gates_step = step.products_step = width;
                 step.h = h + state + item, step.c = c ? c + state + item : nullptr;
-                step.h_step = step.kept_step = hidden, step.y_step = out;
+                step.h_step = step.saved_step = hidden, step.y_step = out;
                 for (int64_t s = 0; s < count; s++) {
                     const int64_t at = one.turned ? count - 1 - s : s, row = at * batch + block.first;
                     of_states[d](block, h + state, product);
                     step.gates = gates_of_chunk(d) + row * width;
                     const int64_t place = first_of(one) * batch + row;
                     step.y = to + place * out + d * hidden;
-                    step.kept = one.kept ? one.kept + place * hidden : nullptr;
+                    step.saved = one.saved ? one.saved + place * hidden : nullptr;
                     kernels.step(step);
                 }
             });
@@ -130,7 +130,7 @@ void recurrent_backward(const Kernels& kernels, const Recurrent& shape, const fl
     const Layout layout(shape);
     const int64_t batch = shape.batch, hidden = shape.hidden, steps = shape.steps, width = layout.width, out = layout.out;
     const int64_t items = layout.items, number = shape.directions;
-    const bool apart = shape.cell == Cell::gru;  // its gates and its products have gradients of their own
+    const bool apart = shape.cell == Cell::gru;  // its gates and its products have different gradients
     const Memory grads = allocate(number * items * width), grads_apart = allocate(apart ? number * items * width : 0);
     const Memory back = allocate(number * batch * hidden), before = allocate(items * hidden);
     const Memory from_above = allocate(shape.layers > 1 ? items * out : 0);
@@ -138,9 +138,9 @@ void recurrent_backward(const Kernels& kernels, const Recurrent& shape, const fl
     const Memory second = allocate(number > 1 ? items * widest : 0);
     const auto blocks = split(kernels, batch, false);
     for (int64_t layer = shape.layers - 1; layer >= 0; layer--) {
-        const float* own = layout.outputs(reserve, layer, y);
+        const float* outputs_of_layer = layout.outputs(reserve, layer, y);
         const float* in = layer ? layout.outputs(reserve, layer - 1, y) : x;
-        const float* grad_own = layer + 1 == shape.layers ? grad_y : from_above.get();
+        const float* grad_outputs = layer + 1 == shape.layers ? grad_y : from_above.get();
         std::vector<Direction> directions;
         std::vector<InputGradient> of_states;
         for (int64_t d = 0; d < number; d++) {
@@ -159,17 +159,17 @@ void recurrent_backward(const Kernels& kernels, const Recurrent& shape, const fl
             StepGradient step{};
             step.cell = shape.cell, step.items = block.items, step.hidden = hidden;
             step.gates_step = step.grad_step = width;
-            step.kept_step = step.c_step = hidden, step.y_step = step.grad_y_step = out;
+            step.saved_step = step.c_step = hidden, step.y_step = step.grad_y_step = out;
             step.grad_h = grad_h + state + item, step.grad_c = grad_c ? grad_c + state + item : nullptr;
             for (int64_t s = steps - 1; s >= 0; s--) {
                 const auto row_of = [&](int64_t s) { return (one.turned ? steps - 1 - s : s) * batch + block.first; };
                 const int64_t row = row_of(s), last = s ? row_of(s - 1) : 0;
                 step.gates = one.gates + row * width;
-                step.kept = one.kept ? one.kept + row * hidden : nullptr;
-                step.h = s ? own + last * out + d * hidden : h + state + item, step.h_step = s ? out : hidden;
-                if (c) step.c = s ? one.kept + last * hidden : c + state + item;
-                step.y = own + row * out + d * hidden;
-                step.grad_y = grad_own + row * out + d * hidden;
+                step.saved = one.saved ? one.saved + row * hidden : nullptr;
+                step.h = s ? outputs_of_layer + last * out + d * hidden : h + state + item, step.h_step = s ? out : hidden;
+                if (c) step.c = s ? one.saved + last * hidden : c + state + item;
+                step.y = outputs_of_layer + row * out + d * hidden;
+                step.grad_y = grad_outputs + row * out + d * hidden;
                 step.grad_gates = of_gates(d) + row * width;
                 step.grad_products = of_products(d) + row * width;
                 kernels.step_gradient(step);
@@ -194,7 +194,8 @@ void recurrent_backward(const Kernels& kernels, const Recurrent& shape, const fl
                     for (int64_t b = 0; b < batch; b++) {
                         const bool start = one.turned ? t + 1 == steps : t == 0;
                         const float* from = start ? first + b * hidden
-                                                  : own + ((one.turned ? t + 1 : t - 1) * batch + b) * out + d * hidden;
+                                                  : outputs_of_layer +
+                                                        ((one.turned ? t + 1 : t - 1) * batch + b) * out + d * hidden;
                         std::memcpy(before.get() + (t * batch + b) * hidden, from, sizeof(float) * hidden);
                     }
                 backward(kernels, state.plan, before.get(), state.xf, state.wf, of_products(d), nullptr, state.grad_xf,

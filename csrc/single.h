@@ -1,23 +1,21 @@
-// The product with one item, whose positions are abreast; or, where the same weight meets one item after another, whose
-// outputs are.
+// The product with a single item. A SIMD lane holds one position of it; or, where one weight multiplies many items in turn,
+// one output, so that no horizontal sum is needed.
 #pragma once
 #include "fft.h"
 #include "phase.h"
 
 namespace {
 
-// ---- One item: positions abreast ---------------------------------------------------------------------------------------
-
 // No more than 8: the spectra's product takes as many instructions with 16, and all else more (measured: up to 1.4 times
 // the time).
 constexpr int SINGLE = DEEPTHIN_WIDTH < 8 ? DEEPTHIN_WIDTH : 8;
 
-struct Alone {  // scratch memory of one item
+struct SingleSpace {  // scratch memory of one item
     int64_t count, padded, half_length, width, panels;
     float *x, *p, *z, *c, *panel, *tail;
     int64_t floats;
 
-    Alone(const Job& job, float* memory) {
+    SingleSpace(const Job& job, float* memory) {
         constexpr int W = SINGLE;
         const Plan& plan = job.plan;
         Arena arena{memory};
@@ -62,7 +60,7 @@ DEEPTHIN_INLINE void dots(const float* a, int64_t stride, int64_t length, const 
     }
 }
 
-void correlate_single(const Alone& space, const Plan& plan, const float* w) {
+void correlate_single(const SingleSpace& space, const Plan& plan, const float* w) {
     constexpr int W = SINGLE;
     const int64_t n = plan.n;
     for (int64_t v = 0; v < space.count; v += TILE * W) {
@@ -79,8 +77,8 @@ void correlate_single(const Alone& space, const Plan& plan, const float* w) {
     }
 }
 
-// Positions modulo W are abreast, so that a product of spectra becomes one with a W x W Toeplitz matrix of them.
-void transform_single(const Job& job, const Alone& space, int64_t a) {
+// Lane l holds the positions l modulo W: a product of spectra becomes one with a W x W Toeplitz matrix of spectra.
+void transform_single(const Job& job, const SingleSpace& space, int64_t a) {
     constexpr int W = SINGLE;
     const int64_t points = job.single.points, q = space.half_length / W, rows = divide_up(space.count, W);
     const float *z = space.z, *x = space.x, *c = space.c;
@@ -115,8 +113,8 @@ void transform_single(const Job& job, const Alone& space, int64_t a) {
     }
 }
 
-// The terms of each phase side by side, all phases, rank 1: rows of n -> n rows of `width`, filled up with zeros.
-void arrange(const Alone& space, const Plan& plan) {
+// The terms of each phase side by side, all phases, rank 1: rows of n -> n rows of `width`, padded with zeros.
+void arrange(const SingleSpace& space, const Plan& plan) {
     constexpr int W = SINGLE;
     const int64_t n = plan.n, width = space.width;
     __builtin_memset(space.p + space.count, 0, sizeof(float) * (space.padded - space.count));
@@ -135,7 +133,7 @@ void arrange(const Alone& space, const Plan& plan) {
 }
 
 // Each phase's terms of filter a side by side, in rows of `width`.
-void lay_side_by_side(const Alone& space, const Plan& plan, int64_t a) {
+void lay_side_by_side(const SingleSpace& space, const Plan& plan, int64_t a) {
     const int64_t n = plan.n, common = plan.common, first = (n - 1 - plan.offset) % common;
     for (int64_t s = 0; s < plan.blocks; s++) {
         float* to = space.panel + s * plan.rank + a;
@@ -147,8 +145,8 @@ void lay_side_by_side(const Alone& space, const Plan& plan, int64_t a) {
     }
 }
 
-// Outputs of one phase abreast: the k-th W of them are lanes of one vector for each of their columns. W phases make a tile;
-// where they do not come out even, the last tile begins earlier, and some are computed twice.
+// One output of a phase per lane: for each column, the k-th W outputs fill one vector. W phases make a tile; where W does not
+// divide their number, the last tile begins earlier, and some outputs are computed twice.
 // `work(first, phase)` is to go on by W phases.
 template <class Work>
 DEEPTHIN_INLINE void by_tiles(const Plan& plan, Work work) {
@@ -163,7 +161,7 @@ DEEPTHIN_INLINE void by_tiles(const Plan& plan, Work work) {
 
 int64_t vectors_of(const Plan& plan) { return divide_up(plan.rows, plan.phases * SINGLE); }
 
-// None where it would not pay: too few phases for a tile, or too many lanes empty. Beside its products `single_item` has to
+// 0 where packing would not pay: too few phases for a tile, or too many unused lanes. Beside its products `single_item` has to
 // find and sum up each output, which takes as long again.
 int64_t packed_floats(const Plan& plan) {
     constexpr int W = SINGLE;
@@ -197,7 +195,7 @@ void pack(const Plan& plan, const float* xf, float* to) {
 }
 
 // The terms of filter a as `multiply_packed` reads them: by tile, column and phase.
-void lay_in_tiles(const Alone& space, const Plan& plan, int64_t a) {
+void lay_in_tiles(const SingleSpace& space, const Plan& plan, int64_t a) {
     constexpr int W = SINGLE;
     float* to = space.panel + a * W;
     __builtin_memset(space.p + space.count, 0, sizeof(float) * (space.padded - space.count));
@@ -212,7 +210,7 @@ void lay_in_tiles(const Alone& space, const Plan& plan, int64_t a) {
 
 // `finish(j, values, count)`: outputs from j on. Something that is not finite makes the result so.
 template <class Finish>
-DEEPTHIN_INLINE Vec<SINGLE> multiply_packed(const Alone& space, const Plan& plan, const float* packed, Finish finish) {
+DEEPTHIN_INLINE Vec<SINGLE> multiply_packed(const SingleSpace& space, const Plan& plan, const float* packed, Finish finish) {
     constexpr int W = SINGLE;
     const int64_t columns = plan.blocks * plan.rank, vectors = vectors_of(plan);
     const float* terms = space.panel;
@@ -243,7 +241,7 @@ bool single_item(const Job& job, int64_t item, float* scratch) {
     constexpr int W = SINGLE;
     const Plan& plan = job.plan;
     const int64_t rank = plan.rank, n = plan.n, cols = plan.cols;
-    Alone space(job, scratch);
+    SingleSpace space(job, scratch);
     const float* x = job.x + item * cols;
     if (is_plain_rank(plan)) {
         __builtin_memset(space.panel, 0, sizeof(float) * space.width);

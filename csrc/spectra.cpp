@@ -1,4 +1,4 @@
-// Transforms, and the spectra of filters, kept by value.
+// Transforms, and a cache of the filters' spectra; its key is the values of the filters.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -21,14 +21,14 @@ std::vector<int> radices(int64_t points) {
     for (; points % 2 == 0; points /= 2) twos++;
     const int last = twos % 2 == 0 ? 0 : twos == 1 ? 2 : 8;
     int fours = (twos - (last == 8 ? 3 : last / 2)) / 2;
-    std::vector<int> found;
-    if (fours > 0) found.push_back(4), fours--;
+    std::vector<int> result;
+    if (fours > 0) result.push_back(4), fours--;
     for (int radix : {5, 3})
-        for (; points % radix == 0; points /= radix) found.push_back(radix);
+        for (; points % radix == 0; points /= radix) result.push_back(radix);
     if (points > 1) return {};
-    found.insert(found.end(), fours, 4);
-    if (last) found.push_back(last);
-    return found;
+    result.insert(result.end(), fours, 4);
+    if (last) result.push_back(last);
+    return result;
 }
 
 // At least `least` points, fast to transform.
@@ -36,10 +36,10 @@ int64_t transform_length(int64_t least) {
     int64_t best = 0;
     double best_cost = 0;
     for (int64_t points = std::max<int64_t>(least, 2); points <= 2 * std::max<int64_t>(least, 2); points++) {
-        const auto found = radices(points);
-        if (found.empty()) continue;
+        const auto result = radices(points);
+        if (result.empty()) continue;
         double cost = 2;  // the spectra's product
-        for (int radix : found) cost += radix == 2 ? 2.2 : radix == 3 ? 3.2 : radix == 4 ? 3.0 : radix == 5 ? 4.6 : 5.0;
+        for (int radix : result) cost += radix == 2 ? 2.2 : radix == 3 ? 3.2 : radix == 4 ? 3.0 : radix == 5 ? 4.6 : 5.0;
         if (cost *= double(points); best == 0 || cost < best_cost) best = points, best_cost = cost;
     }
     return best;
@@ -47,12 +47,12 @@ int64_t transform_length(int64_t least) {
 
 }  // namespace
 
-// A transform of `least` points or some more. Kept for good: a process meets few lengths.
+// A transform of `least` points or some more. Cached for the life of the process, which meets few lengths.
 const Transform& transform_of(int64_t least) {
     static std::mutex lock;
     static auto& known = *new std::map<int64_t, std::pair<Transform, std::vector<Memory>>>;
     std::lock_guard<std::mutex> hold(lock);
-    if (auto found = known.find(least); found != known.end()) return found->second.first;
+    if (auto result = known.find(least); result != known.end()) return result->second.first;
     const int64_t points = transform_length(least);
     Transform plan;
     plan.points = points;
@@ -72,17 +72,17 @@ const Transform& transform_of(int64_t least) {
         tables.push_back(std::move(table));
         length = part;
     }
-    auto& kept = known[least];
-    kept = {plan, std::move(tables)};
-    return kept.first;
+    auto& cached = known[least];
+    cached = {plan, std::move(tables)};
+    return cached.first;
 }
 
 namespace {
 
-// Filters are short, so that comparing one costs less than its transform: no one has to say when a weight has changed.
+// A least-recently-used cache. Filters are short: comparing one costs less than its transform, so no invalidation is needed.
 class Spectra {
   public:
-    KeptSpectra get(const Kernels& kernels, const Plan& plan, const float* wf, const Transform& transform, bool single) {
+    CachedSpectra get(const Kernels& kernels, const Plan& plan, const float* wf, const Transform& transform, bool single) {
         const int64_t length = plan.rank * plan.n, width = std::max(kernels.widths[0], kernels.single_width);
         const uint64_t hash = hash_of(wf, length) ^ uint64_t(transform.points * 2 + single) ^ reinterpret_cast<uintptr_t>(&kernels);
         {
@@ -97,20 +97,20 @@ class Spectra {
                 }
             }
         }
-        // Of a copy, which no other thread can write to meanwhile: what is kept under it must be its transform.
+        // Of a copy, to which no other thread can write: the cached spectra must be those of the key.
         Entry entry{&kernels, single, transform.points, plan.n, wf, {wf, wf + length}, hash, 0, nullptr};
-        forget_earlier(entry);
+        evict_versions(entry);
         const int64_t floats = plan.rank * transform.points * (single ? 4 * kernels.single_width : 2);
         Memory memory = allocate(floats), points = allocate(transform.points * 2 * width);
         (single ? kernels.spectra1 : kernels.spectra)(plan, entry.wf.data(), transform, memory.get(), points.get());
-        KeptSpectra kept = entry.spectra = std::make_shared<const Memory>(std::move(memory));
+        CachedSpectra cached = entry.spectra = std::make_shared<const Memory>(std::move(memory));
         entry.floats = floats + length + 64;
         std::lock_guard<std::mutex> hold(lock_);
         floats_ += entry.floats;
         entries_.push_front(std::move(entry));
-        places_[hash] = entries_.begin();  // what had this hash is found no more, and goes in its time
-        while (floats_ > LIMIT && entries_.size() > 1) forget(std::prev(entries_.end()));
-        return kept;
+        places_[hash] = entries_.begin();  // an entry with the same hash becomes unreachable and is evicted later
+        while (floats_ > LIMIT && entries_.size() > 1) evict(std::prev(entries_.end()));
+        return cached;
     }
 
   private:
@@ -127,8 +127,8 @@ class Spectra {
         return ((hash[0] * 31 + hash[1]) * 31 + hash[2]) * 31 + hash[3];
     }
 
-    static constexpr int64_t LIMIT = 16 << 20;  // 64 MiB, the latest used
-    static constexpr int VERSIONS = 2;          // of what has stood at one place
+    static constexpr int64_t LIMIT = 16 << 20;  // 64 MiB of the most recently used
+    static constexpr int VERSIONS = 2;          // entries whose filters were read from one address
     struct Entry {
         const Kernels* kernels;
         bool single;
@@ -137,23 +137,23 @@ class Spectra {
         std::vector<float> wf;
         uint64_t hash;
         int64_t floats;
-        KeptSpectra spectra;
+        CachedSpectra spectra;
     };
 
-    // Training writes to the same place again and again. Were all kept, each step would leave something small between the
-    // large blocks that it takes and gives back, which would then find no room again but behind it: memory would grow.
-    void forget_earlier(const Entry& made) {
+    // Training writes to the same place again and again. If all entries stayed, each step would leave a small
+    // block between its large temporary ones: memory would fragment and grow.
+    void evict_versions(const Entry& made) {
         std::lock_guard<std::mutex> hold(lock_);
         int versions = 1;
         for (auto entry = entries_.begin(); entry != entries_.end();) {
             const auto next = std::next(entry);
             const bool alike = entry->place == made.place && entry->single == made.single && entry->points == made.points;
-            if (alike && ++versions > VERSIONS) forget(entry);
+            if (alike && ++versions > VERSIONS) evict(entry);
             entry = next;
         }
     }
 
-    void forget(std::list<Entry>::iterator entry) {
+    void evict(std::list<Entry>::iterator entry) {
         floats_ -= entry->floats;
         if (auto place = places_.find(entry->hash); place != places_.end() && place->second == entry) places_.erase(place);
         entries_.erase(entry);
@@ -167,9 +167,9 @@ class Spectra {
 
 }  // namespace
 
-KeptSpectra spectra_of(const Kernels& kernels, const Plan& plan, const float* wf, const Transform& transform, bool single) {
-    static auto& kept = *new Spectra;
-    return kept.get(kernels, plan, wf, transform, single);
+CachedSpectra spectra_of(const Kernels& kernels, const Plan& plan, const float* wf, const Transform& transform, bool single) {
+    static auto& cached = *new Spectra;
+    return cached.get(kernels, plan, wf, transform, single);
 }
 
 }  // namespace deepthin

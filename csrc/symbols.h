@@ -1,6 +1,6 @@
 // Products with weights of one byte each, read where they lie: a number times a step, or one of a few shared values.
 //
-// Items lie abreast of each other, W positions at a time: [positions / W][item][lane]. The last lanes may have no position.
+// Inputs lie as [positions / W][item][lane]: one position per SIMD lane. The last lanes may be padding, which is zero.
 #pragma once
 #include "kernels.h"
 #include "vector.h"

@@ -24,7 +24,7 @@ namespace {
 
 std::atomic<int64_t> allocations_left{-1};
 
-// Waits some time with open eyes: waking a thread takes longer than many a product.
+// Spins for a short time before it blocks: waking a thread takes longer than many products.
 template <class Condition>
 bool spin_until(Condition condition) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
@@ -112,8 +112,8 @@ std::atomic<Pool*> pool_of_process{nullptr};
 // The threads of a framework's GNU OpenMP, where we were told of them: two pools would fight for the same cores.
 std::atomic<OpenMpParallel> framework_threads{nullptr};
 
-// A forked child has none of its parent's threads: it gets a pool of its own. (OpenMP would wait for them for ever.)
-void mind_forks() {
+// A forked child has none of its parent's threads: it starts a new pool. (OpenMP would wait for them for ever.)
+void handle_forks() {
 #if !defined(_WIN32)
     static const int registered = pthread_atfork(nullptr, nullptr, [] {
         pool_of_process.store(nullptr);
@@ -127,7 +127,7 @@ void mind_forks() {
 Pool& pool() {
     Pool* found = pool_of_process.load();
     if (found) return *found;
-    mind_forks();
+    handle_forks();
     auto fresh = std::make_unique<Pool>();
     if (pool_of_process.compare_exchange_strong(found, fresh.get())) return *fresh.release();
     return *found;
@@ -180,7 +180,7 @@ void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>&
 }
 
 void use_openmp(OpenMpParallel parallel) {
-    mind_forks();
+    handle_forks();
     framework_threads = parallel;
 }
 

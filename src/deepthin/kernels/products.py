@@ -53,12 +53,16 @@ def isas() -> tuple[str, ...]:
 
 
 def levels() -> tuple[int, int]:
-    """Shared values that ``symbol_linear`` looks up in one go, and at most; 0 where that would not pay."""
+    """Shared values that one look-up of ``symbol_linear`` covers, and an upper bound; 0 where they would not pay."""
     return (0, 0) if _native is None else _native.levels()
 
 
 def native() -> ModuleType:
-    """The native module; RuntimeError says why there is none."""
+    """The native module.
+
+    Raises:
+        RuntimeError: There is none; the message says why.
+    """
     if _native is None:
         raise RuntimeError(f"deepthin has no native kernels here: {why_not}.")
     return _native
@@ -78,10 +82,28 @@ def linear(
 ) -> Float32[np.ndarray, "batch rows"]:
     """``x @ W.T + bias``, rectified if asked, without building W.
 
-    W is what the factors decode to from entry ``offset`` < n on. The result is the same bits for any number of threads.
-    The error of an output is some float32 roundings of sum |x| |W| with ``direct``; with ``fft`` it is relative to the
+    The error of an output is a few float32 roundings of sum |x| |W| with ``direct``; with ``fft`` it is relative to the
     largest input of the item. An item whose outputs are not all finite is computed entry by entry, so that NaN and
-    infinity come out as from a dense product. TypeError and ValueError name an array of the wrong type or shape.
+    infinity come out as from a dense product.
+
+    Args:
+        method: The plan: shape (rows, cols), n and rank; without a seed.
+        x: Inputs, float32.
+        xf: Left factor, float32, m x rank with m = ceil((offset + rows * cols) / n).
+        wf: Right factor, float32, rank x n.
+        bias: One float32 per output, or None.
+        relu: Whether to rectify the outputs.
+        correlation: How the input is correlated with the rows of wf.
+        offset: Entry of the factors' product at which W begins, from 0 to n - 1.
+        threads: Upper bound on the threads, from 1; the bits of the result do not depend on it.
+
+    Returns:
+        The outputs, float32.
+
+    Raises:
+        TypeError: An array is not float32, or is masked.
+        ValueError: An array has the wrong shape, or the plan, the offset or the correlation is out of range.
+        RuntimeError: There is no native code; the message says why.
     """
     x, xf, wf, bias = _checked(method, offset, correlation, x=x, xf=xf, wf=wf, bias=bias)
     y = np.empty((len(x), method.shape[0]), np.float32)
@@ -102,7 +124,26 @@ def linear_gradients(
     offset: int = 0,
     threads: int = 1,
 ) -> tuple[Float32[np.ndarray, "batch cols"], Float32[np.ndarray, "m r"], Float32[np.ndarray, "r n"]]:
-    """The gradients of x, xf and wf, given that of ``linear``'s result (before bias and rectifier), without W."""
+    """The gradients of x, xf and wf, without building W.
+
+    Args:
+        method: The plan: shape (rows, cols), n and rank; without a seed.
+        grad: Gradient of the outputs of ``linear``, before bias and rectifier.
+        x: Inputs, float32.
+        xf: Left factor, float32.
+        wf: Right factor, float32.
+        correlation: How the input is correlated with the rows of wf.
+        offset: Entry of the factors' product at which W begins, from 0 to n - 1.
+        threads: Upper bound on the threads, from 1; the bits of the result do not depend on it.
+
+    Returns:
+        The gradients of x, xf and wf, float32, each shaped as its operand.
+
+    Raises:
+        TypeError: As ``linear``.
+        ValueError: As ``linear``.
+        RuntimeError: There is no native code.
+    """
     x, xf, wf, _ = _checked(method, offset, correlation, x=x, xf=xf, wf=wf, bias=None)
     grad = _array("grad", grad, (len(x), method.shape[0]))
     grads = np.empty_like(x), np.empty_like(xf), np.empty_like(wf)
@@ -124,7 +165,24 @@ def csr_linear(
 ) -> Float32[np.ndarray, "batch rows"]:
     """``x @ W.T + bias`` for a sparse W in compressed rows: row j has ``values[starts[j]:starts[j + 1]]``.
 
-    The rival's product, as fast as a sparse one is here. ValueError where an index lies outside the matrix.
+    Comparisons use it as the product of pruned weights.
+
+    Args:
+        shape: Rows and cols of W.
+        values: Nonzero weights, float32, row by row.
+        columns: Column of each value, from 0 to cols - 1.
+        starts: Index of each row's first value, rising from 0, and at the end the number of values: rows + 1 integers.
+        x: Inputs, float32.
+        bias: One float32 per output, or None.
+        threads: Upper bound on the threads, from 1.
+
+    Returns:
+        The outputs, float32.
+
+    Raises:
+        TypeError: An array of numbers is not float32, or one of indices holds no integers.
+        ValueError: Shapes do not fit, or an index lies outside the matrix.
+        RuntimeError: There is no native code.
     """
     x = _array("x", x, (len(x), shape[1]))
     values = _array("values", values, (len(values),))
@@ -153,7 +211,22 @@ def huffman_walk(
     count: int,
     skip: int,
 ) -> tuple[UInt16[np.ndarray, " found"], int]:
-    """``huffman.walk``, which is the definition, some fifty times faster where there is native code."""
+    """``huffman.walk``, which is the definition, some fifty times faster where there is native code.
+
+    Args:
+        data: The stream, lowest bits first.
+        start: Bit at which to begin, from 0.
+        lookup: 2^width entries, 16 * symbol + bits of its code; width is from 1 to 15.
+        most: Upper bound on the symbols that are read.
+        count: Symbols other than ``skip`` to read.
+        skip: The symbol that is not counted.
+
+    Returns:
+        The symbols, and the bit after the last code.
+
+    Raises:
+        ValueError: The stream ends too early, ``most`` is too small, or the table is invalid.
+    """
     if _native is None:
         return huffman.walk(data, start, lookup, most, count, skip)
     data, lookup = np.ascontiguousarray(data, np.uint8), np.ascontiguousarray(lookup, np.uint32)
@@ -177,11 +250,26 @@ def symbol_linear(
 ) -> Float32[np.ndarray, "batch rows"]:
     """``x @ W.T + bias`` for a W of one byte a weight, which is not decoded: it is read where it lies.
 
-    W is ``step * symbols`` (int8), ``least + step * symbols`` (uint8), each with one step for all or one a row, or
-    ``centres[symbols]`` (uint8), of ``levels()`` centres at most. The error of an output is some float32 roundings of
-    sum |x| |W|, with least values of sum |x| (|least + 128 step| + step |symbols - 128|). The result is the same bits
-    for any number of threads. NaN and infinity come out as from a dense product. TypeError and ValueError say what
-    does not fit.
+    W is ``step * symbols`` (int8), ``least + step * symbols`` (uint8) or ``centres[symbols]`` (uint8). The error of an
+    output is a few float32 roundings of sum |x| |W|, with least values of
+    sum |x| (|least + 128 step| + step |symbols - 128|). NaN and infinity come out as from a dense product.
+
+    Args:
+        symbols: int8 with a step alone, else uint8.
+        x: Inputs, float32.
+        bias: One float32 per output, or None.
+        step: float32: one for all rows, or one per row.
+        least: float32, shaped as step; needs a step.
+        centres: Shared values instead of a step, float32, 1 to ``levels()[1]`` of them.
+        threads: Upper bound on the threads, from 1; the bits of the result do not depend on it.
+
+    Returns:
+        The outputs, float32.
+
+    Raises:
+        TypeError: An array has the wrong type.
+        ValueError: Shapes do not fit, step and centres are both given or both missing, or a symbol has no centre.
+        RuntimeError: There is no native code.
     """
     if symbols.ndim != 2 or (step is None) == (centres is None) or (least is not None and step is None):
         raise ValueError(

@@ -49,9 +49,23 @@ def recurrent(
 ) -> tuple[Float32[np.ndarray, "steps batch outputs"], States]:
     """The outputs of all steps, directions * hidden wide, and the states after the last one.
 
-    ``gates`` holds, for each direction of each layer, the matrix of the inputs and that of the states. The result is
-    the same bits for any number of threads, and for a sequence in pieces, each from the states of the one before.
-    ValueError where operands do not go together.
+    A sequence in pieces, each started from the states after the one before, gives the same bits as the whole.
+
+    Args:
+        cell: One of ``CELLS``.
+        gates: For each direction of each layer, the matrix of the inputs, then that of the states.
+        x: Inputs, float32.
+        states: h and, for an LSTM alone, c before the first step: layers * directions x batch x hidden.
+        directions: 1, or 2 for bidirectional layers.
+        correlation: How the input is correlated with the rows of wf.
+        threads: Upper bound on the threads, from 1; the bits of the result do not depend on it.
+
+    Returns:
+        The outputs, float32, and the states after the last step, shaped as given.
+
+    Raises:
+        ValueError: Shapes, types, counts or the name of the cell do not fit.
+        RuntimeError: There is no native code.
     """
     x, h, c = _operands(cell, gates, x, states, directions)
     h, c = h.copy(), None if c is None else c.copy()
@@ -71,7 +85,25 @@ def recurrent_gradients(
     correlation: Correlation = "fft",
     threads: int = 1,
 ) -> tuple[Array, States, list[tuple[Array, Array, Array]]]:
-    """Gradients of x, of the states, and of xf, wf and bias of every matrix, given that of ``recurrent``'s outputs."""
+    """Gradients of x, of the states, and of xf, wf and bias of every matrix.
+
+    Args:
+        cell: One of ``CELLS``.
+        gates: For each direction of each layer, the matrix of the inputs, then that of the states.
+        x: Inputs, float32.
+        states: h and, for an LSTM alone, c before the first step: layers * directions x batch x hidden.
+        grad_y: Gradient of the outputs of ``recurrent``.
+        directions: 1, or 2 for bidirectional layers.
+        correlation: How the input is correlated with the rows of wf.
+        threads: Upper bound on the threads, from 1; the bits of the result do not depend on it.
+
+    Returns:
+        The gradients of x, of the states (h and c), and for each matrix those of xf, wf and bias; all float32.
+
+    Raises:
+        ValueError: As ``recurrent``, or the gradient has another shape than the outputs.
+        RuntimeError: There is no native code.
+    """
     x, h, c = _operands(cell, gates, x, states, directions)
     numbers, grad_y = _numbers(cell, x, h, directions), np.ascontiguousarray(grad_y, np.float32)
     y = np.empty((*x.shape[:2], directions * h.shape[2]), np.float32)

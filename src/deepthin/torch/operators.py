@@ -51,8 +51,23 @@ def linear(
 ) -> Float[Tensor, "*batch rows"]:
     """``x @ W.T + bias``, rectified if asked; W, rows x cols, is what the factors decode to from entry ``offset`` on.
 
-    ``correlation`` is ``direct``, ``fft`` or ``auto``, whichever is predicted to be faster. Gradients of every operand,
-    of any order. Under autocast the operands are taken to float32.
+    Differentiable in every operand, to any order. Under autocast the operands are cast to float32.
+
+    Args:
+        x: Inputs, any number of leading dimensions.
+        xf: Left factor, m x r with m = ceil((offset + rows * cols) / n).
+        wf: Right factor, r x n.
+        bias: One number per output, or None.
+        rows: Outputs, from 1.
+        offset: Entry of the factors' product at which W begins, from 0 to n - 1.
+        correlation: ``direct``, ``fft``, or ``auto`` for the one that is predicted to be faster.
+        relu: Whether to rectify the outputs.
+
+    Returns:
+        The outputs, with the leading dimensions of x; float32 where native code computes them.
+
+    Raises:
+        ValueError: Shapes do not fit each other, or the offset or the correlation is out of range.
     """
     return torch.ops.deepthin.factor_linear(x, xf, wf, bias, rows, offset, correlation, relu)
 
@@ -60,8 +75,16 @@ def linear(
 def product(method: Factor, first: int, offset: int, scale: float) -> Any:
     """A callable for ``scale * x @ W.T + bias`` with the least delay, or none without native code.
 
-    It takes x, xf, wf and the bias or None, and returns None where these are not plain float32 tensors on the CPU, a
-    gradient is wanted, something records or watches operations, or no way was chosen for the batch (``choose``).
+    Args:
+        method: The plan: shape, n and rank.
+        first: Row of xf at which the weight begins, from 0.
+        offset: Entry of that row of the product at which it begins, from 0 to n - 1.
+        scale: What the product is multiplied by before the bias is added.
+
+    Returns:
+        A callable of x, xf, wf and the bias or None; or None without native code. It returns None where an operand is
+        no plain float32 tensor on the CPU, a gradient is needed, a tracer or mode observes operations, or ``choose``
+        was not called for this batch.
     """
     if not short_ways:
         return None
@@ -98,7 +121,7 @@ if products.native_available:
 
 
 def takes(*operands: Tensor | None) -> bool:
-    """Whether all of them are what the native kernels read: plain float32 tensors in the CPU's memory."""
+    """Whether every operand is None or what the native kernels read: a plain float32 tensor in the CPU's memory."""
     return products.native_available and all(t is None or _is_plain(t) for t in operands)
 
 
@@ -115,7 +138,7 @@ def _in_memory(t: Tensor) -> bool:
 
 
 def same_values(kept: Tensor, now: Tensor) -> bool:
-    """``torch.equal``, ten times as fast for plain float32 and integers; NaN is a value there, zeros have signs."""
+    """``torch.equal``, ten times as fast for plain tensors, whose bits are compared: NaN equals NaN, 0 is not -0."""
     if (
         products.native_available
         and kept.dtype == now.dtype
@@ -140,7 +163,19 @@ def symbol_linear(
     least: Float[Tensor, "steps 1"] | None = None,
     centres: Float[Tensor, " levels"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
-    """``products.symbol_linear`` for plain tensors whose gradients nobody wants; the caller minds shapes and types."""
+    """``products.symbol_linear`` for plain CPU tensors that need no gradients.
+
+    Args:
+        x: Inputs, float32, any number of leading dimensions.
+        symbols: One byte per weight: int8, or uint8 with least values or centres.
+        bias: One number per output, or None.
+        step: What symbols are multiplied by: one for all rows, or one per row.
+        least: What is added then, shaped as step; or None.
+        centres: Shared values that symbols index, instead of a step.
+
+    Returns:
+        The outputs, float32. Shapes and types are not checked: that is the caller's part.
+    """
     rows, cols = symbols.shape
     items, *others = (_as_read(t) for t in (x, symbols, step, least, centres, bias))
     y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32, device="cpu")

@@ -20,7 +20,7 @@ from deepthin.methods.factor import Factor
 from deepthin.torch.operators import takes
 
 _STEPS = 100  # of a typical sequence
-_ABREAST = 32  # of inputs, which are always multiplied many at a time
+_INPUT_ITEMS = 32  # items assumed in products with the inputs, which always take many at a time
 _library = torch.library.Library("deepthin", "FRAGMENT")
 _library.define(
     "recurrent(Tensor x, Tensor h, Tensor? c, Tensor[] factors, Tensor[] biases, int[] offsets, str cell, "
@@ -56,9 +56,16 @@ class _Layers(NamedTuple):
 def pays(matrices: tuple[Factor, ...], batch: int, training: bool) -> bool:
     """Whether the native layers are predicted to be faster than torch's with decoded weights.
 
-    ``matrices`` are those of the inputs and of the states in turn; ``training``: with gradients of all of them, else
-    the decoded weights are at hand. From the costs of products, without what a call takes on its own, over a hundred
-    steps: a sequence in pieces must be computed like the whole.
+    The prediction sums costs of products over a hundred steps, whatever the length, so that a sequence in pieces is
+    computed like the whole. The overhead of a call is left out.
+
+    Args:
+        matrices: Plans of the matrix of the inputs and of that of the states, for each direction of each layer.
+        batch: Sequences at a time, from 1.
+        training: Whether gradients of all factors are needed; if not, the decoded weights are taken to be cached.
+
+    Returns:
+        True where native code is predicted to be faster.
     """
     native = dense = 0.0
     for number, method in enumerate(matrices):
@@ -82,12 +89,23 @@ def recurrent(
     cell: str,
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What torch's recurrent layers return for ``x``, steps x batch x inputs, and the states ``h`` and ``c`` after it.
+    """Run recurrent layers as torch's do, multiplying by the factors; differentiable in every operand, to any order.
 
-    ``h`` and ``c``, which only an LSTM (``cell`` ``lstm``) has, are layers * directions x batch x hidden, as they are
-    returned. ``factors`` holds xf and wf of the matrix of the inputs and of that of the states, for each direction of
-    each layer; ``biases`` those of both, or nothing; ``offsets`` the entries at which each matrix begins. Gradients of
-    every operand, of any order.
+    Args:
+        x: Inputs, steps x batch x inputs, not empty.
+        h: States before the first step, layers * directions x batch x hidden.
+        c: The same of an LSTM's cells; None for every other cell.
+        factors: xf and wf of the matrix of the inputs, then of that of the states, for each direction of each layer.
+        biases: One bias of gates * hidden entries for each matrix, in the same order; or empty.
+        offsets: For each matrix, the entry of its factors' product at which it begins, from 0 to n - 1.
+        cell: ``tanh``, ``relu``, ``lstm`` or ``gru``.
+        directions: 1, or 2 for bidirectional layers.
+
+    Returns:
+        The outputs of all steps, steps x batch x directions * hidden, and h and c after the last step, shaped as given.
+
+    Raises:
+        ValueError: A shape, a count or the name of the cell does not fit.
     """
     operands = [t for t in (x, h, c, *factors, *biases) if t is not None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
@@ -202,7 +220,7 @@ def _operands(
     plans: list[int] = []
     parts: list[int] = []
     for number, (method, offset) in enumerate(layers.plans):
-        batch = layers.batch if number % 2 else _ABREAST
+        batch = layers.batch if number % 2 else _INPUT_ITEMS
         ways = [choose_native(method, batch, which) == "native-fft" for which in (False, True)]
         plans += [*method.shape, method.n, method.rank, offset, *ways]
         own = [factors[2 * number], factors[2 * number + 1], biases[number] if biases else None]

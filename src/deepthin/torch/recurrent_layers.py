@@ -24,7 +24,18 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The outputs of all steps, and the states after the last."""
+        """Run all steps, as the layer of torch does.
+
+        Args:
+            input: steps x batch x inputs; batch first with ``batch_first``; or one sequence without the batch.
+            hx: States before the first step, (h, c) of an LSTM; None for zeros.
+
+        Returns:
+            The outputs of all steps, and the states after the last step, in torch's layouts.
+
+        Raises:
+            RuntimeError: Shapes do not fit; raised by torch's own layer.
+        """
         factors = self._factors(input) if isinstance(input, Tensor) and self._is_plain(input) else None
         return super().forward(input, hx) if factors is None else self._run(input, hx, *factors)
 
@@ -118,16 +129,16 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
 
     @_flat_weights.setter
     def _flat_weights(self, _: list[Tensor]) -> None:
-        """What torch would keep here is read anew at every call."""
+        """Ignored: torch caches these tensors, this layer reads them at every call."""
 
     def _init_flat_weights(self) -> None:
         self._flat_weight_refs = []
 
     def _update_flat_weights(self) -> None:
-        """Nothing is kept, so nothing can be out of date."""
+        """Nothing is cached, so nothing can be stale."""
 
     def flatten_parameters(self) -> None:
-        """Decoded weights have no place of their own in memory to be moved together."""
+        """Does nothing: decoded weights are temporary, so there is no memory to make contiguous."""
 
 
 class ThinRNN(ThinRecurrent, nn.RNN):
