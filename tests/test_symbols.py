@@ -65,7 +65,7 @@ def test_the_product_is_that_of_the_decoded_weight(rule, bias, tmp_path):
         assert layer.thin["weight"].path(x) == "symbols"
         assert_close(layer, x)
         assert layer(x).shape == (*shape[:-1], 30)
-    assert layer.thin["weight"]._dense is not None  # made by the test alone
+    assert layer.thin["weight"]._dense  # made by the test alone
     assert_close(layer, torch.randn(53, 5).T)
 
 
@@ -138,16 +138,14 @@ def test_what_is_not_finite_is_as_from_the_decoded_weight(tmp_path):
         assert torch.equal(layer(x).isfinite(), want.isfinite())
 
 
-def test_the_way_is_a_function_of_plan_and_batch(monkeypatch):
-    monkeypatch.setattr(costs.products, "levels", lambda: (8, 16))
+def test_the_way_is_a_function_of_plan_and_batch():
     few, more, most = (KMeans((100, 100), levels) for levels in (8, 9, 17))
-    large = KMeans((2048, 1024), 16)
-    assert [costs.symbols_pay(few, batch) for batch in (0, 1, 8, 9)] == [False, True, True, False]
-    assert [costs.symbols_pay(plan, 1) for plan in (more, most, large)] == [False, False, True]
-    assert costs.symbols_pay(Uniform((9, 9), 8), 1)
-    assert not costs.symbols_pay(Uniform((9, 9), 9), 1)
-    monkeypatch.setattr(costs.products, "levels", lambda: (0, 0))
-    assert not costs.symbols_pay(Uniform((9, 9), 8), 1)
+    large, levels = KMeans((2048, 1024), 16), (8, 16)
+    assert [costs.symbols_pay(few, batch, levels) for batch in (0, 1, 8, 9)] == [False, True, True, False]
+    assert [costs.symbols_pay(plan, 1, levels) for plan in (more, most, large)] == [False, False, True]
+    assert costs.symbols_pay(Uniform((9, 9), 8), 1, levels)
+    assert not costs.symbols_pay(Uniform((9, 9), 9), 1, levels)
+    assert not costs.symbols_pay(Uniform((9, 9), 8), 1, (0, 0))
 
 
 def test_symbols_take_a_byte_and_files_stay_the_same(tmp_path):

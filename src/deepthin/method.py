@@ -228,6 +228,71 @@ class Separable(Method, Protocol):
         ...
 
 
+@runtime_checkable
+class Flat(Method, Protocol):
+    """A method that decodes a range of the flattened matrix at the cost of that range."""
+
+    def decode_flat(self, code: Code, start: int, stop: int, xp: Namespace) -> Array:
+        """The entries ``start`` to ``stop`` (excluded) of the flattened matrix."""
+        ...
+
+
+@runtime_checkable
+class InTurn(Method, Protocol):
+    """A method that multiplies inputs by its factors one after the other, without the weight."""
+
+    def multiply(self, code: Code, x: Array, xp: Namespace) -> Array:
+        """``x @ W.T`` for ``x`` of items x ``inputs()``, the columns beyond ``cols`` being zeros: items x rows."""
+        ...
+
+    def inputs(self) -> int:
+        """How many columns ``multiply`` takes: ``cols``, or the next product of the factors' widths."""
+        ...
+
+    def multiplies(self) -> int:
+        """Multiplications of ``multiply`` for one item."""
+        ...
+
+    def summands(self) -> int:
+        """Products that ``decode`` adds up for each entry of the weight: what decoding costs beside a dense matrix."""
+        ...
+
+
+@runtime_checkable
+class Symbols(Method, Protocol):
+    """A method that stores an integer of one byte for each weight, in its entry ``symbols``.
+
+    A weight is ``centres[symbol]`` with a table, or ``step * symbol + least`` without one.
+    """
+
+    def table_levels(self) -> int | None:
+        """How many entries the table ``centres`` has; None where the weight is ``step * symbol + least``."""
+        ...
+
+
+@runtime_checkable
+class Sparse(Method, Protocol):
+    """A method that stores some weights, ``values``, at their flat ``positions``; the others are zero."""
+
+    @property
+    def kept(self) -> int:
+        """How many weights are stored."""
+        ...
+
+    def with_kept(self, kept: int) -> "Sparse":
+        """The same method with another number of weights."""
+        ...
+
+
+@runtime_checkable
+class Drifting(Method, Protocol):
+    """A method that is no projection: a decoded code, encoded again, may be another one by more than rounding."""
+
+    def drifts(self) -> bool:
+        """Whether it may be, with these fields."""
+        ...
+
+
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, cols) under which an entry of a code is stored by another method."""
     return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))

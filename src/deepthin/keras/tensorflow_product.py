@@ -23,7 +23,7 @@ from tensorflow.python.saved_model.save_context import in_save_context  # pyrigh
 from deepthin.keras.weight import ThinWeight
 from deepthin.kernels import products
 from deepthin.kernels.costs import choose_native, work
-from deepthin.methods.factor import Factor
+from deepthin.methods.factor import Factor, Factored
 
 _TYPICAL_BATCH = 32  # what is chosen for where the batch is unknown
 # Nanoseconds on one core: what a call of Python takes; what generating and reading each entry of the weight takes, once
@@ -50,15 +50,15 @@ def portable() -> Iterator[None]:
 
 def product(weight: ThinWeight, x: tf.Tensor, index: int = 0) -> tf.Tensor | None:
     """``x @ W.T`` for a tensor of a thin weight, (outputs, inputs), or None where that is for the decoded one to do."""
-    part, method, (start, stop) = weight.parts[index], weight.decoder, weight.cuts[index]
-    if not isinstance(method, Factor) or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
+    part, method = weight.parts[index], weight.decoder
+    if not isinstance(method, Factored) or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
         return None
-    first, offset = divmod(start, method.n)
-    if method.n == part.shape[1] and offset:
+    window = method.window(weight.cuts[index][0], part.shape)
+    if window is None or (window.is_rank and window.offset):
         return None
     floats = weight.floats()
-    rows = floats["xf"][first : -(-stop // method.n)] if len(weight.parts) > 1 else floats["xf"]
-    y = fused(Factor(part.shape, method.n, method.rank, method.seed), x, rows, floats["wf"], offset)
+    rows = floats["xf"][window.first : window.stop] if len(weight.parts) > 1 else floats["xf"]
+    y = fused(window.plan, x, rows, floats["wf"], window.offset)
     return y if y is None or part.scale == 1.0 else y * part.scale
 
 

@@ -14,13 +14,10 @@ from jaxtyping import Float
 from keras import ops
 
 from deepthin.keras.namespace import NAMESPACE
-from deepthin.method import Array, Code, Integers, Method, Namespace
+from deepthin.method import Array, Code, Flat, Integers, Method, Namespace, Sparse
 from deepthin.methods import fields, learning_rate_multiplier, with_fields
-from deepthin.methods.binary import Binary
-from deepthin.methods.factor import Factor
-from deepthin.methods.pruned import Pruned
-from deepthin.methods.then import Then
-from deepthin.plan.start import Start, drawn, encoded, latents_of
+from deepthin.methods.float_coding import FloatCoding, drifts
+from deepthin.plan.start import Start, drawn, encoded
 from deepthin.storage.contents import Part
 
 _OPS = cast(Namespace, NAMESPACE)
@@ -61,25 +58,23 @@ class ThinWeight(keras.layers.Layer):
         """``start`` is as ``deepthin.start`` makes it; None: all zeros, until something is loaded."""
         super().__init__(dtype=dtype, **options)
         self.method_name, self.method, self.parts = method_name, method, tuple(parts)
-        self.decoder = method.outer if isinstance(method, Then) else method  # takes floats, however they are stored
+        self._coding = FloatCoding(method)
+        self.decoder = self._coding.decoder  # takes floats, however they are stored
         self.rounds = method.trains == "through"
         self.learning_rate_multiplier = learning_rate_multiplier(method_name, method)
         ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
         self.cuts = tuple(zip([0, *ends], ends, strict=False))
         self._kept: _Kept | None = None
         self.latents: dict[str, Any] = {}
-        shapes, whole = method.code_shapes(), method.integers()
-        if self.rounds and isinstance(method, Then):
-            shapes, whole = method.outer.code_shapes(), method.outer.integers()
-        elif self.rounds:
-            shapes, whole = {"weight": method.shape}, {}
+        shown = self.decoder if self.rounds else method
+        shapes, whole = shown.code_shapes(), shown.integers()
         for entry, shape in shapes.items():
             kind = _integer_type(whole[entry]) if entry in whole else self.variable_dtype
             options = {"trainable": entry not in whole, "autocast": False, "name": entry}
             self.latents[entry] = self.add_weight(shape, "zeros", kind, **options)
             self.latents[entry].learning_rate_multiplier = self.learning_rate_multiplier
         self.stored: dict[str, Any] = {}
-        if self.rounds and _drifts(method):
+        if self.rounds and drifts(method):
             whole = method.integers()
             for entry, shape in method.code_shapes().items():
                 if entry in self.latents:
@@ -132,11 +127,9 @@ class ThinWeight(keras.layers.Layer):
 
     def _code_of(self, latents: Code) -> Code:
         code = {**_values(self.stored), **{entry: a for entry, a in latents.items() if entry in self.method.integers()}}
-        if self.stored and all(
-            _near(latents[e], a, np) for e, a in latents_of(self.method, code).items() if e in latents
-        ):
+        if self.stored and all(_near(latents[e], a, np) for e, a in self._coding.latents(code).items() if e in latents):
             return code
-        code = self._encode({entry: _wide(array) for entry, array in latents.items()}, cast(Namespace, np))
+        code = self._coding.encode({entry: _wide(array) for entry, array in latents.items()}, cast(Namespace, np))
         kind = next(a.dtype for a in latents.values() if not np.issubdtype(a.dtype, np.integer))
         return {entry: a if entry in self.method.integers() else a.astype(kind) for entry, a in code.items()}
 
@@ -147,15 +140,13 @@ class ThinWeight(keras.layers.Layer):
     def dense(self, index: int = 0) -> Float[Array, "..."]:
         """A tensor, differentiable in every latent; one of the backend's, in a graph too."""
         (start, stop), part, decoder, floats = self.cuts[index], self.parts[index], self.decoder, self.floats()
-        if isinstance(decoder, Factor) and decoder.seed is None:
-            flat = decoder.decode_flat(floats, start, stop, _OPS)
-        elif self.rounds and not isinstance(self.method, Then):
-            flat = ops.reshape(floats["weight"], (-1,))[start:stop]
-        elif isinstance(decoder, Pruned):  # whose own decode writes in place
+        tables = {entry: ops.convert_to_tensor(_narrow(table)) for entry, table in decoder.derived().items()}
+        if isinstance(decoder, Flat):
+            flat = decoder.decode_flat({**tables, **floats}, start, stop, _OPS)
+        elif isinstance(decoder, Sparse):  # whose decode writes in place
             places = ops.cast(floats["positions"], "int32")[:, None]
             flat = ops.scatter(places, floats["values"], (math.prod(decoder.shape),))[start:stop]
         else:
-            tables = {entry: ops.convert_to_tensor(_narrow(table)) for entry, table in decoder.derived().items()}
             flat = ops.reshape(decoder.decode({**tables, **floats}, _OPS), (-1,))[start:stop]
         return _cut(flat, part)
 
@@ -167,34 +158,22 @@ class ThinWeight(keras.layers.Layer):
         """
         state = _tensors(self.latents)
         if not self.rounds:
-            return self._decode_floats(state) if isinstance(self.method, Then) else state
+            return self._coding.decode(state, _OPS)
         fixed = {entry: ops.stop_gradient(tensor) for entry, tensor in state.items()}
-        rounded = self._decode_floats(self._encode(fixed, _OPS))
-        whole = self.decoder.integers() if isinstance(self.method, Then) else {}
+        rounded = self._coding.decode(self._coding.encode(fixed, _OPS), _OPS)
+        whole = self.decoder.integers()
         if self.stored:
-            loaded = self._decode_floats({**_tensors(self.stored), **{entry: fixed[entry] for entry in whole}})
+            loaded = self._coding.decode({**_tensors(self.stored), **{entry: fixed[entry] for entry in whole}}, _OPS)
             near = ops.all(ops.stack([_near(t, loaded[e], ops) for e, t in fixed.items() if e not in whole]))
             rounded = {e: t if e in whole else ops.where(near, loaded[e], t) for e, t in rounded.items()}
         # The difference is 0, and the sum just what is rounded.
         return {e: t if e in whole else (t - fixed[e]) + ops.stop_gradient(rounded[e]) for e, t in state.items()}
 
-    def _encode(self, latents: Code, xp: Namespace) -> Code:
-        """What is stored for latents, by a method that trains through its rounding."""
-        if isinstance(self.method, Then):
-            return self.method.encode_floats(latents, xp)
-        return self.method.encode(latents["weight"], xp)
-
-    def _decode_floats(self, code: Code) -> Code:
-        """What the decoder takes, of what is stored."""
-        if isinstance(self.method, Then):
-            return self.method.decode_floats(code, _OPS)
-        return {"weight": self.method.decode(code, _OPS)}
-
     def _set(self, code: Code, latents: Code | None) -> None:
         whole, kind = self.method.integers(), np.dtype(self.variable_dtype)
         code = {entry: np.asarray(a) if entry in whole else np.asarray(a).astype(kind) for entry, a in code.items()}
         wide = {entry: _wide(array) for entry, array in code.items()}
-        values = latents_of(self.method, wide) if latents is None else latents
+        values = self._coding.latents(wide) if latents is None else latents
         for entry, variable in (*self.latents.items(), *self.stored.items()):
             variable.assign((values if entry in self.latents else code)[entry])
         if self.rounds and latents is None:
@@ -212,12 +191,6 @@ class ThinWeight(keras.layers.Layer):
         rest = {key: value for key, value in config.items() if key not in ("method", "fields", "parts")}
         parts = [Part(**{**part, "shape": tuple(part["shape"])}) for part in config["parts"]]
         return cls(config["method"], with_fields(config["method"], config["fields"]), parts, **rest)
-
-
-def _drifts(method: Method) -> bool:
-    """Whether a decoded code, encoded again, may be another one, by more than rounding."""
-    inner = [stored for _, stored in method.inner] if isinstance(method, Then) else [method]
-    return any(isinstance(stored, Binary) for stored in inner)
 
 
 def _near(a: Array, b: Array, xp: Any) -> Array:

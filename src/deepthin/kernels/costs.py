@@ -7,13 +7,8 @@ import math
 from functools import lru_cache
 from typing import Literal
 
-from deepthin.kernels import products
-from deepthin.methods.ecsq import Ecsq
+from deepthin.method import InTurn, Symbols
 from deepthin.methods.factor import Factor
-from deepthin.methods.kmeans import KMeans
-from deepthin.methods.kronecker import Kronecker
-from deepthin.methods.scalar import Uniform
-from deepthin.methods.tensor_train import TensorTrain
 
 Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "csr", "symbols"]
 """The weight first; its factors in turn; the structured way in torch; the same in native code; sparse rows; symbols."""
@@ -115,28 +110,33 @@ def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) 
     )
 
 
-@lru_cache(maxsize=4096)
-def in_turn_pays(method: Kronecker | TensorTrain, batch: int, dense_ready: bool) -> bool:
-    """Whether multiplying by the factors in turn is predicted to be faster than by the dense weight."""
-    area, inner = math.prod(method.shape), method.terms if isinstance(method, Kronecker) else method.rank
-    counts = (1, batch * area, area, area * inner)
-    dense = sum(w * c for w, c in zip(_NANOSECONDS[dense_ready]["dense"], counts, strict=True))
+def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: bool) -> float:
+    """Predicted nanoseconds of a product by the decoded weight, each entry of which is a sum of so many products."""
+    area = math.prod(shape)
+    counts = (1, batch * area, area, area * summands)
+    return sum(w * c for w, c in zip(_NANOSECONDS[dense_ready]["dense"], counts, strict=True))
+
+
+def in_turn_cost(method: InTurn, batch: int, dense_ready: bool) -> float:
+    """Predicted nanoseconds of a product by the factors one after the other."""
     delay, each = _IN_TURN[dense_ready]
-    return batch > 0 and delay + each * batch * method.multiplies() < dense
+    return delay + each * batch * method.multiplies()
 
 
-def symbols_pay(method: Uniform | KMeans | Ecsq, batch: int) -> bool:
-    """Whether native code that reads symbols of a byte is faster than the dense weight, kept in evaluation.
+def symbols_pay(method: Symbols, batch: int, levels: tuple[int, int]) -> bool:
+    """Whether native code that reads symbols of a byte is faster than the cached dense weight.
 
-    Measured (docs/performance.md): for few items, where look-ups are quick. Those that take two look-ups and a choice
-    gain on matrices that the nearer caches do not hold.
+    Measured (docs/performance.md): for few items, where look-ups are quick. Tables that take two look-ups and a choice
+    gain on matrices that the nearer caches do not hold. ``levels``: the entries of a table that the instruction set
+    looks up at once, and at all (``products.levels``).
     """
-    once, most = products.levels()
+    once, most = levels
     if not 0 < batch <= _SYMBOL_ITEMS or most == 0:
         return False
-    if isinstance(method, Uniform):
-        return method.width <= 8
-    return method.levels <= (most if math.prod(method.shape) >= _SYMBOL_AREA else once)
+    table = method.table_levels()
+    if table is None:
+        return method.integers()["symbols"].count <= 256
+    return table <= (most if math.prod(method.shape) >= _SYMBOL_AREA else once)
 
 
 @lru_cache(maxsize=4096)

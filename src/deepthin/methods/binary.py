@@ -84,6 +84,10 @@ class Binary:
         """Nothing."""
         return {}
 
+    def drifts(self) -> bool:
+        """Greedy codes shrink when coded again, and others settle only after some rounds."""
+        return True
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
         numpy: Any = np

@@ -110,6 +110,10 @@ class Ecsq:
         """Nothing."""
         return {}
 
+    def table_levels(self) -> int:
+        """The centres."""
+        return self.levels
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
         numpy: Any = np

@@ -6,7 +6,7 @@ Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, sections 2 and 3. The same clas
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from numpy.random import Generator
 
 from deepthin.coding.bits import permutation
 from deepthin.errors import BudgetError, ConfigError, round_up
-from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.method import FLOAT_BITS, Array, Code, Integers, Method, Namespace, Trains
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +162,50 @@ class Factor:
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """Costs ``r m n`` multiplications, whatever the layout."""
-        flat = self.decode_flat(code, 0, self.shape[0] * self.shape[1], xp)
-        if self.seed is not None:
-            flat = xp.take(flat, code["order"])
-        return xp.reshape(flat, self.shape)
+        return xp.reshape(self.decode_flat(code, 0, self.shape[0] * self.shape[1], xp), self.shape)
 
     def decode_flat(self, code: Code, start: int, stop: int, xp: Namespace) -> Float[Array, "entries"]:
-        """The entries ``start`` to ``stop`` of the flattened weight, not scattered, at the cost of those alone."""
+        """The entries ``start`` to ``stop`` of the flattened weight, at the cost of those alone unless scattered."""
+        if self.seed is not None:
+            whole = self._laid_out(code, 0, self.shape[0] * self.shape[1], xp)
+            return xp.take(whole, code["order"])[start:stop]
+        return self._laid_out(code, start, stop, xp)
+
+    def window(self, start: int, shape: tuple[int, int]) -> "Window | None":
+        """Where a ``rows x cols`` matrix lies that begins at entry ``start`` of this one; None if it is scattered."""
+        if self.seed is not None:
+            return None
+        first, stop = start // self.n, -(-(start + shape[0] * shape[1]) // self.n)
+        return Window(Factor(shape, self.n, self.rank), first, stop, start - first * self.n)
+
+    def _laid_out(self, code: Code, start: int, stop: int, xp: Namespace) -> Float[Array, "entries"]:
+        """Entries of the auxiliary matrix, row by row."""
         first = start // self.n
         rows = code["xf"][first : -(-stop // self.n)]
         return xp.reshape(xp.matmul(rows, code["wf"]), (-1,))[start - first * self.n : stop - first * self.n]
+
+
+class Window(NamedTuple):
+    """A matrix within a re-laid-out product of two factors, as the kernels take it."""
+
+    plan: Factor  # of the matrix by itself, were it to begin at entry ``offset``
+    first: int  # row of ``xf`` in which it begins
+    stop: int  # row of ``xf`` after the last one
+    offset: int  # entries of the first row, ``offset < n``, that come before it
+
+    @property
+    def is_rank(self) -> bool:
+        """Whether n is the fan-in: without an offset, a plain rank factorisation."""
+        return self.plan.n == self.plan.shape[1]
+
+
+@runtime_checkable
+class Factored(Method, Protocol):
+    """A method whose matrices lie in the re-laid-out product of its entries ``xf`` (m x r) and ``wf`` (r x n)."""
+
+    def window(self, start: int, shape: tuple[int, int]) -> Window | None:
+        """Where a ``rows x cols`` matrix lies that begins at entry ``start``; None if its entries are scattered."""
+        ...
 
 
 def _coprime_plan(shape: tuple[int, int], floats: int, rank: int | Literal["max"]) -> tuple[int, int] | None:

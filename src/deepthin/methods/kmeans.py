@@ -82,6 +82,10 @@ class KMeans:
         """Nothing."""
         return {}
 
+    def table_levels(self) -> int:
+        """The centres."""
+        return self.levels
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
         numpy: Any = np

@@ -120,6 +120,14 @@ class Kronecker:
         y = xp.matmul(outer, xp.reshape(inner, (-1, terms * q1, r2)))  # items x r1 x r2
         return xp.reshape(y, (-1, r1 * r2))[:, : self.shape[0]]
 
+    def inputs(self) -> int:
+        """``Q1 Q2``."""
+        return self.left[1] * self.right[1]
+
+    def summands(self) -> int:
+        """One for each term."""
+        return self.terms
+
     def multiplies(self) -> int:
         """Of ``multiply``, for an item."""
         (r1, q1), (r2, q2) = self.left, self.right

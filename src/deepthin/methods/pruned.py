@@ -6,7 +6,7 @@ arXiv:1612.00694, section 3.1).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,10 @@ class Pruned:
     def derived(self) -> Code:
         """Nothing."""
         return {}
+
+    def with_kept(self, kept: int) -> "Pruned":
+        """The same, with another number of weights that stay."""
+        return replace(self, kept=kept)
 
     def init(self, rng: Generator, std: float) -> Code:
         """Random places; what is kept is larger by as much as there is less of it."""

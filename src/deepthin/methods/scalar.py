@@ -93,6 +93,9 @@ class Uniform:
         """Nothing."""
         return {}
 
+    def table_levels(self) -> None:
+        """None: symbols are multiplied by the step."""
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, rounded."""
         weight = rng.normal(size=self.shape)

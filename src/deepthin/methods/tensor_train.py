@@ -155,6 +155,14 @@ class TensorTrain:
             done *= r
         return xp.reshape(x, (items, -1))[:, : self.shape[0]]
 
+    def inputs(self) -> int:
+        """``prod(cols)``."""
+        return math.prod(self.cols)
+
+    def summands(self) -> int:
+        """One for each of the rank."""
+        return self.rank
+
     def multiplies(self) -> int:
         """Of ``multiply``, for an item."""
         total, done, rest, ranks = 0, 1, math.prod(self.cols), self.ranks

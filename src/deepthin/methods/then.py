@@ -11,7 +11,7 @@ from numpy.random import Generator
 
 from deepthin import method as base
 from deepthin.errors import BudgetError
-from deepthin.method import FLOAT_BITS, Array, Code, Integers, Method, Namespace, Separable, Trains, as_matrix
+from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, Separable, Trains, as_matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +99,30 @@ class Then:
 
         return self.encode_floats(self.outer.init(rng, std), np)  # pyright: ignore[reportArgumentType]
 
+    def drifts(self) -> bool:
+        """As an inner method."""
+        return any(isinstance(method, Drifting) and method.drifts() for _, method in self.inner)
+
     def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
         """The outer code, encoded."""
         code = self.outer.encode(weight, xp, importance)
-        return self.encode_floats(code, xp, self.shares(code, xp, importance))
+        return self.encode_floats(code, xp, self.importance_of_floats(code, xp, importance))
 
-    def shares(self, code: Code, xp: Namespace, importance: Array | None) -> Code:
-        """The importance of the outer floats, of that of the weights: none where it cannot be told."""
+    def importance_of_floats(self, code: Code, xp: Namespace, importance: Array | None) -> Code:
+        """The importance of the outer floats, from that of the weights; nothing where it cannot be told."""
         if importance is None or not isinstance(self.outer, Separable):
             return {}
         return self.outer.importance_of(code, importance, xp)
 
-    def encode_floats(self, code: Code, xp: Namespace, shares: Mapping[str, Array] | None = None) -> Code:
-        """What is stored for an outer code; ``shares`` weigh the errors of its floats, those of a missing one alike."""
+    def encode_floats(self, code: Code, xp: Namespace, importance: Mapping[str, Array] | None = None) -> Code:
+        """What is stored for an outer code.
+
+        ``importance``, by entry, weighs the errors of its floats; entries without importance weigh equally.
+        """
         made = {entry: code[entry] for entry in self.outer.integers()}
         for entry, method in self.inner:
-            share = xp.reshape(shares[entry], method.shape) if shares and entry in shares else None
-            stored = method.encode(xp.reshape(code[entry], method.shape), xp, share)
+            weights = xp.reshape(importance[entry], method.shape) if importance and entry in importance else None
+            stored = method.encode(xp.reshape(code[entry], method.shape), xp, weights)
             made |= {f"{entry}_{key}": array for key, array in stored.items()}
         return made
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from deepthin.method import Code, Method
-from deepthin.methods.then import Then
+from deepthin.methods.float_coding import FloatCoding
 from deepthin.storage.contents import Part
 
 _NUMPY = cast(Any, np)
@@ -42,10 +42,9 @@ def encoded(
     weigh = None if importance is None else joined(method, parts, importance, power=-2)
     if method.trains == "codes":
         return method.encode(weight, _NUMPY, weigh), None
-    if isinstance(method, Then):
-        latents = dict(method.outer.encode(weight, _NUMPY, weigh))
-        return method.encode_floats(latents, _NUMPY, method.shares(latents, _NUMPY, weigh)), latents
-    return method.encode(weight, _NUMPY, weigh), {"weight": weight}
+    floats = FloatCoding(method)
+    latents = dict(floats.decoder.encode(weight, _NUMPY, weigh))
+    return floats.encode(latents, _NUMPY, floats.importance_of_floats(latents, _NUMPY, weigh)), latents
 
 
 def generator(name: str, seed: int) -> np.random.Generator:
@@ -57,19 +56,6 @@ def drawn(method: Method, rng: np.random.Generator, std: float) -> Start:
     """A from-scratch start whose weights have this standard deviation."""
     if method.trains == "codes":
         return method.init(rng, std), None
-    if isinstance(method, Then):  # not rounded: what is below a step may count in time
-        latents = dict(method.outer.init(rng, std))
-        return method.encode_floats(latents, _NUMPY), latents
-    weight = rng.normal(scale=std, size=method.shape).astype(np.float32)
-    return method.encode(weight, _NUMPY), {"weight": weight}
-
-
-def latents_of(method: Method, code: Code) -> Code:
-    """What the optimiser is shown of a code: its rounded floats, with the integers that are not rounded; or itself."""
-    if method.trains == "codes":
-        return code
-    whole = {**code, **method.derived()}
-    if isinstance(method, Then):
-        floats = method.decode_floats(whole, _NUMPY)
-        return {entry: floats[entry] for entry in method.outer.code_shapes()}
-    return {"weight": method.decode(whole, _NUMPY)}
+    floats = FloatCoding(method)
+    latents = dict(floats.decoder.init(rng, std))  # not rounded: what is below a step may count in time
+    return floats.encode(latents, _NUMPY), latents

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepthin.method import Method
-from deepthin.methods.then import Then
+from deepthin.methods.float_coding import inner_of, outer_of
 from deepthin.storage.contents import Contents, Thin
 from deepthin.storage.write import Stored, file_of
 
@@ -125,8 +125,8 @@ def describe(method: Method | None) -> dict[str, Any]:
     """A method's fields and properties, but for its shape and what is as usual: what a row shows of the plan."""
     if method is None:
         return {}
-    if isinstance(method, Then):
-        return {**describe(method.inner[0][1]), **describe(method.outer)}
+    if inner := inner_of(method):
+        return {**describe(inner[0]), **describe(outer_of(method))}
     own = dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
     fields = {f.name: value for f in own if (value := getattr(method, f.name)) != f.default}
     properties = {name: getattr(method, name) for name, value in vars(type(method)).items() if type(value) is property}

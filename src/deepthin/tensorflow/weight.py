@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from deepthin.keras.weight import ThinWeight
 from deepthin.method import Code, Method
-from deepthin.plan import start
+from deepthin.methods.float_coding import FloatCoding
 from deepthin.plan.start import Start
 from deepthin.storage.contents import Part
 from deepthin.tensorflow.host import as_type, assign
@@ -22,7 +22,7 @@ class Weight(ThinWeight):
 
     def __init__(self, make: Make, name: str, method: Method, parts: Sequence[Part], begin: Start, dtype: str) -> None:
         code, latents = begin
-        self._make, self._values = make, {**code, **(start.latents_of(method, code) if latents is None else latents)}
+        self._make, self._values = make, {**code, **(FloatCoding(method).latents(code) if latents is None else latents)}
         super().__init__(name, method, parts, begin if tf.executing_eagerly() else None, dtype=dtype)
 
     def add_weight(self, *given: Any, trainable: bool, name: str, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -45,6 +45,6 @@ class Weight(ThinWeight):
         if tf.executing_eagerly():
             super()._set(code, latents)
             return
-        values = start.latents_of(self.method, code) if latents is None else latents
+        values = self._coding.latents(code) if latents is None else latents
         for entry, variable in (*self.latents.items(), *self.stored.items()):
             assign(variable, (values if entry in self.latents else code)[entry])

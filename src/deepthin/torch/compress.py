@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from deepthin.errors import ConfigError
 from deepthin.kernels import costs, products
 from deepthin.method import Method
-from deepthin.methods.factor import Factor
-from deepthin.methods.then import Then
+from deepthin.methods.factor import Factor, Factored
+from deepthin.methods.float_coding import outer_of
 from deepthin.plan import start
 from deepthin.plan.file_limit import parts_of, planned_contents, within
 from deepthin.plan.parse import parse_rules
@@ -114,8 +114,8 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
     layers = {name: type(held[0][0]) for name, held in owners.items()}
     methods = {tensor.name: p.method for p in planned for tensor in p.tensors if len(p.tensors) == 1}
     rows = [
-        dataclasses.replace(row, fields={**row.fields, **_expected(method)})
-        if isinstance(method := _decoder(methods.get(row.name)), Factor)
+        dataclasses.replace(row, fields={**row.fields, **_expected(plan)})
+        if (plan := _factored(methods.get(row.name))) is not None
         and len(row.shape) > 1
         and layers[row.name] is nn.Linear
         else row
@@ -149,8 +149,11 @@ def plan_of(model: nn.Module, rules: Rules, found: list[Named], encoded: Encoded
     return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.raw)
 
 
-def _decoder(method: Method | None) -> Method | None:
-    return method.outer if isinstance(method, Then) else method
+def _factored(method: Method | None) -> Factor | None:
+    """The plan of a product by factors, where the method has one."""
+    outer = None if method is None else outer_of(method)
+    window = outer.window(0, outer.shape) if isinstance(outer, Factored) else None
+    return None if window is None else window.plan
 
 
 def _expected(method: Factor) -> dict[str, Any]:

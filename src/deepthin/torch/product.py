@@ -5,7 +5,6 @@ output; here the same reuse is one correlation of the input with each row of ``w
 one for every phase at which an output may start. docs/theory.md derives it. Everything has gradients, of any order.
 """
 
-import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast
@@ -16,9 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from deepthin.kernels.costs import fft_length
+from deepthin.method import InTurn
 from deepthin.methods.factor import Factor
-from deepthin.methods.kronecker import Kronecker
-from deepthin.methods.tensor_train import TensorTrain
 
 
 class _Tables(NamedTuple):
@@ -32,11 +30,10 @@ class _Tables(NamedTuple):
 
 
 def multiply_in_turn(
-    method: Kronecker | TensorTrain, floats: Mapping[str, Tensor], x: Float[Tensor, "*batch cols"]
+    method: InTurn, floats: Mapping[str, Tensor], x: Float[Tensor, "*batch cols"]
 ) -> Float[Tensor, "*batch rows"]:
-    """``x @ W.T`` by the factors in turn."""
-    whole = method.left[1] * method.right[1] if isinstance(method, Kronecker) else math.prod(method.cols)
-    items = F.pad(x.reshape(-1, x.shape[-1]), (0, whole - x.shape[-1]))
+    """``x @ W.T`` by the factors one after the other."""
+    items = F.pad(x.reshape(-1, x.shape[-1]), (0, method.inputs() - x.shape[-1]))
     return method.multiply(dict(floats), items, cast(Any, torch)).reshape(*x.shape[:-1], method.shape[0])
 
 

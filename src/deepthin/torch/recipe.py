@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
-from deepthin.method import as_matrix
+from deepthin.method import Method, as_matrix
 from deepthin.methods import METHODS, THEN
+from deepthin.methods.float_coding import inner_of, outer_of
 from deepthin.methods.then import Then
 from deepthin.plan.file_limit import coded_bytes
 from deepthin.plan.parse import parse_rules, parse_then
@@ -94,7 +95,7 @@ class Recipe:
                 if not self._quantizes or self.quantize_from > self.thin_to:
                     return True
         if self._quantizes and self.steps == self.quantize_from:
-            self._share()
+            self._quantize()
             return True
         return False
 
@@ -105,7 +106,7 @@ class Recipe:
             rules = allocate(self.model, rules, self.loss)
         plans = [plan for plan in plan_of(self.model, rules, found, Encoded(owners)) if plan.method is not None]
         self._plans = plans
-        self._quantizes = any(isinstance(plan.method, Then) for plan in plans)
+        self._quantizes = any(plan.method is not None and inner_of(plan.method) for plan in plans)
         rising = Rising(0, self.thin_to - self.thin_from)
         self._twist = Twist(self.model, [_first(plan) for plan in plans], self.every, rising)
 
@@ -124,11 +125,11 @@ class Recipe:
             plans = [_smaller(plan, limit / size) for plan in plans]
         return plans
 
-    def _share(self) -> None:
+    def _quantize(self) -> None:
         """The floats of each code are stored by the second method."""
         named = thin_tensors(self.model)
         plans = [(named[plan.tensors[0].name][0], plan) for plan in self._plans]
-        wanted = {weight: (plan.name, plan.method) for weight, plan in plans if isinstance(plan.method, Then)}
+        wanted = {weight: (plan.name, plan.method) for weight, plan in plans if plan.method and inner_of(plan.method)}
         _store_floats(self.model, wanted, self.importance())
         limit = self.rules.file_bytes
         if limit is not None and len(to_bytes(contents(self.model))) > limit:  # values have changed meanwhile
@@ -149,7 +150,7 @@ def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mappin
         raise ConfigError(
             "quantize_codes: the model has no thin layers whose numbers are stored as they are: compress it first."
         )
-    wanted: dict[ThinWeight, tuple[str, Then]] = {}
+    wanted: dict[ThinWeight, tuple[str, Method]] = {}
     for weight in weights:
         name, options = parse_then(weight.name, then, "quantize_codes:")
         floats = [(e, s) for e, s in weight.method.code_shapes().items() if e not in weight.method.integers()]
@@ -160,7 +161,7 @@ def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mappin
 
 
 def _store_floats(
-    model: nn.Module, wanted: Mapping[ThinWeight, tuple[str, Then]], importance: Mapping[str, Tensor]
+    model: nn.Module, wanted: Mapping[ThinWeight, tuple[str, Method]], importance: Mapping[str, Tensor]
 ) -> None:
     """Exchange weights for others that store their floats by the second method of each."""
     check_importance(model, importance)
@@ -188,12 +189,11 @@ def _smaller(plan: Planned, share: float) -> Planned:
 
 def _first(plan: Planned) -> Planned:
     """Without what the rule's ``then`` says."""
-    if not isinstance(plan.method, Then) or plan.fit is None:
+    if plan.method is None or not inner_of(plan.method) or plan.fit is None:
         return plan
     fit = plan.fit
 
     def outer(bits: int) -> Any:
-        found = fit(bits)
-        return found.outer if isinstance(found, Then) else found
+        return outer_of(fit(bits))
 
-    return dataclasses.replace(plan, name=plan.name.partition(THEN)[0], method=plan.method.outer, fit=outer)
+    return dataclasses.replace(plan, name=plan.name.partition(THEN)[0], method=outer_of(plan.method), fit=outer)

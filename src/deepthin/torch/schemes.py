@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import nn
 
 from deepthin.errors import ConfigError
-from deepthin.method import Method
-from deepthin.methods.pruned import Pruned
-from deepthin.methods.then import Then
+from deepthin.method import Method, Sparse
+from deepthin.methods.float_coding import inner_of, outer_of
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, Unit, shared_budget, split_units, with_targets
@@ -50,7 +49,8 @@ def allocate_pruning(model: nn.Module, rules: Mapping[str, Any] | str | Path | R
     encoded = Encoded(owners)
     sizes: dict[str, np.ndarray] = {}
     for unit in shared:
-        if not isinstance(_outer(plans[unit.name].method), Pruned):
+        method = plans[unit.name].method
+        if method is None or not isinstance(outer_of(method), Sparse):
             raise ConfigError(
                 f"{scheme} is for pruning, and {unit.name} is stored by {unit.rule.name}: use dt.allocate."
             )
@@ -102,15 +102,12 @@ def _spread(magnitudes: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(magnitudes, dtype=np.float64)))) or 1.0
 
 
-def _outer(method: Method | None) -> Method | None:
-    return method.outer if isinstance(method, Then) else method
-
-
 def _bits(unit: Unit, planned: Planned, kept: int) -> int:
     """What a matrix takes that keeps so many weights; along a line, where another method stores their values."""
-    outer = cast(Pruned, _outer(planned.method))
-    if not isinstance(planned.method, Then):
-        return dataclasses.replace(outer, kept=kept).bits() if kept else 0
+    method = cast(Method, planned.method)
+    outer = cast(Sparse, outer_of(method))
+    if not inner_of(method):
+        return outer.with_kept(kept).bits() if kept else 0
     least = unit.fit(unit.smallest_bits())
-    fixed, one = least.bits(), cast(Pruned, _outer(least)).kept
-    return fixed + (planned.method.bits() - fixed) * (kept - one) // max(outer.kept - one, 1)
+    fixed, one = least.bits(), cast(Sparse, outer_of(least)).kept
+    return fixed + (method.bits() - fixed) * (kept - one) // max(outer.kept - one, 1)

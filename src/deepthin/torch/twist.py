@@ -7,7 +7,7 @@ arXiv:1710.01878), except that a pruned weight may come back.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
-from deepthin.method import Method
-from deepthin.methods.pruned import Pruned
+from deepthin.method import Method, Sparse
 from deepthin.plan.file_limit import parts_of
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
@@ -120,9 +119,9 @@ class Twist:
         if self.schedule is None or method is None or planned.fit is None:
             return method
         area = math.prod(method.shape)
-        if isinstance(method, Pruned):
+        if isinstance(method, Sparse):
             kept = round(area * self.schedule.share(self.steps, method.kept / area))
-            return None if kept >= area else replace(method, kept=max(kept, method.kept))
+            return None if kept >= area else method.with_kept(max(kept, method.kept))
         share = self.schedule.share(self.steps, method.bits() / (32 * area))
         return None if share >= 1 else planned.fit(max(int(32 * area * share), method.bits()))
 
