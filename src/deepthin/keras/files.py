@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 from keras import layers, ops
 
-from deepthin.errors import ConfigError
 from deepthin.keras.exchange import exchange_recurrent, make_plain, make_thin, why_not
 from deepthin.keras.generated import ThinLayer
 from deepthin.keras.tree import Held, layer_name, renumbered, tensors, walk
