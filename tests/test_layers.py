@@ -507,7 +507,7 @@ def test_projections_that_cannot_be(rule, says):
 def test_a_group_that_lost_a_layer_is_not_saved(tmp_path):
     model = stack()
     dt.compress(model, {"rules": {"*": {"ratio": 0.2, "group": "flat"}}}, init="scratch")
-    with pytest.raises(ConfigError, match="share one code with layers that are no longer in the model"):
+    with pytest.raises(ConfigError, match="share one code with layers that are not in this model"):
         dt.save(model[:3], tmp_path / "m.thin")
 
 

@@ -269,7 +269,7 @@ def test_a_higher_price_leaves_fewer_levels_and_bits():
 def stored_bytes(method, code):
     """Of the symbols in a file, found by writing them."""
     thin = Thin("ecsq", method, {"w": Part(method.shape)}, {k: Raw.of(v) for k, v in code.items()})
-    return len(thin.stored()["symbols"][0].data)
+    return len(thin.stored["symbols"][0].data)
 
 
 @given(numbers, st.integers(0, 8), st.sampled_from([1, 1.2, 1.5, 2.5]), st.booleans())

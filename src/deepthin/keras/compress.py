@@ -11,28 +11,29 @@ from keras import ops
 
 from deepthin.errors import ConfigError, NonFiniteError
 from deepthin.keras.exchange import make_plain, make_thin, why_not
-from deepthin.keras.files import Restart, contents, raw_code
+from deepthin.keras.files import Restart, as_thin, contents
 from deepthin.keras.generated import ThinLayer
 from deepthin.keras.layout import fresh_std
 from deepthin.keras.tree import Held, layer_name, steady, tensors, walk
 from deepthin.keras.weight import ThinWeight
 from deepthin.method import Method
+from deepthin.plan.encoded import EncodedOnce
 from deepthin.plan.file_limit import parts_of, planned_contents, projecting, within
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors
 from deepthin.plan.start import generator
 from deepthin.plan.tensor import Tensor
-from deepthin.storage.arrays import Raw
+from deepthin.storage.contents import Thin
 from deepthin.storage.report import Report, report_of
 
 
-class Encoded:
+class Encoded(EncodedOnce[np.ndarray, ThinWeight]):
     """Matrices of a model by their plans, each encoded once."""
 
     def __init__(self, held: Mapping[str, Held]) -> None:
+        super().__init__()
         self.held = held
-        self._made: dict[tuple[str, Method], ThinWeight] = {}
 
     def dense(self, planned: Planned) -> list[np.ndarray]:
         """The values of its tensors, in the file's layout, as float32; ConfigError if these cannot share a code."""
@@ -50,23 +51,14 @@ class Encoded:
         first = planned.tensors[0].name
         return {"name": layer_name(first), "dtype": keras.backend.standardize_dtype(self.held[first].variable.dtype)}
 
-    def __call__(self, planned: Planned) -> ThinWeight:
+    def encode(self, planned: Planned, method: Method) -> tuple[ThinWeight, Thin]:
         """The code nearest to its tensors; NonFiniteError for what cannot be encoded."""
-        name, method = planned.tensors[0].name, planned.method
-        if method is None:
-            raise ValueError(f"{name} stays dense.")
-        if (name, method) not in self._made:
-            dense = self.dense(planned)
-            for tensor, values in zip(planned.tensors, dense, strict=True):
-                check_finite(tensor.name, values)
-            encode, options = ThinWeight.encode, self.options(planned)
-            weight = encode(planned.name, method, parts_of(planned), dense, projecting(planned), **options)
-            self._made[name, method] = weight
-        return self._made[name, method]
-
-    def raw(self, planned: Planned) -> dict[str, Raw]:
-        """The same code, as a file has it."""
-        return raw_code(self(planned))
+        names, dense = [tensor.name for tensor in planned.tensors], self.dense(planned)
+        for name, values in zip(names, dense, strict=True):
+            check_finite(name, values)
+        encode, options = ThinWeight.encode, self.options(planned)
+        weight = encode(planned.name, method, parts_of(planned), dense, projecting(planned), **options)
+        return weight, as_thin(weight, names)
 
 
 def compress(
@@ -143,11 +135,11 @@ def materialize(model: keras.Model) -> keras.Model:
 def plan_of(
     model: keras.Model, rules: Rules, held: Mapping[str, Held], encoded: Encoded | None = None
 ) -> list[Planned]:
-    """What becomes of the tensors of a model; a limit for the file is met by writing files."""
+    """What becomes of the tensors of a model; with ``encoded``, a file's limit counts on their codes."""
     found = named(held)
     if rules.file_bytes is None:
         return plan_tensors(rules, found)
-    return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.raw)
+    return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.thin)
 
 
 def named(held: Mapping[str, Held]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Keras models to ``.thin`` files and back, in torch's layouts: files cross (docs/keras.md)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ import ml_dtypes
 import numpy as np
 from keras import layers, ops
 
-from deepthin.errors import ConfigError
 from deepthin.keras.exchange import exchange_recurrent, make_plain, make_thin, why_not
 from deepthin.keras.generated import ThinLayer
 from deepthin.keras.tree import Held, layer_name, renumbered, tensors, walk
 from deepthin.keras.weight import ThinWeight
-from deepthin.storage.arrays import FLOATS, Raw
+from deepthin.storage.arrays import Buffer, Raw, dtype_name, pieces_of
 from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
 from deepthin.storage.read import read
 from deepthin.storage.write import write
@@ -43,7 +43,7 @@ def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None =
     held = tensors(model)
     stored = _fitted(read(path), names or {}, held, model, str(path))
     check_names(shapes_of(stored), {name: own.layout.shape(own.shape) for name, own in held.items()}, str(path))
-    _check_places(stored, held, str(path))
+    check_places(stored, {name: _place(own) for name, own in held.items()}, str(path))
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
@@ -73,41 +73,42 @@ def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None =
         held = tensors(model)
     for first, thin in stored.thin.items():
         held[first].thin.set_code({entry: raw.numpy() for entry, raw in thin.code.items()})  # pyright: ignore[reportOptionalMemberAccess]
-    for name in _names_of(stored, stored.dense):
+    for name in names_of(stored, stored.dense):
         _put(held[name], stored.dense[stored.aliases.get(name, name)].numpy())
     return model
 
 
 def contents(model: keras.Model) -> Contents:
-    """All that a model would save, in the file's layouts: thin tensors, the rest, and which names share a tensor."""
-    dense: dict[str, Raw] = {}
-    aliases: dict[str, str] = {}
-    first: dict[object, str] = {}
-    parts: dict[int, dict[int, str]] = {}  # by ThinWeight: names of its tensors
-    weights: dict[int, ThinWeight] = {}
-    for name, held in sorted(tensors(model).items()):
-        if (kept := first.setdefault(held.key, name)) != name:
-            aliases[name] = kept
-        elif held.thin is not None:
-            weights[id(held.thin)] = held.thin
-            parts.setdefault(id(held.thin), {})[held.index] = name
-        else:
-            dense[name] = raw_of(held.layout.stored(_array(held.variable)))
-    thin: dict[str, Thin] = {}
-    for key, weight in weights.items():
-        if len(parts[key]) < len(weight.parts):
-            raise ConfigError(
-                f"{', '.join(parts[key].values())} share one code with layers that are not in this model: save the "
-                "model that holds them all, or materialize it and compress this one anew."
-            )
-        named = {parts[key][index]: part for index, part in enumerate(weight.parts)}
-        thin[next(iter(named))] = Thin(weight.method_name, weight.method, named, raw_code(weight))
-    return Contents(thin, dense, aliases)
+    """All that a model would save, in the file's layouts: thin tensors, the rest, and which names share a tensor.
+
+    It refers to the model's variables, which are read when they are written, and serves until the model changes.
+    """
+    held = tensors(model)
+    thin = {name: (own.thin, own.index) for name, own in held.items() if own.thin is not None}
+    dense = {name: (own.key, _raw(own)) for name, own in held.items() if own.thin is None}
+    return contents_of(thin, dense, as_thin)
 
 
-def raw_code(weight: ThinWeight) -> dict[str, Raw]:
-    """The stored entries of a matrix."""
-    return {entry: raw_of(array) for entry, array in weight.code().items()}
+def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
+    """A matrix as a file has it, whose tensors have these names."""
+    code = {entry: raw_of(array) for entry, array in weight.code().items()}
+    return Thin(weight.method_name, weight.method, dict(zip(names, weight.parts, strict=True)), code)
+
+
+def _raw(held: Held) -> Raw:
+    """A variable as a file has it, which is read when it is written."""
+    kind = keras.backend.standardize_dtype(held.variable.dtype)
+    return read_late(kind, held.layout.shape(held.shape), lambda: held.layout.stored(_array(held.variable)))
+
+
+def read_late(kind: str, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> Raw:
+    """A stored tensor of a type of Keras', whose values are asked for each time that it is read."""
+    item_bytes = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind).itemsize
+
+    def pieces() -> Iterator[Buffer]:
+        return pieces_of(read(), item_bytes, lambda array: raw_of(array).data)
+
+    return Raw("BF16" if kind == "bfloat16" else dtype_name(np.dtype(kind)), shape, pieces)
 
 
 class Restart:
@@ -193,31 +194,13 @@ def _thin_weight(thin: Thin, first: Held) -> ThinWeight:
     )
 
 
-def _check_places(stored: Contents, held: Mapping[str, Held], path: str) -> None:
-    """ConfigError if what a file holds under some name cannot stand where the model has that name."""
-    thin = {name for entry in stored.thin.values() for name in entry.parts}
-    for name in _names_of(stored, dict.fromkeys(thin)):
-        own = held[name]
-        for place in own.places:
-            if own.thin is None and (reason := why_not(place.layer, place.weight, own.variable)):
-                raise ConfigError(f"{path} stores {name} thin, but in the model {reason}.")
-    for name in _names_of(stored, stored.dense):
-        kind, own = stored.dense[stored.aliases.get(name, name)].dtype, held[name]
-        floats = own.thin is not None or "float" in keras.backend.standardize_dtype(own.variable.dtype)
-        if (kind in FLOATS) != floats:
-            raise ConfigError(f"{path} stores {name} as {kind}, which its kind in the model is not.")
-    first: dict[tuple[int, int], str] = {}
-    for name, own in held.items():
-        twin = first.setdefault(own.key, name)
-        if stored.aliases.get(twin, twin) != stored.aliases.get(name, name):
-            raise ConfigError(
-                f"The model shares one tensor as {twin} and {name}, but {path} stores two different ones."
-            )
-
-
-def _names_of(stored: Contents, names: Mapping[str, object]) -> list[str]:
-    """These names and every name that shares a tensor with one of them."""
-    return [*names, *(name for name, target in stored.aliases.items() if target in names)]
+def _place(held: Held) -> Place:
+    """A tensor of the model as one of a file would take its place."""
+    if held.thin is not None:
+        return Place(held.key, "real")
+    real = "float" in keras.backend.standardize_dtype(held.variable.dtype)
+    reasons = (why_not(place.layer, place.weight, held.variable) for place in held.places)
+    return Place(held.key, "real" if real else "whole", next(filter(None, reasons), ""))
 
 
 def _put(held: Held, values: np.ndarray) -> None:
@@ -239,5 +222,5 @@ def _array(variable: Any) -> np.ndarray:
 def raw_of(array: np.ndarray) -> Raw:
     """As a file has it, bfloat16 too."""
     if array.dtype == ml_dtypes.bfloat16:
-        return Raw("BF16", array.shape, np.ascontiguousarray(array).tobytes())
+        return Raw("BF16", array.shape, Raw.of(np.ascontiguousarray(array).view(np.uint16)).data)
     return Raw.of(array)

@@ -1,6 +1,6 @@
 """What a model's file would hold, and which plans meet a limit for it: the same in every framework."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -8,14 +8,13 @@ from deepthin.errors import BudgetError
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors
 from deepthin.plan.tensor import Tensor
-from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents, Part, Thin
-from deepthin.storage.write import to_bytes
+from deepthin.storage.write import size_of
 
-_MEASUREMENTS = 8  # files that are written, at most, to find how much coding leaves room for
+_MEASUREMENTS = 8  # plans that are encoded, at most, to find how much coding leaves room for
 
-Encoder = Callable[[Planned], Mapping[str, Raw]]
-"""The code of what was planned, from the values that its tensors have."""
+Encoder = Callable[[Planned], Thin]
+"""What was planned, encoded from the values that its tensors have."""
 
 
 def parts_of(planned: Planned) -> list[Part]:
@@ -33,15 +32,12 @@ def projecting(planned: Planned) -> list[np.ndarray] | None:
 def within(
     limit: int, rules: Rules, found: Sequence[Tensor], base: Contents, encoded: Encoder | None = None
 ) -> list[Planned]:
-    """The largest plans whose file has at most so many bytes, found by writing files; BudgetError if there are none.
+    """The largest plans whose file has at most so many bytes; BudgetError if there are none.
 
-    ``base`` is what the model holds now. With ``encoded``, by files of the codes themselves, where these have integers
-    that training leaves as they are and that may be coded in fewer bits than any others.
+    ``base`` is what the model holds now. Sizes follow from the plans alone: no value is read, and no file written. With
+    ``encoded``, they are those of the codes themselves, where these have integers that training leaves as they are and
+    that may be coded in fewer bits than any others.
     """
-
-    def written(planned: list[Planned]) -> int:
-        return len(to_bytes(planned_contents(base, planned)))
-
     try:
         low = 0
         best = plan_tensors(rules, found, low)
@@ -49,8 +45,8 @@ def within(
         low = error.smallest_bits
         best = plan_tensors(rules, found, low)
     smallest = planned_contents(base, best)
-    if (least := len(to_bytes(smallest))) > limit:
-        kept = sum(len(raw.data) for raw in smallest.dense.values())
+    if (least := size_of(smallest)) > limit:
+        kept = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
             f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which {kept} are "
             f"tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
@@ -61,7 +57,7 @@ def within(
     while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
         middle = (low + high) // 2
         planned = plan_tensors(rules, found, middle)
-        if written(planned) <= limit:
+        if size_of(planned_contents(base, planned)) <= limit:
             low, best = middle, planned
         else:
             high = middle
@@ -83,7 +79,7 @@ def within(
 
 def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoder) -> int:
     """Of the file, with codes that training leaves as long as they are taken as they are."""
-    return len(to_bytes(planned_contents(base, planned, encoded)))
+    return size_of(planned_contents(base, planned, encoded))
 
 
 def _codable(planned: Planned) -> bool:
@@ -97,10 +93,10 @@ def planned_contents(base: Contents, planned: Sequence[Planned], encoded: Encode
     for p in planned:
         if p.method is not None:
             first = p.tensors[0].name
-            parts = dict(zip((tensor.name for tensor in p.tensors), parts_of(p), strict=True))
             if encoded is not None and _codable(p):
-                thin[first] = Thin(p.name, p.method, parts, encoded(p))
+                thin[first] = encoded(p)
             else:
+                parts = dict(zip((tensor.name for tensor in p.tensors), parts_of(p), strict=True))
                 thin[first] = Thin.plan(p.name, p.method, parts, base.dense[first])
     gone = {name for entry in thin.values() for name in entry.parts}
     dense = {name: raw for name, raw in base.dense.items() if name not in gone}

@@ -5,6 +5,7 @@ docs/format.md is normative for the codings. What is read is trusted in nothing:
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,22 +41,51 @@ LONGEST_NAME: Coding = ("huffman", huffman.WIDEST)
 _MOST_REPEATED = 1 << 16  # floats in a row of which only the first are stored: a small file must not declare more
 
 
+Buffer = bytes | bytearray | memoryview
+"""Bytes in a row, in main memory."""
+
+PIECE_BYTES = 1 << 22
+"""What is copied at once, at most, of a tensor whose bytes do not lie in a row in main memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """One stored tensor: its safetensors type, its shape, and its bytes, little-endian and row by row."""
+    """One stored tensor: its safetensors type, its shape, and its bytes, little-endian and row by row.
+
+    ``source`` has the bytes, or yields them piece by piece each time it is called: a tensor of a model is read when it
+    is written, and not before. So what is written are the values that the model has then.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes | bytearray | memoryview
+    source: Buffer | Callable[[], Iterator[Buffer]]
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Raw":
-        """A NumPy array as a stored tensor; TypeError for a type that safetensors does not have."""
-        names = {np.dtype(code): name for name, code in _NUMPY.items()}
-        if array.dtype.newbyteorder("<") not in names:
-            raise TypeError(f"A .thin file cannot hold arrays of type {array.dtype}. It can hold: {', '.join(_NUMPY)}.")
+        """A NumPy array as a stored tensor, not copied if that can be; TypeError for a type without a name."""
         kind = array.dtype.newbyteorder("<")
-        return cls(names[kind], array.shape, np.ascontiguousarray(array, dtype=kind).tobytes())
+        row_by_row = np.ascontiguousarray(array, dtype=kind).reshape(-1)
+        return cls(dtype_name(array.dtype), array.shape, row_by_row.view(np.uint8).data)
+
+    @classmethod
+    def zeros(cls, dtype: str, shape: tuple[int, ...]) -> "Raw":
+        """A placeholder for values that are not there yet; takes no memory, whatever its shape."""
+        count = ITEM_BYTES[dtype] * math.prod(shape)
+        return cls(dtype, shape, lambda: (bytes(min(PIECE_BYTES, count - at)) for at in range(0, count, PIECE_BYTES)))
+
+    @property
+    def bytes(self) -> int:
+        """How many there are; known without reading them."""
+        return len(self.source) if isinstance(self.source, Buffer) else ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+    @property
+    def data(self) -> Buffer:
+        """All bytes at once."""
+        return self.source if isinstance(self.source, Buffer) else b"".join(self.pieces())
+
+    def pieces(self) -> Iterator[Buffer]:
+        """The bytes, one piece after the other."""
+        return iter((self.source,)) if isinstance(self.source, Buffer) else self.source()
 
     def numpy(self) -> np.ndarray:
         """The tensor as a NumPy array; bfloat16, which NumPy lacks, is widened to float32 without loss."""
@@ -63,6 +93,32 @@ class Raw:
             wide = np.frombuffer(self.data, "<u2").astype("<u4") << np.uint32(16)
             return wide.view("<f4").reshape(self.shape)
         return np.frombuffer(self.data, _NUMPY[self.dtype]).reshape(self.shape)
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """That of safetensors; TypeError for a type that it does not have."""
+    name = next((name for name, code in _NUMPY.items() if np.dtype(code) == dtype.newbyteorder("<")), None)
+    if name is None:
+        raise TypeError(f"A .thin file cannot hold arrays of type {dtype}. It can hold: {', '.join(_NUMPY)}.")
+    return name
+
+
+def pieces_of(tensor: Any, item_bytes: int, copied: Callable[[Any], Buffer]) -> Iterator[Buffer]:
+    """The bytes of a tensor of any framework, row by row and at most ``PIECE_BYTES`` at once.
+
+    ``copied`` brings a slice of it to main memory.
+    """
+    shape = tuple(tensor.shape)
+    row_bytes = item_bytes * math.prod(shape[1:])
+    if not shape or item_bytes * math.prod(shape) <= PIECE_BYTES:
+        yield copied(tensor)
+    elif row_bytes > PIECE_BYTES:
+        for row in range(shape[0]):
+            yield from pieces_of(tensor[row], item_bytes, copied)
+    else:
+        rows = PIECE_BYTES // row_bytes
+        for first in range(0, shape[0], rows):
+            yield copied(tensor[first : first + rows])
 
 
 def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
@@ -98,7 +154,7 @@ def without_repeats(entry: str, raw: Raw) -> tuple[Raw, Coding | None]:
     coding = ("repeats", kept)
     if (len(items) - kept) * items.shape[1] <= len(json.dumps({"codings": {entry: coding}})):
         return raw, None
-    return Raw(raw.dtype, (kept,), raw.data[: kept * items.shape[1]]), coding
+    return Raw(raw.dtype, (kept,), memoryview(raw.data)[: kept * items.shape[1]]), coding
 
 
 def unpacked(name: str, raw: Raw | None, coding: Any, kind: Integers, shape: tuple[int, ...]) -> Raw:

@@ -5,22 +5,36 @@ import os
 import secrets
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from deepthin.storage.arrays import Buffer
+
 _STALE_SECONDS = 3600
+_LEAST_BYTES = 1 << 20  # of a call to the operating system; shorter pieces are joined
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
+def write_atomically(path: str | Path, data: Buffer) -> None:
     """Replace the file at ``path`` by ``data``: after a crash or a full disk either the old or the new file is whole.
 
-    The bytes go to a temporary file beside it, are forced to disk, and take the name, and an old file's mode, in one
-    step. Temporary files that an earlier crash left more than an hour ago are removed. A link is followed; a pipe or a
-    device is written to. OSError names the path; then the old file still stands.
+    See ``stream_atomically``.
+    """
+    stream_atomically(path, (data,))
+
+
+def stream_atomically(path: str | Path, pieces: Iterable[Buffer]) -> None:
+    """Replace the file at ``path`` by all pieces, of bytes, one after the other; they are asked for one by one.
+
+    After a crash, a full disk, or an error of ``pieces``, either the old or the new file is whole. The bytes go to a
+    temporary file beside it, are forced to disk, and take the name, and an old file's mode, in one step. Temporary
+    files that an earlier crash left more than an hour ago are removed. A link is followed; a pipe or a device is
+    written to. OSError names the path; then the old file still stands.
     """
     path = Path(path).resolve()
     try:
         if path.exists() and not path.is_file():
-            path.write_bytes(data)
+            with path.open("wb") as file:
+                file.writelines(_joined(pieces))
             return
         prefix = f".deepthin-{zlib.crc32(path.name.encode()):08x}-"
         for stale in path.parent.glob(f"{prefix}*.tmp"):
@@ -34,9 +48,10 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             try:
                 if mode is not None:
                     os.fchmod(file, mode)
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(file, view) :]
+                for piece in _joined(pieces):
+                    view = memoryview(piece)
+                    while view:
+                        view = view[os.write(file, view) :]
                 os.fsync(file)
             finally:
                 os.close(file)
@@ -51,3 +66,21 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             os.close(directory)
     except OSError as error:
         raise OSError(error.errno, f"could not write: {os.strerror(error.errno or 0)}", str(path)) from error
+
+
+def _joined(pieces: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The same bytes, short pieces joined; long ones are not copied."""
+    short = bytearray()
+    for piece in pieces:
+        if len(piece) >= _LEAST_BYTES:
+            if short:
+                yield short
+                short = bytearray()
+            yield piece
+            continue
+        short += piece
+        if len(short) >= _LEAST_BYTES:
+            yield short
+            short = bytearray()
+    if short:
+        yield short

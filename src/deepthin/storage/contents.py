@@ -1,5 +1,6 @@
 """What a ``.thin`` file holds: compressed matrices, tensors as they are, and names that share a tensor."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -32,7 +33,11 @@ class Part:
         return xp.concatenate([tensor[:row], 0 * tensor[row:after], tensor[after:]])
 
 
-@dataclass(frozen=True, slots=True)
+Stored = Mapping[str, tuple[Raw, Coding | None]]
+"""The entries of a matrix as the file has them: floats, and integers as bytes; with how these are to be read."""
+
+
+@dataclass(frozen=True)
 class Thin:
     """A compressed matrix and the tensors that it holds, one after the other: several in a group, else one."""
 
@@ -44,18 +49,18 @@ class Thin:
 
     @classmethod
     def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":
-        """What takes at least the room of any code of this method whose floats have the type of ``like``."""
+        """What takes at least the room of any code of this method whose floats have the type of ``like``: no values."""
         integers, code = method.integers(), dict[str, Raw]()
         for entry, shape in method.code_shapes().items():
-            count = math.prod(shape)
             if entry in integers:
-                code[entry] = Raw("U8", (most := integers[entry].bytes(count),), bytes(most))
+                code[entry] = Raw.zeros("U8", (integers[entry].bytes(math.prod(shape)),))
             else:
-                code[entry] = Raw(like.dtype, shape, bytes(ITEM_BYTES[like.dtype] * count))
+                code[entry] = Raw.zeros(like.dtype, shape)
         return cls(name, method, parts, code, planned=True)
 
-    def stored(self) -> dict[str, tuple[Raw, Coding | None]]:
-        """Every entry as the file has it: floats, and integers as bytes; with how these are to be read."""
+    @functools.cached_property
+    def stored(self) -> Stored:
+        """Every entry as the file has it. Integers are coded once, when this is first asked for."""
         integers = self.method.integers()
         if self.planned:
             return {entry: (raw, LONGEST_NAME if entry in integers else None) for entry, raw in self.code.items()}
@@ -67,7 +72,7 @@ class Thin:
     @property
     def bytes(self) -> int:
         """Of the stored tensors."""
-        return sum(len(raw.data) for raw, _ in self.stored().values())
+        return sum(raw.bytes for raw, _ in self.stored.values())
 
     @property
     def dense_bytes(self) -> int:
@@ -96,7 +101,8 @@ class Thin:
 class Contents:
     """All that a file holds: compressed matrices, tensors as they are, and names that share another name's tensor.
 
-    ``thin`` is keyed by the name of each matrix's first tensor.
+    ``thin`` is keyed by the name of each matrix's first tensor. Of a model, contents refer to its tensors, whose values
+    are read when they are written: they serve until the model changes.
     """
 
     thin: Mapping[str, Thin]
@@ -106,4 +112,4 @@ class Contents:
     @property
     def dense_bytes(self) -> int:
         """Of the dense model: every parameter and buffer."""
-        return sum(len(raw.data) for raw in self.dense.values()) + sum(thin.dense_bytes for thin in self.thin.values())
+        return sum(raw.bytes for raw in self.dense.values()) + sum(thin.dense_bytes for thin in self.thin.values())

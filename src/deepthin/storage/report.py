@@ -10,17 +10,17 @@ from typing import Any
 from deepthin.method import Method
 from deepthin.methods.float_coding import inner_of, outer_of
 from deepthin.storage.contents import Contents, Thin
-from deepthin.storage.write import Stored, file_of
+from deepthin.storage.write import size_of
 
 
-def _coding_of(thin: Thin, stored: Stored) -> dict[str, str]:
+def _coding_of(thin: Thin) -> dict[str, str]:
     """How a matrix's integers are stored, as a report shows it: nothing where there are none."""
     if thin.planned or not (integers := thin.method.integers()):
         return {}
     ways: list[str] = []
     for entry in integers:
-        raw, coding = stored[entry]
-        bits = 8 * len(raw.data) / max(math.prod(thin.code[entry].shape), 1)
+        raw, coding = thin.stored[entry]
+        bits = 8 * raw.bytes / max(math.prod(thin.code[entry].shape), 1)
         ways.append(f"{entry + ' ' if len(integers) > 1 else ''}{coding[0] if coding else ''} {bits:.1f} bits")
     return {"coding": ", ".join(ways)}
 
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, and the whole: ``total_bytes`` is the size of the written file, found by writing it."""
+    """All rows, and the whole: ``total_bytes`` is the size of the written file."""
 
     rows: tuple[Row, ...]
     total_bytes: int
@@ -139,10 +139,9 @@ def report_of(contents: Contents, errors: Mapping[str, float] | None = None) -> 
     The tensors of a group share its bytes by their size.
     """
     rows: list[Row] = []
-    stored = {key: thin.stored() for key, thin in contents.thin.items()}
     for key, thin in contents.thin.items():
-        left, dense_left = sum(len(raw.data) for raw, _ in stored[key].values()), thin.dense_bytes
-        plan = {**describe(thin.method), **_coding_of(thin, stored[key])}
+        left, dense_left = thin.bytes, thin.dense_bytes
+        plan = {**describe(thin.method), **_coding_of(thin)}
         for name, part in thin.parts.items():
             dense = thin.item_bytes * math.prod(part.shape)
             share = left * dense // dense_left
@@ -150,12 +149,12 @@ def report_of(contents: Contents, errors: Mapping[str, float] | None = None) -> 
             group = {"group": key} if len(thin.parts) > 1 else {}
             error = (errors or {}).get(name, math.nan)
             rows.append(Row(name, thin.name, part.shape, dense, share, error, {**plan, **group}))
-    dense = {name: len(raw.data) for name, raw in contents.dense.items()}
+    dense = {name: raw.bytes for name, raw in contents.dense.items()}
     matrices = [name for name, raw in contents.dense.items() if len(raw.shape) > 1]
     rows += [Row(name, "dense", contents.dense[name].shape, dense[name], dense[name]) for name in matrices]
     return Report(
         rows=tuple(sorted(rows, key=lambda row: row.name)),
-        total_bytes=len(file_of(contents, stored)),
+        total_bytes=size_of(contents),
         dense_bytes=contents.dense_bytes,
         other_bytes=sum(bytes_ for name, bytes_ in dense.items() if name not in matrices),
     )

@@ -1,18 +1,21 @@
 """What a factory of variables holds, and what of it goes into a file."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from deepthin.keras.files import raw_code, raw_of
+from deepthin.keras.files import as_thin, read_late
 from deepthin.keras.layout import Layout
 from deepthin.keras.weight import ThinWeight
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned
 from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.held import contents_of
 from deepthin.tensorflow.host import numpy_of
 
 
@@ -51,24 +54,28 @@ Asked = tuple[Rules | None, int]
 
 def contents(state: State) -> Contents:
     """All that a factory would save, and what of a file nobody asked for yet."""
-    first = dict[object, str]()
-    thin: dict[str, Thin] = {}
-    dense: dict[str, Raw] = {}
-    aliases: dict[str, str] = {}
-    for name, entry in sorted(state.entries.items()):
-        if (kept := first.setdefault((id(entry.held), entry.index), name)) != name:
-            aliases[name] = kept
-        elif not isinstance(entry.held, ThinWeight):
-            dense[name] = raw_of(entry.layout.stored(numpy_of(entry.held)))
-    for weight in {id(e.held): e.held for e in state.entries.values() if isinstance(e.held, ThinWeight)}.values():
-        parts = {first[id(weight), index]: part for index, part in enumerate(weight.parts)}
-        thin[next(iter(parts))] = Thin(weight.method_name, weight.method, parts, raw_code(weight))
-    for name, (matrix, index) in sorted(state.stored.items()):
-        if (kept := first.setdefault((id(matrix), index), name)) != name:
-            aliases[name] = kept
-        elif isinstance(matrix, Raw):
-            dense[name] = matrix
+    thin: dict[str, tuple[ThinWeight | Thin, int]] = {}
+    dense: dict[str, tuple[int, Raw]] = {}
+    for name, entry in state.entries.items():
+        if isinstance(entry.held, ThinWeight):
+            thin[name] = (entry.held, entry.index)
         else:
-            parts = list(matrix.parts)
-            thin[parts[0]] = matrix
-    return Contents(thin, dense, aliases)
+            dense[name] = (id(entry.held), _raw(entry))
+    for name, (matrix, index) in state.stored.items():
+        if isinstance(matrix, Raw):
+            dense[name] = (id(matrix), matrix)
+        else:
+            thin[name] = (matrix, index)
+    return contents_of(thin, dense, _as_thin)
+
+
+def _as_thin(matrix: ThinWeight | Thin, names: Sequence[str]) -> Thin:
+    if isinstance(matrix, ThinWeight):
+        return as_thin(matrix, names)
+    return dataclasses.replace(matrix, parts=dict(zip(names, matrix.parts.values(), strict=True)))
+
+
+def _raw(entry: Entry) -> Raw:
+    """A variable as a file has it, which is read when it is written."""
+    shape = entry.layout.shape(entry.shape)
+    return read_late(entry.held.dtype.base_dtype.name, shape, lambda: entry.layout.stored(numpy_of(entry.held)))

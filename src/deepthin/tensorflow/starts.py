@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from deepthin.errors import ConfigError, NonFiniteError
-from deepthin.keras.files import raw_of
 from deepthin.keras.layout import Layout
 from deepthin.method import Method
 from deepthin.plan import start
@@ -16,6 +15,7 @@ from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors
 from deepthin.plan.start import Start
 from deepthin.plan.tensor import Tensor
+from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents
 
 
@@ -24,7 +24,7 @@ def plan_all(rules: Rules, tensors: Sequence[Tensor]) -> "dict[str, Planned | No
     if rules.file_bytes is None:
         plans = plan_tensors(rules, tensors)
     else:
-        empty = {t.name: raw_of(np.zeros(t.shape, np.float32)) for t in tensors}
+        empty = {t.name: Raw.zeros("F32", t.shape) for t in tensors}
         plans = within(rules.file_bytes, rules, tensors, Contents({}, empty))
     found: dict[str, Planned | None] = {tensor.name: None for tensor in tensors}
     for planned in plans:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.method import Method
-from deepthin.plan.file_limit import coded_bytes, parts_of
+from deepthin.plan.file_limit import coded_bytes
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, Unit, shared_budget, spend, split_units, with_targets
-from deepthin.storage.contents import Thin
 from deepthin.torch.compress import plan_of
 from deepthin.torch.files import contents
 from deepthin.torch.importance import check_importance
@@ -69,7 +68,7 @@ def allocate(
         with torch.no_grad():
             trial = _Trial(model, loss, Encoded(owners, importance), measured)
             if measured:
-                taken = coded_bytes(contents(model), list(plans.values()), trial.encoded.raw)
+                taken = coded_bytes(contents(model), list(plans.values()), trial.encoded.thin)
                 budget = 8 * ((flat.file_bytes or 0) - taken) + sum(trial.cost(u, at_first[u.name]) for u in shared)
             else:
                 budget = shared_budget(flat, units, fixed, shared)
@@ -109,9 +108,7 @@ class _Trial:
         """Bits that a file takes for the matrix; the most that it may take where training changes the symbols."""
         if not self.measured or method.trains == "through":
             return method.bits()
-        planned = _planned(unit, method)
-        parts = dict(zip((tensor.name for tensor in unit.tensors), parts_of(planned), strict=True))
-        return 8 * Thin(planned.name, method, parts, self.encoded.raw(planned)).bytes
+        return 8 * self.encoded.thin(_planned(unit, method)).bytes
 
     def spend(self, units: list[Unit], methods: Mapping[str, Method], left: int) -> dict[str, Method]:
         """As ``rules.spend``, by what plans cost: a larger one is looked for by how much the one before was off."""

@@ -143,10 +143,10 @@ def materialize(model: nn.Module) -> nn.Module:
 
 
 def plan_of(model: nn.Module, rules: Rules, found: list[Named], encoded: Encoded | None = None) -> list[Planned]:
-    """What becomes of the tensors that ``tensors_of`` found; a limit for the file is met by writing files."""
+    """What becomes of the tensors that ``tensors_of`` found; with ``encoded``, a file's limit counts on their codes."""
     if rules.file_bytes is None:
         return plan_tensors(rules, found)
-    return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.raw)
+    return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.thin)
 
 
 def _factored(method: Method | None) -> Factor | None:

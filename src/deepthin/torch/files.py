@@ -1,15 +1,17 @@
 """Models to ``.thin`` files and back, under the names of the dense model's state dict."""
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
-from deepthin.storage.arrays import FLOATS, Raw
+from deepthin.storage.arrays import Buffer, Raw, pieces_of
 from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
 from deepthin.storage.read import read
 from deepthin.storage.write import write
@@ -79,7 +81,7 @@ def load(
             make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})
     make_sequential(model)
     replaced: dict[int, Tensor] = {}
-    for name in _names_of(stored, stored.dense):
+    for name in names_of(stored, stored.dense):
         tensor = _tensor(stored.dense[stored.aliases.get(name, name)])
         _put(model, name, tensor.clone() if name in stored.aliases else tensor, replaced)
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
@@ -103,12 +105,16 @@ def _check_places(
     path: str,
 ) -> None:
     """ConfigError if what a file holds under some name cannot stand where the model has that name."""
-    parts = {name: part for thin in stored.thin.values() for name, part in thin.parts.items()}
-    for name in _names_of(stored, parts):
+    places = {name: Place((id(weight), index), "real") for name, (weight, index) in thin_now.items()}
+    for name, tensor in dense_now.items():
         layer, own = _owner(model, name)
-        part = parts[stored.aliases.get(name, name)]
-        if name not in thin_now and ((reason := why_not(layer, own)) or own not in layer._parameters):
-            raise ConfigError(f"{path} stores {name} thin, but in the model {reason or f'{own} is no parameter'}.")
+        reason = why_not(layer, own) or ("" if own in layer._parameters else f"{own} is no parameter")
+        numbers = "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else "whole"
+        places[name] = Place((id(tensor), 0), numbers, reason)
+    check_places(stored, places, path)
+    parts = {name: part for thin in stored.thin.values() for name, part in thin.parts.items()}
+    for name in names_of(stored, parts):
+        layer, part = _owner(model, name)[0], parts[stored.aliases.get(name, name)]
         if isinstance(layer, nn.Embedding) and part.zero_row != padding_row(layer):
             raise ConfigError(
                 f"{path} stores {name} with padding row {part.zero_row}, but padding_idx in the model is "
@@ -116,53 +122,21 @@ def _check_places(
             )
         if part.transposed != (is_transposed(layer) and len(part.shape) == 2):
             raise ConfigError(f"{path} stores {name} in another order of inputs and outputs than the model keeps it.")
-    for name in _names_of(stored, stored.dense):
-        kind, now = stored.dense[stored.aliases.get(name, name)].dtype, dense_now.get(name)
-        if (kind in (*FLOATS, "C64")) != (now is None or now.is_floating_point() or now.is_complex()):
-            raise ConfigError(f"{path} stores {name} as {kind}, which its kind in the model is not.")
-    first: dict[tuple[int, int], str] = {}
-    places = {name: (id(weight), index) for name, (weight, index) in thin_now.items()}
-    for name, place in {**places, **{name: (id(tensor), 0) for name, tensor in dense_now.items()}}.items():
-        twin = first.setdefault(place, name)
-        if stored.aliases.get(twin, twin) != stored.aliases.get(name, name):
-            raise ConfigError(
-                f"The model shares one tensor as {twin} and {name}, but {path} stores two different ones."
-            )
 
 
 def contents(model: nn.Module) -> Contents:
-    """All that a model would save: thin tensors, the rest as it is, and which names share a tensor."""
-    dense: dict[str, Raw] = {}
-    aliases: dict[str, str] = {}
-    first: dict[object, str] = {}
-    weights: dict[int, ThinWeight] = {}
-    parts: dict[int, dict[int, str]] = {}  # by ThinWeight: names of its tensors
-    for name, (weight, index) in sorted(thin_tensors(model).items()):
-        if (kept := first.setdefault((id(weight), index), name)) != name:
-            aliases[name] = kept
-        else:
-            weights[id(weight)] = weight
-            parts.setdefault(id(weight), {})[index] = name
-    thin: dict[str, Thin] = {}
-    for key, weight in weights.items():
-        if len(parts[key]) < len(weight.parts):
-            raise ConfigError(
-                f"{', '.join(parts[key].values())} share one code with layers that are no longer in the model: "
-                "materialize the model, then compress it anew."
-            )
-        named = {parts[key][index]: part for index, part in enumerate(weight.parts)}
-        thin[next(iter(named))] = Thin(weight.name, weight.method, named, raw_code(weight))
-    for name, tensor in sorted(_dense_tensors(model).items()):
-        if (kept := first.setdefault(id(tensor), name)) != name:
-            aliases[name] = kept
-        else:
-            dense[name] = _raw(name, tensor)
-    return Contents(thin, dense, aliases)
+    """All that a model would save: thin tensors, the rest as it is, and which names share a tensor.
+
+    It refers to the model's tensors, of which nothing is copied, and serves until the model changes.
+    """
+    dense = {name: (id(tensor), _raw(name, tensor)) for name, tensor in _dense_tensors(model).items()}
+    return contents_of(thin_tensors(model), dense, as_thin)
 
 
-def raw_code(weight: ThinWeight) -> dict[str, Raw]:
-    """The stored entries of a matrix."""
-    return {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
+def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
+    """A matrix as a file has it, whose tensors have these names."""
+    code = {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
+    return Thin(weight.name, weight.method, dict(zip(names, weight.parts, strict=True)), code)
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -185,15 +159,24 @@ def _raw(name: str, tensor: Tensor) -> Raw:
         raise TypeError(
             f"{name} is {tensor.dtype}, {tensor.layout}: a .thin file holds dense {', '.join(_TYPES)} only."
         )
+    kind, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
     if tensor.is_meta:  # the size of a file can be told before there are values
-        return Raw(_NAMES[tensor.dtype], tuple(tensor.shape), bytes(tensor.numel() * tensor.element_size()))
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return Raw(_NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
+        return Raw.zeros(kind, shape)
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        return Raw(kind, shape, _bytes(tensor))
+    return Raw(kind, shape, functools.partial(pieces_of, tensor, tensor.element_size(), _bytes))
+
+
+def _bytes(tensor: Tensor) -> Buffer:
+    """Those of a tensor itself, where they lie in main memory in a row; else of a copy."""
+    row_by_row = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return row_by_row.view(torch.uint8).numpy().data
 
 
 def _tensor(raw: Raw) -> Tensor:
     """The tensor of stored bytes, which it takes over without a copy."""
-    if not raw.data:
+    if not raw.bytes:
         return torch.empty(raw.shape, dtype=_TYPES[raw.dtype])
     data = raw.data if isinstance(raw.data, bytearray) else bytearray(raw.data)
     return torch.frombuffer(data, dtype=_TYPES[raw.dtype]).view(raw.shape)
@@ -220,11 +203,6 @@ def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tenso
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, own = name.rpartition(".")
     return model.get_submodule(path), own
-
-
-def _names_of(stored: Contents, tensors: Mapping[str, object]) -> list[str]:
-    """The names of these tensors and every name that shares one of them."""
-    return [*tensors, *(name for name, target in stored.aliases.items() if target in tensors)]
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[int, Tensor]) -> None:

@@ -21,7 +21,7 @@ from deepthin.plan.parse import parse_rules, parse_then
 from deepthin.plan.rules import NO_LIMIT, Rules, Stages
 from deepthin.plan.shares import Planned
 from deepthin.storage.report import Report, report_of
-from deepthin.storage.write import to_bytes
+from deepthin.storage.write import size_of
 from deepthin.torch.allocation import allocate
 from deepthin.torch.compress import carry_out, materialize, plan_of
 from deepthin.torch.exchange import make_thin, thin_tensors
@@ -117,9 +117,9 @@ class Recipe:
 
     def _within_the_file(self, plans: list[Planned]) -> list[Planned]:
         """Smaller plans, if the dense weights as they are now would make a file above the configuration's limit."""
-        limit, owners = self.rules.file_bytes, tensors_of(self.model)[1]
+        limit, encoded = self.rules.file_bytes, Encoded(tensors_of(self.model)[1])
         while limit is not None:
-            size = coded_bytes(contents(self.model), plans, Encoded(owners).raw)
+            size = coded_bytes(contents(self.model), plans, encoded.thin)
             if size <= limit:
                 break
             plans = [_smaller(plan, limit / size) for plan in plans]
@@ -132,7 +132,7 @@ class Recipe:
         wanted = {weight: (plan.name, plan.method) for weight, plan in plans if plan.method and inner_of(plan.method)}
         _store_floats(self.model, wanted, self.importance())
         limit = self.rules.file_bytes
-        if limit is not None and len(to_bytes(contents(self.model))) > limit:  # values have changed meanwhile
+        if limit is not None and size_of(contents(self.model)) > limit:  # values have changed meanwhile
             materialize(self.model)
             self._plans = self._within_the_file(self._plans)
             carry_out(self.model, self._plans, tensors_of(self.model)[1])

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from deepthin.errors import ConfigError, NonFiniteError
 from deepthin.method import Method
+from deepthin.plan.encoded import EncodedOnce
 from deepthin.plan.file_limit import parts_of
 from deepthin.plan.shares import Planned
 from deepthin.plan.tensor import Tensor as Named
-from deepthin.storage.arrays import Raw
+from deepthin.storage.contents import Thin
 from deepthin.torch.exchange import fresh_std, is_transposed, padding_row, why_not
-from deepthin.torch.files import raw_code
+from deepthin.torch.files import as_thin
 from deepthin.torch.importance import importance_for
 from deepthin.torch.weight import ThinWeight
 
@@ -20,12 +21,12 @@ Owners = dict[str, list[tuple[nn.Module, str]]]
 """By the name of a parameter the layers that hold it, and as what: more than one where it is shared."""
 
 
-class Encoded:
+class Encoded(EncodedOnce[Tensor, ThinWeight]):
     """Matrices of a model by their plans, each encoded once; ``importance`` is that of ``compress``."""
 
     def __init__(self, owners: Owners, importance: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
         self.owners, self.importance = owners, importance or {}
-        self._made: dict[tuple[str, Method], ThinWeight] = {}
 
     def dense(self, planned: Planned) -> list[Tensor]:
         """The values of its tensors; ConfigError if these cannot share a code."""
@@ -37,27 +38,18 @@ class Encoded:
             )
         return dense
 
-    def __call__(self, planned: Planned) -> ThinWeight:
+    def encode(self, planned: Planned, method: Method) -> tuple[ThinWeight, Thin]:
         """The code nearest to its tensors; NonFiniteError, and ConfigError for padding that is not zero."""
-        names, method, dense = [t.name for t in planned.tensors], planned.method, self.dense(planned)
-        if method is None:
-            raise ValueError(f"{names[0]} stays dense.")
-        if (names[0], method) not in self._made:
-            parts = parts_of(planned)
-            for name, tensor, part in zip(names, dense, parts, strict=True):
-                check_finite(name, tensor)
-                if part.zero_row is not None and tensor[part.zero_row].any():
-                    raise ConfigError(
-                        f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
-                        "zero: set it to zero, or the layer's padding_idx to None."
-                    )
-            weigh = importance_for(planned, self.importance)
-            self._made[names[0], method] = ThinWeight.encode(planned.name, method, parts, dense, weigh)
-        return self._made[names[0], method]
-
-    def raw(self, planned: Planned) -> dict[str, Raw]:
-        """The same code, as a file has it."""
-        return raw_code(self(planned))
+        names, dense, parts = [t.name for t in planned.tensors], self.dense(planned), parts_of(planned)
+        for name, tensor, part in zip(names, dense, parts, strict=True):
+            check_finite(name, tensor)
+            if part.zero_row is not None and tensor[part.zero_row].any():
+                raise ConfigError(
+                    f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
+                    "zero: set it to zero, or the layer's padding_idx to None."
+                )
+        weight = ThinWeight.encode(planned.name, method, parts, dense, importance_for(planned, self.importance))
+        return weight, as_thin(weight, names)
 
 
 def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:
