@@ -249,13 +249,15 @@ WAYS: tuple[Way, ...] = (
 """Every way. A device, a kernel or a method is one more entry."""
 
 
-@lru_cache(maxsize=4096)
 def choose(case: Case) -> Way:
     """The way of least predicted cost, of those that apply; of equal ones the first."""
     if case.traced:  # graphs are recorded with what follows from the plan alone
         return OPERATOR
-    if case.window is None and not case.whole:
-        return DENSE
+    return DENSE if case.window is None and not case.whole else _least(case)
+
+
+@lru_cache(maxsize=4096)
+def _least(case: Case) -> Way:
     return min((way for way in WAYS if way.applies(case)), key=lambda way: way.cost(case))
 
 
