@@ -13,7 +13,7 @@ from deepthin.methods import METHODS, THEN
 from deepthin.methods.then import Then
 from deepthin.testing.claims import Claims
 
-LARGEST_OF_TWO = 24  # rows and columns of examples of one method after another, at most: fitting two takes longer
+LARGEST_OF_TWO = 16  # rows and columns of examples of one method after another, at most: fitting two takes longer
 _NUMPY: Any = np
 
 Fit = Callable[..., Any]
@@ -42,7 +42,7 @@ class Example:
         self.inner = subject.inner[int(rng.integers(len(subject.inner)))] if subject.inner else None
         self.name = f"{subject.name}{THEN}{self.inner[0]}" if self.inner else subject.name
         self.least = self.smallest_bits()
-        self.budget = self.least + int(rng.integers(0, 32 * 200))
+        self.budget = self.least + int(rng.integers(0, 32 * (40 if subject.inner else 200)))
         self.method: Method = self.fit(self.budget)
 
     def fit(self, max_bits: int) -> Any:

@@ -25,7 +25,7 @@ _NUMPY: Any = np
 
 
 def budget(e: Example) -> None:
-    """``bits()`` keeps the budget; BudgetError names the smallest reachable size, which is reachable, and less is not."""
+    """``bits()`` keeps the budget; BudgetError names the smallest size that can be reached, and no less can be."""
     bits = e.method.bits()
     e.check(type(bits) is int, f"bits() is {bits!r}, which is no int")
     e.check(bits <= e.budget, f"bits() is {bits}, over the budget of {e.budget}")
@@ -53,7 +53,7 @@ def budget(e: Example) -> None:
 
 
 def stored(e: Example) -> None:
-    """A file takes ``bits()`` at most, for any code, and gives back the method and the code; written again, the same."""
+    """A file takes ``bits()`` at most, for any code, and gives both back; written again, the same bytes."""
     most = bits_in_file(e.method)
     e.check(most <= e.method.bits(), f"bits() is {e.method.bits()}; codes of these shapes take up to {most} in a file")
     for arrays in (e.method.init(e.rng, 0.1), e.method.encode(e.weight(), _NUMPY)):
