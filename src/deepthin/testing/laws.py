@@ -132,7 +132,12 @@ def pure(e: Example) -> None:
     import torch
 
     weight, importance = e.weight(), e.rng.random(e.shape).astype(np.float32)
-    for xp, make, given in ((_NUMPY, np.array, importance), (_NUMPY, np.array, None), (torch, torch.tensor, None)):
+    namespaces: tuple[Any, ...] = (
+        (_NUMPY, np.array, importance),
+        (_NUMPY, np.array, None),
+        (torch, torch.tensor, None),
+    )
+    for xp, make, given in namespaces:
         arguments = {"weight": make(weight)} | ({} if given is None else {"importance": make(given)})
         code = e.method.encode(xp=xp, **arguments)
         e.check((_array(arguments["weight"]) == weight).all(), "encode changes its weight")
@@ -209,7 +214,7 @@ def gradient(e: Example) -> None:
         step = STEP * (norm(code[entry]) or 1.0) / norm(way)
         ends = [e.method.decode({**code, entry: code[entry] + s * step * way}, _NUMPY) for s in (1, -1)]
         slope = (ends[0] - ends[1]) / (2 * step)
-        found, limit = float((grad.numpy() * way).sum()), 1e-6 * norm(goal) * (norm(slope) + norm(ends[0]))
+        found, limit = float((_array(grad) * way).sum()), 1e-6 * norm(goal) * (norm(slope) + norm(ends[0]))
         reached += bool((slope != 0).any())
         e.check(abs(found - float((slope * goal).sum())) <= limit, f"the gradient of {entry} is not that of decode")
     e.check(reached, "the weight depends on none of its floats")
@@ -223,9 +228,10 @@ def latents(e: Example) -> None:
     goal = torch.from_numpy(e.rng.normal(size=e.shape).astype(np.float32))
     (weight() * goal).sum().backward()
     for name, latent in weight.named_parameters():
-        e.check(latent.grad is not None and (latent.grad != 0).any(), f"in a layer no gradient reaches {name}")
+        grad: Any = latent.grad
+        e.check(grad is not None and (grad != 0).any(), f"in a layer no gradient reaches {name}")
         if name == "weight":  # it is rounded as a whole: the identity
-            e.check(torch.equal(latent.grad, goal), "the gradient does not go straight through the rounding")
+            e.check(torch.equal(grad, goal), "the gradient does not go straight through the rounding")
 
 
 def nearest(e: Example) -> None:
@@ -299,7 +305,7 @@ def product(e: Example) -> None:
     x.requires_grad_()
     weight.train().product(x).sum().backward()
     sizes = (roundings + 64 + e.shape[0]) * EPS32 * (size.sum(0) + norm(size))
-    wrong = abs(x.grad.numpy() - exact.sum(0)) - sizes
+    wrong = abs(_array(x.grad) - exact.sum(0)) - sizes
     e.check((wrong <= 1e-30).all(), "the gradient of the product's input is not that of x @ W.T")
 
 
