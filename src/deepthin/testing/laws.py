@@ -248,15 +248,15 @@ def spread(e: Example) -> None:
     """Weights that ``init`` draws have the asked root mean square."""
     std, (outer, inner) = float(e.rng.choice([0.01, 0.1, 2.0])), e.parts()
     variance = e.subject.claims.spread(outer)
-    draws, tables = DRAWS // (1 + bool(inner)) if variance else 1, e.method.derived()
+    draws, tables = DRAWS // 2 if inner else DRAWS if variance else 1, e.method.derived()
     squares = [(e.method.decode(widened(e.method.init(e.rng, std)) | tables, _NUMPY) ** 2).mean() for _ in range(draws)]
     found = math.sqrt(float(np.mean(squares))) / std
-    # What rounding moves: errors of the entries are independent of the other entries.
-    start, moved = outer.init(e.rng, 1.0) if inner else {}, 1.0
+    # What rounding moves: its errors are independent of the other entries; the most of some draws, and twice that.
+    moved, starts = 1.0, [outer.init(e.rng, 1.0) for _ in range(DRAWS // 2 if inner else 0)]
     for entry, method in inner:
-        floats = start[entry].reshape(method.shape)
-        rounded = method.decode(method.encode(floats, _NUMPY) | method.derived(), _NUMPY)
-        moved *= 1 + 2 * norm(rounded - floats) / norm(floats)  # one draw tells that of another within a factor of two
+        floats = [start[entry].reshape(method.shape) for start in starts]
+        rounded = [method.decode(method.encode(a, _NUMPY) | method.derived(), _NUMPY) for a in floats]
+        moved *= 1 + 2 * max(norm(r - a) / norm(a) for r, a in zip(rounded, floats, strict=True))
     tolerance = SIGMAS * math.sqrt(variance / draws) + 64 * EPS32
     low, high = math.sqrt(max(0.0, 1 - tolerance)) * max(0.0, 2 - moved), math.sqrt(1 + tolerance) * moved
     e.check(low <= found <= high, f"init draws {found} times the spread that is asked for, not {low:.3f} to {high:.3f}")
