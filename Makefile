@@ -21,8 +21,10 @@ test-tensorflow: .venv-tensorflow/installed  ## Keras on each of its backends, a
 	done
 	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest -n 2 tests/test_tensorflow*.py
 
-slow: .venv/installed  ## tests that take minutes
+slow: .venv/installed  ## tests that take minutes, and the laws on 1,000 examples each
 	$(BIN)/python -m pytest -n 2 -m slow --override-ini addopts="-ra --strict-markers"
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile=slow tests/test_methods.py tests/test_huffman.py tests/test_importance.py \
+		tests/test_product.py tests/test_rules.py tests/test_shared_values.py tests/test_spectral.py
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then those with threads under ThreadSanitizer.
 sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide code too (GCC, some minutes)

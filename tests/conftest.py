@@ -43,8 +43,10 @@ if sys.version_info < (
     typing._get_protocol_attrs = functools.lru_cache(None)(typing._get_protocol_attrs)
 jaxtyping.install_import_hook([f"deepthin.{module}" for module in SHAPED], "beartype.beartype")
 
-settings.register_profile("default", deadline=None, derandomize=True)
-settings.load_profile("default")
+# Random examples, each time others; what fails is printed with what repeats it. `make slow` takes many.
+settings.register_profile("ci", deadline=None, max_examples=30, print_blob=True)
+settings.register_profile("slow", deadline=None, max_examples=1000, print_blob=True)
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session", autouse=True)

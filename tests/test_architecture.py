@@ -22,6 +22,7 @@ OUTSIDE = {
     "keras": CORE | {"keras", "ml_dtypes", "tensorflow"},
     "tensorflow": CORE | {"keras", "tensorflow"},
     "torch": CORE | {"torch", "transformers"},
+    "testing": CORE | {"torch"},
     "lab": CORE
     | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"},
     "cli": CORE | {"torch", "typer", "rich", "safetensors"},

@@ -1,319 +1,113 @@
 """Laws that every method obeys, over all of METHODS, and the facts that the DeepThin paper and its algebra state."""
 
-import dataclasses
-import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepthin import METHODS, BudgetError, ConfigError
 from deepthin.coding.bits import gap_bytes, pack, pack_gaps, packed_bytes, permutation, splitmix, unpack, unpack_gaps
-from deepthin.methods import THEN, fields, with_fields
-from deepthin.methods.binary import Binary
+from deepthin.methods import Named, fields, with_fields
 from deepthin.methods.factor import Factor
 from deepthin.methods.hashed import Hashed
 from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Uniform
 from deepthin.methods.tensor_train import TensorTrain
-from deepthin.methods.then import Then
-from deepthin.storage.arrays import Raw
-from deepthin.storage.contents import Contents, Part, Thin
-from deepthin.storage.read import from_bytes
-from deepthin.storage.write import to_bytes
-from deepthin.torch import ThinWeight
+from deepthin.testing import INNER, check_method
+from deepthin.testing.claims import CLAIMS
+from deepthin.testing.laws import LAWS, NOT_OF_TWO
 
-EPS32 = float(np.finfo(np.float32).eps)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What the laws ask of a method beyond what all obey; the one place that declares an exception, and why."""
-
-    options: tuple = ({},)
-    products: object = lambda method: 1  # roundings that an entry of the decoded weight takes, at most
-    idempotent: object = lambda method: True
-    exact: float = 1e-12  # of the weight's norm: what decode, encode, decode may lose
-    nested: bool = False  # whether larger codes hold all that smaller ones do, so that the error cannot grow
-
-
-def _as_factor(method):
-    tail = math.prod(method.shape) % method.n
-    # Too few complete rows to fix the row space: encode is near, not exact (Factor.encode).
-    return not (tail and math.prod(method.shape) // method.n < method.rank)
-
-
-def _no_surplus(method):
-    whole = (
-        (method.left[0] * method.right[0], method.left[1] * method.right[1])
-        if isinstance(method, Kronecker)
-        else (math.prod(method.rows), math.prod(method.cols))
-    )
-    return whole == method.shape  # what is cut off is encoded as zeros, which is a nearby matrix, not the same
-
-
-ROWS = {
-    "deepthin": Row(({}, {"rank": 2}, {"rank": "max"}), lambda m: m.rank + 2, _as_factor),
-    "shuffled": Row(({}, {"rank": 3}, {"rank": "max"}), lambda m: m.rank + 2, _as_factor),
-    "rank": Row(({}, {"rank": 2}), lambda m: m.rank + 2, nested=True),
-    "hashed": Row(({}, {"seed": 5})),
-    "pruned": Row(nested=True),
-    "kronecker": Row(products=lambda m: m.terms + 2, idempotent=_no_surplus, nested=True),
-    # The cores' SVDs come one after the other, and the last takes what the first have rounded.
-    "tensor-train": Row(
-        ({}, {"order": 2}, {"order": 4}), lambda m: sum(m.ranks) + 2 * len(m.rows), _no_surplus, exact=1e-9
-    ),
-    "uniform": Row(
-        ({}, {"bits": 3}, {"per": "row"}, {"bits": 4, "affine": True}, {"per": "row", "affine": True}),
-        lambda m: 3,
-        exact=1e-6,  # the step is found again from the largest entry, rounded
-    ),
-    "kmeans": Row(({}, {"bits": 3}, {"bits": 1}, {"start": "density"}, {"start": "random", "seed": 3})),
-    "ecsq": Row(({}, {"bits": 3}, {"bits": 1}, {"bits": 1.5, "levels": 5})),
-    "binary": Row(
-        ({}, {"bits": 2}, {"rounds": 0}, {"rounds": 1}, {"bits": 3, "rounds": 5, "per": "matrix"}),
-        lambda m: m.planes + 1,
-        lambda m: m.planes == 1,  # it finds a good sum, not always the one that a weight was made of
-    ),
+SCALAR = {name for name, named in METHODS.items() if "bits" in named.sized_by}  # these may store others' floats
+SUBJECTS = {name: (name, ()) for name in METHODS} | {
+    f"{name} then another": (name, INNER) for name in METHODS if name not in SCALAR
 }
-SCALAR = {name for name, named in METHODS.items() if "bits" in named.sized_by}  # may store the floats of others
-INNER = (
-    ("uniform", {"bits": 8}),
-    ("uniform", {"bits": 3, "per": "row"}),
-    ("uniform", {"bits": 4, "affine": True}),
-    ("kmeans", {"bits": 5}),
-    ("kmeans", {"bits": 2, "start": "density"}),
-    ("ecsq", {"bits": 2.5}),
-    ("binary", {"bits": 2}),
-    ("binary", {"bits": 3, "rounds": 0, "per": "matrix"}),
-)
 
 
-def outer(method):
-    return method.outer if isinstance(method, Then) else method
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_every_method_obeys_every_law(subject, law):
+    """On random examples: what fails says how it is repeated. Each law asserts in 90 % of its examples, or fails."""
+    name, then = SUBJECTS[subject]
+    if then and law in NOT_OF_TWO:
+        assert law not in check_method(name, then=then, examples=1)
+        return
+    examples = settings().max_examples
+    (counted,) = check_method(name, then=then, laws=[law], examples=examples).values()
+    assert counted.examples == examples
+    assert counted.asserted >= 0.9 * examples
 
 
-@st.composite
-def plans(draw, then=True):
-    """(name, inner options or none, shape, options, bits more than the least, seed) of a random method."""
-    name = draw(st.sampled_from(sorted(METHODS)))
-    inner = draw(st.sampled_from(INNER)) if then and name not in SCALAR and draw(st.booleans()) else None
-    shape = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    options = draw(st.sampled_from(ROWS[name].options))
-    return name, inner, shape, options, draw(st.integers(0, 32 * 200)), draw(st.integers(0, 2**32 - 1))
+def test_a_law_that_hardly_asserts_is_refused(monkeypatch):
+    """An early return in most examples is no law that holds."""
+
+    def sometimes(example):
+        """Nothing, but where rows are few."""
+        if example.shape[0] < 10:
+            example.check(True, "")
+
+    monkeypatch.setitem(LAWS, "sometimes", sometimes)
+    with pytest.raises(AssertionError, match=r"The law 'sometimes' was asserted in \d+ of 30 examples of deepthin"):
+        check_method("deepthin", laws=["sometimes"])
 
 
-def made(plan):
-    """(name, method, budget, a generator for arrays); outside the strategy, since type checks draw random numbers."""
-    name, inner, shape, options, extra, seed = plan
+def test_a_failing_law_says_what_is_needed_to_repeat_it(monkeypatch):
+    def narrow(example):
+        """At most 30 columns."""
+        example.check(example.shape[1] <= 30, f"{example.shape[1]} columns")
 
-    def fit(bits):
-        if inner is None:
-            return METHODS[name].fit(shape, bits, **options)
-        return Then.fit(
-            lambda bits: METHODS[name].fit(shape, bits, **options),
-            lambda own: METHODS[inner[0]].fit(own, 1 << 40, **inner[1]),
-            bits,
-        )
-
-    try:
-        least = fit(0).bits()
-    except BudgetError as error:
-        least = error.smallest_bits
-    return f"{name}{THEN}{inner[0]}" if inner else name, fit(least + extra), least + extra, np.random.default_rng(seed)
+    monkeypatch.setitem(LAWS, "narrow", narrow)
+    with pytest.raises(AssertionError) as caught:
+        check_method("hashed", laws=["narrow"], examples=100)
+    message = str(caught.value)
+    seed = int(message.rpartition("seed=")[2].partition(",")[0])
+    assert "hashed breaks the law 'narrow': " in message
+    assert "  the law: At most 30 columns.\n  example: shape (" in message
+    with pytest.raises(AssertionError) as again:
+        check_method("hashed", laws=["narrow"], seed=seed, examples=1)
+    assert str(again.value) == message  # the seed alone repeats it
 
 
-def is_float(array):
-    return np.asarray(array).dtype.kind == "f"
+def test_what_check_method_refuses():
+    with pytest.raises(ValueError, match="There is no law 'x'. Laws: budget, stored, "):
+        check_method("deepthin", laws=["x"])
+    with pytest.raises(ValueError, match="examples = 0: a law needs one at least"):
+        check_method("deepthin", examples=0)
+    with pytest.raises(ValueError, match="METHODS has another method 'deepthin'"):
+        check_method(Named("deepthin", Hashed))
 
 
-def widened(code, change=lambda a: a):
-    """Floats in float64; integers as they are."""
-    return {k: change(np.asarray(v, "f8")) if is_float(v) else v for k, v in code.items()}
+def test_a_class_and_a_function_are_checked_too():
+    """Neither is in METHODS afterwards."""
+    before = dict(METHODS)
+    for method in (Hashed, lambda shape, max_bits, seed=9: Hashed.fit(shape, max_bits, seed=seed)):
+        counts = check_method(method, claims=CLAIMS["hashed"], examples=3)
+        assert counts.keys() == LAWS.keys()
+    assert before == METHODS
 
 
-def assert_decoded_close(got, code, name, method):
-    """A float32 result against the same sums in float64, entry by entry: so many roundings of the sum of magnitudes."""
-    exact = method.decode(widened(code), np)
-    parts = outer(method)
-    floats = method.decode_floats(widened(code), np) if isinstance(method, Then) else widened(code)
-    sizes = parts.decode({k: abs(v) if is_float(v) else v for k, v in floats.items()}, np)
-    if isinstance(parts, Uniform):
-        sizes = abs(floats["step"] * floats["symbols"]) + abs(floats.get("least", 0))
-    if isinstance(parts, Binary):
-        sizes = abs(floats["scales"]).sum(1)[:, None]
-    if isinstance(parts, Hashed):
-        sizes = abs(parts.decode(floats, np))
-    roundings = ROWS[name.split(THEN)[0]].products(parts) + (3 * len(parts.code_shapes()) if parts is not method else 0)
-    slack = sum(abs(np.asarray(v, "f8")).max() for k, v in code.items() if k.endswith("_least")) ** 2
-    assert (abs(np.asarray(got, "f8") - exact) <= roundings * EPS32 * (sizes + slack) + 1e-30).all()
+def test_testing_loads_no_framework():
+    code = "import sys, deepthin.testing; print([m for m in ('torch', 'keras', 'hypothesis') if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
 
 
 def as_torch(code):
     return {name: torch.from_numpy(np.asarray(array)) for name, array in code.items()}
 
 
-@given(plans())
-def test_within_budget(plan):
-    _, method, budget, _ = made(plan)
-    assert method.bits() <= budget
-
-
-@given(plans())
-def test_code_shapes_and_integers_are_those_of_the_codes(plan):
-    _, method, _, rng = made(plan)
-    shapes, integers = method.code_shapes(), method.integers()
-    weight = rng.normal(size=method.shape).astype("f4")
-    for code in (method.init(rng, 0.1), method.encode(weight, np)):
-        assert {k: v.shape for k, v in code.items()} == shapes
-        for entry, array in code.items():
-            if entry not in integers:
-                assert array.dtype == np.float32
-                continue
-            kind = integers[entry]
-            assert array.dtype.kind == "i"
-            assert kind.least <= array.min() <= array.max() < kind.least + kind.count
-            assert not kind.rising or (np.diff(array) > 0).all()
-
-
-@given(plans(), st.booleans())
-def test_stored_bytes_are_at_most_bits_and_come_back(plan, drawn):
-    name, method, _, rng = made(plan)
-    arrays = method.init(rng, 0.1) if drawn else method.encode(rng.normal(size=method.shape).astype("f4"), np)
-    code = {k: Raw.of(v) for k, v in arrays.items()}
-    data = to_bytes(Contents({"w": Thin(name, method, {"w": Part(method.shape)}, code)}))
-    stored = from_bytes(data).thin["w"]
-    assert 8 * stored.bytes <= method.bits()
-    assert stored.method == method
-    assert all((stored.code[k].numpy() == v).all() for k, v in arrays.items())
-    assert to_bytes(Contents({"w": stored})) == data
-
-
-@given(plans())
-def test_header_survives_json(plan):
-    name, method, _, _ = made(plan)
-    assert with_fields(name, json.loads(json.dumps(fields(method)))) == method
-
-
-@given(plans())
-def test_encode_is_deterministic_and_leaves_its_input_alone(plan):
-    _, method, _, rng = made(plan)
-    weight = rng.normal(size=method.shape).astype("f4")
-    before = weight.copy()
-    first, second = method.encode(weight, np), method.encode(weight, np)
-    assert all((first[k] == second[k]).all() for k in first)
-    assert (weight == before).all()
-
-
-@given(plans())
-def test_decode_agrees_across_numpy_and_torch(plan):
-    name, method, _, rng = made(plan)
-    code = method.init(rng, 0.1) | method.derived()
-    assert_decoded_close(method.decode(code, np), code, name, method)
-    assert_decoded_close(method.decode(as_torch(code), torch).numpy(), code, name, method)
-
-
-@given(plans(then=False))
-def test_encode_agrees_across_numpy_and_torch(plan):
-    _, method, _, rng = made(plan)
-    weight = rng.normal(size=method.shape)
-    ours = method.decode(method.encode(weight, np) | method.derived(), np)
-    theirs = method.decode(method.encode(torch.from_numpy(weight), torch) | as_torch(method.derived()), torch)
-    # The two may pick different bases where singular values tie; the distance to the weight is then the same.
-    assert np.linalg.norm(ours - weight) == pytest.approx(np.linalg.norm(theirs.numpy() - weight), rel=1e-6, abs=1e-9)
-
-
-@given(plans(then=False))
-def test_a_gradient_reaches_every_float(plan):
-    _, method, _, rng = made(plan)
-    if method.trains == "through":
-        return  # its floats follow from what is trained: test_a_gradient_reaches_every_latent_of_a_layer
-    code = as_torch(method.init(rng, 0.1))
-    floats = [v.requires_grad_() for k, v in code.items() if k not in method.integers()]
-    (method.decode(code | as_torch(method.derived()), torch) * torch.randn(method.shape)).sum().backward()
-    assert all(value.grad is not None and (value.grad != 0).any() for value in floats)
-    if isinstance(method, Factor):
-        used = -(-method.shape[0] * method.shape[1] // method.n)  # rows of xf that the weight reads
-        assert code["xf"].grad.abs().sum(1).gt(0).sum() == used
-
-
-@given(plans())
-def test_a_gradient_reaches_every_latent_of_a_layer(plan):
-    """In training, where methods that round are trained through their rounding."""
-    name, method, _, rng = made(plan)
-    part = Part(method.shape)
-    weight = ThinWeight.draw(name, method, [part], torch.zeros(1), rng, 0.1)
-    (weight() * torch.randn(method.shape)).sum().backward()
-    assert all((latent.grad != 0).any() for latent in weight.parameters())
-
-
-@given(plans(then=False))
-def test_decode_then_encode_then_decode_is_idempotent(plan):
-    name, method, _, rng = made(plan)
-    row = ROWS[name]
-    if not row.idempotent(method):
-        return
-    code = widened(method.init(rng, 1.0))
-    weight = method.decode(code | method.derived(), np)
-    again = method.decode(method.encode(weight, np) | method.derived(), np)
-    condition = 1.0
-    if isinstance(method, Factor) and (tail := weight.size % method.n):
-        # The last row's coefficients come from its tail alone, so a nearly singular tail magnifies rounding.
-        wf = method.encode(weight, np)["wf"][:, :tail]
-        condition = np.linalg.cond(wf) if tail >= method.rank else 1.0
-    assert np.linalg.norm(again - weight) <= row.exact * max(condition, 1) * max(np.linalg.norm(weight), 1)
-
-
-@given(plans(then=False))
-def test_init_has_the_asked_standard_deviation(plan):
-    _, method, _, rng = made(plan)
-    code = widened(method.init(rng, 0.1))
-    decoded = method.decode(code | method.derived(), np)
-    floats = [v.size for k, v in code.items() if k not in method.integers()]
-    if isinstance(method, Uniform):
-        if method.width < 8:  # coarser steps move the spread itself
-            return
-        floats = [decoded.size]
-    if min(floats) < 100:
-        return  # too few draws to tell
-    # Var(W) averages over the products, so its spread follows the smaller factor: 6 sigma of a chi-square mean.
-    inner = getattr(method, "rank", getattr(method, "terms", 1))
-    assert abs(decoded.var() / 0.01 - 1) < 6 * math.sqrt(2 * sum(1 / count for count in floats) * inner) * 2
-
-
-@given(plans(then=False), st.integers(0, 32 * 100))
-def test_error_does_not_grow_with_budget(plan, extra):
-    """Not so where a larger plan has other factors, buckets or steps: there it need only hold on average."""
-    name, method, budget, rng = made(plan)
-    if not ROWS[name].nested:
-        return
-    weight = rng.normal(size=method.shape)
-    larger = METHODS[name].fit(method.shape, budget + extra)
-    errors = [
-        np.linalg.norm(m.decode(m.encode(weight, np), np) - weight)
-        for m in (METHODS[name].fit(method.shape, budget), larger)
-    ]
-    assert errors[1] <= errors[0] + 1e-9
-
-
-@given(plans(), st.integers(1, 5))
-def test_the_product_is_the_dense_one(plan, batch):
-    """In evaluation, by whatever way a layer chooses, and twice, since the second time something is kept."""
-    name, method, _, rng = made(plan)
-    weight = ThinWeight.draw(name, method, [Part(method.shape)], torch.zeros(1), rng, 0.1).eval()
-    x = torch.randn(batch, method.shape[1])
-    with torch.no_grad():
-        for _ in range(2):
-            dense = weight()
-            bound = 200 * EPS32 * (abs(x) @ abs(dense).T + x.norm(dim=1, keepdim=True) * dense.norm())
-            assert (abs(weight.product(x) - x @ dense.T) <= bound + 1e-30).all()
-    x.requires_grad_()
-    weight.train().product(x).sum().backward()
-    assert torch.allclose(x.grad, weight().detach().sum(0).expand_as(x), atol=1e-4)
+def test_a_gradient_reaches_the_rows_that_the_weight_reads():
+    """All of xf: its rows are the fewest that hold every weight."""
+    for shape, bits in [((30, 20), 32 * 100), ((7, 13), 32 * 40), ((40, 40), 32 * 200)]:
+        method = METHODS["deepthin"].fit(shape, bits)
+        code = {k: v.requires_grad_() for k, v in as_torch(method.init(np.random.default_rng(0), 0.1)).items()}
+        (method.decode(code, torch) * torch.randn(shape)).sum().backward()
+        assert (code["xf"].grad != 0).any(1).all()
 
 
 @given(rows=st.integers(1, 300), cols=st.integers(1, 300), share=st.floats(0.001, 1.5))

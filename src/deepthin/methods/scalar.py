@@ -97,10 +97,11 @@ class Uniform:
         """None: symbols are multiplied by the step."""
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights, rounded."""
-        weight = rng.normal(size=self.shape)
-        weight *= std / np.sqrt(np.mean(weight * weight))
-        return self.encode(weight.astype(np.float32), np)  # pyright: ignore[reportArgumentType]
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        numpy: Any = np
+        code = self.encode(rng.normal(size=self.shape), numpy)
+        scale = std / math.sqrt((self.decode(code, numpy) ** 2).mean())
+        return {e: a if e == "symbols" else (a * scale).astype(np.float32) for e, a in code.items()}
 
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None

@@ -1,0 +1,206 @@
+"""What a method claims beyond what all methods obey: how exact its arithmetic is, what its encode and init guarantee.
+
+Each number is derived from the method's definition; the derivation stands beside it.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deepthin.method import Code, Method
+
+_NUMPY: Any = np
+
+
+def floats_of(method: Method) -> int:
+    """How many floats a code has."""
+    integers = method.integers()
+    return sum(math.prod(shape) for entry, shape in method.code_shapes().items() if entry not in integers)
+
+
+def magnitudes(method: Method, code: Code) -> np.ndarray:
+    """The decoded weight with every number replaced by its absolute value: what rounding errors are measured by."""
+    absolute = {entry: abs(np.asarray(array)) for entry, array in code.items()}
+    return abs(method.decode({**code, **absolute, **method.derived()}, _NUMPY))
+
+
+def no_spread(method: Method) -> float:
+    """``init`` scales the decoded weight itself, so that its mean square is the same in every draw."""
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the laws ask of one method beyond what all methods obey.
+
+    Attributes:
+        options: Keyword arguments of ``fit``; every example takes one of these mappings.
+        roundings: An upper bound on the number of roundings that an entry of the decoded weight takes. By default as
+            many as the code has floats, and two.
+        magnitudes: Of a method and a float64 code: for each weight the sum of the absolute values of the terms that
+            are added. By default the weight decoded from absolute values, right for sums of products.
+        distance: Of a method and a weight that a code decodes to: an upper bound of the relative error (Frobenius norm)
+            of encoding it. By default 1e-9: ``encode`` projects, so that a decoded weight is encoded exactly.
+        nested: Whether codes of a larger size can represent all that smaller ones can and ``encode`` finds the best of
+            them, so that no error grows with the budget. By default it need not grow where the budget is four times as
+            large, averaged over four weights.
+        spread: Of a method: an upper bound of the variance of the mean square of a weight that ``init`` draws, over the
+            square of its expectation. By default 0: ``init`` scales each draw.
+        agreement: Of a method: by what share the errors of NumPy's and torch's codes of one weight may differ. 1e-6 by
+            default, for where singular values tie; more where rounding decides which of several optima is found.
+        largest: The most rows, and columns, of an example; fewer where ``encode`` is slow.
+    """
+
+    options: Sequence[Mapping[str, Any]] = ({},)
+    roundings: Callable[[Any], int] = lambda method: floats_of(method) + 2
+    magnitudes: Callable[[Any, Code], np.ndarray] = magnitudes
+    distance: Callable[[Any, np.ndarray], float] = lambda method, weight: 1e-9
+    nested: bool = False
+    spread: Callable[[Any], float] = no_spread
+    agreement: Callable[[Any], float] = lambda method: 1e-6
+    largest: int = 40
+
+
+def chain_spread(sides: Sequence[int], ranks: Sequence[int], weights: int) -> float:
+    """The variance of the mean square of a chain of normal factors, over the square of its expectation.
+
+    An entry of the chain is ``g1[i1] G2[i2] .. gd[id]`` with ``G_k[i]`` an r_(k-1) x r_k matrix of independent normal
+    numbers; i_k goes over ``sides[k]`` values. For two entries, with v and v' the products of the first k matrices, let
+    p = E |v|^2 |v'|^2 and q = E (v . v')^2, both over what p would be if squares were independent. The next matrix is
+    the same for both with probability 1 / side: p' = p + 2 q / r and q' = q (1 + 1 / r) + p / r, where r = r_k; else
+    p' = p and q' = p / r. In the end p - 1 is the variance sought. Cutting the chain's entries to ``weights`` of them
+    multiplies it by (entries / weights)^2 at most. Scaling each factor to an exact root mean square lowers it: the
+    scale of normal numbers is independent of their direction (Basu, 1955).
+    """
+    p, q = 1.0, 1.0
+    for side, rank in zip(sides, ranks, strict=True):
+        same = 1 / side
+        p, q = p + same * 2 * q / rank, p / rank + same * q * (1 + 1 / rank)
+    return (p - 1) * (math.prod(sides) / weights) ** 2
+
+
+def _hashed_spread(method: Any) -> float:
+    """Of ``sum over buckets of share * value^2`` where the squares have the mean 1 in each draw.
+
+    Exchangeable squares of a fixed sum have the variance v, and -v / (buckets - 1) as covariance; v < 2, which is that
+    of normal numbers, whose tails are longer than the uniform ones'.
+    """
+    if method.buckets == 1:
+        return 0.0
+    shares = np.bincount(method.derived()["index"] % method.buckets, minlength=method.buckets) / math.prod(method.shape)
+    return 2 * method.buckets / (method.buckets - 1) * float(((shares - 1 / method.buckets) ** 2).sum())
+
+
+def _factor_distance(method: Any, weight: np.ndarray) -> float:
+    """Exact, but for the last row: its coefficients come from its tail alone, so a singular tail magnifies rounding."""
+    tail = weight.size % method.n
+    if tail < method.rank or not np.any(weight):
+        return 1e-12
+    return 1e-12 * max(1.0, float(np.linalg.cond(method.encode(weight, np)["wf"][:, :tail])))
+
+
+def _kronecker_distance(method: Any, weight: np.ndarray) -> float:
+    """Exact without surplus; else the best ``terms`` of so many singular values hold their share of the squares.
+
+    What is cut off is encoded as zeros, which gives a nearby matrix, not the same.
+    """
+    sides = math.prod(method.left), math.prod(method.right)
+    if (method.left[0] * method.right[0], method.left[1] * method.right[1]) == method.shape:
+        return 1e-12
+    return math.sqrt(1 - min(1, method.terms / min(sides))) + 1e-12
+
+
+def _train_distance(method: Any, weight: np.ndarray) -> float:
+    """As of a Kronecker sum: each of the SVDs keeps at least the share of the singular values that it keeps.
+
+    1e-9, since the SVDs come one after the other, and the last takes what the first have rounded.
+    """
+    if (math.prod(method.rows), math.prod(method.cols)) == method.shape:
+        return 1e-9
+    kept, ranks = 1.0, method.ranks
+    rest = math.prod(method.rows) * math.prod(method.cols)
+    for k, (r, q) in enumerate(zip(method.rows[:-1], method.cols[:-1], strict=True)):
+        rest //= r * q
+        kept *= min(1, ranks[k + 1] / min(ranks[k] * r * q, rest))
+    return math.sqrt(1 - kept) + 1e-9
+
+
+def _binary_distance(method: Any, weight: np.ndarray) -> float:
+    """That of one plane: further planes, and best scales, only lower the error. Of one plane made of one it is 0."""
+    rows = weight if method.per == "row" else weight.reshape(1, -1)
+    if method.planes == 1:
+        return 1e-12
+    sizes = abs(rows)
+    return float(np.linalg.norm(sizes - sizes.mean(1)[:, None]) / max(np.linalg.norm(weight), 1e-300)) + 1e-12
+
+
+def _binary_magnitudes(method: Any, code: Code) -> np.ndarray:
+    return np.broadcast_to(abs(np.asarray(code["scales"])).sum(1)[:, None], method.shape)
+
+
+def _factor_spread(method: Any) -> float:
+    return chain_spread((method.m, method.n), (method.rank, 1), math.prod(method.shape))
+
+
+CLAIMS: dict[str, Claims] = {
+    "deepthin": Claims(
+        ({}, {"rank": 2}, {"rank": "max"}), lambda m: m.rank + 2, distance=_factor_distance, spread=_factor_spread
+    ),
+    "shuffled": Claims(
+        ({}, {"rank": 3}, {"rank": "max"}), lambda m: m.rank + 2, distance=_factor_distance, spread=_factor_spread
+    ),
+    "rank": Claims(
+        ({}, {"rank": 2}), lambda m: m.rank + 2, distance=_factor_distance, nested=True, spread=_factor_spread
+    ),
+    "hashed": Claims(({}, {"seed": 5}), lambda m: 1, distance=lambda m, w: 1e-12, spread=_hashed_spread),
+    "pruned": Claims(({}, {"balance": 3}), lambda m: 1, distance=lambda m, w: 1e-12, nested=True),
+    "kronecker": Claims(
+        roundings=lambda m: m.terms + 2,
+        distance=_kronecker_distance,
+        nested=True,
+        spread=lambda m: chain_spread((math.prod(m.left), math.prod(m.right)), (m.terms, 1), math.prod(m.shape)),
+    ),
+    "tensor-train": Claims(
+        ({}, {"order": 2}, {"order": 4}),
+        lambda m: sum(m.ranks) + 2 * len(m.rows),
+        distance=_train_distance,
+        spread=lambda m: chain_spread(
+            [r * q for r, q in zip(m.rows, m.cols, strict=True)], m.ranks[1:], math.prod(m.shape)
+        ),
+    ),
+    "uniform": Claims(
+        ({}, {"bits": 3}, {"per": "row"}, {"bits": 4, "affine": True}, {"per": "row", "affine": True}),
+        lambda m: 3,
+        distance=lambda m, w: 1e-6,  # the step is found again from the largest entry, rounded
+    ),
+    "kmeans": Claims(
+        ({}, {"bits": 3}, {"bits": 1}, {"start": "density"}, {"start": "random", "seed": 3}),
+        lambda m: 1,
+        distance=lambda m, w: 1e-12,
+    ),
+    "ecsq": Claims(({}, {"bits": 3}, {"bits": 1}, {"bits": 1.5, "levels": 5}), lambda m: 1, largest=12),
+    "binary": Claims(
+        ({}, {"bits": 2}, {"rounds": 0}, {"rounds": 1}, {"bits": 3, "rounds": 5, "per": "matrix"}),
+        lambda m: m.planes + 1,
+        _binary_magnitudes,
+        _binary_distance,
+        # Alternating rounds go to a local optimum; rounding decides to which, where least squares has many solutions.
+        agreement=lambda m: 1.0 if m.rounds > 1 and m.planes > 1 else 1e-6,
+    ),
+}
+"""The claims of every method of ``METHODS``."""
+
+INNER: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("uniform", {"bits": 8}),
+    ("uniform", {"bits": 3, "per": "row"}),
+    ("uniform", {"bits": 4, "affine": True}),
+    ("kmeans", {"bits": 5}),
+    ("kmeans", {"bits": 2, "start": "density"}),
+    ("ecsq", {"bits": 2.5}),
+    ("binary", {"bits": 2}),
+    ("binary", {"bits": 3, "rounds": 0, "per": "matrix"}),
+)
+"""Methods, with options, that may store the floats of another one."""
