@@ -6,7 +6,6 @@ import math
 import pickle
 import warnings
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -204,25 +203,20 @@ def test_stored_bits_in_the_report(rule, tmp_path):
 
 
 @each_rule
-def test_torch_compile_and_export(rule):
+def test_torch_compile_and_export(rule, compiling):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32))
     dt.compress(network, {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
     x = torch.randn(5, 48)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    torch._dynamo.reset()
-    try:
-        compiled = torch.compile(network.eval(), backend="aot_eager", fullgraph=True)
-        assert torch.allclose(compiled(x), network(x), atol=1e-5)
-        compiled(x).sum().backward()
-        found = [p.grad.clone() for p in network.parameters()]
-        network.zero_grad()
-        network(x).sum().backward()
-        assert all(torch.allclose(f, p.grad, atol=1e-4) for f, p in zip(found, network.parameters(), strict=True))
-        exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-        assert torch.allclose(exported.module()(x[:3]), network(x[:3]), atol=1e-5)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    compiled = torch.compile(network.eval(), backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), network(x), atol=1e-5)
+    compiled(x).sum().backward()
+    found = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    network(x).sum().backward()
+    assert all(torch.allclose(f, p.grad, atol=1e-4) for f, p in zip(found, network.parameters(), strict=True))
+    exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    assert torch.allclose(exported.module()(x[:3]), network(x[:3]), atol=1e-5)
 
 
 # ---- What trains through its rounding -------------------------------------------------------------------------------
