@@ -42,6 +42,11 @@ if sys.version_info < (
 ):  # which keeps a protocol's attributes; before, each check of a ``Namespace`` lists them anew
     typing._get_protocol_attrs = functools.lru_cache(None)(typing._get_protocol_attrs)
 jaxtyping.install_import_hook([f"deepthin.{module}" for module in SHAPED], "beartype.beartype")
+LONGEST = (
+    "test_engines.py",
+    "test_twist_resume.py",
+    "test_distill.py",
+)  # begin first, so that no worker waits at the end
 LAWS = ("test_methods", "test_laws", "test_toy_method")  # how the names of their files begin
 
 settings.register_profile("default", deadline=None, derandomize=True)
@@ -50,6 +55,10 @@ settings.load_profile("default")
 
 def pytest_addoption(parser):
     parser.addoption("--shapes", action="store_true", help="check shapes in every test, which doubles their time")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
