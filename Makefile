@@ -4,8 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS ?= all
 KERAS_BACKENDS ?= tensorflow jax torch
+WHEEL ?= # installed in place of the sources, where given
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-tensorflow check slow sanitize portable docs clean
+# Processes that tests start would else compile the source of every package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test test-tensorflow check shapes slow arithmetic sanitize portable docs clean
 
 demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reload the best file, write a report
 	rm -rf runs/demo
@@ -13,18 +19,41 @@ demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reloa
 		--steps 1500 --out runs/demo
 
 test: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 test-tensorflow: .venv-tensorflow/installed  ## Keras on each of its backends, and TensorFlow, in an environment of their own
 	for backend in $(KERAS_BACKENDS); do \
-		KERAS_BACKEND=$$backend .venv-tensorflow/bin/python -m pytest -n 2 tests/test_keras*.py || exit 1; \
+		KERAS_BACKEND=$$backend $(PYTEST) tests/test_keras*.py \
+			$$([ $$backend != tensorflow ] || echo tests/test_tensorflow*.py) || exit 1; \
 	done
-	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest -n 2 tests/test_tensorflow*.py
 
-slow: .venv/installed  ## tests that take minutes, and the laws on 1,000 examples each
-	$(BIN)/python -m pytest -n 2 -m slow --override-ini addopts="-ra --strict-markers"
-	$(BIN)/python -m pytest -n 2 --hypothesis-profile=slow tests/test_methods.py tests/test_huffman.py tests/test_importance.py \
-		tests/test_product.py tests/test_rules.py tests/test_shared_values.py tests/test_spectral.py
+test-tensorflow: BIN = .venv-tensorflow/bin
+
+# What has shapes in its signatures, but for the methods: the laws' tests check theirs always.
+SHAPED = acoustic conv ctc decoder huffman importance layers product operators recurrent sequential
+
+shapes: .venv/installed  ## shapes checked at run time in tests of all that has shapes in its signatures
+	$(PYTEST) --shapes $(SHAPED:%=tests/test_%.py) -k "not compile and not export"
+
+LAWS = methods huffman importance product rules shared_values spectral
+
+slow: .venv/installed arithmetic  ## tests that take minutes, and the laws on 1,000 examples each
+	$(PYTEST) -m slow
+	$(PYTEST) --hypothesis-profile=slow $(LAWS:%=tests/test_%.py)
+
+# Tests of arithmetic: their bounds must hold whatever the processor's instructions and threads.
+ARITHMETIC = acoustic all_methods conv ctc distill hostile importance kernels layers methods operators product \
+	recurrent recurrent_kernels sequential shared_values spectral symbol_kernels symbols torch
+
+arithmetic: .venv/installed  ## numeric tests with each instruction set of torch and of the kernels, on 1 and 2 threads
+	for torch in default avx2 avx512; do for threads in 1 2; do \
+		echo "ATEN_CPU_CAPABILITY=$$torch, $$threads threads"; \
+		ATEN_CPU_CAPABILITY=$$torch DEEPTHIN_TEST_THREADS=$$threads $(PYTEST) -q $(ARITHMETIC:%=tests/test_%.py) || exit 1; \
+	done; done
+	for isa in none $$($(BIN)/python -c "from deepthin.kernels import products; print(*products.isas())"); do \
+		echo "DEEPTHIN_ISA=$$isa"; \
+		DEEPTHIN_ISA=$$isa $(PYTEST) -q $(ARITHMETIC:%=tests/test_%.py) || exit 1; \
+	done
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then those with threads under ThreadSanitizer.
 sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide code too (GCC, some minutes)
@@ -62,7 +91,7 @@ docs: .venv/installed  ## the documentation, into site/
 
 %/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $*
-	$*/bin/pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$*/bin/pip install --quiet --no-compile --constraint constraints.txt $(or $(WHEEL),--editable .)'[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Shapes in signatures are checked while testing; users pay nothing for them."""
+"""Shapes in signatures are checked by the laws' tests, and by all with ``--shapes``; users pay nothing for them."""
 
 import functools
 import os
@@ -42,6 +42,12 @@ if sys.version_info < (
 ):  # which keeps a protocol's attributes; before, each check of a ``Namespace`` lists them anew
     typing._get_protocol_attrs = functools.lru_cache(None)(typing._get_protocol_attrs)
 jaxtyping.install_import_hook([f"deepthin.{module}" for module in SHAPED], "beartype.beartype")
+LONGEST = (
+    "test_engines.py",
+    "test_twist_resume.py",
+    "test_distill.py",
+)  # begin first, so that no worker waits at the end
+LAWS = ("test_methods", "test_laws", "test_toy_method")  # how the names of their files begin
 
 # Random examples, each time others; what fails is printed with what repeats it. `make slow` takes many.
 settings.register_profile("ci", deadline=None, max_examples=30, print_blob=True)
@@ -49,11 +55,28 @@ settings.register_profile("slow", deadline=None, max_examples=1000, print_blob=T
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shapes", action="store_true", help="check shapes in every test, which doubles their time")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
+    """A thread, or as many as DEEPTHIN_TEST_THREADS says."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("DEEPTHIN_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_checked(request):
+    """For the laws and with ``--shapes``: the checks take half of the processor's time."""
+    wanted = request.config.getoption("--shapes") or request.path.name.startswith(LAWS)
+    jaxtyping.config.update("jaxtyping_disable", not wanted)
+    return wanted
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +103,7 @@ def command_line(monkeypatch, capsys):
 
 
 @pytest.fixture
-def compiling():
+def compiling(shapes_are_checked):
     """Inductor is slow and its warnings are its own; tracing the whole graph is what we promise."""
     import torch
 
@@ -89,5 +112,5 @@ def compiling():
     with warnings.catch_warnings(), torch._dynamo.config.patch(allow_rnn=True):  # as for torch's own recurrent layers
         warnings.simplefilter("ignore")
         yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", not shapes_are_checked)
     torch._dynamo.reset()

@@ -6,7 +6,6 @@ import math
 import pickle
 import warnings
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -203,26 +202,32 @@ def test_stored_bits_in_the_report(rule, tmp_path):
     assert deepthin.inspect(tmp_path / "a.thin").total_bytes == (tmp_path / "a.thin").stat().st_size
 
 
-@each_rule
-def test_torch_compile_and_export(rule):
+def exported_network(rule):
+    """Few bits a weight: every plane of binary's is an encoding of its own in the graph."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32))
-    dt.compress(network, {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
-    x = torch.randn(5, 48)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    torch._dynamo.reset()
-    try:
-        compiled = torch.compile(network.eval(), backend="aot_eager", fullgraph=True)
-        assert torch.allclose(compiled(x), network(x), atol=1e-5)
-        compiled(x).sum().backward()
-        found = [p.grad.clone() for p in network.parameters()]
-        network.zero_grad()
-        network(x).sum().backward()
-        assert all(torch.allclose(f, p.grad, atol=1e-4) for f, p in zip(found, network.parameters(), strict=True))
-        exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-        assert torch.allclose(exported.module()(x[:3]), network(x[:3]), atol=1e-5)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    dt.compress(network, {"model": {"ratio": 0.2}, "rules": {"*": rule}}, init="scratch")
+    return network.eval(), torch.randn(5, 48)
+
+
+@pytest.mark.parametrize("rule", ["deepthin", "deepthin then 8 bits", "pruned", "uniform", "kmeans", "kronecker"])
+def test_torch_compile(rule, compiling):
+    """One rule for each way of multiplying."""
+    network, x = exported_network(RULES[rule])
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), network(x), atol=1e-5)
+    compiled(x).sum().backward()
+    found = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    network(x).sum().backward()
+    assert all(torch.allclose(f, p.grad, atol=1e-4) for f, p in zip(found, network.parameters(), strict=True))
+
+
+@each_rule
+def test_torch_export(rule, compiling):
+    network, x = exported_network(rule)
+    exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    assert torch.allclose(exported.module()(x[:3]), network(x[:3]), atol=1e-5)
 
 
 # ---- What trains through its rounding -------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -163,37 +162,29 @@ def test_export_with_a_dynamic_batch():
         assert torch.allclose(program.module()(x), net(x), atol=1e-5)
 
 
-def test_compiled_training_is_one_graph():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        net, twin = Net(), Net()
-        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-        x = torch.randn(11, 40)
-        net(x).square().sum().backward()
-        compiled(x).square().sum().backward()
-        for ours, theirs in zip(twin.parameters(), net.parameters(), strict=True):
-            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+def test_compiled_training_is_one_graph(compiling):
+    net, twin = Net(), Net()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    x = torch.randn(11, 40)
+    net(x).square().sum().backward()
+    compiled(x).square().sum().backward()
+    for ours, theirs in zip(twin.parameters(), net.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
 
 
 @native
-def test_a_compiled_layer_calls_the_operator():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        graphs = []
+def test_a_compiled_layer_calls_the_operator(compiling):
+    graphs = []
 
-        def backend(graph, _):
-            graphs.append(str(graph.graph))
-            return graph
+    def backend(graph, _):
+        graphs.append(str(graph.graph))
+        return graph
 
-        model, x = wide(), torch.randn(40, 1024)
-        y = torch.compile(model, fullgraph=True, backend=backend)(x)
-        assert len(graphs) == 1
-        assert "deepthin.factor_linear" in graphs[0]
-        assert torch.allclose(y, model(x), atol=1e-4)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    model, x = wide(), torch.randn(40, 1024)
+    y = torch.compile(model, fullgraph=True, backend=backend)(x)
+    assert len(graphs) == 1
+    assert "deepthin.factor_linear" in graphs[0]
+    assert torch.allclose(y, model(x), atol=1e-4)
 
 
 def test_an_exported_layer_needs_no_library():
