@@ -100,7 +100,13 @@ class Twist:
         return True
 
     def finish(self) -> Report:
-        """Distort once more, to the full, and make the layers thin; parameters are other ones from here on."""
+        """Distort once more, at the final ratio, and make the layers thin.
+
+        Parameter objects are replaced: build a new optimiser.
+
+        Returns:
+            What became of each matrix, as ``compress`` reports it.
+        """
         importance = self._asked()
         for planned in self._planned:
             self._distort(planned, planned.method, importance)
