@@ -99,8 +99,8 @@ def check_importance(model: nn.Module, importance: Mapping[str, Tensor]) -> None
         if (value < 0).any():
             where = tuple((value < 0).nonzero()[0].tolist())
             raise ConfigError(
-                f"importance: {name} is {value[where].item():g} at index {where}: importance must be >= 0"
-                "nothing. Use hessian_diagonal, which has no negative numbers, or clamp yours at 0."
+                f"importance: {name} is {value[where].item():g} at index {where}: importance must be >= 0. "
+                "Use hessian_diagonal, which has no negative numbers, or clamp yours at 0."
             )
 
 

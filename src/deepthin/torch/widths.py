@@ -69,15 +69,27 @@ def trim(
     above: float = 1.0,
     most: float = 1.0,
 ) -> Trimming:
-    """Take units out of a model, in place: where APoZ is more than ``above`` deviations over the layer's mean.
+    """Remove the units whose APoZ is more than ``above`` standard deviations over the layer's mean, in place.
 
-    A unit goes with its row of weights, its bias, its numbers in a batch normalisation, and the columns of the next
-    layers. ``layers`` are names, as ``model.named_modules`` has them; else all that can be trimmed. Of each, at most
-    the share ``most`` goes (0 to 1), the highest APoZ first, and at least one unit stays; with ``above = 1`` it is
-    never more than half. What is left keeps its weights: train on, with a new optimiser, since parameters are other
-    ones; then trim again. ConfigError, before anything has changed, for a layer that cannot be trimmed, with the
-    reason: it must be dense, have a ReLU behind it, and lead to ``nn.Linear`` or ``nn.Conv2d`` through nothing but
-    normalisation, dropout, pooling and flattening.
+    Network trimming (Hu, Peng, Tai and Tang, 2016, arXiv:1607.03250). A unit is removed with its row of weights, its
+    bias, its batch-normalisation statistics, and the columns of the next layers. At least one unit of a layer stays.
+    Parameter objects are replaced: build a new optimiser, train on, then trim again.
+
+    Args:
+        model: A dense network that ``torch.fx`` can trace.
+        batches: Inputs, or pairs of inputs and targets; about a thousand items suffice.
+        layers: Names as in ``model.named_modules()``; by default all layers that can be trimmed.
+        above: Threshold, in standard deviations over the layer's mean APoZ. With 1, at most half of a layer is removed.
+        most: Upper bound on the fraction of a layer that is removed, above 0 and at most 1; the highest APoZ first.
+
+    Returns:
+        The units before and after in each layer, and why other layers were not trimmed.
+
+    Raises:
+        ConfigError: A layer in ``layers`` cannot be trimmed, and why: it must be dense, be followed by a ReLU, and lead
+            to ``nn.Linear`` or ``nn.Conv2d`` through only normalisation, dropout, pooling and flattening. Nothing has
+            changed then.
+        NonFiniteError: An activation is NaN or infinite; nothing has changed.
     """
     if not math.isfinite(above) or not 0 < most <= 1:
         raise ConfigError(f"trim: above = {above}, most = {most}: above is a number, most above 0 and at most 1.")
