@@ -31,7 +31,7 @@ _HALVINGS = 60  # of the range of the threshold
 def allocate_pruning(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, scheme: str) -> Rules:
     """Divide ``[model] ratio`` among pruned matrices by the magnitudes of a dense model's weights.
 
-    Pruning schemes of See, Luong and Manning (2016, arXiv:1606.09274). A class is the matrix or group of a rule.
+    Pruning schemes of See, Luong and Manning (2016, arXiv:1606.09274). A class is all matrices of one rule.
 
     * ``class-blind``: one magnitude threshold for all classes.
     * ``class-uniform``: each class keeps the same fraction of its weights.
@@ -101,11 +101,11 @@ def _thresholds(
     }
     if scheme == "class-uniform":
         return lambda level: {
-            rule: -1.0 if level == 0 else float(own[max(math.ceil(level * len(own)) - 1, 0)])
-            for rule, own in classes.items()
+            rule: -1.0 if level == 0 else float(magnitudes[max(math.ceil(level * len(magnitudes)) - 1, 0)])
+            for rule, magnitudes in classes.items()
         }
-    scales = {rule: 1.0 if scheme == "class-blind" else _spread(own) for rule, own in classes.items()}
-    most = max(float(own[-1]) / scales[rule] for rule, own in classes.items())
+    scales = {rule: 1.0 if scheme == "class-blind" else _spread(magnitudes) for rule, magnitudes in classes.items()}
+    most = max(float(magnitudes[-1]) / scales[rule] for rule, magnitudes in classes.items())
     return lambda level: {rule: level * most * scale for rule, scale in scales.items()}
 
 
