@@ -1,4 +1,4 @@
-"""What each method promises (``bits()``), and what it writes, for the network of the paper: 440-6x2048-1952 at .01.
+"""The upper bound ``bits()`` of each method and the bytes it writes, for the paper's network, 440-6x2048-1952, at .01.
 
 python benchmarks/file_sizes.py [RATIO]
 """

@@ -1,4 +1,4 @@
-"""Fit the cost model of deepthin.costs to timings on this machine, and say what a choice by it costs.
+"""Fit the cost model of deepthin.kernels.costs to timings on this machine, and say what a choice by it costs.
 
     python benchmarks/fit_costs.py      (about five minutes, one core)
 
@@ -93,7 +93,7 @@ def main() -> None:
     for ready in (True, False):
         own = [(counts, times) for is_ready, counts, times in cases if is_ready == ready]
         fitted = {}
-        print("evaluation, dense weight kept:" if ready else "training:")
+        print("evaluation, dense weight cached:" if ready else "training:")
         for path in ("dense", "fft", "direct", "native-direct", "native-fft"):
             counts = np.array([c[path] for c, t in own if path in t])
             times = np.array([t[path] for c, t in own if path in t])

@@ -33,7 +33,7 @@ NAMES = {
 
 @keras.saving.register_keras_serializable("benchmarks")
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """A short warm-up, then half a cosine to zero, as ``deepthin.tasks.training`` has it."""
+    """A short warm-up, then half a cosine to zero, as ``deepthin.lab.tasks.training`` has it."""
 
     def __init__(self, rate: float, steps: int) -> None:
         self.rate, self.steps = rate, steps

@@ -553,7 +553,7 @@ NAN[1, 2], LESS[3, 4] = math.nan, -0.5
         (
             {"0.weight": LESS},
             ConfigError,
-            "importance: 0.weight is -0.5 at index (3, 4): an error cannot count less than nothing. Use "
+            "importance: 0.weight is -0.5 at index (3, 4): importance must be >= 0. Use "
             "hessian_diagonal, which has no negative numbers, or clamp yours at 0.",
         ),
     ],

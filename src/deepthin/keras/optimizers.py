@@ -17,8 +17,8 @@ class _Multiplied(optimizers.Optimizer):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Keras's own, at the variable's rate."""
-        own = self._trainable_variables[self._get_variable_index(variable)]
-        times = getattr(own, "learning_rate_multiplier", 1.0)
+        trained = self._trainable_variables[self._get_variable_index(variable)]
+        times = getattr(trained, "learning_rate_multiplier", 1.0)
         super().update_step(gradient, variable, learning_rate * times)
 
 

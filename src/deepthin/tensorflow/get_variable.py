@@ -24,9 +24,24 @@ def get_variable(
 ) -> tf.Tensor:
     """A tensor that small trainable factors generate: the call in the place of ``tf.compat.v1.get_variable``.
 
-    The factors are made at the first call, held by ``variables()``, and the same in every call with that name, before
-    which the ``tf.compat.v1.variable_scope`` around goes. In a graph of TensorFlow 1 they are its own variables, under
-    its rules of reuse. All else is as in ``Variables.get``.
+    The first call with a name creates the factors; later calls generate the tensor from their current values. In eager
+    TensorFlow ``variables()`` holds them; in a graph of TensorFlow 1 they are variables of the graph, under its rules
+    of reuse. DeepThin, arXiv:1802.06944, section 4.
+
+    Args:
+        name: Of the variable, prefixed by the current ``tf.compat.v1.variable_scope``.
+        shape: Of the generated tensor; may be left out once the variable exists.
+        rules: A configuration: a mapping or the path of a TOML file.
+        seed: Of the factors' initial values.
+        dtype: As in ``Variables.get``.
+        initializer: As in ``Variables.get``.
+        trainable: As in ``Variables.get``.
+
+    Returns:
+        The generated tensor.
+
+    Raises:
+        ConfigError: No rules, or invalid ones.
     """
     if rules is None:
         raise ConfigError("get_variable needs rules: a mapping, or the path of a TOML file.")

@@ -45,12 +45,27 @@ def allocate(
     sizes: int = SIZES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Rules:
-    """The same rules with a target for every matrix that shares the model's budget, ``ratio`` or ``file_bytes``.
+    """Divide the model's budget among matrices by measured losses (sensitivity; Shoham and Gersho, 1988).
 
-    ``loss`` judges the trained dense ``model``, which is in evaluation then and is left as it was: the mean loss on
-    calibration data is best. It is called ``sizes`` times for each matrix, and twice at the end: of the split that was
-    found and the flat one, the better is returned. Under ``file_bytes`` a matrix costs the bytes that a file takes for
-    it, coded as they are then; else ``Method.bits``. What ``compress`` raises is raised here.
+    Each matrix alone is stored at ``sizes`` sizes. Bits go where they reduce the loss most; losses of single matrices
+    are assumed to add up. The result and the flat allocation are then measured whole, and the better one is returned.
+
+    Args:
+        model: The trained dense network; evaluated in evaluation mode and left as it was.
+        rules: A configuration with ``ratio`` (a matrix costs ``Method.bits``) or ``file_bytes`` (a matrix costs its
+            coded bytes in a file).
+        loss: The mean loss of a model on calibration data; called ``sizes`` times for each matrix and twice at the end.
+        importance: As in ``compress``.
+        sizes: Sizes to try for each matrix.
+        progress: Called with the number of measurements done and their total.
+
+    Returns:
+        The rules with a target for every matrix that shares the budget.
+
+    Raises:
+        BudgetError: The budget cannot be reached.
+        ConfigError: Invalid rules or importance.
+        NonFiniteError: A weight is NaN or infinite.
     """
     rules = parse_rules(rules)
     flat = dataclasses.replace(rules, allocation=1.0 if rules.allocation is None else rules.allocation)

@@ -42,18 +42,26 @@ class Noise:
 
 
 class Distillation:
-    """The loss of a student that has teachers: ``(1 - weight) hard_loss + weight`` times how far it is from them.
+    """The loss of a student that has teachers: ``(1 - weight) hard_loss + weight`` times the distance to their outputs.
 
-    ``kind`` says how far that is, the mean over items of one of
+    The distance is the mean over items of one of
 
     * ``"soft"``: ``T^2 KL(p || q)``, with p and q the softmax of the teacher's and of the student's logits over the
-      ``temperature`` T; its gradients are Hinton's, and as large at every T.
+      ``temperature`` T; T^2 keeps the scale of the gradients equal at every T.
     * ``"logits"``: half the squared distance of the logits, Ba and Caruana's; without temperature.
 
-    Several teachers speak as one, by the mean of their logits (the geometric mean of their soft targets): one drawn for
-    each item would have the same gradient on average, and only more variance, which ``noise`` gives at will. Teachers,
-    dense or thin, run in evaluation and without gradients, and are no part of the student. ``seed`` is that of the
-    noise, which has a generator of its own. ConfigError for settings out of range.
+    Args:
+        teachers: One or several trained networks, dense or thin; evaluated in evaluation mode without gradients. The
+            logits of several are averaged (the geometric mean of their soft targets).
+        weight: Weight of the distance to the teachers, from 0 to 1.
+        temperature: T of soft targets, > 0.
+        kind: ``"soft"`` (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531) or ``"logits"`` (Ba and Caruana, 2014,
+            arXiv:1312.6184).
+        noise: Perturbs the teachers' logits (Sau and Balasubramanian, 2016, arXiv:1610.09650).
+        seed: Of the noise's separate random generator.
+
+    Raises:
+        ConfigError: No teacher, or a setting out of range.
 
         distillation = Distillation(teacher, weight=0.9, temperature=4.0)
         for inputs, targets in batches:
@@ -97,7 +105,7 @@ class Distillation:
         return mean if self.noise is None else self.noise.perturb(mean, self.generator)
 
     def distance(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        """How far a student is from its targets, the mean over items."""
+        """The distance of a student's logits from its targets, averaged over items."""
         if teacher_logits.shape != student_logits.shape:
             raise ConfigError(
                 f"The teacher gives logits of shape {list(teacher_logits.shape)}, the student of "

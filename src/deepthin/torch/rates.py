@@ -14,10 +14,18 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimiser; ``lr`` is what suits the dense network.
 
-    A code wants a larger rate than a dense weight, and so do the biases beside it: with the dense rate DeepThin loses
-    to every rival. The multipliers are those of deepthin.methods.learning_rate_multiplier, found by experiment
-    (docs/training.md), or ``learning_rate_multiplier`` for all codes: what a trained network was pruned to wants less
-    than what begins anew.
+    Codes, and the biases of thin layers, need a larger rate than dense weights: with the dense rate DeepThin loses to
+    every rival.
+
+    Args:
+        model: A model with or without thin layers.
+        lr: The learning rate that suits the dense network.
+        learning_rate_multiplier: One multiplier for all codes. By default that of each method
+            (``deepthin.methods.learning_rate_multiplier``, found by experiment: docs/training.md). A pruned, trained
+            network needs a smaller one than fresh factors.
+
+    Returns:
+        A list of ``{"params", "lr", "name"}``; parameters that need no gradient are left out.
     """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {("dense", 1.0): []}
     seen: set[int] = set()

@@ -37,16 +37,22 @@ from deepthin.torch.weight import ThinPart, ThinWeight
 class Recipe:
     """Takes a dense model through the ``[stages]`` of a configuration in a training of ``steps`` steps.
 
-    ``loss`` judges the model on calibration data, for ``allocation = "sensitivity"``. ``importance`` is asked when
-    values are shared, and weighs them by the names that the thin model's parameters have then: ``lambda:
-    hessian_diagonal(model, batches, loss)``.
+    Deep Compression (Han, Mao and Dally, 2016, arXiv:1510.00149) with any methods.
+
+    Args:
+        model: The dense network, changed in place.
+        rules: A configuration with ``[stages]``.
+        steps: Optimiser steps of the whole training.
+        loss: The mean loss of a model on calibration data, for ``allocation = "sensitivity"``.
+        importance: Called when codes are quantised; returns importance by the names of the thin model's parameters:
+            ``lambda: hessian_diagonal(model, batches, loss)``.
 
         recipe = dt.Recipe(model, "deep.toml", steps=20_000)
         optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
         for inputs, targets in batches:
             ...
             optimizer.step()
-            if recipe.step():  # other parameters from here on
+            if recipe.step():  # Parameter objects were replaced
                 optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3, recipe.learning_rate_multiplier))
     """
 
@@ -141,9 +147,19 @@ class Recipe:
 def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mapping[str, Tensor] | None = None) -> Report:
     """Store the floats of a model's codes by another method, in place: ``{"method": "kmeans", "bits": 5}``.
 
-    As a rule's ``then`` would have done from the start; codes that are rounded already stay as they are.
-    ``importance`` weighs errors by the names of the thin model's parameters. Parameters are others afterwards.
-    ConfigError if there is nothing to be stored.
+    The result is that of a rule's ``then``; codes that are quantised already do not change. Parameter objects are
+    replaced: build a new optimiser.
+
+    Args:
+        model: A model with thin layers, changed in place.
+        then: The second method and its options, as in a rule.
+        importance: Numbers >= 0 by the names of the thin model's parameters, as weights of squared errors.
+
+    Returns:
+        What the file will hold.
+
+    Raises:
+        ConfigError: No thin layer has floats that are stored directly, or ``then`` is invalid.
     """
     weights = {weight for weight, _ in thin_tensors(model).values() if weight.direct}
     if not weights:

@@ -28,15 +28,27 @@ _HALVINGS = 60  # of the range of the threshold
 
 
 def allocate_pruning(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, scheme: str) -> Rules:
-    """The same rules with a target for every pruned matrix that shares ``[model] ratio``, by a dense model's weights.
+    """Divide ``[model] ratio`` among pruned matrices by the magnitudes of a dense model's weights.
 
-    * ``class-blind``: what is above one threshold stays, wherever it is.
-    * ``class-uniform``: each class keeps the same share of its weights, those above a threshold of its own.
-    * ``class-distribution``: a class's threshold is a multiple of the standard deviation of its weights, one for all.
+    Pruning schemes of See, Luong and Manning (2016, arXiv:1606.09274). A class is all matrices of one rule.
 
-    Positions are paid for as always. The budget is used up to a value a matrix, or to some 5 % of it where values are
-    stored by another method (``then``), whose bits are estimated. Each matrix keeps one weight at least.
-    ConfigError for another scheme, for matrices of other methods in the budget, or where there is none.
+    * ``class-blind``: one magnitude threshold for all classes.
+    * ``class-uniform``: each class keeps the same fraction of its weights.
+    * ``class-distribution``: a class's threshold is a common multiple of its standard deviation.
+
+    The bits of positions count. The budget is used up to one value a matrix, or up to about 5 % where ``then`` stores
+    the values, since their bits are estimated. Each matrix keeps at least one weight.
+
+    Args:
+        model: The trained dense network; it does not change.
+        rules: A configuration with ``[model] ratio`` and the method ``pruned``.
+        scheme: One of the three above.
+
+    Returns:
+        The rules with a target for every matrix that shares the budget.
+
+    Raises:
+        ConfigError: Another scheme, another method in the budget, or no ratio.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme = {scheme!r} is unknown. Valid: {', '.join(SCHEMES)}.")
@@ -89,11 +101,11 @@ def _thresholds(
     }
     if scheme == "class-uniform":
         return lambda level: {
-            rule: -1.0 if level == 0 else float(own[max(math.ceil(level * len(own)) - 1, 0)])
-            for rule, own in classes.items()
+            rule: -1.0 if level == 0 else float(magnitudes[max(math.ceil(level * len(magnitudes)) - 1, 0)])
+            for rule, magnitudes in classes.items()
         }
-    scales = {rule: 1.0 if scheme == "class-blind" else _spread(own) for rule, own in classes.items()}
-    most = max(float(own[-1]) / scales[rule] for rule, own in classes.items())
+    scales = {rule: 1.0 if scheme == "class-blind" else _spread(magnitudes) for rule, magnitudes in classes.items()}
+    most = max(float(magnitudes[-1]) / scales[rule] for rule, magnitudes in classes.items())
     return lambda level: {rule: level * most * scale for rule, scale in scales.items()}
 
 

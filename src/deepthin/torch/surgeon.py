@@ -34,12 +34,29 @@ def optimal_brain_surgeon(
     passes: int = 16,
     seed: int = 0,
 ) -> float:
-    """Set all but ``keep`` weights of a small tensor to zero, in place, and return by how much the loss should rise.
+    """Set all but ``keep`` weights of a small tensor to zero, in place, and adjust the others.
 
-    One by one goes the weight that costs least, ``w^2 / (2 [H^-1]_qq)``, and all others move to where the loss is least
-    without it. H is the tensor's Gauss-Newton matrix, estimated as in ``hessian_diagonal``, plus ``damping`` times the
-    mean of its diagonal. Takes the square of the count in memory, and its cube in time: for 1,000 weights a second, for
-    8,192, the most, ten minutes, besides the gradients. To store what is left, ``compress`` by ``pruned``.
+    Optimal brain surgeon (Hassibi, Stork and Wolff, 1993). Repeatedly, the weight with the least saliency
+    ``w^2 / (2 [H^-1]_qq)`` is removed, and the others move to the minimum of the quadratic loss. H is the tensor's
+    Gauss-Newton matrix, estimated as in ``hessian_diagonal``. Memory grows with the square of the number of weights,
+    time with its cube: a second for 1,000 weights, ten minutes for 8,192, the upper bound, besides the gradients. To
+    store the result, ``compress`` with the method ``pruned``.
+
+    Args:
+        model: A trained dense model; only the named tensor changes.
+        name: The parameter, of at most 8,192 weights.
+        keep: How many weights stay, from 0 to all.
+        batches: As in ``hessian_diagonal``.
+        loss: As in ``hessian_diagonal``.
+        damping: Added to H's diagonal, as a fraction of its mean; > 0.
+        passes: As in ``hessian_diagonal``.
+        seed: As in ``hessian_diagonal``.
+
+    Returns:
+        The predicted rise of the loss.
+
+    Raises:
+        ConfigError: An unknown name, too many weights, ``keep`` or ``damping`` out of range, or a singular H.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if name not in parameters:

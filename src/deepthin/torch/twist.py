@@ -54,12 +54,21 @@ class Rising:
 
 
 class Twist:
-    """Distorts dense weights in place every so many optimiser steps, and makes them thin in the end.
+    """Distorts dense weights in place every ``every`` optimiser steps; ``finish`` makes the layers thin.
 
-    ``rules`` are those of ``compress``, or plans that were made of some; any method will do. ``every`` is the paper's
-    S_D. Without a ``schedule`` each distortion is the final one. The optimiser keeps its parameters, and its state,
-    until ``finish``. ``importance`` is that of ``compress``, or what is called for it at each distortion: ``lambda:
-    adam_importance(optimizer, model)``.
+    A distortion replaces each dense weight by its encoded and decoded value. The optimiser keeps its parameters and its
+    state until ``finish``. DeepTwist: Lee, Kapoor and Kim, 2018, arXiv:1810.12823.
+
+    Args:
+        model: The dense network, changed in place.
+        rules: A configuration as in ``compress``, or plans made from one; any method.
+        every: Optimiser steps between distortions, >= 1 (the paper's S_D).
+        schedule: How the ratio falls to its final value; without it each distortion is at the final ratio.
+        importance: As in ``compress``, or a function that returns it, called at each distortion: ``lambda:
+            adam_importance(optimizer, model)``.
+
+    Raises:
+        ConfigError: ``every`` < 1, or rules or importance that do not fit the model.
 
         twist = Twist(model, rules, every=100)
         for inputs, targets in batches:
@@ -89,7 +98,11 @@ class Twist:
         self._planned = [planned for planned in plans if planned.method is not None]
 
     def step(self) -> bool:
-        """To be called after each optimiser step. Whether the weights were distorted now."""
+        """Count an optimiser step, and distort when it is due.
+
+        Returns:
+            Whether the weights were distorted.
+        """
         self.steps += 1
         if self.steps % self.every or (self.schedule and self.steps < self.schedule.start):
             return False
@@ -99,7 +112,13 @@ class Twist:
         return True
 
     def finish(self) -> Report:
-        """Distort once more, to the full, and make the layers thin; parameters are other ones from here on."""
+        """Distort once more, at the final ratio, and make the layers thin.
+
+        Parameter objects are replaced: build a new optimiser.
+
+        Returns:
+            What became of each matrix, as ``compress`` reports it.
+        """
         importance = self._asked()
         for planned in self._planned:
             self._distort(planned, planned.method, importance)
@@ -144,5 +163,5 @@ class Twist:
                 values.copy_(weight(index))
 
     def _parameter(self, name: str) -> Tensor:
-        layer, own = self._owners[name][0]
-        return getattr(layer, own)
+        layer, parameter_name = self._owners[name][0]
+        return getattr(layer, parameter_name)

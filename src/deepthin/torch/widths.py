@@ -50,13 +50,21 @@ class Trimming:
 
 
 def apoz(model: nn.Module, batches: Batches, layers: Collection[str] | None = None) -> dict[str, Tensor]:
-    """By the name of each layer, for each of its units the share of zeros in what it gives after its rectifier.
+    """The average percentage of zeros (APoZ) of each unit after its ReLU, as a fraction (Hu et al., 2016).
 
-    Float64 numbers from 0 to 1. A unit is an output of ``nn.Linear`` or a channel of ``nn.Conv2d``; the share is over
-    all items of ``batches``, and all places of an image. Validation data, some thousand items, will do. Layers are all
-    that have a ReLU behind them, before anything else is computed, or those named. In evaluation; the model is left as
-    it is. ConfigError for a layer without ReLU, for a model that torch.fx cannot trace, and without items;
-    NonFiniteError if an output is no number.
+    A unit is an output of ``nn.Linear`` or a channel of ``nn.Conv2d``.
+
+    Args:
+        model: A dense network that ``torch.fx`` can trace; evaluated in evaluation mode and left as it was.
+        batches: Inputs, or pairs of inputs and targets; about a thousand validation items suffice.
+        layers: Names as in ``model.named_modules()``; by default all layers directly followed by a ReLU.
+
+    Returns:
+        For each layer's name a float64 tensor, one number from 0 to 1 a unit, over all items and image positions.
+
+    Raises:
+        ConfigError: A layer without ReLU, a model that cannot be traced, or no items.
+        NonFiniteError: An activation is NaN or infinite.
     """
     graph, paths = trace(model)
     return _apoz(model, graph, _named(model, paths, layers, removable=False), batches)
@@ -69,15 +77,27 @@ def trim(
     above: float = 1.0,
     most: float = 1.0,
 ) -> Trimming:
-    """Take units out of a model, in place: where APoZ is more than ``above`` deviations over the layer's mean.
+    """Remove the units whose APoZ is more than ``above`` standard deviations over the layer's mean, in place.
 
-    A unit goes with its row of weights, its bias, its numbers in a batch normalisation, and the columns of the next
-    layers. ``layers`` are names, as ``model.named_modules`` has them; else all that can be trimmed. Of each, at most
-    the share ``most`` goes (0 to 1), the highest APoZ first, and at least one unit stays; with ``above = 1`` it is
-    never more than half. What is left keeps its weights: train on, with a new optimiser, since parameters are other
-    ones; then trim again. ConfigError, before anything has changed, for a layer that cannot be trimmed, with the
-    reason: it must be dense, have a ReLU behind it, and lead to ``nn.Linear`` or ``nn.Conv2d`` through nothing but
-    normalisation, dropout, pooling and flattening.
+    Network trimming (Hu, Peng, Tai and Tang, 2016, arXiv:1607.03250). A unit is removed with its row of weights, its
+    bias, its batch-normalisation statistics, and the columns of the next layers. At least one unit of a layer stays.
+    Parameter objects are replaced: build a new optimiser, train on, then trim again.
+
+    Args:
+        model: A dense network that ``torch.fx`` can trace.
+        batches: Inputs, or pairs of inputs and targets; about a thousand items suffice.
+        layers: Names as in ``model.named_modules()``; by default all layers that can be trimmed.
+        above: Threshold, in standard deviations over the layer's mean APoZ. With 1, at most half of a layer is removed.
+        most: Upper bound on the fraction of a layer that is removed, above 0 and at most 1; the highest APoZ first.
+
+    Returns:
+        The units before and after in each layer, and why other layers were not trimmed.
+
+    Raises:
+        ConfigError: A layer in ``layers`` cannot be trimmed, and why: it must be dense, be followed by a ReLU, and lead
+            to ``nn.Linear`` or ``nn.Conv2d`` through only normalisation, dropout, pooling and flattening. Nothing has
+            changed then.
+        NonFiniteError: An activation is NaN or infinite; nothing has changed.
     """
     if not math.isfinite(above) or not 0 < most <= 1:
         raise ConfigError(f"trim: above = {above}, most = {most}: above is a number, most above 0 and at most 1.")
@@ -211,9 +231,19 @@ def _apoz(model: nn.Module, graph: fx.Graph, paths: Mapping[str, Path], batches:
 
 
 def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
-    """The largest width such that the matrices (two or more dimensions) of ``build(width)`` take at most that.
+    """The largest width at which the matrices of ``build(width)`` take at most ``weight_bytes``.
 
-    The rival that needs no library. ``build`` is called on the meta device; the size must grow with the width.
+    It gives the baseline that needs no compression: a smaller dense network of equal size.
+
+    Args:
+        build: From a width >= 1 to a model; called on the meta device. The size must grow with the width.
+        weight_bytes: Upper bound on the bytes of parameters with two or more dimensions.
+
+    Returns:
+        The width.
+
+    Raises:
+        BudgetError: Width 1 takes more.
     """
 
     def taken(width: int) -> int:
