@@ -244,7 +244,7 @@ def test_perplexity_is_that_of_the_carried_state(data):
             scores, _ = model(text[:-1, None])
         total += F.cross_entropy(scores[:, 0].double(), text[1:], reduction="sum").item()
     found = lstm_lm.evaluate(model, data, "test")
-    assert tuple(found) == lstm_lm.METRICS
+    assert tuple(found) == lstm_lm.TASK.metrics
     assert found["perplexity"] == pytest.approx(math.exp(total / (20 * length)), rel=1e-5)
 
 

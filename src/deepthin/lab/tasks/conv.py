@@ -13,22 +13,12 @@ from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
 from deepthin.lab.tasks import digits
+from deepthin.lab.tasks.task import ModuleTask
 
-NAME = "conv"
-ABOUT = "MNIST or Fashion-MNIST with LeNet-5 (depth 5) or a ResNet (8, 14, 20, ...); data as for digits"
-METRICS = ("error",)  # percent
 WIDTH, DEPTH = 1000, 5  # thousandths of the published channels, so that same-size networks come in fine steps
-DEFAULT_STEPS = 1000
 
-# Chosen for each method with LeNet-5 at .02 on full MNIST's development split, 500 steps (docs/training.md).
-LEARNING_RATE = 1e-3
-LEARNING_RATES = {"dense": 2e-3, "same-size": 1.6e-2}
-ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {}
-OPTIONS: dict[str, dict[str, object]] = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
 
 rules, fit, evaluate, example = digits.rules, digits.fit, digits.evaluate, digits.example  # only the networks differ
-loss, calibration, TAUGHT = digits.loss, digits.calibration, digits.TAUGHT
 
 
 def load(folder: Path | None) -> digits.Data:
@@ -100,3 +90,26 @@ class Block(nn.Module):
 def _share(full: int, width: int) -> int:
     """``width`` thousandths of the channels, rounded, at least one."""
     return max((full * width + 500) // 1000, 1)
+
+
+TASK = ModuleTask(
+    name="conv",
+    about="MNIST or Fashion-MNIST with LeNet-5 (depth 5) or a ResNet (8, 14, 20, ...); data as for digits",
+    metrics=("error",),  # percent
+    width=WIDTH,
+    depth=DEPTH,
+    steps=1000,
+    load=load,
+    build=build,
+    rules=rules,
+    fit=fit,
+    evaluate=evaluate,
+    example=example,
+    loss=digits.loss,
+    calibration=digits.calibration,
+    asks_teacher=True,
+    # Chosen for each method with LeNet-5 at .02 on full MNIST's development split, 500 steps (docs/training.md).
+    learning_rate=1e-3,
+    learning_rates={"dense": 2e-3, "same-size": 1.6e-2},
+    options={"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}},
+)

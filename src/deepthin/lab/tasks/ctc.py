@@ -20,40 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 from deepthin.errors import ConfigError
 from deepthin.lab.tasks import an4
 from deepthin.lab.tasks.decoder import WordLoop, read_dictionary, read_unigrams, word_error_rate
+from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training
 
-NAME = "ctc"
-ABOUT = "characters of speech (AN4) by a bidirectional LSTM and CTC: nats a character, word errors; needs --data"
-METRICS = ("loss", "wer", "wer_greedy")  # nats a character; percent with a dictionary, and without
 WIDTH, DEPTH = 192, 2
 BATCH = 16
-DEFAULT_STEPS = 3180  # 60 passes
 WARM_UP = 150  # steps
 CLIP = 20.0  # of the gradient's norm; with 5, training diverged
 
-# Chosen for each method on the development speakers (docs/training.md).
-LEARNING_RATE = 1.5e-3
-LEARNING_RATES = {
-    "same-size": 1.2e-2,
-    "hashed": 3.9e-3,
-    "hashed-8bit": 3.1e-3,
-    "pruned-csr": 4.3e-3,
-    "pruned-8bit": 6.5e-3,
-}
-# Without decay DeepThin's recurrent factors grow until gradients through time explode.
-DECAYS = {"deepthin": 0.3, "same-size": 0.3, "same-size-8bit": 0.0, "same-size-4bit": 0.0}
-ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {
-    "deepthin-8bit": 0.5,
-    "deepthin-4bit": 0.5,
-    "hashed-8bit": 0.5,
-    "pruned-csr": 0.5,
-}
-OPTIONS: dict[str, dict[str, object]] = {
-    "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier does
-    "deepthin-4bit": {"rank": 4},
-    "tensor-train": {"order": 2},
-}
 
 INPUTS = 39  # 13 cepstra, their deltas and double deltas
 STRIDE = 3  # frames from one output to the next
@@ -297,3 +271,41 @@ def _of_like_length(frames: Tensor, batch: int, generator: Generator) -> Tensor:
 def precision() -> torch.autocast:
     """That of training: products in bfloat16 where the processor has them."""
     return torch.autocast("cpu", torch.bfloat16, enabled=cast(bool, torch.cpu._is_avx512_bf16_supported()))
+
+
+TASK = ModuleTask(
+    name="ctc",
+    about="characters of speech (AN4) by a bidirectional LSTM and CTC: nats a character, word errors; needs --data",
+    metrics=("loss", "wer", "wer_greedy"),  # nats a character; percent with a dictionary, and without
+    width=WIDTH,
+    depth=DEPTH,
+    steps=3180,  # 60 passes
+    load=load,
+    build=build,
+    rules=rules,
+    fit=fit,
+    evaluate=evaluate,
+    example=example,
+    # Chosen for each method on the development speakers (docs/training.md).
+    learning_rate=1.5e-3,
+    learning_rates={
+        "same-size": 1.2e-2,
+        "hashed": 3.9e-3,
+        "hashed-8bit": 3.1e-3,
+        "pruned-csr": 4.3e-3,
+        "pruned-8bit": 6.5e-3,
+    },
+    # Without decay DeepThin's recurrent factors grow until gradients through time explode.
+    decays={"deepthin": 0.3, "same-size": 0.3, "same-size-8bit": 0.0, "same-size-4bit": 0.0},
+    allocations={
+        "deepthin-8bit": 0.5,
+        "deepthin-4bit": 0.5,
+        "hashed-8bit": 0.5,
+        "pruned-csr": 0.5,
+    },
+    options={
+        "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier does
+        "deepthin-4bit": {"rank": 4},
+        "tensor-train": {"order": 2},
+    },
+)
