@@ -71,7 +71,7 @@ def bench(
         notes.print(Text(f"No native kernels ({products.why_not}): products run on torch operations.", style="yellow"))
     sizes = _ratios(ratios)
     with Progress("timing", "rounds") as report_step:
-        found = run.run(
+        measured = run.run(
             case,
             (rows, cols or rows),
             sizes,
@@ -81,12 +81,12 @@ def bench(
             repeats,
             lambda i, total: report_step(case, i, total),
         )
-    print(shown.summary(found))
+    print(shown.summary(measured))
     out = out or Path("runs") / "bench" / f"{case}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, json.dumps(found, indent=1))
-    if find_spec("matplotlib") is not None and any(row["microseconds"] for row in found):
-        print(f"{shown.draw(found, out.with_suffix('.png'))} shows it.")
+    write_json(out, json.dumps([row.to_json() for row in measured], indent=1))
+    if find_spec("matplotlib") is not None and any(row.microseconds for row in measured):
+        print(f"{shown.draw(measured, out.with_suffix('.png'))} shows it.")
 
 
 @app.command()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from deepthin.lab.report.figures import draw
 from deepthin.lab.report.points import (
@@ -124,8 +123,8 @@ def render(rows: Rows, run: Mapping[str, Any], plans: Mapping[tuple[str, float],
         network=run.get("network"),
         chosen=_chosen(rows, run.get("chosen") or {}),
         data={"metrics": named, "axes": AXES, "curves": _curves(points, metrics)},
-        css=Markup(_asset("page.css")),
-        js=Markup(_asset("page.js")),
+        css=_asset("page.css"),
+        js=_asset("page.js"),
     )
 
 
