@@ -139,10 +139,12 @@ class Run:
         budget = int(ratio * self.weight_bytes())
         if bits is None:
             return dt.same_size(self.build, budget)
-        kept, matrices = self._never_thin()
-        apart = 4 * matrices + kept  # a step for each matrix, and what stays in fp32; there is more room in the rest
+        dense_bytes, matrices = self._never_thin()
+        apart = (
+            4 * matrices + dense_bytes
+        )  # a step for each matrix, and what stays in fp32; there is more room in the rest
         try:
-            return dt.same_size(self.build, (budget - apart) * 32 // bits + kept)
+            return dt.same_size(self.build, (budget - apart) * 32 // bits + dense_bytes)
         except BudgetError as error:
             smallest = error.smallest_bits * bits // 32 + 8 * apart
             raise BudgetError(str(error), smallest_bits=smallest, smallest_ratio=error.smallest_ratio) from None
@@ -151,8 +153,8 @@ class Run:
         """Bytes of the dense network's matrices that have no thin version, and how many matrices have one."""
         with torch.device("meta"):
             tensors = [tensor for tensor in tensors_of(self.build(self.width))[0] if len(tensor.shape) > 1]
-        kept = sum(4 * math.prod(tensor.shape) for tensor in tensors if tensor.uncovered)
-        return kept, sum(not tensor.uncovered for tensor in tensors)
+        dense_bytes = sum(4 * math.prod(tensor.shape) for tensor in tensors if tensor.uncovered)
+        return dense_bytes, sum(not tensor.uncovered for tensor in tensors)
 
     def choice(self, method: str) -> Choice:
         """The learning rate and the allocation that development data chose for a method, as the task has them."""
@@ -176,14 +178,15 @@ class Run:
         rules = self.rules(trial.method, trial.ratio, (trial.choice or self.choice(trial.method)).allocation)
         rules["model"]["ignore"] = [t.name for t in tensors_of(model)[0] if t.uncovered and len(t.shape) > 1]
         if rules["model"]["ignore"] and "ratio" in rules["model"]:  # their bytes count
-            kept, whole = self._never_thin()[0], self.weight_bytes()
-            if trial.ratio * whole <= kept:
+            dense_bytes, whole = self._never_thin()[0], self.weight_bytes()
+            if trial.ratio * whole <= dense_bytes:
                 raise BudgetError(
-                    f"{', '.join(rules['model']['ignore'])} have no thin version and take {kept} of {whole} bytes.",
-                    smallest_bits=8 * kept,
-                    smallest_ratio=kept / whole,
+                    f"{', '.join(rules['model']['ignore'])} have no thin version and "
+                    f"take {dense_bytes} of {whole} bytes.",
+                    smallest_bits=8 * dense_bytes,
+                    smallest_ratio=dense_bytes / whole,
                 )
-            rules["model"]["ratio"] = (trial.ratio * whole - kept) / (whole - kept)
+            rules["model"]["ratio"] = (trial.ratio * whole - dense_bytes) / (whole - dense_bytes)
         if outer in PRUNING:
             over = PRUNING[outer]
             every = max(int((over.end - over.start) * self.steps) // over.times, 1)

@@ -41,7 +41,7 @@ def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module
 
 def _lenet(width: int) -> nn.Module:
     """20 and 50 channels of 5 x 5, each halved by a maximum, 500 units, 10 classes: 431,080 numbers at width 1000."""
-    first, second, hidden = (_share(full, width) for full in (20, 50, 500))
+    first, second, hidden = (_channels(full, width) for full in (20, 50, 500))
     return nn.Sequential(
         nn.Conv2d(1, first, 5),
         nn.MaxPool2d(2),
@@ -56,7 +56,7 @@ def _lenet(width: int) -> nn.Module:
 
 def _resnet(width: int, blocks: int) -> nn.Module:
     """A convolution, three stages of as many blocks with 16, 32 and 64 channels, the mean of each, 10 classes."""
-    stages = [_share(full, width) for full in (16, 32, 64)]
+    stages = [_channels(full, width) for full in (16, 32, 64)]
     layers: list[nn.Module] = [nn.Conv2d(1, stages[0], 3, padding=1, bias=False), nn.BatchNorm2d(stages[0]), nn.ReLU()]
     inputs = stages[0]
     for number, outputs in enumerate(stages):
@@ -82,12 +82,12 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "items inputs height width"]) -> Tensor:
         """As many items, with ``outputs`` channels."""
-        kept = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added))
+        shortcut = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added))
         hidden = torch.relu(self.first_norm(self.first(x)))
-        return torch.relu(kept + self.second_norm(self.second(hidden)))
+        return torch.relu(shortcut + self.second_norm(self.second(hidden)))
 
 
-def _share(full: int, width: int) -> int:
+def _channels(full: int, width: int) -> int:
     """``width`` thousandths of the channels, rounded, at least one."""
     return max((full * width + 500) // 1000, 1)
 

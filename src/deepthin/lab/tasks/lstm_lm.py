@@ -51,10 +51,10 @@ class LanguageModel(nn.Module):
 
     def __init__(self, words: int, width: int, depth: int) -> None:
         super().__init__()
-        share = dropout(width)
+        probability = dropout(width)
         self.embedding = nn.Embedding(words, width)
-        self.lstm = nn.LSTM(width, width, depth, dropout=share if depth > 1 else 0.0)
-        self.dropout = nn.Dropout(share)
+        self.lstm = nn.LSTM(width, width, depth, dropout=probability if depth > 1 else 0.0)
+        self.dropout = nn.Dropout(probability)
         self.output = nn.Linear(width, words)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -spread(width), spread(width))
