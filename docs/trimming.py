@@ -36,18 +36,18 @@ def main(words: list[str] | None = None) -> list[list[str]]:
     torch.manual_seed(0)
     data = lenet.load(options.data)
     model = lenet.build(data, lenet.WIDTH, options.depth)
-    error = train(model, data, options.steps, lenet.LEARNING_RATE)
+    error = train(model, data, options.steps, lenet.TASK.learning_rate)
     lines = [["dense", f"{sum(p.numel() for p in model.parameters()):,}", "", "", f"{error:.2f}"]]
     for number in range(1, options.rounds + 1):
         report = dt.trim(model, [data.inputs["dev"]])
         trimmed = lenet.evaluate(model, data, "test")["error"]
-        error = train(model, data, options.steps // 2, lenet.LEARNING_RATE / 2)
+        error = train(model, data, options.steps // 2, lenet.TASK.learning_rate / 2)
         units = ", ".join(f"{row.layer}: {row.before} to {row.after}" for row in report.rows)
         lines.append([f"round {number}", f"{report.parameters_after:,}", units, f"{trimmed:.2f}", f"{error:.2f}"])
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.reset_parameters()
-    error = train(model, data, options.steps + options.rounds * (options.steps // 2), lenet.LEARNING_RATE)
+    error = train(model, data, options.steps + options.rounds * (options.steps // 2), lenet.TASK.learning_rate)
     lines.append(["from scratch", lines[-1][1], "", "", f"{error:.2f}"])
     heads = ("", "parameters", "units of layer", "error %, trimmed", "trained on")
     print(table(heads, lines, right=(1, 3, 4), total=False))

@@ -108,10 +108,10 @@ def test_compare_on_speech(folder, tmp_path):
     setup = Setup("acoustic", folder, 60, width=64, depth=2)
     assert str(Run.prepare(setup).build(64)).count("Linear") == 3
     rows = compare(Settings(setup, ("deepthin",), (0.05,)), tmp_path)
-    errors = {row["method"]: row["value"] for row in rows if row["split"] == "test"}
+    errors = {row.method: row.value for row in rows if row.split == "test"}
     assert errors["dense"] < 60  # of six states, guessing errs on 83
     assert errors["deepthin"] < 60
-    assert {row["metric"] for row in rows} == {"frame_error"}
+    assert {row.metric for row in rows} == {"frame_error"}
     assert "(0): Linear(in_features=429, out_features=64" in json.loads((tmp_path / "run.json").read_text())["network"]
 
 

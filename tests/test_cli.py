@@ -176,22 +176,24 @@ def test_bench_writes_its_rows(run, here):
 def test_bench_of_a_layer_times_every_rival_warm_and_cold():
     (row,) = bench_run.run("linear", (64, 96), (0.2,), (2,), rank=1, threads=1, repeats=2)
     for temperature in ("", "cold_"):
-        times = {name: row[f"{temperature}{name}_microseconds"] for name in ("dense", "packed", "best_dense", "rank")}
+        times = {
+            name: row.times[f"{temperature}{name}_microseconds"] for name in ("dense", "packed", "best_dense", "rank")
+        }
         assert times["best_dense"] == min(times["dense"], times["packed"])
         assert all(time > 0 for time in times.values())
-        assert all(row[f"{temperature}{name}_microseconds"] > 0 for name in ("uniform_8bit", "kmeans_4bit"))
+        assert all(row.times[f"{temperature}{name}_microseconds"] > 0 for name in ("uniform_8bit", "kmeans_4bit"))
         if products.native_available:
-            assert row[f"{temperature}microseconds"] > 0
-            assert row[f"{temperature}layer_microseconds"] > 0
-            assert row[f"{temperature}csr_microseconds"] > 0
+            assert row.times[f"{temperature}microseconds"] > 0
+            assert row.times[f"{temperature}layer_microseconds"] > 0
+            assert row.times[f"{temperature}csr_microseconds"] > 0
     assert "best dense, cold" in shown.summary([row])
 
 
 def test_bench_of_the_papers_network_draws_its_table(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_run, "TFKALDI", ((40, 30), (50, 40), (20, 50)))
     rows = bench_run.run("tfkaldi", (1, 1), (0.2, 0.1), (1, 3), rank=1, threads=1, repeats=1)
-    assert [(row["batch"], row["ratio"]) for row in rows] == [(1, 0.2), (1, 0.1), (3, 0.2), (3, 0.1)]
-    assert all(row["microseconds"] > 0 and row["rows"] == 20 and row["cols"] == 30 for row in rows)
+    assert [(row.batch, row.ratio) for row in rows] == [(1, 0.2), (1, 0.1), (3, 0.2), (3, 0.1)]
+    assert all(row.microseconds > 0 and row.rows == 20 and row.cols == 30 for row in rows)
     assert shown.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -201,12 +203,12 @@ def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
     monkeypatch.setattr(networks, "STEPS", 12)
     monkeypatch.setattr(networks.ctc, "WIDTH", 24)
     rows = bench_run.run(case, (32, 24), (0.3, 0.0001), (2,), rank=1, threads=1, repeats=2)
-    assert [row["microseconds"] is None for row in rows] == [False, True]
-    assert rows[0]["dense_microseconds"] > 0
-    assert rows[0]["rank_microseconds"] > 0
-    assert (rows[0]["int8_microseconds"] is None) == (case == "train-lstm")
+    assert [row.microseconds is None for row in rows] == [False, True]
+    assert rows[0].times["dense_microseconds"] > 0
+    assert rows[0].times["rank_microseconds"] > 0
+    assert (rows[0].times["int8_microseconds"] is None) == (case == "train-lstm")
     assert "smallest ratio" in shown.summary(rows)
-    if not rows[0]["int8_microseconds"]:
+    if not rows[0].times["int8_microseconds"]:
         return
     built, whole = [], networks.whole(case, (32, 24), 2)
     monkeypatch.setattr(bench_run, "quantised", lambda model: built.append(trial.quantised(model)) or built[-1])

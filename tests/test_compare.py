@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,25 +49,25 @@ def finished(folder, tmp_path_factory):
 
 def test_rows_say_what_was_measured(finished):
     out, rows = finished
-    assert json.loads((out / "results.json").read_text()) == rows
-    by = {(row["method"], row["ratio"], row["split"]): row for row in rows}
+    assert json.loads((out / "results.json").read_text()) == [row.to_json() for row in rows]
+    by = {(row.method, row.ratio, row.split): row for row in rows}
     assert {key[:2] for key in by} == {("dense", 1.0), ("int8", 0.25)} | {
         (m, r) for m in ("deepthin", "rank", "same-size") for r in (0.02, 0.001)
     }
     row = by["deepthin", 0.02, "test"]
-    assert (row["task"], row["metric"], row["seed"]) == ("digits", "error", 0)
-    assert row["dense_bytes"] == 4 * (784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10)
-    assert row["bytes"] == (out / row["model"]).stat().st_size == deepthin.inspect(out / row["model"]).total_bytes
-    assert by["dense", 1.0, "test"]["value"] < 10
-    assert 0 <= row["value"] <= 100
+    assert (row.task, row.metric, row.seed) == ("digits", "error", 0)
+    assert row.dense_bytes == 4 * (784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10)
+    assert row.bytes == (out / row.model).stat().st_size == deepthin.inspect(out / row.model).total_bytes
+    assert by["dense", 1.0, "test"].value < 10
+    assert 0 <= row.value <= 100
 
 
 def test_a_size_that_cannot_be_reached_is_a_row(finished):
     _, rows = finished
-    row = next(row for row in rows if row["method"] == "deepthin" and row["ratio"] == 0.001)
-    assert row["value"] is None
-    assert row["bytes"] is None
-    assert row["smallest_ratio"] == pytest.approx(5524 / 4 / 266200)
+    row = next(row for row in rows if row.method == "deepthin" and row.ratio == 0.001)
+    assert row.value is None
+    assert row.bytes is None
+    assert row.smallest_ratio == pytest.approx(5524 / 4 / 266200)
 
 
 def test_sizes_keep_to_the_ratio(folder):
@@ -79,17 +80,15 @@ def test_sizes_keep_to_the_ratio(folder):
 
 def test_the_stored_model_predicts_what_the_row_says(finished, folder):
     out, rows = finished
-    row = next(r for r in rows if (r["method"], r["split"]) == ("deepthin", "test") and r["value"] is not None)
+    row = next(r for r in rows if (r.method, r.split) == ("deepthin", "test") and r.value is not None)
     model = digits.build(None, digits.WIDTH)
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in deepthin.load(out / row["model"]).items()})
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in deepthin.load(out / row.model).items()})
     data = digits.load(folder)
-    assert digits.evaluate(model, data, "test")["error"] == pytest.approx(row["value"], abs=1)
+    assert digits.evaluate(model, data, "test")["error"] == pytest.approx(row.value, abs=1)
 
 
 def untimed(rows):
-    return [
-        {k: v for k, v in row.items() if k not in ("seconds", "microseconds", "dense_microseconds")} for row in rows
-    ]
+    return [replace(row, seconds=None, microseconds=None, dense_microseconds=None) for row in rows]
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(folder, tmp_path):
@@ -135,26 +134,24 @@ def test_summary_and_page(finished):
     assert "<h3>deepthin at 0.02</h3>" in page
     assert "://" not in page  # it needs no other file
     best = points.best_thin(rows)
-    assert best["value"] == min(
-        r["value"] for r in rows if r["split"] == "dev" and r["method"] not in points.UNCOMPRESSED
-    )
+    assert best.value == min(r.value for r in rows if r.split == "dev" and r.method not in points.UNCOMPRESSED)
 
 
 def test_every_method_runs(folder, tmp_path):
     """Each in few steps; pruning starts dense; what cannot be reached is a row; cuts stand beside the paper's."""
     methods = tuple(name for name in COMPARED if not name.endswith("4bit"))
     rows = compare(settings(folder, methods, (0.05,), steps=15), tmp_path)
-    reached = {row["method"]: row for row in rows if row["value"] is not None}
+    reached = {row.method: row for row in rows if row.value is not None}
     assert set(methods) - set(reached) == {"uniform"}
-    assert all(row["microseconds"] > 0 for row in reached.values())
+    assert all(row.microseconds > 0 for row in reached.values())
     for name in set(reached) - {"dense", "int8", "same-size"}:
-        stored = from_bytes((tmp_path / reached[name]["model"]).read_bytes()).thin.values()
+        stored = from_bytes((tmp_path / reached[name].model).read_bytes()).thin.values()
         held = sum(thin.bytes for thin in stored)
-        assert held == reached[name]["weight_bytes"]
-        assert 0.6 * 0.05 < held / reached["dense"]["weight_bytes"] <= 0.05, name
+        assert held == reached[name].weight_bytes
+        assert 0.6 * 0.05 < held / reached["dense"].weight_bytes <= 0.05, name
         own = {"pruned-csr": "pruned", "same-size-8bit": "uniform"}.get(name, name.replace("-8bit", " then uniform"))
         assert all(thin.name == own for thin in stored)
-    told = tables.cuts([{**row, "value": 1 + methods.index(row["method"])} for row in rows])
+    told = tables.cuts([replace(row, value=1 + methods.index(row.method)) for row in rows])
     head, _, *lines = told.splitlines()[1:]
     ours = ["deepthin", "deepthin-8bit"]
     assert head.split() == [
@@ -169,7 +166,7 @@ def test_every_method_runs(folder, tmp_path):
 
 def test_spread_over_seeds_is_shown(finished):
     _, rows = finished
-    doubled = [{**row, "seed": seed, "value": row["value"] and row["value"] + seed} for row in rows for seed in (0, 1)]
+    doubled = [replace(row, seed=seed, value=row.value and row.value + seed) for row in rows for seed in (0, 1)]
     assert "+-0.50" in tables.summary(doubled)
 
 

@@ -115,7 +115,10 @@ def test_small_sizes_can_be_reached(depth, ratio):
     assert 0.9 * ratio * dense < weights(on_meta(depth, width)) <= ratio * dense
     for method in ("deepthin", "rank", "hashed", "pruned"):
         if (depth, ratio, method) != (8, 0.02, "rank"):
-            rules = {"model": {"ratio": ratio, "allocation": conv.ALLOCATION}, "rules": conv.rules({"method": method})}
+            rules = {
+                "model": {"ratio": ratio, "allocation": conv.TASK.allocation},
+                "rules": conv.rules({"method": method}),
+            }
             report = dt.plan(on_meta(depth), rules)
             thin = [row for row in report.rows if len(row.shape) > 1]
             assert sum(row.bytes for row in thin) <= 4 * ratio * dense, method
@@ -141,7 +144,7 @@ def test_mnist_is_known(data_folder):
 def thin(depth, method, ratio=0.1, seed=0):
     torch.manual_seed(seed)
     model = conv.build(None, 200, depth)
-    rules = {"model": {"ratio": ratio, "allocation": conv.ALLOCATION}, "rules": conv.rules({"method": method})}
+    rules = {"model": {"ratio": ratio, "allocation": conv.TASK.allocation}, "rules": conv.rules({"method": method})}
     dt.compress(model, rules, init="scratch", seed=seed)
     return model
 
@@ -181,4 +184,4 @@ def test_errors_are_percent_of_a_split(data):
     assert conv.evaluate(model, data, "test") == {"error": 90.0}
     wrong = sum(label != 0 for label in data.targets["dev"].tolist())
     assert conv.evaluate(model, data, "dev") == {"error": pytest.approx(100 * wrong / 16)}
-    assert conv.METRICS == ("error",)
+    assert conv.TASK.metrics == ("error",)

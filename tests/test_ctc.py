@@ -148,7 +148,7 @@ def test_a_training_learns_to_spell(data):
     before = ctc.evaluate(model, data, "dev")
     ctc.fit(model, data, Training(model=model, steps=250, lr=2e-2))
     after = ctc.evaluate(model, data, "dev")
-    assert tuple(after) == ctc.METRICS
+    assert tuple(after) == ctc.TASK.metrics
     assert after["loss"] < before["loss"] / 2
     assert after["wer"] <= after["wer_greedy"] < 20
     assert not model.training

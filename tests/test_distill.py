@@ -223,19 +223,19 @@ def test_all_but_the_dense_network_are_taught(teacher, tmp_path):
     for name, how in {"none": None, "soft": Teacher(teacher), "logits": Teacher(teacher, "logits")}.items():
         setup = Setup("digits", steps=60, teacher=how)
         rows = compare(Settings(setup, ("deepthin", "pruned", "same-size"), (0.02,)), tmp_path / name)
-        said[name] = {row["method"]: row for row in rows if row["split"] == "test"}
-    assert {row["value"] for by in said.values() for row in [by["dense"]]} == {said["none"]["dense"]["value"]}
-    about = said["soft"]["deepthin"]["teacher"]
+        said[name] = {row.method: row for row in rows if row.split == "test"}
+    assert {row.value for by in said.values() for row in [by["dense"]]} == {said["none"]["dense"].value}
+    about = said["soft"]["deepthin"].teacher
     assert re.fullmatch(
         r"dense-seed0\.thin, SHA-256 [0-9a-f]{16}\.\.\.; weight 0\.9 for its soft targets at temperature 4", about
     )
     assert json.loads((tmp_path / "soft" / "run.json").read_text())["teacher"] == about
     assert "teacher" not in json.loads((tmp_path / "none" / "run.json").read_text())
     for method in ("deepthin", "pruned", "same-size"):
-        assert "teacher" not in said["none"][method]
-        files = [(tmp_path / name / said[name][method]["model"]).read_bytes() for name in said]
+        assert said["none"][method].teacher is None
+        files = [(tmp_path / name / said[name][method].model).read_bytes() for name in said]
         assert len(set(files)) == 3, method
-    assert not any("teacher" in said["soft"][method] for method in ("dense", "int8"))
+    assert all(said["soft"][method].teacher is None for method in ("dense", "int8"))
     other = Setup("digits", steps=60, teacher=Teacher(teacher, "logits"))
     with pytest.raises(ConfigError, match=r"another run \(teacher = .*soft.*, now .*logits'\): choose another --out"):
         compare(Settings(other, ("deepthin",), (0.02,)), tmp_path / "soft")
@@ -279,7 +279,7 @@ def test_a_users_mistake_is_told(words, message, teacher, tmp_path, command_line
 
 
 def test_which_tasks_ask_a_teacher(teacher):
-    assert {name for name, task in TASKS.items() if getattr(task, "TAUGHT", False)} == {
+    assert {name for name, task in TASKS.items() if task.asks_teacher} == {
         "digits", "conv", "lenet", "acoustic"
     }  # fmt: skip
     with pytest.raises(ConfigError, match="The task ctc has no teacher's loss: leave out --teacher"):
@@ -315,8 +315,8 @@ def test_the_users_own_training_may_ask(tmp_path, monkeypatch):
     own = ("taught_nets:build", "taught_nets:fit", "taught_nets:evaluate")
     setup = Setup("", steps=4, own=own, teacher=Teacher(tmp_path / "t.thin"))
     rows = compare(Settings(setup, ("rank",), (0.5,)), tmp_path / "out")
-    assert {row["method"] for row in rows if "teacher" in row} == {"rank"}
-    assert all(row["value"] is not None for row in rows if row["method"] == "rank")
+    assert {row.method for row in rows if row.teacher} == {"rank"}
+    assert all(row.value is not None for row in rows if row.method == "rank")
     assert prepared(setup).teacher[1].weight.shape == (3, 8)
 
 

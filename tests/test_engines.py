@@ -28,7 +28,7 @@ SEARCH = Search(trials=3, ratio=0.02, steps=20)
 
 
 def untimed(rows):
-    return [{key: value for key, value in row.items() if key not in UNTIMED} for row in rows]
+    return [{key: value for key, value in row.to_json().items() if key not in UNTIMED} for row in rows]
 
 
 def settings(**more):
@@ -234,7 +234,7 @@ def test_what_an_earlier_search_chose_stays_beside_what_a_later_one_does(straigh
     rows = compare(more, out)
     chosen = json.loads((out / "run.json").read_text())["chosen"]
     assert set(chosen) == {"dense", "deepthin", "rank", "deepthin-8bit", "hashed"}
-    assert {row["method"] for row in rows} == {*chosen, "int8"}
+    assert {row.method for row in rows} == {*chosen, "int8"}
 
 
 def test_a_trial_whose_file_is_gone_is_made_again(straight, tmp_path):

@@ -8,6 +8,7 @@ import os
 import random
 import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -121,36 +122,45 @@ def test_text_becomes_words_marks_and_ends_of_paragraphs():
     ("item", "reason"),
     [
         (b"A\n" + bytes(20), "not in R's binary form"),
-        (b"X\n" + number(4, 0, 0), "version 4"),
-        (serialised(number(24, 1)), "type 24"),
-        (serialised(number(16, -1)), "a length of -1"),
-        (serialised(number(13, 1 << 28)), "1073741824 bytes at byte"),
-        (serialised(b""), "4 bytes at byte"),
+        (b"X\n" + number(4, 0, 0), ""),
+        (serialised(number(24, 1)), ""),
+        (serialised(number(16, -1)), "emma is no text"),
+        (serialised(number(13, 1 << 28)), "emma is no text"),
+        (serialised(b""), ""),
         (serialised(number(13, 1, 7)), "emma is no text"),
     ],
 )
 def test_what_r_did_not_write_is_named(tmp_path, item, reason):
-    root = write_package(tmp_path, {"emma": []}, lambda _: item)
-    with pytest.raises(ConfigError, match=f"Rdata.rdx is no database of R's, or damaged .*{reason}.*install"):
+    root = write_package(tmp_path, {"emma": ["x"]}, lambda _: item)
+    with pytest.raises(ConfigError, match=rf"Rdata.rdx is no database of R's, or damaged \(.*{reason}.+install"):
         austen.read(root)
 
 
 def test_damage_anywhere_is_a_configuration_error(tmp_path):
-    """Every byte of the index, and many of the text: an error of ours, or what zlib's checksum let pass."""
+    """Every third byte of index and text: an error of ours, or what zlib's checksum let pass."""
     root = write_package(tmp_path, BOOKS)
-    for name in ("Rdata.rdx", "Rdata.rdb"):
-        path = root / "data" / name
-        whole = path.read_bytes()
-        for place in range(len(whole)):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
-            try:
-                austen.read(root)
-            except ConfigError as error:
-                assert "install the package again" in str(error)
-        path.write_bytes(whole)
-    for place in range(18, len(serialised(strings(["abc"])))):
-        with pytest.raises(ValueError, match="bytes at byte"):
-            austen.unserialised(serialised(strings(["abc"]))[:place])
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rdata's, of names and encodings that it does not know
+        for name in ("Rdata.rdx", "Rdata.rdb"):
+            path = root / "data" / name
+            whole = path.read_bytes()
+            for place in range(0, len(whole), 3):
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
+                try:
+                    austen.read(root)
+                except ConfigError as error:
+                    refused += 1
+                    assert "install the package again" in str(error)
+            path.write_bytes(whole)
+    assert refused > 50
+
+
+def test_novels_need_rdata(tmp_path, monkeypatch):
+    root = write_package(tmp_path, BOOKS)
+    monkeypatch.setattr(austen, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"are read by rdata: pip install 'deepthin\[compare\]'"):
+        austen.read(root)
 
 
 def test_novels_are_split_one_by_one(tmp_path):
@@ -234,7 +244,7 @@ def test_perplexity_is_that_of_the_carried_state(data):
             scores, _ = model(text[:-1, None])
         total += F.cross_entropy(scores[:, 0].double(), text[1:], reduction="sum").item()
     found = lstm_lm.evaluate(model, data, "test")
-    assert tuple(found) == lstm_lm.METRICS
+    assert tuple(found) == lstm_lm.TASK.metrics
     assert found["perplexity"] == pytest.approx(math.exp(total / (20 * length)), rel=1e-5)
 
 

@@ -62,8 +62,8 @@ def nets(text, folder):
 def test_a_number_is_called_error_and_a_network_of_one_width_has_no_same_size(here):
     setup = nets("", here)
     rows = compare(Settings(setup, ("rank",), (0.5,)), here / "out")
-    assert {row["metric"] for row in rows} == {"error"}
-    assert all(row["value"] > 0 for row in rows)
+    assert {row.metric for row in rows} == {"error"}
+    assert all(row.value > 0 for row in rows)
     with pytest.raises(ConfigError, match="takes no width, so there is no same-size network"):
         compare(Settings(setup, ("same-size",), (0.5,)), here / "other")
 
@@ -119,12 +119,12 @@ def test_networks_of_other_forms(here):
     """Named arguments, nested inputs and outputs, a buffer that is not saved, a matrix without a thin version."""
     setup = nets(NAMED, here)
     rows = compare(Settings(setup, ("rank", "deepthin-8bit"), (0.6,)), here / "out")
-    assert {(row["method"], row["metric"]) for row in rows} == {
+    assert {(row.method, row.metric) for row in rows} == {
         (method, metric) for method in ("dense", "int8", "rank", "deepthin-8bit") for metric in "ab"
     }
-    assert all(row["microseconds"] > 0 for row in rows)
-    whole = next(row["weight_bytes"] for row in rows if row["method"] == "dense")
-    assert all(row["weight_bytes"] <= 0.6 * whole for row in rows if row["method"] in ("rank", "deepthin-8bit"))
+    assert all(row.microseconds > 0 for row in rows)
+    whole = next(row.weight_bytes for row in rows if row.method == "dense")
+    assert all(row.weight_bytes <= 0.6 * whole for row in rows if row.method in ("rank", "deepthin-8bit"))
     (here / "nets.py").write_text((here / "nets.py").read_text().replace("LOSS = 1.0", "LOSS = 2.0"))
     del sys.modules["nets"]
     _loaded.cache_clear()
@@ -135,8 +135,8 @@ def test_networks_of_other_forms(here):
 def test_what_is_no_number_is_a_row_that_failed(here):
     text = NAMED.replace('"b": LOSS', '"b": float("nan") if split == "test" else 1.0')
     rows = compare(Settings(nets(text, here), ("rank",), (0.6,)), here / "out")
-    assert [row["value"] for row in rows] == [None, None, None]
-    by = {row["method"]: row["failed"] for row in rows}
+    assert [row.value for row in rows] == [None, None, None]
+    by = {row.method: row.failed for row in rows}
     assert by["rank"] == by["dense"] == "The b on test data is nan."
     assert "quantise" in by["int8"]
 
@@ -147,7 +147,7 @@ def test_a_network_that_diverges_is_a_row_that_failed(here):
         "    with torch.no_grad():\n        model.bias.fill_(float('nan'))\n"
     )
     rows = compare(Settings(nets(text, here), ("rank",), (0.6,)), here / "out")
-    by = {row["method"]: row["failed"] for row in rows}
+    by = {row.method: row.failed for row in rows}
     assert by["rank"] == "The training ended with weights that are no numbers: use a smaller learning rate."
     assert by["int8"] == "the dense network of this seed failed"
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_headline_pairs_error_file_and_speed_of_one_configuration():
 
 def test_the_best_thin_value_of_each_size_is_marked_and_no_other():
     lines = lines_of(shown())
-    marked = {key for key, row in lines.items() if "class=best" in "".join(row)}
+    marked = {key for key, row in lines.items() if 'class="best"' in "".join(row)}
     assert marked == {("deepthin-8bit", f"{ratio:g}") for ratio in RATIOS}
     assert lines["uniform", "0.004"][-1].endswith('colspan="5">not reachable: smallest ratio 0.03126</td>')
     assert '<td data-value="7.5">7.50</td>' in lines["rank", "0.0195"]
@@ -52,19 +53,19 @@ def test_the_best_thin_value_of_each_size_is_marked_and_no_other():
 
 def test_seeds_that_failed_are_told():
     rows = made(("dense", "rank"), ratios=(0.0195, 0.004), seeds=2)
-    lost = {**rows[-1], "value": None, "bytes": None, "failed": "nan < 0"}
-    kept = [row for row in rows if (row["ratio"], row["seed"]) != (0.0195, 0) and row["ratio"] != 0.004]
-    lines = lines_of(shown([*kept, {**lost, "ratio": 0.0195, "seed": 0}, {**lost, "seed": 0}, {**lost, "seed": 1}]))
+    lost = replace(rows[-1], value=None, bytes=None, failed="nan < 0")
+    kept = [row for row in rows if (row.ratio, row.seed) != (0.0195, 0) and row.ratio != 0.004]
+    lines = lines_of(shown([*kept, replace(lost, ratio=0.0195, seed=0), replace(lost, seed=0), replace(lost, seed=1)]))
     assert '<td data-value="1">1 <small>1 failed</small></td>' in lines["rank", "0.0195"]
     assert lines["rank", "0.004"][-1].endswith(">failed: nan &lt; 0</td>")
 
 
 def test_the_papers_figures_stand_beside_ours():
     """Table 1: TFKaldi's word error is like ours of task acoustic, DeepSpeech's loss like that of task ctc."""
-    assert re.findall(r"class=paper>(.*?)<", shown()) == ["60.1", "57.0"]
+    assert re.findall(r'class="paper">(.*?)<', shown()) == ["60.1", "57.0"]
     ctc = shown(made(METHODS, task="ctc", metrics=("loss", "wer")))
-    assert re.findall(r"class=paper>(.*?)<", ctc) == ["28.1", "27.2"]
-    assert "class=paper" not in shown(made(METHODS, task="digits", metrics=("error",)))
+    assert re.findall(r'class="paper">(.*?)<', ctc) == ["28.1", "27.2"]
+    assert 'class="paper"' not in shown(made(METHODS, task="digits", metrics=("error",)))
 
 
 def test_it_says_how_it_was_made():
@@ -83,8 +84,7 @@ def test_it_says_how_it_was_made():
 def test_names_from_rows_cannot_write_into_the_page():
     evil = "</script><script>x</script><b title='\"'>&"
     rows = [
-        {**row, "task": evil, "method": row["method"] + evil}
-        for row in made(("dense", "deepthin"), metrics=(evil, "wer"))
+        replace(row, task=evil, method=row.method + evil) for row in made(("dense", "deepthin"), metrics=(evil, "wer"))
     ]
     page = shown(rows, {**RUN, "chosen": {evil: {evil: evil}}, evil: evil, "data": evil}, {(evil, 0.1): evil}, evil)
     assert "<b title" not in page
@@ -119,15 +119,15 @@ def report(tmp_path_factory):
     rows = made(METHODS, ratios=(0.0195, 0.0099), seeds=2)
     (out / "models").mkdir()
     (out / "run.json").write_text(json.dumps(RUN))
-    for row in {row["model"]: row for row in rows if row.get("model")}.values():
-        torch.manual_seed(row["seed"])
+    for row in {row.model: row for row in rows if row.model}.values():
+        torch.manual_seed(row.seed)
         model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 300))
-        name, bits = points.base(row["method"])
+        name, bits = points.base(row.method)
         if name != "dense":
             rule = {"method": "pruned" if name == "pruned-csr" else name}
             rule |= {"then": {"method": "uniform", "bits": int(bits)}} if bits else {}
-            dt.compress(model, {"model": {"ratio": row["ratio"]}, "rules": {"*": rule}}, init="scratch", seed=0)
-        dt.save(model, out / row["model"])
+            dt.compress(model, {"model": {"ratio": row.ratio}, "rules": {"*": rule}}, init="scratch", seed=0)
+        dt.save(model, out / row.model)
     return write_page(rows, out, "deepthin compare acoustic")
 
 
@@ -259,7 +259,7 @@ def test_it_fits_a_phone_in_both_colour_schemes(page):
 @pytest.mark.browser
 def test_hostile_names_run_nothing(chromium, tmp_path):
     evil = "</script><img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
-    rows = [{**row, "task": evil, "method": evil} for row in made(("deepthin",), metrics=(evil,))]
+    rows = [replace(row, task=evil, method=evil) for row in made(("deepthin",), metrics=(evil,))]
     path = tmp_path / "report.html"
     path.write_text(shown(rows, {**RUN, "data": evil}, {(evil, 0.1): evil}, evil))
     opened = chromium.new_page()

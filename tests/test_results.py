@@ -1,10 +1,16 @@
 """What people are told about a comparison: points out of rows, tables, pictures."""
 
+import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from deepthin.errors import ConfigError
 from deepthin.lab.report import figures, points, tables
+from deepthin.lab.report.page import render
+from deepthin.lab.rows import Row, read_rows, write_rows
 
 # Of each method its error at the largest size, the growth of that from size to size, and its speed over dense: made up.
 LIKELY = {
@@ -56,12 +62,13 @@ def made(methods=tuple(LIKELY), ratios=RATIOS, seeds=3, task="acoustic", metrics
                         scale = {"loss": 0.01}.get(metric, 1 + 0.4 * n)
                         found = scale * (value * growth**i + 0.1 * seed * (1 + i) - 0.5 * (split == "dev"))
                         rows.append({**row, "split": split, "metric": metric, "value": found})
-    return rows
+    return [Row.from_json(row) for row in rows]
 
 
 def of(method, ratio, *values, split="test", metric="error", **more):
     row = {"task": "t", "method": method, "ratio": ratio, "bytes": 10, "dense_bytes": 1000, "split": split}
-    return [{**row, "metric": metric, "seed": seed, "value": value, **more} for seed, value in enumerate(values)]
+    rows = [{**row, "metric": metric, "seed": seed, "value": value, **more} for seed, value in enumerate(values)]
+    return [Row.from_json(row) for row in rows]
 
 
 def cells(text):
@@ -75,7 +82,7 @@ def test_the_seeds_of_a_method_at_a_size_are_one_point():
         ("dense", 1.0), ("rank", 0.0099), ("rank", 0.004), ("deepthin", 0.0099), ("deepthin", 0.004)
     ]  # fmt: skip
     assert points.metrics(rows) == ["frame_error", "wer"]
-    values = [r["value"] for r in rows if (r["method"], r["ratio"], r["metric"]) == ("rank", 0.004, "wer")]
+    values = [r.value for r in rows if (r.method, r.ratio, r.metric) == ("rank", 0.004, "wer")]
     test = values[1::2]
     spread = found[2].test["wer"]
     assert (spread.mean, spread.low, spread.high) == (pytest.approx(sum(test) / 3), min(test), max(test))
@@ -102,8 +109,8 @@ def test_columns_that_would_be_empty_are_left_out():
 
 def test_what_failed_is_told_and_the_other_seeds_count():
     (lost,) = of("rank", 0.1, None, failed="The loss is nan at step 3")
-    lost["bytes"] = None
-    (point,) = points.points([lost, {**lost, "seed": 1}])
+    lost = replace(lost, bytes=None)
+    (point,) = points.points([lost, replace(lost, seed=1)])
     assert point.note == "failed: The loss is nan at step 3"
     (point,) = points.points([lost, *of("rank", 0.1, 1.0, 2.0, 3.0)[1:]])
     assert (point.note, point.file_bytes, point.seeds) == ("1 failed", 10, 2)
@@ -136,7 +143,7 @@ def test_the_best_file_is_of_the_best_configuration_not_of_the_luckiest_seed():
         *of("rank", 0.1, 0.0, 0.0, split="test"),
     ]
     best = points.best_thin(rows)
-    assert (best["model"], best["seed"], best["value"]) == ("best", 1, 4.0)
+    assert (best.model, best.seed, best.value) == ("best", 1, 4.0)
     assert points.best_thin(rows[:4]) is None
     assert points.best_thin([]) is None
 
@@ -192,3 +199,32 @@ def test_pictures_of_little(tmp_path):
     assert len(figures.draw(of("rank", 0.1, 0.0, 0.0), tmp_path)) == 1
     assert len(figures.draw(made(("dense", "uniform"), timed=False, metrics=("error",)), tmp_path)) == 1
     assert len(figures.draw(made(("uniform",), metrics=("error",)), tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["acoustic", "ctc", "lenet"])
+def test_results_of_earlier_versions_are_read_drawn_and_written_as_they_were(name, tmp_path):
+    path = Path(__file__).parent.parent / "docs" / "results" / name / "results.json"
+    rows = read_rows(path)
+    write_rows(rows, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(path.read_text())
+    assert [list(row.to_json()) for row in rows] == [list(row) for row in json.loads(path.read_text())]
+    page = render(rows, {"task": name, "steps": 1, "data": ""}, {}, "")
+    assert page.count("<h2>") == 6
+    assert {row.method for row in rows} <= set(re.findall(r'data-value="([\w-]+)"', page))
+    assert tables.cuts(rows)
+
+
+def test_a_row_has_bytes_and_value_always_and_other_fields_where_they_apply():
+    (row,) = of("rank", 0.1, None, smallest_ratio=0.2)
+    assert row.to_json() == {
+        "task": "t", "method": "rank", "ratio": 0.1, "bytes": 10, "weight_bytes": None, "dense_bytes": 1000, "seed": 0,
+        "split": "test", "metric": "error", "value": None, "smallest_ratio": 0.2,
+    }  # fmt: skip
+    assert Row.from_json({**row.to_json(), "of_a_later_version": 1}) == row
+
+
+def test_a_row_that_lacks_what_every_row_has_is_damage():
+    with pytest.raises(
+        ConfigError, match=r"^A row of results.json lacks split, value: remove the file to begin anew.$"
+    ):
+        Row.from_json({k: v for k, v in of("rank", 0.1, 1.0)[0].to_json().items() if k not in ("split", "value")})

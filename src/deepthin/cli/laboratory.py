@@ -71,7 +71,7 @@ def bench(
         notes.print(Text(f"No native kernels ({products.why_not}): products run on torch operations.", style="yellow"))
     sizes = _ratios(ratios)
     with Progress("timing", "rounds") as report_step:
-        found = run.run(
+        measured = run.run(
             case,
             (rows, cols or rows),
             sizes,
@@ -81,12 +81,12 @@ def bench(
             repeats,
             lambda i, total: report_step(case, i, total),
         )
-    print(shown.summary(found))
+    print(shown.summary(measured))
     out = out or Path("runs") / "bench" / f"{case}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, json.dumps(found, indent=1))
-    if find_spec("matplotlib") is not None and any(row["microseconds"] for row in found):
-        print(f"{shown.draw(found, out.with_suffix('.png'))} shows it.")
+    write_json(out, json.dumps([row.to_json() for row in measured], indent=1))
+    if find_spec("matplotlib") is not None and any(row.microseconds for row in measured):
+        print(f"{shown.draw(measured, out.with_suffix('.png'))} shows it.")
 
 
 @app.command()
@@ -204,6 +204,7 @@ def compare(
     from deepthin.lab.report import tables
     from deepthin.lab.report.page import write_page
     from deepthin.lab.report.points import best_thin
+    from deepthin.lab.rows import write_rows
     from deepthin.lab.search import Search
     from deepthin.lab.teacher import Teacher
     from deepthin.lab.trial import COMPARED, Setup, prepared
@@ -228,7 +229,7 @@ def compare(
     elif (teacher_kind, teacher_weight, temperature, teacher_noise) != ("soft", 0.9, 4.0, 0.0):
         raise ConfigError("--teacher-kind, --teacher-weight, --temperature and --teacher-noise need --teacher FILE.")
     run = prepared(setup)
-    folder = out or Path("runs") / run.task.NAME
+    folder = out or Path("runs") / run.task.name
     searched = None
     if search:
         if search_ratio is not None and not 0 < search_ratio < 1:
@@ -242,13 +243,13 @@ def compare(
     print(tables.summary(rows))
     if compared := tables.cuts(rows):
         print(f"\n{compared}")
-    if any(row["value"] is not None for row in rows):
+    if any(row.value is not None for row in rows):
         print("\nEvery file was loaded into a new model, which did exactly what the trained one did.")
-    if best := best_thin(rows):
-        print(f"Best file by development {best['metric']}: {folder / best['model']}, {best['bytes']:,} bytes")
+    if (best := best_thin(rows)) and best.model:
+        print(f"Best file by development {best.metric}: {folder / best.model}, {best.bytes:,} bytes")
     print(f"Report: {page}")
     if json_file is not None:
-        compare.write_rows(rows, json_file)
+        write_rows(rows, json_file)
 
 
 def _task(task: str | None, own: tuple[str | None, ...]) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from deepthin.errors import ConfigError
 from deepthin.lab.engines import ENGINES, Chain, Engine, run_chains
+from deepthin.lab.rows import Row, read_json, read_rows, write_rows
 from deepthin.lab.search import Choice, Search, open_storage, search
 from deepthin.lab.trial import (
     ALWAYS,
@@ -54,7 +55,7 @@ class Settings:
     threads: int = 1
 
 
-def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[dict[str, Any]]:
+def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[Row]:
     """Run all trials that ``out`` does not hold yet, write ``results.json`` and the trained models, return all rows.
 
     ConfigError if ``out`` holds results that other steps, another network or other data gave.
@@ -62,7 +63,7 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
     out = out.absolute()
     run = prepared(settings.setup)
     methods = tuple(dict.fromkeys((*ALWAYS, *settings.methods)))
-    about = {"task": run.task.NAME, "steps": run.steps, "data": run.data.about, "network": str(run.build(run.width))}
+    about = {"task": run.task.name, "steps": run.steps, "data": run.data.about, "network": str(run.build(run.width))}
     if run.teacher is not None:
         about["teacher"] = run.teacher[0].about()
     if settings.search:
@@ -70,11 +71,11 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
     _check_widths(run, methods)
     _check_same_run(about, out)
     results = out / "results.json"
-    rows = [row for row in read_json(results, list) if _still_there(row, out)] if results.exists() else []
+    rows = [row for row in read_rows(results) if _still_there(row, out)] if results.exists() else []
     engine = ENGINES[settings.engine](settings.jobs, settings.threads)
     try:
         choices = _search_all(settings, settings.search, methods, engine, out, progress) if settings.search else {}
-        done = {(row["method"], row["ratio"], row["seed"]) for row in rows}
+        done = {row.key for row in rows}
         wanted = _trials(settings, methods, choices)
         trials = [trial for trial in wanted if trial.key not in done]
         count = [len(wanted) - len(trials), len(wanted)]
@@ -88,9 +89,9 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
     finally:
         engine.close()
     order = {name: place for place, name in enumerate(methods)}
-    rows.sort(key=lambda row: (row["seed"], order.get(row["method"], len(order)), -row["ratio"]))
-    if any(row["value"] is not None and "microseconds" not in row for row in rows):
-        _time_all(run, rows, out, progress)
+    rows.sort(key=lambda row: (row.seed, order.get(row.method, len(order)), -row.ratio))
+    if any(row.value is not None and row.microseconds is None for row in rows):
+        rows = _time_all(run, rows, out, progress)
     write_rows(rows, results)
     return rows
 
@@ -105,16 +106,14 @@ def _trials(settings: Settings, methods: tuple[str, ...], choices: dict[str, Cho
     ]
 
 
-def _chain(
-    settings: Settings, trial: Trial, out: Path, progress: Progress, rows: list[dict[str, Any]], count: list[int]
-) -> Chain:
+def _chain(settings: Settings, trial: Trial, out: Path, progress: Progress, rows: list[Row], count: list[int]) -> Chain:
     """One trial; in this process its steps are told, else how many trials are done: ``count``, of how many."""
     if settings.engine == "local" and settings.jobs == 1:
         steps = prepared(settings.setup).steps
-        found = yield run_trial, settings.setup, trial, out, lambda step: progress(trial.name, step, steps)
+        result = yield run_trial, settings.setup, trial, out, lambda step: progress(trial.name, step, steps)
     else:
-        found = yield run_trial, settings.setup, trial, out
-    rows += found
+        result = yield run_trial, settings.setup, trial, out
+    rows += result
     write_rows(rows, out / "results.json")
     count[0] += 1
     if settings.jobs > 1 or settings.engine != "local":
@@ -127,7 +126,7 @@ def _search_all(
     """The choice for each method, and how it was found, in ``run.json``."""
     storage, run = open_storage(out / "search.db"), prepared(settings.setup)
     setup = replace(settings.setup, steps=wanted.steps)
-    found: dict[str, tuple[Choice, float | None]] = {}
+    choices: dict[str, tuple[Choice, float | None]] = {}
     searched = [method for method in methods if method != INT8]
     told = 0
 
@@ -145,22 +144,22 @@ def _search_all(
             try:
                 value = yield steps.send(value)
             except StopIteration as end:
-                found[method] = end.value
+                choices[method] = end.value
                 return
             told += 1
             progress("searching", told, wanted.trials * len(searched))
 
     run_chains(engine, map(chain, searched))
-    chosen = {name: {**asdict(choice), "value": value} for name, (choice, value) in found.items()}
+    chosen = {name: {**asdict(choice), "value": value} for name, (choice, value) in choices.items()}
     path = out / "run.json"
     earlier = read_json(path, dict)
     whole = {**earlier, "chosen": {**earlier.get("chosen", {}), **chosen}}
     write_atomically(path, json.dumps(whole, indent=1).encode())
-    return {name: choice for name, (choice, _) in found.items()}
+    return {name: choice for name, (choice, _) in choices.items()}
 
 
-def _time_all(run: Run, rows: list[dict[str, Any]], out: Path, progress: Progress) -> None:
-    """``microseconds`` of a single item for every method and size, medians of one interleaved run, one thread each.
+def _time_all(run: Run, rows: list[Row], out: Path, progress: Progress) -> list[Row]:
+    """The rows with the ``microseconds`` of a single item: medians of one interleaved run, one thread each.
 
     The files of the first seed that has one serve for all.
     """
@@ -169,11 +168,11 @@ def _time_all(run: Run, rows: list[dict[str, Any]], out: Path, progress: Progres
     example = run.task.example(run.data)
     models: dict[tuple[str, float], torch.nn.Module] = {}
     for row in rows:
-        key = row["method"], row["ratio"]
-        if key not in models and row.get("model"):
-            models[key] = run.load(out / row["model"], *key)
+        key = row.method, row.ratio
+        if key not in models and row.model:
+            models[key] = run.load(out / row.model, *key)
     dense = models.get((DENSE, 1.0))
-    if dense is not None and any(row["method"] == INT8 and row["value"] is not None for row in rows):
+    if dense is not None and any(row.method == INT8 and row.value is not None for row in rows):
         models[INT8, INT8_RATIO] = quantised(dense)
     times: dict[tuple[str, float], list[int]] = {key: [] for key in models}
     began = time.perf_counter()
@@ -189,28 +188,13 @@ def _time_all(run: Run, rows: list[dict[str, Any]], out: Path, progress: Progres
                 break
     torch.set_num_threads(threads)
     medians = {key: statistics.median(values) / 1000 for key, values in times.items()}
-    for row in rows:
-        if row["value"] is not None:
-            row["microseconds"] = round(medians[row["method"], row["ratio"]], 1)
-            if dense is not None:
-                row["dense_microseconds"] = round(medians[DENSE, 1.0], 1)
-
-
-def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """``results.json``: one row a line."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write_atomically(path, f"[\n{lines}\n]\n".encode())
-
-
-def read_json(path: Path, kind: type) -> Any:
-    """What an earlier run wrote; ConfigError if it is damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): remove it to begin anew.") from None
-    if not isinstance(found, kind):
-        raise ConfigError(f"{path} is damaged (it holds no {kind.__name__}): remove it to begin anew.")
-    return found
+    of_dense = None if dense is None else round(medians[DENSE, 1.0], 1)
+    return [
+        row
+        if row.value is None
+        else replace(row, microseconds=round(medians[row.method, row.ratio], 1), dense_microseconds=of_dense)
+        for row in rows
+    ]
 
 
 def searched_ratio(out: Path) -> float | None:
@@ -219,10 +203,10 @@ def searched_ratio(out: Path) -> float | None:
     return read_json(path, dict).get("search", {}).get("ratio") if path.exists() else None
 
 
-def _still_there(row: dict[str, Any], out: Path) -> bool:
+def _still_there(row: Row, out: Path) -> bool:
     """Whether the file of a trial, or of what it was made of, is still there; else it is made again."""
-    model = f"models/{DENSE}-seed{row['seed']}.thin" if row["method"] == INT8 else row.get("model")
-    return row["value"] is None or (model is not None and (out / model).exists())
+    model = f"models/{DENSE}-seed{row.seed}.thin" if row.method == INT8 else row.model
+    return row.value is None or (model is not None and (out / model).exists())
 
 
 def _check_same_run(about: dict[str, Any], out: Path) -> None:

@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 import deepthin.torch as dt
 from deepthin.errors import ConfigError
+from deepthin.lab.tasks.task import Task
 from deepthin.torch.distill import check_settings
 
 
@@ -30,10 +31,10 @@ class Teacher:
         """Refuse what cannot be learned from."""
         check_settings(self.weight, self.temperature, self.kind)
 
-    def load(self, task: Any, dense: Callable[[], nn.Module]) -> nn.Module:
+    def load(self, task: Task, dense: Callable[[], nn.Module]) -> nn.Module:
         """The network, in evaluation. ConfigError if the task asks no teacher, or if the file is of another network."""
-        if not getattr(task, "TAUGHT", False):
-            raise ConfigError(f"The task {task.NAME} has no teacher's loss: leave out --teacher.")
+        if not task.asks_teacher:
+            raise ConfigError(f"The task {task.name} has no teacher's loss: leave out --teacher.")
         if not self.path.is_file():
             raise ConfigError(
                 f"--teacher {self.path}: there is no such file. Give the .thin file of a trained network."

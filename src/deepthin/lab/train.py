@@ -50,7 +50,7 @@ def train(
     anything is trained, NonFiniteError if the training diverges.
     """
     rules, run = parse_rules(rules), prepared(setup)
-    rate: float = run.task.LEARNING_RATE if lr is None else lr
+    rate: float = run.task.learning_rate if lr is None else lr
     started = time.perf_counter()
     seeded(seed)
     model = run.build(run.width)
@@ -75,9 +75,9 @@ def train(
 def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping[str, torch.Tensor]]:
     """What a recipe asks; ConfigError if the task has no Hessian."""
     if kind == "hessian":
-        if not hasattr(run.task, "calibration"):
+        if run.task.calibration is None:
             raise ConfigError(
-                f"[stages] importance = 'hessian': {run.task.NAME} has no loss of single items. Use 'adam'."
+                f"[stages] importance = 'hessian': {run.task.name} has no loss of single items. Use 'adam'."
             )
         batch = run.task.calibration(run.data)
         return lambda: dt.hessian_diagonal(training.model, [batch], torch.nn.functional.cross_entropy)
@@ -86,7 +86,7 @@ def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping
 
 def _loss(run: Run, model: torch.nn.Module) -> float:
     """On development data: the task's own loss, else its leading metric."""
-    if hasattr(run.task, "loss"):
+    if run.task.loss is not None:
         return run.task.loss(model, run.data)
     return next(iter(run.task.evaluate(model, run.data, "dev").values()))
 

@@ -18,9 +18,11 @@ from torch import nn
 
 import deepthin.torch as dt
 from deepthin.errors import BudgetError, ConfigError, DeepThinError, NonFiniteError
+from deepthin.lab.rows import Row
 from deepthin.lab.search import Choice
 from deepthin.lab.tasks import TASKS
 from deepthin.lab.tasks.own import Own
+from deepthin.lab.tasks.task import Task
 from deepthin.lab.tasks.training import Training
 from deepthin.lab.teacher import Teacher
 from deepthin.methods import METHODS
@@ -97,7 +99,7 @@ class Trial:
 class Run:
     """A task with its data, and the network and steps that all trials share."""
 
-    task: Any  # a module of deepthin.tasks, or Own
+    task: Task
     data: Any
     steps: int
     width: int
@@ -107,15 +109,15 @@ class Run:
     @classmethod
     def prepare(cls, setup: Setup) -> "Run":
         """Load the task's data; ConfigError for a depth where the task's network has none to choose."""
-        task = Own.find(*setup.own) if setup.own else TASKS[setup.task]
-        if setup.depth is not None and task.DEPTH is None:
-            raise ConfigError(f"The network of {task.NAME} has a fixed depth: leave out --depth.")
+        task: Task = Own.find(*setup.own) if setup.own else TASKS[setup.task]
+        if setup.depth is not None and task.depth is None:
+            raise ConfigError(f"The network of {task.name} has a fixed depth: leave out --depth.")
         data = task.load(setup.data)
-        depth = {} if task.DEPTH is None else {"depth": setup.depth or task.DEPTH}
+        depth = {} if task.depth is None else {"depth": setup.depth or task.depth}
         build = partial(task.build, data, **depth)
-        width, teacher = setup.width or task.WIDTH, setup.teacher
+        width, teacher = setup.width or task.width, setup.teacher
         taught = None if teacher is None else (teacher, teacher.load(task, lambda: build(width)))
-        return cls(task, data, setup.steps or task.DEFAULT_STEPS, width, build, taught)
+        return cls(task, data, setup.steps or task.steps, width, build, taught)
 
     def weight_bytes(self) -> int:
         """Of the dense network's matrices."""
@@ -137,10 +139,12 @@ class Run:
         budget = int(ratio * self.weight_bytes())
         if bits is None:
             return dt.same_size(self.build, budget)
-        kept, matrices = self._never_thin()
-        apart = 4 * matrices + kept  # a step for each matrix, and what stays in fp32; there is more room in the rest
+        dense_bytes, matrices = self._never_thin()
+        apart = (
+            4 * matrices + dense_bytes
+        )  # a step for each matrix, and what stays in fp32; there is more room in the rest
         try:
-            return dt.same_size(self.build, (budget - apart) * 32 // bits + kept)
+            return dt.same_size(self.build, (budget - apart) * 32 // bits + dense_bytes)
         except BudgetError as error:
             smallest = error.smallest_bits * bits // 32 + 8 * apart
             raise BudgetError(str(error), smallest_bits=smallest, smallest_ratio=error.smallest_ratio) from None
@@ -149,16 +153,16 @@ class Run:
         """Bytes of the dense network's matrices that have no thin version, and how many matrices have one."""
         with torch.device("meta"):
             tensors = [tensor for tensor in tensors_of(self.build(self.width))[0] if len(tensor.shape) > 1]
-        kept = sum(4 * math.prod(tensor.shape) for tensor in tensors if tensor.uncovered)
-        return kept, sum(not tensor.uncovered for tensor in tensors)
+        dense_bytes = sum(4 * math.prod(tensor.shape) for tensor in tensors if tensor.uncovered)
+        return dense_bytes, sum(not tensor.uncovered for tensor in tensors)
 
     def choice(self, method: str) -> Choice:
-        """``LEARNING_RATES`` and ``ALLOCATIONS`` of the task hold what development data chose for each method."""
+        """The learning rate and the allocation that development data chose for a method, as the task has them."""
         outer, _ = split(method)
-        rates, shares = self.task.LEARNING_RATES, self.task.ALLOCATIONS
-        share = shares.get(method, shares.get(outer, self.task.ALLOCATION))
-        rate = rates.get(method, rates.get(outer, self.task.LEARNING_RATE))
-        return Choice(rate, float(ALLOCATIONS[share] if isinstance(share, str) else share))
+        rates, allocations = self.task.learning_rates, self.task.allocations
+        allocation = allocations.get(method, allocations.get(outer, self.task.allocation))
+        rate = rates.get(method, rates.get(outer, self.task.learning_rate))
+        return Choice(rate, float(ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation))
 
     def model(self, trial: Trial) -> tuple[nn.Module, dict[str, Any]]:
         """The network, untrained, its weight matrices within the ratio of the dense ones', and how it becomes thin.
@@ -174,14 +178,15 @@ class Run:
         rules = self.rules(trial.method, trial.ratio, (trial.choice or self.choice(trial.method)).allocation)
         rules["model"]["ignore"] = [t.name for t in tensors_of(model)[0] if t.uncovered and len(t.shape) > 1]
         if rules["model"]["ignore"] and "ratio" in rules["model"]:  # their bytes count
-            kept, whole = self._never_thin()[0], self.weight_bytes()
-            if trial.ratio * whole <= kept:
+            dense_bytes, whole = self._never_thin()[0], self.weight_bytes()
+            if trial.ratio * whole <= dense_bytes:
                 raise BudgetError(
-                    f"{', '.join(rules['model']['ignore'])} have no thin version and take {kept} of {whole} bytes.",
-                    smallest_bits=8 * kept,
-                    smallest_ratio=kept / whole,
+                    f"{', '.join(rules['model']['ignore'])} have no thin version and "
+                    f"take {dense_bytes} of {whole} bytes.",
+                    smallest_bits=8 * dense_bytes,
+                    smallest_ratio=dense_bytes / whole,
                 )
-            rules["model"]["ratio"] = (trial.ratio * whole - kept) / (whole - kept)
+            rules["model"]["ratio"] = (trial.ratio * whole - dense_bytes) / (whole - dense_bytes)
         if outer in PRUNING:
             over = PRUNING[outer]
             every = max(int((over.end - over.start) * self.steps) // over.times, 1)
@@ -191,11 +196,11 @@ class Run:
         return model, {}
 
     def rules(self, method: str, ratio: float, allocation: float) -> dict[str, Any]:
-        """The configuration of a method; ``OPTIONS`` of the task hold what else was chosen for it."""
+        """The configuration of a method; ``options`` of the task hold what else was chosen for it."""
         outer, bits = split(method)
         if outer == SAME_SIZE:
             return {"model": {}, "rules": self.task.rules({"method": "uniform", "bits": bits})}
-        rule = {"method": outer, **self.task.OPTIONS.get(method, self.task.OPTIONS.get(outer, {}))}
+        rule = {"method": outer, **self.task.options.get(method, self.task.options.get(outer, {}))}
         if outer == PRUNED_CSR:
             rule |= {"method": "pruned", "index": "csr"}
         if bits:
@@ -209,7 +214,7 @@ class Run:
     def train(self, trial: Trial, progress: Callable[[int], None]) -> nn.Module:
         """The trained network. Raises BudgetError, and NonFiniteError if the training diverges."""
         model, recipe = self.model(trial)
-        lr, decays = (trial.choice or self.choice(trial.method)).lr, getattr(self.task, "DECAYS", {})
+        lr, decays = (trial.choice or self.choice(trial.method)).lr, self.task.decays
         decay = decays.get(trial.method, decays.get(split(trial.method)[0], 0.0))
         if self.teaches(trial) and self.teacher is not None:
             teacher, network = self.teacher
@@ -231,7 +236,7 @@ class Run:
         self.task.fit(model, self.data, training)
         if training.step != self.steps:
             raise ConfigError(
-                f"The training of {self.task.NAME} made {training.step} of {self.steps} steps: it must call "
+                f"The training of {self.task.name} made {training.step} of {self.steps} steps: it must call "
                 "training.minimise once for each batch of training.batches(...)."
             )
 
@@ -273,13 +278,20 @@ def judge(setup: Setup, trial: Trial) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def run_trial(
-    setup: Setup, trial: Trial, out: Path, progress: Callable[[int], None] | None = None
-) -> list[dict[str, Any]]:
-    """A row for each split and metric; one without a value where the size is out of reach, or the training diverges.
+def run_trial(setup: Setup, trial: Trial, out: Path, progress: Callable[[int], None] | None = None) -> list[Row]:
+    """Train one network, write its file, and judge the network that is loaded from that.
 
-    What is judged is the file: it is loaded into a new model, which must do on development data what the trained one
-    does.
+    Args:
+        setup: What all trials of the comparison share.
+        trial: The method, the size and the seed.
+        out: The folder of the comparison; the file goes into ``models`` there.
+        progress: Told after each training step how many there were.
+
+    Returns:
+        A row for each split and metric; one without a value where the size is out of reach or the training diverges.
+
+    Raises:
+        DeepThinError: If the loaded network does not do what the trained one does.
     """
     run = prepared(setup)
     row = first_row(run, trial)
@@ -290,29 +302,39 @@ def run_trial(
         model = run.train(trial, progress or (lambda _: None))
         if not all(torch.isfinite(t).all() for t in model.state_dict().values() if t.is_floating_point()):
             raise NonFiniteError("The training ended with weights that are no numbers: use a smaller learning rate.")
-        row["seconds"] = round(time.perf_counter() - started, 2)
-        stored = {**row, "model": f"models/{trial.name}.thin"}
-        (out / "models").mkdir(exist_ok=True)
-        stored["bytes"] = dt.save(model, out / stored["model"])
-        stored["weight_bytes"] = sum(matrix.bytes for matrix in inspect(out / stored["model"]).rows)
-        reloaded = run.load(out / stored["model"], trial.method, trial.ratio)
+        row = replace(row, seconds=round(time.perf_counter() - started, 2))
+        path = out / "models" / f"{trial.name}.thin"
+        path.parent.mkdir(exist_ok=True)
+        written = dt.save(model, path)
+        reloaded = run.load(path, trial.method, trial.ratio)
         if not alike(model.eval(), reloaded, run.task.example(run.data)):
-            raise DeepThinError(f"{out / stored['model']} does not hold what the trained model does: please report it.")
+            raise DeepThinError(f"{path} does not hold what the trained model does: please report it.")
+        weight_bytes = sum(matrix.bytes for matrix in inspect(path).rows)
+        stored = replace(row, model=f"models/{path.name}", bytes=written, weight_bytes=weight_bytes)
         return _judged(run, stored, reloaded)
     except BudgetError as error:
-        return [{**row, "smallest_ratio": error.smallest_bits / 8 / run.weight_bytes()}]
+        return [replace(row, smallest_ratio=error.smallest_bits / 8 / run.weight_bytes())]
     except NonFiniteError as error:
-        return [{**row, "failed": str(error)}]
+        return [replace(row, failed=str(error))]
 
 
-def first_row(run: Run, trial: Trial) -> dict[str, Any]:
-    """What is known before a trial."""
+def first_row(run: Run, trial: Trial) -> Row:
+    """What is known before a trial: the row of one that gives nothing."""
     choice = trial.choice or run.choice(trial.method)
-    row: dict[str, Any] = {"task": run.task.NAME, "method": trial.method, "ratio": trial.ratio, "bytes": None}
-    row |= {"weight_bytes": None, "dense_bytes": run.dense_bytes(), "seed": trial.seed, "split": "test"}
-    if run.teaches(trial) and run.teacher is not None:
-        row["teacher"] = run.teacher[0].about()
-    return row | {"metric": run.task.METRICS[0], "value": None, "lr": choice.lr, "allocation": choice.allocation}
+    return Row(
+        task=run.task.name,
+        method=trial.method,
+        ratio=trial.ratio,
+        bytes=None,
+        dense_bytes=run.dense_bytes(),
+        seed=trial.seed,
+        split="test",
+        teacher=run.teacher[0].about() if run.teaches(trial) and run.teacher is not None else None,
+        metric=run.task.metrics[0],
+        value=None,
+        lr=choice.lr,
+        allocation=choice.allocation,
+    )
 
 
 def quantised(model: nn.Module) -> nn.Module:
@@ -324,21 +346,21 @@ def quantised(model: nn.Module) -> nn.Module:
         return quantize_dynamic(copy.deepcopy(model), QUANTISED, dtype=torch.qint8)  # pyright: ignore[reportArgumentType]
 
 
-def _quantised(run: Run, trial: Trial, row: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+def _quantised(run: Run, trial: Trial, row: Row, out: Path) -> list[Row]:
     """The rows of the dense network of the same seed, quantised after its training. Convolutions stay in fp32."""
     path = out / "models" / f"{DENSE}-seed{trial.seed}.thin"
     if not path.exists():
-        return [{**row, "failed": "the dense network of this seed failed"}]
+        return [replace(row, failed="the dense network of this seed failed")]
     dense = run.load(path, DENSE, 1.0)
     rounded = sum(
         p.numel() for m in dense.modules() if type(m) in QUANTISED for p in m.parameters(False) if p.dim() > 1
     )
-    row |= {"weight_bytes": run.weight_bytes() - 3 * rounded, "bytes": run.dense_bytes() - 3 * rounded}
+    row = replace(row, weight_bytes=run.weight_bytes() - 3 * rounded, bytes=run.dense_bytes() - 3 * rounded)
     try:
         return _judged(run, row, quantised(dense))
     except Exception as error:  # torch's quantisation does not take every network, nor every processor
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        return [{**row, "failed": f"torch cannot quantise it: {reason}"}]
+        return [replace(row, failed=f"torch cannot quantise it: {reason}")]
 
 
 def alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
@@ -360,14 +382,14 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def _judged(run: Run, row: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
+def _judged(run: Run, row: Row, model: nn.Module) -> list[Row]:
     """The rows of a network; NonFiniteError if one of its numbers is none."""
-    found = {name: run.task.evaluate(model, run.data, name) for name in ("dev", "test")}
-    for name, values in found.items():
+    judgments = {name: run.task.evaluate(model, run.data, name) for name in ("dev", "test")}
+    for name, values in judgments.items():
         if wrong := [metric for metric, value in values.items() if not math.isfinite(value)]:
             raise NonFiniteError(f"The {wrong[0]} on {name} data is {values[wrong[0]]}.")
     return [
-        {**row, "split": name, "metric": metric, "value": value}
-        for name, values in found.items()
+        replace(row, split=name, metric=metric, value=value)
+        for name, values in judgments.items()
         for metric, value in values.items()
     ]

@@ -123,12 +123,12 @@ def _forward(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
 
 def _step(layer: nn.Module, x: torch.Tensor) -> Work:
     layer.train()
-    grad, own = torch.randn_like(layer(x)), x.clone().requires_grad_()
+    grad, inputs = torch.randn_like(layer(x)), x.clone().requires_grad_()
 
     def work() -> None:
         layer.zero_grad()
-        own.grad = None
-        layer(own).backward(grad)
+        inputs.grad = None
+        layer(inputs).backward(grad)
 
     return work
 

@@ -5,7 +5,7 @@ Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2, is what `tfkaldi` and 
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,8 +22,9 @@ from deepthin.lab.bench.competitors import (
     thin_network,
 )
 from deepthin.lab.bench.networks import WHOLE, Whole, whole
+from deepthin.lab.bench.rows import BenchRow
 from deepthin.lab.bench.shown import COLUMNS
-from deepthin.lab.bench.timing import Timing, interleaved
+from deepthin.lab.bench.timing import Times, Timing, interleaved
 from deepthin.lab.trial import quantised
 
 CASES = ("linear", "tfkaldi", "train", *WHOLE, "tensorflow")
@@ -38,14 +39,14 @@ def run(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
+) -> list[BenchRow]:
     """One row for each batch and ratio: medians in microseconds. ``shape`` is (outputs, inputs), of a single layer.
 
     ``linear`` is one layer in evaluation, ``tfkaldi`` the paper's network, ``train`` a forward and a backward pass of a
     layer with the gradients of input and parameters; ``lstm`` and ``gru`` are 5 layers over 100 steps, whose shape is
     (units, inputs), ``deepspeech`` the paper's other network over a second of speech, ``train-lstm`` a training step of
-    the task ctc, ``tensorflow`` one layer in evaluation within ``tf.function`` (deepthin.bench_tensorflow says who
-    competes). ``microseconds`` is the bare operator for ``linear``, the module as users have it for the others;
+    the task ctc, ``tensorflow`` one layer in evaluation within ``tf.function`` (deepthin.lab.bench.tensorflow says
+    who competes). ``microseconds`` is the bare operator for ``linear``, the module as users have it for the others;
     ``layer_microseconds`` always the module. The competitors: ``dense`` torch's own layers, ``packed`` oneDNN with
     packed weights, ``int8`` dynamic quantisation, ``rank`` and ``csr`` the same bytes as a plain rank factorisation and
     as sparse rows, by kernels of the same library; ``best_dense`` is the faster of the first two. ``uniform_8bit`` and
@@ -55,7 +56,7 @@ def run(
     """
     torch.set_num_threads(threads)
     shapes = TFKALDI if case == "tfkaldi" else [shape]
-    rows: list[dict[str, Any]] = []
+    rows: list[BenchRow] = []
     for number, batch in enumerate(batches):
         step = lambda done, total, number=number: progress(number * total + done, len(batches) * total)  # noqa: E731
         if case == "tensorflow":
@@ -76,38 +77,55 @@ def _measure(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
+) -> list[BenchRow]:
     torch.manual_seed(0)
     x = torch.randn(batch, shapes[0][1])
     timings = [*dense_competitors(case, shapes, x)]
     if case == "linear":
         timings += symbol_competitors(shapes[0], x)
-    common = {"case": case, "rows": shapes[-1][0], "cols": shapes[0][1], "batch": batch, "rank": rank}
-    rows: list[dict[str, Any]] = []
+    shape = shapes[-1][0], shapes[0][1]
+    rows: list[BenchRow] = []
     for ratio in ratios:
-        row = {**common, "ratio": ratio, "threads": threads, "isa": products.isa()}
+        row = _row(case, shape, batch, rank, ratio, threads)
         try:
             model, n = thin_network(_network(shapes), ratio, rank)
         except BudgetError as error:
-            rows.append({**row, "microseconds": None, "smallest_ratio": error.smallest_ratio})
+            rows.append(replace(row, smallest_ratio=error.smallest_ratio))
             continue
         timings += thin_competitors(case, shapes, x, model, ratio, threads)
-        rows.append({**row, "n": n})
+        rows.append(replace(row, n=n))
     with torch.set_grad_enabled(case == "train"):
         warm, cold = interleaved(timings, repeats, cold=case != "train", progress=progress)
-    for row in rows:
-        for temperature, times in (("", warm), ("cold_", cold)) if "n" in row else ():
-            values = {name: times.get((name, r)) for name, r in times if r in (None, row["ratio"])}
-            if not values:
-                continue
-            if case != "linear" or "operator" not in values:
-                values["operator"] = values["thin"]
-            for name, value in values.items():
-                row[temperature + COLUMNS[name]] = value
-            dense = [v for v in (values["dense"], values.get("packed")) if v is not None]
-            row[temperature + "best_dense_microseconds"] = min(dense)
-            row.setdefault(temperature + COLUMNS["int8"], None)
-    return rows
+    return [row if row.n is None else replace(row, times=_columns(case, row.ratio, warm, cold)) for row in rows]
+
+
+def _row(case: str, shape: tuple[int, int], batch: int, rank: int, ratio: float, threads: int) -> BenchRow:
+    """What is known before the timing."""
+    return BenchRow(
+        case=case,
+        rows=shape[0],
+        cols=shape[1],
+        batch=batch,
+        rank=rank,
+        ratio=ratio,
+        threads=threads,
+        isa=products.isa(),
+    )
+
+
+def _columns(case: str, ratio: float, warm: Times, cold: Times) -> dict[str, float | None]:
+    """The times at one ratio, and those of competitors that have none, by column."""
+    columns: dict[str, float | None] = {}
+    for temperature, times in (("", warm), ("cold_", cold)):
+        values = {name: time for (name, at), time in times.items() if at in (None, ratio)}
+        if not values:
+            continue
+        if case != "linear" or "operator" not in values:
+            values["operator"] = values["thin"]
+        columns |= {temperature + COLUMNS[name]: time for name, time in values.items()}
+        columns[temperature + "best_dense_microseconds"] = min(values["dense"], values.get("packed", values["dense"]))
+        columns.setdefault(temperature + COLUMNS["int8"], None)
+    return columns
 
 
 def _measure_whole(
@@ -119,41 +137,36 @@ def _measure_whole(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
+) -> list[BenchRow]:
     torch.manual_seed(0)
     dense = network.build()
     timings = [Timing("dense", None, network.work(dense))]
     if not network.trains:
         inside = nn.Sequential(network.build()).eval()  # torch quantises what is in a module, not the module
         timings.append(Timing("int8", None, network.work(quantised(inside))))
-    rows: list[dict[str, Any]] = []
+    rows: list[BenchRow] = []
     for ratio in ratios:
-        row = {
-            "case": case,
-            "rows": network.shape[0],
-            "cols": network.shape[1],
-            "batch": batch,
-            "rank": rank,
-            "ratio": ratio,
-        }
-        row |= {"threads": threads, "isa": products.isa()}
+        row = _row(case, network.shape, batch, rank, ratio, threads)
         try:
             model, n = thin_network(network.build(), ratio, rank)
         except BudgetError as error:
-            rows.append({**row, "microseconds": None, "smallest_ratio": error.smallest_ratio})
+            rows.append(replace(row, smallest_ratio=error.smallest_ratio))
             continue
         timings.append(Timing("thin", ratio, network.work(model)))
-        rows.append({**row, "n": n})
+        rows.append(replace(row, n=n))
         with suppress(BudgetError):
             timings.append(Timing("rank", ratio, network.work(thin_network(network.build(), ratio, 1, "rank")[0])))
     with torch.set_grad_enabled(network.trains):
         times, _ = interleaved(timings, repeats, cold=False, progress=progress)
+    whole_rows: list[BenchRow] = []
     for row in rows:
-        if "n" in row:
+        columns: dict[str, float | None] = {}
+        if row.n is not None:
             for name in ("dense", "int8", "rank", "thin"):
-                row[COLUMNS[name]] = times.get((name, None), times.get((name, row["ratio"])))
-            row["microseconds"], row["best_dense_microseconds"] = row[COLUMNS["thin"]], row[COLUMNS["dense"]]
-    return rows
+                columns[COLUMNS[name]] = times.get((name, None), times.get((name, row.ratio)))
+            columns |= {"microseconds": columns[COLUMNS["thin"]], "best_dense_microseconds": columns[COLUMNS["dense"]]}
+        whole_rows.append(replace(row, times=columns))
+    return whole_rows
 
 
 def _measure_tensorflow(
@@ -164,20 +177,22 @@ def _measure_tensorflow(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
+) -> list[BenchRow]:
     from deepthin.lab.bench.tensorflow import layers
 
-    found = list(layers(shape, ratios, batch, rank, threads))
-    timings = [Timing(name, ratio, work) for name, ratio, work, _ in found if name != "smallest"]
+    competitors = list(layers(shape, ratios, batch, rank, threads))
+    timings = [Timing(name, ratio, work) for name, ratio, work, _ in competitors if name != "smallest"]
     times, _ = interleaved(timings, repeats, cold=False, progress=progress)
-    common = {"case": "tensorflow", "rows": shape[0], "cols": shape[1], "batch": batch, "rank": rank}
-    rows: list[dict[str, Any]] = []
-    for name, ratio, work, n in found:
-        row = {**common, "ratio": ratio, "threads": threads, "isa": products.isa()}
+    rows: list[BenchRow] = []
+    for name, ratio, work, n in competitors:
+        if ratio is None:
+            continue
+        row = _row("tensorflow", shape, batch, rank, ratio, threads)
         if name == "smallest":
-            rows.append({**row, "microseconds": None, "smallest_ratio": work})
+            rows.append(replace(row, smallest_ratio=work))
         elif name == "thin":
-            own = {COLUMNS[kind]: value for (kind, at), value in times.items() if at in (None, ratio)}
-            best = min(times["dense", None], times["xla", None])
-            rows.append({**row, "n": n, **own, "microseconds": times[name, ratio], "best_dense_microseconds": best})
+            columns = {COLUMNS[kind]: value for (kind, at), value in times.items() if at in (None, ratio)}
+            columns |= {"microseconds": times[name, ratio]}
+            columns |= {"best_dense_microseconds": min(times["dense", None], times["xla", None])}
+            rows.append(replace(row, n=n, times=columns))
     return rows

@@ -1,9 +1,9 @@
 """The table and the chart of a benchmark."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from deepthin.lab.bench.rows import BenchRow
 from deepthin.storage.report import table
 
 PAPER_RATIOS = (0.0195, 0.0129, 0.0099, 0.0057, 0.0040, 0.0027, 0.0020, 0.0014)
@@ -37,38 +37,37 @@ COLUMNS = {  # what is timed, and the name of its column
 }
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+def summary(rows: Sequence[BenchRow]) -> str:
     """A table of how many times faster DeepThin is than each competitor."""
     lines: list[tuple[str, ...]] = []
     rivals = ("dense", "best_dense", "int8", "rank", "csr", "uniform_8bit", "kmeans_4bit", "generated", "function")
-    shown = [rival for rival in rivals if any(row.get(f"{rival}_microseconds") for row in rows)]
-    cold = any(row.get("cold_microseconds") for row in rows)
+    shown = [rival for rival in rivals if any(row.times.get(f"{rival}_microseconds") for row in rows)]
+    cold = any(row.times.get("cold_microseconds") for row in rows)
     for row in rows:
-        start = (str(row["batch"]), f"{row['ratio']:g}")
-        if row["microseconds"] is None:
-            lines.append((*start, "", f"smallest ratio {row['smallest_ratio']:.5f}", *[""] * (len(shown) + cold + 1)))
+        start = (str(row.batch), f"{row.ratio:g}")
+        if (thin := row.microseconds) is None:
+            lines.append((*start, "", f"smallest ratio {row.smallest_ratio:.5f}", *[""] * (len(shown) + cold + 1)))
             continue
-        own = row["microseconds"]
-        line = [*start, str(row["n"]), f"{own:,.1f}", f"{row['layer_microseconds']:,.1f}"]
-        line += [_times(row.get(f"{rival}_microseconds"), own) for rival in shown]
+        line = [*start, str(row.n), f"{thin:,.1f}", f"{row.times['layer_microseconds']:,.1f}"]
+        line += [_times(row.times.get(f"{rival}_microseconds"), thin) for rival in shown]
         if cold:
-            line.append(_times(row.get("cold_best_dense_microseconds"), row.get("cold_microseconds")))
+            line.append(_times(row.times.get("cold_best_dense_microseconds"), row.times.get("cold_microseconds")))
         lines.append(tuple(line))
     first = rows[0]
     heads = ["batch", "ratio", "n", "us", "as module", *(rival.replace("_", " ") for rival in shown)]
     title = (
-        f"{first['case']} {first['rows']}x{first['cols']}, rank {first['rank']}, threads {first['threads']}, "
-        f"instruction set {first['isa']}. Times faster than:"
+        f"{first.case} {first.rows}x{first.cols}, rank {first.rank}, threads {first.threads}, "
+        f"instruction set {first.isa}. Times faster than:"
     )
     heads += ["best dense, cold"] if cold else []
     return title + "\n" + table(tuple(heads), lines, right=tuple(range(len(heads))), total=False)
 
 
-def _times(other: float | None, own: float | None) -> str:
-    return f"{other / own:.1f}x" if other and own else ""
+def _times(other: float | None, thin: float | None) -> str:
+    return f"{other / thin:.1f}x" if other and thin else ""
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+def draw(rows: Sequence[BenchRow], path: Path) -> Path:
     """Times faster than nn.Linear against size; for ``tfkaldi`` beside the figures of the paper's Table 2."""
     import matplotlib
 
@@ -76,17 +75,19 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter
 
-    case, reds = rows[0]["case"], ("#fcae91", "#fb6a4a", "#cb181d", "#67000d")
+    case, reds = rows[0].case, ("#fcae91", "#fb6a4a", "#cb181d", "#67000d")
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150)
     series: list[tuple[str, str, dict[float, float]]] = []
     if case in PAPER:
         for (label, values), grey in zip(PAPER[case].items(), ("#d9d9d9", "#bdbdbd", "#969696"), strict=True):
             series.append((label, grey, dict(zip(PAPER_RATIOS, values, strict=True))))
-    for number, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
-        own = {row["ratio"]: row for row in rows if row["batch"] == batch and row["microseconds"]}
-        faster = {ratio: row["dense_microseconds"] / row["microseconds"] for ratio, row in own.items()}
+    for number, batch in enumerate(dict.fromkeys(row.batch for row in rows)):
+        reached = [
+            (row.ratio, row.times.get("dense_microseconds"), row.microseconds) for row in rows if row.batch == batch
+        ]
+        faster = {ratio: dense / thin for ratio, dense, thin in reached if dense and thin}
         series.append((f"batch {batch}", reds[number % len(reds)], faster))
-    ratios = sorted({row["ratio"] for row in rows}, reverse=True)
+    ratios = sorted({row.ratio for row in rows}, reverse=True)
     width = 0.8 / len(series)
     for number, (label, colour, values) in enumerate(series):
         at = [place + (number - (len(series) - 1) / 2) * width for place in range(len(ratios))]
@@ -101,9 +102,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         if case in ("linear", "train", "tensorflow")
         else "times faster than the dense network"
     )
-    threads = rows[0]["threads"]
+    threads = rows[0].threads
     cores = "one thread" if threads == 1 else f"{threads} threads"
-    axes.set_title(f"{case}, rank {rows[0]['rank']}, {cores}, {rows[0]['isa']}", fontsize=10)
+    axes.set_title(f"{case}, rank {rows[0].rank}, {cores}, {rows[0].isa}", fontsize=10)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

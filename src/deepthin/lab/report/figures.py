@@ -27,13 +27,13 @@ def draw(rows: Rows, out: Path) -> list[Path]:
     ``TASK-latency.png``, if speed was measured: the leading metric against the time for one item. Axes are logarithmic,
     bars go from seed to seed, and what is rounded is dashed.
     """
-    names, found = metrics(rows), points(rows)
-    task = file_name(rows[0]["task"])
+    names, drawn = metrics(rows), points(rows)
+    task = file_name(rows[0].task)
     pictures = {f"{task}{'' if i == 0 else '-' + file_name(name)}.png": (name, False) for i, name in enumerate(names)}
-    if any(point.test and point.microseconds for point in found):
+    if any(point.test and point.microseconds for point in drawn):
         pictures[f"{task}-latency.png"] = names[0], True
     for file, (metric, latency) in pictures.items():
-        _draw(found, metric, latency, rows[0]["task"], out / file)
+        _draw(drawn, metric, latency, rows[0].task, out / file)
     return [out / file for file in pictures]
 
 
@@ -42,12 +42,12 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "_", text)
 
 
-def _draw(found: Sequence[Point], metric: str, latency: bool, task: str, path: Path) -> None:
+def _draw(drawn: Sequence[Point], metric: str, latency: bool, task: str, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     curves: dict[str, list[tuple[float, Spread]]] = {}
-    for point in found:
+    for point in drawn:
         across = point.microseconds if latency else point.file_bytes and point.file_bytes / 1000
         if across and metric in point.test:
             curves.setdefault(point.method, []).append((across, point.test[metric]))

@@ -1,17 +1,18 @@
 """A comparison as one HTML page that needs no other file and no network: tables, and curves that a small script draws.
 
-``page.html`` is the frame, into which ``page.css`` and ``page.js`` are put. Whatever comes from rows is escaped here.
+``page.html`` is the template, which jinja2 fills and escapes; ``page.css`` and ``page.js`` are put into it as they are.
 """
 
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from deepthin.lab.report.figures import draw
 from deepthin.lab.report.points import (
@@ -39,63 +40,121 @@ AXES = {
 }
 
 
+@dataclass(frozen=True)
+class Key:
+    """A piece of a method's line, as it is drawn: for the eye to find it in the chart."""
+
+    line: str  # CSS: solid, dashed or dotted
+    colour: str
+
+    @classmethod
+    def of(cls, method: str) -> "Key":
+        """That of a method by its name."""
+        name, bits = base(method)
+        return cls({"": "solid", "4": "dotted"}.get(bits, "dashed"), STYLES.get(name, UNKNOWN)[0])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table."""
+
+    text: str = ""
+    value: str | None = None  # what a sortable table sorts by
+    look: str = ""  # its class in page.css
+    small: str = ""  # said in small letters after the text
+    span: int = 0  # columns, if more than one
+    key: Key | None = None  # of a method: the head of its line
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page: heads, and lines of as many cells."""
+
+    heads: Sequence[str]
+    lines: Sequence[Sequence[Cell]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One sentence at the top: a configuration with its error, its file and its speed."""
+
+    title: str
+    configuration: str
+    metric: str
+    unit: str
+    value: str
+    dense_value: str  # empty if the dense network was not measured by this metric
+    dense_bytes: int | None
+    point: Point
+
+
 def render(rows: Rows, run: Mapping[str, Any], plans: Mapping[tuple[str, float], str], command: str) -> str:
-    """The page. ``run`` is what ``run.json`` holds, ``plans`` the text of a model's report by method and ratio."""
+    """Write a comparison as HTML.
+
+    Args:
+        rows: All rows of the comparison.
+        run: What ``run.json`` holds: task, steps, data, network and, after a search, what it chose.
+        plans: The report of a model's matrices as text, by method and ratio.
+        command: The command line that made the comparison.
+
+    Returns:
+        The page, complete.
+    """
     metrics, points = metrics_of(rows), points_of(rows)
-    data = {"metrics": [{"name": metric, "label": label(metric)} for metric in metrics], "axes": AXES}
-    data["curves"] = _curves(points, metrics)
+    named = [{"name": metric, "label": label(metric)} for metric in metrics]
     about = f"{run['data']}. {run['steps']} training steps for every method. Sizes are bytes of the written file, "
     about += "biases and headers included" + (
         "; those of int8 are counted." if any(p.method == "int8" for p in points) else "."
     )
-    frame = {
-        "title": escape(f"deepthin compare {rows[0]['task']}"),
-        "headlines": "\n".join(_headlines(rows, points)),
-        "about": escape(about),
-        "charts": _charts(points, metrics),
-        "results": _results(points, metrics),
-        "cuts": _cuts(points, metrics, rows[0]["task"]),
-        "plans": "\n".join(_plans(plans)),
-        "made": _made(rows, run, command),
-        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        "css": _asset("page.css"),
-        "js": _asset("page.js"),
-    }
-    return Template(_asset("page.html")).substitute(frame)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment.from_string(_asset("page.html")).render(
+        title=f"deepthin compare {rows[0].task}",
+        headlines=list(_headlines(rows, points)),
+        about=about,
+        metrics=named,
+        charts=_charts(points),
+        results=_results(points, metrics),
+        cuts=_cuts(points, metrics, rows[0].task),
+        plans=_plans(plans),
+        command=command,
+        facts=_facts(run),
+        network=run.get("network"),
+        chosen=_chosen(rows, run.get("chosen") or {}),
+        data={"metrics": named, "axes": AXES, "curves": _curves(points, metrics)},
+        css=_asset("page.css"),
+        js=_asset("page.js"),
+    )
 
 
 def _asset(name: str) -> str:
     return files("deepthin.lab.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _headlines(rows: Rows, points: Sequence[Point]) -> Iterable[str]:
-    """The best thin network by development value, with its error, its file and its speed; then DeepThin's best."""
-    ours = [row for row in rows if base(row["method"])[0] == "deepthin"]
-    chosen = {"Best compressed network": best_thin(rows), "Best of DeepThin": best_thin(ours)}
+def _headlines(rows: Rows, points: Sequence[Point]) -> Iterable[Headline]:
+    """The best thin network by development value, then DeepThin's best if that is another one."""
+    of_deepthin = [row for row in rows if base(row.method)[0] == "deepthin"]
+    candidates = {"Best compressed network": best_thin(rows), "Best of DeepThin": best_thin(of_deepthin)}
     by = {(p.method, p.ratio): p for p in points}
     dense = next((p for p in points if p.method == "dense"), None)
-    told: set[str] = set()
-    for title, row in chosen.items():
-        if row is None or row["metric"] not in (point := by[row["method"], row["ratio"]]).test:
+    told: set[tuple[str, float]] = set()
+    for title, row in candidates.items():
+        if row is None or row.metric not in (point := by[row.method, row.ratio]).test:
             continue
-        metric, (name, unit) = row["metric"], map(escape, worded(row["metric"]))
-        against = f" (dense: {_value(dense, metric)})" if dense and metric in dense.test else ""
-        sentence = (
-            f"<b>{escape(point.method)} at {point.ratio:g}</b>: test {name} <b>{_value(point, metric)} {unit}</b>"
-            f"{against} in a file of <b>{point.file_bytes:,} bytes</b>"
-        )
-        if dense and dense.file_bytes and point.file_bytes:
-            sentence += (
-                f", {dense.file_bytes / point.file_bytes:.0f} times smaller than dense ({dense.file_bytes:,} bytes)"
+        metric, (name, unit) = row.metric, worded(row.metric)
+        if (point.method, point.ratio) not in told:
+            yield Headline(
+                title,
+                f"{point.method} at {point.ratio:g}",
+                name,
+                unit,
+                _value(point, metric),
+                _value(dense, metric) if dense and metric in dense.test else "",
+                dense.file_bytes if dense else None,
+                point,
             )
-        if point.times_faster:
-            sentence += (
-                f". The same file runs <b>{point.times_faster:.2f} times as fast</b> as dense: "
-                f"{point.microseconds:,.0f} against {point.dense_microseconds:,.0f} µs for one item"
-            )
-        if sentence not in told:
-            yield f"<p>{title} by development {name}: {sentence}.</p>"
-        told.add(sentence)
+        told.add((point.method, point.ratio))
 
 
 def _value(point: Point, metric: str) -> str:
@@ -109,7 +168,7 @@ def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, A
     for point in (p for p in points if p.test):
         name, bits = base(point.method)
         colour, marker = STYLES.get(name, UNKNOWN)
-        share = point.weight_bytes / whole if point.weight_bytes and whole else point.ratio
+        over_dense = point.weight_bytes / whole if point.weight_bytes and whole else point.ratio
         lines = [(label(metric), _value(point, metric)) for metric in metrics if metric in point.test]
         lines.append(("seeds", str(point.seeds)))
         file = ""
@@ -119,7 +178,7 @@ def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, A
                 ("file", f"{point.file_bytes:,} bytes, {100 * point.file_bytes / point.dense_bytes:.3g} % of dense")
             )
         if point.weight_bytes is not None:
-            lines.append(("weights", f"{point.weight_bytes:,} bytes, {100 * share:.3g} % of dense"))
+            lines.append(("weights", f"{point.weight_bytes:,} bytes, {100 * over_dense:.3g} % of dense"))
         if point.microseconds is not None:
             faster = f", {point.times_faster:.2f} times as fast" if point.times_faster else ""
             lines.append(("one item", f"{point.microseconds:,.0f} µs{faster}"))
@@ -137,7 +196,7 @@ def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, A
         curves.setdefault(point.method, curve)["points"].append(
             {
                 "title": f"{point.method} at {point.ratio:g}",
-                "x": {"bytes": point.file_bytes, "weights": share, "microseconds": point.microseconds},
+                "x": {"bytes": point.file_bytes, "weights": over_dense, "microseconds": point.microseconds},
                 "values": {metric: (spread.mean, spread.low, spread.high) for metric, spread in point.test.items()},
                 "lines": lines,
             }
@@ -145,36 +204,20 @@ def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, A
     return list(curves.values())
 
 
-def _charts(points: Sequence[Point], metrics: Sequence[str]) -> str:
-    options = "".join(f'<option value="{escape(metric)}">{escape(label(metric))}</option>' for metric in metrics)
-    across = (
-        '<label>Across <select name="x"><option value="bytes">file bytes</option>'
-        '<option value="weights">weights over dense</option></select></label>'
-    )
-    told = "Click a name to hide or show its curve; the axes follow. Solid: fp32. Dashed and hollow: rounded floats. "
-    told += "Bars go from seed to seed."
-    charts = [("Error against size", "bytes", across, "", told)]
+def _charts(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """What is said around the curves: the script draws them."""
+    note = "Click a name to hide or show its curve; the axes follow. Solid: fp32. Dashed and hollow: rounded floats. "
+    note += "Bars go from seed to seed."
+    charts: list[dict[str, Any]] = [{"title": "Error against size", "x": "bytes", "speed": False, "note": note}]
     if any(point.test and point.microseconds for point in points):
-        speed = (
+        note = (
             "Medians for one item, all networks in turn in one run, one thread; dense, int8 and every size of a method."
         )
-        charts.append(("Error against speed", "microseconds", "", " data-links", speed))
-    return "\n".join(
-        f"""<section>
-<h2>{title}</h2>
-<figure data-x="{x}"{links}>
-<div class="controls"><label>Metric <select name="metric">{options}</select></label>{more}<span>
-<button type="button" name="all">show all</button> <button type="button" name="none">hide all</button></span></div>
-<svg class="plot" role="img" aria-label="{title}; the table below has the numbers"></svg>
-<ul class="legend"></ul>
-</figure>
-<p class="note">{note}</p>
-</section>"""
-        for title, x, more, links, note in charts
-    )
+        charts.append({"title": "Error against speed", "x": "microseconds", "speed": True, "note": note})
+    return charts
 
 
-def _results(points: Sequence[Point], metrics: Sequence[str]) -> str:
+def _results(points: Sequence[Point], metrics: Sequence[str]) -> Table:
     """One line a point; columns that would be empty are left out."""
     best: dict[tuple[float, str], Point] = {}  # by ratio and metric
     for point in (p for p in points if p.method not in UNCOMPRESSED):
@@ -183,96 +226,84 @@ def _results(points: Sequence[Point], metrics: Sequence[str]) -> str:
                 best[point.ratio, metric] = point
     sizes = ("method", "weights ratio", "weight bytes", "file bytes", "file over dense")
     heads = (*sizes, *(f"test {label(metric)}" for metric in metrics), "seeds", "µs for one item", "times faster")
-    body: list[list[str]] = []
+    body: list[list[Cell]] = []
     for point in points:
-        share = None if point.file_bytes is None else point.file_bytes / point.dense_bytes
+        over_dense = None if point.file_bytes is None else point.file_bytes / point.dense_bytes
         cells = [
             _method(point.method),
-            _cell(point.ratio, "g"),
-            _cell(point.weight_bytes, ","),
-            _cell(point.file_bytes, ","),
+            _number(point.ratio, "g"),
+            _number(point.weight_bytes, ","),
+            _number(point.file_bytes, ","),
+            _number(over_dense, ".4f"),
         ]
-        cells.append(_cell(share, ".4f"))
         for metric in metrics:
             if (spread := point.test.get(metric)) is None:
-                cells.append("")
+                cells.append(Cell())
                 continue
             mean, _, rest = _value(point, metric).partition(" ")
             leads = point.method not in UNCOMPRESSED and mean == _value(best[point.ratio, metric], metric).split()[0]
-            shown = f"{mean} <small>{rest}</small>" if rest else mean
-            cells.append(f'<td data-value="{spread.mean!r}"{" class=best" if leads else ""}>{shown}</td>')
-        failed = f" <small>{escape(point.note)}</small>" if point.note else ""
+            cells.append(Cell(mean, repr(spread.mean), "best" if leads else "", rest))
         cells += [
-            f'<td data-value="{point.seeds}">{point.seeds}{failed}</td>' if point.seeds else "",
-            _cell(point.microseconds, ",.0f"),
-            _cell(point.times_faster, ".2f"),
+            Cell(str(point.seeds), str(point.seeds), small=point.note) if point.seeds else Cell(),
+            _number(point.microseconds, ",.0f"),
+            _number(point.times_faster, ".2f"),
         ]
         body.append(cells)
-    kept = [i for i in range(len(heads)) if any(cells[i] for cells in body)]
-    lines: list[str] = []
+    columns = [i for i in range(len(heads)) if any(cells[i].text for cells in body)]
+    lines: list[list[Cell]] = []
     for point, cells in zip(points, body, strict=True):
-        line = [cells[i] for i in kept]
+        line = [cells[i] for i in columns]
         if not point.test:
-            at = sum(i < len(sizes) for i in kept)
-            line[at:] = [f'<td class="missing" colspan="{len(kept) - at}">{escape(point.note)}</td>']
-        lines.append(_line(line))
-    return _table([heads[i] for i in kept], lines, sortable=True)
+            at = sum(i < len(sizes) for i in columns)
+            line[at:] = [Cell(point.note, look="missing", span=len(columns) - at)]
+        lines.append(line)
+    return Table([heads[i] for i in columns], lines)
 
 
-def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> str:
+def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> list[Table]:
     """The paper's Table 1 beside ours, for every metric; its column for the like of this task is set off."""
-    tables: list[str] = []
+    tables: list[Table] = []
     for metric in metrics:
-        if not (found := compared(points, metric)):
+        if not (cuts := compared(points, metric)):
             continue
-        ours = list(dict.fromkeys(own for by in found.values() for own in by))
-        heads = ["over", *(head for own in ours for head in (f"cut by {own}, %", "gap closed, %")), "sizes"]
+        variants = list(dict.fromkeys(variant for by in cuts.values() for variant in by))  # of DeepThin
+        heads = ["over", *(head for variant in variants for head in (f"cut by {variant}, %", "gap closed, %")), "sizes"]
         heads += [f"paper: {name}, {worded(what)[0]}, %" for name, _, what in PAPER_COLUMNS]
         looks = ["paper" if (task, metric) == (theirs, what) else "" for _, theirs, what in PAPER_COLUMNS]
-        lines: list[str] = []
-        for rival, by in found.items():
-            shares = [share for own in ours for share in ((by[own].cut, by[own].closed) if own in by else (None, None))]
-            cells = [_cell(share and 100 * share, "z.1f", "behind" if share and share < 0 else "") for share in shares]
+        lines: list[list[Cell]] = []
+        for rival, by in cuts.items():
+            parts = [part for v in variants for part in ((by[v].cut, by[v].closed) if v in by else (None, None))]
+            cells = [_number(part and 100 * part, "z.1f", "behind" if part and part < 0 else "") for part in parts]
             paper = PAPER.get(rival, (None,) * len(PAPER_COLUMNS))
-            cells += [f"<td>{sizes(by)}</td>", *map(_cell, paper, (".1f",) * len(paper), looks)]
-            lines.append(_line([_method(rival), *cells]))
-        tables.append(f"<h3>Test {escape(worded(metric)[0])}</h3>\n{_table(heads, lines)}")
-    if not tables:
-        return ""
-    about = """<section>
-<h2>DeepThin over each rival, beside the paper's Table 1</h2>
-<p>Cut: by how much DeepThin's value is below the rival's. Gap closed: the share of the rival's distance from dense that
-DeepThin does away with; 100 is as good as dense. Both are means over the sizes that both reach; below 0 the rival is
-better. The paper's figures (Sotoudeh and Baghsorkhi, 2018) are of other data; the column that is set off has a task and
-a metric like these.</p>
-"""
-    return "\n".join([about, *tables, "</section>"])
+            cells += [Cell(sizes(by)), *map(_number, paper, (".1f",) * len(paper), looks)]
+            lines.append([_method(rival), *cells])
+        tables.append(Table(heads, lines, worded(metric)[0]))
+    return tables
 
 
-def _plans(plans: Mapping[tuple[str, float], str]) -> Iterable[str]:
-    """Those of the first seed, by method."""
-    for method in dict.fromkeys(method for method, _ in plans):
-        yield f"<details><summary>{_key(method)}{escape(method)}</summary>"
-        for ratio in sorted((ratio for name, ratio in plans if name == method), reverse=True):
-            yield f"<h3>{escape(method)} at {ratio:g}</h3>\n<pre>{escape(plans[method, ratio])}</pre>"
-        yield "</details>"
+def _plans(plans: Mapping[tuple[str, float], str]) -> list[dict[str, Any]]:
+    """Those of the first seed, by method, large ratios first."""
+    return [
+        {
+            "method": method,
+            "key": Key.of(method),
+            "reports": sorted(((ratio, text) for (name, ratio), text in plans.items() if name == method), reverse=True),
+        }
+        for method in dict.fromkeys(method for method, _ in plans)
+    ]
 
 
-def _made(rows: Rows, run: Mapping[str, Any], command: str) -> str:
-    """What one needs to make it again."""
+def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What one needs to make it again, beside the command and the network."""
     import torch
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("deepthin", "torch", "numpy"))
     facts = {
-        "command": f'<pre class="wrap">{escape(command)}</pre>',
-        "versions": escape(f"{versions}, Python {platform.python_version()}"),
-        "processor": escape(f"{_processor()}; threads: {torch.get_num_threads()}"),
+        "versions": f"{versions}, Python {platform.python_version()}",
+        "processor": f"{_processor()}; threads: {torch.get_num_threads()}",
     }
-    facts |= {key: escape(_plain(run[key])) for key in run if key not in ("task", "network", "chosen", *facts)}
-    if "network" in run:
-        facts["network"] = f"<details><summary>dense</summary><pre>{escape(str(run['network']))}</pre></details>"
-    told = "".join(f"<dt>{escape(key)}</dt><dd>{text}</dd>\n" for key, text in facts.items())
-    return f'<dl class="made">{told}</dl>\n{_chosen(rows, run.get("chosen") or {})}'
+    facts |= {key: _plain(run[key]) for key in run if key not in ("task", "network", "chosen", "command", *facts)}
+    return list(facts.items())
 
 
 def _processor() -> str:
@@ -284,22 +315,21 @@ def _processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _chosen(rows: Rows, chosen: Mapping[str, Mapping[str, Any]]) -> str:
+def _chosen(rows: Rows, chosen: Mapping[str, Mapping[str, Any]]) -> Table:
     """The settings of each method's training: those that a search chose, else those in the rows."""
     title = "What the search chose on development data" if chosen else "What each method was trained with"
-    settings = {method: dict(found) for method, found in chosen.items()}
+    settings = {method: dict(choice) for method, choice in chosen.items()}
     if not settings:
         for row in rows:
-            for key in ("lr", "allocation"):
-                if row.get(key) is not None:
-                    used = settings.setdefault(row["method"], {}).setdefault(key, [])
-                    used += [row[key]] if row[key] not in used else []
-    keys = list(dict.fromkeys(key for found in settings.values() for key in found))
+            for key, value in (("lr", row.lr), ("allocation", row.allocation)):
+                if value is not None:
+                    used = settings.setdefault(row.method, {}).setdefault(key, [])
+                    used += [value] if value not in used else []
+    keys = list(dict.fromkeys(key for choice in settings.values() for key in choice))
     lines = [
-        _line([_method(method), *(f"<td>{escape(_plain(found.get(key, '')))}</td>" for key in keys)])
-        for method, found in settings.items()
+        [_method(method), *(Cell(_plain(choice.get(key, ""))) for key in keys)] for method, choice in settings.items()
     ]
-    return f"<h3>{title}</h3>\n{_table(['method', *keys], lines)}" if lines else ""
+    return Table(["method", *keys], lines, title)
 
 
 def _plain(value: Any) -> str:
@@ -310,46 +340,31 @@ def _plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _table(heads: Sequence[str], lines: Sequence[str], sortable: bool = False) -> str:
-    """``lines`` come from `_line`; a click on a head of a sortable table sorts by the cells' ``data-value``."""
-    button = '<th scope="col" aria-sort="none"><button type="button">{}</button></th>'
-    top = "".join((button if sortable else '<th scope="col">{}</th>').format(escape(head)) for head in heads)
-    look = ' class="sortable" id="results"' if sortable else ""
-    body = "\n".join(lines)
-    return (
-        f'<div class="scroll"><table{look}>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
-    )
+def _number(value: float | None, form: str, look: str = "") -> Cell:
+    return Cell() if value is None else Cell(f"{value:{form}}", repr(value), look)
 
 
-def _line(cells: Iterable[str]) -> str:
-    return f"<tr>{''.join(cell or '<td></td>' for cell in cells)}</tr>"
-
-
-def _cell(value: float | None, form: str, look: str = "") -> str:
-    return "" if value is None else f'<td data-value="{value!r}"{f" class={look}" if look else ""}>{value:{form}}</td>'
-
-
-def _method(name: str) -> str:
-    return f'<th scope="row" data-value="{escape(name)}">{_key(name)}{escape(name)}</th>'
-
-
-def _key(method: str) -> str:
-    """A piece of the method's line."""
-    name, bits = base(method)
-    line = {"": "solid", "4": "dotted"}.get(bits, "dashed")
-    return f'<i class="key" style="border-top: 3px {line} {STYLES.get(name, UNKNOWN)[0]}"></i>'
+def _method(name: str) -> Cell:
+    return Cell(name, key=Key.of(name))
 
 
 def write_page(rows: Rows, out: Path, command: str) -> Path:
-    """``report.html``, which needs no other file, and the same pictures as PNG beside it."""
-    from deepthin.lab.report.page import render
+    """Write ``report.html``, which needs no other file, and the same pictures as PNG beside it.
 
+    Args:
+        rows: All rows of the comparison.
+        out: Its folder, with ``run.json`` and the models.
+        command: The command line that made it.
+
+    Returns:
+        The path of the page.
+    """
     draw(rows, out)
     run = json.loads((out / "run.json").read_text())
     plans = {
-        (row["method"], row["ratio"]): str(inspect(out / row["model"]))
+        (row.method, row.ratio): str(inspect(out / row.model))
         for row in rows
-        if row["seed"] == 0 and row["value"] is not None and row.get("model")
+        if row.seed == 0 and row.value is not None and row.model
     }
     path = out / "report.html"
     write_atomically(path, render(rows, run, plans, command).encode())

@@ -3,11 +3,12 @@
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Rows = Sequence[Mapping[str, Any]]
+from deepthin.lab.rows import Row
+
+Rows = Sequence[Row]
 METRICS = {  # name and unit of the metrics that the tasks have; others go by the name they were given
     "error": ("error", "%"),
     "frame_error": ("frame error", "%"),
@@ -90,37 +91,40 @@ class Point:
 
 def points(rows: Rows) -> list[Point]:
     """Methods in the order of their first appearance, larger ratios first."""
-    groups: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
+    groups: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
-        groups.setdefault(row["method"], {}).setdefault(row["ratio"], []).append(row)
+        groups.setdefault(row.method, {}).setdefault(row.ratio, []).append(row)
     return [_point(groups[method][ratio]) for method in groups for ratio in sorted(groups[method], reverse=True)]
 
 
 def _point(group: Rows) -> Point:
     values: dict[str, list[float]] = {}
     for row in group:
-        if row["split"] == "test" and row["value"] is not None:
-            values.setdefault(row["metric"], []).append(row["value"])
-    first = min(group, key=lambda row: (row["bytes"] is None, row["seed"]))
-    times = [[row[key] for row in group if row.get(key) is not None] for key in ("microseconds", "dense_microseconds")]
-    own, dense = (statistics.median(found) if found else None for found in times)
+        if row.split == "test" and row.value is not None:
+            values.setdefault(row.metric, []).append(row.value)
+    first = min(group, key=lambda row: (row.bytes is None, row.seed))
     return Point(
-        first["method"],
-        first["ratio"],
-        {name: Spread(statistics.mean(found), min(found), max(found), len(found)) for name, found in values.items()},
-        first["bytes"],
-        first["dense_bytes"],
-        first.get("weight_bytes"),
-        own,
-        dense,
-        next((row["smallest_ratio"] for row in group if row.get("smallest_ratio") is not None), None),
-        tuple(row["failed"] for row in group if row.get("failed")),
+        first.method,
+        first.ratio,
+        {name: Spread(statistics.mean(seeds), min(seeds), max(seeds), len(seeds)) for name, seeds in values.items()},
+        first.bytes,
+        first.dense_bytes,
+        first.weight_bytes,
+        _median(row.microseconds for row in group),
+        _median(row.dense_microseconds for row in group),
+        next((row.smallest_ratio for row in group if row.smallest_ratio is not None), None),
+        tuple(row.failed for row in group if row.failed),
     )
+
+
+def _median(measured: Iterable[float | None]) -> float | None:
+    values = [value for value in measured if value is not None]
+    return statistics.median(values) if values else None
 
 
 def metrics(rows: Rows) -> list[str]:
     """In the order of their first appearance: the first is the leading one."""
-    return list(dict.fromkeys(row["metric"] for row in rows))
+    return list(dict.fromkeys(row.metric for row in rows))
 
 
 def worded(metric: str) -> tuple[str, str]:
@@ -139,16 +143,16 @@ def base(method: str) -> tuple[str, str]:
     return (rounded[1], rounded[2]) if rounded else (method, "")
 
 
-def best_thin(rows: Rows) -> Mapping[str, Any] | None:
+def best_thin(rows: Rows) -> Row | None:
     """The row of the best thin file: of the configuration with the lowest mean development value, the best seed.
 
     Judged by the leading metric; the dense network and int8 are not thin. None if there is nothing to choose from.
     """
-    judged: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    judged: dict[tuple[str, float], list[tuple[float, Row]]] = {}
     for row in rows:
-        thin = row["method"] not in UNCOMPRESSED and row["metric"] == rows[0]["metric"]
-        if thin and row["split"] == "dev" and row["value"] is not None:
-            judged.setdefault((row["method"], row["ratio"]), []).append(row)
+        thin = row.method not in UNCOMPRESSED and row.metric == rows[0].metric
+        if thin and row.split == "dev" and row.value is not None:
+            judged.setdefault((row.method, row.ratio), []).append((row.value, row))
     groups = judged.values()
-    best = min(groups, key=lambda group: statistics.mean(row["value"] for row in group), default=[])
-    return min(best, key=lambda row: row["value"], default=None)
+    best = min(groups, key=lambda group: statistics.mean(value for value, _ in group), default=[])
+    return min(best, key=lambda judgment: judgment[0], default=(0.0, None))[1]

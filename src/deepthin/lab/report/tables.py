@@ -14,9 +14,9 @@ PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  #
 
 def summary(rows: Rows) -> str:
     """One line a method and size: bytes, mean test values over the seeds with half their range, and the speed."""
-    names, found = metrics(rows), points(rows)
+    names, listed = metrics(rows), points(rows)
     lines: list[tuple[str, ...]] = []
-    for point in found:
+    for point in listed:
         cells = [point.method, f"{point.ratio:g}", "", "", ""]
         if point.weight_bytes is not None:
             cells[2] = f"{point.weight_bytes:,}"
@@ -29,9 +29,9 @@ def summary(rows: Rows) -> str:
     tests = [f"test {label(name)}" for name in names]
     heads = ("method", "weights ratio", "weight bytes", "file bytes", "of dense", *tests)
     heads += ("microseconds", "times faster", "note")
-    kept = [i for i in range(len(heads)) if any(line[i] for line in lines)]
-    right = [at for at, i in enumerate(kept) if heads[i] not in ("method", "note", *tests)]
-    return table([heads[i] for i in kept], [[line[i] for i in kept] for line in lines], right, total=False)
+    columns = [i for i in range(len(heads)) if any(line[i] for line in lines)]
+    right = [at for at, i in enumerate(columns) if heads[i] not in ("method", "note", *tests)]
+    return table([heads[i] for i in columns], [[line[i] for i in columns] for line in lines], right, total=False)
 
 
 @dataclass(frozen=True)
@@ -52,25 +52,25 @@ def sizes(by: Mapping[str, Cut]) -> str:
     return "/".join(dict.fromkeys(str(cut.sizes) for cut in by.values()))
 
 
-def compared(found: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
+def compared(listed: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
     """For each rival, for each kind of DeepThin, the cut. The paper's rivals come first, rounded ones last."""
-    means = {(p.method, p.ratio): p.test[metric].mean for p in found if metric in p.test}
+    means = {(p.method, p.ratio): p.test[metric].mean for p in listed if metric in p.test}
     dense = next((value for (method, _), value in means.items() if method == "dense"), None)
     methods = [method for method in dict.fromkeys(method for method, _ in means) if method not in UNCOMPRESSED]
     rank = {name: position for position, name in enumerate(PAPER)}
     result: dict[str, dict[str, Cut]] = {}
     for rival in sorted(methods, key=lambda name: (base(name)[1] != "", rank.get(name, len(rank)))):
-        for own in (name for name in methods if base(name)[0] == "deepthin" and name != rival):
+        for variant in (name for name in methods if base(name)[0] == "deepthin" and name != rival):
             pairs = {
-                ratio: (means[own, ratio], value)
+                ratio: (means[variant, ratio], value)
                 for (method, ratio), value in means.items()
-                if method == rival and (own, ratio) in means and value > 0
+                if method == rival and (variant, ratio) in means and value > 0
             }
             if pairs:
                 cut = statistics.mean(1 - ours / theirs for ours, theirs in pairs.values())
                 gaps = [(r - ours) / (r - dense) for ours, r in pairs.values() if dense is not None and r > dense]
                 closed = statistics.mean(gaps) if gaps else None
-                result.setdefault(rival, {})[own] = Cut(cut, closed, len(pairs))
+                result.setdefault(rival, {})[variant] = Cut(cut, closed, len(pairs))
     return result
 
 
@@ -81,15 +81,15 @@ def cuts(rows: Rows) -> str:
     """
     told: list[str] = []
     for metric in metrics(rows):
-        if not (found := compared(points(rows), metric)):
+        if not (rivals := compared(points(rows), metric)):
             continue
-        ours = list(dict.fromkeys(own for by in found.values() for own in by))
+        variants = list(dict.fromkeys(variant for by in rivals.values() for variant in by))  # of DeepThin
         lines: list[tuple[str, ...]] = []
-        for rival, by in found.items():
-            cells = [text for own in ours for text in (by[own].texts() if own in by else ("", ""))]
+        for rival, by in rivals.items():
+            cells = [text for v in variants for text in (by[v].texts() if v in by else ("", ""))]
             paper = [f"{value:.1f}" for value in PAPER.get(rival, ())] or [""] * len(PAPER_COLUMNS)
             lines.append((rival, *cells, sizes(by), *paper))
-        heads = ("over", *(head for own in ours for head in (own, "gap")), "sizes")
+        heads = ("over", *(head for variant in variants for head in (variant, "gap")), "sizes")
         heads += tuple(f"paper: {name} {worded(like)[0]}" for name, _, like in PAPER_COLUMNS)
         about = (
             f"Cut of test {worded(metric)[0]} over each rival, %, and how much of the rival's gap to dense it closes, %"

@@ -1,7 +1,6 @@
-"""The tasks that ``deepthin compare`` runs: each a module with data, model and metric, under one table."""
-
-from types import ModuleType
+"""The tasks that ``deepthin compare`` runs, by name."""
 
 from deepthin.lab.tasks import acoustic, conv, ctc, digits, lenet, lstm_lm
+from deepthin.lab.tasks.task import Task
 
-TASKS: dict[str, ModuleType] = {task.NAME: task for task in (digits, acoustic, ctc, conv, lenet, lstm_lm)}
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (digits, acoustic, ctc, conv, lenet, lstm_lm)}

@@ -25,28 +25,17 @@ from deepthin.lab.tasks.decoder import (
     read_unigrams,
     word_error_rate,
 )
+from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training, error, predict
 
-NAME = "acoustic"
-ABOUT = "phone states of speech frames (AN4, or a Kaldi-style folder): spliced MFCC, ReLU layers; needs --data"
-METRICS = ("frame_error", "wer")  # percent; words need a dictionary, which AN4 has
 WIDTH, DEPTH = 1024, 4
-DEFAULT_STEPS = 1800
 BATCH = 128
-TAUGHT = True  # whether the training asks a teacher
 JUDGMENTS, JUDGED = 6, 4  # times that every so-manieth development frame is judged in a training; the best state stays
 CALIBRATION = 1000  # frames, about, for second derivatives
 CONTEXT = 5  # frames to either side
 
 # Of the decoder, chosen on the development speakers with the dense network (docs/training.md).
 PRIOR_SCALE, ACOUSTIC_SCALE, LM_WEIGHT, WORD_PENALTY = 0.3, 0.3, 1.0, 2.5
-
-# Chosen for each method on the development speakers (docs/training.md).
-LEARNING_RATE = 1e-3
-LEARNING_RATES = {"same-size": 8e-3, "rank-8bit": 5e-4, "rank-4bit": 5e-4}
-ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {}
-OPTIONS: dict[str, dict[str, object]] = {"tensor-train": {"order": 2}}
 
 
 @dataclass(frozen=True)
@@ -271,3 +260,26 @@ def _check(found: dict[str, list[Utterance]], folder: Path) -> None:
                     f"{folder}, {split}: an utterance of {u.speaker} has {len(u.features)} frames, but its alignment "
                     f"{len(u.states)}."
                 )
+
+
+TASK = ModuleTask(
+    name="acoustic",
+    about="phone states of speech frames (AN4, or a Kaldi-style folder): spliced MFCC, ReLU layers; needs --data",
+    metrics=("frame_error", "wer"),  # percent; words need a dictionary, which AN4 has
+    width=WIDTH,
+    depth=DEPTH,
+    steps=1800,
+    load=load,
+    build=build,
+    rules=rules,
+    fit=fit,
+    evaluate=evaluate,
+    example=example,
+    loss=loss,
+    calibration=calibration,
+    asks_teacher=True,  # whether the training asks a teacher
+    # Chosen for each method on the development speakers (docs/training.md).
+    learning_rate=1e-3,
+    learning_rates={"same-size": 8e-3, "rank-8bit": 5e-4, "rank-4bit": 5e-4},
+    options={"tensor-train": {"order": 2}},
+)

@@ -85,8 +85,8 @@ def with_deltas(features: Float[np.ndarray, "frames dims"]) -> Float[np.ndarray,
 def normalised(speakers: list[str], features: list[np.ndarray]) -> list[np.ndarray]:
     """Features of mean 0 and standard deviation 1 over all that their speaker says."""
     by_speaker: dict[str, list[np.ndarray]] = {}
-    for speaker, own in zip(speakers, features, strict=True):
-        by_speaker.setdefault(speaker, []).append(own)
-    mean = {speaker: np.concatenate(own).mean(0) for speaker, own in by_speaker.items()}
-    spread = {speaker: np.concatenate(own).std(0) + 1e-8 for speaker, own in by_speaker.items()}
-    return [(own - mean[speaker]) / spread[speaker] for speaker, own in zip(speakers, features, strict=True)]
+    for speaker, frames in zip(speakers, features, strict=True):
+        by_speaker.setdefault(speaker, []).append(frames)
+    mean = {speaker: np.concatenate(parts).mean(0) for speaker, parts in by_speaker.items()}
+    spread = {speaker: np.concatenate(parts).std(0) + 1e-8 for speaker, parts in by_speaker.items()}
+    return [(frames - mean[speaker]) / spread[speaker] for speaker, frames in zip(speakers, features, strict=True)]

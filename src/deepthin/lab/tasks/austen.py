@@ -1,13 +1,15 @@
 """Jane Austen's six novels, out of Debian's package r-cran-janeaustenr, as words for a language model; R is not needed.
 
-The package keeps each novel as the lines of a book in R's lazy-load database: ``Rdata.rdx`` says where in ``Rdata.rdb``
-each object lies, and both hold R's serialisation (R Internals, section 1.8; XDR, big-endian), compressed by zlib.
+The package stores each novel as the lines of a book in R's lazy-load database: ``Rdata.rdx``, an RDS file, says where
+in ``Rdata.rdb`` each object lies, a length and zlib's stream. What these hold, R's serialisation, the package rdata
+reads.
 """
 
 import gzip
 import re
 import struct
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,116 +21,82 @@ END = "<eos>"  # of a paragraph
 # A word has letters or digits, and may have apostrophes and hyphens inside; a mark stands alone; all else is left out.
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|--|[.,;:!?]")
 
-# Types of R's items, in the low byte of the number before each.
-_SYMBOL, _PAIRS, _CHARACTERS, _LOGICALS, _INTEGERS, _STRINGS, _LIST = 1, 2, 9, 10, 13, 16, 19
-_NOTHING, _REFERENCE = 254, 255
-_HAS_ATTRIBUTES, _HAS_TAG = 1 << 9, 1 << 10
-_DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-    struct.error,
-    zlib.error,
-)
-
 
 def find(folder: Path) -> Path | None:
-    """The package's own folder, the one with ``data``: the one given, or where ``dpkg -x`` puts it within."""
+    """Find the package's own folder, the one that contains ``data``.
+
+    Args:
+        folder: That folder, its parent, or where ``dpkg -x`` unpacked the package.
+
+    Returns:
+        The folder, or None if there is no such package.
+    """
     places = (folder, folder / "janeaustenr", folder / INSTALLED.relative_to("/"))
     return next((place for place in places if (place / "data" / "Rdata.rdx").exists()), None)
 
 
 def read(root: Path) -> dict[str, list[str]]:
-    """By the name of a novel its lines, an empty one between paragraphs; ConfigError for what is no such database."""
+    """Read all novels of the package.
+
+    Args:
+        root: The package's folder, as `find` returns it.
+
+    Returns:
+        By the name of a novel its lines, an empty one between paragraphs.
+
+    Raises:
+        ConfigError: If the database is damaged, or the package rdata is not installed.
+    """
+    if find_spec("rdata") is None:
+        raise ConfigError("Jane Austen's novels are read by rdata: pip install 'deepthin[compare]'.")
     index = root / "data" / "Rdata.rdx"
     try:
         variables = unserialised(gzip.decompress(index.read_bytes()))["variables"]
         raw = index.with_suffix(".rdb").read_bytes()
-        found: dict[str, list[str]] = {}
-        for name, (start, count) in sorted(variables.items()):
+        novels: dict[str, list[str]] = {}
+        for name, (start, count) in sorted((str(name), map(int, place)) for name, place in variables.items()):
             (length,) = struct.unpack(">I", raw[start : start + 4])
             item = zlib.decompress(raw[start + 4 : start + count])
             if len(item) != length:
                 raise ValueError(f"{name} has {len(item)} of {length} bytes")
-            found[name] = unserialised(item)
-            if not isinstance(found[name], list) or not all(isinstance(line, str) for line in found[name]):
+            lines = unserialised(item)
+            if not len(lines) or not all(isinstance(line, str) for line in lines):  # rdata reads short vectors as empty
                 raise ValueError(f"{name} is no text")
-        return found
-    except _DAMAGE as error:
-        raise ConfigError(f"{index} is no database of R's, or damaged ({error}): install the package again.") from None
+            novels[name] = [str(line) for line in lines]
+        return novels
+    except Exception as error:  # whatever damage makes the readers raise: rdata has no class of its own for it
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"{index} is no database of R's, or damaged ({reason}): install the package again.") from None
 
 
 def words(lines: list[str]) -> list[str]:
-    """Words in lower case and marks, each paragraph with its end."""
+    """Split text into tokens for a language model.
+
+    Args:
+        lines: Lines of a book, an empty one between paragraphs.
+
+    Returns:
+        Words in lower case and punctuation marks, each paragraph followed by `END`.
+    """
     paragraphs = "\n".join(lines).split("\n\n")
-    found = [WORD.findall(paragraph.lower()) for paragraph in paragraphs]
-    return [word for paragraph in found if paragraph for word in (*paragraph, END)]
+    tokens = [WORD.findall(paragraph.lower()) for paragraph in paragraphs]
+    return [word for paragraph in tokens if paragraph for word in (*paragraph, END)]
 
 
 def unserialised(raw: bytes) -> Any:
-    """What R serialised: texts, lists, and mappings where there are names; ValueError for other types."""
+    """Read one object that R serialised in its binary form.
+
+    Args:
+        raw: R's serialisation, uncompressed.
+
+    Returns:
+        A NumPy array for a vector, a mapping for a list with names.
+
+    Raises:
+        ValueError: If the bytes are no serialisation.
+    """
+    import rdata
+
     if raw[:2] != b"X\n":
         raise ValueError("not in R's binary form")
-    version, _, _ = struct.unpack(">3i", raw[2:14])
-    if version not in (2, 3):
-        raise ValueError(f"version {version} of the form, not 2 or 3")
-    skipped = 0 if version == 2 else 4 + struct.unpack(">i", raw[14:18])[0]  # the name of an encoding
-    return _Items(raw, 14 + skipped).item()
-
-
-class _Items:
-    """R's items, one after another from a place on."""
-
-    def __init__(self, raw: bytes, at: int) -> None:
-        self._raw, self._at = raw, at
-        self._symbols: list[Any] = []  # what later items refer to
-
-    def item(self) -> Any:
-        flags = self._integers(1)[0]
-        kind = flags & 255
-        if kind == _NOTHING:
-            return None
-        if kind == _SYMBOL:
-            self._symbols.append(self.item())
-            return self._symbols[-1]
-        if kind == _REFERENCE:
-            return self._symbols[(flags >> 8) - 1]
-        if kind == _PAIRS:
-            return self._pairs(flags)
-        if kind == _CHARACTERS:
-            length = self._integers(1)[0]
-            return None if length == -1 else self._bytes(length).decode("latin-1" if flags & 1 << 14 else "utf-8")
-        if kind not in (_LOGICALS, _INTEGERS, _STRINGS, _LIST):
-            raise ValueError(f"type {kind} at byte {self._at}")
-        count = self._integers(1)[0]
-        if count < 0:
-            raise ValueError(f"a length of {count} at byte {self._at}")
-        found = self._integers(count) if kind in (_LOGICALS, _INTEGERS) else [self.item() for _ in range(count)]
-        attributes = self.item() if flags & _HAS_ATTRIBUTES else {}
-        return dict(zip(attributes["names"], found, strict=True)) if "names" in attributes else found
-
-    def _pairs(self, flags: int) -> dict[Any, Any]:
-        """By tag, to the end of the chain."""
-        found: dict[Any, Any] = {}
-        while flags & 255 == _PAIRS:
-            if flags & _HAS_ATTRIBUTES:
-                self.item()
-            tag = self.item() if flags & _HAS_TAG else len(found)
-            found[tag] = self.item()
-            flags = self._integers(1)[0]
-        if flags & 255 != _NOTHING:
-            raise ValueError(f"a chain that ends in type {flags & 255} at byte {self._at}")
-        return found
-
-    def _integers(self, count: int) -> list[int]:
-        return list(struct.unpack(f">{count}i", self._bytes(4 * count)))
-
-    def _bytes(self, count: int) -> bytes:
-        if not 0 <= count <= len(self._raw) - self._at:
-            raise ValueError(f"{count} bytes at byte {self._at} of {len(self._raw)}")
-        self._at += count
-        return self._raw[self._at - count : self._at]
+    return rdata.conversion.convert(rdata.parser.parse_data(raw, extension=".rds"))

@@ -13,22 +13,12 @@ from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
 from deepthin.lab.tasks import digits
+from deepthin.lab.tasks.task import ModuleTask
 
-NAME = "conv"
-ABOUT = "MNIST or Fashion-MNIST with LeNet-5 (depth 5) or a ResNet (8, 14, 20, ...); data as for digits"
-METRICS = ("error",)  # percent
 WIDTH, DEPTH = 1000, 5  # thousandths of the published channels, so that same-size networks come in fine steps
-DEFAULT_STEPS = 1000
 
-# Chosen for each method with LeNet-5 at .02 on full MNIST's development split, 500 steps (docs/training.md).
-LEARNING_RATE = 1e-3
-LEARNING_RATES = {"dense": 2e-3, "same-size": 1.6e-2}
-ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {}
-OPTIONS: dict[str, dict[str, object]] = {"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}}
 
 rules, fit, evaluate, example = digits.rules, digits.fit, digits.evaluate, digits.example  # only the networks differ
-loss, calibration, TAUGHT = digits.loss, digits.calibration, digits.TAUGHT
 
 
 def load(folder: Path | None) -> digits.Data:
@@ -51,7 +41,7 @@ def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module
 
 def _lenet(width: int) -> nn.Module:
     """20 and 50 channels of 5 x 5, each halved by a maximum, 500 units, 10 classes: 431,080 numbers at width 1000."""
-    first, second, hidden = (_share(full, width) for full in (20, 50, 500))
+    first, second, hidden = (_channels(full, width) for full in (20, 50, 500))
     return nn.Sequential(
         nn.Conv2d(1, first, 5),
         nn.MaxPool2d(2),
@@ -66,7 +56,7 @@ def _lenet(width: int) -> nn.Module:
 
 def _resnet(width: int, blocks: int) -> nn.Module:
     """A convolution, three stages of as many blocks with 16, 32 and 64 channels, the mean of each, 10 classes."""
-    stages = [_share(full, width) for full in (16, 32, 64)]
+    stages = [_channels(full, width) for full in (16, 32, 64)]
     layers: list[nn.Module] = [nn.Conv2d(1, stages[0], 3, padding=1, bias=False), nn.BatchNorm2d(stages[0]), nn.ReLU()]
     inputs = stages[0]
     for number, outputs in enumerate(stages):
@@ -92,11 +82,34 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "items inputs height width"]) -> Tensor:
         """As many items, with ``outputs`` channels."""
-        kept = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added))
+        shortcut = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added))
         hidden = torch.relu(self.first_norm(self.first(x)))
-        return torch.relu(kept + self.second_norm(self.second(hidden)))
+        return torch.relu(shortcut + self.second_norm(self.second(hidden)))
 
 
-def _share(full: int, width: int) -> int:
+def _channels(full: int, width: int) -> int:
     """``width`` thousandths of the channels, rounded, at least one."""
     return max((full * width + 500) // 1000, 1)
+
+
+TASK = ModuleTask(
+    name="conv",
+    about="MNIST or Fashion-MNIST with LeNet-5 (depth 5) or a ResNet (8, 14, 20, ...); data as for digits",
+    metrics=("error",),  # percent
+    width=WIDTH,
+    depth=DEPTH,
+    steps=1000,
+    load=load,
+    build=build,
+    rules=rules,
+    fit=fit,
+    evaluate=evaluate,
+    example=example,
+    loss=digits.loss,
+    calibration=digits.calibration,
+    asks_teacher=True,
+    # Chosen for each method with LeNet-5 at .02 on full MNIST's development split, 500 steps (docs/training.md).
+    learning_rate=1e-3,
+    learning_rates={"dense": 2e-3, "same-size": 1.6e-2},
+    options={"deepthin": {"rank": "max"}, "shuffled": {"rank": "max"}},
+)

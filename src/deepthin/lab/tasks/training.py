@@ -148,7 +148,7 @@ def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dic
     parts: tuple[list[Tensor], list[Tensor]] = [], []
     for parameter in group["params"]:
         parts[parameter.dim() < 2 and id(parameter) not in codes].append(parameter)
-    return [{**group, "params": own, "weight_decay": w} for own, w in zip(parts, (decay, 0.0), strict=True) if own]
+    return [{**group, "params": part, "weight_decay": w} for part, w in zip(parts, (decay, 0.0), strict=True) if part]
 
 
 def predict(model: nn.Module, inputs: Tensor, batch: int = 1000) -> Tensor:

@@ -1,0 +1,119 @@
+"""The rows of ``results.json``: what one trial gave for one metric on one split."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deepthin.errors import ConfigError
+from deepthin.storage.atomic import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One value of one trial; None is what was not measured, or does not apply."""
+
+    task: str
+    method: str
+    ratio: float  # of the weight matrices over dense, as asked for
+    bytes: int | None  # of the written file
+    weight_bytes: int | None = None  # of the weight matrices in it
+    dense_bytes: int  # of all parameters of the dense network
+    seed: int
+    split: str  # dev or test
+    teacher: str | None = None  # the file that the network also learned from, and how
+    metric: str
+    value: float | None  # None where the size cannot be reached, or the training failed
+    lr: float | None = None
+    allocation: float | str | None = None
+    seconds: float | None = None  # of the training
+    model: str | None = None  # the file, relative to the folder of the comparison
+    smallest_ratio: float | None = None  # where ``ratio`` cannot be reached
+    failed: str | None = None  # why there is no value
+    microseconds: float | None = None  # for one item
+    dense_microseconds: float | None = None  # of the dense network, in the same run
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """Method, ratio and seed: what identifies the trial."""
+        return self.method, self.ratio, self.seed
+
+    def to_json(self) -> dict[str, Any]:
+        """Turn the row into what ``results.json`` has.
+
+        Returns:
+            A mapping without the optional fields that are None; ``bytes``, ``weight_bytes`` and ``value`` are always
+            there.
+        """
+        return {name: value for name, value in asdict(self).items() if name in _ALWAYS or value is not None}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Row":
+        """Read a row of ``results.json``, also one of an earlier version.
+
+        Args:
+            found: The mapping; keys that this version does not know are left out.
+
+        Returns:
+            The row.
+
+        Raises:
+            ConfigError: If a key is missing that every row has.
+        """
+        known = {field.name for field in fields(cls)}
+        if missing := sorted(_REQUIRED - set(found)):
+            raise ConfigError(f"A row of results.json lacks {', '.join(missing)}: remove the file to begin anew.")
+        return cls(**{name: value for name, value in found.items() if name in known})
+
+
+_REQUIRED = {"task", "method", "ratio", "bytes", "dense_bytes", "seed", "split", "metric", "value"}
+_ALWAYS = _REQUIRED | {"weight_bytes"}
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as JSON, one a line.
+
+    Args:
+        rows: The rows.
+        path: The file, ``results.json`` of a comparison; replaced at once.
+    """
+    lines = ",\n".join(json.dumps(row.to_json()) for row in rows)
+    write_atomically(path, f"[\n{lines}\n]\n".encode())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read what `write_rows` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The rows, in the order of the file.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    return [Row.from_json(found) for found in read_json(path, list)]
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """Read a file that an earlier run wrote.
+
+    Args:
+        path: The file.
+        kind: What it holds: ``list`` or ``dict``.
+
+    Returns:
+        A value of that kind.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it to begin anew.") from None
+    if not isinstance(found, kind):
+        raise ConfigError(f"{path} is damaged (it holds no {kind.__name__}): remove it to begin anew.")
+    return found
