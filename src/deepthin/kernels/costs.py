@@ -1,4 +1,4 @@
-"""What each way to multiply inputs by a compressed weight is predicted to take, and which one is least: pure functions.
+"""The predicted time of each way to multiply inputs by a compressed weight, and which is least: pure functions.
 
 The counts are those of docs/performance.md; the times were fitted to one machine. A framework adds what its calls take.
 """
@@ -14,7 +14,7 @@ Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft
 """The weight first; its factors in turn; the structured way in torch; the same in native code; sparse rows; symbols."""
 
 NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
-LANES, FEW = 8, 3  # how native code splits a batch: items abreast; so few, or fewer, are computed one by one
+LANES, FEW = 8, 3  # how native code splits a batch: one item per SIMD lane; a rest of so few, or fewer, one by one
 
 # Nanoseconds for each of `terms`, on one core in single precision, fitted by benchmarks/fit_costs.py to timings: of a
 # product with nothing to record, the dense weight at hand, and of a training step, the dense weight to be made.
@@ -64,7 +64,7 @@ def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
 
 
 def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[Path, tuple[int | float, ...]]:
-    """What docs/performance.md counts: both stages, for items that are computed one by one and for those abreast."""
+    """What docs/performance.md counts: both stages, for items computed one by one and for one item per SIMD lane."""
     alone = batch % LANES if batch % LANES <= FEW else 0
     blocks = -(-(batch - alone) // LANES)
     moved = blocks * (rows + cols)
