@@ -268,7 +268,7 @@ def test_the_command_line_has_a_teacher_and_its_page_says_so(teacher, tmp_path, 
         ("digits --temperature 2", "--temperature and --teacher-noise need --teacher FILE."),
         ("digits --teacher {} --teacher-kind hard", "kind = 'hard' is unknown. Valid: soft, logits."),
         ("digits --teacher {} --width 50", "error: --teacher dense-seed0.thin is not of this task, width and depth: "),
-        ("conv --teacher {}", "holds '4.bias', which the model has not"),
+        ("conv --teacher {}", "holds '4.bias'"),
     ],
 )
 def test_a_users_mistake_is_told(words, message, teacher, tmp_path, command_line, monkeypatch):
@@ -326,6 +326,7 @@ def test_the_benchmark_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     spec = importlib.util.spec_from_file_location("distill", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
+    monkeypatch.setitem(benchmark.RATIOS, "digits", (0.02,))
     words = f"digits --steps 5 --seeds 2 --out {tmp_path}".split()
     benchmark.main(words)
     printed = capsys.readouterr().out

@@ -10,8 +10,8 @@ import pytest
 import deepthin
 from deepthin.errors import BudgetError, ConfigError, FormatError, NonFiniteError
 from deepthin.methods import METHODS
+from deepthin.methods.float_coding import FloatCoding
 from deepthin.methods.then import Then
-from deepthin.plan.start import latents_of
 from deepthin.storage.contents import Part
 
 pytest.importorskip("keras")
@@ -116,7 +116,7 @@ def test_what_is_rounded_is_rounded_anew_once_it_changes(name):
     assert any(not np.array_equal(changed[entry], code[entry]) for entry in code)
     wanted = method.decode({**changed, **method.derived()}, np)
     assert np.abs(ops.convert_to_numpy(weight.dense()) - wanted).max() <= 64 * EPS * np.abs(wanted).max()
-    assert latents_of(method, changed).keys() == weight.latents.keys()
+    assert FloatCoding(method).latents(changed).keys() == weight.latents.keys()
 
 
 class Net(keras.Model):
@@ -467,9 +467,9 @@ def test_errors_come_before_any_change(tmp_path):
     dk.save(model, tmp_path / "dense.thin")
     np.testing.assert_array_equal(outputs(model, x), wanted)
     wrong = keras.Sequential([keras.Input((10,)), layers.Dense(15, name="fc1"), layers.Dense(3, name="out")])
-    with pytest.raises(ConfigError, match="which the model has not"):
+    with pytest.raises(ConfigError, match="which the model lacks"):
         dk.load(wrong, tmp_path / "dense.thin")
-    with pytest.raises(ConfigError, match=r"holds no 'nowhere'. Closest"):
+    with pytest.raises(ConfigError, match=r"lacks 'nowhere'. Closest"):
         dk.load(sequential(), tmp_path / "dense.thin", names={"nowhere": "fc1.kernel"})
     narrow = keras.Sequential([keras.Input((10,)), layers.Dense(15, name="fc1")])
     dk.save(keras.Sequential([keras.Input((10,)), layers.Dense(16, name="fc1")]), tmp_path / "one.thin")

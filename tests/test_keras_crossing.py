@@ -237,7 +237,7 @@ def test_an_embedding_and_a_normalisation_cross(tmp_path):
     assert_close(got, keras.ops.convert_to_numpy(model(places.astype("int32"))), 20)
     dt.save(net, tmp_path / "t.thin")
     back = {theirs: ours for ours, theirs in names.items()}
-    with pytest.raises(ConfigError, match=r"holds 'e\.weight', which the model has not"):
+    with pytest.raises(ConfigError, match=r"holds 'e\.weight'.* which the model lacks"):
         dk.load(model, tmp_path / "t.thin")
     dk.load(model, tmp_path / "t.thin", names=back)
     assert_close(keras.ops.convert_to_numpy(model(places.astype("int32"))), got, 20)
@@ -251,7 +251,7 @@ def test_a_gru_that_torch_has_not_is_refused_there(tmp_path):
         "a.gru_cell.recurrent_kernel": "weight_hh_l0",
         "a.gru_cell.bias": "bias_ih_l0",
     }
-    with pytest.raises(ConfigError, match="holds no 'bias_hh_l0', which the model has"):
+    with pytest.raises(ConfigError, match="lacks 'bias_hh_l0'"):
         dt.load(nn.GRU(5, 6), tmp_path / "m.thin", names=names)
 
 

@@ -480,7 +480,7 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
         dtf.load(other, tmp_path / "m.thin")
     assert same(other.get("fc/kernel"), before)
     other.get("fc2/kernel", (60, 90))
-    with pytest.raises(ConfigError, match=r"holds no 'fc2.kernel'. Closest: 'fc.kernel'. Pass names="):
+    with pytest.raises(ConfigError, match=r"lacks 'fc2.kernel'. Closest: 'fc.kernel'. Pass names="):
         dtf.load(other, tmp_path / "m.thin")
     turned = dtf.Variables(RULES)
     turned.get("fc/kernel", (90, 60))

@@ -16,11 +16,11 @@ def shapes_of(stored: Contents) -> dict[str, tuple[int, ...]]:
 
 
 def renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
-    """The same under the names of the model; ConfigError for a name that the file has not, or two that become one."""
+    """The same under the names of the model; ConfigError for a name that the file lacks, or two that become one."""
     known = {*stored.dense, *stored.aliases, *(name for thin in stored.thin.values() for name in thin.parts)}
     for name in names:
         if name not in known:
-            raise ConfigError(f"names: {path} holds no {name!r}.{closest(name, known)}")
+            raise ConfigError(f"names: {path} lacks {name!r}.{closest(name, known)}")
 
     def carried(old: Mapping[str, Any]) -> dict[str, Any]:
         return {names.get(name, name): value for name, value in old.items()}
@@ -38,19 +38,21 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[
     """ConfigError if a file and a model differ in the names or shapes of their tensors."""
     if extra := sorted(wanted.keys() - have.keys()):
         raise ConfigError(
-            f"{path} holds {extra[0]!r}, which the model has not{_more(extra)}."
+            f"{path} holds {_listed(extra)}, which the model lacks."
             f"{closest(extra[0], have.keys() - wanted)} Build the architecture that was saved, "
             "or pass names={file name: model name}."
         )
     if missing := sorted(have.keys() - wanted.keys()):
         raise ConfigError(
-            f"{path} holds no {missing[0]!r}, which the model has{_more(missing)}. Build the architecture that was "
-            "saved, or pass names={file name: model name}."
+            f"{path} lacks {_listed(missing)} of the model. Build the architecture that was saved, or pass "
+            "names={file name: model name}."
         )
     for name, shape in wanted.items():
         if shape != have[name]:
             raise ConfigError(f"{name} has shape {shape} in {path}, but {have[name]} in the model.")
 
 
-def _more(names: list[str]) -> str:
-    return f" (nor {len(names) - 1} more)" if len(names) > 1 else ""
+def _listed(names: list[str]) -> str:
+    """The first name, and how many there are besides."""
+    more = len(names) - 1
+    return repr(names[0]) + (f" and {more} more tensor{'s' if more > 1 else ''}" if more else "")

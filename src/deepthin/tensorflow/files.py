@@ -41,7 +41,7 @@ def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | No
     state, found = variables._state, _by_name(stored)
     if missing := sorted(state.entries.keys() - found.keys()):
         raise ConfigError(
-            f"{path} holds no {missing[0]!r}.{closest(missing[0], found)} Pass names={{file name: name here}}, or "
+            f"{path} lacks {missing[0]!r}.{closest(missing[0], found)} Pass names={{file name: name here}}, or "
             "load into a new Variables()."
         )
     for name, entry in state.entries.items():
