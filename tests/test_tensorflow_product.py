@@ -11,6 +11,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 import tensorflow as tf
 
 import deepthin.tensorflow as dtf
+from deepthin.keras import tensorflow_product as module
 from deepthin.keras.tensorflow_product import fused, pays
 from deepthin.kernels import products
 from deepthin.methods.factor import Factor
@@ -197,7 +198,7 @@ def test_what_else_the_weight_is_for(factors, monkeypatch):
     with monkeypatch.context() as other:
         other.setattr(tf.config, "list_logical_devices", lambda: devices)
         assert fused(PLAN, x, *factors) is None
-    monkeypatch.setattr(kernels, "native_available", False)
+    monkeypatch.setattr(products, "native_available", False)
     assert fused(PLAN, x, *factors) is None
 
 
