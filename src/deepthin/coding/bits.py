@@ -84,7 +84,7 @@ def unpack(data: UInt8[np.ndarray, "bytes"], width: int, count: int) -> UInt[np.
         count: How many integers.
 
     Returns:
-        The integers, in the smallest unsigned type that the width allows, 16 bits or more.
+        The integers, as uint16 up to 9 bits, uint32 up to 25, else uint64.
     """
     groups = np.zeros((-(-count // 8), width), np.uint8)
     groups.reshape(-1)[: len(data)] = data

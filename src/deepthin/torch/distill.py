@@ -58,13 +58,20 @@ class Noise:
 
 
 class Distillation:
-    """The loss of a student that has teachers: ``(1 - weight) hard_loss + weight`` times the distance to their outputs.
+    """The loss of a student with teachers: ``(1 - weight) * hard_loss + weight * distance`` to their outputs.
 
     The distance is the mean over items of one of
 
     * ``"soft"``: ``T^2 KL(p || q)``, with p and q the softmax of the teacher's and of the student's logits over the
-      ``temperature`` T; T^2 keeps the scale of the gradients equal at every T.
-    * ``"logits"``: half the squared distance of the logits, Ba and Caruana's; without temperature.
+      ``temperature`` T; T^2 makes the scale of the gradients independent of T (Hinton, Vinyals and Dean, 2015).
+    * ``"logits"``: half the squared distance of the logits, without temperature (Ba and Caruana, 2014).
+
+    Example:
+
+        distillation = Distillation(teacher, weight=0.9, temperature=4.0)
+        for inputs, targets in batches:
+            logits = student(inputs)
+            loss = distillation(inputs, logits, cross_entropy(logits, targets))
 
     Args:
         teachers: One or several trained networks, dense or thin; evaluated in evaluation mode without gradients. The
@@ -74,15 +81,10 @@ class Distillation:
         kind: ``"soft"`` (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531) or ``"logits"`` (Ba and Caruana, 2014,
             arXiv:1312.6184).
         noise: Perturbs the teachers' logits (Sau and Balasubramanian, 2016, arXiv:1610.09650).
-        seed: Of the noise's separate random generator.
+        seed: Seed of the noise's separate random generator.
 
     Raises:
         ConfigError: No teacher, or a setting out of range.
-
-        distillation = Distillation(teacher, weight=0.9, temperature=4.0)
-        for inputs, targets in batches:
-            logits = student(inputs)
-            loss = distillation(inputs, logits, cross_entropy(logits, targets))
     """
 
     def __init__(

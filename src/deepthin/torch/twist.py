@@ -76,6 +76,15 @@ class Twist:
     A distortion replaces each dense weight by its encoded and decoded value. The optimiser keeps its parameters and its
     state until ``finish``. DeepTwist: Lee, Kapoor and Kim, 2018, arXiv:1810.12823.
 
+    Example:
+
+        twist = Twist(model, rules, every=100)
+        for inputs, targets in batches:
+            ...
+            optimizer.step()
+            twist.step()
+        twist.finish()
+
     Args:
         model: The dense network, changed in place.
         rules: A configuration as in ``compress``, or plans made from one; any method.
@@ -86,13 +95,7 @@ class Twist:
 
     Raises:
         ConfigError: ``every`` < 1, or rules or importance that do not fit the model.
-
-        twist = Twist(model, rules, every=100)
-        for inputs, targets in batches:
-            ...
-            optimizer.step()
-            twist.step()
-        twist.finish()
+        BudgetError: The target is smaller than the smallest plan.
     """
 
     def __init__(
@@ -119,6 +122,10 @@ class Twist:
 
         Returns:
             Whether the weights were distorted.
+
+        Raises:
+            ConfigError: The importance does not fit the model.
+            NonFiniteError: A weight, or its importance, has a NaN or an infinity.
         """
         self.steps += 1
         if self.steps % self.every or (self.schedule and self.steps < self.schedule.start):
@@ -134,7 +141,11 @@ class Twist:
         Parameter objects are replaced: build a new optimiser.
 
         Returns:
-            What became of each matrix, as ``compress`` reports it.
+            One row for each matrix and the totals of the file, as ``compress`` reports them.
+
+        Raises:
+            ConfigError: The importance does not fit the model.
+            NonFiniteError: A weight, or its importance, has a NaN or an infinity.
         """
         importance = self._asked()
         for planned in self._planned:
