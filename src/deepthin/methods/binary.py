@@ -33,7 +33,7 @@ class Binary:
     per: str = "row"  # what has scales of its own: "row" or "matrix"
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         whole = (*self.shape, self.planes, self.rounds)
         fine = len(whole) == 4 and all(type(number) is int for number in whole) and min(self.shape) > 0
         if not fine or self.planes not in BITS or self.rounds < 0 or self.per not in ("matrix", "row"):
@@ -97,7 +97,7 @@ class Binary:
         return {"symbols": Integers(1 << self.planes)}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def drifts(self) -> bool:

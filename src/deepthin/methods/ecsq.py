@@ -36,7 +36,7 @@ class Ecsq:
     coded_bytes: int  # of all symbols together in a file, their table included, at most
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.levels)
         fine = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes)
         if not fine or self.levels > min(1 << MOST_BITS, math.prod(self.shape)):
@@ -51,7 +51,7 @@ class Ecsq:
 
         With ``bits``, the centres are the largest power of two up to ``4 * 2^ceil(bits)``, at most 256, that fits.
         Without, levels and bits are balanced: the levels have, if they can, 1.5 bits more than the bound leaves for
-        each weight. ``encode`` leaves unused what does not pay.
+        each weight. ``encode`` may leave some centres unused.
 
         Args:
             shape: (rows, cols) of the dense matrix.
@@ -123,7 +123,7 @@ class Ecsq:
         return {"symbols": Integers(self.levels, most_bytes=self.coded_bytes)}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def table_levels(self) -> int:

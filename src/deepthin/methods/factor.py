@@ -33,7 +33,7 @@ class Factor:
     seed: int | None = None  # None: laid out in order; an integer: scattered by the permutation that it draws
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes: they come from a file or from a slip."""
+        """Refuse invalid fields, as a damaged file may have, with ValueError."""
         sizes = (*self.shape, self.n, self.rank)
         if len(sizes) != 4 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"Factor needs positive integers, got shape={self.shape}, n={self.n}, rank={self.rank}.")
@@ -118,7 +118,7 @@ class Factor:
         return {"xf": (self.m, self.rank), "wf": (self.rank, self.n)}
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:

@@ -36,11 +36,11 @@ class Dense:
         return {"weight": self.shape}
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:

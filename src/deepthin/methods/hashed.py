@@ -30,7 +30,7 @@ class Hashed:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.buckets)
         if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes) or type(self.seed) is not int:
             raise ValueError(
@@ -81,7 +81,7 @@ class Hashed:
         return {"values": (self.buckets,)}
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:

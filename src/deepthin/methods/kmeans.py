@@ -29,7 +29,7 @@ class KMeans:
     seed: int = 0  # of a random start
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.levels)
         fine = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes) and type(self.seed) is int
         if not fine or self.levels > min(1 << BITS[-1], math.prod(self.shape)) or self.start not in STARTS:
@@ -95,7 +95,7 @@ class KMeans:
         return {"symbols": Integers(self.levels)}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def table_levels(self) -> int:

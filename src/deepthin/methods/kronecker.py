@@ -29,7 +29,7 @@ class Kronecker:
     terms: int
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, *self.left, self.terms)
         if len(sizes) != 5 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"Kronecker needs positive integers, got {self.shape}, {self.left}, {self.terms}.")
@@ -79,11 +79,11 @@ class Kronecker:
         return {"a": (self.terms, *self.left), "b": (self.terms, *self.right)}
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:

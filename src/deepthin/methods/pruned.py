@@ -29,7 +29,7 @@ class Pruned:
     balance: int = 1  # so many processing elements take rows in turn, and keep the same share of their weights
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.kept)
         if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"Pruned needs positive integers, got {self.shape}, kept={self.kept}.")
@@ -104,7 +104,7 @@ class Pruned:
         return {"positions": Integers(math.prod(self.shape), rising=True)}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def with_kept(self, kept: int) -> "Pruned":

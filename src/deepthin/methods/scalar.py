@@ -33,7 +33,7 @@ class Uniform:
     affine: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         fine = len(self.shape) == 2 and all(type(d) is int and d > 0 for d in self.shape) and type(self.width) is int
         if not fine or self.width not in BITS or self.per not in ("matrix", "row") or type(self.affine) is not bool:
             raise ValueError(f"Uniform cannot have {self.shape}, {self.width!r}, {self.per!r}, {self.affine!r}.")
@@ -110,7 +110,7 @@ class Uniform:
         return {"symbols": Integers(self.top() + 1) if self.affine else Integers(2 * self.top() + 1, -self.top())}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def table_levels(self) -> None:

@@ -33,7 +33,7 @@ class TensorTrain:
     rank: int
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, *self.rows, *self.cols, self.rank)
         fine = len(self.shape) == 2 and len(self.rows) == len(self.cols) and len(self.rows) in ORDERS
         if not fine or not all(type(size) is int and size > 0 for size in sizes):
@@ -101,11 +101,11 @@ class TensorTrain:
         }
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:

@@ -66,7 +66,7 @@ class Distillation:
       ``temperature`` T; T^2 makes the scale of the gradients independent of T (Hinton, Vinyals and Dean, 2015).
     * ``"logits"``: half the squared distance of the logits, without temperature (Ba and Caruana, 2014).
 
-    Example:
+    In a training loop, for example:
 
         distillation = Distillation(teacher, weight=0.9, temperature=4.0)
         for inputs, targets in batches:

@@ -76,7 +76,7 @@ class Twist:
     A distortion replaces each dense weight by its encoded and decoded value. The optimiser keeps its parameters and its
     state until ``finish``. DeepTwist: Lee, Kapoor and Kim, 2018, arXiv:1810.12823.
 
-    Example:
+    In a training loop, for example:
 
         twist = Twist(model, rules, every=100)
         for inputs, targets in batches:
