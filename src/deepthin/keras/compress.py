@@ -57,10 +57,13 @@ class Encoded(EncodedOnce[np.ndarray, ThinWeight]):
         ]
 
     def options(self, planned: Planned) -> dict[str, Any]:
-        """Keyword arguments for the ThinWeight of a plan: its name and dtype.
+        """Keyword arguments for the ThinWeight of a plan.
 
         Args:
             planned: A tensor or a group.
+
+        Returns:
+            ``name`` and ``dtype``, those of its first tensor.
         """
         first = planned.tensors[0].name
         return {"name": layer_name(first), "dtype": keras.backend.standardize_dtype(self.held[first].variable.dtype)}

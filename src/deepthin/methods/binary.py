@@ -105,7 +105,15 @@ class Binary:
         return True
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         numpy: Any = np
         code = self.encode(rng.normal(size=self.shape), numpy)
         spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
@@ -145,7 +153,15 @@ class Binary:
         return {"symbols": xp.asarray(xp.reshape(symbols, self.shape), dtype=xp.int16), "scales": scales}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """The signed sum of the scales: one multiplication for each sign."""
+        """The signed sum of the scales: one multiplication for each sign.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return _sums(code["symbols"], code["scales"], xp)
 
 

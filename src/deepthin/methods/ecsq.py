@@ -135,7 +135,15 @@ class Ecsq:
         return self.levels
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         numpy: Any = np
         code = self.encode(rng.normal(size=self.shape), numpy)
         spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
@@ -174,7 +182,15 @@ class Ecsq:
         return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols)}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """One table look-up for each weight."""
+        """One table look-up for each weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return xp.take(code["centres"], xp.asarray(code["symbols"], dtype=xp.int64))
 
 

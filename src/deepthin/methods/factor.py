@@ -129,6 +129,13 @@ class Factor:
         """Both factors normal, scaled to a root mean square of exactly ``(std^2 / r)^(1/4)``.
 
         Without the scaling a wf of few entries would put the spread of all weights to chance.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
         """
         each = (std**2 / self.rank) ** 0.25
         code = {entry: rng.normal(size=shape) for entry, shape in self.code_shapes().items()}
@@ -182,11 +189,29 @@ class Factor:
         return {"xf": xf, "wf": wf}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """The product of the factors, reshaped: ``r m n`` multiplications."""
+        """The product of the factors, reshaped: ``r m n`` multiplications.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return xp.reshape(self.decode_flat(code, 0, self.shape[0] * self.shape[1], xp), self.shape)
 
     def decode_flat(self, code: Code, start: int, stop: int, xp: Namespace) -> Float[Array, "entries"]:
-        """Entries ``start`` to ``stop`` (excluded) of the flattened weight; with a seed, at the cost of all entries."""
+        """Entries ``start`` to ``stop`` (excluded) of the flattened weight; with a seed, at the cost of all entries.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            start: First entry, >= 0.
+            stop: Entry after the last, at most ``rows * cols``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array of ``stop - start`` entries.
+        """
         if self.seed is not None:
             whole = self._laid_out(code, 0, self.shape[0] * self.shape[1], xp)
             return xp.take(whole, code["order"])[start:stop]

@@ -44,23 +44,67 @@ class Dense:
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights."""
+        """Normal weights.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         return {"weight": rng.normal(scale=std, size=self.shape).astype(np.float32)}
 
     def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
-        """The weight."""
+        """Keep the weight.
+
+        Args:
+            weight: Array, rows x cols.
+            xp: The namespace of ``weight``.
+            importance: Not used.
+
+        Returns:
+            ``weight`` itself, not a copy.
+        """
         return {"weight": weight}
 
     def importance_of(self, code: Code, importance: Array, xp: Namespace) -> Code:
-        """The importance of the weights."""
+        """The importance of the weights.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            importance: Array, rows x cols, entries >= 0.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Entry name -> array of the entry's shape, for each floating entry.
+        """
         return {"weight": importance}
 
     def decode(self, code: Code, xp: Namespace) -> Array:
-        """The weight."""
+        """The weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return code["weight"]
 
     def decode_flat(self, code: Code, start: int, stop: int, xp: Namespace) -> Array:
-        """A range of its entries."""
+        """A range of its entries.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            start: First entry, >= 0.
+            stop: Entry after the last, at most ``rows * cols``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array of ``stop - start`` entries.
+        """
         return xp.reshape(code["weight"], (-1,))[start:stop]
 
 

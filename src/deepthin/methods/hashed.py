@@ -91,7 +91,15 @@ class Hashed:
         return {"index": (bucket + (words & np.uint64(1)) * np.uint64(self.buckets)).astype(np.int64)}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Uniform, as in the paper, scaled to a root mean square of exactly ``std``."""
+        """Uniform, as in the paper, scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         values = rng.uniform(-1, 1, self.buckets)
         return {"values": (values * (std / np.sqrt(np.mean(values * values)))).astype(np.float32)}
 
@@ -118,12 +126,29 @@ class Hashed:
         return {"values": xp.asarray(mean, dtype=flat.dtype)}
 
     def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
-        """The sum of the importance over the weights of each bucket."""
+        """The sum of the importance over the weights of each bucket.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            importance: Array, rows x cols, entries >= 0.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Entry name -> array of the entry's shape, for each floating entry.
+        """
         bucket = xp.asarray(self.derived()["index"] % self.buckets)
         sums = xp.bincount(bucket, xp.reshape(importance, (-1,)), self.buckets)
         return {"values": xp.asarray(sums, dtype=importance.dtype)}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """One table look-up for each weight."""
+        """One table look-up for each weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         both = xp.concatenate([code["values"], -code["values"]])
         return xp.reshape(xp.take(both, code["index"]), self.shape)

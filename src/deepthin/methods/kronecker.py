@@ -87,7 +87,15 @@ class Kronecker:
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal factors of equal root mean square, such that the decoded weights have standard deviation ``std``."""
+        """Normal factors of equal root mean square, such that the decoded weights have standard deviation ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         each = (std**2 / self.terms) ** 0.25
         code = {entry: rng.normal(size=shape) for entry, shape in self.code_shapes().items()}
         return {entry: (a * (each / np.sqrt(np.mean(a * a)))).astype(np.float32) for entry, a in code.items()}
@@ -125,7 +133,15 @@ class Kronecker:
         return {"a": xp.reshape(a, (terms, r1, q1)), "b": xp.reshape(b, (terms, r2, q2))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """The sum of Kronecker products: ``terms`` multiplications for each entry."""
+        """The sum of Kronecker products: ``terms`` multiplications for each entry.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         (r1, q1), (r2, q2) = self.left, self.right
         a, b = xp.reshape(code["a"], (self.terms, -1)), xp.reshape(code["b"], (self.terms, -1))
         blocks = xp.moveaxis(xp.reshape(xp.matmul(xp.moveaxis(a, (1,), (0,)), b), (r1, q1, r2, q2)), (2,), (1,))

@@ -119,7 +119,15 @@ class Pruned:
         return replace(self, kept=kept)
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Random positions; values with ``rows * cols / kept`` times the variance, so that the weights have ``std``."""
+        """Random positions; values with ``rows * cols / kept`` times the variance, so that the weights have ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         area, cols = math.prod(self.shape), self.shape[1]
         chosen = [
             _place(rng.choice(weights, kept, replace=False), first, self.balance, cols)
@@ -170,11 +178,28 @@ class Pruned:
         return found
 
     def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
-        """The importance of the stored weights."""
+        """The importance of the stored weights.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            importance: Array, rows x cols, entries >= 0.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Entry name -> array of the entry's shape, for each floating entry.
+        """
         return {"values": xp.take(xp.reshape(importance, (-1,)), code["positions"])}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """Zeros, with the values at their positions."""
+        """Zeros, with the values at their positions.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         flat = xp.tile(xp.zeros_like(code["values"][:1]), (math.prod(self.shape),))
         flat[code["positions"]] = code["values"]
         return xp.reshape(flat, self.shape)

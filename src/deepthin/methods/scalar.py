@@ -117,7 +117,15 @@ class Uniform:
         """None: symbols are multiplied by the step."""
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         numpy: Any = np
         code = self.encode(rng.normal(size=self.shape), numpy)
         scale = std / math.sqrt((self.decode(code, numpy) ** 2).mean())
@@ -153,7 +161,15 @@ class Uniform:
         return {"symbols": _integers(symbols, self.top(), xp), "step": step, "least": least}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """One multiplication for each weight."""
+        """One multiplication for each weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         weight = code["step"] * xp.asarray(code["symbols"], dtype=code["step"].dtype)
         return weight + code["least"] if self.affine else weight
 

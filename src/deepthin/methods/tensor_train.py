@@ -109,7 +109,15 @@ class TensorTrain:
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal cores of equal root mean square, such that the decoded weights have standard deviation ``std``."""
+        """Normal cores of equal root mean square, such that the decoded weights have standard deviation ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         each = (std**2 / math.prod(self.ranks)) ** (0.5 / len(self.rows))
         code = {entry: rng.normal(size=shape) for entry, shape in self.code_shapes().items()}
         return {entry: (a * (each / np.sqrt(np.mean(a * a)))).astype(np.float32) for entry, a in code.items()}
@@ -155,7 +163,15 @@ class TensorTrain:
         return {entry: a * (whole / size[entry]) for entry, a in code.items()} if whole > 0 else code
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """The product of the cores, from left to right."""
+        """The product of the cores, from left to right.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         order, whole = len(self.rows), xp.reshape(code["core0"], (-1, self.ranks[1]))
         for k in range(1, order):
             core = xp.reshape(code[f"core{k}"], (self.ranks[k], -1))

@@ -106,7 +106,15 @@ class Then:
         return self.outer.derived() | {f"{e}_{k}": a for e, method in self.inner for k, a in method.derived().items()}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """The outer method's random code, encoded."""
+        """The outer method's random code, encoded.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         import numpy as np
 
         return self.encode_floats(self.outer.init(rng, std), np)  # pyright: ignore[reportArgumentType]
@@ -180,7 +188,15 @@ class Then:
         return made
 
     def decode(self, code: Code, xp: Namespace) -> Array:
-        """The dense matrix, rows x cols: decode the inner codes, then the outer one."""
+        """The dense matrix, rows x cols: decode the inner codes, then the outer one.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return self.outer.decode(self.decode_floats(code, xp), xp)
 
 

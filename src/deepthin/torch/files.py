@@ -167,7 +167,18 @@ def contents(model: nn.Module) -> Contents:
 
 
 def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
-    """A matrix as a file has it, whose tensors have these names."""
+    """A thin weight as a file stores it, without copies of its tensors.
+
+    Args:
+        weight: The weight of one tensor or of a group.
+        names: Names of its tensors, in the order of ``weight.parts``.
+
+    Returns:
+        The method, the parts by name, and the code.
+
+    Raises:
+        TypeError: An entry has a dtype or layout that the file cannot hold.
+    """
     code = {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
     return Thin(weight.name, weight.method, dict(zip(names, weight.parts, strict=True)), code)
 
