@@ -1,7 +1,7 @@
-"""The one idea: a method turns a weight matrix into a small dictionary of arrays and back.
+"""What every method offers, ``Method``: it turns a weight matrix into a small dictionary of arrays, ``Code``, and back.
 
-This file holds what every method offers (``Method``), what it produces (``Code``), the few array functions that it may
-use (``Namespace``), one method after another (``Then``) and the errors of the whole library. It imports no framework.
+Beside it are the array functions that a method may use (``Namespace``) and the protocols of further abilities. Nothing
+here imports a framework.
 """
 
 import math
@@ -15,7 +15,14 @@ from deepthin.coding.bits import gap_bytes, packed_bytes, width_of
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, cols) under which a tensor is stored: (outputs, all else), and near-square for a single dimension."""
+    """The matrix shape under which a tensor is stored.
+
+    Args:
+        shape: Shape of the tensor, outputs first.
+
+    Returns:
+        (rows, cols): (outputs, product of the rest); near-square for one dimension.
+    """
     if len(shape) > 1:
         return shape[0], math.prod(shape[1:])
     cols = math.isqrt(max(math.prod(shape) - 1, 0)) + 1
@@ -37,10 +44,14 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """What an integer entry of a code may hold: ``count`` different values, from ``least`` on.
+    """The values that an integer entry of a code may have, and how large it can be in a file.
 
-    ``rising`` numbers, positions, grow strictly through the flattened entry: they can be stored as gaps. A method whose
-    ``encode`` keeps the entry within ``most_bytes``, coded, promises it.
+    Attributes:
+        count: Number of different values.
+        least: The smallest value; the largest is ``least + count - 1``.
+        rising: Whether the flattened entry is strictly increasing, as positions are: it can then be stored as gaps.
+        most_bytes: Upper bound on the coded size of the entry, guaranteed by ``encode``; None: none but that of
+            packing.
     """
 
     count: int
@@ -49,7 +60,15 @@ class Integers:
     most_bytes: int | None = None
 
     def bytes(self, entries: int) -> int:
-        """The most that so many of them take in a file."""
+        """Upper bound on the bytes of an entry in a file.
+
+        Args:
+            entries: How many integers the entry has.
+
+        Returns:
+            The smaller of the packed size and ``most_bytes``; without ``most_bytes``, the smaller of the packed size
+            and, for rising integers, the largest size as gaps.
+        """
         packed = packed_bytes(entries, width_of(self.count))
         if self.most_bytes is not None:
             return min(packed, self.most_bytes)
@@ -58,9 +77,9 @@ class Integers:
 
 @runtime_checkable
 class Namespace(Protocol):
-    """The array functions that a method may use. The modules ``numpy`` and ``torch`` have them all, as they stand.
+    """The array functions that a method may use; the modules ``numpy`` and ``torch`` provide them under these names.
 
-    ``take`` reads from the flattened array. ``linalg`` (``svd``, ``pinv``) serves ``encode`` only.
+    ``take`` indexes the flattened array. ``linalg`` (``svd``, ``pinv``) is used by ``encode`` only.
     """
 
     linalg: Any
@@ -71,11 +90,11 @@ class Namespace(Protocol):
     finfo: Any
 
     def matmul(self, a: Array, b: Array, /) -> Array:
-        """The matrix product ``a @ b``."""
+        """Matrix product ``a @ b``."""
         ...
 
     def reshape(self, a: Array, shape: tuple[int, ...], /) -> Array:
-        """The same entries, row by row, in another shape."""
+        """The same entries, in row-major order, with another shape."""
         ...
 
     def take(self, a: Array, index: Array, /) -> Array:
@@ -83,7 +102,7 @@ class Namespace(Protocol):
         ...
 
     def concatenate(self, arrays: Sequence[Array], /) -> Array:
-        """The arrays one below the other."""
+        """Arrays joined along the first axis."""
         ...
 
     def stack(self, arrays: Sequence[Array], axis: int, /) -> Array:
@@ -107,11 +126,11 @@ class Namespace(Protocol):
         ...
 
     def bincount(self, index: Array, weights: Array, least: int, /) -> Array:
-        """Sums of the weights of each index, at least so many."""
+        """For each index, the sum of its weights; the result has at least ``least`` entries."""
         ...
 
     def argsort(self, a: Array, /, *, stable: bool = False) -> Array:
-        """The order that sorts ``a``."""
+        """Indices that sort ``a`` along its last axis."""
         ...
 
     def amax(self, a: Array, axis: int, /) -> Array:
@@ -131,15 +150,15 @@ class Namespace(Protocol):
         ...
 
     def cumsum(self, a: Array, axis: int, /) -> Array:
-        """The running sums along an axis."""
+        """Cumulative sums along an axis."""
         ...
 
     def clip(self, a: Array, least: int, most: int, /) -> Array:
-        """The entries within bounds."""
+        """Entries limited to the range ``least`` to ``most``."""
         ...
 
     def round(self, a: Array, /) -> Array:
-        """The nearest whole numbers, halves to even."""
+        """The nearest integers, ties to even."""
         ...
 
     def sqrt(self, a: Array, /) -> Array:
@@ -155,21 +174,25 @@ class Namespace(Protocol):
         ...
 
     def bitwise_right_shift(self, a: Array, bits: int, /) -> Array:
-        """Integers without their lowest bits."""
+        """Integers divided by ``2**bits``, rounded down."""
         ...
 
 
 @runtime_checkable
 class Method(Protocol):
-    """A way to store a ``rows x cols`` matrix: a frozen value whose fields are the stored header.
+    """A way to store a ``rows x cols`` matrix: an immutable value whose fields are stored in the file's header.
 
-    ``rows`` are outputs and ``cols`` are inputs, as torch keeps a linear layer. ``trains`` says what the optimiser is
-    shown.
+    ``rows`` are outputs and ``cols`` are inputs, as in torch's linear layers. docs/extending.md shows how to write one,
+    and ``deepthin.testing.check_method`` checks its laws.
     """
 
     @property
     def trains(self) -> Trains:
-        """What the optimiser is shown."""
+        """What the optimiser updates: ``"codes"``, the floats of the code, or ``"through"``, latents that are rounded.
+
+        With ``"through"`` the forward pass decodes the encoded latents, and their gradient passes through the rounding
+        unchanged (straight-through estimator: Bengio, Leonard and Courville, 2013, arXiv:1308.3432).
+        """
         ...
 
     @property
@@ -178,121 +201,238 @@ class Method(Protocol):
         ...
 
     def bits(self) -> int:
-        """The most that a file stores for this matrix, headers apart: integers packed, or as ``encode`` bounds them."""
+        """Upper bound on the stored bits of this matrix, headers apart.
+
+        Returns:
+            32 for each float, and for integers what ``Integers.bytes`` says.
+        """
         ...
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every stored entry, known before anything is read or computed."""
+        """The shape of every stored entry, which follows from the fields alone.
+
+        Returns:
+            Entry name -> shape.
+        """
         ...
 
     def integers(self) -> dict[str, Integers]:
-        """The entries that hold integers, and which; all others hold floats."""
+        """The entries that hold integers, and their ranges; all other entries hold floats.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         ...
 
     def derived(self) -> Code:
-        """NumPy tables that follow from the fields alone: rebuilt on load, never stored."""
+        """NumPy tables that follow from the fields alone: recomputed on load, never stored.
+
+        Returns:
+            Entry name -> array; no name that ``code_shapes`` has.
+        """
         ...
 
     def init(self, rng: Generator, std: float) -> Code:
-        """A from-scratch start (float32) whose decoded weights have mean 0 and standard deviation ``std``."""
+        """Draw a random code to train from scratch.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``: floats in float32, integers within ``integers``.
+        """
         ...
 
     def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
-        """The nearest code to ``weight`` that the method can find; deterministic, its arguments left as they are."""
+        """Approximate a matrix by the nearest code that the method finds. Deterministic; arguments are not modified.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Array, rows x cols, entries >= 0: the weight of each squared error. None weighs all equally;
+                methods without a weighted fit ignore it.
+
+        Returns:
+            Arrays of ``code_shapes``; floats have the dtype of ``weight``.
+        """
         ...
 
     def decode(self, code: Code, xp: Namespace) -> Array:
-        """The dense matrix from stored and derived entries, differentiable in every floating entry."""
+        """Compute the dense matrix; differentiable in every floating entry. Arguments are not modified.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols, in the dtype of the code's floats.
+        """
         ...
 
 
 @runtime_checkable
 class Fitted(Method, Protocol):
-    """A method that chooses its fields for a size."""
+    """A method that can choose its fields for a size."""
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int) -> "Fitted":
-        """The best setting whose ``bits()`` is at most ``max_bits``, or BudgetError. Options are keywords."""
+        """Choose the best fields for a budget. Options of the method are further keyword arguments.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: No fields fit; it carries the smallest possible ``bits()``.
+            ConfigError: An option is invalid.
+        """
         ...
 
 
 @runtime_checkable
 class Separable(Method, Protocol):
-    """A method whose every weight follows from one float at most, up to its sign: so importance can be handed on."""
+    """A method whose every weight depends on at most one float, up to its sign: importance adds up for each float."""
 
     def importance_of(self, code: Code, importance: Array, xp: Namespace) -> Code:
-        """For each floating entry the importance of its numbers, from that of the weights.
+        """The importance of each float, from that of the weights.
 
-        ``sum(importance * (change of the weights)^2)`` is ``sum(importance_of * (change of the floats)^2)``.
+        A small change of the floats then has the same cost in both: ``sum(importance * (change of weights)^2)`` equals
+        ``sum(importance_of * (change of floats)^2)``.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            importance: Array, rows x cols, entries >= 0.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Entry name -> array of the entry's shape, for each floating entry.
         """
         ...
 
 
 @runtime_checkable
 class Flat(Method, Protocol):
-    """A method that decodes a range of the flattened matrix at the cost of that range."""
+    """A method that can decode a range of the flattened matrix at a cost proportional to that range."""
 
     def decode_flat(self, code: Code, start: int, stop: int, xp: Namespace) -> Array:
-        """The entries ``start`` to ``stop`` (excluded) of the flattened matrix."""
+        """Decode a range of the flattened matrix.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            start: First entry, >= 0.
+            stop: Entry after the last, at most ``rows * cols``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array of ``stop - start`` entries, equal to that range of the decoded matrix.
+        """
         ...
 
 
 @runtime_checkable
 class InTurn(Method, Protocol):
-    """A method that multiplies inputs by its factors one after the other, without the weight."""
+    """A method that multiplies inputs by its factors one after the other, without computing the dense matrix."""
 
     def multiply(self, code: Code, x: Array, xp: Namespace) -> Array:
-        """``x @ W.T`` for ``x`` of items x ``inputs()``, the columns beyond ``cols`` being zeros: items x rows."""
+        """Multiply inputs by the factors in turn.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            x: Array, items x ``inputs()``; columns from ``cols`` on are zeros.
+            xp: The namespace of the arrays.
+
+        Returns:
+            ``x[:, :cols] @ W.T``: array, items x rows.
+        """
         ...
 
     def inputs(self) -> int:
-        """How many columns ``multiply`` takes: ``cols``, or the next product of the factors' widths."""
+        """Number of columns that ``multiply`` takes.
+
+        Returns:
+            At least ``cols``: the product of the factors' widths.
+        """
         ...
 
     def multiplies(self) -> int:
-        """Multiplications of ``multiply`` for one item."""
+        """Cost of ``multiply``.
+
+        Returns:
+            Multiplications for one item.
+        """
         ...
 
     def summands(self) -> int:
-        """Products that ``decode`` adds up for each entry of the weight: what decoding costs beside a dense matrix."""
+        """Cost of ``decode``, relative to writing a dense matrix.
+
+        Returns:
+            Products that are summed for each weight.
+        """
         ...
 
 
 @runtime_checkable
 class Symbols(Method, Protocol):
-    """A method that stores an integer of one byte for each weight, in its entry ``symbols``.
+    """A method that stores one integer for each weight, in its entry ``symbols``.
 
-    A weight is ``centres[symbol]`` with a table, or ``step * symbol + least`` without one.
+    A weight is ``centres[symbol]`` for a method with a table, else ``step * symbol + least``. Native code multiplies by
+    the symbols directly where they have at most 8 bits.
     """
 
     def table_levels(self) -> int | None:
-        """How many entries the table ``centres`` has; None where the weight is ``step * symbol + least``."""
+        """Size of the table ``centres``.
+
+        Returns:
+            The number of centres; None where the weight is ``step * symbol + least``.
+        """
         ...
 
 
 @runtime_checkable
 class Sparse(Method, Protocol):
-    """A method that stores some weights, ``values``, at their flat ``positions``; the others are zero."""
+    """A method that stores some weights, ``values`` at flat ``positions``; all others are zero."""
 
     @property
     def kept(self) -> int:
-        """How many weights are stored."""
+        """Number of stored weights."""
         ...
 
     def with_kept(self, kept: int) -> "Sparse":
-        """The same method with another number of weights."""
+        """The same method with another number of stored weights.
+
+        Args:
+            kept: Number of weights, 1 to ``rows * cols``.
+
+        Returns:
+            A new method; all other fields are unchanged.
+        """
         ...
 
 
 @runtime_checkable
 class Drifting(Method, Protocol):
-    """A method that is no projection: a decoded code, encoded again, may be another one by more than rounding."""
+    """A method that is not idempotent: encoding a decoded code may change it by more than floating-point rounding."""
 
     def drifts(self) -> bool:
-        """Whether it may be, with these fields."""
+        """Whether this is so with the present fields.
+
+        Returns:
+            True if encoding a decoded code may change it.
+        """
         ...
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, cols) under which an entry of a code is stored by another method."""
+    """The matrix shape under which a second method stores an entry of a code.
+
+    Args:
+        shape: Shape of the entry.
+
+    Returns:
+        (rows, cols): (1, length) for one dimension, else (first dimension, product of the rest).
+    """
     return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))

@@ -1,7 +1,7 @@
-"""Integer arithmetic that is part of the file format: what is drawn from a seed, and integers packed into bytes.
+"""Integer arithmetic of the file format: words and permutations drawn from a seed, and integers packed into bytes.
 
-The generator is SplitMix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number generators"). What it
-yields for a seed never changes, because saved files store the seed and not the table; so no library generator is used.
+The generator is SplitMix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number generators"). Its output
+for a seed never changes, because files store the seed and not the table; so no library generator is used.
 """
 
 import numpy as np
@@ -12,7 +12,15 @@ _WORD = 1 << 64
 
 
 def splitmix(seed: int, count: int) -> UInt64[np.ndarray, "count"]:
-    """The first ``count`` 64-bit words that SplitMix64 yields from ``seed``, of which the low 64 bits matter."""
+    """The first words of SplitMix64.
+
+    Args:
+        seed: The state to start from, modulo 2^64.
+        count: How many words.
+
+    Returns:
+        Words of 64 bits.
+    """
     step = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(seed % _WORD)
     step = (step ^ (step >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     step = (step ^ (step >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -20,19 +28,39 @@ def splitmix(seed: int, count: int) -> UInt64[np.ndarray, "count"]:
 
 
 def permutation(seed: int, count: int) -> Int64[np.ndarray, "count"]:
-    """The permutation of ``range(count)`` that sorts the seed's words (ties, if any, by position)."""
+    """The permutation that sorts the first words of ``splitmix`` (equal words, if any, by position).
+
+    Args:
+        seed: The seed, modulo 2^64.
+        count: Length of the permutation.
+
+    Returns:
+        A permutation of ``range(count)``.
+    """
     return np.argsort(splitmix(seed, count), kind="stable").astype(np.int64)
 
 
 def width_of(count: int) -> int:
-    """Bits that tell ``count`` values apart."""
+    """Bits that distinguish ``count`` values.
+
+    Args:
+        count: Number of values, >= 0.
+
+    Returns:
+        ``ceil(log2(count))``; 0 for at most one value.
+    """
     return max(count - 1, 0).bit_length()
 
 
 def pack(values: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
-    """Numbers below ``2**width``, ``width`` (0 to 56) bits each, from the lowest bit of the first byte on.
+    """Pack integers, from the lowest bit of the first byte on; the last byte is padded with ones.
 
-    Ones fill the last byte.
+    Args:
+        values: Integers from 0 to ``2**width - 1``.
+        width: Bits of each, 0 to 56.
+
+    Returns:
+        ``packed_bytes(len(values), width)`` bytes.
     """
     count, word = len(values), _word(width)
     words = np.full(-(-count // 8) * 8, (1 << width) - 1, word)
@@ -48,7 +76,16 @@ def pack(values: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "b
 
 
 def unpack(data: UInt8[np.ndarray, "bytes"], width: int, count: int) -> UInt[np.ndarray, "count"]:
-    """What ``pack`` packed; ``data`` has ``packed_bytes(count, width)`` bytes."""
+    """The inverse of ``pack``.
+
+    Args:
+        data: ``packed_bytes(count, width)`` bytes.
+        width: Bits of each integer, 0 to 56.
+        count: How many integers.
+
+    Returns:
+        The integers, as uint16 up to 9 bits, uint32 up to 25, else uint64.
+    """
     groups = np.zeros((-(-count // 8), width), np.uint8)
     groups.reshape(-1)[: len(data)] = data
     word = _word(width)
@@ -63,12 +100,20 @@ def unpack(data: UInt8[np.ndarray, "bytes"], width: int, count: int) -> UInt[np.
 
 
 def _word(width: int) -> type[np.unsignedinteger]:
-    """What holds a number at any place within a byte."""
+    """An unsigned type that holds an integer of this width after a shift by up to 7 bits."""
     return np.uint16 if width <= 9 else np.uint32 if width <= 25 else np.uint64
 
 
 def packed_bytes(count: int, width: int) -> int:
-    """Bytes of ``count`` numbers of ``width`` bits."""
+    """Size of packed integers.
+
+    Args:
+        count: How many integers.
+        width: Bits of each.
+
+    Returns:
+        ``ceil(count * width / 8)`` bytes.
+    """
     return -(-count * width // 8)
 
 
@@ -79,18 +124,42 @@ WIDEST_GAP = 24
 
 
 def gap_bytes(count: int, places: int) -> int:
-    """The most that ``count`` rising positions below ``places`` can take, with the width that suits them best."""
+    """Upper bound on the bytes of rising positions that are stored as gaps of the best width.
+
+    Args:
+        count: How many positions.
+        places: All positions are from 0 to ``places - 1``.
+
+    Returns:
+        Bytes, for the least favourable positions.
+    """
     bits = min((count + (places - count) // ((1 << width) - 1)) * width for width in range(1, WIDEST_GAP + 1))
     return -(-bits // 8)
 
 
 def pack_gaps(positions: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
-    """Strictly rising positions as gaps of ``width`` bits."""
+    """Pack strictly increasing positions as gaps (Han et al., 2016, arXiv:1510.00149, section 2).
+
+    Args:
+        positions: Strictly increasing, >= 0.
+        width: Bits of a gap, 1 to 24.
+
+    Returns:
+        The packed gaps, fillers included.
+    """
     return pack(gaps_of(positions, width), width)
 
 
 def gaps_of(positions: Int64[np.ndarray, "count"], width: int) -> Int64[np.ndarray, "symbols"]:
-    """The symbols for strictly rising positions, fillers included."""
+    """The symbols that ``pack_gaps`` packs.
+
+    Args:
+        positions: Strictly increasing, >= 0.
+        width: Bits of a gap, 1 to 24.
+
+    Returns:
+        Gaps from 0 to ``2**width - 2``, each after its fillers, which are ``2**width - 1``.
+    """
     gaps = np.diff(positions, prepend=-1) - 1
     skip = (1 << width) - 1
     ends = np.cumsum(gaps // skip + 1) - 1  # where each position's own symbol stands
@@ -100,7 +169,14 @@ def gaps_of(positions: Int64[np.ndarray, "count"], width: int) -> Int64[np.ndarr
 
 
 def best_gap_width(positions: Int64[np.ndarray, "count"]) -> int:
-    """The width that takes the fewest bytes for these positions."""
+    """The width with which gaps take the fewest bytes.
+
+    Args:
+        positions: Strictly increasing, >= 0.
+
+    Returns:
+        Bits of a gap, 1 to 24.
+    """
     gaps = np.diff(positions, prepend=-1) - 1
 
     def size(width: int) -> int:
@@ -110,7 +186,20 @@ def best_gap_width(positions: Int64[np.ndarray, "count"]) -> int:
 
 
 def unpack_gaps(data: UInt8[np.ndarray, "bytes"], width: int, count: int, places: int) -> Int64[np.ndarray, "count"]:
-    """What ``pack_gaps`` packed; ValueError for bytes that are not ``count`` positions below ``places``."""
+    """The inverse of ``pack_gaps``, for untrusted bytes.
+
+    Args:
+        data: The packed gaps.
+        width: Bits of a gap, 1 to 24.
+        count: How many positions.
+        places: All positions are from 0 to ``places - 1``.
+
+    Returns:
+        The positions.
+
+    Raises:
+        ValueError: The bytes are not ``count`` positions below ``places``.
+    """
     skip = (1 << width) - 1
     symbols = 8 * len(data) // width  # what is left at the end are bits of ones, too few for a symbol or fillers
     if symbols > count + (places - count) // skip + 8:
@@ -121,7 +210,20 @@ def unpack_gaps(data: UInt8[np.ndarray, "bytes"], width: int, count: int, places
 def positions_of(
     found: Integer[np.ndarray, "symbols"], width: int, count: int, places: int
 ) -> Int64[np.ndarray, "positions"]:
-    """The positions that these gaps lead to; ValueError where they are not ``count``, or not below ``places``."""
+    """The inverse of ``gaps_of``, for untrusted symbols.
+
+    Args:
+        found: Gaps and fillers.
+        width: Bits of a gap, 1 to 24.
+        count: How many positions.
+        places: All positions are from 0 to ``places - 1``.
+
+    Returns:
+        The positions.
+
+    Raises:
+        ValueError: The symbols are not ``count`` positions below ``places``.
+    """
     skip = (1 << width) - 1
     where = np.flatnonzero(found != skip)
     if len(where) != count:

@@ -1,7 +1,7 @@
-"""Integers in whole bits by how often they occur: a canonical code of Huffman's, its table of lengths, and its stream.
+"""Entropy coding of integers: a canonical Huffman code, its table of code lengths, and its bit stream.
 
-Huffman, 1952, "A method for the construction of minimum-redundancy codes"; no code is longer than 15 bits, and under
-that limit none is better (Larmore and Hirschberg, 1990, package-merge). docs/format.md is normative for the bits.
+Huffman, 1952, "A method for the construction of minimum-redundancy codes". Codes have at most 15 bits and are optimal
+under that limit (package-merge: Larmore and Hirschberg, 1990). docs/format.md is normative for the bits.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,15 @@ _TABLE_BYTES = MOST_USED * 41 // 8 + 8  # a table has no more: a run, an escape 
 
 
 def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> Int64[np.ndarray, "symbols"]:
-    """The bits of each symbol's code, at most ``longest``, for which all together are fewest; 0 for those that are not.
+    """Code lengths that minimise the total number of bits, none above ``longest`` (package-merge).
 
-    Of symbols that are as frequent the first has no shorter code. A symbol that is alone takes no bits.
+    Args:
+        counts: How often each symbol occurs.
+        longest: Upper bound on the length of a code, in bits; ``2**longest`` is at least the number of used symbols.
+
+    Returns:
+        The length of each symbol's code in bits; 0 if it is unused, or the only one that is used. A symbol's code is at
+        least as long as that of any equally frequent later symbol.
     """
     used = np.flatnonzero(counts)
     lengths = np.zeros(len(counts), np.int64)
@@ -44,7 +50,16 @@ def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> 
 
 
 def coded_bytes(counts: Int64[np.ndarray, "symbols"], width: int) -> int | None:
-    """What ``encode`` makes of symbols that are there so often; None where it cannot: too many are used, or none."""
+    """Size of what ``encode`` returns, from the counts alone.
+
+    Args:
+        counts: How often each symbol occurs.
+        width: Bits of a symbol, 1 to 16.
+
+    Returns:
+        Bytes, the table included; None if no symbol is used, more than 4,096 are, or one does not fit in ``width``
+        bits.
+    """
     used = np.flatnonzero(counts)
     if not 0 < len(used) <= MOST_USED or not 0 < width <= WIDEST or used[-1] >= 1 << width:
         return None
@@ -55,7 +70,11 @@ def coded_bytes(counts: Int64[np.ndarray, "symbols"], width: int) -> int | None:
 
 
 def _listed(counts: Int64[np.ndarray, "symbols"]) -> Int64[np.ndarray, "more"]:
-    """What the table is made for: a symbol that is alone and too frequent to take no bits has a neighbour listed."""
+    """The counts that the table is made for.
+
+    A symbol that is the only one takes no bits; if it occurs more than ``MOST_FREE`` times, a neighbour is added, so
+    that it takes one.
+    """
     if len(used := np.flatnonzero(counts)) != 1 or counts.sum() <= MOST_FREE:
         return counts
     listed = np.append(counts, 0)
@@ -64,12 +83,31 @@ def _listed(counts: Int64[np.ndarray, "symbols"]) -> Int64[np.ndarray, "more"]:
 
 
 def usual_table_bits(symbols: int, width: int) -> int:
-    """What a table takes where the lengths of neighbours differ by one, at most."""
+    """Size of a table in which neighbouring symbols have code lengths that differ by at most one.
+
+    Args:
+        symbols: Number of used symbols, without gaps between them.
+        width: Bits of a symbol.
+
+    Returns:
+        Upper bound on the bits of the table.
+    """
     return 2 * width + 4 + 3 * (symbols - 1)
 
 
 def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
-    """The table and the codes of symbols below ``2**width``; ValueError where ``coded_bytes`` is None."""
+    """Huffman-code symbols.
+
+    Args:
+        symbols: Integers from 0 to ``2**width - 1``.
+        width: Bits of a symbol, 1 to 16.
+
+    Returns:
+        The table of code lengths and the codes, padded with ones to whole bytes.
+
+    Raises:
+        ValueError: There are no symbols, more than 4,096 different ones, or one does not fit in ``width`` bits.
+    """
     counts = np.bincount(symbols)
     if coded_bytes(counts, width) is None:
         raise ValueError(
@@ -86,7 +124,7 @@ def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray,
 
 
 def _put(values: Int64[np.ndarray, "items"], widths: Int64[np.ndarray, "items"]) -> UInt8[np.ndarray, "bytes"]:
-    """Each number in its width of bits, one after the other, from the lowest bit of the first byte on; then ones."""
+    """Concatenate numbers of the given widths in bits, lowest bit first, and pad the last byte with ones."""
     ends = np.cumsum(widths)
     total = int(ends[-1])
     values = np.append(values, (1 << -total % 8) - 1)
@@ -102,7 +140,7 @@ def _put(values: Int64[np.ndarray, "items"], widths: Int64[np.ndarray, "items"])
 def _table(
     lengths: Int64[np.ndarray, "symbols"], counts: Int64[np.ndarray, "symbols"], width: int
 ) -> tuple[Int64[np.ndarray, "items"], Int64[np.ndarray, "items"]]:
-    """Numbers and their widths: first and last used symbol, the first length, then how each differs from the last."""
+    """The table as numbers and their widths: first and last symbol, first length, then changes of length."""
     used = np.flatnonzero(counts)
     first, last = int(used[0]), int(used[-1])
     items = [(first, width), (last, width)]
@@ -124,12 +162,12 @@ def _table(
 
 
 def _form(ones: int) -> tuple[int, int]:
-    """So many ones and a zero, which the most do without."""
+    """A prefix code: that many ones, and a zero except after the longest run."""
     return (1 << ones) - 1, min(ones + 1, _OTHER)
 
 
 def _codes(lengths: Int64[np.ndarray, "symbols"]) -> Int64[np.ndarray, "symbols"]:
-    """Canonical: shorter codes first, and of equal length by symbol; each is the one before plus one, then widened."""
+    """Canonical codes: shorter first, then by symbol; each is the previous one plus 1, shifted to its length."""
     used = np.flatnonzero(lengths)
     order = used[np.argsort(lengths[used], kind="stable")]
     steps = 1 << (LONGEST - lengths[order])
@@ -139,7 +177,7 @@ def _codes(lengths: Int64[np.ndarray, "symbols"]) -> Int64[np.ndarray, "symbols"
 
 
 def _reversed(codes: Int64[np.ndarray, "symbols"], lengths: Int64[np.ndarray, "symbols"]) -> np.ndarray:
-    """The highest bit of each code lowest, which is where a stream is read first."""
+    """Codes with their bits reversed, since a stream is read from the lowest bit on."""
     turned = np.zeros_like(codes)
     for bit in range(LONGEST):
         turned |= (codes >> bit & 1) << np.maximum(lengths - 1 - bit, 0) * (bit < lengths)
@@ -148,13 +186,13 @@ def _reversed(codes: Int64[np.ndarray, "symbols"], lengths: Int64[np.ndarray, "s
 
 @dataclass(slots=True)
 class _Bits:
-    """The bits at the beginning of a stream, read one after the other; ValueError where they end."""
+    """A reader of single bits; ValueError at their end."""
 
     all: bytes
     at: int = 0
 
     def number(self, width: int) -> int:
-        """The next one of so many bits, the lowest first."""
+        """The next number of ``width`` bits, lowest bit first."""
         start = self.at
         if start + width > len(self.all):
             raise ValueError("the bits end within the table of lengths")
@@ -162,11 +200,11 @@ class _Bits:
         return sum(self.all[start + i] << i for i in range(width))
 
     def ones(self, most: int) -> int:
-        """How many ones come before the next zero; there are ``most`` at most, and no zero after so many."""
+        """The number of ones before the next zero, at most ``most``; no zero follows that many."""
         return next((count for count in range(most) if not self.number(1)), most)
 
     def run(self) -> int:
-        """A number from 1 on, by Elias' gamma code."""
+        """A number from 1 on, in Elias gamma code."""
         top = next((count for count in range(WIDEST) if self.number(1)), None)
         if top is None:
             raise ValueError("a run of unused symbols is too long")
@@ -174,9 +212,9 @@ class _Bits:
 
 
 def _read_table(data: UInt8[np.ndarray, "bytes"], width: int) -> tuple[list[int], list[int], int]:
-    """The used symbols, their lengths, and where the codes begin; ValueError for a table that ``encode`` cannot make.
+    """The used symbols, their code lengths, and the bit where the codes begin.
 
-    A symbol that is alone has the length 0.
+    A symbol that is the only one has length 0. ValueError for a table that ``encode`` cannot have written.
     """
     bits = _Bits(np.unpackbits(data[:_TABLE_BYTES], bitorder="little").tobytes())
     first, last = bits.number(width), bits.number(width)
@@ -211,10 +249,23 @@ Walk = Callable[[np.ndarray, int, np.ndarray, int, int, int], tuple[np.ndarray, 
 def decode(
     data: UInt8[np.ndarray, "bytes"], width: int, count: int, skip: int = -1, most: int = 0, walk: Walk | None = None
 ) -> UInt16[np.ndarray, "found"]:
-    """What ``encode`` made of ``count`` symbols, not counting those that are ``skip``, of at most ``most`` in all.
+    """Decode what ``encode`` returned. Bytes are untrusted: memory and time are bounded by their number.
 
-    ValueError for bytes that ``encode`` cannot have made. Memory and time are bounded by the bytes, but for a symbol
-    that is alone, of which there may be ``MOST_FREE``.
+    Only for a symbol that is the only one, which takes no bits, the bound is ``MOST_FREE`` symbols.
+
+    Args:
+        data: The table and the codes.
+        width: Bits of a symbol, 1 to 16.
+        count: How many symbols other than ``skip`` there are.
+        skip: A symbol that is not counted; -1: none.
+        most: Upper bound on all symbols, those equal to ``skip`` included; at least ``count`` is assumed.
+        walk: A faster equivalent of ``walk``; None uses ``walk`` itself.
+
+    Returns:
+        All symbols up to the last counted one.
+
+    Raises:
+        ValueError: The bytes are not what ``encode`` writes for ``count`` symbols.
     """
     if not 0 < width <= WIDEST:
         raise ValueError(f"symbols of {width} bits; they have 1 to {WIDEST}")
@@ -235,7 +286,7 @@ def decode(
 
 
 def _lookup(used: list[int], lengths: list[int]) -> UInt32[np.ndarray, "windows"]:
-    """By as many bits as the longest code has: 16 times the symbol whose code they begin with, plus its length."""
+    """Look-up table over windows as long as the longest code: 16 * symbol + length of the code at its start."""
     own = np.array(lengths, np.int64)
     order, top = np.argsort(own, kind="stable"), max(lengths)
     entries = (np.array(used, np.uint32) << np.uint32(4)) + own.astype(np.uint32)
@@ -251,9 +302,21 @@ def walk(
     count: int,
     skip: int,
 ) -> tuple[UInt16[np.ndarray, "found"], int]:
-    """The symbols from bit ``start`` on until ``count`` are not ``skip``, and where the last code ends: the definition.
+    """Decode a bit stream; the reference for faster versions.
 
-    ``lookup`` is that of a complete code. ValueError where the bits end before, or there are more than ``most``.
+    Args:
+        data: The stream.
+        start: Its first bit.
+        lookup: The table of a complete code, as ``_lookup`` makes it.
+        most: Upper bound on the symbols that are read.
+        count: How many symbols other than ``skip`` to read.
+        skip: A symbol that is not counted; -1: none.
+
+    Returns:
+        The symbols up to the last counted one, and the bit after its code.
+
+    Raises:
+        ValueError: The bits end first, or more than ``most`` symbols would be read.
     """
     if not count:
         return np.empty(0, np.uint16), start

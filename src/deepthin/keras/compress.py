@@ -29,14 +29,24 @@ from deepthin.storage.report import Report, report_of
 
 
 class Encoded(EncodedOnce[np.ndarray, ThinWeight]):
-    """Matrices of a model by their plans, each encoded once."""
+    """Matrices of a model by their plans, each encoded at most once."""
 
     def __init__(self, held: Mapping[str, Held]) -> None:
         super().__init__()
         self.held = held
 
     def dense(self, planned: Planned) -> list[np.ndarray]:
-        """The values of its tensors, in the file's layout, as float32; ConfigError if these cannot share a code."""
+        """The dense values of a plan's tensors.
+
+        Args:
+            planned: A tensor or a group.
+
+        Returns:
+            One float32 array for each tensor, in the file's layout (outputs first).
+
+        Raises:
+            ConfigError: Members of a group differ in dtype or in being trainable.
+        """
         variables = [self.held[tensor.name].variable for tensor in planned.tensors]
         if len({(str(variable.dtype), variable.trainable) for variable in variables}) > 1:
             names = ", ".join(tensor.name for tensor in planned.tensors)
@@ -47,12 +57,31 @@ class Encoded(EncodedOnce[np.ndarray, ThinWeight]):
         ]
 
     def options(self, planned: Planned) -> dict[str, Any]:
-        """Name and type of the ThinWeight."""
+        """Keyword arguments for the ThinWeight of a plan.
+
+        Args:
+            planned: A tensor or a group.
+
+        Returns:
+            ``name`` and ``dtype``, those of its first tensor.
+        """
         first = planned.tensors[0].name
         return {"name": layer_name(first), "dtype": keras.backend.standardize_dtype(self.held[first].variable.dtype)}
 
     def encode(self, planned: Planned, method: Method) -> tuple[ThinWeight, Thin]:
-        """The code nearest to its tensors; NonFiniteError for what cannot be encoded."""
+        """Encode a plan's tensors.
+
+        Args:
+            planned: A tensor or a group.
+            method: The method to encode by, of the plan's shape.
+
+        Returns:
+            The weight as a layer uses it, and as a file stores it.
+
+        Raises:
+            ConfigError: Members of a group differ in dtype or in being trainable.
+            NonFiniteError: A weight has a NaN or an infinity.
+        """
         names, dense = [tensor.name for tensor in planned.tensors], self.dense(planned)
         for name, values in zip(names, dense, strict=True):
             check_finite(name, values)
@@ -67,14 +96,29 @@ def compress(
     init: Literal["trained", "scratch"] = "trained",
     seed: int = 0,
 ) -> Report:
-    """Store the matrices that ``rules`` name in compressed form, in place, and report what became of each.
+    """Replace the matrices that ``rules`` match by compressed ones, in place.
 
-    Names and shapes are those of the file: ``encoder.fc1.kernel``, (outputs, inputs). ``init="trained"`` encodes the
-    weights as they are; at extreme sizes that loses what the network has learned, and a warning says when fine-tuning
-    is needed. ``init="scratch"`` draws fresh factors from ``seed``, whose weights have a tenth of He's variance
-    (torch's spread for gates, Keras's for embeddings); biases keep their own start. A compiled model stays compiled;
-    its optimiser begins anew, since the variables are others. The model is changed only if all goes well: ConfigError
-    and BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded.
+    Names and shapes in rules, errors and reports are those of the file: ``encoder.fc1.kernel``, (outputs, inputs). A
+    compiled model stays compiled; its optimiser starts anew, since its variables are replaced. The model changes only
+    if the whole call succeeds. With ``init="trained"``, a warning says when a weight's relative error exceeds 0.5: the
+    network then needs fine-tuning.
+
+    Args:
+        model: A built dense model.
+        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``.
+        init: ``"trained"`` encodes the present weights. ``"scratch"`` draws new codes for matrices, whose decoded
+            weights have mean 0 and a tenth of He's variance (gates: torch's default spread; embeddings: Keras's).
+            Biases keep their present values either way.
+        seed: Seed of ``"scratch"``; each matrix draws from a generator that depends on this seed and on its name.
+
+    Returns:
+        One row for each matrix, with its bytes in the file and, if it was encoded, its relative error in the
+        Frobenius norm; and the totals of the file.
+
+    Raises:
+        ConfigError: ``rules`` or ``init`` do not fit the model, or no target is given.
+        BudgetError: The target is smaller than the smallest plan.
+        NonFiniteError: A weight to be encoded has a NaN or an infinity.
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
@@ -117,13 +161,35 @@ def compress(
 
 
 def plan(model: keras.Model, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
-    """What ``compress`` would make of a model, without touching it."""
+    """Predict what ``compress`` would do, from shapes alone; the model is left unchanged.
+
+    Args:
+        model: A built dense model.
+        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``.
+
+    Returns:
+        One row for each matrix, without errors. Sizes of entries whose coded size depends on the weights are upper
+        bounds.
+
+    Raises:
+        ConfigError: ``rules`` do not fit the model, or no target is given.
+        BudgetError: The target is smaller than the smallest plan.
+    """
     planned = plan_of(model, parse_rules(rules), tensors(model))
     return report_of(planned_contents(contents(model), planned))
 
 
 def materialize(model: keras.Model) -> keras.Model:
-    """Back to plain dense layers, in place: every thin weight becomes the variable that it decodes to."""
+    """Turn a thin model back into plain dense layers, in place.
+
+    A compiled model stays compiled; its optimiser starts anew, since its variables are replaced.
+
+    Args:
+        model: A model with thin layers; dense layers are left unchanged.
+
+    Returns:
+        The same model, in which each thin weight is a dense variable with the decoded values.
+    """
     restart = Restart(model)
     for layer in [layer for _, layer in walk(model)]:
         if isinstance(layer, ThinLayer):
@@ -135,7 +201,22 @@ def materialize(model: keras.Model) -> keras.Model:
 def plan_of(
     model: keras.Model, rules: Rules, held: Mapping[str, Held], encoded: Encoded | None = None
 ) -> list[Planned]:
-    """What becomes of the tensors of a model; with ``encoded``, a file's limit counts on their codes."""
+    """Plans for the tensors of a model, by ``ratio``, by each rule's target, or by ``file_bytes``.
+
+    Args:
+        model: The model; its other tensors count towards a file's limit.
+        rules: The parsed configuration.
+        held: Name -> tensor of the model, as ``tensors`` returns them.
+        encoded: A cache of encoded matrices. With it, ``file_bytes`` is met by measured sizes of the codes; without
+            it, by their upper bounds.
+
+    Returns:
+        One plan for each matrix, and for each other tensor that a rule names.
+
+    Raises:
+        ConfigError: ``rules`` do not fit the tensors, or no target is given.
+        BudgetError: The target is smaller than the smallest plan.
+    """
     found = named(held)
     if rules.file_bytes is None:
         return plan_tensors(rules, found)
@@ -143,7 +224,14 @@ def plan_of(
 
 
 def named(held: Mapping[str, Held]) -> list[Tensor]:
-    """Every dense floating tensor as rules see it."""
+    """The dense floating tensors of a model, as rules see them.
+
+    Args:
+        held: Name -> tensor of the model, as ``tensors`` returns them.
+
+    Returns:
+        One tensor for each variable, under the first of its names; ``uncovered`` says why a variable cannot be thin.
+    """
     names: dict[tuple[int, int], list[str]] = {}
     for name, tensor in held.items():
         if tensor.variable is not None and "float" in keras.backend.standardize_dtype(tensor.variable.dtype):
@@ -159,7 +247,15 @@ def named(held: Mapping[str, Held]) -> list[Tensor]:
 
 
 def check_finite(name: str, weight: np.ndarray) -> None:
-    """NonFiniteError, naming the place in the file's layout, for a weight that cannot be encoded."""
+    """Refuse a weight with a NaN or an infinity.
+
+    Args:
+        name: Name of the tensor, for the message.
+        weight: Its values, in the file's layout.
+
+    Raises:
+        NonFiniteError: The message has the value and its index in the file's layout.
+    """
     if not np.isfinite(weight).all():
         where = tuple(np.argwhere(~np.isfinite(weight))[0].tolist())
         raise NonFiniteError(

@@ -25,20 +25,44 @@ COUNTER = ".num_batches_tracked"  # of torch's batch normalisation, which Keras 
 
 
 def save(model: keras.Model, path: str | Path, max_bytes: int | None = None) -> int:
-    """Write all weights, atomically, and return the bytes written.
+    """Write all weights to a ``.thin`` file. Seed generators, optimisers and states of recurrent layers are left out.
 
-    BudgetError, with nothing written, above ``max_bytes``. Seeds, optimisers and states of sequences are no weights.
+    The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
+
+    Args:
+        model: A built model, dense or thin.
+        path: The file to write; an existing one is replaced.
+        max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
+        OSError: The file cannot be written.
     """
     return write(contents(model), path, max_bytes)
 
 
 def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None = None) -> keras.Model:
-    """Put a file's tensors into ``model``, whose stored matrices become thin in place; returns the model.
+    """Load a ``.thin`` file into a model, in place; layers whose matrices are stored compressed become thin.
 
-    ``model`` has the architecture that was saved, dense or thin, and is built. ``names`` maps names in the file to
-    names in the model; two biases that become one, as those of torch's LSTM, are added. Where names differ only in the
-    numbers that Keras gave to unnamed layers, these are taken in order. Whatever does not fit raises ConfigError before
-    the model is touched; a damaged file raises FormatError.
+    Where names differ only in the numbers that Keras appends to unnamed layers, layers are matched in order.
+
+    Args:
+        model: A built model with the architecture that was saved, dense or thin.
+        path: The file; it may have been saved by torch.
+        names: Name in the file -> name in the model, for names that differ. Two biases that are mapped to one, as those
+            of torch's LSTM, are added.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
+        FormatError: The file is damaged, or is no ``.thin`` file.
+        OSError: The file cannot be read.
     """
     held = tensors(model)
     stored = _fitted(read(path), names or {}, held, model, str(path))
@@ -79,9 +103,13 @@ def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None =
 
 
 def contents(model: keras.Model) -> Contents:
-    """All that a model would save, in the file's layouts: thin tensors, the rest, and which names share a tensor.
+    """Everything that ``save`` writes, in the layouts of the file: thin and dense tensors, and shared names.
 
-    It refers to the model's variables, which are read when they are written, and serves until the model changes.
+    Args:
+        model: A built model, dense or thin.
+
+    Returns:
+        References to the model's variables, which are read when they are written: valid until the model changes.
     """
     held = tensors(model)
     thin = {name: (own.thin, own.index) for name, own in held.items() if own.thin is not None}
@@ -90,19 +118,36 @@ def contents(model: keras.Model) -> Contents:
 
 
 def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
-    """A matrix as a file has it, whose tensors have these names."""
+    """A thin weight as a file stores it.
+
+    Args:
+        weight: The weight of one tensor or of a group.
+        names: Names of its tensors, in the order of ``weight.parts``.
+
+    Returns:
+        The method, the parts by name, and the code.
+    """
     code = {entry: raw_of(array) for entry, array in weight.code().items()}
     return Thin(weight.method_name, weight.method, dict(zip(names, weight.parts, strict=True)), code)
 
 
 def _raw(held: Held) -> Raw:
-    """A variable as a file has it, which is read when it is written."""
+    """A variable as a file stores it; its values are read only when they are written."""
     kind = keras.backend.standardize_dtype(held.variable.dtype)
     return read_late(kind, held.layout.shape(held.shape), lambda: held.layout.stored(_array(held.variable)))
 
 
 def read_late(kind: str, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> Raw:
-    """A stored tensor of a type of Keras', whose values are asked for each time that it is read."""
+    """A stored tensor whose values are read only when they are needed.
+
+    Args:
+        kind: Keras' name of the dtype, such as ``"float32"`` or ``"bfloat16"``.
+        shape: Shape in the file's layout.
+        read: Returns the values, of that dtype and shape; called once for each pass over the tensor.
+
+    Returns:
+        The tensor for ``Contents``.
+    """
     item_bytes = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind).itemsize
 
     def pieces() -> Iterator[Buffer]:
@@ -112,9 +157,13 @@ def read_late(kind: str, shape: tuple[int, ...], read: Callable[[], np.ndarray])
 
 
 class Restart:
-    """What a model must do once its variables are others: its optimiser begins anew, as do compiled functions.
+    """Restarts what refers to a model's old variables: its optimiser, and its compiled functions.
 
-    Made before the change, so that an optimiser that cannot begin anew is known in time.
+    Construct it before the variables are replaced, so that an optimiser that cannot be rebuilt fails before the model
+    changes; call it afterwards.
+
+    Args:
+        model: The model, compiled or not.
     """
 
     def __init__(self, model: Any) -> None:
@@ -124,7 +173,7 @@ class Restart:
             self.optimizer = type(optimizer).from_config(optimizer.get_config())
 
     def __call__(self) -> None:
-        """After the change."""
+        """Rebuild the optimiser with the new variables, and drop the compiled functions."""
         for _, layer in walk(self.model):
             exchange_recurrent(layer)
             if hasattr(layer, "_torch_params"):  # of the torch backend, for torch's own parameters()
@@ -153,7 +202,14 @@ def _fitted(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held]
 
 
 def upright(parts: Mapping[str, Part]) -> dict[str, Part]:
-    """Parts as (outputs, inputs), where the model that was saved kept them otherwise."""
+    """Parts whose shapes are (outputs, inputs), also where the saved model kept (inputs, outputs).
+
+    Args:
+        parts: Tensor name -> part, as a file stores it.
+
+    Returns:
+        The same parts; transposed ones with their shape reversed and ``transposed`` False.
+    """
     return {
         n: dataclasses.replace(p, shape=p.shape[::-1], transposed=False) if p.transposed else p
         for n, p in parts.items()
@@ -161,7 +217,7 @@ def upright(parts: Mapping[str, Part]) -> dict[str, Part]:
 
 
 def _added(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held]) -> tuple[Contents, Mapping[str, str]]:
-    """Biases that are to become one of an LSTM or SimpleRNN, added: these add them anyway."""
+    """Add up the biases of a file that map to one bias of an LSTM or SimpleRNN, which only uses their sum."""
     targets: dict[str, list[str]] = {}
     for name, target in names.items():
         targets.setdefault(target, []).append(name)
@@ -187,7 +243,7 @@ def _plan_of(matrix: ThinWeight | Thin | None) -> tuple[object, ...]:
 
 
 def _thin_weight(thin: Thin, first: Held) -> ThinWeight:
-    """All zeros, in the type of the variable whose place it takes."""
+    """A ThinWeight of zeros, in the dtype of the variable that it replaces."""
     kind = keras.backend.standardize_dtype(first.variable.dtype)
     return ThinWeight(
         thin.name, thin.method, list(thin.parts.values()), name=layer_name(next(iter(thin.parts))), dtype=kind
@@ -195,7 +251,7 @@ def _thin_weight(thin: Thin, first: Held) -> ThinWeight:
 
 
 def _place(held: Held) -> Place:
-    """A tensor of the model as one of a file would take its place."""
+    """A tensor of the model, as ``check_places`` compares it with the file."""
     if held.thin is not None:
         return Place(held.key, "real")
     real = "float" in keras.backend.standardize_dtype(held.variable.dtype)
@@ -204,7 +260,7 @@ def _place(held: Held) -> Place:
 
 
 def _put(held: Held, values: np.ndarray) -> None:
-    """A tensor of the file into its variable."""
+    """Assign a tensor of the file to its variable."""
     kept = held.layout.kept(values, held.shape)
     if held.layout.row is not None:
         whole = _array(held.variable).copy()
@@ -214,13 +270,20 @@ def _put(held: Held, values: np.ndarray) -> None:
 
 
 def _array(variable: Any) -> np.ndarray:
-    """In its own type, bfloat16 too."""
+    """The values in the variable's own dtype, bfloat16 included."""
     array = np.asarray(ops.convert_to_numpy(variable))
     return array.astype(ml_dtypes.bfloat16) if keras.backend.standardize_dtype(variable.dtype) == "bfloat16" else array
 
 
 def raw_of(array: np.ndarray) -> Raw:
-    """As a file has it, bfloat16 too."""
+    """An array as a file stores it.
+
+    Args:
+        array: Values of a NumPy dtype, or of ``ml_dtypes.bfloat16``.
+
+    Returns:
+        The tensor for ``Contents``.
+    """
     if array.dtype == ml_dtypes.bfloat16:
         return Raw("BF16", array.shape, Raw.of(np.ascontiguousarray(array).view(np.uint16)).data)
     return Raw.of(array)

@@ -1,4 +1,4 @@
-"""Every method by the name that users write: the one table from names to classes.
+"""All methods by the names that users write: the one table from names to classes.
 
 A name is a class together with the options that the name fixes, so that one class can serve under several names.
 """
@@ -24,7 +24,17 @@ from deepthin.methods.then import Then
 
 @dataclass(frozen=True)
 class Named:
-    """A method as users name it."""
+    """A method under the name that users write.
+
+    Attributes:
+        name: The name, as in rules and files.
+        cls: The class.
+        preset: Options of ``cls.fit`` that the name fixes unless a rule gives them.
+        sized_by: Options that fix the size, so that a rule with one of them needs no target.
+        learning_rate_multiplier: Learning rate of the code / learning rate of the dense network, found by experiment
+            (docs/training.md).
+        about: One phrase for lists of methods.
+    """
 
     name: str
     cls: type[Fitted]
@@ -35,16 +45,41 @@ class Named:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options that a rule may give."""
+        """Names of the options that a rule may give: the keyword-only arguments of ``cls.fit``."""
         keywords = inspect.signature(self.cls.fit).parameters.values()
         return tuple(p.name for p in keywords if p.kind is p.KEYWORD_ONLY)
 
     def fit(self, shape: tuple[int, int], max_bits: int, **options: Any) -> Method:
-        """``cls.fit`` with the name's own options below the given ones."""
+        """Choose the method's fields for a budget.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            **options: Options of ``cls.fit``; they take precedence over ``preset``.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: No fields fit; it carries the smallest possible size.
+            ConfigError: An option is invalid.
+            TypeError: ``cls.fit`` has no such option.
+        """
         return self.cls.fit(shape, max_bits, **{**self.preset, **options})
 
     def __call__(self, **fields: Any) -> Method:
-        """The method with exactly these fields, as a file stores them."""
+        """Make the method from its fields, as a file stores them.
+
+        Args:
+            **fields: All fields of ``cls`` without a default, and any others.
+
+        Returns:
+            The method.
+
+        Raises:
+            TypeError: ``cls`` has no such field, or one is missing.
+            ValueError: A field has an invalid value.
+        """
         return self.cls(**fields)
 
 
@@ -107,22 +142,48 @@ THEN = " then "
 
 
 def named(name: str) -> tuple[Named, Named | None]:
-    """The method of that name, and the one that stores its floats, if any; KeyError for others."""
+    """Look up a method by name.
+
+    Args:
+        name: A key of ``METHODS``, or two joined by ``THEN``.
+
+    Returns:
+        The method, and the one that quantises its floats, or None.
+
+    Raises:
+        KeyError: There is no such method.
+    """
     outer, found, inner = name.partition(THEN)
     return METHODS[outer], METHODS[inner] if found else None
 
 
 def learning_rate_multiplier(name: str, method: Method) -> float:
-    """Times what suits the dense network; the same for floats that are rounded, but at most 10 for a high rank."""
+    """The factor by which the learning rate of a code exceeds that of the dense network (docs/training.md).
+
+    Args:
+        name: A key of ``METHODS``, or two joined by ``THEN``.
+        method: The method of that name.
+
+    Returns:
+        The multiplier of the (outer) method, > 0; at most 10 for factors of rank 8 or more whose floats are quantised,
+        which diverge at a larger one.
+
+    Raises:
+        KeyError: There is no such method.
+    """
     rate = named(name)[0].learning_rate_multiplier
     many = isinstance(method, Then) and isinstance(method.outer, Factor) and method.outer.rank >= HIGH_RANK
     return min(rate, 10.0) if many else rate
 
 
 def fields(method: Method) -> dict[str, Any]:
-    """What a file stores of a method: with its name, all that ``with_fields`` needs.
+    """The fields that a file stores; with the method's name, the argument of ``with_fields``.
 
-    Of two, one after the other, without what is as usual, and without the shapes that follow.
+    Args:
+        method: Any method. For a ``Then``, fields with default values and the shapes of inner methods are left out.
+
+    Returns:
+        Field name -> plain value.
     """
     if isinstance(method, Then):
         inner = {entry: _unusual(stored) for entry, stored in method.inner}
@@ -140,7 +201,20 @@ def _without(stored: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def with_fields(name: str, stored: Mapping[str, Any]) -> Method:
-    """The method that a file describes; KeyError, TypeError or ValueError for what is none."""
+    """Make the method that a file describes.
+
+    Args:
+        name: A key of ``METHODS``, or two joined by ``THEN``.
+        stored: The fields, as ``fields`` returns them; lists stand for tuples.
+
+    Returns:
+        The method.
+
+    Raises:
+        KeyError: There is no such method, or a field is missing.
+        TypeError: A field is unknown, missing, or of a wrong type.
+        ValueError: A field has an invalid value.
+    """
     outer, inner = named(name)
     if inner is None:
         return outer(**_tuples(stored))

@@ -23,8 +23,8 @@ ROUNDS = 2  # "two are enough" for two bits (Xu et al.); more are better from th
 class Binary:
     """``W[r, i] = sum over k of scales[r, k] * sign``, the sign +1 where bit k of ``symbols[r, i]`` is set, else -1.
 
-    While training, floats are shown to the optimiser and encoded in every forward pass, with the gradient passed
-    straight through.
+    The optimiser updates float latents, which are encoded in every forward pass; the gradient passes through unchanged
+    (straight-through estimator).
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
@@ -33,7 +33,7 @@ class Binary:
     per: str = "row"  # what has scales of its own: "row" or "matrix"
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         whole = (*self.shape, self.planes, self.rounds)
         fine = len(whole) == 4 and all(type(number) is int for number in whole) and min(self.shape) > 0
         if not fine or self.planes not in BITS or self.rounds < 0 or self.per not in ("matrix", "row"):
@@ -43,7 +43,23 @@ class Binary:
     def fit(
         cls, shape: tuple[int, int], max_bits: int, *, bits: Any = None, rounds: Any = ROUNDS, per: Any = "row"
     ) -> "Binary":
-        """The most signs a weight, 1 to 8, that fit; or just ``bits``."""
+        """The most sign planes that fit, 1 to 8.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            bits: Number of sign planes, 1 to 8; None: as many as fit.
+            rounds: 0: greedy codes; 1: greedy signs with least-squares scales (refined); from 2 on: that many rounds of
+                the alternating algorithm (Xu et al., 2018, arXiv:1802.00150, section 3).
+            per: ``"row"`` or ``"matrix"``: what has its own scales.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: Even ``bits`` planes, or one, do not fit; it carries the smallest possible size.
+            ConfigError: An option is out of range.
+        """
         if bits is not None and (type(bits) is not int or bits not in BITS):
             raise ConfigError(f"bits = {bits!r}: binary codes have {BITS[0]} to {BITS[-1]} bits a weight.")
         if per not in ("matrix", "row") or type(rounds) is not int or rounds < 0:
@@ -64,16 +80,16 @@ class Binary:
 
     @property
     def trains(self) -> Trains:
-        """What is rounded."""
+        """Latents, which are rounded."""
         return "through"
 
     def bits(self) -> int:
-        """A bit a sign, and 32 a scale."""
+        """One bit for each sign, and 32 for each scale."""
         scales = self.planes * (self.shape[0] if self.per == "row" else 1)
         return 8 * self.integers()["symbols"].bytes(math.prod(self.shape)) + FLOAT_BITS * scales
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The signs of a weight as one symbol; a column of scales a sign."""
+        """``symbols``: the signs of each weight as the bits of one integer; ``scales``: one column for each plane."""
         return {"symbols": self.shape, "scales": (self.shape[0] if self.per == "row" else 1, self.planes)}
 
     def integers(self) -> dict[str, Integers]:
@@ -81,15 +97,23 @@ class Binary:
         return {"symbols": Integers(1 << self.planes)}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def drifts(self) -> bool:
-        """Greedy codes shrink when coded again, and others settle only after some rounds."""
+        """True: encoding a decoded code again shrinks greedy codes, and may still improve alternating ones."""
         return True
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         numpy: Any = np
         code = self.encode(rng.normal(size=self.shape), numpy)
         spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
@@ -98,10 +122,18 @@ class Binary:
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """The error falls, or stays, with every round in every row. ``importance`` is not used.
+        """Choose signs and scales of each row for a small squared error; alternating rounds approach a local minimum.
 
-        The sign of 0 is +1, and of two sums as near the upper one is taken. Each round takes ``planes`` look-ups a
-        weight.
+        No round raises the error of a row. The sign of 0 is +1; of two equally near sums the upper one is taken. A
+        round costs ``planes`` table look-ups for each weight.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Not used.
+
+        Returns:
+            ``symbols``, rows x cols in int16, and ``scales``, rows x planes (one row if ``per`` is ``"matrix"``).
         """
         kind = weight.dtype
         if xp.finfo(kind).bits < 32:  # half precision is too coarse for sums over a row
@@ -121,14 +153,22 @@ class Binary:
         return {"symbols": xp.asarray(xp.reshape(symbols, self.shape), dtype=xp.int16), "scales": scales}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """One multiplication a sign."""
+        """The signed sum of the scales: one multiplication for each sign.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return _sums(code["symbols"], code["scales"], xp)
 
 
 def _sums(
     symbols: Integer[Array, "rows cols"], scales: Float[Array, "own planes"], xp: Namespace
 ) -> Float[Array, "rows cols"]:
-    """Scales times signs; ``own`` is the rows or 1."""
+    """The sum over planes of scale times sign; ``own`` is rows, or 1 for one row of scales."""
     weight = scales[:, :1] * _signs(symbols, 0, scales.dtype, xp)
     for k in range(1, scales.shape[1]):
         weight = weight + scales[:, k : k + 1] * _signs(symbols, k, scales.dtype, xp)
@@ -157,9 +197,9 @@ def _errors(
 def _one_by_one(
     rows: Float[Array, "rows cols"], planes: int, refined: bool, xp: Namespace
 ) -> tuple[Integer[Array, "rows cols"], Float[Array, "rows planes"]]:
-    """Each plane has the signs of what the ones before leave, and the mean magnitude of that as its scale.
+    """Greedy planes: each has the signs of the remaining error, and its mean magnitude as scale.
 
-    ``refined``: all scales so far are made the best ones before the next plane.
+    ``refined``: before each next plane, all scales so far are replaced by the least-squares ones.
     """
     symbols = xp.asarray(rows >= 0, dtype=xp.int16)
     scales = xp.mean(abs(rows), 1)[:, None]
@@ -176,7 +216,7 @@ def _one_by_one(
 def _best_scales(
     rows: Float[Array, "rows cols"], symbols: Integer[Array, "rows cols"], planes: int, xp: Namespace
 ) -> Float[Array, "rows planes"]:
-    """Least squares, of least norm where signs of two planes are equal or opposite throughout a row."""
+    """Least-squares scales; those of least norm where the signs of two planes are equal or opposite in a whole row."""
     signs = xp.stack([_signs(symbols, k, rows.dtype, xp) for k in range(planes)], 1)
     gram = xp.matmul(signs, xp.moveaxis(signs, (2,), (1,)))
     inverse = xp.linalg.pinv(gram, rtol=16 * xp.finfo(rows.dtype).eps, hermitian=True)
@@ -186,7 +226,7 @@ def _best_scales(
 def _nearest(
     rows: Float[Array, "rows cols"], scales: Float[Array, "rows planes"], xp: Namespace
 ) -> Integer[Array, "rows cols"]:
-    """The symbol whose sum is nearest, found by halving: a comparison a plane."""
+    """The symbol whose sum is nearest, by binary search: one comparison for each plane."""
     sums, planes = 0 * _turned(scales[:, :1], xp), scales.shape[1]
     for k in range(planes):  # bit k is set in the second half
         sums = xp.concatenate([sums - scales[:, k], sums + scales[:, k]])

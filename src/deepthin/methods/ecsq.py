@@ -1,7 +1,7 @@
-"""A few numbers that all weights share, chosen so that their symbols take few bits when coded by how often they occur.
+"""Entropy-coded scalar quantisation (ECSQ): centres that all weights share, chosen for symbols of low entropy.
 
-ECSQ as in Choi, El-Khamy and Lee, 2017, arXiv:1612.01543: squared distances plus lambda times the entropy are
-minimised, and empty classes are dropped; lambda follows from the bytes that the coded symbols may take.
+Choi, El-Khamy and Lee, 2017, arXiv:1612.01543: minimise squared error plus lambda times the entropy of the symbols, and
+drop centres that no weight uses. Lambda follows from the upper bound on the bytes of the coded symbols.
 """
 
 import math
@@ -25,10 +25,10 @@ USED_BITS = 1.5  # a budget gets levels of so many bits more than it has for a w
 
 @dataclass(frozen=True, slots=True)
 class Ecsq:
-    """``W[i] = centres[symbols[i]]``, where the symbols take at most ``coded_bytes`` by Huffman's code, or packed.
+    """``W[i] = centres[symbols[i]]``, with symbols of at most ``coded_bytes``, Huffman-coded or packed.
 
-    A plan does not know the weights, so it fixes two things: the centres, of which ``encode`` may leave some unused,
-    and the bound, which ``encode`` meets by its choice of lambda. Training moves the centres.
+    The fields do not depend on the weights: they fix the number of centres, of which ``encode`` may leave some unused,
+    and the upper bound, which ``encode`` meets by its choice of lambda. Training moves the centres.
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
@@ -36,7 +36,7 @@ class Ecsq:
     coded_bytes: int  # of all symbols together in a file, their table included, at most
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.levels)
         fine = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes)
         if not fine or self.levels > min(1 << MOST_BITS, math.prod(self.shape)):
@@ -47,10 +47,26 @@ class Ecsq:
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int, *, bits: Any = None, levels: Any = None) -> "Ecsq":
-        """Symbols of ``bits`` a weight, and their table, with as many of ``4 * 2^bits`` centres, at most 256, as fit.
+        """Choose the number of centres and the upper bound on the coded symbols.
 
-        Without ``bits`` the symbols have what the centres leave of ``max_bits``, which must be a bit for each weight:
-        no code of whole bits takes less. ``levels`` gives the centres.
+        With ``bits``, the centres are the largest power of two up to ``4 * 2^ceil(bits)``, at most 256, that fits.
+        Without, levels and bits are balanced: the levels have, if they can, 1.5 bits more than the bound leaves for
+        each weight. ``encode`` may leave some centres unused.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            bits: Mean bits of a coded symbol, 1 to 8, not necessarily an integer; the table of code lengths is added.
+                None: what the centres leave of ``max_bits``.
+            levels: Number of centres, 2 to 256; None: as above.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: The smallest table of centres and the coded symbols, of ``bits`` (or 1, the least of a prefix
+                code) for each weight, do not fit; it carries the smallest possible size.
+            ConfigError: An option is out of range.
         """
         if bits is not None and (type(bits) not in (int, float) or not 1 <= bits <= MOST_BITS):
             raise ConfigError(
@@ -83,23 +99,23 @@ class Ecsq:
 
     @property
     def trains(self) -> Trains:
-        """The centres themselves."""
+        """The centres; symbols are fixed."""
         return "codes"
 
     def _packed_bytes(self) -> int:
         return Integers(self.levels).bytes(math.prod(self.shape))
 
     def _bits_a_weight(self) -> float:
-        """What the bound leaves beside a table of all centres."""
+        """Bits for each weight that the upper bound leaves beside a table of all centres."""
         table = usual_table_bits(self.levels, width_of(self.levels))
         return (8 * self.coded_bytes - table) / math.prod(self.shape)
 
     def bits(self) -> int:
-        """32 bits a centre, and what the symbols may take."""
+        """32 bits for each centre, and the upper bound on the coded symbols."""
         return FLOAT_BITS * self.levels + 8 * self.integers()["symbols"].bytes(math.prod(self.shape))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """A symbol a weight."""
+        """One symbol for each weight, and the centres."""
         return {"centres": (self.levels,), "symbols": self.shape}
 
     def integers(self) -> dict[str, Integers]:
@@ -107,15 +123,27 @@ class Ecsq:
         return {"symbols": Integers(self.levels, most_bytes=self.coded_bytes)}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def table_levels(self) -> int:
-        """The centres."""
+        """Number of centres.
+
+        Returns:
+            ``levels``.
+        """
         return self.levels
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         numpy: Any = np
         code = self.encode(rng.normal(size=self.shape), numpy)
         spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
@@ -124,13 +152,20 @@ class Ecsq:
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """Begins at k-means; minimises squared distances, times ``importance`` if given, within the bound.
+        """Minimise the squared error within the upper bound on the coded symbols; the search starts from k-means.
 
-        Never worse than k-means of as many bits as ``fit`` was given whole ones.
+        If ``fit`` was given an integer ``bits``, the error is at most that of k-means with as many bits. Runs in NumPy
+        on the host, in float64: a sort and some hundred rounds of ``levels * log(weights)`` steps. With more than 64
+        different values of importance it costs about sixty times as much, and the search rounds them to three values
+        per octave.
 
-        By NumPy, on the host, in float64. Takes a sort and some hundred rounds of ``levels * log(weights)`` steps; with
-        ``importance`` sixty times as many, and the search tells only three values of it in each doubling apart. Unused
-        centres are zeros, which training leaves alone, and are stored as one.
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Array, rows x cols, entries >= 0: the weight of each squared error; None weighs all equally.
+
+        Returns:
+            ``centres`` (levels; unused ones are 0 and not trained) and ``symbols``, rows x cols in int16.
         """
         flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
         shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
@@ -147,11 +182,19 @@ class Ecsq:
         return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols)}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """One look-up a weight."""
+        """One table look-up for each weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return xp.take(code["centres"], xp.asarray(code["symbols"], dtype=xp.int64))
 
 
 def _least_bytes(weights: int, levels: int, bits: int | float) -> int:
-    """So many bits a weight and a table of all centres; or fewer, where packed symbols are."""
+    """The smaller of ``bits`` for each weight with a table of all centres, and packed symbols."""
     coded = math.floor(bits * weights) + usual_table_bits(levels, width_of(levels))
     return min(-(-coded // 8), Integers(levels).bytes(weights))

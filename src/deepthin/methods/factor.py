@@ -1,7 +1,7 @@
-"""DeepThin: two small factors of an auxiliary matrix, read row by row into the weight so that its symmetry breaks.
+"""DeepThin: the product of two small factors, reshaped row by row into the weight so that its symmetry breaks.
 
-Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, sections 2 and 3. The same class is the paper's two baselines: with
-``n = cols`` the re-layout does nothing and a plain rank factorisation remains; with a seed the entries are scattered.
+Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, sections 2 and 3. The same class is the paper's two baselines: with ``n
+= cols`` the reshape changes nothing and a plain rank factorisation remains; with a seed the entries are shuffled.
 """
 
 import math
@@ -33,7 +33,7 @@ class Factor:
     seed: int | None = None  # None: laid out in order; an integer: scattered by the permutation that it draws
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes: they come from a file or from a slip."""
+        """Refuse invalid fields, as a damaged file may have, with ValueError."""
         sizes = (*self.shape, self.n, self.rank)
         if len(sizes) != 4 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"Factor needs positive integers, got shape={self.shape}, n={self.n}, rank={self.rank}.")
@@ -42,7 +42,7 @@ class Factor:
 
     @property
     def m(self) -> int:
-        """Rows of the auxiliary matrix: the fewest that hold every weight."""
+        """Rows of the auxiliary matrix: ``ceil(rows * cols / n)``."""
         return -(-self.shape[0] * self.shape[1] // self.n)
 
     @classmethod
@@ -55,12 +55,25 @@ class Factor:
         n: Any = "coprime",
         seed: Any = None,
     ) -> "Factor":
-        """The plan for ``max_bits``: the smallest n that is coprime with the fan-in and keeps ``r (m + n)`` in budget.
+        """Choose the smallest n that is coprime with ``cols`` and satisfies ``32 r (m + n) <= max_bits``.
 
-        Of the two roots of ``r n^2 - budget n + r rows cols = 0`` the small one is taken, since the product then
-        reuses each partial sum most often. ``rank`` is an integer or "max", the largest r that has a plan;
-        ``n="fan-in"`` is the plain rank factorisation; an integer n is taken as it stands, to study the symmetry.
-        Raises BudgetError with the smallest reachable size, ConfigError for an option that makes no sense.
+        Of the two roots of ``r n^2 - budget n + r rows cols = 0`` the small one is taken, since the product then reuses
+        each partial sum most often.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            rank: r, an integer >= 1, or ``"max"``, the largest r that fits.
+            n: ``"coprime"`` as above; ``"fan-in"``, n = cols, a plain rank factorisation; or an integer, taken as it
+                is.
+            seed: None: entries in order; an integer: entries scattered by the permutation drawn from it.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: No plan of this rank fits; it carries the smallest possible size.
+            ConfigError: An option is out of range.
         """
         if rank != "max" and (type(rank) is not int or rank < 1):
             raise ConfigError(f"rank = {rank!r} is not a rank: give a positive integer or 'max'.")
@@ -93,7 +106,7 @@ class Factor:
 
     @property
     def trains(self) -> Trains:
-        """The floats themselves."""
+        """The floats of both factors."""
         return "codes"
 
     def bits(self) -> int:
@@ -105,7 +118,7 @@ class Factor:
         return {"xf": (self.m, self.rank), "wf": (self.rank, self.n)}
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:
@@ -116,6 +129,13 @@ class Factor:
         """Both factors normal, scaled to a root mean square of exactly ``(std^2 / r)^(1/4)``.
 
         Without the scaling a wf of few entries would put the spread of all weights to chance.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
         """
         each = (std**2 / self.rank) ** 0.25
         code = {entry: rng.normal(size=shape) for entry, shape in self.code_shapes().items()}
@@ -124,13 +144,21 @@ class Factor:
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """The truncated SVD of the auxiliary matrix, scaled so that the entries of both factors are alike in size.
+        """Truncated SVD of the auxiliary m x n matrix, scaled so that both factors have entries of similar size.
 
-        The last row is incomplete where n does not divide ``rows * cols``: the SVD is that of the complete rows and
-        the last one gets its least-squares coefficients, so encoding a decoded weight gives that weight again.
-        Costs an SVD of an m x n matrix. A weighted low-rank fit has no closed form, so ``importance`` says one thing
-        only: in a plain rank factorisation, rows that have none get least-squares coefficients for the projection of
-        the others (Lee et al., 2018, arXiv:1810.12823, eq. 5).
+        Where n does not divide ``rows * cols``, the last row is incomplete: the SVD is that of the complete rows, and
+        the last row gets least-squares coefficients. Encoding a decoded weight gives that weight again. Costs one SVD
+        of m x n.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Array, rows x cols, entries >= 0. A weighted low-rank fit has no closed form, so only this is
+                used: in a plain rank factorisation, rows without importance get least-squares coefficients for the
+                projection fitted to the others (Lee et al., 2018, arXiv:1810.12823, eq. 5).
+
+        Returns:
+            ``xf``, m x r, and ``wf``, r x n.
         """
         if importance is not None and self.seed is None and self.n == self.shape[1]:
             rows = np.flatnonzero(np.asarray(xp.sum(importance, 1)))
@@ -161,18 +189,44 @@ class Factor:
         return {"xf": xf, "wf": wf}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """Costs ``r m n`` multiplications, whatever the layout."""
+        """The product of the factors, reshaped: ``r m n`` multiplications.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return xp.reshape(self.decode_flat(code, 0, self.shape[0] * self.shape[1], xp), self.shape)
 
     def decode_flat(self, code: Code, start: int, stop: int, xp: Namespace) -> Float[Array, "entries"]:
-        """The entries ``start`` to ``stop`` of the flattened weight, at the cost of those alone unless scattered."""
+        """Entries ``start`` to ``stop`` (excluded) of the flattened weight; with a seed, at the cost of all entries.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            start: First entry, >= 0.
+            stop: Entry after the last, at most ``rows * cols``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array of ``stop - start`` entries.
+        """
         if self.seed is not None:
             whole = self._laid_out(code, 0, self.shape[0] * self.shape[1], xp)
             return xp.take(whole, code["order"])[start:stop]
         return self._laid_out(code, start, stop, xp)
 
     def window(self, start: int, shape: tuple[int, int]) -> "Window | None":
-        """Where a ``rows x cols`` matrix lies that begins at entry ``start`` of this one; None if it is scattered."""
+        """The part of the factors that generates one matrix of a group.
+
+        Args:
+            start: First entry of that matrix in the flattened weight.
+            shape: (rows, cols) of that matrix.
+
+        Returns:
+            The window; None if the entries are scattered by a seed.
+        """
         if self.seed is not None:
             return None
         first, stop = start // self.n, -(-(start + shape[0] * shape[1]) // self.n)
@@ -186,7 +240,7 @@ class Factor:
 
 
 class Window(NamedTuple):
-    """A matrix within a re-laid-out product of two factors, as the kernels take it."""
+    """One matrix within a reshaped product of two factors, as the kernels take it."""
 
     plan: Factor  # of the matrix by itself, were it to begin at entry ``offset``
     first: int  # row of ``xf`` in which it begins
@@ -201,10 +255,18 @@ class Window(NamedTuple):
 
 @runtime_checkable
 class Factored(Method, Protocol):
-    """A method whose matrices lie in the re-laid-out product of its entries ``xf`` (m x r) and ``wf`` (r x n)."""
+    """A method whose matrices are ranges of the reshaped product of its entries ``xf`` (m x r) and ``wf`` (r x n)."""
 
     def window(self, start: int, shape: tuple[int, int]) -> Window | None:
-        """Where a ``rows x cols`` matrix lies that begins at entry ``start``; None if its entries are scattered."""
+        """The part of the factors that generates one matrix of a group.
+
+        Args:
+            start: First entry of that matrix in the flattened weight.
+            shape: (rows, cols) of that matrix.
+
+        Returns:
+            The window; None if the entries are scattered.
+        """
         ...
 
 
@@ -234,7 +296,7 @@ def _fixed_plan(shape: tuple[int, int], floats: int, rank: int | Literal["max"],
 
 
 def _squarest(shape: tuple[int, int]) -> int:
-    """The n, coprime with the fan-in, of the smallest rank-1 plan: next to the square root of the weight count."""
+    """The n, coprime with the fan-in, of the smallest rank-1 plan: near the square root of the number of weights."""
     area = shape[0] * shape[1]
     root = max(math.isqrt(area), 1)
     best_n, best = 1, area + 1

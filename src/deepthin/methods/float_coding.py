@@ -1,7 +1,7 @@
-"""How the floats that make a weight are stored: as they are, or rounded, by the method itself or by a second one.
+"""How the floats from which a weight is computed are stored: in 32 bits, or quantised by the method or by a second one.
 
-Frameworks ask this instead of telling methods apart. ``FloatCoding.decoder`` makes the weight of floats; ``encode``
-and ``decode`` lead from these floats to what is stored, and back.
+Frameworks use ``FloatCoding`` instead of distinguishing methods. Its ``decoder`` computes the weight from floats;
+``encode`` and ``decode`` convert between these floats and the stored code.
 """
 
 import math
@@ -18,7 +18,7 @@ from deepthin.methods.then import Then
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """The matrix as it is: what makes the weight where a method rounds the weights themselves."""
+    """The matrix as it is: the decoder of methods that quantise the weights themselves."""
 
     shape: tuple[int, int]  # (rows, cols)
 
@@ -28,39 +28,83 @@ class Dense:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits a weight."""
+        """32 bits for each weight."""
         return FLOAT_BITS * math.prod(self.shape)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``weight``."""
+        """``weight``: rows x cols."""
         return {"weight": self.shape}
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights."""
+        """Normal weights.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         return {"weight": rng.normal(scale=std, size=self.shape).astype(np.float32)}
 
     def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
-        """The weight."""
+        """Keep the weight.
+
+        Args:
+            weight: Array, rows x cols.
+            xp: The namespace of ``weight``.
+            importance: Not used.
+
+        Returns:
+            ``weight`` itself, not a copy.
+        """
         return {"weight": weight}
 
     def importance_of(self, code: Code, importance: Array, xp: Namespace) -> Code:
-        """That of the weights."""
+        """The importance of the weights.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            importance: Array, rows x cols, entries >= 0.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Entry name -> array of the entry's shape, for each floating entry.
+        """
         return {"weight": importance}
 
     def decode(self, code: Code, xp: Namespace) -> Array:
-        """The weight."""
+        """The weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return code["weight"]
 
     def decode_flat(self, code: Code, start: int, stop: int, xp: Namespace) -> Array:
-        """A range of its entries."""
+        """A range of its entries.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            start: First entry, >= 0.
+            stop: Entry after the last, at most ``rows * cols``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array of ``stop - start`` entries.
+        """
         return xp.reshape(code["weight"], (-1,))[start:stop]
 
 
@@ -68,21 +112,33 @@ class Dense:
 class FloatCoding:
     """The floats of a method, and how they are stored.
 
-    ``method.trains == "codes"``: the optimiser is shown the floats of the stored code. ``"through"``: it is shown the
-    floats that ``decoder`` takes, the latents, and these are rounded (``decode`` of ``encode``) in every forward pass.
+    With ``method.trains == "codes"`` the optimiser updates the floats of the stored code. With ``"through"`` it updates
+    latents, the floats that ``decoder`` takes; these are quantised (``decode`` of ``encode``) in every forward pass.
+
+    Attributes:
+        method: Any method.
     """
 
     method: Method
 
     @property
     def decoder(self) -> Method:
-        """What makes the weight of floats, however these are stored."""
+        """The method that computes the weight from unquantised floats."""
         if isinstance(self.method, Then):
             return self.method.outer
         return self.method if self.method.trains == "codes" else Dense(self.method.shape)
 
     def encode(self, floats: Code, xp: Namespace, importance: Mapping[str, Array] | None = None) -> Code:
-        """What is stored for a code of ``decoder``; ``importance``, by entry, weighs the errors of its floats."""
+        """Encode the floats.
+
+        Args:
+            floats: A code of ``decoder``.
+            xp: The namespace of the arrays.
+            importance: Entry name -> weight of each squared error; None weighs all equally.
+
+        Returns:
+            The code that is stored.
+        """
         if isinstance(self.method, Then):
             return self.method.encode_floats(floats, xp, importance)
         if self.method.trains == "codes":
@@ -90,19 +146,43 @@ class FloatCoding:
         return self.method.encode(floats["weight"], xp, (importance or {}).get("weight"))
 
     def decode(self, code: Code, xp: Namespace) -> Code:
-        """The code of ``decoder`` from what is stored, and from the derived tables of the method."""
+        """Decode the floats.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            A code of ``decoder``.
+        """
         if isinstance(self.method, Then):
             return self.method.decode_floats(code, xp)
         return code if self.method.trains == "codes" else {"weight": self.method.decode(code, xp)}
 
     def importance_of_floats(self, floats: Code, xp: Namespace, importance: Array | None) -> Code:
-        """The importance of the floats, by entry, from that of the weights; nothing where it cannot be told."""
+        """The importance of the floats, from that of the weights.
+
+        Args:
+            floats: A code of ``decoder``.
+            xp: The namespace of the arrays.
+            importance: Array, rows x cols; None: no importance.
+
+        Returns:
+            Entry name -> array; empty without importance, or where a float's importance is not a sum of the weights'.
+        """
         if isinstance(self.method, Then):
             return self.method.importance_of_floats(floats, xp, importance)
         return {} if importance is None else {"weight": importance}
 
     def latents(self, code: Code) -> Code:
-        """What the optimiser is shown of a stored NumPy code, with the integers that are not rounded."""
+        """What the optimiser updates, with the integers that are not quantised.
+
+        Args:
+            code: Stored entries, as NumPy arrays.
+
+        Returns:
+            The code itself with ``trains == "codes"``, else the decoded floats and the integers of ``decoder``.
+        """
         if self.method.trains == "codes":
             return code
         numpy: Any = np
@@ -111,15 +191,36 @@ class FloatCoding:
 
 
 def outer_of(method: Method) -> Method:
-    """The first of two methods, which makes the weights; the method itself if nothing else stores its floats."""
+    """The method that computes the weights.
+
+    Args:
+        method: Any method.
+
+    Returns:
+        The outer method of a ``Then``; any other method itself.
+    """
     return method.outer if isinstance(method, Then) else method
 
 
 def inner_of(method: Method) -> tuple[Method, ...]:
-    """The methods that store the floats of the first one, by entry; none if they are stored as they are."""
+    """The methods that quantise the floats.
+
+    Args:
+        method: Any method.
+
+    Returns:
+        The inner methods of a ``Then``, one for each floating entry; empty for any other method.
+    """
     return tuple(stored for _, stored in method.inner) if isinstance(method, Then) else ()
 
 
 def drifts(method: Method) -> bool:
-    """Whether a decoded code, encoded again, may be another one by more than rounding."""
+    """Whether encoding a decoded code may change it by more than floating-point rounding.
+
+    Args:
+        method: Any method.
+
+    Returns:
+        True if it may.
+    """
     return isinstance(method, Drifting) and method.drifts()

@@ -1,4 +1,4 @@
-"""HashedNets: every weight is one of a few numbers, chosen and given its sign by a hash of its place.
+"""HashedNets: every weight is one of a few floats, chosen and given its sign by a hash of its position.
 
 Chen, Wilson, Tyree, Weinberger and Chen, 2015, "Compressing neural networks with the hashing trick", section 4. Neither
 the index nor the sign is stored: both follow from the seed.
@@ -19,10 +19,10 @@ from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """``W[i] = sign[i] * values[bucket[i]]``, i through the flattened matrix.
+    """``W[i] = sign[i] * values[bucket[i]]``, for i over the flattened matrix.
 
-    Both come from the i-th word that ``seed`` yields: the bucket is its upper half, scaled to the number of buckets,
-    the sign its lowest bit. Every matrix needs a seed of its own, else layers would share their pattern.
+    Both come from the i-th word drawn from ``seed``: the bucket is its upper half, scaled to the number of buckets, the
+    sign its lowest bit. Each matrix needs its own seed, since otherwise layers would share their pattern.
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
@@ -30,7 +30,7 @@ class Hashed:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.buckets)
         if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes) or type(self.seed) is not int:
             raise ValueError(
@@ -41,7 +41,20 @@ class Hashed:
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int, *, seed: Any = 0) -> "Hashed":
-        """As many buckets as there is room for, at most one a weight."""
+        """As many buckets as fit, at most one for each weight.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            seed: Seed of the hash; every matrix needs its own.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: ``max_bits`` is below 32, one bucket; it carries the smallest possible size.
+            ConfigError: ``seed`` is not an integer.
+        """
         if type(seed) is not int:
             raise ConfigError(f"seed = {seed!r} is not a seed: give an integer.")
         area = shape[0] * shape[1]
@@ -56,36 +69,53 @@ class Hashed:
 
     @property
     def trains(self) -> Trains:
-        """The floats themselves."""
+        """The floats of the buckets."""
         return "codes"
 
     def bits(self) -> int:
-        """32 bits a bucket."""
+        """32 bits for each bucket."""
         return FLOAT_BITS * self.buckets
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """One number a bucket."""
+        """``values``: one float for each bucket."""
         return {"values": (self.buckets,)}
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:
-        """``index`` into the values followed by their negatives."""
+        """``index``: for each weight its position in the values followed by their negatives."""
         words = splitmix(self.seed, math.prod(self.shape))
         bucket = ((words >> np.uint64(32)) * np.uint64(self.buckets)) >> np.uint64(32)
         return {"index": (bucket + (words & np.uint64(1)) * np.uint64(self.buckets)).astype(np.int64)}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Uniform, as in the paper, scaled to a root mean square of exactly ``std``."""
+        """Uniform, as in the paper, scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         values = rng.uniform(-1, 1, self.buckets)
         return {"values": (values * (std / np.sqrt(np.mean(values * values)))).astype(np.float32)}
 
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """The mean of each bucket's weights with their signs, weighted by ``importance`` if given; 0 if it is empty."""
+        """Least squares: the (weighted) mean of each bucket's weights times their signs; 0 for an empty bucket.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Array, rows x cols, entries >= 0: the weight of each squared error; None weighs all equally.
+
+        Returns:
+            ``values``: one float for each bucket.
+        """
         index = xp.asarray(self.derived()["index"])
         flat = xp.reshape(weight, (-1,))
         weigh = xp.ones_like(flat) if importance is None else xp.reshape(importance, (-1,))
@@ -96,12 +126,29 @@ class Hashed:
         return {"values": xp.asarray(mean, dtype=flat.dtype)}
 
     def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
-        """The sum over each bucket."""
+        """The sum of the importance over the weights of each bucket.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            importance: Array, rows x cols, entries >= 0.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Entry name -> array of the entry's shape, for each floating entry.
+        """
         bucket = xp.asarray(self.derived()["index"] % self.buckets)
         sums = xp.bincount(bucket, xp.reshape(importance, (-1,)), self.buckets)
         return {"values": xp.asarray(sums, dtype=importance.dtype)}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """One look-up a weight."""
+        """One table look-up for each weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         both = xp.concatenate([code["values"], -code["values"]])
         return xp.reshape(xp.take(both, code["index"]), self.shape)

@@ -1,4 +1,4 @@
-"""A few numbers that all weights share, and for each weight a symbol that says which: k-means.
+"""K-means: centres that all weights share, and a symbol for each weight that selects its centre.
 
 Han, Mao and Dally, 2016, arXiv:1510.00149, section 3; weighted by importance as in Choi, El-Khamy and Lee, 2017,
 arXiv:1612.01543.
@@ -21,7 +21,7 @@ BITS = range(1, 9)
 
 @dataclass(frozen=True, slots=True)
 class KMeans:
-    """``W[i] = centres[symbols[i]]``. Training moves the centres, each by the sum over its weights; symbols stay."""
+    """``W[i] = centres[symbols[i]]``. Training moves the centres, each by the summed gradient of its weights."""
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
     levels: int  # how many centres
@@ -29,7 +29,7 @@ class KMeans:
     seed: int = 0  # of a random start
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.levels)
         fine = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes) and type(self.seed) is int
         if not fine or self.levels > min(1 << BITS[-1], math.prod(self.shape)) or self.start not in STARTS:
@@ -39,7 +39,23 @@ class KMeans:
     def fit(
         cls, shape: tuple[int, int], max_bits: int, *, bits: Any = None, start: Any = "linear", seed: Any = 0
     ) -> "KMeans":
-        """The most bits a symbol, 1 to 8, that fit with the centres; or just ``bits``."""
+        """The most bits for each symbol, 1 to 8, that fit with their ``2^bits`` centres.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            bits: Bits of a symbol, 1 to 8; None: as many as fit.
+            start: First centres of Lloyd's algorithm: ``"linear"`` (evenly spaced), ``"density"`` (quantiles) or
+                ``"random"`` (weights) (Han, Mao and Dally, 2016, arXiv:1510.00149, section 3.2).
+            seed: Seed of a random start.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: Even ``bits`` bits for each symbol, or one, do not fit; it carries the smallest possible size.
+            ConfigError: An option is out of range.
+        """
         if bits is not None and (type(bits) is not int or bits not in BITS):
             raise ConfigError(f"bits = {bits!r}: k-means has {BITS[0]} to {BITS[-1]} bits a weight.")
         if start not in STARTS or type(seed) is not int:
@@ -63,15 +79,15 @@ class KMeans:
 
     @property
     def trains(self) -> Trains:
-        """The centres themselves."""
+        """The centres; symbols are fixed."""
         return "codes"
 
     def bits(self) -> int:
-        """32 bits a centre, and the packed symbols."""
+        """32 bits for each centre, and the packed symbols."""
         return FLOAT_BITS * self.levels + 8 * self.integers()["symbols"].bytes(math.prod(self.shape))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """A symbol a weight."""
+        """One symbol for each weight, and the centres."""
         return {"centres": (self.levels,), "symbols": self.shape}
 
     def integers(self) -> dict[str, Integers]:
@@ -79,15 +95,27 @@ class KMeans:
         return {"symbols": Integers(self.levels)}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def table_levels(self) -> int:
-        """The centres."""
+        """Number of centres.
+
+        Returns:
+            ``levels``.
+        """
         return self.levels
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         numpy: Any = np
         code = self.encode(rng.normal(size=self.shape), numpy)
         spread = math.sqrt((self.decode(code, numpy) ** 2).mean())
@@ -96,10 +124,19 @@ class KMeans:
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """The nearest centre, of two as near the upper one. Centres are searched by NumPy, on the host, in float64.
+        """Minimise the squared error, times ``importance`` if given, by Lloyd's algorithm, which finds a local minimum.
 
-        Minimises squared distances, times ``importance`` if given: then never worse than without, by that measure.
-        Takes a sort, a search a weight, and a few hundred rounds of ``levels * log(weights)`` steps.
+        Of two equally near centres the upper one is taken. With ``importance`` the weighted error is at most that of
+        the unweighted centres. Runs in NumPy on the host, in float64: a sort, one binary search for each weight, and a
+        few hundred rounds of ``levels * log(weights)`` steps.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Array, rows x cols, entries >= 0: the weight of each squared error; None weighs all equally.
+
+        Returns:
+            ``centres`` (levels, rising) and ``symbols``, rows x cols in int16.
         """
         flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
         shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
@@ -109,5 +146,13 @@ class KMeans:
         return {"centres": centres, "symbols": xp.asarray(symbols.astype(np.int16))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """One look-up a weight."""
+        """One table look-up for each weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return xp.take(code["centres"], xp.asarray(code["symbols"], dtype=xp.int64))

@@ -29,7 +29,7 @@ class Kronecker:
     terms: int
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, *self.left, self.terms)
         if len(sizes) != 5 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"Kronecker needs positive integers, got {self.shape}, {self.left}, {self.terms}.")
@@ -41,7 +41,18 @@ class Kronecker:
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int) -> "Kronecker":
-        """The shapes with the smallest term, R1 and Q1 near the roots of rows and cols, and as many terms as fit."""
+        """The factor shapes with the smallest term, R1 and Q1 near sqrt(rows) and sqrt(cols), and as many terms as fit.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: One term does not fit; it carries the smallest possible size.
+        """
         one = _smallest_term(shape)
         terms = min(max_bits // one.bits(), *(math.prod(side) for side in (one.left, one.right)))
         if terms == 0:
@@ -56,27 +67,35 @@ class Kronecker:
 
     @property
     def trains(self) -> Trains:
-        """The floats themselves."""
+        """The floats of both factors."""
         return "codes"
 
     def bits(self) -> int:
-        """32 bits an entry of both factors."""
+        """32 bits for each entry of both factors."""
         return FLOAT_BITS * self.terms * (math.prod(self.left) + math.prod(self.right))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``a`` and ``b``, one term after the other."""
+        """``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2."""
         return {"a": (self.terms, *self.left), "b": (self.terms, *self.right)}
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal, both factors alike, of a root mean square that gives the products their spread."""
+        """Normal factors of equal root mean square, such that the decoded weights have standard deviation ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         each = (std**2 / self.terms) ** 0.25
         code = {entry: rng.normal(size=shape) for entry, shape in self.code_shapes().items()}
         return {entry: (a * (each / np.sqrt(np.mean(a * a)))).astype(np.float32) for entry, a in code.items()}
@@ -84,9 +103,18 @@ class Kronecker:
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """The truncated SVD of the matrix whose rows are the weight's blocks; exact least squares if none is cut off.
+        """Truncated SVD of the matrix whose rows are the blocks of the weight (Van Loan and Pitsianis, 1993).
 
-        ``importance`` is not used: a weighted fit has no closed form.
+        This minimises the squared error where R1 R2 = rows and Q1 Q2 = cols; otherwise it minimises that of the weight
+        padded with zeros.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Not used: a weighted fit has no closed form.
+
+        Returns:
+            ``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2.
         """
         (r1, q1), (r2, q2) = self.left, self.right
         down, across = r1 * r2 - self.shape[0], q1 * q2 - self.shape[1]
@@ -105,14 +133,31 @@ class Kronecker:
         return {"a": xp.reshape(a, (terms, r1, q1)), "b": xp.reshape(b, (terms, r2, q2))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """``terms`` multiplications an entry."""
+        """The sum of Kronecker products: ``terms`` multiplications for each entry.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         (r1, q1), (r2, q2) = self.left, self.right
         a, b = xp.reshape(code["a"], (self.terms, -1)), xp.reshape(code["b"], (self.terms, -1))
         blocks = xp.moveaxis(xp.reshape(xp.matmul(xp.moveaxis(a, (1,), (0,)), b), (r1, q1, r2, q2)), (2,), (1,))
         return xp.reshape(blocks, (r1 * r2, q1 * q2))[: self.shape[0], : self.shape[1]]
 
     def multiply(self, code: Code, x: Any, xp: Namespace) -> Any:
-        """``x @ W.T`` for x of items x (Q1 Q2), filled up with zeros, without the weight: items x rows."""
+        """``x @ W.T`` by the factors, without computing the weight.
+
+        Args:
+            code: ``a`` and ``b``.
+            x: Array, items x (Q1 Q2); columns from ``cols`` on are zeros.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, items x rows.
+        """
         (r1, q1), (r2, q2), terms = self.left, self.right, self.terms
         inner = xp.matmul(xp.reshape(x, (-1, q2)), xp.reshape(code["b"], (terms * r2, q2)).T)  # items q1 x terms r2
         inner = xp.moveaxis(xp.reshape(inner, (-1, q1, terms, r2)), (2,), (1,))  # items x terms x q1 x r2
@@ -121,15 +166,27 @@ class Kronecker:
         return xp.reshape(y, (-1, r1 * r2))[:, : self.shape[0]]
 
     def inputs(self) -> int:
-        """``Q1 Q2``."""
+        """Columns that ``multiply`` takes.
+
+        Returns:
+            ``Q1 Q2``.
+        """
         return self.left[1] * self.right[1]
 
     def summands(self) -> int:
-        """One for each term."""
+        """Products that ``decode`` sums for each weight.
+
+        Returns:
+            ``terms``.
+        """
         return self.terms
 
     def multiplies(self) -> int:
-        """Of ``multiply``, for an item."""
+        """Cost of ``multiply``.
+
+        Returns:
+            Multiplications for one item.
+        """
         (r1, q1), (r2, q2) = self.left, self.right
         return self.terms * q1 * r2 * (q2 + r1)
 

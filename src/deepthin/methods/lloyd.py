@@ -1,8 +1,8 @@
-"""Few centres for many numbers: Lloyd's rounds, plain or weighted, and those that also bound an entropy.
+"""Lloyd's algorithm for scalars: few centres for many numbers, plain, weighted, or with a bound on the entropy.
 
 Lloyd, 1982, "Least squares quantization in PCM"; weights and the entropy as in Choi, El-Khamy and Lee, 2017,
-arXiv:1612.01543. The numbers are sorted once: a cell is then a range, and its sums are differences of running sums, so
-that a round takes ``levels * log(count)`` steps.
+arXiv:1612.01543. The numbers are sorted once: a cell is then a range, and its sums are differences of cumulative sums,
+so that a round takes ``levels * log(count)`` steps.
 """
 
 import math
@@ -24,7 +24,7 @@ _GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers in rising order, each with its share of the error; all have the share 1 if ``alike``."""
+    """Numbers in rising order, each with the weight of its squared error: its share, 1 for all if ``alike``."""
 
     values: Float64[np.ndarray, "count"]
     shares: Float64[np.ndarray, "count"]
@@ -33,7 +33,15 @@ class Numbers:
 
     @classmethod
     def of(cls, flat: Float64[np.ndarray, "count"], shares: Float64[np.ndarray, "count"] | None = None) -> "Numbers":
-        """Sorted; equal ones stay in their order. Without a positive share all are alike."""
+        """Sort the numbers.
+
+        Args:
+            flat: The numbers, finite.
+            shares: Weight of each squared error, >= 0. None, or zeros only, weighs all equally.
+
+        Returns:
+            The sorted numbers; equal ones keep their order.
+        """
         order = np.argsort(flat, kind="stable")
         alike = shares is None or not (shares > 0).any()
         own = np.ones(len(flat)) if shares is None or alike else shares[order]
@@ -41,7 +49,7 @@ class Numbers:
 
     @cached_property
     def classes(self) -> "list[Numbers]":
-        """Those of each share, with their places here; none where there are many different shares."""
+        """The numbers of each distinct share, with ``order`` as indices into these; empty above 64 distinct shares."""
         if self.alike:
             return [Numbers(self.values, self.shares, np.arange(len(self.values)), True)]
         if len(different := np.unique(self.shares)) > _FEW:
@@ -50,9 +58,11 @@ class Numbers:
         return [Numbers(self.values[p], self.shares[p], p, True) for p in places]
 
     def coarse(self) -> "Numbers":
-        """The same with few different shares: those within a quarter of each other get their mean.
+        """Merge shares that differ by less than about a quarter, each class by its mean.
 
-        What is below a millionth of the largest is one class; so are zeros.
+        Returns:
+            The same numbers, with at most some 60 distinct shares; those below a millionth of the largest are one
+            class.
         """
         top = float(self.shares.max())
         near = np.ones(len(self.shares))
@@ -64,45 +74,97 @@ class Numbers:
 
     @cached_property
     def sums(self) -> Float64[np.ndarray, "2 ends"]:
-        """Of shares, and of shares times values, below each place."""
+        """Cumulative sums, up to each index, of the shares and of shares times values."""
         return np.stack([np.concatenate([[0.0], np.cumsum(t)]) for t in (self.shares, self.shares * self.values)])
 
     def ends(self, bounds: Float64[np.ndarray, "inner"]) -> Int64[np.ndarray, "ends"]:
-        """Where each cell begins, and the last one ends; a number on a bound belongs to the upper cell."""
+        """The cells between bounds, as indices.
+
+        Args:
+            bounds: Upper bounds of all cells but the last, rising; a number on a bound belongs to the upper cell.
+
+        Returns:
+            The first index of each cell, then the number of numbers.
+        """
         inner = np.searchsorted(self.values, bounds, side="left")
         return np.concatenate([[0], inner, [len(self.values)]])
 
     def means(
         self, ends: Int64[np.ndarray, "ends"], empty: Float64[np.ndarray, "cells"]
     ) -> Float64[np.ndarray, "cells"]:
-        """Of each cell; where there is no share, ``empty``."""
+        """The weighted mean of each cell.
+
+        Args:
+            ends: Cell bounds, as ``ends`` returns them.
+            empty: For each cell, the value to use where its shares sum to 0.
+
+        Returns:
+            The means, rising.
+        """
         mass, first = self.masses(ends[:-1], ends[1:])
         return np.sort(np.where(mass > 0, first / np.where(mass > 0, mass, 1), empty))
 
     def masses(
         self, starts: Int64[np.ndarray, "cells"], stops: Int64[np.ndarray, "cells"]
     ) -> Float64[np.ndarray, "2 cells"]:
-        """The shares, and the shares times values, summed over each cell."""
+        """The sums over each cell.
+
+        Args:
+            starts: First index of each cell.
+            stops: Index after the last of each cell.
+
+        Returns:
+            The shares, and the shares times values, summed over each cell: 2 x cells.
+        """
         return self.sums[:, stops] - self.sums[:, starts]
 
     def error(self, centres: Float64[np.ndarray, "cells"]) -> float:
-        """The sum of shares times squared distances to the nearest centre."""
+        """The weighted squared error.
+
+        Args:
+            centres: Rising centres.
+
+        Returns:
+            The sum of shares times squared distances to the nearest centre.
+        """
         nearest = np.searchsorted(midpoints(centres), self.values, side="right")
         return float(np.sum(self.shares * (self.values - centres[nearest]) ** 2))
 
     def distinct(self) -> Float64[np.ndarray, "distinct"]:
-        """The different values, rising."""
+        """The distinct values.
+
+        Returns:
+            The values without repetitions, rising.
+        """
         new: np.ndarray = np.concatenate([[True], self.values[1:] > self.values[:-1]])
         return self.values[new]
 
 
 def midpoints(centres: Float64[np.ndarray, "cells"]) -> Float64[np.ndarray, "inner"]:
-    """Between neighbours."""
+    """The bounds between the cells of neighbouring centres.
+
+    Args:
+        centres: Rising centres.
+
+    Returns:
+        The midpoint of each pair of neighbours.
+    """
     return centres[:-1] / 2 + centres[1:] / 2
 
 
 def first_centres(numbers: Numbers, levels: int, start: str, seed: int) -> Float64[np.ndarray, "levels"]:
-    """Evenly from the least to the largest, at quantiles, or at numbers that ``seed`` draws."""
+    """The centres with which Lloyd's algorithm starts (Han, Mao and Dally, 2016, arXiv:1510.00149, section 3.2).
+
+    Args:
+        numbers: The numbers.
+        levels: How many centres.
+        start: ``"linear"``: evenly spaced from the least to the largest number; ``"density"``: quantiles; ``"random"``:
+            numbers drawn by ``seed``.
+        seed: Seed of a random start.
+
+    Returns:
+        The centres, rising.
+    """
     values, count = numbers.values, len(numbers.values)
     if start == "linear":
         return np.linspace(float(values[0]), float(values[-1]), levels)
@@ -114,10 +176,18 @@ def first_centres(numbers: Numbers, levels: int, start: str, seed: int) -> Float
 def refined(
     numbers: Numbers, centres: Float64[np.ndarray, "levels"], rounds: int = ROUNDS
 ) -> Float64[np.ndarray, "levels"]:
-    """Lloyd's rounds until nothing changes, at most so many; the error never rises.
+    """Lloyd's algorithm, until nothing changes; the error never rises.
 
-    A centre that is left without numbers moves into a cell that is worth two. So do, when the rounds have come to an
-    end, centres that their neighbours can do without, and the rounds go on.
+    A centre without numbers moves into a cell where it lowers the error. At a fixed point, merge the cheapest pair of
+    neighbours and split the costliest cell, for as long as that lowers the error, and go on.
+
+    Args:
+        numbers: The numbers.
+        centres: First centres, rising.
+        rounds: Most rounds.
+
+    Returns:
+        The centres, rising.
     """
     before = None
     for _ in range(rounds):
@@ -135,9 +205,9 @@ def refined(
 def _moved(
     numbers: Numbers, centres: Float64[np.ndarray, "levels"], ends: Int64[np.ndarray, "ends"]
 ) -> Float64[np.ndarray, "levels"] | None:
-    """Some cells joined to the next one, and others split at their mean, where that lowers the error; none if nowhere.
+    """Merge the cheapest pairs of neighbours, and split the costliest cells at their means; None if no error is saved.
 
-    Two centres c and d of masses m and n are worth ``(c - d)^2 m n / (m + n)`` more than their mean.
+    Merging centres c and d of masses m and n raises the error by ``(c - d)^2 m n / (m + n)``.
     """
     full = np.diff(ends) > 0
     starts, stops, own = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
@@ -173,7 +243,7 @@ _NEIGHBOURS = slice(None, -1), slice(1, None)
 
 
 def _worth(one: Float64[np.ndarray, "2 cells"], other: Float64[np.ndarray, "2 cells"]) -> Float64[np.ndarray, "cells"]:
-    """What two centres save over one; nothing where a mass is 0."""
+    """The error that two centres save over one; 0 where a mass is 0."""
     mass = np.where((one[0] > 0) & (other[0] > 0), one[0] * other[0], 0.0)
     apart = one[1] / np.where(mass > 0, one[0], 1) - other[1] / np.where(mass > 0, other[0], 1)
     return mass / np.where(mass > 0, one[0] + other[0], 1) * apart**2
@@ -186,10 +256,20 @@ def centres_of(
     seed: int = 0,
     shares: Float64[np.ndarray, "count"] | None = None,
 ) -> Float64[np.ndarray, "levels"]:
-    """The centres, rising; where there are fewer different numbers, these, the last one repeated.
+    """K-means for scalars.
 
-    With ``shares``, Lloyd's weighted rounds begin at the plain solution, and the better of the two is taken: begun
-    elsewhere they often end above it.
+    With ``shares``, the weighted algorithm starts at the unweighted solution, and the better of the two is returned:
+    from other starts it often ends at a larger error.
+
+    Args:
+        flat: The numbers, finite.
+        levels: How many centres.
+        start: ``"linear"``, ``"density"`` or ``"random"``, as for ``first_centres``.
+        seed: Seed of a random start.
+        shares: Weight of each squared error, >= 0; None weighs all equally.
+
+    Returns:
+        The centres, rising. With at most ``levels`` distinct numbers these are the numbers, the last one repeated.
     """
     plain = Numbers.of(flat)
     if len(found := plain.distinct()) <= levels:
@@ -206,7 +286,7 @@ def centres_of(
 
 @dataclass(frozen=True)
 class Cells:
-    """The centres of some cells, and how many numbers are in each; none is empty."""
+    """A partition of the numbers into non-empty cells, with the centre and the number of numbers of each."""
 
     centres: Float64[np.ndarray, "cells"]
     counts: Int64[np.ndarray, "cells"]
@@ -215,23 +295,48 @@ class Cells:
 
     @cached_property
     def symbols(self) -> Int64[np.ndarray, "count"]:
-        """Which cell each number is in, of the numbers as they are sorted."""
+        """The cell of each number, in sorted order."""
         return self.assign()
 
     def entropy_bits(self) -> float:
-        """What an ideal coder takes for all symbols."""
+        """Bits of all symbols with an ideal entropy coder.
+
+        Returns:
+            The number of numbers times the entropy of the symbols, in bits.
+        """
         return entropy_bits(self.counts)
 
     def lengths(self, price: float) -> Float64[np.ndarray, "cells"]:
-        """What a number pays in each cell for an ideal code."""
+        """What the code of a number adds to its cost, by cell.
+
+        Args:
+            price: Lambda: squared error per bit, >= 0.
+
+        Returns:
+            ``price`` times the ideal code length of each cell in bits.
+        """
         return price * np.log2(self.counts.sum() / self.counts)
 
     def error(self, numbers: Numbers) -> float:
-        """The sum of shares times squared distances, each number to the centre of its cell."""
+        """The weighted squared error of this partition.
+
+        Args:
+            numbers: The numbers that are partitioned.
+
+        Returns:
+            The sum of shares times squared distances, each number to the centre of its cell.
+        """
         return float(np.sum(numbers.shares * (numbers.values - self.centres[self.symbols]) ** 2))
 
     def centred(self, numbers: Numbers) -> "Cells":
-        """The same cells, with the means of these numbers as centres."""
+        """Recompute the centres for other weights.
+
+        Args:
+            numbers: The same numbers, with other shares.
+
+        Returns:
+            The same cells, with the weighted means as centres.
+        """
         mass = np.bincount(self.symbols, numbers.shares, len(self.counts))
         first = np.bincount(self.symbols, numbers.shares * numbers.values, len(self.counts))
         return replace(self, centres=_means(mass, first, self.centres))
@@ -240,21 +345,36 @@ class Cells:
 def _means(
     mass: Float64[np.ndarray, "cells"], first: Float64[np.ndarray, "cells"], empty: Float64[np.ndarray, "cells"]
 ) -> Float64[np.ndarray, "cells"]:
-    """Where there is no mass, ``empty``."""
+    """The weighted means; ``empty`` where the mass is 0."""
     return np.where(mass > 0, first / np.where(mass > 0, mass, 1), empty)
 
 
 def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
-    """What an ideal coder takes for symbols that are there so often: count times entropy."""
+    """Bits of all symbols with an ideal entropy coder.
+
+    Args:
+        counts: How often each symbol occurs.
+
+    Returns:
+        The number of symbols times their entropy, in bits.
+    """
     there = counts[counts > 0]
     return float(np.sum(there * np.log2(there.sum() / there)))
 
 
 def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]) -> Cells:
-    """Every number to the centre where share times squared distance plus ``lengths`` is least; empty cells go.
+    """Assign each number to the centre where share times squared distance plus code length is least.
 
-    Takes ``levels * log(count)`` steps for each different share; where there are many, ``levels`` passes over the
-    numbers.
+    Takes ``levels * log(count)`` steps for each distinct share; with more than 64 distinct shares, ``levels`` passes
+    over the numbers.
+
+    Args:
+        numbers: The numbers.
+        centres: The centres.
+        lengths: Cost of each centre's code, in units of squared error.
+
+    Returns:
+        The non-empty cells, with the weighted means as centres.
     """
     if not numbers.classes:
         return _cells_by_passes(numbers, centres, lengths)
@@ -305,9 +425,9 @@ _FIRST = np.array([True])
 def _hull(
     centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]
 ) -> tuple[Int64[np.ndarray, "live"], Float64[np.ndarray, "inner"]]:
-    """The centres that are cheapest somewhere, rising, and where each takes over from the one below.
+    """The centres that are cheapest for some number, rising, and the bounds between them.
 
-    The cost less the square of the number is a straight line for each centre; wanted is the lower hull of the lines.
+    The cost minus the square of the number is a straight line for each centre: this is the lower envelope of the lines.
     """
     heights = centres**2 + lengths
     order = np.lexsort((heights, centres))
@@ -331,7 +451,17 @@ def _hull(
 
 
 def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_ROUNDS) -> Cells:
-    """Rounds that lower ``sum share * (number - centre)^2 + price * entropy_bits`` until nothing changes."""
+    """Lower ``sum share * (number - centre)^2 + price * entropy_bits`` round by round, until nothing changes.
+
+    Args:
+        numbers: The numbers.
+        cells: The partition to start from.
+        price: Lambda: squared error per bit, >= 0.
+        rounds: Most rounds.
+
+    Returns:
+        The partition; it may have fewer cells.
+    """
     for _ in range(rounds):
         found = cells_of(numbers, cells.centres, cells.lengths(price))
         same = len(found.counts) == len(cells.counts) and (found.counts == cells.counts).all()
@@ -351,11 +481,21 @@ def within(
     fits: Fits,
     shares: Float64[np.ndarray, "count"] | None = None,
 ) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
-    """Centres and symbols that fit, at as small an error as is found; one centre must fit.
+    """Entropy-coded scalar quantisation: centres and symbols of small error whose coded symbols fit.
 
-    Begins at k-means of ``levels`` centres, of each smaller power of two and each number below eight, until one fits
-    as it is, since equally likely cells are never given up however dear a bit is. So it is never worse than that one.
-    Many different shares are searched coarsely; the numbers are then assigned once by their own.
+    Choi, El-Khamy and Lee, 2017, arXiv:1612.01543. Starts from k-means with ``levels`` centres, with each smaller power
+    of two, and with each number below eight, until one fits without lambda: entropy coding alone never drops equally
+    likely cells. The result is thus at most as bad as that k-means. With more than 64 distinct shares the search uses
+    classes of shares, and the final assignment the shares themselves.
+
+    Args:
+        flat: The numbers, finite.
+        levels: Most centres, >= 1.
+        fits: Whether symbols with these counts fit; one symbol alone must.
+        shares: Weight of each squared error, >= 0; None weighs all equally.
+
+    Returns:
+        The centres that are used, and the index of a centre for each number, in the order of ``flat``.
     """
     numbers, found = Numbers.of(flat, shares), list[Cells]()
     searched = numbers if numbers.classes else numbers.coarse()
@@ -376,9 +516,9 @@ def within(
 
 
 def _priced(numbers: Numbers, start: Cells, fits: Fits) -> list[Cells]:
-    """Cells that fit, if there are any: the price of a bit is raised until they do, then narrowed down.
+    """Partitions that fit: lambda is raised until one does, and then narrowed down; empty if none does.
 
-    Each price begins where a lower one has settled, which can only lose cells.
+    Each search starts from the result of a lower lambda, from which cells can only be lost.
     """
     mean = float(np.average(numbers.values, weights=numbers.shares))
     low, below = start, 0.0

@@ -1,8 +1,8 @@
-"""Magnitude pruning: the largest weights at their places, all others zero.
+"""Magnitude pruning: the largest weights and their positions; all others are zero.
 
-Han, Pool, Tran and Dally, 2015, arXiv:1506.02626; stored as in Han et al., 2016, arXiv:1510.00149, section 2. How
-many weights remain is exact: where magnitudes tie, the first in order stay. Load-balance-aware: ESE (Han et al., 2017,
-arXiv:1612.00694, section 3.1).
+Han, Pool, Tran and Dally, 2015, arXiv:1506.02626; stored as in Han et al., 2016, arXiv:1510.00149, section 2. The
+number of weights is exact: of equal magnitudes the first in order are stored. Load-balance-aware pruning: ESE (Han et
+al., 2017, arXiv:1612.00694, section 3.1).
 """
 
 import math
@@ -21,7 +21,7 @@ INDEXES = ("gaps", "csr")
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """``W`` is zero but for ``values`` at ``positions``, which rise through the flattened matrix."""
+    """``W`` is zero except for ``values`` at ``positions``, which are strictly increasing in the flattened matrix."""
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
     kept: int
@@ -29,7 +29,7 @@ class Pruned:
     balance: int = 1  # so many processing elements take rows in turn, and keep the same share of their weights
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.kept)
         if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"Pruned needs positive integers, got {self.shape}, kept={self.kept}.")
@@ -42,13 +42,24 @@ class Pruned:
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int, *, index: Any = "gaps", balance: Any = 1) -> "Pruned":
-        """As many weights as there is room for, their positions stored in the shortest of the known ways.
+        """As many weights as fit, with their positions stored in the shortest of the known codings.
 
-        ``index="csr"`` counts what compressed sparse rows would take, and leaves fewer: 16 bits for the column of a
-        value, or 32 in a matrix of more than 65,536 columns, and 32 for where each row begins. The file is shorter.
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            index: ``"gaps"``, or ``"csr"``: count positions at the size of compressed sparse rows, which leaves fewer
+                weights (16 bits for each column, 32 in a matrix of more than 65,536 columns, and 32 for each row). The
+                file is then smaller than counted.
+            balance: Number of processing elements, >= 1, that take rows in turn and keep equal shares of weights,
+                within one (load-balance-aware pruning; 32 in ESE, Han et al., 2017, arXiv:1612.00694, section 3.1). At
+                most ``rows`` are used.
 
-        ``balance`` is the number of processing elements (32 in ESE) that take the rows in turn: each keeps the same
-        share, to one weight, so that none waits for another. There are at most as many as rows.
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: One weight and its position do not fit; it carries the smallest possible size.
+            ConfigError: An option is out of range.
         """
         if index not in INDEXES:
             raise ConfigError(f"index = {index!r} is unknown. Valid: {', '.join(INDEXES)}.")
@@ -73,11 +84,11 @@ class Pruned:
 
     @property
     def trains(self) -> Trains:
-        """The floats themselves."""
+        """The values; positions are fixed."""
         return "codes"
 
     def bits(self) -> int:
-        """32 bits a value; positions as gaps or as they are, in the worst case, or what sparse rows would take."""
+        """32 bits for each value, and an upper bound on the positions: gaps or packed, or the size of sparse rows."""
         positions = 8 * self.integers()["positions"].bytes(self.kept)
         if self.index == "csr":
             columns = 16 if self.shape[1] <= 1 << 16 else 32
@@ -85,7 +96,7 @@ class Pruned:
         return FLOAT_BITS * self.kept + positions
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """As many values as positions."""
+        """``values`` and ``positions``, of equal length."""
         return {"values": (self.kept,), "positions": (self.kept,)}
 
     def integers(self) -> dict[str, Integers]:
@@ -93,15 +104,30 @@ class Pruned:
         return {"positions": Integers(math.prod(self.shape), rising=True)}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def with_kept(self, kept: int) -> "Pruned":
-        """The same, with another number of weights that stay."""
+        """The same method with another number of stored weights.
+
+        Args:
+            kept: Number of weights, 1 to ``rows * cols``.
+
+        Returns:
+            A new method; all other fields are unchanged.
+        """
         return replace(self, kept=kept)
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Random places; what is kept is larger by as much as there is less of it."""
+        """Random positions; values with ``rows * cols / kept`` times the variance, so that the weights have ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         area, cols = math.prod(self.shape), self.shape[1]
         chosen = [
             _place(rng.choice(weights, kept, replace=False), first, self.balance, cols)
@@ -115,7 +141,19 @@ class Pruned:
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """The largest magnitudes; with ``importance``, the largest ``importance * w^2`` (LeCun et al., 1990)."""
+        """Store the weights of largest magnitude, which minimises the squared error for their number.
+
+        With ``balance`` above 1 this holds within the rows of each processing element.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Array, rows x cols, entries >= 0: stores the largest ``importance * w^2`` instead (LeCun, Denker
+                and Solla, 1990, "Optimal brain damage").
+
+        Returns:
+            ``values`` and ``positions``, strictly increasing, in the flattened matrix.
+        """
         flat = xp.reshape(weight, (-1,))
         size = abs(flat) if importance is None else xp.reshape(importance, (-1,)) * flat * flat
         rows = xp.reshape(size, self.shape)
@@ -128,7 +166,7 @@ class Pruned:
         return {"values": xp.take(flat, positions), "positions": positions}
 
     def _elements(self) -> list[tuple[int, int, int]]:
-        """Of each processing element its first row, how many weights it has, and how many of them it keeps."""
+        """For each processing element: its first row, its number of weights, and how many of them it stores."""
         (rows, cols), done, kept = self.shape, 0, 0
         found: list[tuple[int, int, int]] = []
         for first in range(self.balance):
@@ -140,16 +178,33 @@ class Pruned:
         return found
 
     def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
-        """That of the weights which are kept."""
+        """The importance of the stored weights.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            importance: Array, rows x cols, entries >= 0.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Entry name -> array of the entry's shape, for each floating entry.
+        """
         return {"values": xp.take(xp.reshape(importance, (-1,)), code["positions"])}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """Zeros, then what is kept."""
+        """Zeros, with the values at their positions.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         flat = xp.tile(xp.zeros_like(code["values"][:1]), (math.prod(self.shape),))
         flat[code["positions"]] = code["values"]
         return xp.reshape(flat, self.shape)
 
 
 def _place(own: Any, first: int, balance: int, cols: int) -> Any:
-    """Where in the whole matrix the weights of an element are, whose rows are ``first`` and every ``balance``-th on."""
+    """Positions in the whole matrix of weights of one processing element (rows ``first``, ``first + balance``, ...)."""
     return (first + balance * (own // cols)) * cols + own % cols

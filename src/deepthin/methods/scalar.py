@@ -1,6 +1,7 @@
-"""One symbol of a few bits for every weight: uniform quantisation.
+"""Uniform quantisation: one symbol of a few bits for each weight, and a step.
 
-Linear quantisation as in ESE (Han et al., 2017, arXiv:1612.00694, section 3): a step for the matrix, or for each row.
+Linear quantisation as in ESE (Han et al., 2017, arXiv:1612.00694, section 3): one step for the matrix, or one for each
+row.
 """
 
 import math
@@ -19,11 +20,11 @@ BITS = range(2, 17)
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """``W = step * symbol`` with symbols from -(2^(b-1) - 1) on; or, affine, ``least + step * symbol`` from 0 on.
+    """``W = step * symbol``, symbols from -(2^(b-1) - 1) to 2^(b-1) - 1; affine: ``least + step * symbol``, from 0 on.
 
-    The step follows from the largest magnitude, or from both ends, of the matrix or of each row. While training, floats
-    are shown to the optimiser and rounded in every forward pass, with the gradient passed straight through; the step is
-    computed anew each time.
+    The step follows from the largest magnitude (affine: from the range) of the matrix or of each row. The optimiser
+    updates float latents, which are rounded in every forward pass with a newly computed step; the gradient passes
+    through unchanged (straight-through estimator).
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
@@ -32,7 +33,7 @@ class Uniform:
     affine: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         fine = len(self.shape) == 2 and all(type(d) is int and d > 0 for d in self.shape) and type(self.width) is int
         if not fine or self.width not in BITS or self.per not in ("matrix", "row") or type(self.affine) is not bool:
             raise ValueError(f"Uniform cannot have {self.shape}, {self.width!r}, {self.per!r}, {self.affine!r}.")
@@ -47,7 +48,22 @@ class Uniform:
         per: Any = "matrix",
         affine: Any = False,
     ) -> "Uniform":
-        """The most bits a weight, 2 to 16, that fit; or just ``bits``."""
+        """The most bits for each weight, 2 to 16, that fit.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            bits: Bits of a symbol, 2 to 16; None: as many as fit.
+            per: ``"matrix"`` or ``"row"``: what has its own step.
+            affine: False: symbols symmetric about 0; True: symbols from 0 on, added to the least value.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: Even ``bits`` bits for each weight, or two, do not fit; it carries the smallest possible size.
+            ConfigError: An option is out of range.
+        """
         if bits is not None and (type(bits) is not int or bits not in BITS):
             raise ConfigError(f"bits = {bits!r}: uniform quantisation has {BITS[0]} to {BITS[-1]} bits a weight.")
         if per not in ("matrix", "row") or type(affine) is not bool:
@@ -67,21 +83,25 @@ class Uniform:
         return found[-1]
 
     def top(self) -> int:
-        """The largest symbol."""
+        """The largest symbol.
+
+        Returns:
+            ``2^width - 1`` if affine, else ``2^(width - 1) - 1``.
+        """
         return (1 << self.width) - 1 if self.affine else (1 << (self.width - 1)) - 1
 
     @property
     def trains(self) -> Trains:
-        """What is rounded."""
+        """Latents, which are rounded."""
         return "through"
 
     def bits(self) -> int:
-        """``width`` bits a weight, 32 for each step and, affine, each least value."""
+        """``width`` bits for each weight, 32 for each step and, if affine, 32 for each least value."""
         steps = self.shape[0] if self.per == "row" else 1
         return 8 * self.integers()["symbols"].bytes(math.prod(self.shape)) + FLOAT_BITS * steps * (1 + self.affine)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """A symbol a weight; steps (and least values) as a column."""
+        """``symbols``: one for each weight; ``step``, and ``least`` if affine: rows x 1, or 1 x 1."""
         steps = (self.shape[0] if self.per == "row" else 1, 1)
         return {"symbols": self.shape, "step": steps} | ({"least": steps} if self.affine else {})
 
@@ -90,14 +110,22 @@ class Uniform:
         return {"symbols": Integers(self.top() + 1) if self.affine else Integers(2 * self.top() + 1, -self.top())}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def table_levels(self) -> None:
         """None: symbols are multiplied by the step."""
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``."""
+        """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         numpy: Any = np
         code = self.encode(rng.normal(size=self.shape), numpy)
         scale = std / math.sqrt((self.decode(code, numpy) ** 2).mean())
@@ -106,7 +134,16 @@ class Uniform:
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """The nearest symbol, halves to even. A constant range has the step 1. ``importance`` is not used."""
+        """Round to the nearest symbol, ties to even; in a range that is constant (all 0, if not affine) the step is 1.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Not used.
+
+        Returns:
+            ``symbols``, rows x cols in int16 (int64 above 15 bits), ``step``, and ``least`` if affine.
+        """
         kind = weight.dtype
         if xp.finfo(kind).bits < 32:  # half precision has no room for the symbols
             code = self.encode(xp.asarray(weight, dtype=xp.float32), xp)
@@ -124,7 +161,15 @@ class Uniform:
         return {"symbols": _integers(symbols, self.top(), xp), "step": step, "least": least}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """One multiplication a weight."""
+        """One multiplication for each weight.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         weight = code["step"] * xp.asarray(code["symbols"], dtype=code["step"].dtype)
         return weight + code["least"] if self.affine else weight
 

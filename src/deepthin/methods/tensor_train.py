@@ -1,4 +1,4 @@
-"""A tensor train: the weight as a chain of small cores, one for each pair of factors of its two dimensions.
+"""Tensor train: the weight as a chain of small cores, one for each pair of factors of its two dimensions.
 
 Novikov, Podoprikhin, Osokin and Vetrov, 2015, "Tensorizing neural networks"; cores by TT-SVD, Oseledets, 2011.
 """
@@ -23,7 +23,8 @@ ORDERS = (2, 3, 4)
 class TensorTrain:
     """``W[(i1..id), (j1..jd)] = g1[:, i1, j1] .. gd[:, id, jd]``, a product of d matrices, cut to rows x cols.
 
-    Core k is r_(k-1) x R_k x Q_k x r_k, where r_k is ``rank``, or less where so much is of no use, and 1 at both ends.
+    Core k is r_(k-1) x R_k x Q_k x r_k, where r_k is ``rank``, or the largest useful rank if that is less, and 1 at
+    both ends.
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
@@ -32,7 +33,7 @@ class TensorTrain:
     rank: int
 
     def __post_init__(self) -> None:
-        """Refuse fields that no ``fit`` makes."""
+        """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, *self.rows, *self.cols, self.rank)
         fine = len(self.shape) == 2 and len(self.rows) == len(self.cols) and len(self.rows) in ORDERS
         if not fine or not all(type(size) is int and size > 0 for size in sizes):
@@ -42,14 +43,27 @@ class TensorTrain:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """r_0 to r_d."""
+        """The ranks r_0 to r_d."""
         sides = [r * q for r, q in zip(self.rows, self.cols, strict=True)]
         within = (min(self.rank, math.prod(sides[:k]), math.prod(sides[k:])) for k in range(1, len(sides)))
         return (1, *within, 1)
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int, *, order: Any = 3) -> "TensorTrain":
-        """``order`` factors for both dimensions, near-equal, and the largest rank that fits."""
+        """``order`` near-equal factors of both dimensions, and the largest rank that fits.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            order: Number of cores: 2, 3 or 4.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: Rank 1 does not fit; it carries the smallest possible size.
+            ConfigError: ``order`` is not 2, 3 or 4.
+        """
         if order not in ORDERS:
             raise ConfigError(f"order = {order!r}: a tensor train here has {', '.join(map(str, ORDERS))} cores.")
         factors = near_equal(shape[0], order), near_equal(shape[1], order)[::-1]  # large beside small: even cores
@@ -71,15 +85,15 @@ class TensorTrain:
 
     @property
     def trains(self) -> Trains:
-        """The floats themselves."""
+        """The floats of the cores."""
         return "codes"
 
     def bits(self) -> int:
-        """32 bits an entry of the cores."""
+        """32 bits for each entry of the cores."""
         return FLOAT_BITS * sum(math.prod(core) for core in self.code_shapes().values())
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``core0`` to the last."""
+        """``core0`` to ``core{d-1}``."""
         ranks = self.ranks
         return {
             f"core{k}": (ranks[k], r, q, ranks[k + 1])
@@ -87,15 +101,23 @@ class TensorTrain:
         }
 
     def integers(self) -> dict[str, Integers]:
-        """None."""
+        """No integers."""
         return {}
 
     def derived(self) -> Code:
-        """Nothing."""
+        """No tables."""
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """Normal cores of one root mean square: an entry of W sums as many products as the ranks multiply to."""
+        """Normal cores of equal root mean square, such that the decoded weights have standard deviation ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         each = (std**2 / math.prod(self.ranks)) ** (0.5 / len(self.rows))
         code = {entry: rng.normal(size=shape) for entry, shape in self.code_shapes().items()}
         return {entry: (a * (each / np.sqrt(np.mean(a * a)))).astype(np.float32) for entry, a in code.items()}
@@ -103,9 +125,17 @@ class TensorTrain:
     def encode(
         self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
     ) -> Code:
-        """TT-SVD: one truncated SVD after the other, so that the error is at most sqrt(d - 1) times the least.
+        """TT-SVD: one truncated SVD after another (Oseledets, 2011).
 
-        ``importance`` is not used: a weighted fit has no closed form.
+        The error, in the Frobenius norm of the weight padded with zeros, is at most sqrt(d - 1) times the least.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Not used: a weighted fit has no closed form.
+
+        Returns:
+            ``core0`` to ``core{d-1}``, scaled to equal root mean squares unless the weight is zero.
         """
         down, across = math.prod(self.rows) - self.shape[0], math.prod(self.cols) - self.shape[1]
         if down:
@@ -133,7 +163,15 @@ class TensorTrain:
         return {entry: a * (whole / size[entry]) for entry, a in code.items()} if whole > 0 else code
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
-        """The cores multiplied up from the left."""
+        """The product of the cores, from left to right.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         order, whole = len(self.rows), xp.reshape(code["core0"], (-1, self.ranks[1]))
         for k in range(1, order):
             core = xp.reshape(code[f"core{k}"], (self.ranks[k], -1))
@@ -143,7 +181,16 @@ class TensorTrain:
         return xp.reshape(whole, (math.prod(self.rows), math.prod(self.cols)))[: self.shape[0], : self.shape[1]]
 
     def multiply(self, code: Code, x: Any, xp: Namespace) -> Any:
-        """``x @ W.T`` for x of items x prod(cols), filled up with zeros, core by core: items x rows."""
+        """``x @ W.T`` core by core, without computing the weight.
+
+        Args:
+            code: The cores.
+            x: Array, items x prod(Q_k); columns from the matrix's width on are zeros.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, items x rows of the matrix.
+        """
         items, done = x.shape[0], 1
         ranks, rest = self.ranks, math.prod(self.cols)
         for k, (r, q) in enumerate(zip(self.rows, self.cols, strict=True)):
@@ -156,15 +203,27 @@ class TensorTrain:
         return xp.reshape(x, (items, -1))[:, : self.shape[0]]
 
     def inputs(self) -> int:
-        """``prod(cols)``."""
+        """Columns that ``multiply`` takes.
+
+        Returns:
+            ``prod(Q_k)``.
+        """
         return math.prod(self.cols)
 
     def summands(self) -> int:
-        """One for each of the rank."""
+        """Products that ``decode`` sums for each weight.
+
+        Returns:
+            ``rank``.
+        """
         return self.rank
 
     def multiplies(self) -> int:
-        """Of ``multiply``, for an item."""
+        """Cost of ``multiply``.
+
+        Returns:
+            Multiplications for one item.
+        """
         total, done, rest, ranks = 0, 1, math.prod(self.cols), self.ranks
         for k, (r, q) in enumerate(zip(self.rows, self.cols, strict=True)):
             rest //= q
@@ -175,7 +234,15 @@ class TensorTrain:
 
 @lru_cache(maxsize=1024)
 def near_equal(dimension: int, order: int) -> tuple[int, ...]:
-    """``order`` rising factors near the root, with the smallest product that is at least ``dimension``."""
+    """Near-equal factors of a dimension.
+
+    Args:
+        dimension: Positive integer.
+        order: Number of factors.
+
+    Returns:
+        Rising factors, near the ``order``-th root, with the smallest product that is at least ``dimension``.
+    """
     root = dimension ** (1 / order)
     near = range(max(1, math.floor(root / 2)), math.ceil(root * 2) + 1)
     best: tuple[int, int, tuple[int, ...]] = (1 << 62, 0, ())

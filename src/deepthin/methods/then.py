@@ -1,6 +1,6 @@
-"""One method after another: the second stores the floating entries of the first one's code.
+"""One method after another: the second quantises the floats of the first one's code.
 
-Han, Mao and Dally, 2016, arXiv:1510.00149, prune, then share values; here any method may store any other's floats.
+Han, Mao and Dally, 2016, arXiv:1510.00149, prune and then share values; here any two methods may be combined.
 """
 
 import math
@@ -16,9 +16,11 @@ from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method,
 
 @dataclass(frozen=True, slots=True)
 class Then:
-    """One method after another: ``inner`` stores each floating entry of ``outer``'s code, which it sees as a matrix.
+    """Two methods: ``inner`` stores each floating entry of ``outer``'s code, as a matrix.
 
-    Han et al. (2016) prune, then share values; here any method's floats may be stored by any other.
+    Attributes:
+        outer: The method that makes the weights.
+        inner: Entry of the outer code -> method that stores it, as pairs.
     """
 
     outer: Method
@@ -31,10 +33,20 @@ class Then:
         inner: Callable[[tuple[int, int]], Method],
         max_bits: int,
     ) -> "Then":
-        """The largest outer plan whose floats the inner method stores in ``max_bits``; BudgetError if there is none.
+        """Choose the largest outer code whose floats the inner method stores within the budget, by bisection.
 
-        ``outer(bits)`` is the outer method that fits these bits, were its floats stored as they are; ``inner`` stores a
-        matrix of some shape in a fixed number of bits for each entry.
+        Args:
+            outer: Bits -> the outer method that fits them, with its floats in 32 bits.
+            inner: (rows, cols) -> the method that stores a matrix of that shape in a fixed number of bits for each
+                entry.
+            max_bits: Upper bound on ``bits()``.
+
+        Returns:
+            The pair, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: The smallest outer code does not fit; it carries the smallest possible size.
+            ConfigError: An option of either method is invalid.
         """
 
         def made(bits: int) -> "Then":
@@ -66,58 +78,91 @@ class Then:
 
     @property
     def trains(self) -> Trains:
-        """As the inner method."""
+        """As the inner method: its floats, or latents of the outer method's floats."""
         return self.inner[0][1].trains
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the dense matrix."""
+        """(rows, cols) of the dense matrix."""
         return self.outer.shape
 
     def bits(self) -> int:
-        """Of the inner codes, and of the outer integers."""
+        """Bits of the inner codes and of the outer integers."""
         shapes = self.outer.code_shapes()
         whole = sum(8 * kind.bytes(math.prod(shapes[e])) for e, kind in self.outer.integers().items())
         return whole + sum(method.bits() for _, method in self.inner)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``xf_symbols``: the entry ``symbols`` of what stores ``xf``."""
+        """``xf_symbols``: the entry ``symbols`` of the code that stores ``xf``."""
         own = {e: s for e, s in self.outer.code_shapes().items() if e in self.outer.integers()}
         return own | {f"{e}_{k}": s for e, method in self.inner for k, s in method.code_shapes().items()}
 
     def integers(self) -> dict[str, Integers]:
-        """Of both."""
+        """The integers of both methods."""
         return self.outer.integers() | {f"{e}_{k}": i for e, method in self.inner for k, i in method.integers().items()}
 
     def derived(self) -> Code:
-        """Of both."""
+        """The tables of both methods."""
         return self.outer.derived() | {f"{e}_{k}": a for e, method in self.inner for k, a in method.derived().items()}
 
     def init(self, rng: Generator, std: float) -> Code:
-        """The outer start, encoded."""
+        """The outer method's random code, encoded.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
         import numpy as np
 
         return self.encode_floats(self.outer.init(rng, std), np)  # pyright: ignore[reportArgumentType]
 
     def drifts(self) -> bool:
-        """As an inner method."""
+        """Whether any inner method drifts."""
         return any(isinstance(method, Drifting) and method.drifts() for _, method in self.inner)
 
     def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:
-        """The outer code, encoded."""
+        """Encode by the outer method, and then its floats by the inner one.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Array, rows x cols, entries >= 0: the weight of each squared error. It also weighs the inner
+                method's errors if the outer method is ``Separable``.
+
+        Returns:
+            Entries of the outer integers and of the inner codes.
+        """
         code = self.outer.encode(weight, xp, importance)
         return self.encode_floats(code, xp, self.importance_of_floats(code, xp, importance))
 
     def importance_of_floats(self, code: Code, xp: Namespace, importance: Array | None) -> Code:
-        """The importance of the outer floats, from that of the weights; nothing where it cannot be told."""
+        """The importance of the outer floats, from that of the weights.
+
+        Args:
+            code: The outer code.
+            xp: The namespace of the arrays.
+            importance: Array, rows x cols; None: no importance.
+
+        Returns:
+            Entry name -> array; empty without importance, or if the outer method is not ``Separable``.
+        """
         if importance is None or not isinstance(self.outer, Separable):
             return {}
         return self.outer.importance_of(code, importance, xp)
 
     def encode_floats(self, code: Code, xp: Namespace, importance: Mapping[str, Array] | None = None) -> Code:
-        """What is stored for an outer code.
+        """Encode the floats of an outer code.
 
-        ``importance``, by entry, weighs the errors of its floats; entries without importance weigh equally.
+        Args:
+            code: The outer code.
+            xp: The namespace of the arrays.
+            importance: Entry name -> weight of each squared error; entries without importance weigh equally.
+
+        Returns:
+            Entries of the outer integers and of the inner codes.
         """
         made = {entry: code[entry] for entry in self.outer.integers()}
         for entry, method in self.inner:
@@ -127,7 +172,15 @@ class Then:
         return made
 
     def decode_floats(self, code: Code, xp: Namespace) -> Code:
-        """The outer code of what is stored."""
+        """Decode the floats of the outer code.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            The outer code.
+        """
         shapes, made = self.outer.code_shapes(), dict(code)
         for entry, method in self.inner:
             stored = {key.removeprefix(f"{entry}_"): made.pop(key) for key in code if key.startswith(f"{entry}_")}
@@ -135,7 +188,15 @@ class Then:
         return made
 
     def decode(self, code: Code, xp: Namespace) -> Array:
-        """The dense matrix."""
+        """The dense matrix, rows x cols: decode the inner codes, then the outer one.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
         return self.outer.decode(self.decode_floats(code, xp), xp)
 
 

@@ -1,4 +1,4 @@
-"""A configuration is read: a mapping or a TOML file becomes Rules, or ConfigError names the closest valid key."""
+"""Parse a configuration: a mapping or a TOML file becomes Rules."""
 
 import math
 import tomllib
@@ -17,7 +17,19 @@ GROUPS = ("flat", "rows")
 
 
 def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
-    """Rules from a mapping, a path to a TOML file, or Rules. ConfigError names the closest valid key or method."""
+    """Parse and check a configuration (docs/configuration.md).
+
+    Args:
+        source: A mapping with the tables ``model``, ``rules`` and ``stages``, the path of a TOML file with the same
+            tables, or ``Rules``, which are returned unchanged.
+
+    Returns:
+        The configuration. Without ``[rules]``, one rule stores every matrix by ``deepthin``.
+
+    Raises:
+        ConfigError: The file is missing or is not TOML; or a key, method or value is invalid. The message names the
+            closest valid key or method.
+    """
     if isinstance(source, Rules):
         return source
     if isinstance(source, str | Path):
@@ -44,7 +56,7 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
 
 
 def _parse_allocation(allocation: Any) -> float | None:
-    """The power of a word or number; None for "sensitivity"."""
+    """The exponent for a word or number; None for ``"sensitivity"``."""
     if allocation == SENSITIVITY:
         return None
     power = ALLOCATIONS.get(allocation, allocation) if isinstance(allocation, str) else allocation
@@ -110,7 +122,20 @@ def _parse_rule(pattern: str, table: Any) -> Rule:
 
 
 def parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:
-    """A method that stores another's floats, of a size that its options fix."""
+    """Parse ``then``: the method that quantises the floats of another method's code.
+
+    Args:
+        method: Name of the outer method, for messages.
+        table: Name and options of the inner method; ``bits`` is required, the bits for each float.
+        where: What messages call the place in the configuration.
+
+    Returns:
+        The name of the inner method and its options.
+
+    Raises:
+        ConfigError: The inner method is unknown or is not sized by ``bits``, ``bits`` is missing, or an option is
+            invalid.
+    """
     sized = [name for name, named in METHODS.items() if "bits" in named.sized_by]
     if method == DENSE or not isinstance(table, Mapping) or table.get("method") not in sized:  # pyright: ignore[reportUnknownMemberType]
         raise ConfigError(

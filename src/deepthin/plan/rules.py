@@ -20,7 +20,18 @@ NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One pattern, the method for what it matches, and at most one target of its own."""
+    """One pattern, and the method and target for the tensors that it matches.
+
+    Attributes:
+        pattern: A glob whose ``*`` also matches dots, or ``re:`` and a regular expression.
+        method: Name of the method; ``"dense"`` stores the tensors as they are.
+        ratio: Target for each matrix, stored bits / (32 bits a weight), in (0, 1]; None: no such target.
+        bytes: Target for each matrix in bytes, instead of ``ratio``.
+        options: Keyword arguments of the method's ``fit``.
+        group: ``"flat"`` or ``"rows"``: one code for all matched tensors; None: one code each.
+        then: The method, and its options, that quantises the floats of the code.
+        projection: Of a group in rows by ``rank``: a pattern for the members whose projection all share.
+    """
 
     pattern: str
     method: str = "deepthin"
@@ -33,18 +44,26 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """Of the method, and of what stores its floats."""
+        """Name of the method, with that of the one that quantises its floats, as files and reports show it."""
         return f"{self.method}{THEN}{self.then[0]}" if self.then else self.method
 
     @property
     def own_target(self) -> bool:
-        """Whether the rule itself says how large each of its matrices becomes."""
+        """Whether the rule itself fixes the size of each of its matrices, independent of the model's target."""
         sizes = METHODS[self.method].sized_by if self.method in METHODS and not self.then else ()
         sized = any(isinstance(self.options.get(option), int | float) for option in sizes)
         return self.ratio is not None or self.bytes is not None or sized
 
     def max_bits(self, dense_bits: int) -> int:
-        """The rule's own target for one matrix, or for a whole group, in bits."""
+        """The rule's own target.
+
+        Args:
+            dense_bits: 32 times the number of weights in the matrix or group.
+
+        Returns:
+            The bits that its code may take; ``32 * dense_bits``, which never binds, if neither ratio nor bytes is
+            given.
+        """
         if self.bytes is not None:
             return 8 * self.bytes
         return bits_at(self.ratio, dense_bits) if self.ratio is not None else 32 * dense_bits
@@ -52,11 +71,18 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """When a training that begins dense does what, in fractions of its steps (Han et al., 2016, arXiv:1510.00149).
+    """The schedule of a training that starts dense, in fractions of its steps (Han et al., 2016, arXiv:1510.00149).
 
-    From ``thin[0]`` to ``thin[1]`` the rules' methods take away more and more, every so many steps; then the layers are
-    thin and train on. From ``quantize`` on floats are stored by what ``then`` says, and train on; ``importance`` says
-    what weighs their errors.
+    Attributes:
+        thin: From the first fraction to the second, weights are replaced, every ``every`` steps, by what the methods
+            make of them at a falling size; then the layers become thin and training goes on.
+        quantize: From this fraction on, the floats of the codes are quantised by each rule's ``then``.
+        every: Optimiser steps between two replacements, >= 1.
+        importance: What weighs the errors of quantisation: ``"none"``, ``"hessian"`` or ``"adam"``.
+        learning_rate_multiplier: Learning rate of codes / learning rate of dense weights, > 0; None: each method's own.
+
+    Raises:
+        ConfigError: Not ``0 <= thin[0] < thin[1] <= quantize <= 1``, or a value out of range.
     """
 
     thin: tuple[float, float] = (0.2, 0.6)
@@ -66,7 +92,7 @@ class Stages:
     learning_rate_multiplier: float | None = None  # of codes, times the dense one; None: that of each method
 
     def __post_init__(self) -> None:
-        """Refuse what is no schedule; ConfigError."""
+        """Refuse invalid schedules with ConfigError."""
         if not 0 <= self.thin[0] < self.thin[1] <= self.quantize <= 1 or self.every < 1:
             raise ConfigError(
                 f"[stages] thin = {list(self.thin)}, quantize = {self.quantize:g}, every = {self.every}: give "
@@ -84,7 +110,17 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """A whole configuration."""
+    """A whole configuration.
+
+    Attributes:
+        rules: The rules; the first match wins.
+        ratio: Target for all matched matrices together, stored bits / (32 bits a weight), in (0, 1].
+        file_bytes: Target for the whole written file in bytes, instead of ``ratio``.
+        ignore: Patterns of tensors that stay dense, whatever the rules say.
+        allocation: Exponent, 0 to 1: the share of a matrix in the budget is proportional to (its dense size) to this
+            power. 1 gives equal ratios, 0 equal bytes; None allocates by measured losses.
+        stages: The schedule of ``deepthin.torch.Recipe``.
+    """
 
     rules: tuple[Rule, ...] = (Rule("*"),)
     ratio: float | None = None  # of all matched matrices together
@@ -94,11 +130,19 @@ class Rules:
     stages: Stages | None = None
 
     def match(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Rule]]:
-        """Every tensor that has a rule, and that rule; the first match wins.
+        """Match the rules to a model's tensors; the first match wins.
 
-        A pattern covers a matrix whose name, or whose module's name at any level, it matches. A tensor with fewer than
-        two dimensions is reached by its exact name or by a pattern that ends in ``bias``. A pattern that matches
-        nothing, and a rule that reaches what cannot be thin, raise ConfigError.
+        A pattern matches a matrix by its name, or by the name of a module that contains it. A tensor with fewer than
+        two dimensions is matched by its exact name, or by a pattern that ends in ``bias``.
+
+        Args:
+            tensors: All tensors of the model.
+
+        Returns:
+            Name -> tensor and rule, for every tensor that a rule matches, in the order of ``tensors``.
+
+        Raises:
+            ConfigError: A pattern matches nothing, or a rule matches a tensor that cannot be thin.
         """
         ignored: set[str] = set()
         for pattern in self.ignore:
@@ -118,10 +162,18 @@ class Rules:
         return {tensor.name: (tensor, matched[tensor.name]) for tensor in tensors if tensor.name in matched}
 
     def for_one(self, tensor: Tensor) -> "Rules":
-        """The same for a tensor that comes alone: without the patterns that do not reach it.
+        """The same rules for one tensor whose model is not known, without the patterns that do not match it.
 
-        [model] ratio is then that of this tensor, if its rule has no target of its own. ConfigError where a target or a
-        group needs all tensors.
+        ``[model] ratio`` becomes the target of this tensor, unless its rule has a target of its own.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            Rules for a model of this tensor only.
+
+        Raises:
+            ConfigError: A group, or ``file_bytes``, needs the shapes of all tensors.
         """
         ignore = tuple(pattern for pattern in self.ignore if reaches(pattern, tensor))
         rules = tuple(rule for rule in self.rules if reaches(rule.pattern, tensor))
@@ -138,7 +190,7 @@ class Rules:
         return dataclasses.replace(self, ignore=ignore, rules=rules, ratio=ratio)
 
     def _reached(self, pattern: str, tensors: Sequence[Tensor], where: str) -> list[Tensor]:
-        """The tensors that a pattern covers; ConfigError with the closest name if there are none."""
+        """The tensors that a pattern matches; ConfigError with the closest name if there are none."""
         hits = matcher(pattern)
         found = [tensor for tensor in tensors if reaches(pattern, tensor)]
         if found:
@@ -158,10 +210,18 @@ class Rules:
 
 
 def bits_at(ratio: float, bits: int) -> int:
-    """So many bits at a ratio; what is a whole number but for rounding stays one."""
+    """Bits at a ratio, rounded down, with a tolerance of 1e-6 bits for floating-point error.
+
+    Args:
+        ratio: Stored size / dense size.
+        bits: Dense size in bits.
+
+    Returns:
+        ``floor(ratio * bits + 1e-6)``.
+    """
     return math.floor(ratio * bits + 1e-6)
 
 
 def _to_ignore(tensor: Tensor) -> str:
-    """What to write in [model] ignore: the layer, but the tensor itself where patterns for layers do not reach it."""
+    """What to add to [model] ignore: the layer's name, or for a vector its own, which layer patterns do not match."""
     return (tensor.name.rpartition(".")[0] or tensor.name) if len(tensor.shape) > 1 else tensor.name

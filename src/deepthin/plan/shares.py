@@ -1,4 +1,4 @@
-"""A budget is shared out over the matrices of a model."""
+"""Divide a budget of bits among the matrices of a model."""
 
 import dataclasses
 import math
@@ -17,7 +17,15 @@ from deepthin.plan.tensor import Tensor, matrix_of
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What becomes of a tensor, or of a group together. ``method`` is None for a matrix that stays dense."""
+    """The plan for a tensor, or for the members of a group together.
+
+    Attributes:
+        tensors: The tensor, or the members of the group in order.
+        name: Name of the method, as users write it.
+        method: The method with its settings; None for a matrix that stays dense.
+        fit: The same method for another budget in bits; None where the size is fixed.
+        projecting: For each tensor, whether the shared projection is computed from it; empty: from all.
+    """
 
     tensors: tuple[Tensor, ...]
     name: str  # of the method, as users write it
@@ -28,19 +36,19 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one code is to hold: a tensor, or the members of a group."""
+    """What one code stores: a tensor, or the members of a group."""
 
     rule: "Rule"
     tensors: tuple[Tensor, ...]
 
     @property
     def name(self) -> str:
-        """Of its first tensor."""
+        """Name of its first tensor."""
         return self.tensors[0].name
 
     @property
     def projecting(self) -> tuple[bool, ...]:
-        """For each tensor, whether the rule takes the shared projection from it; empty if it does not say."""
+        """For each tensor, whether the shared projection is computed from it; empty if the rule names none."""
         if self.rule.projection is None:
             return ()
         hits = matcher(self.rule.projection)
@@ -48,19 +56,30 @@ class Unit:
 
     @property
     def dense_bits(self) -> int:
-        """32 for each number."""
+        """32 bits for each weight."""
         return 32 * sum(math.prod(tensor.shape) for tensor in self.tensors)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, cols) of the matrix to be stored."""
+        """(rows, cols) of the matrix that the method stores."""
         if self.rule.group == "rows":
             matrices = [matrix_of(tensor) for tensor in self.tensors]
             return sum(rows for rows, _ in matrices), matrices[0][1]
         return matrix_of(self.tensors[0]) if len(self.tensors) == 1 else matrix_shape((self.dense_bits // 32,))
 
     def fit(self, max_bits: int) -> Method:
-        """The method within a budget; what cannot be done is said with the tensor's name."""
+        """Choose the method's settings for a budget.
+
+        Args:
+            max_bits: Upper bound on the stored bits, headers apart.
+
+        Returns:
+            The method with the largest code that fits.
+
+        Raises:
+            BudgetError: No setting fits; the message names the tensor.
+            ConfigError: An option of the rule is invalid.
+        """
         named = METHODS[self.rule.method]
         options = dict(self.rule.options)
         if "seed" in named.preset:
@@ -82,7 +101,14 @@ class Unit:
             raise ConfigError(f"rule {self.rule.pattern!r}: {error}") from None
 
     def smallest_bits(self) -> int:
-        """The least that the rule's method needs."""
+        """The bits of the smallest plan that the rule's method has for this matrix.
+
+        Returns:
+            Bits, headers apart.
+
+        Raises:
+            ConfigError: An option of the rule is invalid.
+        """
         try:
             return self.fit(0).bits()
         except BudgetError as error:
@@ -90,7 +116,17 @@ class Unit:
 
 
 def units_of(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[Unit]:
-    """Matched tensors one by one, those of a group together; ConfigError for a group that cannot be."""
+    """Split matched tensors into units: the members of a group together, all others one by one.
+
+    Args:
+        matched: Name -> tensor and rule, as ``Rules.match`` returns them.
+
+    Returns:
+        The units, in the order of their first tensors.
+
+    Raises:
+        ConfigError: A group with a vector, rows of different lengths, or a ``projection`` of none or all members.
+    """
     groups: dict[str, list[Tensor]] = {}
     for tensor, rule in matched.values():
         if rule.group:
@@ -121,7 +157,16 @@ def units_of(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[Unit]:
 
 
 def spend(units: Sequence[Unit], methods: Mapping[str, Method], left: int) -> dict[str, Method]:
-    """Plans, some of them larger: the bits that are left go to the matrices in turn, largest first."""
+    """Spend left-over bits: each matrix in turn, largest first, gets the largest plan that the rest allows.
+
+    Args:
+        units: The units that share the budget.
+        methods: Unit name -> present plan.
+        left: Bits of the budget that are not used by ``methods``.
+
+    Returns:
+        Unit name -> plan, none smaller than before; together at most ``left`` bits more.
+    """
     found = dict(methods)
     for unit in sorted(units, key=lambda unit: -unit.dense_bits):
         larger = unit.fit(min(found[unit.name].bits() + left, unit.dense_bits))
@@ -132,11 +177,23 @@ def spend(units: Sequence[Unit], methods: Mapping[str, Method], left: int) -> di
 
 
 def plan_tensors(rules: Rules, tensors: Sequence[Tensor], model_bits: int | None = None) -> list[Planned]:
-    """What becomes of every matrix and of every tensor that a rule names, in the order of ``tensors``.
+    """Plan every matrix of a model, and every other tensor that a rule names.
 
-    ``model_bits`` is the payload that all matched matrices share; None takes it from ``ratio``. Matrices whose
-    rule has its own target keep that; the rest is shared out by ``allocation``. A matrix of the shared budget that
-    no plan makes smaller stays dense. Raises BudgetError with the smallest reachable ratio.
+    Units whose rule has its own target get that; the others share the budget by ``rules.allocation``. A matrix of the
+    shared budget that no plan makes smaller stays dense.
+
+    Args:
+        rules: The configuration.
+        tensors: All tensors of the model.
+        model_bits: Budget of all matched matrices together, in bits, headers apart; None: from ``rules.ratio``.
+
+    Returns:
+        The plans, in the order of ``tensors``; a group appears once, at its first member.
+
+    Raises:
+        ConfigError: A pattern matches nothing, a rule has no target, a group cannot be formed, or the allocation is by
+            sensitivity, which needs measured losses.
+        BudgetError: The smallest plans exceed the budget; it carries the smallest reachable ratio.
     """
     units, methods, shared = split_units(rules, tensors, model_bits is not None)
     if shared and rules.allocation is None:
@@ -164,9 +221,19 @@ def plan_tensors(rules: Rules, tensors: Sequence[Tensor], model_bits: int | None
 def split_units(
     rules: Rules, tensors: Sequence[Tensor], limited: bool = False
 ) -> tuple[list[Unit], dict[str, Method | None], list[Unit]]:
-    """What each code is to hold; what becomes of those of a fixed size; and those that share the model's budget.
+    """Split the units into those of fixed size and those that share the model's budget.
 
-    ``limited``: there is such a budget, whatever the configuration says.
+    Args:
+        rules: The configuration.
+        tensors: All tensors of the model.
+        limited: Whether there is a budget even if ``rules`` have neither ratio nor file_bytes.
+
+    Returns:
+        All units; unit name -> plan of those of fixed size (None: dense); and the units that share the budget.
+
+    Raises:
+        ConfigError: As for ``plan_tensors``.
+        BudgetError: A rule's own target is smaller than its smallest plan.
     """
     units = units_of(rules.match(tensors))
     methods: dict[str, Method | None] = {}
@@ -195,7 +262,21 @@ def shared_budget(
     shared: Sequence[Unit],
     model_bits: int | None = None,
 ) -> int:
-    """Bits that the shared ones have together, of ``ratio`` or ``model_bits``; BudgetError if they need more."""
+    """Bits for the units that share the budget, after those of fixed size are subtracted.
+
+    Args:
+        rules: The configuration.
+        units: All units of the model.
+        methods: Unit name -> plan of those of fixed size; None for dense ones, which count unless a rule keeps them so.
+        shared: The units that share the budget.
+        model_bits: Budget of all matched matrices together, in bits; None: from ``rules.ratio``.
+
+    Returns:
+        Bits, headers apart.
+
+    Raises:
+        BudgetError: The smallest plans exceed the budget; it carries the smallest reachable ratio.
+    """
     compared = sum(unit.dense_bits for unit in units if unit.rule.method != DENSE)
     if model_bits is None:
         model_bits = bits_at(rules.ratio or 1.0, compared)
@@ -217,7 +298,20 @@ def shared_budget(
 
 
 def with_targets(rules: Rules, tensors: Sequence[Tensor], bits: Mapping[str, int]) -> Rules:
-    """The same, but what shared the model's budget has targets of its own: ``bits`` by the name of each."""
+    """Replace the model's target by one target for each unit that shared it.
+
+    Args:
+        rules: The configuration.
+        tensors: All tensors of the model.
+        bits: Unit name -> budget in bits, rounded up to whole bytes.
+
+    Returns:
+        Rules with the same plans for all other units, and without ``ratio`` and ``file_bytes``.
+
+    Raises:
+        ConfigError: As for ``plan_tensors``.
+        BudgetError: A rule's own target is smaller than its smallest plan.
+    """
     _, methods, shared = split_units(rules, tensors)
     found: list[Rule] = []
     for rule in rules.rules:  # what it covers, one by one, and then itself
@@ -230,9 +324,18 @@ def with_targets(rules: Rules, tensors: Sequence[Tensor], bits: Mapping[str, int
 
 
 def share_out(rules: Rules, units: Sequence[Unit], budget: int) -> dict[str, Method]:
-    """Shares of one budget, by a power of the weight count, between what a method needs and the dense size.
+    """Divide a budget among units, in proportion to (dense size) to the power ``rules.allocation``.
 
-    What the whole-number settings leave over is spent on some of them.
+    Each share is clipped to the range from the smallest plan to the dense size; the common factor is found by
+    bisection. Bits that the integer settings leave over are then spent, largest matrix first.
+
+    Args:
+        rules: The configuration; ``allocation`` is from 0 (equal bytes) to 1 (equal ratios).
+        units: The units that share the budget.
+        budget: Bits for all of them, headers apart; at least the sum of their smallest plans.
+
+    Returns:
+        Unit name -> plan.
     """
     floors = [unit.smallest_bits() for unit in units]
     weights = [float(unit.dense_bits) ** (rules.allocation or 0.0) for unit in units]

@@ -22,7 +22,7 @@ _MOST_DIMENSIONS = 64  # what NumPy and torch can hold
 
 
 def _possible_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
-    """The matrices that may hold these tensors: a single one's own, or for several near-square, or stacked."""
+    """Shapes of a matrix that can hold these tensors: one tensor's own; several flattened near-square, or stacked."""
     own = [matrix_shape(part.shape[::-1] if part.transposed else part.shape) for part in parts]
     if len(own) == 1:
         return own
@@ -32,7 +32,18 @@ def _possible_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
 
 
 def from_bytes(data: bytes, where: str = "the file") -> Contents:
-    """The contents of a file; FormatError, naming ``where``, for anything but an intact file of this version."""
+    """Parse a ``.thin`` file (docs/format.md). Nothing large is allocated before it has been checked.
+
+    Args:
+        data: The whole file.
+        where: What messages call the file.
+
+    Returns:
+        The contents, which refer to ``data``.
+
+    Raises:
+        FormatError: Anything but an intact file of this format version.
+    """
     try:
         views: list[tuple[str, Any]] = cast(Any, safetensors).deserialize(data)
         tensors = {name: Raw(view["dtype"], tuple(view["shape"]), view["data"]) for name, view in views}
@@ -56,7 +67,7 @@ def from_bytes(data: bytes, where: str = "the file") -> Contents:
 
 
 def _damaged(header: Any, tensors: Mapping[str, Raw]) -> str:
-    """Which tensors a damaged file has got wrong, as far as what is left of its header tells."""
+    """Names of the tensors whose checksums do not match, as far as the header can still be read."""
     sums: Any = cast(Any, header).get("crc32") if isinstance(header, dict) else None
     sums = cast(Any, sums) if isinstance(sums, dict) else {}
     wrong = [name for name, raw in tensors.items() if name in sums and sums[name] != f"{zlib.crc32(raw.data):08x}"]
@@ -64,7 +75,7 @@ def _damaged(header: Any, tensors: Mapping[str, Raw]) -> str:
 
 
 def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
-    """Check a header that an attacker may have written against the tensors that are really there."""
+    """Check the header, which is untrusted, against the tensors that are present."""
     if header["version"] != VERSION or type(header["version"]) is not int:
         raise FormatError(f"it is of format version {header['version']!r}; this deepthin reads version {VERSION}.")
     if set(header) != {"version", "thin", "aliases", "crc32"}:
@@ -125,7 +136,7 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
 
 
 def _part(name: str, written: dict[str, Any]) -> Part:
-    """A part from the header; FormatError if its fields are not what they must be."""
+    """A part from the header; FormatError if a field has a wrong type or is out of range."""
     shape, scale, transposed = written.get("shape"), written.get("scale", 1.0), written.get("transposed", False)
     zero_row = written.get("zero_row")
     fine = (
@@ -149,15 +160,38 @@ def _part(name: str, written: dict[str, Any]) -> Part:
 
 
 def read(path: str | Path) -> Contents:
-    """The contents of the file at ``path``; OSError if it cannot be read, FormatError if it is not intact."""
+    """Read and check a ``.thin`` file, without decoding it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The contents: thin tensors, dense tensors and shared names.
+
+    Raises:
+        FormatError: The file is damaged, or is no ``.thin`` file.
+        OSError: The file cannot be read.
+    """
     return from_bytes(Path(path).read_bytes(), str(path))
 
 
 def load(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
-    """The dense state dict, decoded by NumPy: the same names, biases and buffers included.
+    """Read a ``.thin`` file as a dense state dict, decoded by NumPy; no framework is needed.
 
-    ``max_bytes`` caps the decoded size, since a small file may declare a huge matrix; FormatError above it. Decoding
-    one matrix takes up to twice its size besides, a shuffled one up to eight times (its permutation).
+    Decoding a matrix temporarily takes up to twice its size, a shuffled one up to eight times (its permutation).
+
+    Args:
+        path: The file.
+        max_bytes: Upper bound on the decoded bytes of all compressed matrices together (default 4 GiB), since a small
+            file may declare huge matrices.
+
+    Returns:
+        Name -> array of the dense shape, sorted by name: every saved parameter and buffer, shared ones under each of
+        their names.
+
+    Raises:
+        FormatError: The file is damaged or no ``.thin`` file, or decodes to more than ``max_bytes``.
+        OSError: The file cannot be read.
     """
     contents = read(path)
     declared = sum(thin.dense_bytes for thin in contents.thin.values())
@@ -174,5 +208,16 @@ def load(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
 
 
 def inspect(path: str | Path) -> Report:
-    """What a file holds, without decoding anything."""
+    """Report what a ``.thin`` file stores, without decoding it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One row for each matrix and the totals in bytes. Errors are NaN: the file does not have the dense weights.
+
+    Raises:
+        FormatError: The file is damaged, or is no ``.thin`` file.
+        OSError: The file cannot be read.
+    """
     return report_of(read(path))

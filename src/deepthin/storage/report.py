@@ -14,7 +14,7 @@ from deepthin.storage.write import size_of
 
 
 def _coding_of(thin: Thin) -> dict[str, str]:
-    """How a matrix's integers are stored, as a report shows it: nothing where there are none."""
+    """How the integers of a matrix are coded, and their bits each; empty if it has none."""
     if thin.planned or not (integers := thin.method.integers()):
         return {}
     ways: list[str] = []
@@ -27,7 +27,19 @@ def _coding_of(thin: Thin) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One matrix: ``bytes`` are those of its tensors in the file, ``error`` is relative, in the Frobenius norm."""
+    """The result for one matrix.
+
+    A field of the method can be read as an attribute: ``row.rank`` is ``row.fields["rank"]``.
+
+    Attributes:
+        name: Name of the tensor, as in the state dict.
+        method: Name of the method; ``"dense"`` for a matrix that is stored as it is.
+        shape: Dense shape, outputs first.
+        dense_bytes: Bytes of the dense tensor.
+        bytes: Bytes of the stored code in the file. Members of a group divide its bytes in proportion to their sizes.
+        error: ``||decoded - dense|| / ||dense||`` in the Frobenius norm; NaN if nothing was encoded in this call.
+        fields: Settings of the method, such as its rank, and ``coding`` or ``group`` where they apply.
+    """
 
     name: str
     method: str
@@ -39,18 +51,32 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """``bytes / dense_bytes``."""
+        """``bytes / dense_bytes``; NaN for an empty tensor."""
         return self.bytes / self.dense_bytes if self.dense_bytes else math.nan
 
     def __getattr__(self, name: str) -> Any:
-        """A field of the method, so that ``row.rank`` reads like ``row.bytes``."""
+        """A field of the method, as an attribute.
+
+        Args:
+            name: A key of ``fields``.
+
+        Returns:
+            The value of that field.
+
+        Raises:
+            AttributeError: The method has no such field.
+        """
         fields = self.__dict__.get("fields", {})
         if name in fields:
             return fields[name]
         raise AttributeError(f"The row of {self.__dict__.get('name')} has no {name!r}; it has {sorted(fields)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; a NaN error becomes None."""
+        """The row as plain values for JSON.
+
+        Returns:
+            The columns, the method's fields and ``ratio``; NaN becomes None.
+        """
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fields"}
         error = _or_none(self.error)
         return {**own, **self.fields, "ratio": _or_none(self.ratio), "error": error, "shape": list(self.shape)}
@@ -58,7 +84,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, and the whole: ``total_bytes`` is the size of the written file."""
+    """The result for a whole model: one row for each matrix, and totals that add up to the file.
+
+    Attributes:
+        rows: The matrices, sorted by name.
+        total_bytes: Size of the written file in bytes.
+        dense_bytes: Bytes of every parameter and buffer of the dense model.
+        other_bytes: Bytes of stored tensors without a row: biases, normalisation, buffers.
+    """
 
     rows: tuple[Row, ...]
     total_bytes: int
@@ -67,16 +100,20 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """``total_bytes / dense_bytes``: biases, headers and checksums are all counted."""
+        """``total_bytes / dense_bytes``, biases, headers and checksums included; NaN for an empty model."""
         return self.total_bytes / self.dense_bytes if self.dense_bytes else math.nan
 
     @property
     def header_bytes(self) -> int:
-        """What the file holds besides tensors: names, settings, checksums."""
+        """Bytes of the file that are no tensor: names, settings, checksums."""
         return self.total_bytes - self.other_bytes - sum(row.bytes for row in self.rows)
 
     def to_json(self) -> str:
-        """The rows and the totals as a JSON object."""
+        """The report as a JSON object.
+
+        Returns:
+            Text with the key ``rows``, the totals in bytes, and ``ratio``; NaN becomes null.
+        """
         totals = {name: getattr(self, name) for name in ("total_bytes", "dense_bytes", "other_bytes", "header_bytes")}
         rows = [row.to_dict() for row in self.rows]
         return json.dumps({"rows": rows, **totals, "ratio": _or_none(self.ratio)}, indent=1)
@@ -109,7 +146,17 @@ def _or_none(value: float) -> float | None:
 
 
 def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = (), total: bool = True) -> str:
-    """Plain text: a head, a rule, and with ``total`` the last line set off; ``right`` names flush-right columns."""
+    """Format a table as plain text.
+
+    Args:
+        heads: Column titles.
+        body: Lines of as many cells as there are titles.
+        right: Indices of right-aligned columns.
+        total: Whether a rule separates the last line.
+
+    Returns:
+        The lines, joined by newlines.
+    """
     widths = [max(len(line[i]) for line in (heads, *body)) for i in range(len(heads))]
 
     def line(cells: Sequence[str]) -> str:
@@ -122,7 +169,14 @@ def table(heads: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[i
 
 
 def describe(method: Method | None) -> dict[str, Any]:
-    """A method's fields and properties, but for its shape and what is as usual: what a row shows of the plan."""
+    """A method's settings as a report shows them.
+
+    Args:
+        method: A method; None for a dense matrix.
+
+    Returns:
+        Fields and properties by name, without the shape, ``trains`` and fields with default values.
+    """
     if method is None:
         return {}
     if inner := inner_of(method):
@@ -134,9 +188,18 @@ def describe(method: Method | None) -> dict[str, Any]:
 
 
 def report_of(contents: Contents, errors: Mapping[str, float] | None = None) -> Report:
-    """One row a tensor of two dimensions or compressed, and the totals of the file as ``to_bytes`` writes it.
+    """Report the sizes of a model's contents as ``write`` stores them.
 
-    The tensors of a group share its bytes by their size.
+    Args:
+        contents: Thin tensors, dense tensors and shared names.
+        errors: Tensor name -> relative error in the Frobenius norm; missing ones become NaN.
+
+    Returns:
+        One row for each compressed tensor and each dense tensor of two or more dimensions, and the totals.
+        ``total_bytes`` is the exact size of the file.
+
+    Raises:
+        ValueError: A tensor's name is reserved or ambiguous in the file.
     """
     rows: list[Row] = []
     for key, thin in contents.thin.items():

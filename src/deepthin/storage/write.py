@@ -25,19 +25,51 @@ CHECKSUM_BYTES = 4
 
 
 def to_bytes(contents: Contents) -> bytes:
-    """The file. Equal contents give equal bytes, whatever the order of the dictionaries."""
+    """Serialise a model. Equal contents give equal bytes, whatever the order of the dictionaries.
+
+    Args:
+        contents: Thin tensors, dense tensors and shared names.
+
+    Returns:
+        The whole file, as docs/format.md defines it.
+
+    Raises:
+        ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
+    """
     return b"".join(stream(contents))
 
 
 def size_of(contents: Contents) -> int:
-    """The length of the file in bytes, without reading a tensor: ``len(to_bytes(contents))``."""
+    """The size of the file, computed from names, shapes and codings; no dense tensor is read.
+
+    Args:
+        contents: Thin tensors, dense tensors and shared names.
+
+    Returns:
+        Bytes: equal to ``len(to_bytes(contents))``.
+
+    Raises:
+        ValueError: A tensor's name is reserved or ambiguous in the file.
+    """
     tensors = _tensors(contents)
     head = _head(contents, tensors, dict.fromkeys(tensors, 0))  # as long as with the checksums themselves
     return len(head) + sum(raw.bytes for raw in tensors.values()) + CHECKSUM_BYTES
 
 
 def stream(contents: Contents) -> Iterator[Buffer]:
-    """The file, piece by piece. ValueError where a tensor changes meanwhile: what was written is then worth nothing."""
+    """Serialise a model piece by piece, so that no copy of the whole is held in memory.
+
+    Args:
+        contents: Thin tensors, dense tensors and shared names. Every tensor is read twice: for the checksums in the
+            header, and to be written.
+
+    Yields:
+        Buffers whose concatenation is the file.
+
+    Raises:
+        ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed between the two reads;
+            discard what was written.
+    """
     tensors = _tensors(contents)
     checksums = {name: _checksum(raw) for name, raw in tensors.items()}
     yield (head := _head(contents, tensors, checksums))
@@ -53,7 +85,21 @@ def stream(contents: Contents) -> Iterator[Buffer]:
 
 
 def write(contents: Contents, path: str | Path, max_bytes: int | None = None) -> int:
-    """Write a file atomically and return its size in bytes; BudgetError, nothing written, if above ``max_bytes``."""
+    """Write a ``.thin`` file atomically: to a temporary name, which is then renamed.
+
+    Args:
+        contents: Thin tensors, dense tensors and shared names.
+        path: The file to write; an existing one is replaced.
+        max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
+        OSError: The file cannot be written.
+    """
     bytes_ = size_of(contents)
     if max_bytes is not None and bytes_ > max_bytes:
         raise BudgetError(
@@ -67,7 +113,7 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None) ->
 
 
 def _tensors(contents: Contents) -> dict[str, Raw]:
-    """All stored tensors in the order of the file; ValueError for names that it cannot have."""
+    """All stored tensors in the order of the file; ValueError for reserved or ambiguous names."""
     tensors, count = dict(contents.dense), len(contents.dense)
     for name, thin in contents.thin.items():
         tensors |= {f"{name}/{entry}": raw for entry, (raw, _) in thin.stored.items()}
@@ -85,7 +131,7 @@ def _checksum(raw: Raw) -> int:
 
 
 def _head(contents: Contents, tensors: Mapping[str, Raw], checksums: Mapping[str, int]) -> bytes:
-    """What comes before the tensors: the length of the header, and the header."""
+    """The bytes before the tensors: the length of the header, and the header."""
     header = {
         "version": VERSION,
         "thin": {key: _entry(key, thin) for key, thin in contents.thin.items()},
@@ -104,7 +150,7 @@ def _head(contents: Contents, tensors: Mapping[str, Raw], checksums: Mapping[str
 
 
 def _entry(key: str, thin: Thin) -> dict[str, Any]:
-    """A compressed matrix as the header has it: what is as usual is left out."""
+    """The header's entry of a compressed matrix; fields with default values are left out."""
     entry: dict[str, Any] = {"method": thin.name, "fields": fields(thin.method)}
     if codings := {name: coding for name, (_, coding) in thin.stored.items() if coding}:
         entry["codings"] = codings

@@ -21,21 +21,46 @@ if TYPE_CHECKING:
 
 
 def save(variables: "Variables", path: str | Path, max_bytes: int | None = None) -> int:
-    """Write all variables of a factory, atomically, and return the bytes written; the matrices outputs first.
+    """Write all variables of a factory to a ``.thin`` file, matrices as (outputs, inputs).
 
-    Those of a graph of TensorFlow 1 are read in the default session. BudgetError, with nothing written, above
-    ``max_bytes``.
+    The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file. Variables
+    of a TensorFlow 1 graph are read in the default session.
+
+    Args:
+        variables: The factory.
+        path: The file to write; an existing one is replaced.
+        max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
+        OSError: The file cannot be written.
     """
     return write(contents(variables._state), path, max_bytes)
 
 
 def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | None = None) -> "Variables":
-    """Put a file's tensors into a factory; returns it.
+    """Load a ``.thin`` file into a factory, in place.
 
-    What it has already takes the values over, in place; what it has not is made from the file when it is asked for, by
-    the file's method, whatever the rules say. ``names`` maps names in the file to names here. ConfigError, before
-    anything is touched, where the file lacks a variable, or has it in another shape or by another plan; FormatError for
-    a damaged file.
+    Existing variables are assigned. Others are created from the file when they are first asked for, by the file's
+    method, which takes precedence over the factory's rules.
+
+    Args:
+        variables: The factory.
+        path: The file.
+        names: Name in the file -> name in the factory, for names that differ.
+
+    Returns:
+        The same factory.
+
+    Raises:
+        ConfigError: The file lacks an existing variable, or stores it in another shape or by another plan. The factory
+            is unchanged.
+        FormatError: The file is damaged, or is no ``.thin`` file.
+        OSError: The file cannot be read.
     """
     stored = renamed(read(path), {name: dotted(own) for name, own in (names or {}).items()}, str(path))
     state, found = variables._state, _by_name(stored)
@@ -61,7 +86,7 @@ def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | No
 
 
 def _check(name: str, entry: "Entry", matrix: Thin | Raw, index: int, path: str) -> None:
-    """ConfigError if a file's tensor cannot take the place of what there is."""
+    """ConfigError if a file's tensor cannot be assigned to the existing variable."""
     shape = (list(matrix.parts.values())[index] if isinstance(matrix, Thin) else matrix).shape
     if shape != entry.layout.shape(entry.shape):
         raise ConfigError(f"{name} has shape {shape} in {path}, outputs first, but {entry.shape} here.")
@@ -77,7 +102,7 @@ def _check(name: str, entry: "Entry", matrix: Thin | Raw, index: int, path: str)
 
 
 def _by_name(stored: Contents) -> "dict[str, tuple[Thin | Raw, int]]":
-    """What a file has under each name, that of a shared tensor too."""
+    """What a file stores under each name, including further names of shared tensors."""
     found: dict[str, tuple[Thin | Raw, int]] = {name: (raw, 0) for name, raw in stored.dense.items()}
     for thin in stored.thin.values():
         whole = Thin(thin.name, thin.method, upright(thin.parts), thin.code)

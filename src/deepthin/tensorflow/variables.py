@@ -1,7 +1,7 @@
-"""Variables that are generated: whoever asks for one by its name gets a tensor, made of small trainable factors.
+"""Generated variables: a call by name returns a dense tensor, decoded from small trainable factors.
 
-The interface of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 4: one call in the place of the one that
-declares a variable, and one configuration file that says what becomes of it.
+The interface of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 4: one call replaces the one that declares a
+variable, and one configuration says which variables are generated, and by which method.
 """
 
 import fnmatch
@@ -46,18 +46,25 @@ _TYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class Variables(tf.Module):
-    """A factory of generated variables: ``get`` instead of the call that declares one. It holds and tracks the factors.
+    """A factory of generated variables: call ``get`` where a variable would be declared.
 
-    A matrix that the configuration names is generated; all else is a variable as usual. Under ``tf.function`` and
-    ``tf.GradientTape`` ask anew in each step: the tensor is then that of the factors as they are. Names have slashes or
-    dots; files and patterns see dots.
+    A matrix that a rule matches is generated from factors, which the factory owns and tracks; all else is an ordinary
+    variable. Under ``tf.function`` and ``tf.GradientTape``, call ``get`` in each step: it decodes the present factors.
+    Names may have slashes or dots; files and patterns use dots. The interface is that of Sotoudeh and Baghsorkhi, 2018,
+    arXiv:1802.06944, section 4.
 
-    A matrix that comes alone meets ``[model] ratio`` by itself. ``shapes`` names all variables up front, with shapes as
-    ``get`` will ask for: then they share the budget as the layers of a model in torch do, and ``file_bytes`` and groups
-    are possible. Without ``rules`` all variables are those of a file: see ``load``.
+    Args:
+        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``. Without it,
+            all variables come from a file: see ``load``.
+        seed: Seed of the initial values; each variable draws from a generator that depends on this seed and its name.
+        shapes: Name -> shape of all variables, as ``get`` will ask for them. They then share the budget of ``[model]``,
+            and ``file_bytes`` and groups are possible. Without it, each matrix meets ``[model] ratio`` by itself.
+        outputs_first: Patterns of names whose shapes are (outputs, inputs), such as embeddings. All other shapes have
+            the outputs last, as TensorFlow's kernels do.
 
-    The last dimension is the outputs, as in TensorFlow's kernels; files have the outputs first. ``outputs_first`` are
-    patterns of names whose shapes have them first already, such as those of embeddings.
+    Raises:
+        ConfigError: ``rules`` are invalid, or do not fit ``shapes``.
+        BudgetError: The target is smaller than the smallest plan for ``shapes``.
     """
 
     def __init__(
@@ -84,16 +91,28 @@ class Variables(tf.Module):
         initializer: Any = None,
         trainable: bool = True,
     ) -> tf.Tensor:
-        """The tensor of this name, generated from its factors as they are now.
+        """The dense tensor of a name, decoded from the present factors; created at the first call.
 
-        They are made when it is first asked for, in float32 if not told otherwise; ``shape`` and ``dtype`` may be left
-        out afterwards. A generated matrix begins, as by ``init="scratch"`` in torch, with factors that seed and name
-        draw, and sqrt(0.2 / inputs) is the standard deviation of its entries. An ``initializer`` that is an array is
-        encoded instead. One that is a function, of shape and type, is for what is not generated; without it, that is
-        drawn likewise, or zeros in one dimension.
+        A new matrix that a rule matches starts with factors drawn from the seed and its name, whose decoded entries
+        have mean 0 and standard deviation sqrt(0.2 / inputs).
 
-        ConfigError for a new name without a shape, for a name that has another shape or type, and where the rules
-        want what a variable that comes alone cannot have. NonFiniteError for a NaN or infinity that is to be encoded.
+        Args:
+            name: Name of the variable, with slashes or dots.
+            shape: Shape of the tensor, outputs last unless ``outputs_first`` matches; may be left out after the first
+                call.
+            dtype: float32 (default), float64, float16 or bfloat16; may be left out after the first call.
+            initializer: An array is encoded, or assigned to an ordinary variable. A function of shape and dtype is
+                called for ordinary variables only. None draws as above, and gives zeros in one dimension.
+            trainable: Whether the variable, or its factors, are trained; used at the first call.
+
+        Returns:
+            A tensor of ``shape`` and ``dtype``, differentiable in the factors.
+
+        Raises:
+            ConfigError: A new name without a shape, a shape or dtype that differs from the first call's, or rules that
+                need all shapes up front.
+            BudgetError: The target is smaller than the smallest plan for this matrix.
+            NonFiniteError: The array to be encoded has a NaN or an infinity.
         """
         return self._entry(name, shape, dtype, initializer, trainable).value()
 
@@ -107,9 +126,23 @@ class Variables(tf.Module):
         initializer: Any = None,
         trainable: bool = True,
     ) -> tf.Tensor:
-        """``x @ get(name, shape)``, by the native product where that is faster than to generate the matrix.
+        """``x @ get(name, shape)``, by native code where that is predicted to be faster than decoding the matrix.
 
-        ``x`` is (..., inputs), the result (..., outputs). ConfigError for what is no matrix of inputs x outputs.
+        Args:
+            x: Tensor of shape (..., inputs).
+            name: Name of the variable.
+            shape: (inputs, outputs), as for ``get``.
+            dtype: As for ``get``.
+            initializer: As for ``get``.
+            trainable: As for ``get``.
+
+        Returns:
+            Tensor of shape (..., outputs).
+
+        Raises:
+            ConfigError: The variable is not a matrix; and as for ``get``.
+            BudgetError: As for ``get``.
+            NonFiniteError: As for ``get``.
         """
         entry = self._entry(name, shape, dtype, initializer, trainable)
         if len(entry.shape) != 2:
@@ -121,11 +154,26 @@ class Variables(tf.Module):
         return tf.tensordot(x, entry.value(), [[-1], [0]])
 
     def getter(self, getter: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
-        """For ``tf.compat.v1.variable_scope(scope, custom_getter=thin.getter)``.
+        """The custom getter for ``tf.compat.v1.variable_scope(scope, custom_getter=thin.getter)``.
 
-        In a graph of TensorFlow 1 the factors are variables of that graph, made and reused as its scopes say; else they
-        are held here, as by ``get``. A regularizer is told the generated matrix, in TensorFlow 1; for a constraint,
-        which factors cannot keep, there is a ConfigError.
+        In a TensorFlow 1 graph the factors are variables of the graph, created and reused as its scopes say; otherwise
+        they are held by this factory, as with ``get``. In a TensorFlow 1 graph a regularizer is applied to the decoded
+        matrix.
+
+        Args:
+            getter: The scope's own getter, which declares ordinary variables.
+            name: Name of the variable, with the scope's prefix.
+            *args: Shape, dtype and initializer, as TensorFlow passes them.
+            **options: Further arguments of ``tf.compat.v1.get_variable``.
+
+        Returns:
+            The decoded tensor, or the variable that ``getter`` declares.
+
+        Raises:
+            ConfigError: A generated matrix with a constraint or, in a TensorFlow 1 graph, in a group; and as for
+                ``get``.
+            BudgetError: As for ``get``.
+            NonFiniteError: As for ``get``.
         """
         options = {**dict(zip(("shape", "dtype", "initializer"), args, strict=False)), **options}
         initializer, dtype = options.get("initializer"), tf.as_dtype(options.get("dtype") or tf.float32)
@@ -144,13 +192,17 @@ class Variables(tf.Module):
         return self._in_graph(getter, name, planned, shape, dtype.name, options)
 
     def report(self) -> Report:
-        """What the file would hold, one row a matrix."""
+        """Report what ``save`` would write.
+
+        Returns:
+            One row for each matrix, and the totals in bytes.
+        """
         return report_of(contents(self._state))
 
     def _in_graph(
         self, getter: Any, name: str, planned: Planned, shape: tuple[int, ...], dtype: str, options: Mapping[str, Any]
     ) -> Any:
-        """The tensor, from factors that are variables of a graph of TensorFlow 1."""
+        """The decoded tensor, from factors that are variables of a TensorFlow 1 graph."""
         if len(planned.tensors) > 1:
             raise ConfigError(f"{name} shares a code with others: in a graph of TensorFlow 1 use a rule without group.")
         kept = {key: value for key, value in options.items() if key in ("reuse", "collections", "use_resource")}
@@ -182,7 +234,7 @@ class Variables(tf.Module):
         trainable: bool,
         asked: "Asked | None" = None,
     ) -> Entry:
-        """What the name stands for, made if need be as ``asked``, or by the rules and the seed of this factory."""
+        """The entry of a name; created by ``asked``, or by the factory's rules and seed, if it is new."""
         own, kind = dotted(name), None if dtype is None else tf.as_dtype(dtype).name
         entry = self._state.entries.get(own)
         if entry is None:
@@ -206,7 +258,7 @@ class Variables(tf.Module):
     def _make(
         self, name: str, shape: tuple[int, ...], dtype: str, initializer: Any, trainable: bool, asked: "Asked"
     ) -> None:
-        """Make what the name stands for, with whatever shares its code."""
+        """Create the entry of a name, and of all members of its group."""
         (rules, seed), layout = asked, self._layout(name, shape)
         if name in self._state.stored:
             self._take(name, shape, dtype, trainable, asked)
@@ -240,7 +292,7 @@ class Variables(tf.Module):
                 )
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: str, trainable: bool, asked: "Asked") -> None:
-        """Make what a file has under this name, for every name there that shares it."""
+        """Create the entry of a name from the loaded file, and of every name there that shares its code."""
         stored = self._state.stored
         matrix, index = stored[name]
         there = (list(matrix.parts.values())[index] if isinstance(matrix, Thin) else matrix).shape
@@ -271,7 +323,7 @@ class Variables(tf.Module):
         trainable: bool,
         asked: "Asked",
     ) -> None:
-        """A thin weight, and an entry for each of its tensors."""
+        """Create a thin weight, and an entry for each of its tensors."""
         first = next(iter(parts))
 
         def make(entry: str, value: np.ndarray, trains: bool) -> tf.Variable:
@@ -287,14 +339,14 @@ class Variables(tf.Module):
             self._state.entries[name] = Entry(weight, index, shape, self._layout(name, shape), dtype, asked)
 
     def _keep(self, name: str, value: Any, dtype: str, trainable: bool, asked: "Asked") -> None:
-        """A variable as it is."""
+        """Create an ordinary variable."""
         variable = tf.Variable(tf.cast(value, dtype), trainable=trainable, name=name.replace(".", "/"))
         self._tracked[name] = variable
         shape: Any = tuple(variable.shape.as_list())
         self._state.entries[name] = Entry(variable, 0, shape, self._layout(name, shape), dtype, asked)
 
     def _plan(self, tensor: Tensor, rules: Rules | None) -> Planned | None:
-        """What the rules make of a tensor; None for nothing."""
+        """The plan of a tensor; None if it is not generated."""
         planned = self._state.planned
         if planned is not None:
             if tensor.name not in planned:
@@ -318,18 +370,18 @@ class Variables(tf.Module):
             ) from None
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """As rules see it, and a file has it."""
+        """The tensor as rules see it, in the file's layout."""
         own = self._layout(name, shape).shape(shape)
         inputs = math.prod(own[1:])
         return Tensor(name, own, std=math.sqrt(0.2 / inputs) if inputs and len(own) > 1 else 1.0)
 
     def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
-        """The way to the file's order: outputs, inputs, places."""
+        """The permutation from the model's axes to the file's: outputs, inputs, places of the kernel."""
         if len(shape) < 2 or any(fnmatch.fnmatchcase(name, dotted(p)) for p in self._state.outputs_first):
             return Layout()
         last = len(shape) - 1
         return Layout((last, last - 1, *range(last - 1)))
 
     def _kept_shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """As the model has what is of this shape in the file."""
+        """The shape in the model of a tensor that has this shape in the file."""
         return stored if self._layout(name, stored).axes is None else (*stored[2:], stored[1], stored[0])

@@ -37,15 +37,31 @@ def compress(
     seed: int = 0,
     importance: Mapping[str, Tensor] | None = None,
 ) -> Report:
-    """Store the matrices that ``rules`` name in compressed form, in place, and report what became of each.
+    """Replace the matrices that ``rules`` match by compressed ones, in place.
 
-    ``init="trained"`` encodes the weights as they are; at extreme sizes that loses what the network has learned, and a
-    warning says when fine-tuning is needed. ``init="scratch"`` draws fresh factors, whose weights have a tenth of He's
-    variance (torch's own spread for embeddings and recurrent layers), from ``seed``; on the meta device they have no
-    values yet. Biases keep their own start either way. ``importance`` maps names of parameters to tensors of their
-    shape, for methods that weigh errors (docs/importance.md); in a matrix without, all weigh alike, and of a group
-    either all have it or none. Shared tensors stay shared. The model is changed only if all goes well: ConfigError and
-    BudgetError come before, and NonFiniteError for a NaN or infinity in a weight that is encoded, or its importance.
+    Shared tensors stay shared. The model changes only if the whole call succeeds. With ``init="trained"``, a warning
+    says when a weight's relative error exceeds 0.5: the network then needs fine-tuning.
+
+    Args:
+        model: The dense network. It may be on the meta device with ``init="scratch"``; codes then have no values yet.
+        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``.
+        init: ``"trained"`` encodes the present weights. ``"scratch"`` draws new codes for matrices, whose decoded
+            weights have mean 0 and a tenth of He's variance (embeddings and recurrent layers: torch's default spread).
+            Biases keep their present values either way.
+        seed: Seed of ``"scratch"``; each matrix draws from a generator that depends on this seed and on its name.
+        importance: Parameter name -> tensor of the parameter's shape, entries >= 0: the weight of each squared error,
+            for methods that use it (docs/importance.md). Matrices without an entry weigh all errors equally. In a
+            group, either all members have one or none has.
+
+    Returns:
+        One row for each matrix, with its bytes in the file and, if it was encoded, its relative error in the
+        Frobenius norm; and the totals of the file.
+
+    Raises:
+        ConfigError: ``rules``, ``init`` or ``importance`` do not fit the model, or no target is given.
+        BudgetError: The target is smaller than the smallest plan.
+        NonFiniteError: A weight to be encoded, or its importance, has a NaN or an infinity.
+        TypeError: The model has a tensor that a ``.thin`` file cannot hold.
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
@@ -65,7 +81,23 @@ def carry_out(
     seed: int = 0,
     encoded: "Encoded | None" = None,
 ) -> Report:
-    """What ``compress`` does once it is known what becomes of each matrix; ``owners`` as ``tensors_of`` gives them."""
+    """Replace the matrices of a model as planned, in place: the second half of ``compress``.
+
+    Args:
+        model: The network that the plans were made for.
+        plans: What becomes of each tensor or group; a plan whose method is None leaves its tensor dense.
+        owners: Tensor name -> the layers that have it, as ``tensors_of`` returns them.
+        init: As in ``compress``.
+        seed: As in ``compress``.
+        encoded: The cache of encoded matrices, with their importance; None starts an empty one.
+
+    Returns:
+        The report that ``compress`` returns.
+
+    Raises:
+        ConfigError: Members of a group that cannot share a code.
+        NonFiniteError: A weight to be encoded, or its importance, has a NaN or an infinity.
+    """
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
     encoded = encoded or Encoded(owners)
@@ -103,10 +135,21 @@ def carry_out(
 
 
 def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
-    """What ``compress`` would make of a model, without touching it; a model on the meta device will do.
+    """Predict what ``compress`` would do, from shapes alone; the model is left unchanged.
 
-    Rows of linear layers also tell ``path``, the way in which 32 items would be multiplied, and ``cost``, its
-    predicted time over that of a dense layer.
+    Args:
+        model: The dense network. It may be on the meta device, where no memory is allocated.
+        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``.
+
+    Returns:
+        One row for each matrix, without errors. Rows of linear layers that are stored by factors also have the fields
+        ``path``, the way chosen to multiply a batch of 32 items, and ``cost``, its predicted time divided by that of
+        the dense layer. Sizes of entries whose coded size depends on the weights are upper bounds.
+
+    Raises:
+        ConfigError: ``rules`` do not fit the model, or no target is given.
+        BudgetError: The target is smaller than the smallest plan.
+        TypeError: The model has a tensor that a ``.thin`` file cannot hold.
     """
     found, owners = tensors_of(model)
     planned = plan_of(model, parse_rules(rules), found)
@@ -125,7 +168,17 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
 
 
 def materialize(model: nn.Module) -> nn.Module:
-    """Back to plain dense layers, in place: every thin parameter becomes the dense tensor that it decodes to."""
+    """Turn a thin model back into plain dense layers, in place.
+
+    Parameter objects are replaced: build a new optimiser. Shared tensors stay shared.
+
+    Args:
+        model: A network with thin layers; dense layers are left unchanged.
+
+    Returns:
+        The same model. Each thin parameter is now a dense ``nn.Parameter`` with the decoded values; it requires a
+        gradient if any float of its code did.
+    """
     done: dict[tuple[int, int], nn.Parameter] = {}
     for layer in list(model.modules()):
         if isinstance(layer, ThinLayer):
@@ -143,14 +196,29 @@ def materialize(model: nn.Module) -> nn.Module:
 
 
 def plan_of(model: nn.Module, rules: Rules, found: list[Named], encoded: Encoded | None = None) -> list[Planned]:
-    """What becomes of the tensors that ``tensors_of`` found; with ``encoded``, a file's limit counts on their codes."""
+    """Plans for the tensors of a model, by ``ratio``, by each rule's target, or by ``file_bytes``.
+
+    Args:
+        model: The network; its other tensors count towards a file's limit.
+        rules: The parsed configuration.
+        found: The tensors of the model, as ``tensors_of`` returns them.
+        encoded: A cache of encoded matrices. With it, ``file_bytes`` is met by measured sizes of the codes; without
+            it, by their upper bounds.
+
+    Returns:
+        The plans, in the order of ``found``.
+
+    Raises:
+        ConfigError: ``rules`` do not fit the tensors, or no target is given.
+        BudgetError: The target is smaller than the smallest plan.
+    """
     if rules.file_bytes is None:
         return plan_tensors(rules, found)
     return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.thin)
 
 
 def _factored(method: Method | None) -> Factor | None:
-    """The plan of a product by factors, where the method has one."""
+    """The factors by which a layer multiplies; None if the method has none."""
     outer = None if method is None else outer_of(method)
     window = outer.window(0, outer.shape) if isinstance(outer, Factored) else None
     return None if window is None else window.plan

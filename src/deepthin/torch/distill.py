@@ -1,4 +1,4 @@
-"""What a trained network says about an item, beside its label: soft targets or logits, perturbed if need be.
+"""Distillation: train a student on a trained network's outputs, as soft targets or logits, optionally with noise.
 
 Soft targets: Hinton, Vinyals and Dean, 2015, arXiv:1503.02531. Logits: Ba and Caruana, 2014, arXiv:1312.6184. Noisy
 teachers: Sau and Balasubramanian, 2016, arXiv:1610.09650.
@@ -18,10 +18,18 @@ from deepthin.torch.units import at_rest
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """An item's logits z are perturbed with probability ``share``; the paper's sigma is ``sigma``, its alpha ``share``.
+    """Gaussian noise on a teacher's logits (Sau and Balasubramanian, 2016, arXiv:1610.09650).
 
-    To ``z (1 + xi)``, or to ``z + xi`` if ``additive``, with xi drawn from N(0, sigma^2) for each class: one factor for
-    all classes of an item would be but another temperature, and never change their order.
+    A perturbed item's logits z become ``z (1 + xi)``, or ``z + xi`` if ``additive``, with xi drawn from N(0, sigma^2)
+    for each class. One factor for all classes of an item would only change the temperature, never their order.
+
+    Attributes:
+        sigma: Standard deviation of xi, >= 0; the paper's sigma.
+        share: Probability that an item is perturbed, 0 to 1; the paper's alpha.
+        additive: Whether xi is added instead of multiplied.
+
+    Raises:
+        ConfigError: ``sigma`` or ``share`` is out of range.
     """
 
     sigma: float
@@ -29,12 +37,20 @@ class Noise:
     additive: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is no noise."""
+        """Refuse values out of range with ConfigError."""
         if not 0 <= self.sigma < math.inf or not 0 <= self.share <= 1:
             raise ConfigError(f"{self} is no noise: give a sigma of 0 or more, and a share from 0 to 1.")
 
     def perturb(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """New logits, ``items x classes``; those that are not drawn stay as they are."""
+        """Perturb logits.
+
+        Args:
+            logits: Tensor, items x classes; there may be more axes of items.
+            generator: A generator on the CPU, which is advanced.
+
+        Returns:
+            A new tensor of the same shape, dtype and device; items that are not drawn keep their logits.
+        """
         drawn = torch.rand(logits.shape[:-1], generator=generator) < self.share
         xi = self.sigma * torch.randn(logits.shape, generator=generator) * drawn[..., None]
         xi = xi.to(logits.device, logits.dtype)
@@ -42,13 +58,20 @@ class Noise:
 
 
 class Distillation:
-    """The loss of a student that has teachers: ``(1 - weight) hard_loss + weight`` times the distance to their outputs.
+    """The loss of a student with teachers: ``(1 - weight) * hard_loss + weight * distance`` to their outputs.
 
     The distance is the mean over items of one of
 
     * ``"soft"``: ``T^2 KL(p || q)``, with p and q the softmax of the teacher's and of the student's logits over the
-      ``temperature`` T; T^2 keeps the scale of the gradients equal at every T.
-    * ``"logits"``: half the squared distance of the logits, Ba and Caruana's; without temperature.
+      ``temperature`` T; T^2 makes the scale of the gradients independent of T (Hinton, Vinyals and Dean, 2015).
+    * ``"logits"``: half the squared distance of the logits, without temperature (Ba and Caruana, 2014).
+
+    In a training loop, for example:
+
+        distillation = Distillation(teacher, weight=0.9, temperature=4.0)
+        for inputs, targets in batches:
+            logits = student(inputs)
+            loss = distillation(inputs, logits, cross_entropy(logits, targets))
 
     Args:
         teachers: One or several trained networks, dense or thin; evaluated in evaluation mode without gradients. The
@@ -58,15 +81,10 @@ class Distillation:
         kind: ``"soft"`` (Hinton, Vinyals and Dean, 2015, arXiv:1503.02531) or ``"logits"`` (Ba and Caruana, 2014,
             arXiv:1312.6184).
         noise: Perturbs the teachers' logits (Sau and Balasubramanian, 2016, arXiv:1610.09650).
-        seed: Of the noise's separate random generator.
+        seed: Seed of the noise's separate random generator.
 
     Raises:
         ConfigError: No teacher, or a setting out of range.
-
-        distillation = Distillation(teacher, weight=0.9, temperature=4.0)
-        for inputs, targets in batches:
-            logits = student(inputs)
-            loss = distillation(inputs, logits, cross_entropy(logits, targets))
     """
 
     def __init__(
@@ -86,14 +104,33 @@ class Distillation:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, inputs: Any, student_logits: Tensor, hard_loss: Tensor) -> Tensor:
-        """The loss of a batch, a number. Logits are ``items x classes``, or have more axes of items before the last.
+        """The loss of a batch.
 
-        ``inputs`` are what the teachers take: a tensor, or a tuple of several. ConfigError if they give other shapes.
+        Args:
+            inputs: What the teachers take: one argument, or a tuple of several.
+            student_logits: Tensor, items x classes; there may be more axes of items.
+            hard_loss: Scalar: the student's loss on the labels.
+
+        Returns:
+            Scalar: ``(1 - weight) * hard_loss + weight * distance``, differentiable in the student.
+
+        Raises:
+            ConfigError: A teacher does not return a tensor of logits of the student's shape.
         """
         return (1 - self.weight) * hard_loss + self.weight * self.distance(self.targets(inputs), student_logits)
 
     def targets(self, inputs: Any) -> Tensor:
-        """The teachers' logits, perturbed anew at every call."""
+        """Evaluate the teachers, without gradients.
+
+        Args:
+            inputs: What the teachers take: one argument, or a tuple of several.
+
+        Returns:
+            The mean of the teachers' logits, perturbed anew at every call if there is noise: tensor, items x classes.
+
+        Raises:
+            ConfigError: A teacher does not return a tensor, or their shapes differ.
+        """
         said: list[Tensor] = []
         for teacher in self.teachers:
             with at_rest(teacher):
@@ -105,7 +142,18 @@ class Distillation:
         return mean if self.noise is None else self.noise.perturb(mean, self.generator)
 
     def distance(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        """The distance of a student's logits from its targets, averaged over items."""
+        """The distance of a student's logits from the teachers', averaged over items.
+
+        Args:
+            teacher_logits: Tensor, items x classes, as ``targets`` returns it.
+            student_logits: Tensor of the same shape.
+
+        Returns:
+            Scalar, >= 0: ``T^2 KL(p || q)`` of the softened distributions, or half the squared distance of the logits.
+
+        Raises:
+            ConfigError: The shapes differ.
+        """
         if teacher_logits.shape != student_logits.shape:
             raise ConfigError(
                 f"The teacher gives logits of shape {list(teacher_logits.shape)}, the student of "
@@ -118,16 +166,33 @@ class Distillation:
         return self.temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where the noise is: all else follows from the arguments."""
+        """The state of the noise's random generator, for a checkpoint; all else follows from the arguments.
+
+        Returns:
+            The state, for ``load_state_dict``.
+        """
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where another one stopped."""
+        """Restore the random generator from a checkpoint.
+
+        Args:
+            state: What ``state_dict`` returned.
+        """
         self.generator.set_state(state["generator"])
 
 
 def check_settings(weight: float, temperature: float, kind: str) -> None:
-    """ConfigError for what no distillation has."""
+    """Check the settings of a distillation.
+
+    Args:
+        weight: Weight of the teachers, 0 to 1.
+        temperature: Temperature of soft targets, > 0 and finite.
+        kind: ``"soft"`` or ``"logits"``.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
     if kind not in ("soft", "logits"):
         raise ConfigError(f"kind = {kind!r} is unknown. Valid: soft, logits.")
     if not 0 <= weight <= 1 or not 0 < temperature < math.inf:

@@ -29,9 +29,23 @@ _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
 def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> int:
-    """Write all parameters and saved buffers, atomically, and return the bytes written.
+    """Write all parameters and all saved buffers to a ``.thin`` file.
 
-    BudgetError, with nothing written, above ``max_bytes``; TypeError for a tensor that the file cannot hold.
+    The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
+
+    Args:
+        model: A dense or thin network.
+        path: The file to write; an existing one is replaced.
+        max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        TypeError: A tensor has a dtype or layout that the file cannot hold.
+        ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
+        OSError: The file cannot be written.
     """
     return write(contents(model), path, max_bytes)
 
@@ -39,14 +53,26 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
 def load(
     model: nn.Module, path: str | Path, names: Mapping[str, str] | None = None, *, frozen: bool = False
 ) -> nn.Module:
-    """Put a file's tensors into ``model``, whose stored matrices become thin in place; returns the model.
+    """Load a ``.thin`` file into a model, in place; layers whose matrices are stored compressed become thin.
 
-    ``model`` has the architecture that was saved: dense, thin, or built on the meta device (where nothing dense is ever
-    allocated; tensors then go to main memory). ``names`` maps names in the file to names in the model. ``frozen``: for
-    use alone; what trains through its rounding then holds its code instead of latents, a byte a weight for 8 bits;
-    native code multiplies by the symbols, and no thin matrix wants a gradient. Whatever does not fit raises ConfigError
-    before the model is touched; a damaged file raises FormatError. A file of another framework may do without
-    ``num_batches_tracked``, and, for an LSTM or RNN, without ``bias_hh_*``, which is then zero.
+    A file of another framework may lack ``num_batches_tracked``, which then keeps its value, and the ``bias_hh_*`` of
+    an LSTM or RNN, which is then 0. A warning names parameters on the meta device that the file does not contain.
+
+    Args:
+        model: A network with the architecture that was saved: dense, thin, or built on the meta device. On the meta
+            device no dense weight is ever allocated, and loaded tensors are placed in main memory.
+        path: The file.
+        names: Name in the file -> name in the model, for names that differ.
+        frozen: For inference only. No thin parameter requires a gradient. Methods with a straight-through estimator
+            keep their code instead of float latents (1 byte a weight at 8 bits), and native code multiplies by it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
+        FormatError: The file is damaged, or is no ``.thin`` file.
+        OSError: The file cannot be read.
     """
     stored = renamed(read(path), names or {}, str(path))
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
@@ -104,7 +130,7 @@ def _check_places(
     dense_now: Mapping[str, Tensor],
     path: str,
 ) -> None:
-    """ConfigError if what a file holds under some name cannot stand where the model has that name."""
+    """ConfigError if a tensor of the file cannot replace the model's tensor of that name."""
     places = {name: Place((id(weight), index), "real") for name, (weight, index) in thin_now.items()}
     for name, tensor in dense_now.items():
         layer, own = _owner(model, name)
@@ -125,16 +151,34 @@ def _check_places(
 
 
 def contents(model: nn.Module) -> Contents:
-    """All that a model would save: thin tensors, the rest as it is, and which names share a tensor.
+    """Everything that ``save`` writes: thin tensors, dense tensors, and which names share a tensor.
 
-    It refers to the model's tensors, of which nothing is copied, and serves until the model changes.
+    Args:
+        model: A dense or thin network; on the meta device values are zeros.
+
+    Returns:
+        References to the model's tensors, without copies: valid until the model changes.
+
+    Raises:
+        TypeError: A tensor has a dtype or layout that the file cannot hold.
     """
     dense = {name: (id(tensor), _raw(name, tensor)) for name, tensor in _dense_tensors(model).items()}
     return contents_of(thin_tensors(model), dense, as_thin)
 
 
 def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
-    """A matrix as a file has it, whose tensors have these names."""
+    """A thin weight as a file stores it, without copies of its tensors.
+
+    Args:
+        weight: The weight of one tensor or of a group.
+        names: Names of its tensors, in the order of ``weight.parts``.
+
+    Returns:
+        The method, the parts by name, and the code.
+
+    Raises:
+        TypeError: An entry has a dtype or layout that the file cannot hold.
+    """
     code = {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
     return Thin(weight.name, weight.method, dict(zip(names, weight.parts, strict=True)), code)
 
@@ -169,13 +213,13 @@ def _raw(name: str, tensor: Tensor) -> Raw:
 
 
 def _bytes(tensor: Tensor) -> Buffer:
-    """Those of a tensor itself, where they lie in main memory in a row; else of a copy."""
+    """The tensor's bytes: a view where it is contiguous in main memory, otherwise of a copy."""
     row_by_row = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     return row_by_row.view(torch.uint8).numpy().data
 
 
 def _tensor(raw: Raw) -> Tensor:
-    """The tensor of stored bytes, which it takes over without a copy."""
+    """A tensor that uses the stored bytes, without a copy where these are writable."""
     if not raw.bytes:
         return torch.empty(raw.shape, dtype=_TYPES[raw.dtype])
     data = raw.data if isinstance(raw.data, bytearray) else bytearray(raw.data)
@@ -183,9 +227,9 @@ def _tensor(raw: Raw) -> Tensor:
 
 
 def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tensor]) -> Contents:
-    """With what files of other frameworks do without: counts of batches, and the second of two biases that are added.
+    """Add what files of other frameworks lack: batch counters, and the second of two biases that are added.
 
-    An LSTM or RNN adds ``bias_hh`` to ``bias_ih``: the file may hold their sum. In a GRU they are different.
+    An LSTM or RNN adds ``bias_hh`` to ``bias_ih``, so the file may hold their sum. In a GRU they act differently.
     """
     known, added = shapes_of(stored), dict[str, Raw]()
     for name, tensor in dense_now.items():
@@ -206,7 +250,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[int, Tensor]) -> None:
-    """Copy into what the model has; replace what is on the meta device, or thin, keeping shared tensors shared."""
+    """Copy into the model's tensor; replace it if it is on the meta device or thin. Shared tensors stay shared."""
     layer, own = _owner(model, name)
     if isinstance(layer, ThinLayer) and own in layer.thin:
         weight = layer.thin[own]
@@ -225,7 +269,7 @@ def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[int, Tensor
 
 
 def _once(key: object, tensor: Tensor, replaced: dict[int, Tensor], like: Tensor) -> nn.Parameter:
-    """What takes the place of a tensor or ThinWeight: the same for every name that shares it."""
+    """The replacement of a tensor or ThinWeight: the same object for every name that shares it."""
     if id(key) not in replaced:
         tensor = tensor.to("cpu" if like.is_meta else like.device)
         is_parameter = isinstance(like, nn.Parameter)

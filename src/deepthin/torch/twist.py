@@ -1,8 +1,8 @@
-"""Occasional distortion: train dense weights, and every so often replace them by what a method would make of them.
+"""DeepTwist: train dense weights, and every few steps replace them by their encoded and decoded values.
 
-DeepTwist (Lee, Kapoor and Kim, 2018, arXiv:1810.12823). Between two distortions training is untouched: no
-masks, no other gradients. With magnitude pruning and a rising rate this is gradual pruning (Zhu and Gupta, 2017,
-arXiv:1710.01878), except that a pruned weight may come back.
+Lee, Kapoor and Kim, 2018, arXiv:1810.12823. Between two distortions training is unchanged: there are no masks and no
+modified gradients. With magnitude pruning and a rising rate this is gradual pruning (Zhu and Gupta, 2017,
+arXiv:1710.01878), except that a pruned weight may become non-zero again.
 """
 
 import math
@@ -29,10 +29,19 @@ from deepthin.torch.weight import ThinWeight
 
 @dataclass(frozen=True, slots=True)
 class Rising:
-    """How much is taken away at step t: ``p = p_f + (p_i - p_f) (1 - (t - t_i) / (t_f - t_i))^E``, as in DeepTwist.
+    """A schedule of DeepTwist: the fraction p that is removed rises from ``initial`` to what the rules ask for.
 
-    ``initial`` is p_i, the share of the weights (of the bits, for other methods than pruning) that the first distortion
-    takes; p_f is what the rules ask for. Before step ``start``, t_i, nothing is distorted; p is p_f from ``end``, t_f.
+    ``p(t) = p_f + (p_i - p_f) (1 - (t - t_i) / (t_f - t_i))^E`` (Zhu and Gupta, 2017, arXiv:1710.01878, for E = 3). p
+    is a fraction of the weights for pruning, and of the bits for other methods; p_f is that of the rules.
+
+    Attributes:
+        start: t_i, the first step with a distortion, >= 0.
+        end: t_f, the step from which p is p_f, > ``start``.
+        initial: p_i, the fraction that the first distortion removes, in [0, 1).
+        power: The exponent E, > 0.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     start: int
@@ -41,12 +50,20 @@ class Rising:
     power: float = 3.0
 
     def __post_init__(self) -> None:
-        """Refuse what is no schedule."""
+        """Refuse values out of range with ConfigError."""
         if not 0 <= self.start < self.end or not 0 <= self.initial < 1 or not self.power > 0:
             raise ConfigError(f"{self} is no schedule: give 0 <= start < end, 0 <= initial < 1 and a power above 0.")
 
     def share(self, step: int, final: float) -> float:
-        """What is left at a step, of a matrix of which ``final`` is left in the end; 1 before the start."""
+        """The fraction that is left at a step, ``1 - p``.
+
+        Args:
+            step: Optimiser steps so far, >= 0.
+            final: The fraction that is left at the end, 0 to 1.
+
+        Returns:
+            1 before ``start``, then from ``1 - initial`` to ``final``.
+        """
         if step < self.start:
             return 1.0
         left = max(0.0, 1 - (step - self.start) / (self.end - self.start)) ** self.power
@@ -59,6 +76,15 @@ class Twist:
     A distortion replaces each dense weight by its encoded and decoded value. The optimiser keeps its parameters and its
     state until ``finish``. DeepTwist: Lee, Kapoor and Kim, 2018, arXiv:1810.12823.
 
+    In a training loop, for example:
+
+        twist = Twist(model, rules, every=100)
+        for inputs, targets in batches:
+            ...
+            optimizer.step()
+            twist.step()
+        twist.finish()
+
     Args:
         model: The dense network, changed in place.
         rules: A configuration as in ``compress``, or plans made from one; any method.
@@ -69,13 +95,7 @@ class Twist:
 
     Raises:
         ConfigError: ``every`` < 1, or rules or importance that do not fit the model.
-
-        twist = Twist(model, rules, every=100)
-        for inputs, targets in batches:
-            ...
-            optimizer.step()
-            twist.step()
-        twist.finish()
+        BudgetError: The target is smaller than the smallest plan.
     """
 
     def __init__(
@@ -102,6 +122,10 @@ class Twist:
 
         Returns:
             Whether the weights were distorted.
+
+        Raises:
+            ConfigError: The importance does not fit the model.
+            NonFiniteError: A weight, or its importance, has a NaN or an infinity.
         """
         self.steps += 1
         if self.steps % self.every or (self.schedule and self.steps < self.schedule.start):
@@ -117,7 +141,11 @@ class Twist:
         Parameter objects are replaced: build a new optimiser.
 
         Returns:
-            What became of each matrix, as ``compress`` reports it.
+            One row for each matrix and the totals of the file, as ``compress`` reports them.
+
+        Raises:
+            ConfigError: The importance does not fit the model.
+            NonFiniteError: A weight, or its importance, has a NaN or an infinity.
         """
         importance = self._asked()
         for planned in self._planned:
@@ -125,15 +153,23 @@ class Twist:
         return carry_out(self.model, self._planned, self._owners, encoded=Encoded(self._owners, importance))
 
     def state_dict(self) -> dict[str, int]:
-        """How many steps were made: all else follows from the model and the arguments."""
+        """The number of steps so far, for a checkpoint; all else follows from the model and the arguments.
+
+        Returns:
+            The state, for ``load_state_dict``.
+        """
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where another one stopped."""
+        """Restore the number of steps from a checkpoint.
+
+        Args:
+            state: What ``state_dict`` returned.
+        """
         self.steps = state["steps"]
 
     def _method(self, planned: Planned) -> Method | None:
-        """What a distortion at this step stores; none where all would be left."""
+        """The method of a distortion at this step; None where nothing would be removed."""
         method = planned.method
         if self.schedule is None or method is None or planned.fit is None:
             return method
@@ -145,7 +181,7 @@ class Twist:
         return None if share >= 1 else planned.fit(max(int(32 * area * share), method.bits()))
 
     def _asked(self) -> Mapping[str, Tensor]:
-        """The importance of now, checked."""
+        """The present importance, checked."""
         importance = (self.importance() if callable(self.importance) else self.importance) or {}
         check_importance(self.model, importance)
         return importance
