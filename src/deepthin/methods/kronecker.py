@@ -92,7 +92,7 @@ class Kronecker:
         return {}
 
     def decode_bytes(self, item_bytes: int) -> int:
-        """The blocks of the matrix, as they are computed and as they lie in it.
+        """The blocks of the matrix, as they are computed, as they lie in it, and cut to it.
 
         Args:
             item_bytes: Bytes of a float of the code.
@@ -101,7 +101,7 @@ class Kronecker:
             Upper bound in bytes.
         """
         (r1, q1), (r2, q2) = self.left, self.right
-        return item_bytes * (2 * r1 * r2 * q1 * q2 + self.terms * (r1 * q1 + r2 * q2))
+        return item_bytes * (3 * r1 * r2 * q1 * q2 + self.terms * (r1 * q1 + r2 * q2))
 
     def largest_weight(self, largest: Mapping[str, float]) -> float:
         """The product of the largest entries of both factors, for each term.

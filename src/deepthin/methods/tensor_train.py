@@ -115,7 +115,7 @@ class TensorTrain:
         return {}
 
     def decode_bytes(self, item_bytes: int) -> int:
-        """The products of the first cores, two at a time, or the whole and its copy in another order.
+        """The products of the first cores, two at a time, or the whole, its copy in another order, and that cut.
 
         Args:
             item_bytes: Bytes of a float of the code.
@@ -125,7 +125,7 @@ class TensorTrain:
         """
         sides = [r * q for r, q in zip(self.rows, self.cols, strict=True)]
         products = [math.prod(sides[: k + 1]) * rank for k, rank in enumerate(self.ranks[1:])]
-        return 2 * item_bytes * max(products)
+        return 3 * item_bytes * max(products)
 
     def largest_weight(self, largest: Mapping[str, float]) -> float:
         """The product of the largest entries of the cores, times the inner ranks.

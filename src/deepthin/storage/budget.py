@@ -53,8 +53,8 @@ class Budget:
         self.kept, self.passing = self.kept + kept, max(self.passing, passing)
         if (needed := self.kept + self.passing) > self.limit:
             raise FormatError(
-                f"with {name}, which takes {kept + passing} bytes, it decodes to {needed} bytes of memory, work space "
-                f"included, above the limit of {self.limit}. If you trust the file, pass a larger max_bytes."
+                f"{name} takes {kept + passing} bytes of memory, work space included, and all together {needed}, above "
+                f"the limit of {self.limit}. If you trust the file, pass a larger max_bytes."
             )
 
 

@@ -124,6 +124,12 @@ def _contents(header: Any, tensors: dict[str, Raw], budget: Budget, finite: bool
         if not fits(raw):
             raise FormatError(f"{name} has the shape {raw.shape}, which no array can have.")
     plans = {name: _plan(name, entry) for name, entry in header["thin"].items()}
+    dense = [plan.dense_bytes(name, tensors) for name, plan in plans.items() if decoded]
+    if sum(dense) > budget.limit:
+        raise FormatError(
+            f"it decodes to {sum(dense)} bytes, above the limit of {budget.limit}. "
+            "If you trust the file, pass a larger max_bytes."
+        )
     for name, plan in plans.items():
         _count(name, plan, tensors, budget, decoded)
     thin: dict[str, Thin] = {}
@@ -156,6 +162,15 @@ class _Plan:
     parts: dict[str, Part]
     codings: dict[str, Any]
 
+    def item_bytes(self, name: str, tensors: Mapping[str, Raw]) -> int:
+        """Of a decoded number."""
+        kinds = {raw.dtype for key in self.method.code_shapes() if (raw := tensors.get(f"{name}/{key}"))}
+        return 8 if "F64" in kinds else 4
+
+    def dense_bytes(self, name: str, tensors: Mapping[str, Raw]) -> int:
+        """Of the decoded tensors."""
+        return self.item_bytes(name, tensors) * sum(math.prod(part.shape) for part in self.parts.values())
+
 
 def _plan(name: str, entry: Any) -> _Plan:
     """What the header says of a compressed matrix; FormatError where that cannot be."""
@@ -185,22 +200,21 @@ def _plan(name: str, entry: Any) -> _Plan:
 
 def _count(name: str, plan: _Plan, tensors: Mapping[str, Raw], budget: Budget, decoded: bool) -> None:
     """Count what a matrix takes; FormatError if that is too much."""
-    method, integers = plan.method, plan.method.integers()
-    item_bytes = 4
+    method, integers, item_bytes = plan.method, plan.method.integers(), plan.item_bytes(name, tensors)
     for key, shape in method.code_shapes().items():
         own, numbers, raw = f"{name}/{key}", math.prod(shape), tensors.get(f"{name}/{key}")
         stored_bytes = 0 if raw is None else raw.bytes
         if key in integers:
             count_integers(budget, own, plan.codings[key], integers[key], numbers, stored_bytes)
             continue
-        if raw is not None and raw.dtype == "F64":
-            item_bytes = 8
         if key in plan.codings:
             budget.count(own, 2 * item_bytes * numbers)
     if decoded:
-        dense = [item_bytes * math.prod(part.shape) for part in plan.parts.values()]
-        area = item_bytes * math.prod(method.shape)
-        budget.count(name, sum(dense), decode_bytes(method, item_bytes) + area + 2 * max(dense))
+        copied = [math.prod(part.shape) for part in plan.parts.values() if part != Part(part.shape)]
+        work = decode_bytes(method, item_bytes)
+        # The result of decode is what is kept, unless a tensor is scaled or turned.
+        work += item_bytes * (2 * max(copied) if copied else -math.prod(method.shape))
+        budget.count(name, plan.dense_bytes(name, tensors), work)
 
 
 def _thin(name: str, plan: _Plan, tensors: dict[str, Raw]) -> Thin:

@@ -10,8 +10,8 @@ from deepthin.keras.weight import ThinWeight
 from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents, Thin
 from deepthin.storage.names import renamed
-from deepthin.storage.read import read
-from deepthin.storage.write import write
+from deepthin.storage.read import check_weights, read
+from deepthin.storage.write import MAX_BYTES, write
 from deepthin.tensorflow.entries import contents
 from deepthin.tensorflow.host import assign, dotted
 
@@ -42,7 +42,14 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None)
     return write(contents(variables._state), path, max_bytes)
 
 
-def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | None = None) -> "Variables":
+def load(
+    variables: "Variables",
+    path: str | Path,
+    names: Mapping[str, str] | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    finite: bool = True,
+) -> "Variables":
     """Load a ``.thin`` file into a factory, in place.
 
     Existing variables are assigned. Others are created from the file when they are first asked for, by the file's
@@ -52,6 +59,10 @@ def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | No
         variables: The factory.
         path: The file.
         names: Name in the file -> name in the factory, for names that differ.
+        max_bytes: Upper bound on the memory that the file may take beyond a few times its size (default 4 GiB), in
+            bytes (docs/format.md).
+        finite: Whether to refuse NaN and infinity in tensors that are stored as they are. In compressed ones they are
+            refused in any case.
 
     Returns:
         The same factory.
@@ -59,10 +70,12 @@ def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | No
     Raises:
         ConfigError: The file lacks an existing variable, or stores it in another shape or by another plan. The factory
             is unchanged.
-        FormatError: The file is damaged, or is no ``.thin`` file.
+        FormatError: The file is damaged, is no ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
-    stored = renamed(read(path), {name: dotted(own) for name, own in (names or {}).items()}, str(path))
+    contents_ = read(path, max_bytes, finite=finite, decoded=True)
+    check_weights(contents_, str(path))
+    stored = renamed(contents_, {name: dotted(own) for name, own in (names or {}).items()}, str(path))
     state, found = variables._state, _by_name(stored)
     if missing := sorted(state.entries.keys() - found.keys()):
         raise ConfigError(
