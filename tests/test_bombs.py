@@ -272,14 +272,14 @@ def test_finite_codes_that_decode_to_infinity_are_refused(name, tmp_path):
     code = crafted.raws(crafted.stored(method, "f4"))
     path = tmp_path / "m.thin"
     path.write_bytes(to_bytes(Contents({"w": Thin(name, method, {"w": Part((12, 20), 1e308)}, code)})))
-    with pytest.raises(FormatError, match="w decodes to NaN or infinity"):
+    with pytest.raises(FormatError, match="the code of w decodes to NaN or infinity"):
         deepthin.load(path)
     large = {e: raw if e in method.integers() else Raw.of(np.full(raw.shape, 3e38, "f4")) for e, raw in code.items()}
     path.write_bytes(to_bytes(Contents({"w": Thin(name, method, {"w": Part((12, 20))}, large)})))
     try:
         weight = deepthin.load(path)["w"]
     except FormatError as error:
-        assert "w decodes to NaN or infinity" in str(error)
+        assert "the code of w decodes to NaN or infinity" in str(error)
     else:
         assert np.isfinite(weight).all()
         assert abs(weight).max() >= 2e38

@@ -82,7 +82,7 @@ def load(
     stored = _fitted(read(path, limit, finite=finite, decoded=True), names or {}, held, model, str(path))
     check_names(shapes_of(stored), {name: own.layout.shape(own.shape) for name, own in held.items()}, str(path))
     check_places(stored, {name: _place(own) for name, own in held.items()}, str(path))
-    check_weights(stored, str(path))
+    check_weights(stored, str(path), {name: _largest_of(held[next(iter(t.parts))]) for name, t in stored.thin.items()})
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
@@ -263,6 +263,12 @@ def _thin_weight(thin: Thin, first: Held) -> ThinWeight:
     return ThinWeight(
         thin.name, thin.method, list(thin.parts.values()), name=layer_name(next(iter(thin.parts))), dtype=kind
     )
+
+
+def _largest_of(held: Held) -> float:
+    """The largest finite number of the type in which the model has a tensor."""
+    kind = held.thin.variable_dtype if held.thin is not None else held.variable.dtype
+    return float(ml_dtypes.finfo(keras.backend.standardize_dtype(kind)).max)
 
 
 def _place(held: Held) -> Place:

@@ -89,12 +89,14 @@ class Thin:
         integers = self.method.integers()
         return ITEM_BYTES[next(raw.dtype for entry, raw in self.code.items() if entry not in integers)]
 
-    def surely_finite(self) -> bool:
-        """Whether all weights are finite, whatever the order in which they are computed; False if that is not sure."""
+    def surely_within(self, limit: float) -> bool:
+        """Whether all weights are finite and at most ``limit``, however they are computed; False if unsure."""
         most = {entry: largest(raw) for entry, raw in self.code.items()}  # 0 for integers
         kind = np.float64 if self.item_bytes == 8 else np.float32
         scale = max(1.0, *(part.scale for part in self.parts.values()))
-        return 2 * scale * largest_weight(self.method, most) < float(np.finfo(kind).max)
+        return 2 * max(*most.values(), scale * largest_weight(self.method, most)) < min(
+            limit, float(np.finfo(kind).max)
+        )
 
     def decode(self) -> dict[str, np.ndarray]:
         """The dense tensors by name; codes in half precision are decoded in float32."""

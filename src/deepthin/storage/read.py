@@ -285,30 +285,36 @@ def read(path: str | Path, max_bytes: int = MAX_BYTES, *, finite: bool = True, d
     return from_bytes(Path(path).read_bytes(), str(path), max_bytes, finite=finite, decoded=decoded)
 
 
-def check_weights(contents: Contents, where: str) -> None:
+def check_weights(contents: Contents, where: str, most: Mapping[str, float]) -> None:
     """Refuse matrices that do not decode to finite numbers. Most follow from the largest numbers of their codes.
 
     Args:
         contents: What was read.
         where: What the message calls the file.
+        most: Name of a matrix -> the largest finite number of the type that it is decoded in.
 
     Raises:
-        FormatError: A weight is NaN or infinite.
+        FormatError: A weight is NaN or infinite, or would be in that type.
     """
     for name, thin in contents.thin.items():
-        if not thin.surely_finite():
+        if not thin.surely_within(most[name]):
             with named(name):
-                _decoded(name, thin, where)
+                _decoded(name, thin, where, most[name])
 
 
-def _decoded(name: str, thin: Thin, where: str) -> dict[str, np.ndarray]:
-    """The dense tensors of a matrix; FormatError if one is not finite."""
+def _decoded(name: str, thin: Thin, where: str, most: float = math.inf) -> dict[str, np.ndarray]:
+    """The dense tensors of a matrix; FormatError if a number is not finite, or above ``most``."""
+    if thin.surely_within(most):
+        return thin.decode()
     with np.errstate(all="ignore"):
         arrays = thin.decode()
-    if not thin.surely_finite():
-        for own, array in arrays.items():
-            if not math.isfinite(largest(Raw.of(array))):
-                raise FormatError(f"{where}: {own} decodes to NaN or infinity, out of the code {name}.")
+    found = {f"{name}/{entry}": largest(raw) for entry, raw in thin.code.items() if most < math.inf}
+    found |= {own: largest(Raw.of(array)) for own, array in arrays.items()}
+    for own, value in found.items():
+        if not (math.isfinite(value) and value <= most):
+            raise FormatError(
+                f"{where}: the code of {name} decodes to NaN or infinity: {own} has numbers up to {value}."
+            )
     return arrays
 
 

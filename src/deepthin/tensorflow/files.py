@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deepthin.errors import ConfigError, closest
 from deepthin.keras.files import upright
 from deepthin.keras.weight import ThinWeight
@@ -74,7 +76,7 @@ def load(
         OSError: The file cannot be read.
     """
     contents_ = read(path, max_bytes, finite=finite, decoded=True)
-    check_weights(contents_, str(path))
+    check_weights(contents_, str(path), dict.fromkeys(contents_.thin, float(np.finfo(np.float32).max)))
     stored = renamed(contents_, {name: dotted(own) for name, own in (names or {}).items()}, str(path))
     state, found = variables._state, _by_name(stored)
     if missing := sorted(state.entries.keys() - found.keys()):

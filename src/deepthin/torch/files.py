@@ -94,7 +94,8 @@ def load(
     stored = _completed(model, stored, dense_now)
     check_names(shapes_of(stored), have, str(path))
     _check_places(model, stored, thin_now, dense_now, str(path))
-    check_weights(stored, str(path))
+    kinds = {name: _float_of(next(iter(thin.parts)), thin_now, dense_now) for name, thin in stored.thin.items()}
+    check_weights(stored, str(path), {name: torch.finfo(kind).max for name, kind in kinds.items()})
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
@@ -130,6 +131,13 @@ def load(
             stacklevel=2,
         )
     return model
+
+
+def _float_of(
+    name: str, thin_now: Mapping[str, tuple[ThinWeight, int]], dense_now: Mapping[str, Tensor]
+) -> torch.dtype:
+    """The type in which the model has a tensor."""
+    return next(thin_now[name][0].parameters()).dtype if name in thin_now else dense_now[name].dtype
 
 
 def _plan_of(matrix: ThinWeight | Thin) -> tuple[object, ...]:
