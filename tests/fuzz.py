@@ -275,7 +275,9 @@ def torch_reader(path, arrays, contents):
             continue
         if arrays is None:
             raise Finding("torch reads what load refuses")
-        loaded = loaded.float().eval()  # on the meta device, each tensor had the type of the file
+        if any(tensor.dtype != torch.float32 for tensor in loaded.parameters()):
+            continue  # on the meta device each tensor has the type of the file: these are not computed in float32
+        loaded.eval()
 
         def forward(layer, x, loaded=loaded):
             with torch.no_grad():

@@ -318,3 +318,31 @@ def test_a_key_that_stands_twice_is_refused():
     body = len(text).to_bytes(8, "little") + text + data[8 + length : -4]
     with pytest.raises(FormatError, match="'version' stands twice in its header"):
         from_bytes(body + zlib.crc32(body).to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize("name", ["kmeans", "ecsq", "uniform", "binary", "pruned"])
+def test_integers_out_of_range_do_not_come_by_a_state_dict(name, tmp_path):
+    """One way to multiply would read another weight from them, another would raise IndexError."""
+    import torch
+    from torch import nn
+
+    import deepthin.torch as dt
+
+    options = {"ratio": 0.2} if name == "pruned" else {"levels": 5} if name == "ecsq" else {"bits": 3}
+    options = {**options, "ratio": 0.9} if name == "ecsq" else options
+    model = nn.Sequential(nn.Linear(20, 12))
+    dt.compress(model, {"rules": {"*": {"method": name, **options}}}, init="scratch")
+    dt.save(model, tmp_path / "m.thin")
+    frozen = dt.load(nn.Sequential(nn.Linear(20, 12)), tmp_path / "m.thin", frozen=True)
+    entry = "positions" if name == "pruned" else "symbols"
+    key, state = f"0.thin.weight.{entry}", frozen.state_dict()
+    frozen.load_state_dict(state)
+    wrong = {**state, key: state[key].clone()}
+    wrong[key].view(-1)[3] = 240 if name == "pruned" else 100
+    with pytest.raises(RuntimeError, match=f"{entry} holds integers from"):
+        frozen.load_state_dict(wrong)
+    assert torch.equal(frozen.state_dict()[key], state[key])
+    if name == "pruned":
+        wrong[key] = state[key].flip(0)
+        with pytest.raises(RuntimeError, match="positions must rise"):
+            frozen.load_state_dict(wrong)
