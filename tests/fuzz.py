@@ -352,7 +352,7 @@ def work(folder, seed, deadline, first):
         examine(path, frameworks)
     limit(EXTRA_BYTES)
     number = first
-    while time.time() < deadline:
+    while number < first + 5 or time.time() < deadline:
         rng = random.Random(f"{seed}-{number}")
         data, done = changed(rng)
         path.write_bytes(data)

@@ -18,8 +18,9 @@ from deepthin.coding import huffman
 from deepthin.method import Bounded
 from deepthin.methods import fields
 from deepthin.methods.then import Then
+from deepthin.storage import read
 from deepthin.storage.arrays import Raw
-from deepthin.storage.budget import decode_bytes, largest_weight
+from deepthin.storage.budget import BYTES_A_NUMBER, Budget, decode_bytes, largest_weight
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.read import from_bytes
 from deepthin.storage.write import to_bytes
@@ -221,27 +222,41 @@ def check_decode_bytes(method, kind):
     assert abs(weight).max() <= largest_weight(method, most) * (1 + 1e-4), method
 
 
-@pytest.mark.parametrize("name", list(crafted.files()))
-def test_reading_takes_what_was_counted(name):
-    """The least cap with which a file loads is no less than what it takes, beyond a few times the file."""
-    data = crafted.files()[name]
-    low, high = 0, 1 << 20
-    from_bytes(data, max_bytes=high, finite=True, decoded=True)
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            from_bytes(data, max_bytes=middle, decoded=True)
-            high = middle
-        except FormatError as error:
-            assert "above the limit" in str(error)
-            low = middle
+def measured(call):
+    """Its result, and the most bytes that it had allocated at once."""
     tracemalloc.start()
-    contents = from_bytes(data, max_bytes=high, decoded=True)
-    arrays = [thin.decode() for thin in contents.thin.values()]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert arrays or name == "dense"
-    assert peak <= high + 4 * len(data) + (4 << 20)
+    try:
+        result = call()
+        return result, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("name", "method"), list(crafted.plans((250, 400))), ids=lambda value: str(value)[:70])
+def test_loading_takes_no_more_than_the_smallest_cap_that_it_has(name, method, tmp_path, monkeypatch):
+    """One byte less is refused; with that cap, memory stays below it and a few times the file."""
+    budgets = []
+
+    class Recorded(Budget):
+        def __init__(self, limit):
+            super().__init__(limit)
+            budgets.append(self)
+
+    monkeypatch.setattr(read, "Budget", Recorded)
+    code = method.init(np.random.default_rng(0), 0.1)
+    turned = name.startswith("k")
+    part = Part(method.shape[::-1] if turned else method.shape, 0.5, turned)
+    path = tmp_path / "m.thin"
+    path.write_bytes(to_bytes(Contents({"w": Thin(name, method, {"w": part}, crafted.raws(code))})))
+    deepthin.load(path)
+    cap = budgets[-1].kept + budgets[-1].passing
+    with pytest.raises(FormatError, match="above the limit"):
+        deepthin.load(path, max_bytes=cap - 1)
+    arrays, peak = measured(lambda: deepthin.load(path, max_bytes=cap))
+    assert arrays["w"].nbytes <= cap
+    tables = (4 << 20) if method.integers() else 0
+    assert peak <= cap + 4 * path.stat().st_size + 100_000 + tables, (cap, peak)
+    assert cap <= BYTES_A_NUMBER * method.shape[0] * method.shape[1]  # what loading into a model may take
 
 
 # What is not finite
@@ -260,9 +275,9 @@ def test_codes_must_be_finite(name, kind, value, tmp_path):
     thin = Thin(name, method, {"w": Part((12, 20))}, crafted.raws(code))
     path = tmp_path / "m.thin"
     path.write_bytes(to_bytes(Contents({"w": thin})))
-    for read in (deepthin.load, deepthin.inspect):
+    for reader in (deepthin.load, deepthin.inspect):
         with pytest.raises(FormatError, match=f"w/{entry} holds NaN or infinity: a code must be finite"):
-            read(path)
+            reader(path)
 
 
 @pytest.mark.parametrize("name", METHODS)

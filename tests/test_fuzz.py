@@ -1,6 +1,5 @@
 """What the fuzzer found once, so that it stays mended; and that the fuzzer notices what it must."""
 
-import json
 import random
 import subprocess
 import sys
@@ -64,7 +63,6 @@ def test_it_runs_and_reports(tmp_path):
     script = str(Path(fuzz.__file__))
     words = [sys.executable, script, "--seconds", "1", "--seed", "5", "--findings", str(tmp_path / "findings")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "seed 5" in done.stdout
-    assert "0 findings" in done.stdout.splitlines()[-1], done.stdout
-    assert not json.dumps(list(tmp_path.iterdir()), default=str).count("findings")
+    assert not list(tmp_path.iterdir())
