@@ -1,9 +1,9 @@
 """What reading a file may take: counted from its header, before anything is allocated (docs/format.md)."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from deepthin.coding import huffman
 from deepthin.coding.bits import width_of
@@ -59,7 +59,7 @@ class Budget:
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
+def named(name: str) -> Generator[None, None, None]:
     """Within it, too little memory is a FormatError that says for which tensor.
 
     Args:
@@ -94,7 +94,7 @@ def count_integers(budget: Budget, name: str, coding: Any, kind: Integers, numbe
     if not width_of(kind.count) and numbers > huffman.MOST_FREE:
         raise FormatError(f"{name} declares {numbers} numbers that take no bits; at most {huffman.MOST_FREE} may.")
     wide = kind.rising or kind.least + kind.count > 1 << 15
-    way = coding[0] if isinstance(coding, list) and coding else None
+    way = cast(list[Any], coding)[0] if isinstance(coding, list) and coding else None
     read = numbers
     if kind.rising and way in ("gaps", "huffman"):  # fillers too: each takes a bit at least
         read = max(numbers, min(numbers + kind.count, 8 * stored_bytes))

@@ -154,7 +154,16 @@ class ThinWeight(nn.Module):
         if self.rounds:
             self._coded.put(self._copies(), code)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Refuses integers that the method cannot have: native code and torch would read other weights from them."""
         for entry, kind in self.method.integers().items():
             values = state_dict.get(prefix + entry)
@@ -162,15 +171,17 @@ class ThinWeight(nn.Module):
                 continue
             least, most = int(values.min()), int(values.max())
             if not kind.least <= least <= most < kind.least + kind.count:
-                rest[-1].append(
+                error_msgs.append(
                     f"{prefix}{entry} holds integers from {least} to {most}; here they are from {kind.least} to "
                     f"{kind.least + kind.count - 1}."
                 )
                 return
             if kind.rising and bool((values.reshape(-1).diff() <= 0).any()):
-                rest[-1].append(f"{prefix}{entry} must rise: these are positions.")
+                error_msgs.append(f"{prefix}{entry} must rise: these are positions.")
                 return
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def floats(self) -> dict[str, Tensor]:
         """What ``decoder`` takes: its floats, rounded where the method rounds, and its integers.
