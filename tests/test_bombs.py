@@ -13,7 +13,7 @@ import pytest
 
 import crafted
 import deepthin
-from deepthin import METHODS, FormatError
+from deepthin import METHODS, FormatError, NonFiniteError
 from deepthin.coding import huffman
 from deepthin.method import Bounded
 from deepthin.methods import fields
@@ -361,3 +361,21 @@ def test_integers_out_of_range_do_not_come_by_a_state_dict(name, tmp_path):
         wrong[key] = state[key].flip(0)
         with pytest.raises(RuntimeError, match="positions must rise"):
             frozen.load_state_dict(wrong)
+
+
+def test_what_load_refuses_is_not_saved(tmp_path):
+    import torch
+    from torch import nn
+
+    import deepthin.torch as dt
+
+    model, path = nn.Sequential(nn.Linear(20, 12)), tmp_path / "m.thin"
+    with torch.no_grad():
+        model[0].bias[3] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"0\.bias holds NaN or infinity: nothing was written"):
+        dt.save(model, path)
+    assert not list(tmp_path.iterdir())
+    dt.save(model, path, finite=False)
+    with pytest.raises(FormatError, match=r"0\.bias holds NaN or infinity"):
+        dt.load(nn.Sequential(nn.Linear(20, 12)), path)
+    assert torch.equal(dt.load(nn.Sequential(nn.Linear(20, 12)), path, finite=False)[0].bias, model[0].bias)

@@ -26,7 +26,7 @@ from deepthin.storage.write import write
 COUNTER = ".num_batches_tracked"  # of torch's batch normalisation, which Keras does without
 
 
-def save(model: keras.Model, path: str | Path, max_bytes: int | None = None) -> int:
+def save(model: keras.Model, path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
     """Write all weights to a ``.thin`` file. Seed generators, optimisers and states of recurrent layers are left out.
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
@@ -35,16 +35,18 @@ def save(model: keras.Model, path: str | Path, max_bytes: int | None = None) -> 
         model: A built model, dense or thin.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+        finite: Whether to refuse NaN and infinity, as ``load`` does.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.
     """
-    return write(contents(model), path, max_bytes)
+    return write(contents(model), path, max_bytes, finite=finite)
 
 
 def load(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deepthin.tensorflow.variables import Variables
 
 
-def save(variables: "Variables", path: str | Path, max_bytes: int | None = None) -> int:
+def save(variables: "Variables", path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
     """Write all variables of a factory to a ``.thin`` file, matrices as (outputs, inputs).
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file. Variables
@@ -32,16 +32,18 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None)
         variables: The factory.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+        finite: Whether to refuse NaN and infinity, as ``load`` does.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.
     """
-    return write(contents(variables._state), path, max_bytes)
+    return write(contents(variables._state), path, max_bytes, finite=finite)
 
 
 def load(

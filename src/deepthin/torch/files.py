@@ -30,7 +30,7 @@ _TYPES = {
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
-def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> int:
+def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
     """Write all parameters and all saved buffers to a ``.thin`` file.
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
@@ -39,17 +39,19 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
         model: A dense or thin network.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+        finite: Whether to refuse NaN and infinity, as ``load`` does.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         TypeError: A tensor has a dtype or layout that the file cannot hold.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
     """
-    return write(contents(model), path, max_bytes)
+    return write(contents(model), path, max_bytes, finite=finite)
 
 
 def load(
