@@ -349,6 +349,8 @@ def work(folder, seed, deadline, first):
     path, frameworks = folder / "current.thin", readers()
     for data in list(crafted.files().values())[::25]:  # what is loaded late is, before memory is limited
         path.write_bytes(data)
+        if numpy_readers(path)[0] is None:
+            raise Finding("a file without changes is refused")
         examine(path, frameworks)
     limit(EXTRA_BYTES)
     number = first

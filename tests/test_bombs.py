@@ -20,7 +20,7 @@ from deepthin.methods import fields
 from deepthin.methods.then import Then
 from deepthin.storage import read
 from deepthin.storage.arrays import Raw
-from deepthin.storage.budget import BYTES_A_NUMBER, Budget, decode_bytes, largest_weight
+from deepthin.storage.budget import BYTES_A_NUMBER, WALK_BYTES, Budget, decode_bytes, largest_weight
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.read import from_bytes
 from deepthin.storage.write import to_bytes
@@ -257,6 +257,14 @@ def test_loading_takes_no_more_than_the_smallest_cap_that_it_has(name, method, t
     tables = (4 << 20) if method.integers() else 0
     assert peak <= cap + 4 * path.stat().st_size + 100_000 + tables, (cap, peak)
     assert cap <= BYTES_A_NUMBER * method.shape[0] * method.shape[1]  # what loading into a model may take
+
+
+def test_without_native_code_huffman_takes_what_was_counted():
+    symbols = np.random.default_rng(0).geometric(0.4, 100_000).clip(1, 16) - 1
+    data = huffman.encode(symbols, 4)
+    found, peak = measured(lambda: huffman.decode(data, 4, len(symbols)))
+    assert (found == symbols).all()
+    assert peak <= WALK_BYTES * len(data) + (4 << 20)
 
 
 # What is not finite

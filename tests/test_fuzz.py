@@ -21,6 +21,17 @@ def test_what_was_found_stays_mended(path):
     fuzz.examine(path, fuzz.readers())
 
 
+@pytest.mark.parametrize("name", list(crafted.files()))
+def test_unchanged_files_are_read(name, tmp_path):
+    """By the NumPy readers; that frameworks compute the same is tested where each of them is."""
+    header, tensors = crafted.taken_apart(crafted.files()[name])
+    path = tmp_path / "m.thin"
+    path.write_bytes(crafted.signed(header, tensors))
+    arrays, contents = fuzz.numpy_readers(path)
+    assert arrays["0.weight"].shape == (crafted.ROWS, crafted.COLS)
+    assert set(contents.thin) == set(header["thin"])
+
+
 def test_the_same_seed_gives_the_same_files():
     one, other = ([fuzz.changed(random.Random(f"7-{k}")) for k in range(40)] for _ in range(2))
     assert one == other

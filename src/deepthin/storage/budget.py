@@ -8,10 +8,12 @@ from typing import Any, cast
 from deepthin.coding import huffman
 from deepthin.coding.bits import width_of
 from deepthin.errors import FormatError
+from deepthin.kernels import products
 from deepthin.method import Bounded, Integers, Method
 
 BYTES_A_NUMBER = 128  # what loading into a model may take for each number that the model has
 LEAST_BYTES = 64 << 20  # what loading into a model may take, however small the model is
+WALK_BYTES = 640  # for each byte of a Huffman code, without native code
 _UNKNOWN_BYTES = 128  # for each weight, of a method that does not say what its decode takes
 
 
@@ -98,7 +100,10 @@ def count_integers(budget: Budget, name: str, coding: Any, kind: Integers, numbe
     read = numbers
     if kind.rising and way in ("gaps", "huffman"):  # fillers too: each takes a bit at least
         read = max(numbers, min(numbers + kind.count, 8 * stored_bytes))
-    budget.count(name, (8 if wide else 2) * numbers, 12 * read + (64 if wide else 20) * numbers)
+    work = 12 * read + (64 if wide else 20) * numbers
+    if way == "huffman" and not products.native_available:
+        work += WALK_BYTES * stored_bytes
+    budget.count(name, (8 if wide else 2) * numbers, work)
 
 
 def decode_bytes(method: Method, item_bytes: int) -> int:
