@@ -5,6 +5,7 @@ docs/format.md is normative for the codings. What is read is trusted in nothing:
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -80,8 +81,21 @@ class Raw:
 
     @property
     def data(self) -> Buffer:
-        """All bytes at once."""
-        return self.source if isinstance(self.source, Buffer) else b"".join(self.pieces())
+        """All bytes at once: where they lie, or else a copy, which may be written to."""
+        if isinstance(self.source, Buffer):
+            return self.source
+        copy, at = bytearray(self.bytes), 0
+        for piece in self.pieces():
+            copy[at : at + len(piece)] = piece
+            at += len(piece)
+        return copy
+
+    def checksum(self) -> int:
+        """CRC-32 of the bytes, piece by piece."""
+        value = 0
+        for piece in self.pieces():
+            value = zlib.crc32(piece, value)
+        return value
 
     def pieces(self) -> Iterator[Buffer]:
         """The bytes, one piece after the other."""
@@ -97,9 +111,10 @@ class Raw:
 
 def fits(raw: Raw) -> bool:
     """Whether the bytes have the shape and the type that are declared, which NumPy can hold."""
-    kind = "<u2" if raw.dtype == "BF16" else _NUMPY[raw.dtype]
+    if raw.bytes != ITEM_BYTES[raw.dtype] * math.prod(raw.shape):
+        return False
     try:
-        np.frombuffer(raw.data, kind).reshape(raw.shape)
+        np.broadcast_to(np.zeros((), "<u2" if raw.dtype == "BF16" else _NUMPY[raw.dtype]), raw.shape)
     except ValueError:
         return False
     return True
@@ -109,17 +124,18 @@ def largest(raw: Raw) -> float:
     """The largest magnitude of floating numbers, piece by piece: NaN if one is; 0 for numbers of other types."""
     if raw.dtype not in (*FLOATS, "C64") or not raw.bytes:
         return 0.0
-    kind, found = _NUMPY.get(raw.dtype, "<u2").replace("c8", "f4"), 0.0
-    numbers = np.frombuffer(raw.data, kind)
-    for first in range(0, len(numbers), PIECE_BYTES // 8):
-        piece = numbers[first : first + PIECE_BYTES // 8]
-        if raw.dtype == "BF16":
-            piece = (piece.astype("<u4") << np.uint32(16)).view("<f4")
-        most = float(max(piece.max(), -piece.min()))
-        if not math.isfinite(most):
-            return most
-        found = max(found, most)
-    return found
+    kind, magnitude = _NUMPY.get(raw.dtype, "<u2").replace("c8", "f4"), 0.0
+    for buffer in raw.pieces():
+        numbers = np.frombuffer(buffer, kind)
+        for first in range(0, len(numbers), PIECE_BYTES // 8):
+            piece = numbers[first : first + PIECE_BYTES // 8]
+            if raw.dtype == "BF16":
+                piece = (piece.astype("<u4") << np.uint32(16)).view("<f4")
+            most = float(max(piece.max(), -piece.min()))
+            if not math.isfinite(most):
+                return most
+            magnitude = max(magnitude, most)
+    return magnitude
 
 
 def dtype_name(dtype: np.dtype) -> str:

@@ -1,10 +1,12 @@
 """Bytes to contents. Reading trusts nothing: FormatError comes before anything large is allocated (docs/format.md)."""
 
 import collections
+import functools
 import json
 import math
+import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +17,19 @@ import safetensors
 from deepthin.errors import FormatError
 from deepthin.method import Method, matrix_shape
 from deepthin.methods import METHODS, THEN, with_fields
-from deepthin.storage.arrays import FLOATS, ITEM_BYTES, Coding, Raw, fits, largest, repeated, unpacked
+from deepthin.storage.arrays import FLOATS, ITEM_BYTES, PIECE_BYTES, Coding, Raw, fits, largest, repeated, unpacked
 from deepthin.storage.budget import Budget, count_integers, decode_bytes, named
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.report import Report, report_of
 from deepthin.storage.write import CHECKSUM, MAX_BYTES, VERSION
 
+IN_MEMORY_BYTES = 64 << 20
+"""Larger files are not read as a whole: their tensors are read when they are asked for."""
+_MOST_HEADER_BYTES = 100_000_000  # as safetensors
+_NO_HEADER = (
+    "{} is a safetensors file, but no .thin file: it has no deepthin header. "
+    "To compress such weights, run: deepthin compress --weights FILE."
+)
 _MOST_DIMENSIONS = 64  # what NumPy and torch can hold
 
 
@@ -68,14 +77,18 @@ def from_bytes(
     except MemoryError:
         raise FormatError(f"{where}: its header takes more memory than there is.") from None
     if header is None:
-        raise FormatError(
-            f"{where} is a safetensors file, but no .thin file: it has no deepthin header. "
-            "To compress such weights, run: deepthin compress --weights FILE."
-        )
+        raise FormatError(_NO_HEADER.format(where))
     if data[-4:] != zlib.crc32(memoryview(data)[:-4]).to_bytes(4, "little"):
         raise FormatError(f"{where} is damaged: the checksum of {_damaged(header, tensors)} does not match.")
+    return _checked(header, tensors, where, Budget(max_bytes), finite, decoded)
+
+
+def _checked(
+    header: Any, tensors: dict[str, Raw], where: str, budget: Budget, finite: bool, decoded: bool, codes: bool = True
+) -> Contents:
+    """Contents of a file whose structure and checksum are right; FormatError, which names the file, if they are not."""
     try:
-        return _contents(header, tensors, Budget(max_bytes), finite, decoded)
+        return _contents(header, tensors, budget, finite, decoded, codes)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -104,11 +117,13 @@ def _damaged(header: Any, tensors: Mapping[str, Raw]) -> str:
     """Names of the tensors whose checksums do not match, as far as the header can still be read."""
     sums: Any = cast(Any, header).get("crc32") if isinstance(header, dict) else None
     sums = cast(Any, sums) if isinstance(sums, dict) else {}
-    wrong = [name for name, raw in tensors.items() if name in sums and sums[name] != f"{zlib.crc32(raw.data):08x}"]
+    wrong = [name for name, raw in tensors.items() if name in sums and sums[name] != f"{raw.checksum():08x}"]
     return ", ".join(wrong) or "its header"
 
 
-def _contents(header: Any, tensors: dict[str, Raw], budget: Budget, finite: bool, decoded: bool) -> Contents:
+def _contents(
+    header: Any, tensors: dict[str, Raw], budget: Budget, finite: bool, decoded: bool, codes: bool
+) -> Contents:
     """Check the header, which is untrusted, against the tensors that are present."""
     if header["version"] != VERSION or type(header["version"]) is not int:
         raise FormatError(f"it is of format version {header['version']!r}; this deepthin reads version {VERSION}.")
@@ -116,7 +131,7 @@ def _contents(header: Any, tensors: dict[str, Raw], budget: Budget, finite: bool
         raise FormatError(f"its header has the keys {sorted(header)}.")
     if (checksum := tensors.pop(CHECKSUM, None)) is None or (checksum.dtype, checksum.shape) != ("U8", (4,)):
         raise FormatError("it has no checksum.")
-    if header["crc32"] != {name: f"{zlib.crc32(raw.data):08x}" for name, raw in tensors.items()}:
+    if header["crc32"] != {name: f"{raw.checksum():08x}" for name, raw in tensors.items()}:
         raise FormatError("the checksums in its header are not those of its tensors.")
     for name, raw in tensors.items():
         if raw.dtype not in ITEM_BYTES:
@@ -131,11 +146,11 @@ def _contents(header: Any, tensors: dict[str, Raw], budget: Budget, finite: bool
             "If you trust the file, pass a larger max_bytes."
         )
     for name, plan in plans.items():
-        _count(name, plan, tensors, budget, decoded)
+        _count(name, plan, tensors, budget, decoded, codes)
     thin: dict[str, Thin] = {}
     for name, plan in plans.items():
         with named(name):
-            thin[name] = _thin(name, plan, tensors)
+            thin[name] = _thin(name, plan, tensors, codes)
     for name, raw in tensors.items():
         if finite and not math.isfinite(largest(raw)):
             raise FormatError(f"{name} holds NaN or infinity. If that is as it should be, pass finite=False.")
@@ -198,13 +213,13 @@ def _plan(name: str, entry: Any) -> _Plan:
     return _Plan(entry["method"], method, parts, codings)
 
 
-def _count(name: str, plan: _Plan, tensors: Mapping[str, Raw], budget: Budget, decoded: bool) -> None:
+def _count(name: str, plan: _Plan, tensors: Mapping[str, Raw], budget: Budget, decoded: bool, codes: bool) -> None:
     """Count what a matrix takes; FormatError if that is too much."""
     method, integers, item_bytes = plan.method, plan.method.integers(), plan.item_bytes(name, tensors)
     for key, shape in method.code_shapes().items():
         own, numbers, raw = f"{name}/{key}", math.prod(shape), tensors.get(f"{name}/{key}")
         stored_bytes = 0 if raw is None else raw.bytes
-        if key in integers:
+        if key in integers and codes:
             count_integers(budget, own, plan.codings[key], integers[key], numbers, stored_bytes)
             continue
         if key in plan.codings:
@@ -217,14 +232,19 @@ def _count(name: str, plan: _Plan, tensors: Mapping[str, Raw], budget: Budget, d
         budget.count(name, plan.dense_bytes(name, tensors), work)
 
 
-def _thin(name: str, plan: _Plan, tensors: dict[str, Raw]) -> Thin:
-    """A compressed matrix, taken from the tensors; FormatError if these are not what its plan demands."""
+def _thin(name: str, plan: _Plan, tensors: dict[str, Raw], codes: bool) -> Thin:
+    """A compressed matrix, taken from the tensors; FormatError if these are not what its plan demands.
+
+    Without ``codes``, integers stay as the file has them, unread, and placeholders stand for them.
+    """
     method, integers, codings = plan.method, plan.method.integers(), plan.codings
     code: dict[str, Raw] = {}
     stored: dict[str, tuple[Raw, Coding | None]] = {}
     for key, expected in method.code_shapes().items():
         raw = tensors.pop(f"{name}/{key}", None)
-        if key in integers:
+        if key in integers and not codes and raw is not None:
+            code[key] = Raw.zeros("I64", expected)
+        elif key in integers:
             code[key] = unpacked(f"{name}/{key}", raw, codings[key], integers[key], expected)
         elif key in codings:
             code[key] = repeated(f"{name}/{key}", raw, codings[key], expected)
@@ -282,7 +302,93 @@ def read(path: str | Path, max_bytes: int = MAX_BYTES, *, finite: bool = True, d
         FormatError: The file is damaged, is no ``.thin`` file, or takes more than ``max_bytes``.
         OSError: The file cannot be read.
     """
+    if Path(path).stat().st_size > IN_MEMORY_BYTES:
+        return _streamed(path, max_bytes, finite, decoded)
     return from_bytes(Path(path).read_bytes(), str(path), max_bytes, finite=finite, decoded=decoded)
+
+
+class _OpenFile:
+    """A file whose bytes are read in pieces, whenever they are asked for; closed when nothing refers to it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self._file = str(path), Path(path).open("rb")  # noqa: SIM115 -- closed with the object
+        self.bytes = os.fstat(self._file.fileno()).st_size
+
+    def at(self, first: int, count: int) -> bytes:
+        """Bytes from a place on; FormatError if the file has become shorter."""
+        data = os.pread(self._file.fileno(), count, first)
+        if len(data) < count:
+            raise FormatError(f"{self.path} changed while it was read.")
+        return data
+
+    def pieces(self, first: int, count: int, checksum: int | None = None) -> Iterator[bytes]:
+        """Bytes in pieces; FormatError at their end if they do not have the checksum."""
+        value = 0
+        for at in range(first, first + count, PIECE_BYTES):
+            piece = self.at(at, min(PIECE_BYTES, first + count - at))
+            value = zlib.crc32(piece, value)
+            yield piece
+        if checksum is not None and value != checksum:
+            raise FormatError(f"{self.path} changed while it was read.")
+
+    def __del__(self) -> None:
+        if (file := self.__dict__.get("_file")) is not None:
+            file.close()
+
+
+def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, codes: bool = True) -> Contents:
+    """As ``from_bytes``, of a file that need not fit into memory: its tensors are read when they are asked for."""
+    file, where = _OpenFile(path), str(path)
+    try:
+        length = int.from_bytes(file.at(0, 8), "little")
+        if length > min(_MOST_HEADER_BYTES, file.bytes - 8):
+            raise ValueError(f"its header would take {length} bytes")
+        index = _parsed(file.at(8, length).decode())
+        places = _places(index, file.bytes - 8 - length)
+        metadata: Any = index.get("__metadata__") or {}
+        header: Any = _parsed(metadata["deepthin"]) if "deepthin" in metadata else None
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise FormatError(f"{where} is damaged, or no .thin file: {error}.") from None
+    if header is None:
+        raise FormatError(_NO_HEADER.format(where))
+    tensors = {
+        name: Raw(kind, shape, functools.partial(file.pieces, 8 + length + start, end - start))
+        for name, (kind, shape, start, end) in places.items()
+    }
+    whole = 0
+    for piece in file.pieces(0, file.bytes - 4):
+        whole = zlib.crc32(piece, whole)
+    if file.at(file.bytes - 4, 4) != whole.to_bytes(4, "little"):
+        raise FormatError(f"{where} is damaged: the checksum of {_damaged(header, tensors)} does not match.")
+    for name, (kind, shape, start, end) in places.items():  # what is read later must be what was checked
+        pieces = functools.partial(file.pieces, 8 + length + start, end - start, tensors[name].checksum())
+        tensors[name] = Raw(kind, shape, pieces)
+    return _checked(header, tensors, where, Budget(max_bytes), finite, decoded, codes)
+
+
+def _places(index: Any, data_bytes: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Type, shape and place of each tensor; ValueError unless they fill the data, one after the other."""
+    places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    for name, entry in index.items():
+        if name == "__metadata__":
+            continue
+        kind, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if len(entry) != 3 or kind not in ITEM_BYTES or type(start) is not int or type(end) is not int:
+            raise ValueError(f"{name} is described as {entry}")
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in cast(list[Any], shape)):
+            raise ValueError(f"{name} has the shape {shape}")
+        sizes = cast(list[int], shape)
+        if not 0 <= start <= end or end - start != ITEM_BYTES[kind] * math.prod(sizes):
+            raise ValueError(f"{name} of shape {shape} and type {kind} cannot have {end - start} bytes")
+        places[name] = kind, tuple(sizes), start, end
+    at = 0
+    for name, (_, _, start, end) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if start != at:
+            raise ValueError(f"{name} begins at byte {start} of the data, not at {at}")
+        at = end
+    if at != data_bytes:
+        raise ValueError(f"its tensors have {at} bytes, but the data {data_bytes}")
+    return places
 
 
 def check_weights(contents: Contents, where: str, most: Mapping[str, float]) -> None:
@@ -360,4 +466,6 @@ def inspect(path: str | Path, max_bytes: int = MAX_BYTES) -> Report:
         FormatError: The file is damaged, is no ``.thin`` file, or takes more than ``max_bytes``.
         OSError: The file cannot be read.
     """
+    if Path(path).stat().st_size > IN_MEMORY_BYTES:
+        return report_of(_streamed(path, max_bytes, finite=False, decoded=False, codes=False))
     return report_of(read(path, max_bytes, finite=False))

@@ -246,8 +246,10 @@ def _tensor(raw: Raw) -> Tensor:
     """A tensor that uses the stored bytes, without a copy where these are writable."""
     if not raw.bytes:
         return torch.empty(raw.shape, dtype=_TYPES[raw.dtype])
-    data = raw.data if isinstance(raw.data, bytearray) else bytearray(raw.data)
-    return torch.frombuffer(data, dtype=_TYPES[raw.dtype]).view(raw.shape)
+    data = raw.data  # of a large file, a copy that was made now
+    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=_TYPES[raw.dtype]).view(
+        raw.shape
+    )
 
 
 def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tensor]) -> Contents:
