@@ -503,6 +503,21 @@ def test_outputs_first(tmp_path):
     assert same(thin.product(x, "net/embedding"), x @ table)
 
 
+def test_names_that_look_like_patterns_mean_themselves():
+    shapes = {"fc[0]/kernel": (40, 30), "fc0/kernel": (40, 30), "e[0]": (30, 20), "e0": (30, 20)}
+    rules = {"rules": {"fc[0].kernel": {"ratio": 0.3}}}
+    thin = dtf.Variables(rules, shapes=shapes, outputs_first=["e[0]"])
+    for name in shapes:
+        thin.get(name)
+    assert {v.name.split(":")[0] for v in thin.trainable_variables} == {
+        "fc[0]/kernel/wf", "fc[0]/kernel/xf", "fc0/kernel", "e[0]", "e0",
+    }  # fmt: skip
+    assert {row.name: row.shape for row in thin.report().rows if row.name[0] == "e"} == {
+        "e[0]": (30, 20),
+        "e0": (20, 30),
+    }
+
+
 # ---- The page and the benchmark --------------------------------------------------------------------------------------
 
 

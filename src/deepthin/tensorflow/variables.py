@@ -80,6 +80,7 @@ class Variables(tf.Module):
         self._state = State((parsed, seed), tuple(outputs_first))
         if shapes is not None and parsed is not None:
             named = {dotted(name): tuple(map(int, shape)) for name, shape in shapes.items()}
+            self._state.planned = dict.fromkeys(named)  # the names, by which patterns are read
             self._state.planned = plan_all(parsed, [self._tensor(name, shape) for name, shape in named.items()])
 
     def get(
@@ -377,7 +378,10 @@ class Variables(tf.Module):
 
     def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
         """The permutation from the model's axes to the file's: outputs, inputs, places of the kernel."""
-        if len(shape) < 2 or any(fnmatch.fnmatchcase(name, dotted(p)) for p in self._state.outputs_first):
+        patterns = [dotted(pattern) for pattern in self._state.outputs_first]
+        known = {*self._state.entries, *(self._state.planned or ())}  # exact names win over patterns
+        globs = [pattern for pattern in patterns if pattern not in known]
+        if len(shape) < 2 or name in patterns or any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             return Layout()
         last = len(shape) - 1
         return Layout((last, last - 1, *range(last - 1)))
