@@ -507,8 +507,8 @@ def test_names_that_look_like_patterns_mean_themselves():
     shapes = {"fc[0]/kernel": (40, 30), "fc0/kernel": (40, 30), "e[0]": (30, 20), "e0": (30, 20)}
     rules = {"rules": {"fc[0].kernel": {"ratio": 0.3}}}
     thin = dtf.Variables(rules, shapes=shapes, outputs_first=["e[0]"])
-    for name in shapes:
-        thin.get(name)
+    for name, shape in shapes.items():
+        thin.get(name, shape)
     assert {v.name.split(":")[0] for v in thin.trainable_variables} == {
         "fc[0]/kernel/wf", "fc[0]/kernel/xf", "fc0/kernel", "e[0]", "e0",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which tensors a pattern reaches: an exact name, a glob, or a regular expression, over names of modules and tensors."""
+"""Which tensors a pattern reaches: an exact name, or a glob or regular expression over names of modules and tensors."""
 
 import fnmatch
 import itertools

@@ -211,11 +211,11 @@ def _reached(names: Names, pattern: str, where: str) -> list[Tensor]:
 
 def _shadowed(rule: Rule, earlier: Sequence[Rule]) -> str:
     """The message for a rule whose tensors earlier rules have all matched."""
-    patterns = ", ".join(dict.fromkeys(repr(other.pattern) for other in earlier))
-    many = patterns.count(",")
+    patterns = list(dict.fromkeys(repr(other.pattern) for other in earlier))
+    before = f"the rule {patterns[0]} before it matches" if len(patterns) == 1 else f"{', '.join(patterns)} match"
     return (
-        f"rule {rule.pattern!r} has no effect: the first match wins, and the rule{'s' if many else ''} {patterns} before "
-        f"it match{'' if many else 'es'} all of its tensors. Move {rule.pattern!r} up, or leave it out."
+        f"rule {rule.pattern!r} has no effect: the first match wins, and {before} all of its tensors. "
+        f"Move {rule.pattern!r} up, or leave it out."
     )
 
 
