@@ -142,7 +142,7 @@ def importance_for(planned: Planned, importance: Mapping[str, Tensor]) -> list[T
 
     Args:
         planned: A tensor or a group.
-        importance: Parameter name -> importance, as in ``compress``; a shared tensor may have it under any of its names.
+        importance: Parameter name -> importance, as in ``compress``; under any name of a shared tensor.
 
     Returns:
         One tensor for each of the plan's, of its shape; None if none is given. Where a rule shares the projection of
