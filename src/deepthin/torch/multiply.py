@@ -192,7 +192,7 @@ class Factored:
         self.name: costs.Path = name
 
     def applies(self, case: Case) -> bool:
-        """As ``Way.applies``: for plans that have this way, where native code cannot read the operands; no empty batches."""
+        """As ``Way.applies``: where the plan has this way and native code cannot read the operands, batch > 0."""
         return case.window is not None and not case.native and case.batch > 0 and self.name in _factored(case)
 
     def cost(self, case: Case) -> float:
@@ -224,7 +224,7 @@ class NativeFactored(Factored):
     """The structured product of two factors in native code, float32 on the CPU; the operator in a compiled graph."""
 
     def applies(self, case: Case) -> bool:
-        """As ``Way.applies``: for plans that have this way, where native code can read the operands; no empty batches."""
+        """As ``Way.applies``: where the plan has this way and native code can read the operands; no empty batches."""
         return case.window is not None and case.native and case.batch > 0 and self.name in _factored(case)
 
     def _product(
@@ -289,7 +289,7 @@ class SymbolLookUp:
     name: costs.Path = "symbols"
 
     def applies(self, case: Case) -> bool:
-        """As ``Way.applies``: a single matrix, small batches, no gradient needed, and look-ups are fast on this processor."""
+        """As ``Way.applies``: a single matrix, few items, no gradient, and a processor with fast look-ups."""
         if not (isinstance(case.method, Symbols) and case.direct and case.whole and case.native and case.detached):
             return False
         return case.dense_ready and costs.symbols_pay(case.method, case.batch, case.levels)
