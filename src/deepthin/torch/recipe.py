@@ -115,7 +115,7 @@ class Recipe:
         return False
 
     def _begin(self) -> None:
-        """Make the plans, from measured losses if the rules ask for it, and start to thin by each one's first method."""
+        """Make the plans, from measured losses if the rules ask for it, and start to thin by their first methods."""
         rules, (tensors, owners) = self.rules, tensors_of(self.model)
         if rules.allocation is None and self.loss is not None:
             rules = allocate(self.model, rules, self.loss)
