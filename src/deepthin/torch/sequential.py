@@ -24,7 +24,7 @@ class ThinSequential(nn.Sequential):
     _runs: "tuple[tuple[nn.Module, ...], list[tuple[list[nn.Module], Any]]] | None" = None
 
     def forward(self, input: Any) -> Any:
-        """Run the modules in order; in evaluation, thin linear layers and the rectifiers between them in one native call.
+        """Run the modules in order; in evaluation, thin linear layers and rectifiers in one native call.
 
         Args:
             input: What the first module takes.

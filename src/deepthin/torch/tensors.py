@@ -64,8 +64,8 @@ class Encoded(EncodedOnce[Tensor, ThinWeight]):
             The weight as a layer uses it, and as a file stores it.
 
         Raises:
-            ConfigError: Members of a group cannot share a code, only some have importance, a tensor is on the meta device, or
-                a padding row is not zero.
+            ConfigError: Members of a group cannot share a code, only some have importance, a tensor is on the meta
+                device, or a padding row is not zero.
             NonFiniteError: A weight has a NaN or an infinity.
         """
         names, dense, parts = [t.name for t in planned.tensors], self.dense(planned), parts_of(planned)
