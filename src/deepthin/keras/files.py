@@ -61,7 +61,7 @@ def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None =
 
     Raises:
         ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
-        FormatError: The file is damaged, or is no ``.thin`` file.
+        FormatError: The file is damaged, or is not a ``.thin`` file.
         OSError: The file cannot be read.
     """
     held = tensors(model)

@@ -59,7 +59,7 @@ def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | No
     Raises:
         ConfigError: The file lacks an existing variable, or stores it in another shape or by another plan. The factory
             is unchanged.
-        FormatError: The file is damaged, or is no ``.thin`` file.
+        FormatError: The file is damaged, or is not a ``.thin`` file.
         OSError: The file cannot be read.
     """
     stored = renamed(read(path), {name: dotted(own) for name, own in (names or {}).items()}, str(path))
