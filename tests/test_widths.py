@@ -254,10 +254,10 @@ def test_the_report_is_a_table():
     model, batches = scored([10, 20, 30, 90, 40])
     assert str(dt.trim(model, batches)).splitlines() == [
         "layer       before  after  mean APoZ  not trimmed, because",
-        "-" * 74,
+        "-" * 77,
         "0                5      4      0.380",
         "2                                     it is followed by output, not by a ReLU",
-        "-" * 74,
+        "-" * 77,
         "parameters     512    410",
     ]  # fmt: skip
 
@@ -322,7 +322,7 @@ class Reads(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(600, 2)), "0", "its units go into 2."),
         (plain(), "1", "1 is ReLU, not an nn.Linear or nn.Conv2d that the model calls."),
         (plain(), "nine", "The model has no layer 'nine'. Layers followed by a ReLU: 0, 2."),
-        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), "", "is ParametrizedLinear, no nn.Linear"),
+        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), "", "is ParametrizedLinear, not an nn.Linear"),
     ],
 )  # fmt: skip
 def test_a_layer_that_cannot_be_trimmed_is_told_with_the_reason(model, layer, message):
