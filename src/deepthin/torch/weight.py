@@ -13,28 +13,33 @@ from torch import Tensor, nn
 
 from deepthin.kernels import products
 from deepthin.kernels.costs import Path
-from deepthin.method import Flat, Method, Symbols
+from deepthin.method import Code, Flat, Method, Symbols
 from deepthin.methods.factor import Factored, Window
 from deepthin.methods.float_coding import FloatCoding, inner_of
-from deepthin.plan.start import Start, drawn, encoded
+from deepthin.plan.start import Start, drawn, encoded, generator
 from deepthin.storage.contents import Part
 from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
+from deepthin.torch.state import CodeState, is_sharded, smallest_type
 from deepthin.torch.tracing import is_traced, is_transformed
 
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_ROUNDING = 1e-6  # of the largest float: two decodings of one code may differ by that
 _TORCH = cast(Any, torch)
 
 
-class ThinWeight(nn.Module):
+class ThinWeight(CodeState):
     """One matrix in compressed form, and the tensors that are cut from it: one, or those of a group.
 
     Parameters are the latent floats: those of the code or, where the method trains ``through`` its rounding and the
-    weight is not ``frozen``, the floats before rounding. Integers of the code that do not follow from these are
-    buffers; tables that follow from the method's fields are buffers that are not saved.
+    weight is not ``frozen``, the floats before rounding. Integers of the code that do not follow from these, and tables
+    that follow from the method's fields, are neither parameters nor buffers (``deepthin.torch.state``).
+
+    A state dict holds the parameters, the integers and, of what is rounded, the code too: a loaded code may differ from
+    what its floats give when they are encoded again.
 
     Args:
         name: Name of the method, as files and reports have it.
@@ -51,6 +56,7 @@ class ThinWeight(nn.Module):
         plans: For each tensor its window in the factors' product; None where it must be decoded.
     """
 
+    origin: tuple[str, int, float] = ("", 0, 1.0)  # of a start from scratch: name of the first tensor, seed, spread
     _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
 
     def __init__(
@@ -66,22 +72,14 @@ class ThinWeight(nn.Module):
         self.name, self.method, self.parts = name, method, tuple(parts)
         self.rounds = method.trains == "through" and not frozen
         self._prepare()
-        device, tables = next(iter(code.values())).device, method.derived()
-        self._tables = tuple(tables)
-        for entry, table in tables.items():
-            self.register_buffer(entry, torch.from_numpy(table).to(device), persistent=False)
         state = dict(code)
         if self.rounds:
+            floats = latents or self._coding.decode({**code, **_placed(method.derived(), code)}, _TORCH)
             state = {entry: code[entry] for entry in self.decoder.integers()}
-            state |= latents or self._decode_floats(code)
-        if self._has_symbols:
-            state["symbols"] = state["symbols"].to(_symbol_type(method))
-        self._entries = tuple(state)
-        for entry, value in state.items():
-            if value.is_floating_point():
-                self.register_parameter(entry, nn.Parameter(value))
-            else:
-                self.register_buffer(entry, value)
+            state |= {entry: floats[entry] for entry in self.decoder.code_shapes()}
+        self._register(state, method.integers())
+        self._coded_entries = tuple(entry for entry in method.code_shapes() if self.rounds and entry not in state)
+        self._prepare_tables()
         if self.rounds and latents is None:
             self._coded.put(self._copies(), dict(code))
 
@@ -99,6 +97,7 @@ class ThinWeight(nn.Module):
         )
         self._operator_pays = tuple(plan is not None and multiply.operator_pays(plan) for plan in self.plans)
         self._has_symbols = self.direct and isinstance(self.decoder, Symbols)
+        self._indices = frozenset(entry for entry in self.method.integers() if not entry.endswith("symbols"))
         self._coded: StateCache[dict[str, Tensor]] = StateCache()
         self._floats: StateCache[dict[str, Tensor]] = StateCache()
         # Copies of the state, and index -> dense tensor with its version
@@ -194,15 +193,79 @@ class ThinWeight(nn.Module):
         Args:
             code: Entry -> tensor, of the present shapes.
         """
-        state = self.state()
-        like = next(iter(state.values()))
-        code = {entry: tensor.to(like.device) for entry, tensor in code.items()}
+        device = self._device() or next(iter(code.values())).device
+        code = {entry: tensor.to(device) for entry, tensor in code.items()}
         with torch.no_grad():
             new = {**code, **self._decode_floats(code)} if self.rounds else code
-            for entry, now in state.items():
-                now.copy_(new[entry])
+            self._fill(new)
         if self.rounds:
             self._coded.put(self._copies(), code)
+
+    def reset_parameters(self) -> None:
+        """Draw new values, as torch's layers do; the same numbers for the same tensor name and seed.
+
+        For weights that were allocated without values: a model built on the meta device, then ``to_empty``. A matrix
+        has the spread of ``compress(init="scratch")``; a vector is zero.
+        """
+        name, seed, std = self.origin
+        if len(self.parts) == 1 and len(self.parts[0].shape) < 2:
+            code, latents = encoded(self.method, self.parts, [np.zeros(self.parts[0].shape, np.float32)])
+        else:
+            code, latents = drawn(self.method, generator(name, seed), std)
+        shown = code if latents is None or not self.rounds else {**code, **latents}
+        with torch.no_grad():
+            self._fill({entry: torch.from_numpy(np.ascontiguousarray(array)) for entry, array in shown.items()})
+        self._empty = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        floats = [value for value in self._parameters.values() if value is not None]
+        if not self._coded_entries or any(map(is_sharded, floats)):
+            return
+        integers, shapes = self.method.integers(), self.method.code_shapes()
+        code = self.code() if self.has_values() else None
+        for entry in self._coded_entries:
+            kind = smallest_type(integers[entry]) if entry in integers else floats[0].dtype
+            value = torch.empty(shapes[entry], dtype=kind, device="meta") if code is None else code[entry].to(kind)
+            destination[prefix + entry] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {entry: state_dict[prefix + entry] for entry in self._all_entries() if prefix + entry in state_dict}
+        args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        known = {prefix + entry for entry in self._all_entries()}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in known]
+        code = {entry: given[entry].detach() for entry in self.method.code_shapes() if entry in given}
+        if error_msgs or len(code) < len(self.method.code_shapes()) or any(t.is_meta for t in code.values()):
+            return
+        floats = self.decoder.code_shapes().keys() - self.decoder.integers().keys()
+        if self.rounds and floats <= given.keys():  # a code whose floats these are, not one that has changed since
+            device = self._device()
+            code = {entry: value.to(device) for entry, value in code.items()}
+            decoded = self._decode_floats(code)
+            if all(_near(decoded[entry], cast(Tensor, self._parameters[entry])) for entry in floats):
+                self._coded.put(self._copies(), code)
+        elif self.rounds and not any(value is None or value.is_meta for value in self._parameters.values()):
+            missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in floats]
+            self.set_code(code)  # of a frozen weight
+
+    def _all_entries(self) -> set[str]:
+        """Entries that a state dict of this weight may have, were it frozen or not."""
+        return {*self._entries, *self.method.code_shapes(), *self._coding.decoder.code_shapes()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_coded_entries", ()):
+            return self.code()[name]
+        return super().__getattr__(name)
 
     def floats(self) -> dict[str, Tensor]:
         """The code that ``decoder`` takes: floats, rounded where the method rounds, and integers.
@@ -233,14 +296,6 @@ class ThinWeight(nn.Module):
         # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
         return {e: (t - t.detach()) + rounded[e] if t.is_floating_point() else t for e, t in state.items()}
 
-    def state(self) -> dict[str, Tensor]:
-        """Latents and stored integers, from which everything else follows.
-
-        Returns:
-            Entry -> the parameter or buffer itself.
-        """
-        return {entry: getattr(self, entry) for entry in self._entries}
-
     def _copies(self) -> list[Tensor]:
         with torch.inference_mode(False), torch.no_grad():
             return [entry.detach().clone() for entry in self.state().values()]
@@ -266,10 +321,17 @@ class ThinWeight(nn.Module):
 
     def _decode_floats(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The decoder's code, from the stored entries."""
-        return self._coding.decode({**code, **self._derived()}, _TORCH)
+        return self._coding.decode({**self._wide(code), **self._derived()}, _TORCH)
 
-    def _derived(self) -> dict[str, Tensor]:
-        return {entry: getattr(self, entry) for entry in self._tables}
+    def _wide(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Integers that are no symbols in 64 bits, in which they index; symbols are widened by the methods."""
+        return {
+            entry: value.long() if entry in self._indices and not value.is_floating_point() else value
+            for entry, value in code.items()
+        }
+
+    def _tables_of_method(self) -> Code:
+        return self.method.derived()
 
     def forward(self, index: int = 0) -> Float[Tensor, "..."]:
         """Decode a tensor.
@@ -467,8 +529,9 @@ class ThinWeight(nn.Module):
         if csr is None:
             with torch.inference_mode(False), torch.no_grad():
                 positions = positions.clone()
-                starts = torch.searchsorted(positions, torch.arange(rows + 1) * cols)
-                columns = (positions % cols).numpy().astype(np.int32)
+                wide = positions.long()
+                starts = torch.searchsorted(wide, torch.arange(rows + 1) * cols)
+                columns = (wide % cols).numpy().astype(np.int32)
                 csr = self._sparse.put([positions], (columns, starts.numpy()))
         return csr
 
@@ -486,7 +549,7 @@ class ThinWeight(nn.Module):
 
     def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
         (start, stop), decoder = self._cuts[index], self.decoder
-        code = {**self._derived(), **floats}
+        code = {**self._derived(), **self._wide(floats)}
         if isinstance(decoder, Flat):
             flat = decoder.decode_flat(code, start, stop, _TORCH)
         else:
@@ -518,6 +581,7 @@ class ThinWeight(nn.Module):
             "_sparse",
             "_windows",
             "_coding",
+            "_held_tables",
             "decoder",
             "plans",
             "direct",
@@ -526,7 +590,7 @@ class ThinWeight(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Pickles of version 0.1 have the loaded code as a tuple."""
+        """Pickles of version 0.1 have the loaded code as a tuple, and integers and tables as buffers."""
         super().__setstate__(state)
         coded = self.__dict__.get("_coded")
         self._prepare()
@@ -534,6 +598,24 @@ class ThinWeight(nn.Module):
             self._coded = coded
         elif coded is not None:
             self._coded.put(*coded)
+        if "_exact" not in self.__dict__:
+            self.__dict__.pop("_tables", None)
+            held = {entry: self._buffers.pop(entry) for entry in list(self._buffers)}
+            floats = {entry: self._parameters.pop(entry) for entry in list(self._parameters)}
+            entries = self.decoder.code_shapes() if self.rounds else self.method.code_shapes()
+            values = {entry: floats[entry] if entry in floats else held[entry] for entry in entries}
+            trainable = {entry for entry, value in floats.items() if value is not None and value.requires_grad}
+            self._register({e: cast(Tensor, value).detach() for e, value in values.items()}, self.method.integers())
+            for entry, parameter in self._parameters.items():
+                cast(Tensor, parameter).requires_grad_(entry in trainable)
+            self._coded_entries = tuple(e for e in self.method.code_shapes() if self.rounds and e not in values)
+        self._prepare_tables()
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether floats are equal up to the rounding of two devices or processors."""
+    scale = other.detach().abs().max() if other.numel() else 0.0
+    return one.shape == other.shape and bool(((one - other.detach()).abs() <= _ROUNDING * scale).all())
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -548,10 +630,10 @@ def _tensors(arrays: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
     return {e: t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device) for e, t in made.items()}
 
 
-def _symbol_type(method: Method) -> torch.dtype:
-    """The dtype of a method's symbols: one byte where they fit, as native code reads them."""
-    symbols = method.integers()["symbols"]
-    return torch.int16 if symbols.count > 256 else torch.int8 if symbols.least < 0 else torch.uint8
+def _placed(tables: Code, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tables of a method, on the device of its code."""
+    device = next(iter(code.values())).device
+    return {entry: torch.from_numpy(table).to(device) for entry, table in tables.items()}
 
 
 class ThinPart(nn.Module):
