@@ -17,7 +17,7 @@ NAMES = ("fc1", "fc2", "output")
 
 
 def network(thin: dtf.Variables, frames: tf.Tensor) -> tf.Tensor:
-    """The scores of the states. In TensorFlow 1 these lines would declare variables; here most are generated tensors."""
+    """The scores of the states: most kernels are generated; in TensorFlow 1, they were declared as variables."""
     x = frames
     for name, inputs, outputs in zip(NAMES, SIZES[:-1], SIZES[1:], strict=True):
         x = thin.product(x, f"{name}/kernel", (inputs, outputs)) + thin.get(f"{name}/bias", (outputs,))
