@@ -175,7 +175,7 @@ def compare(
         Path | None,
         typer.Option(
             help="The .thin file of a trained dense network, such as runs/demo/models/dense-seed0.thin: all networks "
-            "but the dense one learn from it too."
+            "but dense and int8 learn from it too."
         ),
     ] = None,
     teacher_kind: Annotated[

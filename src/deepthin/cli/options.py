@@ -32,8 +32,8 @@ Depth = Annotated[
 OwnModel = Annotated[
     str | None,
     typer.Option(
-        help="Your network instead of a task: `package.module:factory`; with an argument `width`, compare also runs "
-        "same-size."
+        help="Your network instead of a task: `package.module:factory`; with an argument `width`, compare can run "
+        "same-size too."
     ),
 ]
 OwnTrain = Annotated[str | None, typer.Option(help="The function that trains it: `package.module:fit`.")]

@@ -211,8 +211,8 @@ def _charts(points: Sequence[Point]) -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = [{"title": "Error against size", "x": "bytes", "speed": False, "note": note}]
     if any(point.test and point.microseconds for point in points):
         note = (
-            "Medians for one item, all networks timed in turn in one run on one thread: dense, int8 and every method at "
-            "every size."
+            "Medians for one item, all networks timed in turn in one run on one thread: dense, int8 and every method "
+            "at every size."
         )
         charts.append({"title": "Error against speed", "x": "microseconds", "speed": True, "note": note})
     return charts
