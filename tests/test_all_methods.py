@@ -551,7 +551,7 @@ def test_what_twist_refuses():
     network = nn.Sequential(nn.Linear(40, 60))
     with pytest.raises(ConfigError, match="at least 1 step"):
         dt.Twist(network, {"model": {"ratio": 0.1}}, every=0)
-    with pytest.raises(ConfigError, match="is no schedule"):
+    with pytest.raises(ConfigError, match="is invalid: give 0 <= start < end"):
         dt.Rising(5, 5)
     with pytest.raises(BudgetError):
         dt.Twist(network, {"model": {"ratio": 0.0001}})

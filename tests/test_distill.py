@@ -163,8 +163,8 @@ def test_no_noise_is_no_change():
         (lambda: dt.Distillation(Says(), kind="hard"), "kind = 'hard' is unknown. Valid: soft, logits."),
         (lambda: dt.Distillation(Says(), weight=1.5), "the weight of the teacher is from 0 to 1"),
         (lambda: dt.Distillation(Says(), temperature=0), "temperature more than 0"),
-        (lambda: dt.Noise(-1.0), "give a sigma of 0 or more"),
-        (lambda: dt.Noise(1.0, share=2.0), "a share from 0 to 1"),
+        (lambda: dt.Noise(-1.0), "sigma must be 0 or more"),
+        (lambda: dt.Noise(1.0, share=2.0), "share from 0 to 1"),
         (
             lambda: dt.Distillation(Says())(torch.zeros(2, 3), torch.zeros(2, 4), HARD),
             "The teacher gives logits of shape [2, 3], the student of [2, 4]: both must judge",

@@ -235,7 +235,7 @@ def test_shared_unused_and_whole_parameters_and_two_inputs():
         (
             lambda: dt.hessian_diagonal(nn.Linear(5, 3), [], cross_entropy),
             ConfigError,
-            "batches: there is no item to judge by. Some hundred to a thousand do.",
+            "batches has no items: give some hundred to a thousand.",
         ),
         (
             lambda: dt.hessian_diagonal(nn.Linear(5, 3), [(torch.ones(2, 5), torch.ones(3))], cross_entropy),

@@ -65,11 +65,11 @@ def compress(
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
-    found, owners = tensors_of(model)
+    tensors, owners = tensors_of(model)
     check_importance(model, importance := importance or {})
-    contents(model)  # TypeError now, not after the model has changed, for what no file can hold
+    contents(model)  # raises TypeError for what no file can hold, before the model changes
     encoded = Encoded(owners, importance)
-    planned = plan_of(model, parse_rules(rules), found, encoded if init == "trained" else None)
+    planned = plan_of(model, parse_rules(rules), tensors, encoded if init == "trained" else None)
     return carry_out(model, planned, owners, init, seed, encoded)
 
 
@@ -120,8 +120,8 @@ def carry_out(
     for planned, weight in weights:
         for index, tensor in enumerate(planned.tensors):
             generated = weight if len(planned.tensors) == 1 else ThinPart(weight, index)
-            for layer, own in owners[tensor.name]:
-                make_thin(layer, {own: generated})
+            for layer, parameter in owners[tensor.name]:
+                make_thin(layer, {parameter: generated})
     make_sequential(model)
     worst = max(errors, key=lambda name: errors[name], default="")
     if init == "trained" and errors and errors[worst] > 0.5:
@@ -151,8 +151,8 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
         BudgetError: The target is smaller than the smallest plan.
         TypeError: The model has a tensor that a ``.thin`` file cannot hold.
     """
-    found, owners = tensors_of(model)
-    planned = plan_of(model, parse_rules(rules), found)
+    tensors, owners = tensors_of(model)
+    planned = plan_of(model, parse_rules(rules), tensors)
     report = report_of(planned_contents(contents(model), planned))
     layers = {name: type(held[0][0]) for name, held in owners.items()}
     methods = {tensor.name: p.method for p in planned for tensor in p.tensors if len(p.tensors) == 1}
@@ -195,26 +195,26 @@ def materialize(model: nn.Module) -> nn.Module:
     return model
 
 
-def plan_of(model: nn.Module, rules: Rules, found: list[Named], encoded: Encoded | None = None) -> list[Planned]:
+def plan_of(model: nn.Module, rules: Rules, tensors: list[Named], encoded: Encoded | None = None) -> list[Planned]:
     """Plans for the tensors of a model, by ``ratio``, by each rule's target, or by ``file_bytes``.
 
     Args:
         model: The network; its other tensors count towards a file's limit.
         rules: The parsed configuration.
-        found: The tensors of the model, as ``tensors_of`` returns them.
+        tensors: The tensors of the model, as ``tensors_of`` returns them.
         encoded: A cache of encoded matrices. With it, ``file_bytes`` is met by measured sizes of the codes; without
             it, by their upper bounds.
 
     Returns:
-        The plans, in the order of ``found``.
+        The plans, in the order of ``tensors``.
 
     Raises:
         ConfigError: ``rules`` do not fit the tensors, or no target is given.
         BudgetError: The target is smaller than the smallest plan.
     """
     if rules.file_bytes is None:
-        return plan_tensors(rules, found)
-    return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.thin)
+        return plan_tensors(rules, tensors)
+    return within(rules.file_bytes, rules, tensors, contents(model), None if encoded is None else encoded.thin)
 
 
 def _factored(method: Method | None) -> Factor | None:

@@ -71,7 +71,7 @@ def load(
 
     Raises:
         ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
-        FormatError: The file is damaged, or is no ``.thin`` file.
+        FormatError: The file is damaged, or is not a ``.thin`` file.
         OSError: The file cannot be read.
     """
     stored = renamed(read(path), names or {}, str(path))
@@ -91,9 +91,13 @@ def load(
         code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
         if not old.is_meta:
             code = {e: t.to(old.device, old.dtype if t.is_floating_point() else t.dtype) for e, t in code.items()}
-        places = [(own, index) for index, part in enumerate(thin.parts) for own in (part, *sharing.get(part, ()))]
+        places = [
+            (tensor_name, index)
+            for index, part in enumerate(thin.parts)
+            for tensor_name in (part, *sharing.get(part, ()))
+        ]
         weight, _ = thin_now.get(name, (None, 0))
-        same = weight is not None and all(thin_now.get(own) == (weight, index) for own, index in places)
+        same = weight is not None and all(thin_now.get(tensor_name) == (weight, index) for tensor_name, index in places)
         same = same and weight is not None and weight.rounds == (thin.method.trains == "through" and not frozen)
         if weight is not None and same and not old.is_meta and _plan_of(weight) == _plan_of(thin):
             weight.set_code(code)
@@ -102,8 +106,8 @@ def load(
             continue
         fresh = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code, frozen=frozen)
         fresh.requires_grad_(not frozen and old.requires_grad)
-        for own, index in places:
-            layer, parameter = _owner(model, own)
+        for tensor_name, index in places:
+            layer, parameter = _owner(model, tensor_name)
             make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})
     make_sequential(model)
     replaced: dict[int, Tensor] = {}
@@ -133,8 +137,10 @@ def _check_places(
     """ConfigError if a tensor of the file cannot replace the model's tensor of that name."""
     places = {name: Place((id(weight), index), "real") for name, (weight, index) in thin_now.items()}
     for name, tensor in dense_now.items():
-        layer, own = _owner(model, name)
-        reason = why_not(layer, own) or ("" if own in layer._parameters else f"{own} is no parameter")
+        layer, parameter = _owner(model, name)
+        reason = why_not(layer, parameter) or (
+            "" if parameter in layer._parameters else f"{parameter} is a buffer, not a parameter"
+        )
         numbers = "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else "whole"
         places[name] = Place((id(tensor), 0), numbers, reason)
     check_places(stored, places, path)
@@ -187,15 +193,17 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What the state dict holds besides the codes of thin tensors; parameters themselves, not detached copies."""
     layers = model.named_modules(remove_duplicate=False)
     inside = [f"{path}.thin.".lstrip(".") for path, layer in layers if isinstance(layer, ThinLayer)]
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} in the state dict is {type(tensor).__name__}, no tensor: a file cannot hold it.")
+            raise TypeError(
+                f"{name} in the state dict is {type(tensor).__name__}, not a tensor: a file cannot hold it."
+            )
         if name.rpartition(".")[2] == "_extra_state":
             raise TypeError(f"{name} is a module's own extra state: a file holds parameters and buffers only.")
         if not name.startswith(tuple(inside)):
-            found[name] = tensor
-    return found
+            tensors[name] = tensor
+    return tensors
 
 
 def _raw(name: str, tensor: Tensor) -> Raw:
@@ -233,36 +241,36 @@ def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tenso
     """
     known, added = shapes_of(stored), dict[str, Raw]()
     for name, tensor in dense_now.items():
-        layer, own = _owner(model, name)
+        layer, parameter = _owner(model, name)
         if name in known:
             continue
-        if own == "num_batches_tracked" and isinstance(layer, nn.modules.batchnorm._NormBase):
+        if parameter == "num_batches_tracked" and isinstance(layer, nn.modules.batchnorm._NormBase):
             added[name] = _raw(name, tensor)
         twin = name.replace("bias_hh", "bias_ih")
-        if own.startswith("bias_hh") and isinstance(layer, nn.LSTM | nn.RNN) and twin in known:
+        if parameter.startswith("bias_hh") and isinstance(layer, nn.LSTM | nn.RNN) and twin in known:
             added[name] = _raw(name, torch.zeros_like(tensor))
     return Contents(stored.thin, {**stored.dense, **added}, stored.aliases)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
+    path, _, parameter = name.rpartition(".")
+    return model.get_submodule(path), parameter
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[int, Tensor]) -> None:
     """Copy into the model's tensor; replace it if it is on the meta device or thin. Shared tensors stay shared."""
-    layer, own = _owner(model, name)
-    if isinstance(layer, ThinLayer) and own in layer.thin:
-        weight = layer.thin[own]
-        del layer.thin[own]
-        layer.register_parameter(own, _once(weight, tensor, replaced, next(weight.parameters())))
+    layer, parameter = _owner(model, name)
+    if isinstance(layer, ThinLayer) and parameter in layer.thin:
+        weight = layer.thin[parameter]
+        del layer.thin[parameter]
+        layer.register_parameter(parameter, _once(weight, tensor, replaced, next(weight.parameters())))
         return
-    holder = layer._parameters if own in layer._parameters else layer._buffers
-    old = holder[own]
+    holder = layer._parameters if parameter in layer._parameters else layer._buffers
+    old = holder[parameter]
     if old is None:
         raise ConfigError(f"{name} is in the file, but the model has none.")
     if old.is_meta:
-        holder[own] = _once(old, tensor, replaced, old)
+        holder[parameter] = _once(old, tensor, replaced, old)
     else:
         with torch.no_grad():
             old.copy_(tensor)

@@ -1,4 +1,4 @@
-"""Parameters that are read from what generates them: what all thin layers share."""
+"""The base of thin layers: parameters are properties that decode a ThinWeight."""
 
 from typing import Any, cast
 
@@ -8,11 +8,19 @@ from deepthin.torch.weight import ThinPart, ThinWeight
 
 
 class Generated(property):
-    """A parameter that is read from what generates it, or, while it is dense, from where torch keeps it."""
+    """A parameter decoded from a ThinWeight, or read from ``_parameters`` while it is dense."""
 
 
 def generated(name: str) -> Any:
-    """The property of a thin layer that reads a weight of this name."""
+    """Make the property of a thin layer that reads a parameter.
+
+    Args:
+        name: Name of the parameter in the layer.
+
+    Returns:
+        A ``Generated`` property. Reading gives the decoded tensor; AttributeError if the layer has none of the name.
+        Writing to a generated parameter raises AttributeError.
+    """
 
     def read(layer: "ThinLayer") -> Tensor | None:
         thin = layer._modules.get("thin")
@@ -22,9 +30,7 @@ def generated(name: str) -> Any:
             return layer._parameters[name]
         raise AttributeError(f"{type(layer).__name__} has no {name!r}.")
 
-    def write(
-        layer: "ThinLayer", value: Tensor | None
-    ) -> None:  # DataParallel's replicas, whose tensors are no parameters
+    def write(layer: "ThinLayer", value: Tensor | None) -> None:  # DataParallel sets plain tensors in its replicas
         if name not in layer._parameters and name in layer.thin:
             raise AttributeError(f"{name!r} is generated: train or load the thin code.")
         layer._parameters[name] = cast(nn.Parameter, value)
@@ -35,6 +41,10 @@ def generated(name: str) -> Any:
 
 
 class ThinLayer(nn.Module):
-    """What all thin layers share: ``thin`` maps a parameter's name to what generates it."""
+    """Base of all thin layers.
 
-    thin: dict[str, ThinWeight | ThinPart]  # in truth an nn.ModuleDict, whose annotations forget what it holds
+    Attributes:
+        thin: An ``nn.ModuleDict``: parameter name -> the ThinWeight or ThinPart that generates it.
+    """
+
+    thin: dict[str, ThinWeight | ThinPart]  # an nn.ModuleDict, which cannot be annotated with the type of its values

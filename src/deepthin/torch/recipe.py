@@ -1,7 +1,7 @@
-"""One training that ends in a small file: dense, thinned step by step, trained on, values shared, trained on.
+"""One training that ends in a small file: train dense, thin step by step, train on, quantise codes, train on.
 
-Deep Compression (Han, Mao and Dally, 2016, arXiv:1510.00149) with ``pruned`` then ``kmeans``; any methods will do. The
-thinning is DeepTwist's (``deepthin.torch.twist``); what is stored is coded by ``save``.
+Deep Compression (Han, Mao and Dally, 2016, arXiv:1510.00149) with ``pruned`` then ``kmeans``; any methods can be used.
+The thinning is DeepTwist's (``deepthin.torch.twist``); ``save`` codes what is stored.
 """
 
 import dataclasses
@@ -78,18 +78,27 @@ class Recipe:
                 "on calibration data."
             )
         if self.rules.allocation is not None:
-            plan_of(model, self.rules, tensors_of(model)[0])  # what cannot be done is said now
+            plan_of(model, self.rules, tensors_of(model)[0])  # raises now if the rules do not fit the model
         self._plans: list[Planned] = []
         self._twist: Twist | None = None
         self._quantizes = False
 
     @property
     def done(self) -> bool:
-        """Whether the model is as thin as it gets."""
+        """Whether all stages are finished."""
         return self.steps >= (self.quantize_from if self._quantizes else self.thin_to)
 
     def step(self) -> bool:
-        """To be called after each optimiser step. Whether the model has other parameters now."""
+        """Count an optimiser step, and do what is due; to be called after each one.
+
+        Returns:
+            Whether Parameter objects were replaced: build a new optimiser then, as in the example of the class.
+
+        Raises:
+            BudgetError: The budget, or the limit of the file, cannot be met.
+            ConfigError: ``rules`` or the importance do not fit the model.
+            NonFiniteError: A weight or its importance has a NaN or an infinity.
+        """
         self.steps += 1
         if self.steps == max(self.thin_from, 1):
             self._begin()
@@ -106,23 +115,23 @@ class Recipe:
         return False
 
     def _begin(self) -> None:
-        """Plans, made of the trained weights where they are measured; the first method of each thins at first."""
-        rules, (found, owners) = self.rules, tensors_of(self.model)
+        """Make the plans, from measured losses if the rules ask for it, and start to thin by their first methods."""
+        rules, (tensors, owners) = self.rules, tensors_of(self.model)
         if rules.allocation is None and self.loss is not None:
             rules = allocate(self.model, rules, self.loss)
-        plans = [plan for plan in plan_of(self.model, rules, found, Encoded(owners)) if plan.method is not None]
+        plans = [plan for plan in plan_of(self.model, rules, tensors, Encoded(owners)) if plan.method is not None]
         self._plans = plans
         self._quantizes = any(plan.method is not None and inner_of(plan.method) for plan in plans)
         rising = Rising(0, self.thin_to - self.thin_from)
         self._twist = Twist(self.model, [_first(plan) for plan in plans], self.every, rising)
 
     def _thin(self) -> None:
-        """The layers become thin, by the first method of each."""
+        """Make the layers thin, by the first method of each plan."""
         self._plans = self._within_the_file(self._plans)
         Twist(self.model, [_first(plan) for plan in self._plans]).finish()
 
     def _within_the_file(self, plans: list[Planned]) -> list[Planned]:
-        """Smaller plans, if the dense weights as they are now would make a file above the configuration's limit."""
+        """The plans, made smaller until the file of the present weights keeps the configuration's limit."""
         limit, encoded = self.rules.file_bytes, Encoded(tensors_of(self.model)[1])
         while limit is not None:
             size = coded_bytes(contents(self.model), plans, encoded.thin)
@@ -132,13 +141,15 @@ class Recipe:
         return plans
 
     def _quantize(self) -> None:
-        """The floats of each code are stored by the second method."""
+        """Store the floats of each code by the second method."""
         named = thin_tensors(self.model)
         plans = [(named[plan.tensors[0].name][0], plan) for plan in self._plans]
         wanted = {weight: (plan.name, plan.method) for weight, plan in plans if plan.method and inner_of(plan.method)}
         _store_floats(self.model, wanted, self.importance())
         limit = self.rules.file_bytes
-        if limit is not None and size_of(contents(self.model)) > limit:  # values have changed meanwhile
+        if (
+            limit is not None and size_of(contents(self.model)) > limit
+        ):  # the values have changed since the layers became thin
             materialize(self.model)
             self._plans = self._within_the_file(self._plans)
             carry_out(self.model, self._plans, tensors_of(self.model)[1])
@@ -156,7 +167,7 @@ def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mappin
         importance: Numbers >= 0 by the names of the thin model's parameters, as weights of squared errors.
 
     Returns:
-        What the file will hold.
+        One row for each matrix, with its bytes in the file; and the totals of the file.
 
     Raises:
         ConfigError: No thin layer has floats that are stored directly, or ``then`` is invalid.
@@ -164,7 +175,7 @@ def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mappin
     weights = {weight for weight, _ in thin_tensors(model).values() if weight.direct}
     if not weights:
         raise ConfigError(
-            "quantize_codes: the model has no thin layers whose numbers are stored as they are: compress it first."
+            "quantize_codes: no thin layer stores its floats directly: compress the model first, without 'then'."
         )
     wanted: dict[ThinWeight, tuple[str, Method]] = {}
     for weight in weights:
@@ -179,32 +190,32 @@ def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mappin
 def _store_floats(
     model: nn.Module, wanted: Mapping[ThinWeight, tuple[str, Method]], importance: Mapping[str, Tensor]
 ) -> None:
-    """Exchange weights for others that store their floats by the second method of each."""
+    """Replace weights by others that store their floats by a second method: weight -> (name, both methods)."""
     check_importance(model, importance)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made: dict[ThinWeight, ThinWeight] = {}
     for weight, (name, method) in wanted.items():
-        own = {entry: names[id(parameter)] for entry, parameter in weight.named_parameters()}
-        shares = {entry: importance[name] for entry, name in own.items() if name in importance}
-        made[weight] = weight.with_floats_stored(name, method, shares)
+        entries = {entry: names[id(parameter)] for entry, parameter in weight.named_parameters()}
+        by_entry = {entry: importance[name] for entry, name in entries.items() if name in importance}
+        made[weight] = weight.with_floats_stored(name, method, by_entry)
     for layer in [layer for layer in model.modules() if isinstance(layer, ThinLayer)]:
-        for own, thin in list(layer.thin.items()):
+        for parameter, thin in list(layer.thin.items()):
             if isinstance(thin, ThinPart) and thin.group in made:
-                make_thin(layer, {own: ThinPart(made[thin.group], thin.index)})
+                make_thin(layer, {parameter: ThinPart(made[thin.group], thin.index)})
             elif isinstance(thin, ThinWeight) and thin in made:
-                make_thin(layer, {own: made[thin]})
+                make_thin(layer, {parameter: made[thin]})
     make_sequential(model)
 
 
-def _smaller(plan: Planned, share: float) -> Planned:
-    """Of so much of its bits, or somewhat less."""
+def _smaller(plan: Planned, fraction: float) -> Planned:
+    """The plan refitted to a little less than ``fraction`` of its bits; unchanged if it cannot be refitted."""
     if plan.method is None or plan.fit is None:
         return plan
-    return dataclasses.replace(plan, method=plan.fit(int(plan.method.bits() * share * 0.998)))
+    return dataclasses.replace(plan, method=plan.fit(int(plan.method.bits() * fraction * 0.998)))
 
 
 def _first(plan: Planned) -> Planned:
-    """Without what the rule's ``then`` says."""
+    """The plan without the rule's ``then``: its first method alone."""
     if plan.method is None or not inner_of(plan.method) or plan.fit is None:
         return plan
     fit = plan.fit
