@@ -584,7 +584,7 @@ def one_line(code, err, message):
         ("odd_nets:inst", "is Linear: it must be a function that returns the network"),
         ("odd_nets:text", "is str: it must be a function"),
         (".odd_nets:net", "write package.module:function"),
-        ("odd_nets:needs", "the function must work without arguments"),
+        ("odd_nets:needs", "the function must be callable without arguments"),
     ],
 )
 def test_models_that_cannot_be_built(run, spec, message):
@@ -611,7 +611,7 @@ def test_data_and_results_that_are_damaged(run, tmp_path):
 
 @pytest.mark.parametrize("batch", ["1,x,8", "\u00b2", "0"])
 def test_batches_that_are_none(run, batch):
-    one_line(*run("bench", "linear", "--batch", batch), "must be whole numbers")
+    one_line(*run("bench", "linear", "--batch", batch), "must be integers >= 1")
 
 
 def test_the_checksum_is_what_the_format_says():

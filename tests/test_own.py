@@ -71,12 +71,12 @@ def test_a_number_is_called_error_and_a_network_of_one_width_has_no_same_size(he
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def build():\n    return 3\n", "returned int, no torch.nn.Module"),
+        ("def build():\n    return 3\n", "returned int, not a torch.nn.Module"),
         ("def evaluate(model, split):\n    return 1.0\n", "--evaluate never calls the network"),
         ("def evaluate(model, split):\n    model(X)\n    return 'good'\n", "return a number, or a mapping"),
         ("def evaluate(model, split):\n    model(X)\n    return {}\n", "return a number, or a mapping"),
         ("def build(width):\n    return nn.Linear(width, 8)\n", "give width a default"),
-        ("def build(depth):\n    return nn.Linear(depth, 8)\n", "must work without arguments"),
+        ("def build(depth):\n    return nn.Linear(depth, 8)\n", "must be callable without arguments"),
     ],
 )
 def test_what_is_no_use_is_said_before_the_training(here, text, message):

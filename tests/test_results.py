@@ -166,9 +166,12 @@ def test_cuts_and_gaps_are_means_over_the_sizes_that_both_reach():
     assert cut.closed == pytest.approx((6 / 10 + 4 / 6) / 2)
     assert found["hashed"]["deepthin"].closed is None
     about, head, _, *lines = tables.cuts(rows).splitlines()
-    assert about == "Cut of test error over each rival, %, and how much of the rival's gap to dense it closes, %"
+    assert about == (
+        "Reduction of test error by DeepThin relative to each rival, %, "
+        "and the part of the rival's gap to dense that this closes, %"
+    )
     ours = ["deepthin", "gap", "deepthin-8bit", "gap"]
-    assert cells(head) == [["over", *ours, "sizes", "paper: TFKaldi WER", "paper: DeepSpeech loss"]]
+    assert cells(head) == [["rival", *ours, "sizes", "paper: TFKaldi WER", "paper: DeepSpeech loss"]]
     assert [line.split() for line in lines] == [
         ["rank", "27.5", "63.3", "31.2", "83.3", "2/1", "60.1", "28.1"],
         ["hashed", "-55.6", "1", "6.1", "12.2"],
@@ -179,8 +182,9 @@ def test_cuts_and_gaps_are_means_over_the_sizes_that_both_reach():
 
 def test_every_metric_has_its_table_of_cuts():
     told = tables.cuts(made(("dense", "rank", "deepthin"), task="ctc", metrics=("loss", "wer", "wer_greedy")))
-    assert [line for line in told.splitlines() if line.startswith("Cut")] == [
-        f"Cut of test {name} over each rival, %, and how much of the rival's gap to dense it closes, %"
+    assert [line for line in told.splitlines() if line.startswith("Reduction")] == [
+        f"Reduction of test {name} by DeepThin relative to each rival, %, "
+        "and the part of the rival's gap to dense that this closes, %"
         for name in ("loss", "WER", "greedy WER")
     ]
     assert tables.cuts(made(("dense", "rank"))) == ""

@@ -438,7 +438,7 @@ MISTAKES = {
     ),
     "vector": (
         lambda: dtf.Variables(RULES).product(tf.ones((2, 9)), "fc/bias", (9,)),
-        "fc/bias, of shape (9,), is no matrix of inputs x outputs: use get.",
+        "fc/bias, of shape (9,), is not a matrix (inputs, outputs): use get.",
     ),
     "constraint": (
         lambda: dtf.Variables(RULES).getter(None, "fc", (60, 90), constraint=tf.nn.relu),
@@ -476,7 +476,7 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
     file_of(tmp_path, made())
     other = dtf.Variables({"model": {"ratio": 0.2}}, seed=4)
     before = other.get("fc/kernel", (60, 90))
-    with pytest.raises(ConfigError, match=r"by another plan .* load before anything is asked for"):
+    with pytest.raises(ConfigError, match=r"by another plan .* load the file before the first get"):
         dtf.load(other, tmp_path / "m.thin")
     assert same(other.get("fc/kernel"), before)
     other.get("fc2/kernel", (60, 90))

@@ -26,7 +26,7 @@ def test_killed_and_resumed_ends_with_the_same_file(tmp_path):
     assert not (tmp_path / "killed" / "thin.thin").exists()
     resumed = started(tmp_path / "killed")
     said, _ = resumed.communicate(timeout=300)
-    assert said.startswith("going on after ")
+    assert said.startswith("resuming after ")
     assert "test error" in said
     _, _ = whole.communicate(timeout=300)
     assert resumed.returncode == whole.returncode == 0

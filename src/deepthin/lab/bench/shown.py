@@ -30,7 +30,7 @@ COLUMNS = {  # what is timed, and the name of its column
     "csr": "csr_microseconds",
     "uniform": "uniform_8bit_microseconds",
     "kmeans": "kmeans_4bit_microseconds",
-    "kept": "kept_microseconds",
+    "cached": "cached_microseconds",
     "xla": "xla_microseconds",
     "function": "function_microseconds",
     "generated": "generated_microseconds",

@@ -25,7 +25,7 @@ def draw(rows: Rows, out: Path) -> list[Path]:
     """``TASK.png``: the leading metric against the bytes of the file; ``TASK-METRIC.png`` for each further one.
 
     ``TASK-latency.png``, if speed was measured: the leading metric against the time for one item. Axes are logarithmic,
-    bars go from seed to seed, and what is rounded is dashed.
+    bars show the range over the seeds, and curves of quantised methods are dashed.
     """
     names, drawn = metrics(rows), points(rows)
     task = file_name(rows[0].task)
@@ -38,7 +38,7 @@ def draw(rows: Rows, out: Path) -> list[Path]:
 
 
 def file_name(text: str) -> str:
-    """Text as a name of a file: other characters than letters, digits, dots and hyphens become underscores."""
+    """Text as a file name: characters other than letters, digits, dots and hyphens become underscores."""
     return re.sub(r"[^\w.-]", "_", text)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from deepthin.lab.rows import Row
 
 Rows = Sequence[Row]
-METRICS = {  # name and unit of the metrics that the tasks have; others go by the name they were given
+METRICS = {  # names and units of the tasks' metrics; other metrics are shown under their names
     "error": ("error", "%"),
     "frame_error": ("frame error", "%"),
     "wer": ("WER", "%"),
@@ -35,12 +35,12 @@ STYLES = {  # colour and marker (corners, whether a star, angle); seen on white 
 }
 UNKNOWN = "#7f7f7f", (24, 0, 0)
 DASHES = {"8": (6.0, 3.0), "4": (1.5, 2.5)}  # by the bits that floats are rounded to; others are drawn as with 8
-UNCOMPRESSED = "dense", "int8"  # what is no thin network, and stands in a picture as a level line
+UNCOMPRESSED = "dense", "int8"  # not thin networks; figures show them as horizontal lines
 
 
 @dataclass(frozen=True)
 class Spread:
-    """What the seeds gave for one metric."""
+    """Mean and range of one metric over the seeds."""
 
     mean: float
     low: float
@@ -48,7 +48,7 @@ class Spread:
     seeds: int
 
     def text(self, metric: str, plus_minus: str = "+-") -> str:
-        """Mean and half the range: two decimals for per cent, else four digits."""
+        """Mean and half the range: two decimals for percentages, else four digits."""
         decimals = 2 if label(metric).endswith("%") else max(0, 3 - math.floor(math.log10(abs(self.mean) or 1)))
         spread = f" {plus_minus}{(self.high - self.low) / 2:.{decimals}f}" if self.seeds > 1 else ""
         return f"{self.mean:.{decimals}f}{spread}"
@@ -67,21 +67,21 @@ class Point:
     microseconds: float | None  # for one item
     dense_microseconds: float | None  # of the dense network in the same run
     smallest_ratio: float | None
-    failed: tuple[str, ...] = ()  # why, of seeds that gave nothing
+    failed: tuple[str, ...] = ()  # the reasons, for seeds without a result
 
     @property
     def times_faster(self) -> float | None:
-        """Than the dense network."""
+        """The speed relative to the dense network."""
         return self.dense_microseconds / self.microseconds if self.dense_microseconds and self.microseconds else None
 
     @property
     def seeds(self) -> int:
-        """How many there were."""
+        """The number of seeds."""
         return max((spread.seeds for spread in self.test.values()), default=0)
 
     @property
     def note(self) -> str:
-        """Why there is no value, or that a seed has none."""
+        """The reason why there is no value, or the number of failed seeds."""
         if self.test:
             return f"{len(self.failed)} failed" if self.failed else ""
         if self.failed:
@@ -90,7 +90,7 @@ class Point:
 
 
 def points(rows: Rows) -> list[Point]:
-    """Methods in the order of their first appearance, larger ratios first."""
+    """Points by method, in the order of first appearance, with larger ratios first."""
     groups: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
         groups.setdefault(row.method, {}).setdefault(row.ratio, []).append(row)
@@ -123,30 +123,30 @@ def _median(measured: Iterable[float | None]) -> float | None:
 
 
 def metrics(rows: Rows) -> list[str]:
-    """In the order of their first appearance: the first is the leading one."""
+    """The metrics in the order of first appearance; the first is the leading one."""
     return list(dict.fromkeys(row.metric for row in rows))
 
 
 def worded(metric: str) -> tuple[str, str]:
-    """Name and unit of a metric, for people."""
+    """Name and unit of a metric, as shown in tables."""
     return METRICS.get(metric, (metric.replace("_", " "), ""))
 
 
 def label(metric: str) -> str:
-    """For heads and axes: ``frame error, %``."""
+    """The label for table headings and axes: ``frame error, %``."""
     return ", ".join(filter(None, worded(metric)))
 
 
 def base(method: str) -> tuple[str, str]:
-    """A method and the bits that its floats are rounded to: ``deepthin-8bit`` is ("deepthin", "8")."""
+    """A method and the bits of its quantised floats: ``deepthin-8bit`` is ("deepthin", "8")."""
     rounded = re.fullmatch(r"(.+)-(\d+)bit", method)
     return (rounded[1], rounded[2]) if rounded else (method, "")
 
 
 def best_thin(rows: Rows) -> Row | None:
-    """The row of the best thin file: of the configuration with the lowest mean development value, the best seed.
+    """The row of the best thin file: the best seed of the configuration with the lowest mean development value.
 
-    Judged by the leading metric; the dense network and int8 are not thin. None if there is nothing to choose from.
+    The leading metric decides; the dense network and int8 are not thin. None if there is no thin network.
     """
     judged: dict[tuple[str, float], list[tuple[float, Row]]] = {}
     for row in rows:

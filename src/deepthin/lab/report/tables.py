@@ -1,4 +1,4 @@
-"""A comparison as plain text: every method at every size, and how much less error DeepThin has than its rivals."""
+"""A comparison as plain text: every method at every size, and by how much DeepThin reduces its rivals' error."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from deepthin.storage.report import table
 
 # Average relative improvement of DeepThin over each rival, per cent: Sotoudeh and Baghsorkhi, 2018, Table 1.
 PAPER = {"rank": (60.08, 28.09), "pruned-csr": (56.96, 27.21), "same-size": (23.40, 20.45), "hashed": (6.12, 12.16)}
-PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # and the task and metric like theirs
+PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # with the corresponding task and metric
 
 
 def summary(rows: Rows) -> str:
-    """One line a method and size: bytes, mean test values over the seeds with half their range, and the speed."""
+    """One line for each method and size: bytes, mean test values over the seeds with half their range, and speed."""
     names, listed = metrics(rows), points(rows)
     lines: list[tuple[str, ...]] = []
     for point in listed:
@@ -36,24 +36,24 @@ def summary(rows: Rows) -> str:
 
 @dataclass(frozen=True)
 class Cut:
-    """By how much DeepThin's test value is below a rival's: means over the sizes that both reach."""
+    """The reduction of the test value by DeepThin relative to a rival: means over the sizes that both reach."""
 
     cut: float  # 1 - ours / rival
-    closed: float | None  # (rival - ours) / (rival - dense): of the rival's distance from dense; None if it has none
-    sizes: int  # of how many it is the mean
+    closed: float | None  # (rival - ours) / (rival - dense), the fraction of the rival's gap to dense; None if no gap
+    sizes: int  # number of sizes that the means are over
 
     def texts(self) -> tuple[str, str]:
-        """Both, in per cent."""
+        """Both, in percent."""
         return f"{100 * self.cut:z.1f}", "" if self.closed is None else f"{100 * self.closed:z.1f}"
 
 
 def sizes(by: Mapping[str, Cut]) -> str:
-    """Of how many sizes the cuts over one rival are means; more than one number where they differ."""
+    """The number of sizes over which the reductions for one rival are averaged; several numbers if they differ."""
     return "/".join(dict.fromkeys(str(cut.sizes) for cut in by.values()))
 
 
 def compared(listed: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
-    """For each rival, for each kind of DeepThin, the cut. The paper's rivals come first, rounded ones last."""
+    """For each rival, the reduction by each variant of DeepThin. The paper's rivals come first, quantised ones last."""
     means = {(p.method, p.ratio): p.test[metric].mean for p in listed if metric in p.test}
     dense = next((value for (method, _), value in means.items() if method == "dense"), None)
     methods = [method for method in dict.fromkeys(method for method, _ in means) if method not in UNCOMPRESSED]
@@ -75,9 +75,9 @@ def compared(listed: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
 
 
 def cuts(rows: Rows) -> str:
-    """For every metric a table: how far DeepThin is below each rival, in per cent, beside the paper's figures.
+    """For every metric a table: the reduction by DeepThin relative to each rival, beside the paper's figures.
 
-    Empty where there is no DeepThin, or no rival.
+    Empty if there is no DeepThin, or no rival.
     """
     told: list[str] = []
     for metric in metrics(rows):
@@ -89,10 +89,11 @@ def cuts(rows: Rows) -> str:
             cells = [text for v in variants for text in (by[v].texts() if v in by else ("", ""))]
             paper = [f"{value:.1f}" for value in PAPER.get(rival, ())] or [""] * len(PAPER_COLUMNS)
             lines.append((rival, *cells, sizes(by), *paper))
-        heads = ("over", *(head for variant in variants for head in (variant, "gap")), "sizes")
+        heads = ("rival", *(head for variant in variants for head in (variant, "gap")), "sizes")
         heads += tuple(f"paper: {name} {worded(like)[0]}" for name, _, like in PAPER_COLUMNS)
         about = (
-            f"Cut of test {worded(metric)[0]} over each rival, %, and how much of the rival's gap to dense it closes, %"
+            f"Reduction of test {worded(metric)[0]} by DeepThin relative to each rival, %, "
+            "and the part of the rival's gap to dense that this closes, %"
         )
         told.append(f"{about}\n{table(heads, lines, range(1, len(heads)), total=False)}")
     return "\n\n".join(told)

@@ -45,7 +45,7 @@ class Own:
         try:
             signature(factory).bind()
         except TypeError as error:
-            raise ConfigError(f"--model {name}: the function must work without arguments, but has a {error}.") from None
+            raise ConfigError(f"--model {name}: the function must be callable without arguments: {error}.") from None
         self._has_width = width is not None
         self.width: int = width.default if width is not None else 1
         three = (factory, train, evaluate)
@@ -77,7 +77,7 @@ class Own:
             )
         model = self._factory(width=width) if self._has_width else self._factory()
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"--model {self.name} returned {type(model).__name__}, no torch.nn.Module.")
+            raise ConfigError(f"--model {self.name} returned {type(model).__name__}, not a torch.nn.Module.")
         return model
 
     def rules(self, rule: dict[str, Any]) -> dict[str, dict[str, Any]]:
