@@ -116,6 +116,7 @@ def carry_out(
                 for index, (name, tensor) in enumerate(zip(names, dense, strict=True)):
                     norm = tensor.norm().item()
                     errors[name] = (weight(index) - tensor).norm().item() / norm if norm > 0 else 0.0
+        weight.origin = (names[0], seed, planned.tensors[0].std)
         weights.append((planned, weight.requires_grad_(dense[0].requires_grad)))
     for planned, weight in weights:
         for index, tensor in enumerate(planned.tensors):

@@ -15,8 +15,9 @@ from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
 from deepthin.storage.read import read
 from deepthin.storage.write import write
-from deepthin.torch.exchange import is_transposed, make_thin, padding_row, thin_tensors, why_not
+from deepthin.torch.exchange import fresh_std, is_transposed, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
+from deepthin.torch.initialise import WithoutValues, fill_buffers
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
 
@@ -43,10 +44,17 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ConfigError: The model has tensors without values: on the meta device, or allocated by ``to_empty``.
         TypeError: A tensor has a dtype or layout that the file cannot hold.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
     """
+    tensors = [*model.named_parameters(), *_dense_tensors(model).items()]
+    if left := [name for name, tensor in tensors if tensor.is_meta]:
+        raise ConfigError(
+            f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} on the meta device: there "
+            "are no values to save. Load a file or a state dict, or call deepthin.torch.initialise(model, seed)."
+        )
     return write(contents(model), path, max_bytes)
 
 
@@ -56,7 +64,9 @@ def load(
     """Load a ``.thin`` file into a model, in place; layers whose matrices are stored compressed become thin.
 
     A file of another framework may lack ``num_batches_tracked``, which then keeps its value, and the ``bias_hh_*`` of
-    an LSTM or RNN, which is then 0. A warning names parameters on the meta device that the file does not contain.
+    an LSTM or RNN, which is then 0. Unsaved buffers on the meta device, such as position ids, are computed by the
+    module's ``reset_parameters`` or a Hugging Face model's ``_init_weights``; a warning names those that are not, and
+    the model refuses to run without them.
 
     Args:
         model: A network with the architecture that was saved: dense, thin, or built on the meta device. On the meta
@@ -106,6 +116,8 @@ def load(
             continue
         fresh = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code, frozen=frozen)
         fresh.requires_grad_(not frozen and old.requires_grad)
+        layer = _owner(model, name)[0]
+        fresh.origin = (name, 0, fresh_std(layer, thin.parts[name].shape) if len(thin.parts[name].shape) > 1 else 1.0)
         for tensor_name, index in places:
             layer, parameter = _owner(model, tensor_name)
             make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})
@@ -114,7 +126,9 @@ def load(
     for name in names_of(stored, stored.dense):
         tensor = _tensor(stored.dense[stored.aliases.get(name, name)])
         _put(model, name, tensor.clone() if name in stored.aliases else tensor, replaced)
+    fill_buffers(model)
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
+        model.register_forward_pre_hook(WithoutValues(left, str(path)))
         warnings.warn(
             f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
             stacklevel=2,

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -48,3 +49,27 @@ class ThinLayer(nn.Module):
     """
 
     thin: dict[str, ThinWeight | ThinPart]  # an nn.ModuleDict, which cannot be annotated with the type of its values
+
+    def reset_parameters(self) -> None:
+        """Draw all values anew: codes as ``ThinWeight.reset_parameters`` does, dense tensors as torch's layer does."""
+        for weight in self.thin.values():
+            (weight.group if isinstance(weight, ThinPart) else weight).reset_parameters()
+        thin_class, thin = type(self), self._modules.pop("thin")
+        plain = next(base for base in thin_class.__mro__ if not issubclass(base, ThinLayer))
+        reset = getattr(plain, "reset_parameters", None) or getattr(plain, "_reset_parameters", None)
+        try:
+            self.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue] -- a class of the same layout
+            for name, weight in cast("dict[str, ThinWeight | ThinPart]", thin).items():
+                shape = (
+                    weight.group.parts[weight.index].shape if isinstance(weight, ThinPart) else weight.parts[0].shape
+                )
+                self._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"))  # nothing is written to it
+            if reset is not None:
+                reset(self)
+            elif self._parameters.get("bias") is not None:  # Hugging Face's Conv1D
+                nn.init.zeros_(cast(Tensor, self._parameters["bias"]))
+        finally:
+            for name in cast(Any, thin):
+                self._parameters.pop(name, None)
+            self.__class__ = thin_class
+            self._modules["thin"] = thin

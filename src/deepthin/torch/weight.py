@@ -56,7 +56,8 @@ class ThinWeight(CodeState):
         plans: For each tensor its window in the factors' product; None where it must be decoded.
     """
 
-    origin: tuple[str, int, float] = ("", 0, 1.0)  # of a start from scratch: name of the first tensor, seed, spread
+    # Of a start from scratch: name of the first tensor, seed, and standard deviation (None: a tenth of He's variance)
+    origin: tuple[str, int, float | None] = ("", 0, None)
     _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
 
     def __init__(
@@ -211,6 +212,7 @@ class ThinWeight(CodeState):
         if len(self.parts) == 1 and len(self.parts[0].shape) < 2:
             code, latents = encoded(self.method, self.parts, [np.zeros(self.parts[0].shape, np.float32)])
         else:
+            std = math.sqrt(0.2 / max(self.method.shape[1], 1)) if std is None else std
             code, latents = drawn(self.method, generator(name, seed), std)
         shown = code if latents is None or not self.rounds else {**code, **latents}
         with torch.no_grad():
