@@ -89,9 +89,29 @@ docs: .venv/installed  ## the documentation, into site/
 
 .venv-tensorflow/installed: EXTRAS = keras,tensorflow,jax,test
 
+# What the extras need, by pyproject.toml: extras that name others of deepthin's are looked up.
+define DEPENDENCIES
+import re, sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+def needed(requirements):
+    for requirement in requirements:
+        own = re.fullmatch(r"deepthin\[(.*)\]", requirement)
+        yield from extras(own[1]) if own else [requirement]
+def extras(names):
+    for name in names.split(","):
+        yield from needed(project["optional-dependencies"][name])
+print(*dict.fromkeys([*project["dependencies"], *extras(sys.argv[1])]), sep="\n")
+endef
+export DEPENDENCIES
+PIP_INSTALL = pip install --quiet --no-compile --constraint constraints.txt
+
+# The kernels are compiled while the other packages are fetched and unpacked.
 %/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $*
-	$*/bin/pip install --quiet --no-compile --constraint constraints.txt $(or $(WHEEL),--editable .)'[$(EXTRAS)]'
+	$(PYTHON) -c "$$DEPENDENCIES" $(EXTRAS) > $*/dependencies.txt
+	$*/bin/$(PIP_INSTALL) --no-deps $(or $(WHEEL),--editable .) & compiling=$$!; \
+	$*/bin/$(PIP_INSTALL) --requirement $*/dependencies.txt || { kill $$compiling; exit 1; }; \
+	wait $$compiling
 	touch $@
 
 clean:
