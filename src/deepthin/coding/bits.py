@@ -208,7 +208,7 @@ def unpack_gaps(data: UInt8[np.ndarray, "bytes"], width: int, count: int, places
 
 
 def positions_of(
-    found: Integer[np.ndarray, "symbols"], width: int, count: int, places: int
+    symbols: Integer[np.ndarray, "symbols"], width: int, count: int, places: int
 ) -> Int64[np.ndarray, "positions"]:
     """The inverse of ``gaps_of``, for untrusted symbols.
 
@@ -225,11 +225,11 @@ def positions_of(
         ValueError: The symbols are not ``count`` positions below ``places``.
     """
     skip = (1 << width) - 1
-    where = np.flatnonzero(found != skip)
+    where = np.flatnonzero(symbols != skip)
     if len(where) != count:
         raise ValueError(f"{len(where)} positions where there should be {count}")
     fillers = where - np.arange(count)
-    positions = np.cumsum(found[where].astype(np.int64) + 1) - 1 + fillers * skip
+    positions = np.cumsum(symbols[where].astype(np.int64) + 1) - 1 + fillers * skip
     if count and not 0 <= int(positions[-1]) < places:
         raise ValueError(f"a position of {int(positions[-1])} among {places}")
     return positions

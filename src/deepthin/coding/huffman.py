@@ -40,12 +40,12 @@ def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> 
         order = np.argsort(both, kind="stable")
         merged = both[order]
         packages.append(order >= len(leaves))
-    taken, own = 2 * len(leaves) - 2, np.zeros(len(leaves), np.int64)
+    taken, leaf_lengths = 2 * len(leaves) - 2, np.zeros(len(leaves), np.int64)
     for package in reversed(packages):  # the cheapest of each list: so many leaves, and packages of the list before
         whole = int(package[:taken].sum())
-        own[: taken - whole] += 1
+        leaf_lengths[: taken - whole] += 1
         taken = 2 * whole
-    lengths[rising] = own
+    lengths[rising] = leaf_lengths
     return lengths
 
 
@@ -144,10 +144,10 @@ def _table(
     used = np.flatnonzero(counts)
     first, last = int(used[0]), int(used[-1])
     items = [(first, width), (last, width)]
-    own: list[int] = lengths[used].tolist()
+    used_lengths: list[int] = lengths[used].tolist()
     if len(used) > 1:
-        items.append((own[0], 4))
-    for run, before, length in zip((np.diff(used) - 1).tolist(), own, own[1:], strict=False):
+        items.append((used_lengths[0], 4))
+    for run, before, length in zip((np.diff(used) - 1).tolist(), used_lengths, used_lengths[1:], strict=False):
         if run:  # by Elias' gamma code: zeros, a one, and what is below the highest bit
             top = run.bit_length() - 1
             items += [_form(_RUN), (1 << top, top + 1), (run - (1 << top), top)]
@@ -248,7 +248,7 @@ Walk = Callable[[np.ndarray, int, np.ndarray, int, int, int], tuple[np.ndarray, 
 
 def decode(
     data: UInt8[np.ndarray, "bytes"], width: int, count: int, skip: int = -1, most: int = 0, walk: Walk | None = None
-) -> UInt16[np.ndarray, "found"]:
+) -> UInt16[np.ndarray, "symbols"]:
     """Decode what ``encode`` returned. Bytes are untrusted: memory and time are bounded by their number.
 
     Only for a symbol that is the only one, which takes no bits, the bound is ``MOST_FREE`` symbols.
@@ -287,11 +287,11 @@ def decode(
 
 def _lookup(used: list[int], lengths: list[int]) -> UInt32[np.ndarray, "windows"]:
     """Look-up table over windows as long as the longest code: 16 * symbol + length of the code at its start."""
-    own = np.array(lengths, np.int64)
-    order, top = np.argsort(own, kind="stable"), max(lengths)
-    entries = (np.array(used, np.uint32) << np.uint32(4)) + own.astype(np.uint32)
+    widths = np.array(lengths, np.int64)
+    order, top = np.argsort(widths, kind="stable"), max(lengths)
+    entries = (np.array(used, np.uint32) << np.uint32(4)) + widths.astype(np.uint32)
     windows = np.arange(1 << top)
-    return np.repeat(entries[order], 1 << (top - own[order]))[_reversed(windows, np.full(1 << top, top))]
+    return np.repeat(entries[order], 1 << (top - widths[order]))[_reversed(windows, np.full(1 << top, top))]
 
 
 def walk(
@@ -301,7 +301,7 @@ def walk(
     most: int,
     count: int,
     skip: int,
-) -> tuple[UInt16[np.ndarray, "found"], int]:
+) -> tuple[UInt16[np.ndarray, "symbols"], int]:
     """Decode a bit stream; the reference for faster versions.
 
     Args:
@@ -333,7 +333,7 @@ def walk(
         places.append(at)
         at = following[at]
     symbols = (entries[places] >> np.uint32(4)).astype(np.uint16)
-    found = int(np.searchsorted(np.cumsum(symbols != skip), count)) + 1
-    if found > len(places) or following[places[found - 1]] > total:
+    ends_at = int(np.searchsorted(np.cumsum(symbols != skip), count)) + 1
+    if ends_at > len(places) or following[places[ends_at - 1]] > total:
         raise ValueError(f"the bits end, or {most} symbols are read, before there are {count}")
-    return symbols[:found], start + following[places[found - 1]]
+    return symbols[:ends_at], start + following[places[ends_at - 1]]

@@ -21,7 +21,17 @@ Start = tuple[Code, Code | None]
 
 
 def joined(method: Method, parts: Sequence[Part], tensors: Sequence[np.ndarray], power: int = 1) -> np.ndarray:
-    """The matrix that holds these tensors, each over its scale to this power, filled up with zeros."""
+    """The matrix that holds some tensors one after the other, padded with zeros.
+
+    Args:
+        method: The method, for the shape of the matrix.
+        parts: How each tensor stands in it.
+        tensors: The tensors, shaped as their parts.
+        power: Each tensor is divided by its part's scale to this power.
+
+    Returns:
+        Array of the method's shape.
+    """
     pieces = [
         (tensor.T if part.transposed else tensor).reshape(-1) / part.scale**power
         for part, tensor in zip(parts, tensors, strict=True)
@@ -36,7 +46,18 @@ def encoded(
     tensors: Sequence[np.ndarray],
     importance: Sequence[np.ndarray] | None = None,
 ) -> Start:
-    """The code nearest to float32 tensors; ``importance`` has their shapes."""
+    """The code nearest to float32 tensors, as the method's ``encode`` finds it.
+
+    Args:
+        method: The method.
+        parts: How each tensor stands in the matrix.
+        tensors: The tensors, float32, finite.
+        importance: For each tensor an array of its shape, entries >= 0: the weight of each squared error. None weighs
+            all equally.
+
+    Returns:
+        The code; and the latents that train, where these are not the code itself, else None.
+    """
     weight = joined(method, parts, tensors)
     # What is stored is the weight over its scale, so an error of it counts by the square of the scale
     weigh = None if importance is None else joined(method, parts, importance, power=-2)
@@ -48,12 +69,29 @@ def encoded(
 
 
 def generator(name: str, seed: int) -> np.random.Generator:
-    """What draws the matrix whose first tensor has this name: the same numbers in every framework."""
+    """The random generator of one matrix: the same numbers in every framework.
+
+    Args:
+        name: Name of the matrix's first tensor.
+        seed: The seed, modulo 2^64.
+
+    Returns:
+        NumPy's default generator (PCG64), seeded by both.
+    """
     return np.random.default_rng([seed % 2**64, zlib.crc32(name.encode())])
 
 
 def drawn(method: Method, rng: np.random.Generator, std: float) -> Start:
-    """A from-scratch start whose weights have this standard deviation."""
+    """Draw a code to train from scratch.
+
+    Args:
+        method: The method.
+        rng: The only source of randomness.
+        std: Standard deviation of the decoded weights, > 0; their mean is 0.
+
+    Returns:
+        The code; and the latents that train, where these are not the code itself, else None.
+    """
     if method.trains == "codes":
         return method.init(rng, std), None
     floats = FloatCoding(method)

@@ -19,5 +19,12 @@ class Tensor:
 
 
 def matrix_of(tensor: Tensor) -> tuple[int, int]:
-    """(rows, cols) under which a tensor is stored: outputs first."""
+    """The matrix shape under which a tensor is stored.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        (rows, cols): outputs first.
+    """
     return matrix_shape(tensor.shape[::-1] if tensor.transposed else tensor.shape)

@@ -15,20 +15,31 @@ _LEAST_BYTES = 1 << 20  # of a call to the operating system; shorter pieces are 
 
 
 def write_atomically(path: str | Path, data: Buffer) -> None:
-    """Replace the file at ``path`` by ``data``: after a crash or a full disk either the old or the new file is whole.
+    """Replace a file: after a crash or a full disk either the old or the new file is whole.
 
-    See ``stream_atomically``.
+    Args:
+        path: The file; see ``stream_atomically``.
+        data: Its new bytes.
+
+    Raises:
+        OSError: The file cannot be written; the error names the path, and the old file is unchanged.
     """
     stream_atomically(path, (data,))
 
 
 def stream_atomically(path: str | Path, pieces: Iterable[Buffer]) -> None:
-    """Replace the file at ``path`` by all pieces, of bytes, one after the other; they are asked for one by one.
+    """Replace a file by pieces that are written one after the other.
 
     After a crash, a full disk, or an error of ``pieces``, either the old or the new file is whole. The bytes go to a
-    temporary file beside it, are forced to disk, and take the name, and an old file's mode, in one step. Temporary
-    files that an earlier crash left more than an hour ago are removed. A link is followed; a pipe or a device is
-    written to. OSError names the path; then the old file still stands.
+    temporary file in the same folder, are forced to disk, and take the name, and an old file's mode, in one step.
+    Temporary files that an earlier crash left more than an hour ago are removed.
+
+    Args:
+        path: The file. A link is followed; a pipe or a device is written to directly.
+        pieces: Buffers, asked for one by one.
+
+    Raises:
+        OSError: The file cannot be written; the error names the path, and the old file is unchanged.
     """
     path = Path(path).resolve()
     try:

@@ -23,7 +23,15 @@ class Part:
     zero_row: int | None = None  # a row that reads as zeros: the padding of an embedding
 
     def cut(self, flat: Any, xp: Namespace) -> Any:
-        """The tensor from its entries, in any framework."""
+        """The tensor from its entries of the flattened matrix.
+
+        Args:
+            flat: Its entries, in any framework: one dimension.
+            xp: The namespace of ``flat``.
+
+        Returns:
+            Array of ``shape``, scaled, with zeros in ``zero_row``.
+        """
         if self.scale != 1.0:
             flat = flat * self.scale
         tensor = flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
@@ -49,7 +57,17 @@ class Thin:
 
     @classmethod
     def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":
-        """What takes at least the room of any code of this method whose floats have the type of ``like``: no values."""
+        """A placeholder that takes at least as many bytes as any code of this method; it has no values.
+
+        Args:
+            name: Name of the method, as users write it.
+            method: The method.
+            parts: The tensors of the matrix, by name, in order.
+            like: A tensor whose type the floats of the code have.
+
+        Returns:
+            The matrix, with ``planned`` set.
+        """
         integers, code = method.integers(), dict[str, Raw]()
         for entry, shape in method.code_shapes().items():
             if entry in integers:
@@ -86,7 +104,11 @@ class Thin:
         return ITEM_BYTES[next(raw.dtype for entry, raw in self.code.items() if entry not in integers)]
 
     def decode(self) -> dict[str, np.ndarray]:
-        """The dense tensors by name; codes in half precision are decoded in float32."""
+        """Decode the tensors of the matrix with NumPy; codes in half precision are decoded in float32.
+
+        Returns:
+            Tensor name -> array of its dense shape, contiguous.
+        """
         code = {entry: raw.numpy() for entry, raw in self.code.items()}
         code = {entry: a.astype(np.float32) if a.dtype == np.float16 else a for entry, a in code.items()}
         flat = np.reshape(self.method.decode(code | self.method.derived(), cast(Any, np)), (-1,))

@@ -75,11 +75,11 @@ def stream(contents: Contents) -> Iterator[Buffer]:
     yield (head := _head(contents, tensors, checksums))
     whole = zlib.crc32(head)
     for name, raw in tensors.items():
-        own = 0
+        checksum = 0
         for piece in raw.pieces():
-            own, whole = zlib.crc32(piece, own), zlib.crc32(piece, whole)
+            checksum, whole = zlib.crc32(piece, checksum), zlib.crc32(piece, whole)
             yield piece
-        if own != checksums[name]:
+        if checksum != checksums[name]:
             raise ValueError(f"{name} changed while it was written. Save while nothing trains the model.")
     yield whole.to_bytes(CHECKSUM_BYTES, "little")
 
