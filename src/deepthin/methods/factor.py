@@ -110,19 +110,35 @@ class Factor:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each entry of the two factors."""
+        """32 bits for each entry of the two factors.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.rank * (self.m + self.n)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``xf`` is m x r, ``wf`` is r x n."""
+        """``xf`` is m x r, ``wf`` is r x n.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"xf": (self.m, self.rank), "wf": (self.rank, self.n)}
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """The permutation of the shuffled baseline; nothing otherwise."""
+        """The permutation of the shuffled baseline; nothing otherwise.
+
+        Returns:
+            Entry name -> NumPy array; empty if there is none.
+        """
         return {} if self.seed is None else {"order": permutation(self.seed, self.shape[0] * self.shape[1])}
 
     def init(self, rng: Generator, std: float) -> Code:

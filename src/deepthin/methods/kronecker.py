@@ -71,19 +71,35 @@ class Kronecker:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each entry of both factors."""
+        """32 bits for each entry of both factors.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.terms * (math.prod(self.left) + math.prod(self.right))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2."""
+        """``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"a": (self.terms, *self.left), "b": (self.terms, *self.right)}
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:

@@ -69,8 +69,8 @@ class Uniform:
         if per not in ("matrix", "row") or type(affine) is not bool:
             raise ConfigError(f"per = {per!r}, affine = {affine!r}: give per 'matrix' or 'row', affine true or false.")
         widths = BITS if bits is None else [bits]
-        found = [plan for width in widths if (plan := cls(shape, width, per, affine)).bits() <= max_bits]
-        if not found:
+        fitting = [plan for width in widths if (plan := cls(shape, width, per, affine)).bits() <= max_bits]
+        if not fitting:
             least, area = cls(shape, widths[0], per, affine).bits(), math.prod(shape)
             ratio = least / FLOAT_BITS / area
             raise BudgetError(
@@ -80,7 +80,7 @@ class Uniform:
                 smallest_bits=least,
                 smallest_ratio=ratio,
             )
-        return found[-1]
+        return fitting[-1]
 
     def top(self) -> int:
         """The largest symbol.
@@ -96,21 +96,37 @@ class Uniform:
         return "through"
 
     def bits(self) -> int:
-        """``width`` bits for each weight, 32 for each step and, if affine, 32 for each least value."""
+        """``width`` bits for each weight, 32 for each step and, if affine, 32 for each least value.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         steps = self.shape[0] if self.per == "row" else 1
         return 8 * self.integers()["symbols"].bytes(math.prod(self.shape)) + FLOAT_BITS * steps * (1 + self.affine)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``symbols``: one for each weight; ``step``, and ``least`` if affine: rows x 1, or 1 x 1."""
+        """``symbols``: one for each weight; ``step``, and ``least`` if affine: rows x 1, or 1 x 1.
+
+        Returns:
+            Entry name -> shape.
+        """
         steps = (self.shape[0] if self.per == "row" else 1, 1)
         return {"symbols": self.shape, "step": steps} | ({"least": steps} if self.affine else {})
 
     def integers(self) -> dict[str, Integers]:
-        """The symbols."""
+        """The symbols.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"symbols": Integers(self.top() + 1) if self.affine else Integers(2 * self.top() + 1, -self.top())}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def table_levels(self) -> None:

@@ -89,11 +89,19 @@ class TensorTrain:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each entry of the cores."""
+        """32 bits for each entry of the cores.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * sum(math.prod(core) for core in self.code_shapes().values())
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``core0`` to ``core{d-1}``."""
+        """``core0`` to ``core{d-1}``.
+
+        Returns:
+            Entry name -> shape.
+        """
         ranks = self.ranks
         return {
             f"core{k}": (ranks[k], r, q, ranks[k + 1])
@@ -101,11 +109,19 @@ class TensorTrain:
         }
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:
@@ -249,6 +265,6 @@ def near_equal(dimension: int, order: int) -> tuple[int, ...]:
     for first in itertools.combinations_with_replacement(near, order - 1):
         last = -(-dimension // math.prod(first))
         if last in near:
-            found = tuple(sorted((*first, last)))
-            best = min(best, (math.prod(found), sum(found), found))
+            factors = tuple(sorted((*first, last)))
+            best = min(best, (math.prod(factors), sum(factors), factors))
     return best[2]

@@ -77,7 +77,8 @@ def within(
         dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
             f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which "
-            f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
+            f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more "
+            "tensors.",
             smallest_bits=8 * least,
             smallest_ratio=least / base.dense_bytes,
         )
