@@ -23,7 +23,7 @@ Correlation = Literal["direct", "fft"]
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The native module, or none and the reason."""
+    """The native module; or None, and why there is none."""
     asked = os.environ.get("DEEPTHIN_ISA", "")
     if asked == "none":
         return None, "DEEPTHIN_ISA=none"

@@ -43,7 +43,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What one comparison is about. ``ratios`` are those of the weight matrices; the dense rows are always there."""
+    """What one comparison runs.
+
+    Attributes:
+        setup: What all trials share: the task, its data, steps and sizes.
+        methods: Names of methods; the dense network and its 8-bit version are always added.
+        ratios: Bytes of the weight matrices over those of the dense network, 0 to 1.
+        seeds: Number of seeds, counted from 0.
+        search: A search for each method's learning rate and allocation; None: the task's settings.
+        engine: Where trials run, a key of ``ENGINES``.
+        jobs: Number of trials at once.
+        threads: Number of threads of each job.
+    """
 
     setup: Setup
     methods: tuple[str, ...]
@@ -56,9 +67,20 @@ class Settings:
 
 
 def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[Row]:
-    """Run all trials that ``out`` does not hold yet, write ``results.json`` and the trained models, return all rows.
+    """Run all trials that ``out`` does not hold yet; write ``results.json`` and the trained models.
 
-    ConfigError if ``out`` holds results that other steps, another network or other data gave.
+    Args:
+        settings: What to run.
+        out: The folder of the comparison; created if missing.
+        progress: Called with what runs, how far it is, and of how much.
+
+    Returns:
+        All rows, those of earlier runs included.
+
+    Raises:
+        ConfigError: ``out`` holds results of other steps, another network or other data, or a setting does not fit the
+            task.
+        DeepThinError: A process was killed, or a file does not hold what the trained network does.
     """
     out = out.absolute()
     run = prepared(settings.setup)
@@ -198,7 +220,17 @@ def _time_all(run: Run, rows: list[Row], out: Path, progress: Progress) -> list[
 
 
 def searched_ratio(out: Path) -> float | None:
-    """The size at which an earlier run searched."""
+    """The ratio at which an earlier run searched.
+
+    Args:
+        out: The folder of the comparison.
+
+    Returns:
+        The ratio; None if no run searched there.
+
+    Raises:
+        ConfigError: ``run.json`` is damaged.
+    """
     path = out / "run.json"
     return read_json(path, dict).get("search", {}).get("ratio") if path.exists() else None
 

@@ -36,7 +36,17 @@ class Search:
 
 
 def open_storage(path: Path) -> Any:
-    """The SQLite file of all studies; ConfigError without Optuna."""
+    """Open the SQLite file of all studies; it is created if missing.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Optuna's storage.
+
+    Raises:
+        ConfigError: Optuna is not installed, or the file is damaged.
+    """
     if find_spec("optuna") is None:
         raise ConfigError("--search needs Optuna: pip install 'deepthin[compare]', or leave --search out.")
     import optuna
@@ -52,10 +62,26 @@ def open_storage(path: Path) -> Any:
 def search(
     storage: Any, method: str, default: Choice, allocates: bool, trials: int, call: Callable[[Choice], Any]
 ) -> Generator[Any, float | None, tuple[Choice, float | None]]:
-    """Yield the call of one training after another, take its development value, return the best choice and its value.
+    """Search the learning rate and the allocation of one method.
 
-    A training that diverges, sent as None, counts as one of the ``trials``. The first is the task's own choice. What
-    earlier runs have tried is not tried again; what they left unfinished is.
+    A generator: it yields the call of one training after another and is sent the development value of each, lower being
+    better. The first training uses the task's own choice; a training that diverges, sent as None, counts too. Trials of
+    earlier runs are not repeated; those that were interrupted are. Tree-structured Parzen estimator: Bergstra,
+    Bardenet, Bengio and Kegl, 2011, "Algorithms for hyper-parameter optimization".
+
+    Args:
+        storage: Optuna's storage, as ``open_storage`` returns it.
+        method: Name of the method, which names the study.
+        default: The task's own choice. Rates are searched from an eighth to eight times of its rate.
+        allocates: Whether the allocation is searched too.
+        trials: Number of trainings, those of earlier runs included.
+        call: Turns a choice into the call of its training.
+
+    Yields:
+        What ``call`` returns for the next choice.
+
+    Returns:
+        The best choice and its value; ``default`` and None if all trainings diverged.
     """
     import optuna
     from optuna.trial import TrialState

@@ -16,7 +16,7 @@ _FLUSH_BYTES = 96 << 20  # more than the caches hold
 
 
 class Timing(NamedTuple):
-    """What is run: which competitor, at which ratio (none: at any), as long as it takes."""
+    """A competitor: its name, its ratio (None if it has none), and the call that is timed."""
 
     name: str
     ratio: float | None
@@ -29,7 +29,17 @@ Times = dict[tuple[str, float | None], float]
 def interleaved(
     timings: Sequence[Timing], repeats: int, cold: bool, progress: Callable[[int, int], None]
 ) -> tuple[Times, Times]:
-    """The median microseconds of each, all of them timed in every round: warm and, on request, cold."""
+    """Median times of calls that take turns: in every round each of them is timed once.
+
+    Args:
+        timings: The competitors.
+        repeats: Timed rounds, >= 1; one more comes first and is not counted.
+        cold: Whether to time each call a second time after flushing the caches.
+        progress: Called with the number of finished rounds and of all rounds.
+
+    Returns:
+        Median microseconds by name and ratio: warm, and cold (empty if not asked for).
+    """
     found: list[dict[tuple[str, float | None], list[float]]] = [{}, {}]
     flush = np.zeros(_FLUSH_BYTES // 8) if cold else None
     for turn in range(repeats + 1):  # the first one warms up

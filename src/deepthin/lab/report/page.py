@@ -42,14 +42,21 @@ AXES = {
 
 @dataclass(frozen=True)
 class Key:
-    """A piece of a method's line, as it is drawn: for the eye to find it in the chart."""
+    """The line style of a method in tables, as in the chart's legend."""
 
     line: str  # CSS: solid, dashed or dotted
     colour: str
 
     @classmethod
     def of(cls, method: str) -> "Key":
-        """That of a method by its name."""
+        """The line style of a method.
+
+        Args:
+            method: Name of the method, such as ``deepthin-8bit``.
+
+        Returns:
+            Solid for 32-bit floats, dotted for 4 bits, else dashed; in the method's colour.
+        """
         name, bits = base(method)
         return cls({"": "solid", "4": "dotted"}.get(bits, "dashed"), STYLES.get(name, UNKNOWN)[0])
 

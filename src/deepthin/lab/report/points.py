@@ -40,7 +40,7 @@ UNCOMPRESSED = "dense", "int8"  # what is no thin network, and stands in a pictu
 
 @dataclass(frozen=True)
 class Spread:
-    """What the seeds gave for one metric."""
+    """Statistics of one metric over the seeds."""
 
     mean: float
     low: float
@@ -48,7 +48,16 @@ class Spread:
     seeds: int
 
     def text(self, metric: str, plus_minus: str = "+-") -> str:
-        """Mean and half the range: two decimals for per cent, else four digits."""
+        """Mean, and half the range if there are several seeds.
+
+        Args:
+            metric: The metric, which fixes the number of digits: two decimals for per cent, else four significant
+                digits.
+            plus_minus: What separates both.
+
+        Returns:
+            The text, such as ``12.34 +-0.05``.
+        """
         decimals = 2 if label(metric).endswith("%") else max(0, 3 - math.floor(math.log10(abs(self.mean) or 1)))
         spread = f" {plus_minus}{(self.high - self.low) / 2:.{decimals}f}" if self.seeds > 1 else ""
         return f"{self.mean:.{decimals}f}{spread}"
@@ -90,7 +99,14 @@ class Point:
 
 
 def points(rows: Rows) -> list[Point]:
-    """Methods in the order of their first appearance, larger ratios first."""
+    """Join the seeds of each method and ratio.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        Points by method in the order of first appearance, larger ratios first.
+    """
     groups: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
         groups.setdefault(row.method, {}).setdefault(row.ratio, []).append(row)
@@ -123,30 +139,64 @@ def _median(measured: Iterable[float | None]) -> float | None:
 
 
 def metrics(rows: Rows) -> list[str]:
-    """In the order of their first appearance: the first is the leading one."""
+    """The metrics of a comparison.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        Names in the order of first appearance: the first is the leading one.
+    """
     return list(dict.fromkeys(row.metric for row in rows))
 
 
 def worded(metric: str) -> tuple[str, str]:
-    """Name and unit of a metric, for people."""
+    """Name and unit of a metric, for people.
+
+    Args:
+        metric: The metric, as in ``results.json``.
+
+    Returns:
+        (name, unit); the unit is empty if the metric has none.
+    """
     return METRICS.get(metric, (metric.replace("_", " "), ""))
 
 
 def label(metric: str) -> str:
-    """For heads and axes: ``frame error, %``."""
+    """A metric for table heads and axes.
+
+    Args:
+        metric: The metric, as in ``results.json``.
+
+    Returns:
+        Its name and unit, such as ``frame error, %``.
+    """
     return ", ".join(filter(None, worded(metric)))
 
 
 def base(method: str) -> tuple[str, str]:
-    """A method and the bits that its floats are rounded to: ``deepthin-8bit`` is ("deepthin", "8")."""
+    """Split the name of a compared method.
+
+    Args:
+        method: The name, such as ``deepthin-8bit``.
+
+    Returns:
+        The method, and the bits of its quantised floats: ``("deepthin", "8")``; empty bits without quantisation.
+    """
     rounded = re.fullmatch(r"(.+)-(\d+)bit", method)
     return (rounded[1], rounded[2]) if rounded else (method, "")
 
 
 def best_thin(rows: Rows) -> Row | None:
-    """The row of the best thin file: of the configuration with the lowest mean development value, the best seed.
+    """The row of the best thin file: the best seed of the configuration with the lowest mean development value.
 
-    Judged by the leading metric; the dense network and int8 are not thin. None if there is nothing to choose from.
+    Judged by the leading metric; the dense network and int8 are not thin.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        The row; None if no thin network has a development value.
     """
     judged: dict[tuple[str, float], list[tuple[float, Row]]] = {}
     for row in rows:
