@@ -213,7 +213,7 @@ def positions_of(
     """The inverse of ``gaps_of``, for untrusted symbols.
 
     Args:
-        found: Gaps and fillers.
+        symbols: Gaps and fillers.
         width: Bits of a gap, 1 to 24.
         count: How many positions.
         places: All positions are from 0 to ``places - 1``.

@@ -49,11 +49,11 @@ class Row:
         return {name: value for name, value in asdict(self).items() if name in _ALWAYS or value is not None}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Row":
+    def from_json(cls, stored: Mapping[str, Any]) -> "Row":
         """Read a row of ``results.json``, also one of an earlier version.
 
         Args:
-            found: The mapping; keys that this version does not know are left out.
+            stored: The mapping; keys that this version does not know are left out.
 
         Returns:
             The row.
@@ -62,9 +62,9 @@ class Row:
             ConfigError: If a key is missing that every row has.
         """
         known = {field.name for field in fields(cls)}
-        if missing := sorted(_REQUIRED - set(found)):
+        if missing := sorted(_REQUIRED - set(stored)):
             raise ConfigError(f"A row of results.json lacks {', '.join(missing)}: remove the file to begin anew.")
-        return cls(**{name: value for name, value in found.items() if name in known})
+        return cls(**{name: value for name, value in stored.items() if name in known})
 
 
 _REQUIRED = {"task", "method", "ratio", "bytes", "dense_bytes", "seed", "split", "metric", "value"}
@@ -94,7 +94,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ConfigError: If the file is damaged.
     """
-    return [Row.from_json(found) for found in read_json(path, list)]
+    return [Row.from_json(stored) for stored in read_json(path, list)]
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -111,9 +111,9 @@ def read_json(path: Path, kind: type) -> Any:
         ConfigError: If the file is damaged.
     """
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}): remove it to begin anew.") from None
-    if not isinstance(found, kind):
+    if not isinstance(content, kind):
         raise ConfigError(f"{path} is damaged (it holds no {kind.__name__}): remove it to begin anew.")
-    return found
+    return content

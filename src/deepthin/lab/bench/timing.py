@@ -40,11 +40,11 @@ def interleaved(
     Returns:
         Median microseconds by name and ratio: warm, and cold (empty if not asked for).
     """
-    found: list[dict[tuple[str, float | None], list[float]]] = [{}, {}]
+    times_by_cache: list[dict[tuple[str, float | None], list[float]]] = [{}, {}]
     flush = np.zeros(_FLUSH_BYTES // 8) if cold else None
     for turn in range(repeats + 1):  # the first one warms up
         for name, ratio, work in timings:
-            for warm, times in zip((True, False), found, strict=True):
+            for warm, times in zip((True, False), times_by_cache, strict=True):
                 if warm:
                     began = time.perf_counter()
                     for _ in range(_TURNS_BEFORE):
@@ -60,5 +60,5 @@ def interleaved(
                 if turn:
                     times.setdefault((name, ratio), []).append((time.perf_counter_ns() - start) / 1000)
         progress(turn + 1, repeats + 1)
-    warm, cold_times = ({key: statistics.median(values) for key, values in times.items()} for times in found)
+    warm, cold_times = ({key: statistics.median(values) for key, values in times.items()} for times in times_by_cache)
     return warm, cold_times
