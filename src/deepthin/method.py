@@ -33,7 +33,7 @@ Array = Any
 """A NumPy array, a torch tensor or a Keras tensor: methods are written once for all of them."""
 
 Trains = Literal["codes", "through"]
-"""What the optimiser is shown: the floating entries of the code, or what the method encodes."""
+"""What the optimiser updates: the floats of the code, or the latents that the method encodes."""
 
 Code = dict[str, Array]
 """What a method stores: entry name -> array. Floating arrays are trainable, integer arrays are not."""
@@ -50,8 +50,7 @@ class Integers:
         count: Number of different values.
         least: The smallest value; the largest is ``least + count - 1``.
         rising: Whether the flattened entry is strictly increasing, as positions are: it can then be stored as gaps.
-        most_bytes: Upper bound on the coded size of the entry, guaranteed by ``encode``; None: none but that of
-            packing.
+        most_bytes: Upper bound on the coded size of the entry, guaranteed by ``encode``; None: that of packing.
     """
 
     count: int

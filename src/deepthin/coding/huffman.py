@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8, UInt16, UInt32
 
 LONGEST, MOST_USED, WIDEST = 15, 4096, 16  # bits of a code; different symbols; bits of a symbol
-MOST_FREE = 1 << 24  # symbols that take no bits, since there is only one: a small file must not declare more
-_SAME, _NEXT, _RUN, _OTHER = range(4)  # what so many ones say of a symbol's length, or of what comes before it
-_TABLE_BYTES = MOST_USED * 41 // 8 + 8  # a table has no more: a run, an escape and a length for each symbol
+MOST_FREE = 1 << 24  # symbols of a single kind, which take no bits: bounds what a small file can declare
+_SAME, _NEXT, _RUN, _OTHER = range(4)  # prefix codes: that many ones announce the next item of the table
+_TABLE_BYTES = MOST_USED * 41 // 8 + 8  # the longest table: a run, an escape and a length for each symbol
 
 
 def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> Int64[np.ndarray, "symbols"]:
@@ -41,7 +41,7 @@ def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> 
         merged = both[order]
         packages.append(order >= len(leaves))
     taken, leaf_lengths = 2 * len(leaves) - 2, np.zeros(len(leaves), np.int64)
-    for package in reversed(packages):  # the cheapest of each list: so many leaves, and packages of the list before
+    for package in reversed(packages):  # the cheapest items of each list: leaves, and packages of the list before
         whole = int(package[:taken].sum())
         leaf_lengths[: taken - whole] += 1
         taken = 2 * whole
@@ -129,7 +129,7 @@ def _put(values: Int64[np.ndarray, "items"], widths: Int64[np.ndarray, "items"])
     total = int(ends[-1])
     values = np.append(values, (1 << -total % 8) - 1)
     places = np.append(ends - widths, total)
-    shifted = values << (places & 31)  # below 2**63: numbers have 31 bits at most
+    shifted = values << (places & 31)  # below 2**63, since numbers have at most 31 bits
     word = places >> 5
     low = np.bincount(word, shifted & 0xFFFFFFFF, -(-total // 32) + 1)  # exact: no two numbers have a bit in common
     high = np.bincount(word + 1, shifted >> 32, len(low) + 1)
@@ -275,7 +275,7 @@ def decode(
             raise ValueError(f"{count} times the symbol {used[0]}, from no bits at all")
         symbols, end = np.full(count, used[0], np.uint16), start
     else:
-        most = min(max(most, count), 8 * len(data) - start)  # a code has a bit at least
+        most = min(max(most, count), 8 * len(data) - start)  # every code has at least one bit
         if count > most:
             raise ValueError(f"{len(data)} bytes are too few for {count} codes")
         symbols, end = (walk or globals()["walk"])(data, start, _lookup(used, lengths), most, count, skip)

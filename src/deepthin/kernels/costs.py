@@ -1,6 +1,7 @@
 """The predicted time of each way to multiply inputs by a compressed weight, and which is least: pure functions.
 
-The counts are those of docs/performance.md; the times were fitted to one machine. A framework adds what its calls take.
+The counts are those of docs/performance.md; the times were fitted to one machine. A framework adds the overhead of its
+calls.
 """
 
 import math
@@ -11,10 +12,10 @@ from deepthin.method import InTurn, Symbols
 from deepthin.methods.factor import Factor
 
 Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "csr", "symbols"]
-"""The weight first; its factors in turn; the structured way in torch; the same in native code; sparse rows; symbols."""
+"""Multiply by the decoded weight, its factors in turn, structured in torch or in native code, sparse rows, symbols."""
 
 NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
-LANES, FEW = 8, 3  # how native code splits a batch: one item per SIMD lane; a rest of so few, or fewer, one by one
+LANES, FEW = 8, 3  # native code takes one item per SIMD lane; a remainder of at most FEW items goes one by one
 
 # Nanoseconds for each of `terms`, on one core in single precision, fitted by benchmarks/fit_costs.py to timings: of a
 # product with nothing to record, the dense weight at hand, and of a training step, the dense weight to be made.
@@ -39,7 +40,10 @@ _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
 }
 
 _SYMBOL_ITEMS, _SYMBOL_AREA = 8, 1 << 21
-_IN_TURN = {True: (6e4, 0.05), False: (2.5e5, 0.2)}  # of Kronecker sums and tensor trains: a call, each multiplication
+_IN_TURN = {
+    True: (6e4, 0.05),
+    False: (2.5e5, 0.2),
+}  # nanoseconds of a call and of a multiplication, for Kronecker sums and tensor trains
 
 
 def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
@@ -65,7 +69,7 @@ def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
         return counts
     length = n * -(-(cols + n - 1) // n)
     points = fft_length(length)
-    taps = rows * length // n * rank  # what the phases multiply for one item, and what is gathered for all
+    taps = rows * length // n * rank  # multiplications for one item, and entries gathered once for all
     phases = (batch * taps, taps, batch * (rank * length + rows), n)
     transforms = batch * points * math.log2(points) * (1 + rank)
     windows = (batch * rank * length * n, batch * rank * length)
@@ -139,7 +143,7 @@ def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) 
         The way; ``"dense"`` for an empty batch.
     """
     if batch == 0:
-        return "dense"  # the FFT library takes no empty batches
+        return "dense"  # FFT libraries refuse empty batches
     predicted = costs(method, batch, dense_ready)
     return min(
         (path for path in predicted if path == "dense" or (path in NATIVE) == native), key=lambda p: predicted[p]

@@ -198,7 +198,7 @@ def _weight(gate: Gate) -> tuple[np.ndarray, np.ndarray | float]:
 def _operands(
     cell: str, gates: Sequence[Gate], x: np.ndarray, states: States, directions: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """As the native code reads them."""
+    """Check the operands, and make them contiguous float32 arrays."""
     h, c = states
     if cell not in CELLS:
         raise ValueError(f"cell={cell!r} must be one of {', '.join(CELLS)}.")

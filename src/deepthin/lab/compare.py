@@ -1,7 +1,7 @@
-"""The same network, the same bytes, the same training: every method side by side, and what came out of it.
+"""Compare methods: the same network, the same bytes, the same training for each.
 
-First a search for each method, if one is asked for; then all trials; then the networks' speed. Whatever ends is written
-at once, so that an interrupted comparison goes on where it stopped.
+First a search for each method, if one is asked for; then all trials; then the networks' speed. Each result is written
+at once, so that an interrupted comparison resumes.
 """
 
 import json
@@ -35,10 +35,10 @@ from deepthin.lab.trial import (
 )
 from deepthin.storage.atomic import write_atomically
 
-LATENCY_ROUNDS, LATENCY_SECONDS = 15, 120.0  # at most so many rounds, and no further one after so long
-SEARCH_SEED = 1000  # of the trainings that choose; those that count have seeds from 0
+LATENCY_ROUNDS, LATENCY_SECONDS = 15, 120.0  # upper bounds on the timing
+SEARCH_SEED = 1000  # seed of the search's trainings; trials have seeds from 0
 Progress = Callable[[str, int, int], None]
-"""Told what runs, how far it is, and of how much."""
+"""Called with the name of what runs, the number of finished units, and of all."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
         wanted = _trials(settings, methods, choices)
         trials = [trial for trial in wanted if trial.key not in done]
         count = [len(wanted) - len(trials), len(wanted)]
-        for quantising in (False, True):  # the 8-bit network is made of the dense one
+        for quantising in (False, True):  # int8 needs the file of the dense network
             chains = [
                 _chain(settings, trial, out, progress, rows, count)
                 for trial in trials
@@ -236,7 +236,7 @@ def searched_ratio(out: Path) -> float | None:
 
 
 def _still_there(row: Row, out: Path) -> bool:
-    """Whether the file of a trial, or of what it was made of, is still there; else it is made again."""
+    """Whether the model file of a trial still exists; otherwise the trial runs again."""
     model = f"models/{DENSE}-seed{row.seed}.thin" if row.method == INT8 else row.model
     return row.value is None or (model is not None and (out / model).exists())
 
@@ -257,7 +257,7 @@ def _check_same_run(about: dict[str, Any], out: Path) -> None:
 
 
 def _check_widths(run: Run, methods: tuple[str, ...]) -> None:
-    """Said before the training, not after hours of it."""
+    """Refuse same-size networks early where the task has only one width."""
     if any(split(method)[0] == SAME_SIZE for method in methods):
         with torch.device("meta"):
             run.build(run.width + 1)

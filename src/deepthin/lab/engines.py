@@ -133,7 +133,7 @@ class Processes:
         """
         first = next(iter(wait(begun, return_when=FIRST_COMPLETED).done))
         error = first.exception()
-        if isinstance(error, BrokenProcessPool):  # no other will end either
+        if isinstance(error, BrokenProcessPool):  # the pool is unusable: no other call will end
             raise DeepThinError(
                 "A process was ended from outside, perhaps for want of memory: use fewer --jobs. The same command goes "
                 "on where it stopped."
@@ -164,7 +164,7 @@ class Ray:
     def __init__(self, jobs: int, threads: int) -> None:
         if find_spec("ray") is None:
             raise ConfigError("--engine ray needs Ray: pip install 'deepthin[ray]', or leave --engine out.")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
         import ray
 
         self.jobs, self._ray = jobs, ray
@@ -250,7 +250,7 @@ def run_chains(engine: Engine, chains: Iterable[Chain]) -> None:
 
 
 def _begin(parent: int, threads: int) -> None:
-    """A process of a pool: so many threads, and an end when its parent is gone, which alone hears the keyboard."""
+    """Set up a worker: its threads, no keyboard interrupts, and an exit once the parent is gone."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

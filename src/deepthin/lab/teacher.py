@@ -36,7 +36,7 @@ class Teacher:
     noise: dt.Noise | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be learned from."""
+        """Refuse invalid settings with ConfigError."""
         check_settings(self.weight, self.temperature, self.kind)
 
     def load(self, task: Task, dense: Callable[[], nn.Module]) -> nn.Module:
@@ -89,5 +89,7 @@ class Teacher:
         if self.noise is not None:
             kind = "added" if self.noise.additive else "relative"
             how += f" with {kind} noise of {self.noise.sigma:g} for {self.noise.share:g} of the items"
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]  # all .thin files have one and the same CRC-32
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[
+            :16
+        ]  # .thin files end in their CRC-32, so that the CRC of each whole file is the same
         return f"{self.path.name}, SHA-256 {digest}...; weight {self.weight:g} for its {how}"

@@ -31,7 +31,7 @@ class Trained:
     """
 
     report: Report
-    values: Mapping[str, Mapping[str, float]]  # by split and metric
+    values: Mapping[str, Mapping[str, float]]  # split -> metric -> value
     lr: float
     steps: int
     seconds: float
@@ -102,7 +102,7 @@ def train(
 
 
 def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping[str, torch.Tensor]]:
-    """What a recipe asks; ConfigError if the task has no Hessian."""
+    """The importance that a recipe uses; ConfigError for a Hessian where the task has no loss of single items."""
     if kind == "hessian":
         if run.task.calibration is None:
             raise ConfigError(
@@ -114,7 +114,7 @@ def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping
 
 
 def _loss(run: Run, model: torch.nn.Module) -> float:
-    """On development data: the task's own loss, else its leading metric."""
+    """The task's loss on development data, else its leading metric."""
     if run.task.loss is not None:
         return run.task.loss(model, run.data)
     return next(iter(run.task.evaluate(model, run.data, "dev").values()))

@@ -1,4 +1,4 @@
-"""One trial: a network by one method at one size with one seed, trained, stored, loaded again, and judged."""
+"""One trial: train the network of one method, ratio and seed, store it, load it again, and judge it."""
 
 import copy
 import math
@@ -33,9 +33,9 @@ from deepthin.torch.tensors import tensors_of
 
 DENSE, INT8, SAME_SIZE = "dense", "int8", "same-size"
 ALWAYS = (DENSE, INT8)
-SCALAR = [name for name, named in METHODS.items() if "bits" in named.sized_by]  # nothing is left to be rounded
+SCALAR = [name for name, named in METHODS.items() if "bits" in named.sized_by]  # they quantise the weights already
 PRUNED_CSR = "pruned-csr"
-ROUNDED = re.compile(r"(.+)-(\d+)bit")  # a method whose floats are then stored in so many bits: deepthin-8bit
+ROUNDED = re.compile(r"(.+)-(\d+)bit")  # quantised floats: deepthin-8bit
 COMPARED = (
     *ALWAYS,
     *METHODS,
@@ -60,11 +60,11 @@ class Pruning:
     times: int
 
 
-# Ours: from early on, often, long before the weights are trained (gradual pruning). The paper's: a trained network,
-# pruned and trained on in turn (Han et al., 2015, arXiv:1506.02626, section 3), stored as compressed sparse rows.
+# pruned: gradual pruning from early in the training. pruned-csr: the paper's iterative pruning of a trained network
+# (Han et al., 2015, arXiv:1506.02626, section 3), counted as compressed sparse rows.
 PRUNING = {"pruned": Pruning(0.02, 0.15, 24), PRUNED_CSR: Pruning(0.4, 0.7, 6)}
 INT8_RATIO = 0.25
-QUANTISED = {nn.Linear, nn.LSTM, nn.GRU}  # just these types: torch goes by them
+QUANTISED = {nn.Linear, nn.LSTM, nn.GRU}  # exact types: torch quantises by type
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Setup:
     steps: int | None = None
     width: int | None = None
     depth: int | None = None
-    own: tuple[str, str, str] | None = None  # the user's factory, training and evaluation, instead of ``task``
-    teacher: Teacher | None = None  # of all networks but the dense one
+    own: tuple[str, str, str] | None = None
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ class Trial:
 
     @property
     def key(self) -> tuple[str, float, int]:
-        """What identifies it in a comparison."""
+        """Method, ratio and seed: what identifies the trial."""
         return self.method, self.ratio, self.seed
 
     @property
     def name(self) -> str:
-        """For files: ``deepthin-0.02-seed0``."""
+        """File name without its ending: ``deepthin-0.02-seed0``."""
         size = "" if self.method in ALWAYS else f"-{self.ratio}"
         return f"{self.method}{size}-seed{self.seed}"
 
@@ -135,8 +135,8 @@ class Run:
     data: Any
     steps: int
     width: int
-    build: Callable[[int], nn.Module]  # width -> the dense network
-    teacher: tuple[Teacher, nn.Module] | None = None  # and the network itself
+    build: Callable[[int], nn.Module]
+    teacher: tuple[Teacher, nn.Module] | None = None
 
     @classmethod
     def prepare(cls, setup: Setup) -> "Run":
@@ -203,9 +203,7 @@ class Run:
         if bits is None:
             return dt.same_size(self.build, budget)
         dense_bytes, matrices = self._never_thin()
-        apart = (
-            4 * matrices + dense_bytes
-        )  # a step for each matrix, and what stays in fp32; there is more room in the rest
+        apart = 4 * matrices + dense_bytes  # steps of the quantiser, and what stays in float32
         try:
             return dt.same_size(self.build, (budget - apart) * 32 // bits + dense_bytes)
         except BudgetError as error:
@@ -255,7 +253,7 @@ class Run:
             return model, {}
         rules = self.rules(trial.method, trial.ratio, (trial.choice or self.choice(trial.method)).allocation)
         rules["model"]["ignore"] = [t.name for t in tensors_of(model)[0] if t.uncovered and len(t.shape) > 1]
-        if rules["model"]["ignore"] and "ratio" in rules["model"]:  # their bytes count
+        if rules["model"]["ignore"] and "ratio" in rules["model"]:  # their bytes count towards the ratio
             dense_bytes, whole = self._never_thin()[0], self.weight_bytes()
             if trial.ratio * whole <= dense_bytes:
                 raise BudgetError(
@@ -443,13 +441,13 @@ def run_trial(setup: Setup, trial: Trial, out: Path, progress: Callable[[int], N
         setup: What all trials of the comparison share.
         trial: The method, the size and the seed.
         out: The folder of the comparison; the file goes into ``models`` there.
-        progress: Told after each training step how many there were.
+        progress: Called after each step with the number of steps so far.
 
     Returns:
         A row for each split and metric; one without a value where the size is out of reach or the training diverges.
 
     Raises:
-        DeepThinError: If the loaded network does not do what the trained one does.
+        DeepThinError: The loaded network does not do what the trained one does.
     """
     run = prepared(setup)
     row = first_row(run, trial)
@@ -459,7 +457,7 @@ def run_trial(setup: Setup, trial: Trial, out: Path, progress: Callable[[int], N
     try:
         model = run.train(trial, progress or (lambda _: None))
         if not all(torch.isfinite(t).all() for t in model.state_dict().values() if t.is_floating_point()):
-            raise NonFiniteError("The training ended with weights that are no numbers: use a smaller learning rate.")
+            raise NonFiniteError("The training ended with weights that are not finite: use a smaller learning rate.")
         row = replace(row, seconds=round(time.perf_counter() - started, 2))
         path = out / "models" / f"{trial.name}.thin"
         path.parent.mkdir(exist_ok=True)
@@ -513,7 +511,7 @@ def quantised(model: nn.Module) -> nn.Module:
         The quantised copy.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces that its quantisation moves elsewhere
+        warnings.simplefilter("ignore")  # torch has deprecated this module
         from torch.ao.quantization import quantize_dynamic
 
         return quantize_dynamic(copy.deepcopy(model), QUANTISED, dtype=torch.qint8)  # pyright: ignore[reportArgumentType]
@@ -531,7 +529,7 @@ def _quantised(run: Run, trial: Trial, row: Row, out: Path) -> list[Row]:
     row = replace(row, weight_bytes=run.weight_bytes() - 3 * rounded, bytes=run.dense_bytes() - 3 * rounded)
     try:
         return _judged(run, row, quantised(dense))
-    except Exception as error:  # torch's quantisation does not take every network, nor every processor
+    except Exception as error:  # torch cannot quantise every network on every processor
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return [replace(row, failed=f"torch cannot quantise it: {reason}")]
 
@@ -557,7 +555,7 @@ def alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
-    """Those that a network returns, in whatever it returns."""
+    """All tensors in the outputs of a network: alone, or in lists, tuples and mappings."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
     parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, list | tuple) else ()
@@ -565,7 +563,7 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
 
 
 def _judged(run: Run, row: Row, model: nn.Module) -> list[Row]:
-    """The rows of a network; NonFiniteError if one of its numbers is none."""
+    """The rows of an evaluated network; NonFiniteError if a metric is not finite."""
     judgments = {name: run.task.evaluate(model, run.data, name) for name in ("dev", "test")}
     for name, values in judgments.items():
         if wrong := [metric for metric, value in values.items() if not math.isfinite(value)]:

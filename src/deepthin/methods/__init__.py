@@ -38,9 +38,9 @@ class Named:
 
     name: str
     cls: type[Fitted]
-    preset: Mapping[str, Any] = field(default_factory=dict[str, Any])  # options of ``cls.fit`` that the name fixes
-    sized_by: frozenset[str] = frozenset()  # options that fix the size by themselves, so that no target is needed
-    learning_rate_multiplier: float = 1.0  # times what suits the dense network (docs/training.md); found by experiment
+    preset: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sized_by: frozenset[str] = frozenset()
+    learning_rate_multiplier: float = 1.0
     about: str = ""
 
     @property
@@ -136,7 +136,7 @@ METHODS: dict[str, Named] = {
     )
 }
 
-HIGH_RANK = 8  # with 20 times the dense rate, factors of such a rank that are rounded diverge (docs/training.md)
+HIGH_RANK = 8  # quantised factors of this rank and above diverge at 20 times the dense rate (docs/training.md)
 THEN = " then "
 """Between the names of a method and of the one that stores its floats: ``deepthin then uniform``."""
 

@@ -28,9 +28,9 @@ class Binary:
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    planes: int  # signs a weight
-    rounds: int = ROUNDS  # 0 greedy; 1 greedy signs with the best scales; from 2 on so many alternating rounds
-    per: str = "row"  # what has scales of its own: "row" or "matrix"
+    planes: int  # number of signs for each weight
+    rounds: int = ROUNDS  # 0: greedy; 1: greedy signs, least-squares scales; >= 2: alternating rounds
+    per: str = "row"  # what shares scales: "row" or "matrix"
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -255,7 +255,7 @@ def _nearest(
     row = xp.cumsum(xp.ones_like(order[:, :1]), 0) - 1
     sums = xp.take(sums, order + row * (1 << planes))
     bounds = sums[:, :-1] / 2 + sums[:, 1:] / 2
-    below = 0 * row  # how many bounds are at most the weight
+    below = 0 * row  # number of bounds that are at most the weight
     for k in reversed(range(planes)):
         bound = xp.take(bounds, below + row * ((1 << planes) - 1) + ((1 << k) - 1))
         below = below + xp.asarray(rows >= bound, dtype=xp.int64) * (1 << k)

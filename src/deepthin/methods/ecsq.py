@@ -19,8 +19,8 @@ from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 from deepthin.methods.lloyd import within
 
 MOST_BITS = 8
-SPARE_BITS = 2  # levels to begin with: so many times two to the bits that are wanted, since many are dropped
-USED_BITS = 1.5  # a budget gets levels of so many bits more than it has for a weight, if it can
+SPARE_BITS = 2  # first levels: 2^(bits + SPARE_BITS), since many are dropped
+USED_BITS = 1.5  # levels have up to this many bits more than the budget leaves for a weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Ecsq:
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    levels: int  # the most centres
-    coded_bytes: int  # of all symbols together in a file, their table included, at most
+    levels: int  # upper bound on the centres
+    coded_bytes: int  # upper bound on all symbols in a file, their table included
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""

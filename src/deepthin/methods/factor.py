@@ -194,7 +194,7 @@ class Factor:
         root = xp.sqrt(sigma[: self.rank])
         balance = (self.m / self.n) ** 0.25
         left = (root * balance)[:, None] * u.T[: self.rank]
-        # A vanishing term keeps a wf, since with both factors at zero no gradient would ever reach it.
+        # A zero term keeps its wf: with both factors at zero no gradient would reach it.
         wf = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[: self.rank]
         for _ in range(self.rank - left.shape[0]):  # more terms than a matrix of this shape can use
             left, wf = xp.concatenate([left, 0 * left[:1]]), xp.concatenate([wf, wf[:1]])

@@ -24,9 +24,9 @@ class KMeans:
     """``W[i] = centres[symbols[i]]``. Training moves the centres, each by the summed gradient of its weights."""
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    levels: int  # how many centres
-    start: str = "linear"  # where Lloyd's rounds begin: evenly, or at quantiles ("density"), or at weights ("random")
-    seed: int = 0  # of a random start
+    levels: int  # number of centres
+    start: str = "linear"  # first centres: evenly spaced, at quantiles ("density"), or at weights ("random")
+    seed: int = 0  # seed of a random start
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -159,7 +159,7 @@ class KMeans:
             None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
         )
         centres = xp.asarray(centres_of(flat, self.levels, self.start, self.seed, flat_importance), dtype=weight.dtype)
-        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # of the centres as they are stored
+        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # distances to the stored centres
         symbols = np.searchsorted(bounds, flat, side="right").reshape(self.shape)
         return {"centres": centres, "symbols": xp.asarray(symbols.astype(np.int16))}
 

@@ -144,7 +144,7 @@ class Kronecker:
         root, terms = xp.sqrt(sigma[: self.terms]), self.terms
         balance = (math.prod(self.left) / math.prod(self.right)) ** 0.25
         a = (root * balance)[:, None] * u.T[:terms]
-        # A vanishing term keeps a b, since with both at zero no gradient would ever reach it.
+        # A zero term keeps its b: with both factors at zero no gradient would reach it.
         b = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[:terms]
         return {"a": xp.reshape(a, (terms, r1, q1)), "b": xp.reshape(b, (terms, r2, q2))}
 

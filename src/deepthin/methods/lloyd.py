@@ -16,10 +16,10 @@ from jaxtyping import Float64, Int64
 from deepthin.coding.bits import permutation
 
 STARTS = ("linear", "density", "random")
-ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
+ROUNDS, PRICED_ROUNDS = 10_000, 100  # upper bounds
 _FEW = 64  # distinct importances, at most, that are searched one by one
 _FINENESS, _OCTAVES = 3, 20  # classes of importance: so many per doubling, and so many doublings
-_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until the entropy is low enough; and then
+_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # growth of lambda until the entropy is low enough, then bisections
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Numbers:
 
     values: Float64[np.ndarray, "count"]
     importance: Float64[np.ndarray, "count"]
-    order: Int64[np.ndarray, "count"]  # where each of them stands in what was given
+    order: Int64[np.ndarray, "count"]  # index of each number in the input
     unweighted: bool
 
     @classmethod
@@ -295,7 +295,7 @@ class Cells:
     centres: Float64[np.ndarray, "cells"]
     counts: Int64[np.ndarray, "cells"]
     assign: Callable[[], Int64[np.ndarray, "count"]]
-    price: float = 0.0  # of a bit, at which they were found
+    price: float = 0.0  # lambda with which the cells were found
 
     @cached_property
     def symbols(self) -> Int64[np.ndarray, "count"]:
@@ -436,7 +436,7 @@ def _hull(
     heights = centres**2 + lengths
     order = np.lexsort((heights, centres))
     rising = centres[order]
-    order = order[np.concatenate([_FIRST, rising[1:] > rising[:-1]])]  # of equal centres the cheapest
+    order = order[np.concatenate([_FIRST, rising[1:] > rising[:-1]])]  # the cheapest of equal centres
     live: list[int] = []
     bounds: list[float] = []
     slopes, levels = centres.tolist(), heights.tolist()

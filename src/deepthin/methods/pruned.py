@@ -24,9 +24,9 @@ class Pruned:
     """``W`` is zero except for ``values`` at ``positions``, which are strictly increasing in the flattened matrix."""
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    kept: int
-    index: str = "gaps"  # or "csr": how positions are counted; they are stored as gaps, or as they are, in any case
-    balance: int = 1  # so many processing elements take rows in turn, and keep the same share of their weights
+    kept: int  # number of stored weights
+    index: str = "gaps"  # "gaps", or "csr" to count positions at the size of compressed sparse rows
+    balance: int = 1  # number of processing elements that take rows in turn, with equal densities
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -64,7 +64,7 @@ class Pruned:
         if index not in INDEXES:
             raise ConfigError(f"index = {index!r} is unknown. Valid: {', '.join(INDEXES)}.")
         if type(balance) is not int or balance < 1:
-            raise ConfigError(f"balance = {balance!r}: the number of processing elements is a whole one, from 1 on.")
+            raise ConfigError(f"balance = {balance!r}: the number of processing elements is an integer >= 1.")
         balance = min(balance, shape[0])
         low, high = 0, min(max_bits // FLOAT_BITS, math.prod(shape)) + 1
         while high - low > 1:

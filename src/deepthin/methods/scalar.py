@@ -29,7 +29,7 @@ class Uniform:
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
     width: int  # bits of a symbol
-    per: str = "matrix"  # what has a step of its own: "matrix" or "row"
+    per: str = "matrix"  # what shares a step: "matrix" or "row"
     affine: bool = False
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class Uniform:
             ``symbols``, rows x cols in int16 (int64 above 15 bits), ``step``, and ``least`` if affine.
         """
         kind = weight.dtype
-        if xp.finfo(kind).bits < 32:  # half precision has no room for the symbols
+        if xp.finfo(kind).bits < 32:  # half precision cannot hold the symbols exactly
             code = self.encode(xp.asarray(weight, dtype=xp.float32), xp)
             return {key: array if key == "symbols" else xp.asarray(array, dtype=kind) for key, array in code.items()}
         rows = weight if self.per == "row" else xp.reshape(weight, (1, -1))

@@ -68,7 +68,8 @@ class Then:
             )
         best, low, high = smallest, least, max(least, 1)
         while high < 64 * max_bits and (candidate := made(high)).bits() <= max_bits:
-            best, low, high = max(best, candidate, key=lambda plan: plan.bits()), high, 2 * high  # tables may shrink
+            best = max(best, candidate, key=lambda plan: plan.bits())  # tables may shrink
+            low, high = high, 2 * high
         while high - low > max(FLOAT_BITS, low >> 12):
             middle = (low + high) // 2
             candidate = made(middle)

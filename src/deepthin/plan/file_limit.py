@@ -11,10 +11,10 @@ from deepthin.plan.tensor import Tensor
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.write import size_of
 
-_MEASUREMENTS = 8  # plans that are encoded, at most, to find how much coding leaves room for
+_MEASUREMENTS = 8  # upper bound on the plans that are encoded to measure entropy coding
 
 Encoder = Callable[[Planned], Thin]
-"""What was planned, encoded from the values that its tensors have."""
+"""Encodes a plan from the present values of its tensors."""
 
 
 def parts_of(planned: Planned) -> list[Part]:
@@ -94,7 +94,7 @@ def within(
         return best
     taken, high = coded_bytes(base, best, encoded), 64 * limit
     for _ in range(_MEASUREMENTS):
-        wanted = low * limit // taken  # too little by as much as some bytes do not grow
+        wanted = low * limit // taken  # too small a guess, since headers do not grow
         wanted = (low + high) // 2 if wanted >= high else wanted
         if wanted <= low + (low >> 10):
             break
@@ -121,7 +121,7 @@ def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoder) ->
 
 
 def _codable(planned: Planned) -> bool:
-    """Whether training leaves its integers as they are, so that a file may count on how short they are."""
+    """Whether training leaves its integers unchanged, so that their coded size is final."""
     return planned.method is not None and planned.method.trains == "codes" and bool(planned.method.integers())
 
 

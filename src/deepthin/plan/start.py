@@ -1,6 +1,6 @@
 """How a matrix's code begins, in any framework: encoded from weights, or drawn by a seed. All of it in NumPy.
 
-A start is the code and, where the method trains through its rounding, the latents: what the optimiser is shown.
+A start is the code and, where the method trains through its rounding, the latents that the optimiser updates.
 """
 
 import math
@@ -17,7 +17,7 @@ from deepthin.storage.contents import Part
 _NUMPY = cast(Any, np)
 
 Start = tuple[Code, Code | None]
-"""The code, and the latents where it is not these that train."""
+"""The code, and the latents that train; None where the code itself trains."""
 
 
 def joined(method: Method, parts: Sequence[Part], tensors: Sequence[np.ndarray], power: int = 1) -> np.ndarray:
@@ -59,7 +59,7 @@ def encoded(
         The code; and the latents that train, where these are not the code itself, else None.
     """
     weight = joined(method, parts, tensors)
-    # What is stored is the weight over its scale, so an error of it counts by the square of the scale
+    # The matrix holds weights over their scale: squared errors count times the squared scale
     weigh = None if importance is None else joined(method, parts, importance, power=-2)
     if method.trains == "codes":
         return method.encode(weight, _NUMPY, weigh), None
@@ -95,5 +95,5 @@ def drawn(method: Method, rng: np.random.Generator, std: float) -> Start:
     if method.trains == "codes":
         return method.init(rng, std), None
     floats = FloatCoding(method)
-    latents = dict(floats.decoder.init(rng, std))  # not rounded: what is below a step may count in time
+    latents = dict(floats.decoder.init(rng, std))  # latents are not rounded: differences below a step may grow
     return floats.encode(latents, _NUMPY), latents

@@ -11,9 +11,9 @@ class Tensor:
 
     name: str  # dotted, as in the state dict: "encoder.fc1.weight"
     shape: tuple[int, ...]
-    uncovered: str = ""  # why it cannot be thin, if it cannot
+    uncovered: str = ""  # why it cannot be compressed; empty if it can
     also: tuple[str, ...] = ()  # further names under which the model shares this tensor
-    transposed: bool = False  # kept as (inputs, outputs)
+    transposed: bool = False  # the model holds it as (inputs, outputs)
     std: float = 1.0  # the standard deviation of a from-scratch start
     zero_row: int | None = None  # a row that stays zero: the padding of an embedding
 

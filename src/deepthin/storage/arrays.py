@@ -1,6 +1,6 @@
 """One array of a file: its type, its bytes, and how integers, and floats that repeat, become few of them.
 
-docs/format.md is normative for the codings. What is read is trusted in nothing: FormatError says what is wrong.
+docs/format.md is normative for the codings. Bytes that are read are untrusted: FormatError says what is wrong.
 """
 
 import json
@@ -35,17 +35,17 @@ _NUMPY = {
 ITEM_BYTES = {"BF16": 2, **{name: np.dtype(code).itemsize for name, code in _NUMPY.items()}}
 FLOATS = ("F64", "F32", "F16", "BF16")
 Coding = tuple[str, int]
-"""How an entry is to be read: a name and a number, often a width."""
-_WIDEST_CODED_GAP = 12  # of which a table can hold all
+"""How an entry is coded: a name and a number, often a width."""
+_WIDEST_CODED_GAP = 12  # bits of a gap, so that one table can hold all
 LONGEST_NAME: Coding = ("huffman", huffman.WIDEST)
-_MOST_REPEATED = 1 << 16  # floats in a row of which only the first are stored: a small file must not declare more
+_MOST_REPEATED = 1 << 16  # longest vector stored without its repeats: bounds what a small file can declare
 
 
 Buffer = bytes | bytearray | memoryview
-"""Bytes in a row, in main memory."""
+"""Contiguous bytes in main memory."""
 
 PIECE_BYTES = 1 << 22
-"""What is copied at once, at most, of a tensor whose bytes do not lie in a row in main memory."""
+"""Upper bound on a copy of a tensor that is not contiguous in main memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Raw:
 
     @property
     def bytes(self) -> int:
-        """How many there are; known without reading them."""
+        """Number of bytes; known without reading them."""
         return len(self.source) if isinstance(self.source, Buffer) else ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
     @property
@@ -285,7 +285,7 @@ def repeated(name: str, raw: Raw | None, coding: Any, shape: tuple[int, ...]) ->
 
 
 def _pair(coding: Any) -> tuple[Any, int | None]:
-    """The name and the number of a coding; no number if it is none."""
+    """The name and the number of a coding; None as the number of an invalid one."""
     pair = cast(list[Any], coding) if isinstance(coding, list) else []
     way, number = pair if len(pair) == 2 else (None, None)
     return way, number if type(number) is int else None

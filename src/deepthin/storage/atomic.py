@@ -11,7 +11,7 @@ from pathlib import Path
 from deepthin.storage.arrays import Buffer
 
 _STALE_SECONDS = 3600
-_LEAST_BYTES = 1 << 20  # of a call to the operating system; shorter pieces are joined
+_LEAST_BYTES = 1 << 20  # shortest write; shorter pieces are joined
 
 
 def write_atomically(path: str | Path, data: Buffer) -> None:
@@ -49,7 +49,7 @@ def stream_atomically(path: str | Path, pieces: Iterable[Buffer]) -> None:
             return
         prefix = f".deepthin-{zlib.crc32(path.name.encode()):08x}-"
         for stale in path.parent.glob(f"{prefix}*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # another save may clean up as well
+            with contextlib.suppress(FileNotFoundError):  # another process may clean up at the same time
                 if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
                     stale.unlink()
         temporary = path.parent / f"{prefix}{secrets.token_hex(8)}.tmp"

@@ -15,12 +15,12 @@ from deepthin.storage.arrays import ITEM_BYTES, LONGEST_NAME, Coding, Raw, packe
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of a decoded matrix: its share of the flattened entries, times ``scale``, in its own shape."""
+    """One tensor of a decoded matrix: a range of the flattened entries, times ``scale``, in its shape."""
 
     shape: tuple[int, ...]
     scale: float = 1.0
     transposed: bool = False  # stored (outputs, inputs), where the model keeps (inputs, outputs)
-    zero_row: int | None = None  # a row that reads as zeros: the padding of an embedding
+    zero_row: int | None = None  # a row of zeros: the padding of an embedding
 
     def cut(self, flat: Any, xp: Namespace) -> Any:
         """The tensor from its entries of the flattened matrix.
@@ -49,11 +49,11 @@ Stored = Mapping[str, tuple[Raw, Coding | None]]
 class Thin:
     """A compressed matrix and the tensors that it holds, one after the other: several in a group, else one."""
 
-    name: str  # of the method, as users write it
+    name: str  # the method's, as users write it
     method: Method
     parts: Mapping[str, Part]  # by the tensor's name, in order
     code: Mapping[str, Raw]  # integers as they are, not packed
-    planned: bool = False  # whether there is no code yet: integers are then so many bytes, the most that they can take
+    planned: bool = False  # whether the code is a placeholder, whose integers have their largest size
 
     @classmethod
     def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":
@@ -89,17 +89,17 @@ class Thin:
 
     @property
     def bytes(self) -> int:
-        """Of the stored tensors."""
+        """Bytes of the stored entries."""
         return sum(raw.bytes for raw, _ in self.stored.values())
 
     @property
     def dense_bytes(self) -> int:
-        """Of the dense tensors, in the type of the code."""
+        """Bytes of the dense tensors, in the type of the code."""
         return sum(self.item_bytes * math.prod(part.shape) for part in self.parts.values())
 
     @property
     def item_bytes(self) -> int:
-        """Of one number of the code."""
+        """Bytes of one float of the code."""
         integers = self.method.integers()
         return ITEM_BYTES[next(raw.dtype for entry, raw in self.code.items() if entry not in integers)]
 
@@ -133,5 +133,5 @@ class Contents:
 
     @property
     def dense_bytes(self) -> int:
-        """Of the dense model: every parameter and buffer."""
+        """Bytes of every parameter and buffer of the dense model."""
         return sum(raw.bytes for raw in self.dense.values()) + sum(thin.dense_bytes for thin in self.thin.values())

@@ -9,7 +9,7 @@ from deepthin.storage.arrays import FLOATS, Raw
 from deepthin.storage.contents import Contents, Thin
 
 Numbers = Literal["whole", "real", "complex"]
-"""What a tensor holds; booleans count as whole."""
+"""Kind of a tensor's numbers; booleans count as whole."""
 
 
 class Parted(Protocol):
@@ -44,7 +44,7 @@ def contents_of(
     """
     aliases: dict[str, str] = {}
     matrices: dict[int, Matrix] = {}
-    names: dict[int, dict[int, str]] = {}  # of a matrix' tensors
+    names: dict[int, dict[int, str]] = {}  # names of each matrix's tensors
     for name, (matrix, index) in sorted(thin.items()):
         matrices[id(matrix)] = matrix
         if (first := names.setdefault(id(matrix), {}).setdefault(index, name)) != name:
@@ -55,7 +55,7 @@ def contents_of(
         if len(tensors) < len(matrix.parts):
             raise ConfigError(
                 f"{', '.join(tensors)} share one code with layers that are not in this model: save the model that "
-                "holds them all, or materialize it and compress this one anew."
+                "holds them all, or materialize it and compress this one again."
             )
         stored[tensors[0]] = as_thin(matrix, tensors)
     firsts: dict[Hashable, str] = {}
@@ -84,7 +84,7 @@ class Place:
 
     key: Hashable  # the same for every name of one tensor
     numbers: Numbers
-    why_not: str = ""  # why it cannot be thin, if it cannot
+    why_not: str = ""  # why it cannot be thin; empty if it can
 
 
 def check_places(stored: Contents, places: Mapping[str, Place], path: str) -> None:
@@ -106,7 +106,7 @@ def check_places(stored: Contents, places: Mapping[str, Place], path: str) -> No
     for name in names_of(stored, stored.dense):
         kind, now = stored.dense[stored.aliases.get(name, name)].dtype, places[name].numbers
         if now not in (("real", "complex") if kind in FLOATS else ("complex",) if kind == "C64" else ("whole",)):
-            raise ConfigError(f"{path} stores {name} as {kind}, which its kind in the model is not.")
+            raise ConfigError(f"{path} stores {name} as {kind}, but the model holds {now} numbers there.")
     firsts: dict[Hashable, str] = {}
     for name, place in places.items():
         twin = firsts.setdefault(place.key, name)

@@ -46,8 +46,8 @@ class Row:
     shape: tuple[int, ...]
     dense_bytes: int
     bytes: int
-    error: float = math.nan  # NaN where nothing was approximated: drawn from scratch, or read from a file
-    fields: dict[str, Any] = field(default_factory=dict[str, Any])  # of the method: m, n, rank ...
+    error: float = math.nan  # NaN if drawn from scratch or read from a file
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def ratio(self) -> float:
@@ -95,8 +95,8 @@ class Report:
 
     rows: tuple[Row, ...]
     total_bytes: int
-    dense_bytes: int  # of the dense model: every parameter and buffer
-    other_bytes: int = 0  # of tensors that have no row: biases, normalisation, buffers
+    dense_bytes: int
+    other_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -105,7 +105,7 @@ class Report:
 
     @property
     def header_bytes(self) -> int:
-        """Bytes of the file that are no tensor: names, settings, checksums."""
+        """Bytes of the file beside its tensors: names, settings, checksums."""
         return self.total_bytes - self.other_bytes - sum(row.bytes for row in self.rows)
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""What is timed: dense products, int8, symbols, sparse rows, and thin layers."""
+"""The timed competitors: dense products, int8, symbols, sparse rows, and thin layers."""
 
 import math
 import warnings
@@ -84,7 +84,7 @@ def dense_competitors(case: str, shapes: Shapes, x: torch.Tensor) -> Iterable[Ti
         for layer in layers:
             scale = layer.weight.detach().abs().max().item() / 127
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch announces that quantised tensors will leave it
+                warnings.simplefilter("ignore")  # torch has deprecated quantised tensors
                 weight = torch.quantize_per_tensor(layer.weight.detach(), scale, 0, torch.qint8)
             integers.append(torch.ops.quantized.linear_prepack(weight, layer.bias.detach()))
 
@@ -177,7 +177,7 @@ def _step(layer: nn.Module, x: torch.Tensor) -> Work:
 
 
 def _operator(model: nn.Sequential, x: torch.Tensor, threads: int) -> Work:
-    """The native product of a single layer, from arrays at hand to an array at hand."""
+    """The native product of a single layer, without checks and allocations."""
     layer = cast(Any, model[0])
     weight = layer.thin["weight"]
     method: Factor = weight.method

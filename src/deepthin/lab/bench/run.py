@@ -1,6 +1,6 @@
 """Time DeepThin and its competitors in turn, in one run: ratios hold on a noisy machine, microseconds do not.
 
-Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2, is what `tfkaldi` and `deepspeech` are drawn beside.
+Charts of `tfkaldi` and `deepspeech` also show Table 2 of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944.
 """
 
 from collections.abc import Callable, Sequence
@@ -117,7 +117,7 @@ def _measure(
 
 
 def _row(case: str, shape: tuple[int, int], batch: int, rank: int, ratio: float, threads: int) -> BenchRow:
-    """What is known before the timing."""
+    """The row before timing: no times."""
     return BenchRow(
         case=case,
         rows=shape[0],
@@ -159,7 +159,7 @@ def _measure_whole(
     dense = network.build()
     timings = [Timing("dense", None, network.work(dense))]
     if not network.trains:
-        inside = nn.Sequential(network.build()).eval()  # torch quantises what is in a module, not the module
+        inside = nn.Sequential(network.build()).eval()  # torch quantises submodules, not the module itself
         timings.append(Timing("int8", None, network.work(quantised(inside))))
     rows: list[BenchRow] = []
     for ratio in ratios:

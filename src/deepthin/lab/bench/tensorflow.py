@@ -67,6 +67,6 @@ def layers(
 
 
 def _calls(function: Any, x: Any) -> Any:
-    """Traced now, so that it is what it is whatever holds later."""
+    """Trace the function now, under the present settings, and return the call."""
     function(x)
     return lambda: function(x)

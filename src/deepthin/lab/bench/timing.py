@@ -10,9 +10,9 @@ import torch
 
 from deepthin.lab.bench.networks import Work
 
-_TURNS_BEFORE = 2  # calls right before the one that is timed, so that its data is where it would be in steady use
-_BUSY_SECONDS = 0.005  # until another library's threads have stopped to wait, busily, for more work
-_FLUSH_BYTES = 96 << 20  # more than the caches hold
+_TURNS_BEFORE = 2  # warm-up calls before the timed one, so that caches are as in steady use
+_BUSY_SECONDS = 0.005  # until the spinning threads of other libraries have gone to sleep
+_FLUSH_BYTES = 96 << 20  # larger than the last-level cache
 
 
 class Timing(NamedTuple):

@@ -66,11 +66,11 @@ class Cell:
     """A cell of a table."""
 
     text: str = ""
-    value: str | None = None  # what a sortable table sorts by
+    value: str | None = None  # sort key
     look: str = ""  # its class in page.css
-    small: str = ""  # said in small letters after the text
-    span: int = 0  # columns, if more than one
-    key: Key | None = None  # of a method: the head of its line
+    small: str = ""  # small print after the text
+    span: int = 0  # number of columns, if more than one
+    key: Key | None = None  # line style, in a cell that names a method
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _value(point: Point, metric: str) -> str:
 
 
 def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """What the script draws; every word and every exact number that it shows is written here."""
+    """The curves that the script draws, with every text that it shows."""
     whole = next((p.weight_bytes for p in points if p.method == "dense"), None)
     curves: dict[str, dict[str, Any]] = {}
     for point in (p for p in points if p.test):
@@ -212,7 +212,7 @@ def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, A
 
 
 def _charts(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """What is said around the curves: the script draws them."""
+    """Titles and notes of the charts."""
     note = "Click a name to hide or show its curve; the axes follow. Solid: fp32. Dashed and hollow: rounded floats. "
     note += "Bars go from seed to seed."
     charts: list[dict[str, Any]] = [{"title": "Error against size", "x": "bytes", "speed": False, "note": note}]
@@ -268,7 +268,7 @@ def _results(points: Sequence[Point], metrics: Sequence[str]) -> Table:
 
 
 def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> list[Table]:
-    """The paper's Table 1 beside ours, for every metric; its column for the like of this task is set off."""
+    """The paper's Table 1 beside ours, for every metric; the column of the most similar task is highlighted."""
     tables: list[Table] = []
     for metric in metrics:
         if not (cuts := compared(points, metric)):
@@ -289,7 +289,7 @@ def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> list[Ta
 
 
 def _plans(plans: Mapping[tuple[str, float], str]) -> list[dict[str, Any]]:
-    """Those of the first seed, by method, large ratios first."""
+    """The plans of the first seed, by method, larger ratios first."""
     return [
         {
             "method": method,
@@ -301,7 +301,7 @@ def _plans(plans: Mapping[tuple[str, float], str]) -> list[dict[str, Any]]:
 
 
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What one needs to make it again, beside the command and the network."""
+    """What reproduces the results, apart from the command and the network."""
     import torch
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("deepthin", "torch", "numpy"))

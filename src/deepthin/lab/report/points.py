@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from deepthin.lab.rows import Row
 
 Rows = Sequence[Row]
-METRICS = {  # name and unit of the metrics that the tasks have; others go by the name they were given
+METRICS = {  # name and unit of the tasks' metrics; others are shown by their name
     "error": ("error", "%"),
     "frame_error": ("frame error", "%"),
     "wer": ("WER", "%"),
     "wer_greedy": ("greedy WER", "%"),
     "loss": ("loss", "nats a character"),
 }
-STYLES = {  # colour and marker (corners, whether a star, angle); seen on white and on black, and with 8 and 4 bits
+STYLES = {  # colour and marker (corners, whether a star, angle), visible on white and on black
     "dense": ("#808080", (24, 0, 0)),
     "int8": ("#808080", (4, 0, 45)),
     "deepthin": ("#dd2c2f", (24, 0, 0)),
@@ -34,8 +34,8 @@ STYLES = {  # colour and marker (corners, whether a star, angle); seen on white 
     "binary": ("#7f7f7f", (4, 0, 0)),
 }
 UNKNOWN = "#7f7f7f", (24, 0, 0)
-DASHES = {"8": (6.0, 3.0), "4": (1.5, 2.5)}  # by the bits that floats are rounded to; others are drawn as with 8
-UNCOMPRESSED = "dense", "int8"  # what is no thin network, and stands in a picture as a level line
+DASHES = {"8": (6.0, 3.0), "4": (1.5, 2.5)}  # by the bits of quantised floats; others are drawn as 8 bits
+UNCOMPRESSED = "dense", "int8"  # drawn as horizontal lines
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one size. The bytes are those of the first seed's file; None is what was not measured."""
+    """One method at one size. Bytes are those of the first seed's file; None: not measured."""
 
     method: str
     ratio: float  # of the weight matrices, as asked for
@@ -76,21 +76,21 @@ class Point:
     microseconds: float | None  # for one item
     dense_microseconds: float | None  # of the dense network in the same run
     smallest_ratio: float | None
-    failed: tuple[str, ...] = ()  # why, of seeds that gave nothing
+    failed: tuple[str, ...] = ()  # reasons of failed seeds
 
     @property
     def times_faster(self) -> float | None:
-        """Than the dense network."""
+        """Time of the dense network over that of this one; None if either was not measured."""
         return self.dense_microseconds / self.microseconds if self.dense_microseconds and self.microseconds else None
 
     @property
     def seeds(self) -> int:
-        """How many there were."""
+        """Number of seeds with a value."""
         return max((spread.seeds for spread in self.test.values()), default=0)
 
     @property
     def note(self) -> str:
-        """Why there is no value, or that a seed has none."""
+        """Why there is no value, or how many seeds failed."""
         if self.test:
             return f"{len(self.failed)} failed" if self.failed else ""
         if self.failed:

@@ -9,7 +9,7 @@ from deepthin.storage.report import table
 
 # Average relative improvement of DeepThin over each rival, per cent: Sotoudeh and Baghsorkhi, 2018, Table 1.
 PAPER = {"rank": (60.08, 28.09), "pruned-csr": (56.96, 27.21), "same-size": (23.40, 20.45), "hashed": (6.12, 12.16)}
-PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # and the task and metric like theirs
+PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # column, and our task and metric
 
 
 def summary(rows: Rows) -> str:
@@ -49,9 +49,9 @@ class Cut:
     dense that is closed; None where the rival has no gap. sizes: Number of sizes.
     """
 
-    cut: float  # 1 - ours / rival
-    closed: float | None  # (rival - ours) / (rival - dense): of the rival's distance from dense; None if it has none
-    sizes: int  # of how many it is the mean
+    cut: float
+    closed: float | None
+    sizes: int
 
     def texts(self) -> tuple[str, str]:
         """Both figures in per cent.

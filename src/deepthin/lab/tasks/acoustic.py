@@ -30,11 +30,11 @@ from deepthin.lab.tasks.training import Training, error, predict
 
 WIDTH, DEPTH = 1024, 4
 BATCH = 128
-JUDGMENTS, JUDGED = 6, 4  # times that every so-manieth development frame is judged in a training; the best state stays
-CALIBRATION = 1000  # frames, about, for second derivatives
-CONTEXT = 5  # frames to either side
+JUDGMENTS, JUDGED = 6, 4  # evaluations in a training, on every JUDGED-th development frame; the best state stays
+CALIBRATION = 1000  # approximate number of frames for second derivatives
+CONTEXT = 5  # neighbouring frames on either side
 
-# Of the decoder, chosen on the development speakers with the dense network (docs/training.md).
+# Settings of the decoder, chosen on the development speakers with the dense network (docs/training.md).
 PRIOR_SCALE, ACOUSTIC_SCALE, LM_WEIGHT, WORD_PENALTY = 0.3, 0.3, 1.0, 2.5
 
 
@@ -44,7 +44,7 @@ class Utterance:
 
     speaker: str
     features: Float[np.ndarray, "frames dims"]
-    states: Int[np.ndarray, "_"]  # one a frame, which _check holds with words for people
+    states: Int[np.ndarray, "_"]  # one for each frame, as _check verifies
     words: str = ""  # what was said, where that is known
 
 
@@ -299,7 +299,9 @@ def _words(root: Path | None, splits: dict[str, list[Utterance]], states: int) -
     etc = root / "an4" / "etc"
     phones = (etc / "an4.phone").read_text().split()
     if states > 3 * len(phones):
-        raise ConfigError(f"{root}: the alignments have {states} states, but {len(phones)} phones have but three each.")
+        raise ConfigError(
+            f"{root}: the alignments have {states} states, but {len(phones)} phones have only three each."
+        )
     loop = WordLoop.from_phones(
         read_dictionary(etc / "an4.dic"),
         phones,
@@ -371,7 +373,7 @@ TASK = ModuleTask(
     example=example,
     loss=loss,
     calibration=calibration,
-    asks_teacher=True,  # whether the training asks a teacher
+    asks_teacher=True,  # the training calls training.taught
     # Chosen for each method on the development speakers (docs/training.md).
     learning_rate=1e-3,
     learning_rates={"same-size": 8e-3, "rank-8bit": 5e-4, "rank-4bit": 5e-4},

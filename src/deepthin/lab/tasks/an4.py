@@ -20,7 +20,7 @@ DEVELOPMENT_SPEAKERS = 8
 class Recording:
     """One utterance of one speaker."""
 
-    name: str  # the utterance's, which occurs once
+    name: str  # of the utterance, unique
     speaker: str
     features: Float[np.ndarray, "frames dims"]
 
@@ -77,7 +77,7 @@ def transcripts(root: Path, split: str) -> dict[str, str]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
         words, bracket, name = line.strip().rpartition("(")
         if not bracket or not name.endswith(")"):
-            raise ConfigError(f"{path}, line {number}: {line!r} does not end in (utterance). Fetch the file again.")
+            raise ConfigError(f"{path}, line {number}: {line!r} does not end in (utterance). Download the file again.")
         texts[name[:-1]] = " ".join(word for word in words.split() if word not in ("<s>", "</s>"))
     return texts
 
@@ -99,7 +99,7 @@ def sphinx(path: Path) -> Float[np.ndarray, "frames 13"]:
     for order in "<>":
         if len(raw) >= 4 and int(np.frombuffer(raw, f"{order}i4", 1)[0]) == len(raw) // 4 - 1:
             return np.frombuffer(raw, f"{order}f4", offset=4).reshape(-1, 13).astype(np.float64)
-    raise ConfigError(f"{path} is no Sphinx feature file: its first number is not the count of those that follow.")
+    raise ConfigError(f"{path} is not a Sphinx feature file: its first number is not the count of those that follow.")
 
 
 def held_out(speakers: Iterable[str]) -> set[str]:

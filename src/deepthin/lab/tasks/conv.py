@@ -1,6 +1,6 @@
 """Convolutions on 28 x 28 images, MNIST or Fashion-MNIST: LeNet-5, or a residual network; error in percent.
 
-LeNet-5 (LeCun et al., 1998) as Caffe has it. The residual networks are those for small images of He et al., 2016
+LeNet-5 (LeCun et al., 1998) in Caffe's version. The residual networks are those for small images of He et al., 2016
 (arXiv:1512.03385, section 4.2).
 """
 
@@ -15,7 +15,7 @@ from deepthin.errors import ConfigError
 from deepthin.lab.tasks import digits
 from deepthin.lab.tasks.task import ModuleTask
 
-WIDTH, DEPTH = 1000, 5  # thousandths of the published channels, so that same-size networks come in fine steps
+WIDTH, DEPTH = 1000, 5  # width in thousandths of the published channels: fine steps for same-size networks
 
 
 rules, fit, evaluate, example = digits.rules, digits.fit, digits.evaluate, digits.example  # only the networks differ

@@ -34,16 +34,16 @@ STRIDE = 3  # frames from one output to the next
 BLANK, WORD_END = "_", "|"
 SYMBOLS = (BLANK, WORD_END, *ascii_uppercase)
 
-# What is done to a training batch.
-SPEED = 0.15  # at most so much slower or faster, all of it: lengths stay alike
-NOISE = 0.15  # standard deviation; that of the features is 1
-TIME_MASKS, MASKED_FRAMES = 2, 10  # how many, and how wide at most
-MASKED_CEPSTRA = 2  # at most, next to each other
+# Distortions of a training batch.
+SPEED = 0.15  # largest relative change of speed, one for the whole batch
+NOISE = 0.15  # standard deviation; features have 1
+TIME_MASKS, MASKED_FRAMES = 2, 10  # number of masks, and their largest width
+MASKED_CEPSTRA = 2  # largest number of neighbouring cepstra
 DROPOUT = 0.2
-WHOLE = 24  # frames are padded to a multiple: oneDNN prepares itself for each number of steps that it meets
+WHOLE = 24  # frames are padded to a multiple: oneDNN compiles anew for each number of steps
 
-# Of the word decoder, chosen for the dense network on the development speakers. AN4's model gives all words the same
-# probability: the weight is a penalty for each word.
+# Settings of the word decoder, chosen for the dense network on the development speakers. AN4's model gives all words
+# the same probability: the weight is a penalty for each word.
 LM_WEIGHT, WORD_PENALTY = 0.2, 0.0
 
 
@@ -84,7 +84,7 @@ class Recogniser(nn.Module):
         sizes = [channels, *[2 * width] * (depth - 1)]
         self.ahead = nn.ModuleList(nn.LSTM(inputs, width, batch_first=True) for inputs in sizes)
         self.back = nn.ModuleList(nn.LSTM(inputs, width, batch_first=True) for inputs in sizes)
-        self.dropout = nn.Dropout1d(DROPOUT)  # of units, in all of an utterance
+        self.dropout = nn.Dropout1d(DROPOUT)  # drops a unit for the whole utterance
         self.output = nn.Linear(2 * width, len(SYMBOLS))
 
     def forward(
@@ -350,12 +350,12 @@ def _symbols(text: str) -> Int[Tensor, "characters"]:
 
 
 def _ctc(scores: Tensor, steps: Tensor, targets: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What torch's CTC takes; its blank is our first symbol."""
+    """The arguments of torch's CTC loss, whose blank is our first symbol."""
     return scores.transpose(0, 1), torch.cat(targets), steps, torch.tensor([len(text) for text in targets])
 
 
 def _of_like_length(frames: Tensor, batch: int, generator: Generator) -> Tensor:
-    """A pass over utterances in batches of similar lengths; the few that fill no batch are other ones each time."""
+    """A pass over utterances in batches of similar lengths; the few that fill no batch differ from pass to pass."""
     order = torch.randperm(len(frames), generator=generator)[: len(frames) // batch * batch]
     rows = order[frames[order].argsort(stable=True)].view(-1, batch)
     return rows[torch.randperm(len(rows), generator=generator)].flatten()
@@ -401,7 +401,7 @@ TASK = ModuleTask(
         "pruned-csr": 0.5,
     },
     options={
-        "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier does
+        "deepthin-8bit": {"rank": 4},  # recurrent layers need more rank than the frame classifier
         "deepthin-4bit": {"rank": 4},
         "tensor-train": {"order": 2},
     },

@@ -1,4 +1,4 @@
-"""From scores a frame to words: the best path through a loop over words, each a chain of states that emit one column.
+"""From frame scores to words: the best path through a loop over words, each a chain of states that emit one column.
 
 Phone models of a hybrid recogniser and the characters of a CTC net are the same loop with other chains. The search is
 exact (Viterbi, no beam). It keeps words only: a state carries the frame at which its word was entered, and a frame the
@@ -20,7 +20,7 @@ from deepthin.errors import ConfigError, NonFiniteError
 
 POSITIONS = 3  # states of a phone, passed from left to right
 FLOOR = math.log(1e-5)  # log-probability of a word that the language model does not know
-NO_WORDS = ("<s>", "</s>", "<unk>")  # entries of a language model that stand for no word, whatever their case
+NO_WORDS = ("<s>", "</s>", "<unk>")  # markers of a language model, in either case
 
 
 class _Chain(NamedTuple):
@@ -90,7 +90,7 @@ class WordLoop:
         def columns(word: str, sounds: Sequence[str]) -> list[int]:
             if unknown := [phone for phone in sounds if phone not in number]:
                 raise ConfigError(
-                    f"{word!r} is pronounced {' '.join(sounds)!r}, but {unknown[0]!r} is none of the {len(number)} "
+                    f"{word!r} is pronounced {' '.join(sounds)!r}, but {unknown[0]!r} is not among the {len(number)} "
                     "phones. Use the dictionary and the list of phones of one model."
                 )
             return [POSITIONS * number[phone] + position for phone in sounds for position in range(POSITIONS)]
@@ -144,7 +144,7 @@ class WordLoop:
         def spelled(word: str) -> _Chain:
             if unknown := [letter for letter in word if letter not in letters]:
                 raise ConfigError(
-                    f"{word!r} cannot be spelled: {unknown[0]!r} is none of the letters {sorted(letters)}. Leave the "
+                    f"{word!r} cannot be spelled: {unknown[0]!r} is not among the letters {sorted(letters)}. Leave the "
                     "word out, or train with that letter."
                 )
             columns = [number[blank]] * (2 * len(word) + 1)
@@ -199,7 +199,7 @@ class WordLoop:
         """
         scores, lengths = np.asarray(scores), np.asarray(lengths, dtype=np.int64)
         self._check(scores, lengths)
-        order = np.argsort(-lengths, kind="stable")  # the longest first: those still running are a slice
+        order = np.argsort(-lengths, kind="stable")  # longest first, so that unfinished utterances are a slice
         decoded: list[list[str]] = [[] for _ in order]
         for utterance, words in zip(order, self._search(scores[order], lengths[order]), strict=True):
             decoded[utterance] = words
@@ -227,10 +227,10 @@ class WordLoop:
                 )
 
     def _search(self, scores: np.ndarray, lengths: np.ndarray) -> Iterator[list[str]]:
-        """Words of one utterance after another; lengths must fall."""
+        """Words of one utterance after another; lengths must not increase."""
         frames, shape = int(lengths.max(initial=0)), (len(lengths), len(self.columns))
         best = np.full(shape, -np.inf)
-        before = np.full(shape, -np.inf)  # the same of the state before, or of entering the chain
+        before = np.full(shape, -np.inf)  # the best path through the previous state, or into the chain
         entered = np.zeros(shape, np.int32)
         entered_before = np.zeros(shape, np.int32)
         ended = np.zeros(len(lengths))  # the best path that ends a word with the frame before
@@ -329,7 +329,9 @@ def read_dictionary(path: Path) -> list[tuple[str, tuple[str, ...]]]:
             )
         entries.append((re.sub(r"(?<=.)\(\d+\)$", "", name), tuple(phones)))
     if not entries:
-        raise ConfigError(f"{path} holds no word. A pronunciation dictionary has a line a word: the word, its phones.")
+        raise ConfigError(
+            f"{path} holds no word. A pronunciation dictionary has one line for each word: the word, its phones."
+        )
     return entries
 
 
@@ -347,7 +349,7 @@ def read_unigrams(path: Path) -> dict[str, float]:
     """
     lines = list(enumerate(map(str.strip, _lines(path)), 1))
     texts = [text for _, text in lines]
-    way_out = "Fetch the file again, or write it anew with the tool that made it."
+    way_out = "Download the file again, or write it again with the tool that made it."
     try:
         data = texts.index("\\data\\")  # comments before it may look like sections
         first = texts.index("\\1-grams:", data) + 1
@@ -358,7 +360,7 @@ def read_unigrams(path: Path) -> dict[str, float]:
         )
     except (ValueError, StopIteration):
         raise ConfigError(
-            f"{path} is no complete ARPA language model: it needs \\data\\ with 'ngram 1=', \\1-grams: and \\end\\, "
+            f"{path} is not a complete ARPA language model: it needs \\data\\ with 'ngram 1=', \\1-grams: and \\end\\, "
             f"each on its line. {way_out}"
         ) from None
     log_probabilities: dict[str, float] = {}
@@ -371,7 +373,7 @@ def read_unigrams(path: Path) -> dict[str, float]:
             log_probabilities[fields[1]] = value
         except (ValueError, IndexError):
             raise ConfigError(
-                f"{path}, line {number}: {' '.join(fields)!r} is no 1-gram, a log10 probability of at most 0 and a "
+                f"{path}, line {number}: {' '.join(fields)!r} is not a 1-gram, a log10 probability of at most 0 and a "
                 f"word. {way_out}"
             ) from None
     if len(entries) != declared:

@@ -19,7 +19,10 @@ BATCH = 128
 CALIBRATION = 1000
 
 
-KNOWN = {0xE4CA5F57: "MNIST", 0x12728439: "Fashion-MNIST"}  # whose files have the same names: by a checksum
+KNOWN = {
+    0xE4CA5F57: "MNIST",
+    0x12728439: "Fashion-MNIST",
+}  # both have the same file names: told apart by a checksum of the test images
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def build(data: Data | None, width: int) -> nn.Module:
     Returns:
         The dense network.
     """
-    hidden = max(width // 3, min(width, 10))  # two units before ten classes would flatter its rivals
+    hidden = max(width // 3, min(width, 10))  # two units before ten classes would favour the other methods
     return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
@@ -209,7 +212,7 @@ def _idx(folder: Path, name: str) -> np.ndarray:
         shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
-        raise ConfigError(f"{path} is no IDX file, or damaged: {error}.") from None
+        raise ConfigError(f"{path} is not an IDX file, or is damaged: {error}.") from None
 
 
 TASK = ModuleTask(
@@ -227,9 +230,9 @@ TASK = ModuleTask(
     example=example,
     loss=loss,
     calibration=calibration,
-    asks_teacher=True,  # whether the training asks a teacher
+    asks_teacher=True,  # the training calls training.taught
     # Chosen for each method on full MNIST's development split, 3,000 steps (docs/training.md).
-    learning_rate=1e-3,  # of dense parameters; codes get METHODS[...].learning_rate_multiplier times that
+    learning_rate=1e-3,  # of dense parameters; codes get a multiple (METHODS[...].learning_rate_multiplier)
     learning_rates={"dense": 2e-3, "same-size": 1e-2},
     options={
         "deepthin": {"rank": "max"},

@@ -10,7 +10,7 @@ from deepthin.lab.tasks import conv, digits
 from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training
 
-WIDTH, DEPTH = 1000, 5  # thousandths of the published units
+WIDTH, DEPTH = 1000, 5  # width in thousandths of the published units
 BATCH = 50
 
 load, rules, evaluate, example = conv.load, conv.rules, conv.evaluate, conv.example

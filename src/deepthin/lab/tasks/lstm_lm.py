@@ -22,19 +22,19 @@ from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training
 
 WIDTH, DEPTH = 200, 2
-BATCH, UNROLLED = 20, 20  # texts side by side; words of each in a step, through which gradients go back
+BATCH, UNROLLED = 20, 20  # parallel texts; words of each in a step, the length of back-propagation
 WARM_UP = 100  # steps
-CLIP = 0.25  # of the gradient's norm, that of a mean over words; the paper's 5 is of a sum over 20
+CLIP = 0.25  # bound on the gradient's norm, for a mean over words; the paper's 5 is for a sum over 20
 
 
 UNKNOWN = "<unk>"
-MOST_WORDS = 10_000  # of the vocabulary
-LEAST_COUNT = 3  # times that a word of the novels occurs in the training split, or it is unknown
+MOST_WORDS = 10_000  # size of the vocabulary
+LEAST_COUNT = 3  # rarer words of the novels are unknown
 SUBSET = 200_000  # training words of the novels without --data
 SPLITS = {"train": "ptb.train.txt", "dev": "ptb.valid.txt", "test": "ptb.test.txt"}
 
 State = tuple[Tensor, Tensor]
-"""Of an LSTM: h and c, layers x texts x width each."""
+"""State of an LSTM: h and c, layers x texts x width each."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def steps_of(text: Int[Tensor, "_"]) -> Iterator[tuple[Int[Tensor, "steps texts"
 
 
 def _entropy(model: nn.Module, text: Int[Tensor, "_"]) -> float:
-    """The state is carried on; each of the 20 parts begins without one."""
+    """Mean cross entropy, the state carried from step to step; each of the 20 parts begins with a zero state."""
     model.eval()
     total, count = 0.0, 0
     state: State | None = None
@@ -342,7 +342,7 @@ def _entropy(model: nn.Module, text: Int[Tensor, "_"]) -> float:
 
 
 def _treebank(folder: Path) -> dict[str, list[str]] | None:
-    """Its words by split, the end of each line a word; None if it is not there, ConfigError if a part is missing."""
+    """Words by split, with one for the end of each line; None without Treebank, ConfigError if a part is missing."""
     root = next((place for place in (folder / "ptb", folder) if (place / SPLITS["train"]).exists()), None)
     if root is None:
         return None
@@ -372,7 +372,7 @@ TASK = ModuleTask(
     evaluate=evaluate,
     example=example,
     loss=loss,
-    # Chosen on the development text of the cut novels, for these four (docs/language.md).
+    # Chosen on the development text of the shortened novels, for these methods (docs/language.md).
     learning_rate=2e-3,
     learning_rates={"dense": 5e-3, "same-size": 2e-2, "rank": 1e-3},
 )

@@ -36,13 +36,13 @@ class Own:
 
     depth = None
     steps = 1000
-    asks_teacher = True  # by training.taught, which is the user's to call
+    asks_teacher = True  # if the user's training calls training.taught
     learning_rate = 1e-3
     allocation = "flat"
     loss = calibration = None
 
     def __init__(self, name: str, factory: Callable[..., Any], train: Callable[..., Any], evaluate: Callable[..., Any]):
-        """Tries the functions, so that mistakes show before the training."""
+        """Call the functions once, so that mistakes show before the training."""
         self.name, self._factory, self._train, self._evaluate = name, factory, train, evaluate
         self.learning_rates: dict[str, float] = {}
         self.decays: dict[str, float] = {}
@@ -60,7 +60,7 @@ class Own:
         three = (factory, train, evaluate)
         sources = "".join(Path(file).read_text() for file in sorted({str(getsourcefile(f)) for f in three}))
         names = ", ".join(f"{f.__module__}:{f.__name__}" for f in three)
-        self.about = f"{names}, checksum {zlib.crc32(sources.encode()):08x}"  # another source gives other results
+        self.about = f"{names}, checksum {zlib.crc32(sources.encode()):08x}"  # other source, other results
         self._first = self._item()
         self.metrics = tuple(self.evaluate(self.build(None, self.width), None, "dev"))
 

@@ -43,14 +43,14 @@ class Training:
     lr: float
     decay: float = 0.0
     seed: int = 0
-    learning_rate_multiplier: float | None = None  # of codes, times ``lr``; None: that of each method
+    learning_rate_multiplier: float | None = None  # None: that of each method
     recipe: Recipe | None = None
     distillation: Distillation | None = None
-    progress: Callable[[int], None] = lambda _: None  # told after each step how many there were
+    progress: Callable[[int], None] = lambda _: None  # called with the number of steps so far
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)  # for whatever a task draws
+        self.generator = torch.Generator().manual_seed(self.seed)  # for everything that a task draws
         self._judge: Callable[[], float] | None = None
         self._judgments = 0
         self._asked = False
@@ -171,7 +171,7 @@ class Training:
         return {} if self._optimizer is None else adam_importance(self._optimizer, self.model)
 
     def _prepare(self) -> None:
-        """An optimiser for the parameters that there are now, and its rate from here on."""
+        """Create an optimiser for the present parameters, with the rest of the learning-rate schedule."""
         first = self.step
 
         def rate(step: int) -> float:
@@ -181,13 +181,13 @@ class Training:
         groups = parameter_groups(self.model, self.lr, self.learning_rate_multiplier)
         if self.decay:
             groups = [part for group in groups for part in _by_decay(self.model, group, self.decay)]
-        # Fused: a third of a dense step
+        # fused AdamW saves a third of a dense step's time
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
 
 
 def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
-    """A group in two: matrices and codes, and all else."""
+    """Split a group into matrices and codes, which decay, and all else."""
     codes = {id(p) for module in model.modules() if isinstance(module, ThinWeight) for p in module.parameters()}
     parts: tuple[list[Tensor], list[Tensor]] = [], []
     for parameter in group["params"]:
