@@ -10,7 +10,7 @@ struct Integers {
     typedef int32_t type __attribute__((vector_size(W * sizeof(float))));
 };
 
-// exp(x) with a relative error of some 2e-7; x is clamped to -87 .. 88. NaN stays NaN.
+// Within some 2e-7 of the value, relative; below -87 as at -87, above 88 as at 88. NaN stays.
 template <int W>
 DEEPTHIN_INLINE Vec<W> exponential(Vec<W> x) {
     const Vec<W> low = Vec<W>{} - 87.0f, high = Vec<W>{} + 88.0f;

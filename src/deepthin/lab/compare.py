@@ -257,7 +257,7 @@ def _check_same_run(about: dict[str, Any], out: Path) -> None:
 
 
 def _check_widths(run: Run, methods: tuple[str, ...]) -> None:
-    """Refuse same-size networks early where the task has only one width."""
+    """Said before the training, not after hours of it."""
     if any(split(method)[0] == SAME_SIZE for method in methods):
         with torch.device("meta"):
             run.build(run.width + 1)

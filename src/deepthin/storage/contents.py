@@ -53,7 +53,7 @@ class Thin:
     method: Method
     parts: Mapping[str, Part]  # by the tensor's name, in order
     code: Mapping[str, Raw]  # integers as they are, not packed
-    planned: bool = False  # whether the code is a placeholder, whose integers have their largest size
+    planned: bool = False  # whether there is no code yet: integers are then so many bytes, the most that they can take
 
     @classmethod
     def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":

@@ -42,7 +42,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class Key:
-    """The line style of a method in tables, as in the chart's legend."""
+    """A sample of a method's line, as in the legend of the chart."""
 
     line: str  # CSS: solid, dashed or dotted
     colour: str
@@ -69,8 +69,8 @@ class Cell:
     value: str | None = None  # sort key
     look: str = ""  # its class in page.css
     small: str = ""  # small print after the text
-    span: int = 0  # number of columns, if more than one
-    key: Key | None = None  # line style, in a cell that names a method
+    span: int = 0  # columns, if more than one
+    key: Key | None = None  # of a method: the cell is the heading of a row
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _value(point: Point, metric: str) -> str:
 
 
 def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """The curves that the script draws, with every text that it shows."""
+    """The data that the script draws, with all texts and exact numbers that it shows."""
     whole = next((p.weight_bytes for p in points if p.method == "dense"), None)
     curves: dict[str, dict[str, Any]] = {}
     for point in (p for p in points if p.test):
@@ -212,9 +212,9 @@ def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, A
 
 
 def _charts(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Titles and notes of the charts."""
-    note = "Click a name to hide or show its curve; the axes follow. Solid: fp32. Dashed and hollow: rounded floats. "
-    note += "Bars go from seed to seed."
+    """Titles and notes of the charts, which the script draws."""
+    note = "Click a name to hide or show its curve; the axes adapt. Solid: fp32. Dashed and hollow: quantised floats. "
+    note += "Bars show the range over the seeds."
     charts: list[dict[str, Any]] = [{"title": "Error against size", "x": "bytes", "speed": False, "note": note}]
     if any(point.test and point.microseconds for point in points):
         note = (
@@ -268,7 +268,7 @@ def _results(points: Sequence[Point], metrics: Sequence[str]) -> Table:
 
 
 def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> list[Table]:
-    """The paper's Table 1 beside ours, for every metric; the column of the most similar task is highlighted."""
+    """The paper's Table 1 beside ours, for every metric; its column for the corresponding task is highlighted."""
     tables: list[Table] = []
     for metric in metrics:
         if not (cuts := compared(points, metric)):
@@ -289,7 +289,7 @@ def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> list[Ta
 
 
 def _plans(plans: Mapping[tuple[str, float], str]) -> list[dict[str, Any]]:
-    """The plans of the first seed, by method, larger ratios first."""
+    """The reports of the first seed, by method, large ratios first."""
     return [
         {
             "method": method,
@@ -301,7 +301,7 @@ def _plans(plans: Mapping[tuple[str, float], str]) -> list[dict[str, Any]]:
 
 
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What reproduces the results, apart from the command and the network."""
+    """What is needed to reproduce the comparison, besides the command and the network."""
     import torch
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("deepthin", "torch", "numpy"))

@@ -9,7 +9,7 @@ from deepthin.storage.report import table
 
 # Average relative improvement of DeepThin over each rival, per cent: Sotoudeh and Baghsorkhi, 2018, Table 1.
 PAPER = {"rank": (60.08, 28.09), "pruned-csr": (56.96, 27.21), "same-size": (23.40, 20.45), "hashed": (6.12, 12.16)}
-PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # column, and our task and metric
+PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # with the corresponding task and metric
 
 
 def summary(rows: Rows) -> str:
@@ -45,8 +45,11 @@ def summary(rows: Rows) -> str:
 class Cut:
     """By how much DeepThin's test value is below a rival's: means over the sizes that both reach.
 
-    Attributes: cut: ``1 - ours / rival``. closed: ``(rival - ours) / (rival - dense)``, the part of the rival's gap to
-    dense that is closed; None where the rival has no gap. sizes: Number of sizes.
+    Attributes:
+        cut: ``1 - ours / rival``.
+        closed: ``(rival - ours) / (rival - dense)``: the part of the rival's gap to dense that is closed; None where
+            the rival has no gap.
+        sizes: Number of sizes.
     """
 
     cut: float

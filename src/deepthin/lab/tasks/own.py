@@ -60,7 +60,7 @@ class Own:
         three = (factory, train, evaluate)
         sources = "".join(Path(file).read_text() for file in sorted({str(getsourcefile(f)) for f in three}))
         names = ", ".join(f"{f.__module__}:{f.__name__}" for f in three)
-        self.about = f"{names}, checksum {zlib.crc32(sources.encode()):08x}"  # other source, other results
+        self.about = f"{names}, checksum {zlib.crc32(sources.encode()):08x}"  # another source gives other results
         self._first = self._item()
         self.metrics = tuple(self.evaluate(self.build(None, self.width), None, "dev"))
 
