@@ -83,7 +83,7 @@ def search(
     Args:
         storage: Optuna's storage, as ``open_storage`` returns it.
         method: Name of the method, which names the study.
-        default: The task's own choice. Rates are searched from an eighth to eight times of its rate.
+        default: The task's own choice. Rates are searched from an eighth of its rate to eight times that.
         allocates: Whether the allocation is searched too.
         trials: Number of trainings, those of earlier runs included.
         call: Turns a choice into the call of its training.
