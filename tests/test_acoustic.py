@@ -140,7 +140,7 @@ def test_a_damaged_feature_file_is_named(tmp_path):
     write_an4(tmp_path)
     path = next((tmp_path / "an4" / "feat").rglob("*.mfc"))
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ConfigError, match="is no Sphinx feature file"):
+    with pytest.raises(ConfigError, match="is not a Sphinx feature file"):
         acoustic.load(tmp_path)
 
 

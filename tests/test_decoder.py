@@ -216,11 +216,11 @@ def test_scores_that_cannot_be_decoded_are_refused():
 
 
 def test_words_that_cannot_be_built_are_named():
-    with pytest.raises(ConfigError, match="'zed' is pronounced 'X Z', but 'Z' is none of the 3 phones"):
+    with pytest.raises(ConfigError, match="'zed' is pronounced 'X Z', but 'Z' is not among the 3 phones"):
         WordLoop.from_phones([("zed", ["X", "Z"])], PHONES, {})
     with pytest.raises(ConfigError, match="'silence' is pronounced 'HUSH'"):
         WordLoop.from_phones(PRONUNCIATIONS, PHONES, {}, silence="HUSH")
-    with pytest.raises(ConfigError, match="'ax' cannot be spelled: 'x' is none of the letters"):
+    with pytest.raises(ConfigError, match="'ax' cannot be spelled: 'x' is not among the letters"):
         WordLoop.from_characters(["ax"], SYMBOLS, {}, blank="_", word_end="|")
     with pytest.raises(ConfigError, match=r"'a\|' cannot be spelled"):
         WordLoop.from_characters(["a|"], SYMBOLS, {}, blank="_", word_end="|")
@@ -262,14 +262,14 @@ def test_a_damaged_dictionary_is_named(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("\\data\\", "", "words.lm is no complete ARPA language model"),
-        ("\\end\\", "", "words.lm is no complete ARPA language model"),
-        ("ngram 1=5", "", "words.lm is no complete ARPA language model"),
+        ("\\data\\", "", "words.lm is not a complete ARPA language model"),
+        ("\\end\\", "", "words.lm is not a complete ARPA language model"),
+        ("ngram 1=5", "", "words.lm is not a complete ARPA language model"),
         ("ngram 1=5", "ngram 1=6", "words.lm says that it has 6 1-grams, but has 5"),
-        ("-0.5", "half", "words.lm, line 13: 'half A 0.0' is no 1-gram"),
-        ("-0.5", "nan", "words.lm, line 13: 'nan A 0.0' is no 1-gram"),
-        ("-0.5", "0.5", "words.lm, line 13: '0.5 A 0.0' is no 1-gram"),
-        ("-1.5	TEA", "-1.5", "words.lm, line 14: '-1.5' is no 1-gram"),
+        ("-0.5", "half", "words.lm, line 13: 'half A 0.0' is not a 1-gram"),
+        ("-0.5", "nan", "words.lm, line 13: 'nan A 0.0' is not a 1-gram"),
+        ("-0.5", "0.5", "words.lm, line 13: '0.5 A 0.0' is not a 1-gram"),
+        ("-1.5	TEA", "-1.5", "words.lm, line 14: '-1.5' is not a 1-gram"),
     ],
 )
 def test_a_damaged_language_model_is_named(tmp_path, old, new, message):

@@ -602,7 +602,7 @@ def test_weights_that_are_none(run, tmp_path, content, name):
 def test_data_and_results_that_are_damaged(run, tmp_path):
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (tmp_path / f"{name}-ubyte.gz").write_bytes(b"")
-    one_line(*run("compare", "digits", "--data", "."), "is no IDX file, or damaged")
+    one_line(*run("compare", "digits", "--data", "."), "is not an IDX file, or is damaged")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("{")
     (tmp_path / "out" / "results.json").write_text("[]")

@@ -124,15 +124,15 @@ def test_text_becomes_words_marks_and_ends_of_paragraphs():
         (b"A\n" + bytes(20), "not in R's binary form"),
         (b"X\n" + number(4, 0, 0), ""),
         (serialised(number(24, 1)), ""),
-        (serialised(number(16, -1)), "emma is no text"),
-        (serialised(number(13, 1 << 28)), "emma is no text"),
+        (serialised(number(16, -1)), "emma is not text"),
+        (serialised(number(13, 1 << 28)), "emma is not text"),
         (serialised(b""), ""),
-        (serialised(number(13, 1, 7)), "emma is no text"),
+        (serialised(number(13, 1, 7)), "emma is not text"),
     ],
 )
 def test_what_r_did_not_write_is_named(tmp_path, item, reason):
     root = write_package(tmp_path, {"emma": ["x"]}, lambda _: item)
-    with pytest.raises(ConfigError, match=rf"Rdata.rdx is no database of R's, or damaged \(.*{reason}.+install"):
+    with pytest.raises(ConfigError, match=rf"Rdata.rdx is not an R database, or is damaged \(.*{reason}.+install"):
         austen.read(root)
 
 

@@ -308,7 +308,7 @@ def test_balanced_pruning_keeps_the_same_share_in_every_processing_element():
             assert abs(counts - kept * weights / weights.sum()).max() < 1
     assert METHODS["pruned"].fit((10, 7), 900, balance=32).balance == 10
     for wrong in (0, 1.5, True):
-        with pytest.raises(ConfigError, match="processing elements is a whole one, from 1 on"):
+        with pytest.raises(ConfigError, match="processing elements is an integer >= 1"):
             METHODS["pruned"].fit((10, 7), 900, balance=wrong)
     with pytest.raises(ValueError, match="cannot balance 4 rows over 5"):
         Pruned((4, 2), 4, balance=5)

@@ -92,7 +92,7 @@ def test_the_error_never_rises_with_the_rounds(values, levels, start, weighted):
     own = Numbers.of(values, draws(7, len(values)) ** 2 if weighted else None)
     first = first_centres(own, levels, start, 1)
     errors = [own.error(refined(own, first, rounds)) for rounds in range(40)]
-    assert (np.diff(errors) <= 1e-9 * (own.shares * values**2).sum() + 1e-12).all()
+    assert (np.diff(errors) <= 1e-9 * (own.importance * values**2).sum() + 1e-12).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -229,7 +229,7 @@ def test_each_number_goes_where_it_is_cheapest(values, levels, price, weighted):
     own = Numbers.of(values, draws(3, len(values)) ** 2 if weighted else None)
     centres, lengths = np.sort(draws(4, levels)), price * abs(draws(5, levels))
     found = cells_of(own, centres, lengths)
-    costs = own.shares[:, None] * (own.values[:, None] - centres) ** 2 + lengths
+    costs = own.importance[:, None] * (own.values[:, None] - centres) ** 2 + lengths
     symbols = costs.argmin(1)
     live = np.unique(symbols)
     chosen = costs[np.arange(len(values)), live[found.symbols]] if len(live) == len(found.counts) else None
@@ -237,7 +237,7 @@ def test_each_number_goes_where_it_is_cheapest(values, levels, price, weighted):
     assert np.allclose(chosen, costs.min(1))
     assert (np.bincount(found.symbols) == found.counts).all()
     for cell in range(len(live)):
-        weigh = own.shares[found.symbols == cell]
+        weigh = own.importance[found.symbols == cell]
         assert found.centres[cell] == pytest.approx(np.average(own.values[found.symbols == cell], weights=weigh))
 
 
@@ -247,7 +247,7 @@ def test_what_ecsq_minimises_never_rises(values, price, weighted):
     cells = cells_of(own, np.unique(centres_of(values, 6)), np.zeros(len(np.unique(centres_of(values, 6)))))
 
     def goal(cells):
-        error = (own.shares * (own.values - cells.centres[cells.symbols]) ** 2).sum()
+        error = (own.importance * (own.values - cells.centres[cells.symbols]) ** 2).sum()
         return error + price * cells.entropy_bits()
 
     goals = [goal(settled(own, cells, price, rounds)) for rounds in range(12)]
@@ -351,8 +351,8 @@ def test_coarse_shares_lose_next_to_nothing():
     own = Numbers.of(values, shares)
     assert not own.classes
     assert 10 < len(own.coarse().classes) <= 64
-    assert own.coarse().shares.sum() == pytest.approx(shares.sum())
-    start = cells_of(own, np.unique(centres_of(values, 16, shares=shares)), np.zeros(16))
+    assert own.coarse().importance.sum() == pytest.approx(shares.sum())
+    start = cells_of(own, np.unique(centres_of(values, 16, importance=shares)), np.zeros(16))
     for price in (1e-3, 1e-2):
         exact, coarse = (settled(n, start, price).error(own) for n in (own, own.coarse()))
         bits, coarse_bits = (settled(n, start, price).entropy_bits() for n in (own, own.coarse()))
