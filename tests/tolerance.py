@@ -26,7 +26,8 @@ def assert_close(got, want, terms, magnitude=None):
     """
     lost = 0.0
     for value in (got, want):
-        kind = str(getattr(value, "dtype", "float64")).removeprefix("torch.")
+        kind = getattr(value, "dtype", "float64")
+        kind = getattr(kind, "name", str(kind)).removeprefix("torch.")
         lost = lost + bound(terms, 1.0, kind)
     got, want, size = (as_float64(value) for value in (got, want, want if magnitude is None else magnitude))
     assert got.shape == want.shape
@@ -36,7 +37,7 @@ def assert_close(got, want, terms, magnitude=None):
 
 def as_float64(value):
     value = value.detach().cpu().double() if hasattr(value, "detach") else value
-    return np.asarray(value, np.float64)
+    return np.asarray(value).astype(np.float64)
 
 
 def absolute(network):
