@@ -46,6 +46,7 @@ slow: .venv/installed arithmetic  ## tests that take minutes, and the laws on 1,
 NOT_ARITHMETIC = compile export pickl copies benchmark mistake taught teacher spell heart overfits memory touched callers \
 	damaged linear_time page digits what_is_loaded half_precision_and file_bytes report dropped forced random_signs learns \
 	kmeans_is_close same_bytes never_worse promise few_passes \
+	opcheck inputs_that users_own adams_moment coprime \
 	ecsq- -budget] -stored] -header] -spread] -pure] -alias] -shapes] -derived] -deterministic] -nearest] -error]
 NUMERIC = $(PYTEST) -q $(ARITHMETIC:%=tests/test_%.py) -k "not ($$(echo $(NOT_ARITHMETIC) | sed 's/ / or /g'))"
 ARITHMETIC = acoustic all_methods conv ctc distill hostile importance kernels layers methods operators product \

@@ -60,6 +60,35 @@ def absolute(network):
     return network
 
 
+def matrices(network):
+    """Each module's own parameters with the sums first: as outputs by terms, whatever the layer's layout."""
+    for module in network.modules():
+        kind = type(module).__name__
+        turned = "Transpose" in kind or (kind == "Conv1D" and not hasattr(module, "kernel_size"))  # inputs come first
+        for parameter in module.parameters(recurse=False):
+            weight = parameter.detach().abs()
+            weight = weight.transpose(0, 1) if turned and weight.dim() > 1 else weight
+            yield module, weight.flatten(1) if weight.dim() > 1 and "Embedding" not in kind else weight.reshape(-1, 1)
+
+
+def terms(network, *inputs, decoding=32):
+    """How many are summed behind one output, layer after layer: each one's terms and some 8 of its activation.
+
+    Recurrent layers once a step, attention its scores and shares too; ``decoding``: of the sums behind the weights.
+    """
+    import torch
+    from torch import nn
+
+    import deepthin.torch as dt
+
+    steps = max(max(value.shape[:2]) if value.dim() > 2 else len(value) for value in inputs if torch.is_tensor(value))
+    found = decoding
+    for module, weight in matrices(dt.materialize(copy.deepcopy(network))):
+        times = steps if isinstance(module, nn.RNNBase) else 1
+        found += times * (weight.shape[1] + 8) + steps * isinstance(module, nn.MultiheadAttention)
+    return found
+
+
 def peak(network, *inputs):
     """No sum of magnitudes in any layer exceeds this: the largest input of a layer times its largest sum of weights.
 
@@ -69,19 +98,16 @@ def peak(network, *inputs):
 
     import deepthin.torch as dt
 
-    found = [1.0]  # states and shares of attention are at most one
+    network = dt.materialize(copy.deepcopy(network)).eval()
+    sums, found = {}, [1.0]  # states and shares of attention are at most one
+    for module, weight in matrices(network):
+        sums[module] = max(sums.get(module, 0.0), weight.sum(1).max().item())
 
     def seen(module, given):
-        own = [p.detach().abs() for p in module.parameters(recurse=False)]
         sizes = [value.abs().max().item() for value in given if torch.is_tensor(value) and value.is_floating_point()]
-        for weight in own:
-            turned = "Transpose" in type(module).__name__ or type(module).__name__ == "Conv1D"  # inputs come first
-            weight = weight.transpose(0, 1) if turned and weight.dim() > 1 else weight
-            sums = weight if weight.dim() == 1 or "Embedding" in type(module).__name__ else weight.flatten(1).sum(1)
-            found.append(max([1.0, *sizes]) * sums.max().item())
+        found.append(max([1.0, *sizes]) * sums[module])
 
-    network = dt.materialize(copy.deepcopy(network)).eval()
-    hooks = [module.register_forward_pre_hook(seen) for module in network.modules()]
+    hooks = [module.register_forward_pre_hook(seen) for module in sums]
     with torch.no_grad():
         network(*inputs)
     for hook in hooks:
