@@ -19,6 +19,7 @@ from deepthin.lab.tasks.decoder import (
     read_unigrams,
     word_error_rate,
 )
+from tolerance import assert_close
 
 PHONES = ["SIL", "X", "Y"]
 PRONUNCIATIONS = [("ex", ["X"]), ("why", ["Y"]), ("why", ["X", "Y"]), ("twice", ["Y", "Y"])]
@@ -193,10 +194,10 @@ def test_a_word_penalty_makes_words_fewer():
 
 def test_hybrid_scores():
     priors = log_priors(np.array([0, 0, 1, 0]), 3)
-    assert np.allclose(np.exp(priors), [4 / 7, 2 / 7, 1 / 7])
+    assert_close(np.exp(priors), [4 / 7, 2 / 7, 1 / 7], 8)  # the logarithm's rounding, at most 2, and four more
     posteriors = np.log([[0.2, 0.3, 0.5]])
     scores = hybrid_scores(posteriors, priors, prior_scale=0.5, acoustic_scale=0.1)
-    assert np.allclose(scores, 0.1 * (posteriors - 0.5 * priors))
+    assert_close(scores, 0.1 * (posteriors - 0.5 * priors), 4, 0.1 * (abs(posteriors) + 0.5 * abs(priors)))
 
 
 def test_scores_that_cannot_be_decoded_are_refused():
@@ -245,7 +246,7 @@ def test_unigrams_are_read(tmp_path):
     path.write_text(ARPA)
     found = read_unigrams(path)
     assert list(found) == ["A", "TEA"]
-    assert np.allclose(list(found.values()), np.log([10**-0.5, 10**-1.5]))
+    assert_close(list(found.values()), np.log([10**-0.5, 10**-1.5]), 4)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_the_alignments_of_an4_give_back_its_words(data_folder):
     for utterance, own in enumerate(states):
         scores[utterance, np.arange(len(own)), own] = 0
     found = [" ".join(words) for words in loop.decode(scores, lengths)]
-    assert word_error_rate(list(texts), found) == pytest.approx(100 * 12 / 773)
+    assert_close(word_error_rate(list(texts), found), 100 * 12 / 773, 2)
 
     def sound(text):
         return re.sub(r"\bA T\b", "EIGHTY", re.sub(r"\bOH\b", "O", text))
