@@ -72,7 +72,9 @@ def test_high_temperatures_match_logits():
     z, v = z - z.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
     far = dt.Distillation(Says(), weight=1.0, temperature=1e4).distance(z, v).item()
     half = dt.Distillation(Says(), weight=1.0, kind="logits").distance(z, v).item()
-    assert far == pytest.approx(half / 6, rel=1e-3)  # terms of third order: some max |z| / T
+    assert far == pytest.approx(
+        half / 6, rel=4 * max(z.abs().max().item(), v.abs().max().item()) / 1e4
+    )  # terms of third order: some max |z| / T
 
 
 def test_several_teachers_speak_by_the_mean_of_their_logits():

@@ -148,7 +148,7 @@ def test_a_network_that_diverges_is_a_row_that_failed(here):
     )
     rows = compare(Settings(nets(text, here), ("rank",), (0.6,)), here / "out")
     by = {row.method: row.failed for row in rows}
-    assert by["rank"] == "The training ended with weights that are no numbers: use a smaller learning rate."
+    assert by["rank"] == "The training ended with weights that are not finite: use a smaller learning rate."
     assert by["int8"] == "the dense network of this seed failed"
 
 

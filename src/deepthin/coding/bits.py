@@ -119,7 +119,7 @@ def packed_bytes(count: int, width: int) -> int:
 
 # Rising positions are stored as the gaps between them, `width` bits each (Han et al., 2016, arXiv:1510.00149, section
 # 2). A gap that is too long takes fillers before it: symbols of all ones, each of which skips 2**width - 1 places and
-# is no position.
+# stands for no position.
 WIDEST_GAP = 24
 
 
@@ -162,7 +162,7 @@ def gaps_of(positions: Int64[np.ndarray, "count"], width: int) -> Int64[np.ndarr
     """
     gaps = np.diff(positions, prepend=-1) - 1
     skip = (1 << width) - 1
-    ends = np.cumsum(gaps // skip + 1) - 1  # where each position's own symbol stands
+    ends = np.cumsum(gaps // skip + 1) - 1  # index of each position's last symbol
     symbols = np.full(int(ends[-1]) + 1 if len(ends) else 0, skip, np.int64)
     symbols[ends] = gaps % skip
     return symbols
@@ -201,19 +201,19 @@ def unpack_gaps(data: UInt8[np.ndarray, "bytes"], width: int, count: int, places
         ValueError: The bytes are not ``count`` positions below ``places``.
     """
     skip = (1 << width) - 1
-    symbols = 8 * len(data) // width  # what is left at the end are bits of ones, too few for a symbol or fillers
+    symbols = 8 * len(data) // width  # the padding of ones may read as fillers, but never as a position
     if symbols > count + (places - count) // skip + 8:
         raise ValueError(f"{len(data)} bytes are more than {count} positions below {places} can take")
     return positions_of(unpack(data, width, symbols), width, count, places)
 
 
 def positions_of(
-    found: Integer[np.ndarray, "symbols"], width: int, count: int, places: int
+    symbols: Integer[np.ndarray, "symbols"], width: int, count: int, places: int
 ) -> Int64[np.ndarray, "positions"]:
     """The inverse of ``gaps_of``, for untrusted symbols.
 
     Args:
-        found: Gaps and fillers.
+        symbols: Gaps and fillers.
         width: Bits of a gap, 1 to 24.
         count: How many positions.
         places: All positions are from 0 to ``places - 1``.
@@ -225,11 +225,11 @@ def positions_of(
         ValueError: The symbols are not ``count`` positions below ``places``.
     """
     skip = (1 << width) - 1
-    where = np.flatnonzero(found != skip)
+    where = np.flatnonzero(symbols != skip)
     if len(where) != count:
         raise ValueError(f"{len(where)} positions where there should be {count}")
     fillers = where - np.arange(count)
-    positions = np.cumsum(found[where].astype(np.int64) + 1) - 1 + fillers * skip
+    positions = np.cumsum(symbols[where].astype(np.int64) + 1) - 1 + fillers * skip
     if count and not 0 <= int(positions[-1]) < places:
         raise ValueError(f"a position of {int(positions[-1])} among {places}")
     return positions

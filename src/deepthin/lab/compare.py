@@ -1,7 +1,7 @@
-"""The same network, the same bytes, the same training: every method side by side, and what came out of it.
+"""Compare methods: the same network, the same bytes, the same training for each.
 
-First a search for each method, if one is asked for; then all trials; then the networks' speed. Whatever ends is written
-at once, so that an interrupted comparison goes on where it stopped.
+First a search for each method, if one is asked for; then all trials; then the networks' speed. Each result is written
+at once, so that an interrupted comparison resumes.
 """
 
 import json
@@ -35,15 +35,26 @@ from deepthin.lab.trial import (
 )
 from deepthin.storage.atomic import write_atomically
 
-LATENCY_ROUNDS, LATENCY_SECONDS = 15, 120.0  # at most so many rounds, and no further one after so long
-SEARCH_SEED = 1000  # of the trainings that choose; those that count have seeds from 0
+LATENCY_ROUNDS, LATENCY_SECONDS = 15, 120.0  # upper bounds on the timing
+SEARCH_SEED = 1000  # seed of the search's trainings; trials have seeds from 0
 Progress = Callable[[str, int, int], None]
-"""Told what runs, how far it is, and of how much."""
+"""Called with the name of what runs, the number of finished units, and of all."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one comparison is about. ``ratios`` are those of the weight matrices; the dense rows are always there."""
+    """What one comparison runs.
+
+    Attributes:
+        setup: What all trials share: the task, its data, steps and sizes.
+        methods: Names of methods; the dense network and its 8-bit version are always added.
+        ratios: Bytes of the weight matrices over those of the dense network, 0 to 1.
+        seeds: Number of seeds, counted from 0.
+        search: A search for each method's learning rate and allocation; None: the task's settings.
+        engine: Where trials run, a key of ``ENGINES``.
+        jobs: Number of trials at once.
+        threads: Number of threads of each job.
+    """
 
     setup: Setup
     methods: tuple[str, ...]
@@ -56,9 +67,20 @@ class Settings:
 
 
 def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[Row]:
-    """Run all trials that ``out`` does not hold yet, write ``results.json`` and the trained models, return all rows.
+    """Run all trials that ``out`` does not hold yet; write ``results.json`` and the trained models.
 
-    ConfigError if ``out`` holds results that other steps, another network or other data gave.
+    Args:
+        settings: What to run.
+        out: The folder of the comparison; created if missing.
+        progress: Called with what runs, how far it is, and of how much.
+
+    Returns:
+        All rows, those of earlier runs included.
+
+    Raises:
+        ConfigError: ``out`` holds results of other steps, another network or other data, or a setting does not fit the
+            task.
+        DeepThinError: A process was killed, or a file does not hold what the trained network does.
     """
     out = out.absolute()
     run = prepared(settings.setup)
@@ -79,7 +101,7 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
         wanted = _trials(settings, methods, choices)
         trials = [trial for trial in wanted if trial.key not in done]
         count = [len(wanted) - len(trials), len(wanted)]
-        for quantising in (False, True):  # the 8-bit network is made of the dense one
+        for quantising in (False, True):  # int8 needs the file of the dense network
             chains = [
                 _chain(settings, trial, out, progress, rows, count)
                 for trial in trials
@@ -198,13 +220,23 @@ def _time_all(run: Run, rows: list[Row], out: Path, progress: Progress) -> list[
 
 
 def searched_ratio(out: Path) -> float | None:
-    """The size at which an earlier run searched."""
+    """The ratio at which an earlier run searched.
+
+    Args:
+        out: The folder of the comparison.
+
+    Returns:
+        The ratio; None if no run searched there.
+
+    Raises:
+        ConfigError: ``run.json`` is damaged.
+    """
     path = out / "run.json"
     return read_json(path, dict).get("search", {}).get("ratio") if path.exists() else None
 
 
 def _still_there(row: Row, out: Path) -> bool:
-    """Whether the file of a trial, or of what it was made of, is still there; else it is made again."""
+    """Whether the model file of a trial still exists; otherwise the trial runs again."""
     model = f"models/{DENSE}-seed{row.seed}.thin" if row.method == INT8 else row.model
     return row.value is None or (model is not None and (out / model).exists())
 

@@ -28,15 +28,32 @@ class Engine(Protocol):
     jobs: int
 
     def start(self, call: Call) -> Any:
-        """Begin a call; what stands for it until it is done."""
+        """Begin a call.
+
+        Args:
+            call: A function that can be pickled, and its arguments.
+
+        Returns:
+            A handle, which ``done`` takes.
+        """
         ...
 
     def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """Wait for one of the calls that were begun: which, and its result, or the exception that it raised."""
+        """Wait until one of the begun calls has ended.
+
+        Args:
+            begun: Handles that ``start`` returned.
+
+        Returns:
+            The handle of a call that has ended, and its result or the exception that it raised.
+
+        Raises:
+            DeepThinError: The engine itself has failed: none of the calls will end.
+        """
         ...
 
     def close(self) -> None:
-        """End what still runs."""
+        """Stop calls that still run, and free the engine's resources."""
         ...
 
 
@@ -46,11 +63,25 @@ class Inline:
     jobs = 1
 
     def start(self, call: Call) -> Any:
-        """Nothing runs before it is waited for."""
+        """Note the call; it runs when ``done`` waits for it.
+
+        Args:
+            call: A function and its arguments.
+
+        Returns:
+            The call itself.
+        """
         return call
 
     def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """Run the first."""
+        """Run the first of the calls.
+
+        Args:
+            begun: Calls that ``start`` returned.
+
+        Returns:
+            That call, and its result or the exception that it raised.
+        """
         function, *arguments = begun[0]
         try:
             return begun[0], function(*arguments)
@@ -58,11 +89,16 @@ class Inline:
             return begun[0], error
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Nothing to free."""
 
 
 class Processes:
-    """Several processes on this machine, which end when this one does, however it ends."""
+    """Several processes on this machine, which end when this one does, however it ends.
+
+    Args:
+        jobs: Number of processes, >= 1.
+        threads: Number of torch's threads in each.
+    """
 
     def __init__(self, jobs: int, threads: int) -> None:
         import multiprocessing
@@ -73,14 +109,31 @@ class Processes:
         )
 
     def start(self, call: Call) -> Future[Any]:
-        """Hand it to a process that is free."""
+        """Submit a call to the pool.
+
+        Args:
+            call: A function that can be pickled, and its arguments.
+
+        Returns:
+            Its future.
+        """
         return self._pool.submit(*call)
 
     def done(self, begun: list[Future[Any]]) -> tuple[Any, Any]:
-        """The first that ends."""
+        """Wait until one of the begun calls has ended.
+
+        Args:
+            begun: Futures that ``start`` returned.
+
+        Returns:
+            The future of a call that has ended, and its result or the exception that it raised.
+
+        Raises:
+            DeepThinError: A process was killed from outside, so that no call will end.
+        """
         first = next(iter(wait(begun, return_when=FIRST_COMPLETED).done))
         error = first.exception()
-        if isinstance(error, BrokenProcessPool):  # no other will end either
+        if isinstance(error, BrokenProcessPool):  # the pool is unusable: no other call will end
             raise DeepThinError(
                 "A process was ended from outside, perhaps for want of memory: use fewer --jobs. The same command goes "
                 "on where it stopped."
@@ -95,15 +148,23 @@ class Processes:
 
 
 class Ray:
-    """Ray's workers: those of a cluster that RAY_ADDRESS names, else started here for the time being.
+    """Ray's workers: those of the cluster that RAY_ADDRESS names, else a local one, started here and stopped by
+    ``close``.
 
     Every worker needs the library, and the data under the same path.
+
+    Args:
+        jobs: Number of calls at once, >= 1.
+        threads: Number of torch's threads in each.
+
+    Raises:
+        ConfigError: Ray is not installed.
     """
 
     def __init__(self, jobs: int, threads: int) -> None:
         if find_spec("ray") is None:
             raise ConfigError("--engine ray needs Ray: pip install 'deepthin[ray]', or leave --engine out.")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
         import ray
 
         self.jobs, self._ray = jobs, ray
@@ -116,11 +177,25 @@ class Ray:
         self._threads = threads
 
     def start(self, call: Call) -> Any:
-        """Hand it to Ray."""
+        """Submit a call to Ray.
+
+        Args:
+            call: A function that can be pickled, and its arguments.
+
+        Returns:
+            Ray's reference to the result.
+        """
         return self._remote.remote(self._threads, *call)
 
     def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """The first that ends."""
+        """Wait until one of the begun calls has ended.
+
+        Args:
+            begun: References that ``start`` returned.
+
+        Returns:
+            The reference of a call that has ended, and its result or the exception that it raised.
+        """
         (first, *_), _ = self._ray.wait(begun, num_returns=1)
         try:
             return first, self._ray.get(first)
@@ -130,7 +205,7 @@ class Ray:
             return first, cause
 
     def close(self) -> None:
-        """Leave the cluster, or stop what was started here."""
+        """Leave the cluster, or stop the local one."""
         self._ray.shutdown()
 
 
@@ -141,10 +216,18 @@ ENGINES: dict[str, Callable[[int, int], Engine]] = {
 
 
 def run_chains(engine: Engine, chains: Iterable[Chain]) -> None:
-    """Run all chains to their ends, as many of them at once as the engine has jobs, in turn.
+    """Run all chains to their ends, as many calls at once as the engine has jobs.
 
-    A result reaches its chain at once, whatever waits. After an exception nothing more is begun; what runs may end and
-    be recorded before it is raised.
+    Each result goes to its chain as soon as it is there. After an exception no further call begins; those that run may
+    end, and their chains record them, before it is raised.
+
+    Args:
+        engine: Where the calls run.
+        chains: Generators that yield calls and are sent their results.
+
+    Raises:
+        Exception: The first one that a call raised.
+        DeepThinError: The engine has failed.
     """
     waiting = deque((chain, call) for chain in chains if (call := next(chain, None)) is not None)
     running: dict[Any, Chain] = {}
@@ -167,7 +250,7 @@ def run_chains(engine: Engine, chains: Iterable[Chain]) -> None:
 
 
 def _begin(parent: int, threads: int) -> None:
-    """A process of a pool: so many threads, and an end when its parent is gone, which alone hears the keyboard."""
+    """Set up a worker: its threads, no keyboard interrupts, and an exit once the parent is gone."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

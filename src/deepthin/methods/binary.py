@@ -28,9 +28,9 @@ class Binary:
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    planes: int  # signs a weight
-    rounds: int = ROUNDS  # 0 greedy; 1 greedy signs with the best scales; from 2 on so many alternating rounds
-    per: str = "row"  # what has scales of its own: "row" or "matrix"
+    planes: int  # number of signs for each weight
+    rounds: int = ROUNDS  # 0: greedy; 1: greedy signs, least-squares scales; >= 2: alternating rounds
+    per: str = "row"  # what shares scales: "row" or "matrix"
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -65,8 +65,8 @@ class Binary:
         if per not in ("matrix", "row") or type(rounds) is not int or rounds < 0:
             raise ConfigError(f"per = {per!r}, rounds = {rounds!r}: give per 'matrix' or 'row', rounds from 0 on.")
         plans = [cls(shape, planes, rounds, per) for planes in (BITS if bits is None else [bits])]
-        found = [plan for plan in plans if plan.bits() <= max_bits]
-        if not found:
+        fitting = [plan for plan in plans if plan.bits() <= max_bits]
+        if not fitting:
             least, area = plans[0].bits(), math.prod(shape)
             ratio = least / FLOAT_BITS / area
             raise BudgetError(
@@ -76,7 +76,7 @@ class Binary:
                 smallest_bits=least,
                 smallest_ratio=ratio,
             )
-        return found[-1]
+        return fitting[-1]
 
     @property
     def trains(self) -> Trains:
@@ -84,24 +84,44 @@ class Binary:
         return "through"
 
     def bits(self) -> int:
-        """One bit for each sign, and 32 for each scale."""
+        """One bit for each sign, and 32 for each scale.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         scales = self.planes * (self.shape[0] if self.per == "row" else 1)
         return 8 * self.integers()["symbols"].bytes(math.prod(self.shape)) + FLOAT_BITS * scales
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``symbols``: the signs of each weight as the bits of one integer; ``scales``: one column for each plane."""
+        """``symbols``: the signs of each weight as the bits of one integer; ``scales``: one column for each plane.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"symbols": self.shape, "scales": (self.shape[0] if self.per == "row" else 1, self.planes)}
 
     def integers(self) -> dict[str, Integers]:
-        """The symbols."""
+        """The symbols.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"symbols": Integers(1 << self.planes)}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def drifts(self) -> bool:
-        """True: encoding a decoded code again shrinks greedy codes, and may still improve alternating ones."""
+        """True: encoding a decoded code again shrinks greedy codes, and may still improve alternating ones.
+
+        Returns:
+            True if encoding a decoded code may change it by more than floating-point rounding.
+        """
         return True
 
     def init(self, rng: Generator, std: float) -> Code:
@@ -235,7 +255,7 @@ def _nearest(
     row = xp.cumsum(xp.ones_like(order[:, :1]), 0) - 1
     sums = xp.take(sums, order + row * (1 << planes))
     bounds = sums[:, :-1] / 2 + sums[:, 1:] / 2
-    below = 0 * row  # how many bounds are at most the weight
+    below = 0 * row  # number of bounds that are at most the weight
     for k in reversed(range(planes)):
         bound = xp.take(bounds, below + row * ((1 << planes) - 1) + ((1 << k) - 1))
         below = below + xp.asarray(rows >= bound, dtype=xp.int64) * (1 << k)

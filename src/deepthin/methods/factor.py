@@ -110,19 +110,35 @@ class Factor:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each entry of the two factors."""
+        """32 bits for each entry of the two factors.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.rank * (self.m + self.n)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``xf`` is m x r, ``wf`` is r x n."""
+        """``xf`` is m x r, ``wf`` is r x n.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"xf": (self.m, self.rank), "wf": (self.rank, self.n)}
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """The permutation of the shuffled baseline; nothing otherwise."""
+        """The permutation of the shuffled baseline; nothing otherwise.
+
+        Returns:
+            Entry name -> NumPy array; empty if there is none.
+        """
         return {} if self.seed is None else {"order": permutation(self.seed, self.shape[0] * self.shape[1])}
 
     def init(self, rng: Generator, std: float) -> Code:
@@ -178,7 +194,7 @@ class Factor:
         root = xp.sqrt(sigma[: self.rank])
         balance = (self.m / self.n) ** 0.25
         left = (root * balance)[:, None] * u.T[: self.rank]
-        # A vanishing term keeps a wf, since with both factors at zero no gradient would ever reach it.
+        # A zero term keeps its wf: with both factors at zero no gradient would reach it.
         wf = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[: self.rank]
         for _ in range(self.rank - left.shape[0]):  # more terms than a matrix of this shape can use
             left, wf = xp.concatenate([left, 0 * left[:1]]), xp.concatenate([wf, wf[:1]])

@@ -73,19 +73,35 @@ class Hashed:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each bucket."""
+        """32 bits for each bucket.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.buckets
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``values``: one float for each bucket."""
+        """``values``: one float for each bucket.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"values": (self.buckets,)}
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """``index``: for each weight its position in the values followed by their negatives."""
+        """``index``: for each weight its position in the values followed by their negatives.
+
+        Returns:
+            Entry name -> NumPy array; empty if there is none.
+        """
         words = splitmix(self.seed, math.prod(self.shape))
         bucket = ((words >> np.uint64(32)) * np.uint64(self.buckets)) >> np.uint64(32)
         return {"index": (bucket + (words & np.uint64(1)) * np.uint64(self.buckets)).astype(np.int64)}

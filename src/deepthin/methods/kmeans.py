@@ -24,9 +24,9 @@ class KMeans:
     """``W[i] = centres[symbols[i]]``. Training moves the centres, each by the summed gradient of its weights."""
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    levels: int  # how many centres
-    start: str = "linear"  # where Lloyd's rounds begin: evenly, or at quantiles ("density"), or at weights ("random")
-    seed: int = 0  # of a random start
+    levels: int  # number of centres
+    start: str = "linear"  # first centres: evenly spaced, at quantiles ("density"), or at weights ("random")
+    seed: int = 0  # seed of a random start
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -64,8 +64,8 @@ class KMeans:
             )
         area = math.prod(shape)
         plans = [cls(shape, min(1 << width, area), start, seed) for width in (BITS if bits is None else [bits])]
-        found = [plan for plan in plans if plan.bits() <= max_bits]
-        if not found:
+        fitting = [plan for plan in plans if plan.bits() <= max_bits]
+        if not fitting:
             least = plans[0].bits()
             ratio = least / FLOAT_BITS / area
             raise BudgetError(
@@ -75,7 +75,7 @@ class KMeans:
                 smallest_bits=least,
                 smallest_ratio=ratio,
             )
-        return found[-1]
+        return fitting[-1]
 
     @property
     def trains(self) -> Trains:
@@ -83,19 +83,35 @@ class KMeans:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each centre, and the packed symbols."""
+        """32 bits for each centre, and the packed symbols.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.levels + 8 * self.integers()["symbols"].bytes(math.prod(self.shape))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """One symbol for each weight, and the centres."""
+        """One symbol for each weight, and the centres.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"centres": (self.levels,), "symbols": self.shape}
 
     def integers(self) -> dict[str, Integers]:
-        """The symbols."""
+        """The symbols.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"symbols": Integers(self.levels)}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def table_levels(self) -> int:
@@ -139,9 +155,11 @@ class KMeans:
             ``centres`` (levels, rising) and ``symbols``, rows x cols in int16.
         """
         flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
-        shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
-        centres = xp.asarray(centres_of(flat, self.levels, self.start, self.seed, shares), dtype=weight.dtype)
-        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # of the centres as they are stored
+        flat_importance = (
+            None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
+        )
+        centres = xp.asarray(centres_of(flat, self.levels, self.start, self.seed, flat_importance), dtype=weight.dtype)
+        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # distances to the stored centres
         symbols = np.searchsorted(bounds, flat, side="right").reshape(self.shape)
         return {"centres": centres, "symbols": xp.asarray(symbols.astype(np.int16))}
 

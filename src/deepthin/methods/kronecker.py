@@ -71,19 +71,35 @@ class Kronecker:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each entry of both factors."""
+        """32 bits for each entry of both factors.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.terms * (math.prod(self.left) + math.prod(self.right))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2."""
+        """``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"a": (self.terms, *self.left), "b": (self.terms, *self.right)}
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:
@@ -128,7 +144,7 @@ class Kronecker:
         root, terms = xp.sqrt(sigma[: self.terms]), self.terms
         balance = (math.prod(self.left) / math.prod(self.right)) ** 0.25
         a = (root * balance)[:, None] * u.T[:terms]
-        # A vanishing term keeps a b, since with both at zero no gradient would ever reach it.
+        # A zero term keeps its b: with both factors at zero no gradient would reach it.
         b = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[:terms]
         return {"a": xp.reshape(a, (terms, r1, q1)), "b": xp.reshape(b, (terms, r2, q2))}
 

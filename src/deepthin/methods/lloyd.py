@@ -16,66 +16,70 @@ from jaxtyping import Float64, Int64
 from deepthin.coding.bits import permutation
 
 STARTS = ("linear", "density", "random")
-ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
-_FEW = 64  # different shares, at most, each of which is searched on its own
-_FINENESS, _OCTAVES = 3, 20  # classes of shares: so many for each doubling, and so many doublings
-_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until the entropy is low enough; and then
+ROUNDS, PRICED_ROUNDS = 10_000, 100  # upper bounds
+_FEW = 64  # distinct importances, at most, that are searched one by one
+_FINENESS, _OCTAVES = 3, 20  # classes of importance: so many per doubling, and so many doublings
+_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # growth of lambda until the entropy is low enough, then bisections
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers in rising order, each with the weight of its squared error: its share, 1 for all if ``alike``."""
+    """Numbers in rising order, and the weight of each one's squared error: its importance, 1 if ``unweighted``."""
 
     values: Float64[np.ndarray, "count"]
-    shares: Float64[np.ndarray, "count"]
-    order: Int64[np.ndarray, "count"]  # where each of them stands in what was given
-    alike: bool
+    importance: Float64[np.ndarray, "count"]
+    order: Int64[np.ndarray, "count"]  # index of each number in the input
+    unweighted: bool
 
     @classmethod
-    def of(cls, flat: Float64[np.ndarray, "count"], shares: Float64[np.ndarray, "count"] | None = None) -> "Numbers":
+    def of(
+        cls, flat: Float64[np.ndarray, "count"], importance: Float64[np.ndarray, "count"] | None = None
+    ) -> "Numbers":
         """Sort the numbers.
 
         Args:
             flat: The numbers, finite.
-            shares: Weight of each squared error, >= 0. None, or zeros only, weighs all equally.
+            importance: Weight of each squared error, >= 0. None, or zeros only, weighs all equally.
 
         Returns:
             The sorted numbers; equal ones keep their order.
         """
         order = np.argsort(flat, kind="stable")
-        alike = shares is None or not (shares > 0).any()
-        own = np.ones(len(flat)) if shares is None or alike else shares[order]
-        return cls(flat[order], own, order, alike)
+        unweighted = importance is None or not (importance > 0).any()
+        sorted_importance = np.ones(len(flat)) if importance is None or unweighted else importance[order]
+        return cls(flat[order], sorted_importance, order, unweighted)
 
     @cached_property
     def classes(self) -> "list[Numbers]":
-        """The numbers of each distinct share, with ``order`` as indices into these; empty above 64 distinct shares."""
-        if self.alike:
-            return [Numbers(self.values, self.shares, np.arange(len(self.values)), True)]
-        if len(different := np.unique(self.shares)) > _FEW:
+        """The numbers of each distinct importance, ``order`` indexing into these; empty above 64 distinct ones."""
+        if self.unweighted:
+            return [Numbers(self.values, self.importance, np.arange(len(self.values)), True)]
+        if len(different := np.unique(self.importance)) > _FEW:
             return []
-        places = [np.flatnonzero(self.shares == share) for share in different]
-        return [Numbers(self.values[p], self.shares[p], p, True) for p in places]
+        places = [np.flatnonzero(self.importance == value) for value in different]
+        return [Numbers(self.values[p], self.importance[p], p, True) for p in places]
 
     def coarse(self) -> "Numbers":
-        """Merge shares that differ by less than about a quarter, each class by its mean.
+        """Replace importances that differ by less than about a quarter by the mean of their class.
 
         Returns:
-            The same numbers, with at most some 60 distinct shares; those below a millionth of the largest are one
-            class.
+            The same numbers, with some 60 distinct importances at most; those below a millionth of the largest form
+            one class.
         """
-        top = float(self.shares.max())
-        near = np.ones(len(self.shares))
-        there = self.shares > 0
-        near[there] = np.round(_FINENESS * np.maximum(np.log2(self.shares[there] / top), -_OCTAVES))
-        _, own = np.unique(near, return_inverse=True)
-        means = np.bincount(own, self.shares) / np.bincount(own)
-        return Numbers(self.values, means[own], self.order, self.alike)
+        top = float(self.importance.max())
+        near = np.ones(len(self.importance))
+        there = self.importance > 0
+        near[there] = np.round(_FINENESS * np.maximum(np.log2(self.importance[there] / top), -_OCTAVES))
+        _, class_of = np.unique(near, return_inverse=True)
+        means = np.bincount(class_of, self.importance) / np.bincount(class_of)
+        return Numbers(self.values, means[class_of], self.order, self.unweighted)
 
     @cached_property
     def sums(self) -> Float64[np.ndarray, "2 ends"]:
-        """Cumulative sums, up to each index, of the shares and of shares times values."""
-        return np.stack([np.concatenate([[0.0], np.cumsum(t)]) for t in (self.shares, self.shares * self.values)])
+        """Cumulative sums, up to each index, of importance and of importance times values."""
+        return np.stack(
+            [np.concatenate([[0.0], np.cumsum(t)]) for t in (self.importance, self.importance * self.values)]
+        )
 
     def ends(self, bounds: Float64[np.ndarray, "inner"]) -> Int64[np.ndarray, "ends"]:
         """The cells between bounds, as indices.
@@ -96,7 +100,7 @@ class Numbers:
 
         Args:
             ends: Cell bounds, as ``ends`` returns them.
-            empty: For each cell, the value to use where its shares sum to 0.
+            empty: For each cell, the value to use where its importance sums to 0.
 
         Returns:
             The means, rising.
@@ -114,7 +118,7 @@ class Numbers:
             stops: Index after the last of each cell.
 
         Returns:
-            The shares, and the shares times values, summed over each cell: 2 x cells.
+            Importance, and importance times values, summed over each cell: 2 x cells.
         """
         return self.sums[:, stops] - self.sums[:, starts]
 
@@ -125,10 +129,10 @@ class Numbers:
             centres: Rising centres.
 
         Returns:
-            The sum of shares times squared distances to the nearest centre.
+            The sum of importance times squared distances to the nearest centre.
         """
         nearest = np.searchsorted(midpoints(centres), self.values, side="right")
-        return float(np.sum(self.shares * (self.values - centres[nearest]) ** 2))
+        return float(np.sum(self.importance * (self.values - centres[nearest]) ** 2))
 
     def distinct(self) -> Float64[np.ndarray, "distinct"]:
         """The distinct values.
@@ -210,12 +214,12 @@ def _moved(
     Merging centres c and d of masses m and n raises the error by ``(c - d)^2 m n / (m + n)``.
     """
     full = np.diff(ends) > 0
-    starts, stops, own = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
-    middles = np.clip(np.searchsorted(numbers.values, own, side="left"), starts, stops)
+    starts, stops, means = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
+    middles = np.clip(np.searchsorted(numbers.values, means, side="left"), starts, stops)
     below, above = numbers.masses(starts, middles), numbers.masses(middles, stops)
     gains, costs = _worth(below, above), _worth(*(numbers.masses(starts, stops)[:, part] for part in _NEIGHBOURS))
     splits, joins = np.argsort(-gains, kind="stable"), iter(np.argsort(costs, kind="stable").tolist())
-    spare, taken = len(centres) - len(own), set[int]()
+    spare, taken = len(centres) - len(means), set[int]()
     made, gone = list[float](), set[int]()
     for cell in splits.tolist()[: max(spare, len(centres) // 8, 1)]:
         if gains[cell] <= 0 or cell in taken:
@@ -229,14 +233,14 @@ def _moved(
             taken |= {pair, pair + 1}
             gone |= {pair, pair + 1}
             mass, first = (numbers.sums[:, stops[pair + 1]] - numbers.sums[:, starts[pair]]).tolist()
-            made.append(first / mass if mass > 0 else float(own[pair]))
+            made.append(first / mass if mass > 0 else float(means[pair]))
         taken.add(cell)
         gone.add(cell)
         made += [below[1, cell] / below[0, cell], above[1, cell] / above[0, cell]]
     if not made:
         return None
-    kept = [own[cell] for cell in range(len(own)) if cell not in gone]
-    return np.sort(np.concatenate([kept, made, centres[~full][:spare]]))
+    unchanged = [means[cell] for cell in range(len(means)) if cell not in gone]
+    return np.sort(np.concatenate([unchanged, made, centres[~full][:spare]]))
 
 
 _NEIGHBOURS = slice(None, -1), slice(1, None)
@@ -254,29 +258,29 @@ def centres_of(
     levels: int,
     start: str = "linear",
     seed: int = 0,
-    shares: Float64[np.ndarray, "count"] | None = None,
+    importance: Float64[np.ndarray, "count"] | None = None,
 ) -> Float64[np.ndarray, "levels"]:
     """K-means for scalars.
 
-    With ``shares``, the weighted algorithm starts at the unweighted solution, and the better of the two is returned:
-    from other starts it often ends at a larger error.
+    With ``importance``, the weighted algorithm starts at the unweighted solution, and the better of the two is
+    returned: from other starts it often ends at a larger error.
 
     Args:
         flat: The numbers, finite.
         levels: How many centres.
         start: ``"linear"``, ``"density"`` or ``"random"``, as for ``first_centres``.
         seed: Seed of a random start.
-        shares: Weight of each squared error, >= 0; None weighs all equally.
+        importance: Weight of each squared error, >= 0; None weighs all equally.
 
     Returns:
         The centres, rising. With at most ``levels`` distinct numbers these are the numbers, the last one repeated.
     """
     plain = Numbers.of(flat)
-    if len(found := plain.distinct()) <= levels:
-        return np.concatenate([found, np.full(levels - len(found), found[-1])])
+    if len(values := plain.distinct()) <= levels:
+        return np.concatenate([values, np.full(levels - len(values), values[-1])])
     centres = refined(plain, first_centres(plain, levels, start, seed))
-    weighted = plain if shares is None else Numbers.of(flat, shares)
-    if weighted.alike:
+    weighted = plain if importance is None else Numbers.of(flat, importance)
+    if weighted.unweighted:
         return centres
     return min((refined(weighted, centres), centres), key=weighted.error)
 
@@ -291,7 +295,7 @@ class Cells:
     centres: Float64[np.ndarray, "cells"]
     counts: Int64[np.ndarray, "cells"]
     assign: Callable[[], Int64[np.ndarray, "count"]]
-    price: float = 0.0  # of a bit, at which they were found
+    price: float = 0.0  # lambda with which the cells were found
 
     @cached_property
     def symbols(self) -> Int64[np.ndarray, "count"]:
@@ -307,7 +311,7 @@ class Cells:
         return entropy_bits(self.counts)
 
     def lengths(self, price: float) -> Float64[np.ndarray, "cells"]:
-        """What the code of a number adds to its cost, by cell.
+        """The cost of each cell's code.
 
         Args:
             price: Lambda: squared error per bit, >= 0.
@@ -324,21 +328,21 @@ class Cells:
             numbers: The numbers that are partitioned.
 
         Returns:
-            The sum of shares times squared distances, each number to the centre of its cell.
+            The sum of importance times squared distances, each number to the centre of its cell.
         """
-        return float(np.sum(numbers.shares * (numbers.values - self.centres[self.symbols]) ** 2))
+        return float(np.sum(numbers.importance * (numbers.values - self.centres[self.symbols]) ** 2))
 
     def centred(self, numbers: Numbers) -> "Cells":
         """Recompute the centres for other weights.
 
         Args:
-            numbers: The same numbers, with other shares.
+            numbers: The same numbers, with other importance.
 
         Returns:
             The same cells, with the weighted means as centres.
         """
-        mass = np.bincount(self.symbols, numbers.shares, len(self.counts))
-        first = np.bincount(self.symbols, numbers.shares * numbers.values, len(self.counts))
+        mass = np.bincount(self.symbols, numbers.importance, len(self.counts))
+        first = np.bincount(self.symbols, numbers.importance * numbers.values, len(self.counts))
         return replace(self, centres=_means(mass, first, self.centres))
 
 
@@ -363,10 +367,10 @@ def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
 
 
 def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]) -> Cells:
-    """Assign each number to the centre where share times squared distance plus code length is least.
+    """Assign each number to the centre where importance times squared distance plus code length is least.
 
-    Takes ``levels * log(count)`` steps for each distinct share; with more than 64 distinct shares, ``levels`` passes
-    over the numbers.
+    Takes ``levels * log(count)`` steps for each distinct importance; with more than 64 distinct ones, ``levels``
+    passes over the numbers.
 
     Args:
         numbers: The numbers.
@@ -379,27 +383,27 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
     if not numbers.classes:
         return _cells_by_passes(numbers, centres, lengths)
     counts, sums = np.zeros(len(centres), np.int64), np.zeros((2, len(centres)))
-    found: list[tuple[Numbers, np.ndarray, np.ndarray]] = []
-    for own in numbers.classes:
-        share = float(own.shares[0])
+    partitions: list[tuple[Numbers, np.ndarray, np.ndarray]] = []
+    for part in numbers.classes:
+        importance = float(part.importance[0])
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            own_lengths = lengths / share
-        if np.isfinite(own_lengths).all():
-            live, bounds = _hull(centres, own_lengths)
-        else:  # no distance counts
+            scaled_lengths = lengths / importance
+        if np.isfinite(scaled_lengths).all():
+            live, bounds = _hull(centres, scaled_lengths)
+        else:  # importance 0, or nearly: only the code length counts
             live, bounds = np.array([int(lengths.argmin())], np.int64), np.empty(0)
-        ends = own.ends(bounds)
+        ends = part.ends(bounds)
         many = ends[1:] - ends[:-1]
         counts[live] += many
-        sums[:, live] += own.masses(ends[:-1], ends[1:])
-        found.append((own, live, many))
+        sums[:, live] += part.masses(ends[:-1], ends[1:])
+        partitions.append((part, live, many))
     full = counts > 0
     names = np.cumsum(full) - 1
 
     def assign() -> Int64[np.ndarray, "count"]:
         symbols = np.empty(len(numbers.values), np.int64)
-        for own, live, many in found:
-            symbols[own.order] = np.repeat(names[live], many)
+        for part, live, many in partitions:
+            symbols[part.order] = np.repeat(names[live], many)
         return symbols
 
     return Cells(_means(sums[0], sums[1], centres)[full], counts[full], assign)
@@ -410,7 +414,7 @@ def _cells_by_passes(
 ) -> Cells:
     symbols, least = np.zeros(len(numbers.values), np.int64), np.full(len(numbers.values), math.inf)
     for cell, (centre, length) in enumerate(zip(centres, lengths, strict=True)):
-        cost = numbers.shares * (numbers.values - centre) ** 2 + length
+        cost = numbers.importance * (numbers.values - centre) ** 2 + length
         better = cost < least
         symbols[better], least[better] = cell, cost[better]
     counts = np.bincount(symbols, minlength=len(centres))
@@ -432,7 +436,7 @@ def _hull(
     heights = centres**2 + lengths
     order = np.lexsort((heights, centres))
     rising = centres[order]
-    order = order[np.concatenate([_FIRST, rising[1:] > rising[:-1]])]  # of equal centres the cheapest
+    order = order[np.concatenate([_FIRST, rising[1:] > rising[:-1]])]  # the cheapest of equal centres
     live: list[int] = []
     bounds: list[float] = []
     slopes, levels = centres.tolist(), heights.tolist()
@@ -451,7 +455,7 @@ def _hull(
 
 
 def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_ROUNDS) -> Cells:
-    """Lower ``sum share * (number - centre)^2 + price * entropy_bits`` round by round, until nothing changes.
+    """Lower ``sum importance * (number - centre)^2 + price * entropy_bits`` round by round, until nothing changes.
 
     Args:
         numbers: The numbers.
@@ -463,50 +467,50 @@ def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_R
         The partition; it may have fewer cells.
     """
     for _ in range(rounds):
-        found = cells_of(numbers, cells.centres, cells.lengths(price))
-        same = len(found.counts) == len(cells.counts) and (found.counts == cells.counts).all()
-        if same and (found.centres == cells.centres).all():
-            return replace(found, price=price)
-        cells = found
+        updated = cells_of(numbers, cells.centres, cells.lengths(price))
+        same = len(updated.counts) == len(cells.counts) and (updated.counts == cells.counts).all()
+        if same and (updated.centres == cells.centres).all():
+            return replace(updated, price=price)
+        cells = updated
     return replace(cells, price=price)
 
 
 Fits = Callable[[Int64[np.ndarray, "cells"]], bool]
-"""Whether symbols that are there so often can be stored in the room that there is."""
+"""Whether symbols with these counts fit the upper bound on their bytes."""
 
 
 def within(
     flat: Float64[np.ndarray, "count"],
     levels: int,
     fits: Fits,
-    shares: Float64[np.ndarray, "count"] | None = None,
+    importance: Float64[np.ndarray, "count"] | None = None,
 ) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
     """Entropy-coded scalar quantisation: centres and symbols of small error whose coded symbols fit.
 
     Choi, El-Khamy and Lee, 2017, arXiv:1612.01543. Starts from k-means with ``levels`` centres, with each smaller power
     of two, and with each number below eight, until one fits without lambda: entropy coding alone never drops equally
-    likely cells. The result is thus at most as bad as that k-means. With more than 64 distinct shares the search uses
-    classes of shares, and the final assignment the shares themselves.
+    likely cells. The result is thus at most as bad as that k-means. With more than 64 distinct importances the search
+    uses classes of them, and the final assignment the exact ones.
 
     Args:
         flat: The numbers, finite.
         levels: Most centres, >= 1.
         fits: Whether symbols with these counts fit; one symbol alone must.
-        shares: Weight of each squared error, >= 0; None weighs all equally.
+        importance: Weight of each squared error, >= 0; None weighs all equally.
 
     Returns:
         The centres that are used, and the index of a centre for each number, in the order of ``flat``.
     """
-    numbers, found = Numbers.of(flat, shares), list[Cells]()
+    numbers, candidates = Numbers.of(flat, importance), list[Cells]()
     searched = numbers if numbers.classes else numbers.coarse()
     while levels:
-        centres = np.unique(centres_of(flat, levels, shares=shares))
+        centres = np.unique(centres_of(flat, levels, importance=importance))
         start = cells_of(searched, centres, np.zeros(len(centres)))
-        found += [start] if fits(start.counts) else _priced(searched, start, fits)
+        candidates += [start] if fits(start.counts) else _priced(searched, start, fits)
         levels = 0 if fits(start.counts) else levels - 1 if levels <= 8 else 1 << ((levels - 1).bit_length() - 1)
     if searched is not numbers:
-        found = [cells.centred(numbers) for cells in found]
-    best = min(found, key=lambda cells: cells.error(numbers))
+        candidates = [cells.centred(numbers) for cells in candidates]
+    best = min(candidates, key=lambda cells: cells.error(numbers))
     if searched is not numbers:
         exact = cells_of(numbers, best.centres, best.lengths(best.price))
         best = min((c for c in (exact, best) if fits(c.counts)), key=lambda cells: cells.error(numbers))
@@ -520,22 +524,22 @@ def _priced(numbers: Numbers, start: Cells, fits: Fits) -> list[Cells]:
 
     Each search starts from the result of a lower lambda, from which cells can only be lost.
     """
-    mean = float(np.average(numbers.values, weights=numbers.shares))
+    mean = float(np.average(numbers.values, weights=numbers.importance))
     low, below = start, 0.0
-    price = 1e-6 * float(np.mean(numbers.shares * (numbers.values - mean) ** 2))
-    found = settled(numbers, low, price)
+    price = 1e-6 * float(np.mean(numbers.importance * (numbers.values - mean) ** 2))
+    cells = settled(numbers, low, price)
     for _ in range(_MOST_GROWTHS):
-        if fits(found.counts):
+        if fits(cells.counts):
             break
-        low, below, price = found, price, price * _GROWTH
-        found = settled(numbers, low, price)
-    fitting = [found] if fits(found.counts) else []
+        low, below, price = cells, price, price * _GROWTH
+        cells = settled(numbers, low, price)
+    fitting = [cells] if fits(cells.counts) else []
     for _ in range(_NARROWING if fitting else 0):
         middle = math.sqrt(below * price) if below else price / _GROWTH
-        found = settled(numbers, low, middle)
-        if fits(found.counts):
+        cells = settled(numbers, low, middle)
+        if fits(cells.counts):
             price = middle
-            fitting.append(found)
+            fitting.append(cells)
         else:
-            low, below = found, middle
+            low, below = cells, middle
     return fitting

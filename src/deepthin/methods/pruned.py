@@ -24,9 +24,9 @@ class Pruned:
     """``W`` is zero except for ``values`` at ``positions``, which are strictly increasing in the flattened matrix."""
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    kept: int
-    index: str = "gaps"  # or "csr": how positions are counted; they are stored as gaps, or as they are, in any case
-    balance: int = 1  # so many processing elements take rows in turn, and keep the same share of their weights
+    kept: int  # number of stored weights
+    index: str = "gaps"  # "gaps", or "csr" to count positions at the size of compressed sparse rows
+    balance: int = 1  # number of processing elements that take rows in turn, with equal densities
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -64,7 +64,7 @@ class Pruned:
         if index not in INDEXES:
             raise ConfigError(f"index = {index!r} is unknown. Valid: {', '.join(INDEXES)}.")
         if type(balance) is not int or balance < 1:
-            raise ConfigError(f"balance = {balance!r}: the number of processing elements is a whole one, from 1 on.")
+            raise ConfigError(f"balance = {balance!r}: the number of processing elements is an integer >= 1.")
         balance = min(balance, shape[0])
         low, high = 0, min(max_bits // FLOAT_BITS, math.prod(shape)) + 1
         while high - low > 1:
@@ -88,7 +88,11 @@ class Pruned:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each value, and an upper bound on the positions: gaps or packed, or the size of sparse rows."""
+        """32 bits for each value, and an upper bound on the positions: gaps or packed, or the size of sparse rows.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         positions = 8 * self.integers()["positions"].bytes(self.kept)
         if self.index == "csr":
             columns = 16 if self.shape[1] <= 1 << 16 else 32
@@ -96,15 +100,27 @@ class Pruned:
         return FLOAT_BITS * self.kept + positions
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``values`` and ``positions``, of equal length."""
+        """``values`` and ``positions``, of equal length.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"values": (self.kept,), "positions": (self.kept,)}
 
     def integers(self) -> dict[str, Integers]:
-        """The positions, through the flattened matrix."""
+        """The positions, through the flattened matrix.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"positions": Integers(math.prod(self.shape), rising=True)}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def with_kept(self, kept: int) -> "Pruned":
@@ -130,8 +146,8 @@ class Pruned:
         """
         area, cols = math.prod(self.shape), self.shape[1]
         chosen = [
-            _place(rng.choice(weights, kept, replace=False), first, self.balance, cols)
-            for first, weights, kept in self._elements()
+            _place(rng.choice(weights, stored, replace=False), first, self.balance, cols)
+            for first, weights, stored in self._elements()
         ]
         positions = np.sort(np.concatenate(chosen)).astype(np.int64)
         values = rng.normal(size=self.kept)
@@ -158,8 +174,8 @@ class Pruned:
         size = abs(flat) if importance is None else xp.reshape(importance, (-1,)) * flat * flat
         rows = xp.reshape(size, self.shape)
         chosen: list[Any] = []
-        for first, _, kept in self._elements():
-            largest = xp.argsort(-xp.reshape(rows[first :: self.balance], (-1,)), stable=True)[:kept]
+        for first, _, stored in self._elements():
+            largest = xp.argsort(-xp.reshape(rows[first :: self.balance], (-1,)), stable=True)[:stored]
             chosen.append(_place(largest, first, self.balance, self.shape[1]))
         places = xp.concatenate(chosen)
         positions = xp.take(places, xp.argsort(places))
@@ -167,15 +183,15 @@ class Pruned:
 
     def _elements(self) -> list[tuple[int, int, int]]:
         """For each processing element: its first row, its number of weights, and how many of them it stores."""
-        (rows, cols), done, kept = self.shape, 0, 0
-        found: list[tuple[int, int, int]] = []
+        (rows, cols), done, stored = self.shape, 0, 0
+        elements: list[tuple[int, int, int]] = []
         for first in range(self.balance):
             weights = len(range(first, rows, self.balance)) * cols
             done += weights
             most = self.kept * done // (rows * cols)
-            found.append((first, weights, most - kept))
-            kept = most
-        return found
+            elements.append((first, weights, most - stored))
+            stored = most
+        return elements
 
     def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
         """The importance of the stored weights.
@@ -205,6 +221,6 @@ class Pruned:
         return xp.reshape(flat, self.shape)
 
 
-def _place(own: Any, first: int, balance: int, cols: int) -> Any:
+def _place(flat: Any, first: int, balance: int, cols: int) -> Any:
     """Positions in the whole matrix of weights of one processing element (rows ``first``, ``first + balance``, ...)."""
-    return (first + balance * (own // cols)) * cols + own % cols
+    return (first + balance * (flat // cols)) * cols + flat % cols

@@ -49,7 +49,14 @@ class Key:
 
     @classmethod
     def of(cls, method: str) -> "Key":
-        """That of a method by its name."""
+        """The line style of a method.
+
+        Args:
+            method: Name of the method, such as ``deepthin-8bit``.
+
+        Returns:
+            Solid for 32-bit floats, dotted for 4 bits, else dashed; in the method's colour.
+        """
         name, bits = base(method)
         return cls({"": "solid", "4": "dotted"}.get(bits, "dashed"), STYLES.get(name, UNKNOWN)[0])
 
@@ -59,7 +66,7 @@ class Cell:
     """A cell of a table."""
 
     text: str = ""
-    value: str | None = None  # what a sortable table sorts by
+    value: str | None = None  # sort key
     look: str = ""  # its class in page.css
     small: str = ""  # small print after the text
     span: int = 0  # columns, if more than one

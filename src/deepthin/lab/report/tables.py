@@ -13,7 +13,14 @@ PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  #
 
 
 def summary(rows: Rows) -> str:
-    """One line for each method and size: bytes, mean test values over the seeds with half their range, and speed."""
+    """A comparison as a table: bytes, mean test values over the seeds with half their range, and speed.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        One line for each method and ratio; columns without any value are left out.
+    """
     names, listed = metrics(rows), points(rows)
     lines: list[tuple[str, ...]] = []
     for point in listed:
@@ -36,24 +43,50 @@ def summary(rows: Rows) -> str:
 
 @dataclass(frozen=True)
 class Cut:
-    """The reduction of the test value by DeepThin relative to a rival: means over the sizes that both reach."""
+    """By how much DeepThin's test value is below a rival's: means over the sizes that both reach.
 
-    cut: float  # 1 - ours / rival
-    closed: float | None  # (rival - ours) / (rival - dense), the fraction of the rival's gap to dense; None if no gap
-    sizes: int  # number of sizes that the means are over
+    Attributes:
+        cut: ``1 - ours / rival``.
+        closed: ``(rival - ours) / (rival - dense)``: the part of the rival's gap to dense that is closed; None where
+            the rival has no gap.
+        sizes: Number of sizes.
+    """
+
+    cut: float
+    closed: float | None
+    sizes: int
 
     def texts(self) -> tuple[str, str]:
-        """Both, in percent."""
+        """Both figures in per cent.
+
+        Returns:
+            ``cut`` and ``closed`` as text; empty where ``closed`` is None.
+        """
         return f"{100 * self.cut:z.1f}", "" if self.closed is None else f"{100 * self.closed:z.1f}"
 
 
 def sizes(by: Mapping[str, Cut]) -> str:
-    """The number of sizes over which the reductions for one rival are averaged; several numbers if they differ."""
+    """How many sizes the cuts over one rival are means of.
+
+    Args:
+        by: Variant of DeepThin -> its cut.
+
+    Returns:
+        The number; several, separated by slashes, where variants differ.
+    """
     return "/".join(dict.fromkeys(str(cut.sizes) for cut in by.values()))
 
 
 def compared(listed: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
-    """For each rival, the reduction by each variant of DeepThin. The paper's rivals come first, quantised ones last."""
+    """The cuts of each variant of DeepThin over each rival.
+
+    Args:
+        listed: The points of a comparison.
+        metric: The metric, lower being better.
+
+    Returns:
+        Rival -> variant -> cut. The paper's rivals come first, those with quantised floats last.
+    """
     means = {(p.method, p.ratio): p.test[metric].mean for p in listed if metric in p.test}
     dense = next((value for (method, _), value in means.items() if method == "dense"), None)
     methods = [method for method in dict.fromkeys(method for method, _ in means) if method not in UNCOMPRESSED]
@@ -77,7 +110,13 @@ def compared(listed: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
 def cuts(rows: Rows) -> str:
     """For every metric a table: the reduction by DeepThin relative to each rival, beside the paper's figures.
 
-    Empty if there is no DeepThin, or no rival.
+    The paper's are those of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 1.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        The tables as plain text; empty where there is no DeepThin, or no rival.
     """
     told: list[str] = []
     for metric in metrics(rows):

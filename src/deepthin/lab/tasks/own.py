@@ -18,22 +18,31 @@ class _Seen(Exception):
 
 
 class Own:
-    """Three functions, less being better in what the third gives; ``split`` is "dev" or "test".
+    """A task made of the user's three functions; lower values are better.
 
-    ``factory([width])`` builds the dense network, ``train(model, training)`` trains it, ``evaluate(model, split)`` is
-    a number, or several by name. ``train`` gets a network that is dense or thin, and a
-    `deepthin.tasks.training.Training`. The same-size network needs a factory that takes a ``width`` with a default.
+    ``factory([width])`` builds the dense network, ``train(model, training)`` trains it, dense or thin, by a
+    `deepthin.tasks.training.Training`, and ``evaluate(model, split)`` returns a number, or several by name, for
+    ``"dev"`` or ``"test"``. ``same-size`` networks need a factory that takes a ``width`` with a default.
+
+    Args:
+        name: Name of the task: the factory's.
+        factory: Builds the network.
+        train: Trains it.
+        evaluate: Judges it.
+
+    Raises:
+        ConfigError: A function cannot be used; the message names the option.
     """
 
     depth = None
     steps = 1000
-    asks_teacher = True  # by training.taught, which is the user's to call
+    asks_teacher = True  # if the user's training calls training.taught
     learning_rate = 1e-3
     allocation = "flat"
     loss = calibration = None
 
     def __init__(self, name: str, factory: Callable[..., Any], train: Callable[..., Any], evaluate: Callable[..., Any]):
-        """Tries the functions, so that mistakes show before the training."""
+        """Call the functions once, so that mistakes show before the training."""
         self.name, self._factory, self._train, self._evaluate = name, factory, train, evaluate
         self.learning_rates: dict[str, float] = {}
         self.decays: dict[str, float] = {}
@@ -57,7 +66,19 @@ class Own:
 
     @classmethod
     def find(cls, factory: str, train: str, evaluate: str) -> "Own":
-        """From three ``package.module:function``; ConfigError, naming the option, for what cannot be found or used."""
+        """Import the three functions.
+
+        Args:
+            factory: ``package.module:function`` of ``--model``.
+            train: The same of ``--train``.
+            evaluate: The same of ``--evaluate``.
+
+        Returns:
+            The task.
+
+        Raises:
+            ConfigError: A function cannot be found or used; the message names the option.
+        """
         found = [
             function(spec, option)
             for spec, option in ((factory, "--model"), (train, "--train"), (evaluate, "--evaluate"))
@@ -65,11 +86,29 @@ class Own:
         return cls(factory.partition(":")[2], *found)
 
     def load(self, _: Path | None) -> "Own":
-        """The data are the user's business."""
+        """The user's functions load their data themselves.
+
+        Args:
+            _: Not used.
+
+        Returns:
+            The task, which stands for the data.
+        """
         return self
 
     def build(self, _: Any, width: int) -> nn.Module:
-        """The dense network; ConfigError if there is but one width and another is asked for."""
+        """Build the dense network.
+
+        Args:
+            _: Not used.
+            width: The width; any other than the default only where the factory takes one.
+
+        Returns:
+            The network.
+
+        Raises:
+            ConfigError: The factory takes no width, or returns no module.
+        """
         if width != self.width and not self._has_width:
             raise ConfigError(
                 f"--model {self.name} takes no width, so there is no same-size network: give it a parameter, such as "
@@ -81,15 +120,40 @@ class Own:
         return model
 
     def rules(self, rule: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Every matrix."""
+        """The table ``rules`` of a configuration that covers every matrix.
+
+        Args:
+            rule: Method and options.
+
+        Returns:
+            The pattern ``*`` -> ``rule``.
+        """
         return {"*": rule}
 
     def fit(self, model: nn.Module, _: Any, training: Any) -> None:
-        """The user's training."""
+        """Run the user's training.
+
+        Args:
+            model: The network, dense or thin; changed in place.
+            _: Not used.
+            training: Batches, optimiser and number of steps.
+        """
         self._train(model, training)
 
     def evaluate(self, model: nn.Module, _: Any, split: str) -> dict[str, float]:
-        """The user's numbers; one without a name is called error."""
+        """Run the user's evaluation.
+
+        Args:
+            model: The network.
+            _: Not used.
+            split: ``"dev"`` or ``"test"``.
+
+        Returns:
+            Metric -> value; a number without a name is called ``error``.
+
+        Raises:
+            ConfigError: The function returned neither a number nor a mapping of names to numbers.
+        """
         model.eval()
         with torch.no_grad():
             found = self._evaluate(model, split)
@@ -105,7 +169,14 @@ class Own:
         return numbers
 
     def example(self, _: Any) -> tuple[Any, ...]:
-        """The first item that the network is given when it is evaluated."""
+        """The first item that ``evaluate`` passes to the network.
+
+        Args:
+            _: Not used.
+
+        Returns:
+            The network's positional arguments.
+        """
         return self._first
 
     def _item(self) -> tuple[Any, ...]:
@@ -144,7 +215,18 @@ def _cut(inputs: Any) -> Any:
 
 
 def function(spec: str, option: str) -> Callable[..., Any]:
-    """What ``package.module:function`` names; ConfigError with the option otherwise."""
+    """Import a function.
+
+    Args:
+        spec: ``package.module:function``.
+        option: The option that gave it, for messages.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: It cannot be imported, or is no function.
+    """
     module_name, _, name = spec.partition(":")
     form = f"{option} {spec}: write package.module:function"
     if not module_name or not name or module_name.startswith("."):
