@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Processes that tests start would else compile the source of every package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tensorflow check shapes slow arithmetic sanitize portable docs clean
+.PHONY: demo test test-tensorflow fuzz check shapes slow arithmetic sanitize portable docs clean
 
 demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reload the best file, write a report
 	rm -rf runs/demo
@@ -34,6 +34,12 @@ SHAPED = acoustic conv ctc decoder huffman importance layers product operators r
 
 shapes: .venv/installed  ## shapes checked at run time in tests of all that has shapes in its signatures
 	$(PYTEST) --shapes $(SHAPED:%=tests/test_%.py) -k "not compile and not export"
+
+SECONDS ?= 60
+SEED ?= $(shell date +%s)
+
+fuzz: .venv/installed  ## files changed at random and signed again, in every reader: SECONDS of it, from SEED on
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 LAWS = methods huffman importance product rules shared_values spectral
 

@@ -10,6 +10,7 @@ from deepthin.cli.app import app, notes, show
 from deepthin.cli.options import Config, Json, Model, Ratio
 from deepthin.errors import ConfigError
 from deepthin.storage.read import inspect as inspect_file
+from deepthin.storage.write import MAX_BYTES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,12 +59,15 @@ def compress(
 def inspect(
     file: Annotated[Path, typer.Argument(help="A .thin file.")],
     json_file: Json = None,
+    max_bytes: Annotated[
+        int, typer.Option(min=0, help="Memory that the file may take beyond a few times its size, in bytes.")
+    ] = MAX_BYTES,
 ) -> None:
     """Show the contents of a .thin file without decoding it; every checksum is verified.
 
     Example: `deepthin inspect lenet.thin`
     """
-    show(inspect_file(file), json_file)
+    show(inspect_file(file, max_bytes), json_file)
 
 
 def _build(spec: str) -> "nn.Module":

@@ -21,10 +21,15 @@ def splitmix(seed: int, count: int) -> UInt64[np.ndarray, "count"]:
     Returns:
         Words of 64 bits.
     """
-    step = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(seed % _WORD)
-    step = (step ^ (step >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    step = (step ^ (step >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return step ^ (step >> np.uint64(31))
+    step = np.arange(1, count + 1, dtype=np.uint64)
+    step *= np.uint64(_GOLDEN)
+    step += np.uint64(seed % _WORD)
+    step ^= step >> np.uint64(30)
+    step *= np.uint64(0xBF58476D1CE4E5B9)
+    step ^= step >> np.uint64(27)
+    step *= np.uint64(0x94D049BB133111EB)
+    step ^= step >> np.uint64(31)
+    return step
 
 
 def permutation(seed: int, count: int) -> Int64[np.ndarray, "count"]:
@@ -37,7 +42,7 @@ def permutation(seed: int, count: int) -> Int64[np.ndarray, "count"]:
     Returns:
         A permutation of ``range(count)``.
     """
-    return np.argsort(splitmix(seed, count), kind="stable").astype(np.int64)
+    return np.argsort(splitmix(seed, count), kind="stable").astype(np.int64, copy=False)
 
 
 def width_of(count: int) -> int:

@@ -5,6 +5,7 @@ arXiv:1802.00150, section 3.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,28 @@ class Binary:
             True if encoding a decoded code may change it by more than floating-point rounding.
         """
         return True
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The signs of a plane, and sums.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return (8 + 4 * item_bytes) * math.prod(self.shape)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest scale, for each plane.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return self.planes * largest["scales"]
 
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.

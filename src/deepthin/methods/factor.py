@@ -5,6 +5,7 @@ Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, sections 2 and 3. The same clas
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -140,6 +141,29 @@ class Factor:
             Entry name -> NumPy array; empty if there is none.
         """
         return {} if self.seed is None else {"order": permutation(self.seed, self.shape[0] * self.shape[1])}
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The product of the factors; of a shuffled matrix, the permutation too, in 64 bits, while it is sorted.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        area, product = math.prod(self.shape), item_bytes * self.m * self.n
+        return product if self.seed is None else max(32 * area, product + (8 + item_bytes) * area)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """r times the product of the largest entries of both factors.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return self.rank * largest["xf"] * largest["wf"]
 
     def init(self, rng: Generator, std: float) -> Code:
         """Both factors normal, scaled to a root mean square of exactly ``(std^2 / r)^(1/4)``.

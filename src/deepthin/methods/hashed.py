@@ -5,6 +5,7 @@ the index nor the sign is stored: both follow from the seed.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,8 @@ class Hashed:
             raise ValueError(
                 f"Hashed needs positive integers, got {self.shape}, buckets={self.buckets}, {self.seed!r}."
             )
-        if self.buckets > 1 << 31:
-            raise ValueError(f"Hashed has at most 2^31 buckets, not {self.buckets}.")
+        if self.buckets > min(1 << 31, math.prod(self.shape)):
+            raise ValueError(f"Hashed has at most 2^31 buckets, and one for each weight, not {self.buckets}.")
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int, *, seed: Any = 0) -> "Hashed":
@@ -103,8 +104,36 @@ class Hashed:
             Entry name -> NumPy array; empty if there is none.
         """
         words = splitmix(self.seed, math.prod(self.shape))
-        bucket = ((words >> np.uint64(32)) * np.uint64(self.buckets)) >> np.uint64(32)
-        return {"index": (bucket + (words & np.uint64(1)) * np.uint64(self.buckets)).astype(np.int64)}
+        index = words >> np.uint64(32)
+        index *= np.uint64(self.buckets)
+        index >>= np.uint64(32)
+        words &= np.uint64(1)
+        words *= np.uint64(self.buckets)
+        index += words
+        return {"index": index.view(np.int64)}
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """An index of 64 bits for each weight, and words of 64 bits from which it follows.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        area = math.prod(self.shape)
+        return 32 * area + 3 * item_bytes * self.buckets
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest value.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return largest["values"]
 
     def init(self, rng: Generator, std: float) -> Code:
         """Uniform, as in the paper, scaled to a root mean square of exactly ``std``.

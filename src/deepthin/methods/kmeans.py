@@ -5,6 +5,7 @@ arXiv:1612.01543.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,11 @@ class KMeans:
         """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.levels)
         fine = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes) and type(self.seed) is int
-        if not fine or self.levels > min(1 << BITS[-1], math.prod(self.shape)) or self.start not in STARTS:
+        if (
+            not fine
+            or not min(2, math.prod(self.shape)) <= self.levels <= min(1 << BITS[-1], math.prod(self.shape))
+            or self.start not in STARTS
+        ):
             raise ValueError(f"KMeans cannot have {self.shape}, levels={self.levels!r}, {self.start!r}, {self.seed!r}.")
 
     @classmethod
@@ -121,6 +126,28 @@ class KMeans:
             ``levels``.
         """
         return self.levels
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """An index of 64 bits for each weight.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return (8 + item_bytes) * math.prod(self.shape)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest centre.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return largest["centres"]
 
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.

@@ -6,6 +6,7 @@ Kronecker products".
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,10 @@ class Kronecker:
         sizes = (*self.shape, *self.left, self.terms)
         if len(sizes) != 5 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"Kronecker needs positive integers, got {self.shape}, {self.left}, {self.terms}.")
+        if any(factor > side for factor, side in zip(self.left, self.shape, strict=True)):
+            raise ValueError(f"Kronecker cannot have a left factor of {self.left} in a matrix of {self.shape}.")
+        if self.terms > (most := min(math.prod(self.left), math.prod(self.right))):
+            raise ValueError(f"Kronecker has {most} terms at most with these factors, not {self.terms}.")
 
     @property
     def right(self) -> tuple[int, int]:
@@ -101,6 +106,29 @@ class Kronecker:
             An empty mapping.
         """
         return {}
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The blocks of the matrix, as they are computed, as they lie in it, and cut to it.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        (r1, q1), (r2, q2) = self.left, self.right
+        return item_bytes * (3 * r1 * r2 * q1 * q2 + self.terms * (r1 * q1 + r2 * q2))
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The product of the largest entries of both factors, for each term.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return self.terms * largest["a"] * largest["b"]
 
     def init(self, rng: Generator, std: float) -> Code:
         """Normal factors of equal root mean square, such that the decoded weights have standard deviation ``std``.

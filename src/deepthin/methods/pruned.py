@@ -6,6 +6,7 @@ al., 2017, arXiv:1612.00694, section 3.1).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +134,28 @@ class Pruned:
             A new method; all other fields are unchanged.
         """
         return replace(self, kept=kept)
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """Zeros for all weights, made once and repeated.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return 2 * item_bytes * math.prod(self.shape)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest value.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return largest["values"]
 
     def init(self, rng: Generator, std: float) -> Code:
         """Random positions; values with ``rows * cols / kept`` times the variance, so that the weights have ``std``.

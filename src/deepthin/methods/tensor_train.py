@@ -5,6 +5,7 @@ Novikov, Podoprikhin, Osokin and Vetrov, 2015, "Tensorizing neural networks"; co
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,6 +41,11 @@ class TensorTrain:
             raise ValueError(f"TensorTrain cannot have {self.shape}, {self.rows}, {self.cols}, rank {self.rank}.")
         if any(math.prod(f) < d for f, d in zip((self.rows, self.cols), self.shape, strict=True)):
             raise ValueError(f"{self.rows} and {self.cols} are too small for a matrix of {self.shape}.")
+        if any(math.prod(f) >= 2 * d for f, d in zip((self.rows, self.cols), self.shape, strict=True)):
+            raise ValueError(f"{self.rows} and {self.cols} are too large for a matrix of {self.shape}.")
+        sides, half = [r * q for r, q in zip(self.rows, self.cols, strict=True)], len(self.rows) // 2
+        if self.rank > (most := max(math.prod(sides[:half]), math.prod(sides[half:]))):
+            raise ValueError(f"TensorTrain has a rank of {most} at most with these factors, not {self.rank}.")
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -123,6 +129,30 @@ class TensorTrain:
             An empty mapping.
         """
         return {}
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The products of the first cores, two at a time, or the whole, its copy in another order, and that cut.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        sides = [r * q for r, q in zip(self.rows, self.cols, strict=True)]
+        products = [math.prod(sides[: k + 1]) * rank for k, rank in enumerate(self.ranks[1:])]
+        return 3 * item_bytes * max(products)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The product of the largest entries of the cores, times the inner ranks.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return math.prod((*self.ranks, *(largest[core] for core in self.code_shapes())))
 
     def init(self, rng: Generator, std: float) -> Code:
         """Normal cores of equal root mean square, such that the decoded weights have standard deviation ``std``.

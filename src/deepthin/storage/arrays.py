@@ -121,6 +121,33 @@ class Raw:
         return np.frombuffer(self.data, _NUMPY[self.dtype]).reshape(self.shape)
 
 
+def fits(raw: Raw) -> bool:
+    """Whether the bytes have the shape and the type that are declared, which NumPy can hold."""
+    kind = "<u2" if raw.dtype == "BF16" else _NUMPY[raw.dtype]
+    try:
+        np.frombuffer(raw.data, kind).reshape(raw.shape)
+    except ValueError:
+        return False
+    return True
+
+
+def largest(raw: Raw) -> float:
+    """The largest magnitude of floating numbers, piece by piece: NaN if one is; 0 for numbers of other types."""
+    if raw.dtype not in (*FLOATS, "C64") or not raw.bytes:
+        return 0.0
+    kind, found = _NUMPY.get(raw.dtype, "<u2").replace("c8", "f4"), 0.0
+    numbers = np.frombuffer(raw.data, kind)
+    for first in range(0, len(numbers), PIECE_BYTES // 8):
+        piece = numbers[first : first + PIECE_BYTES // 8]
+        if raw.dtype == "BF16":
+            piece = (piece.astype("<u4") << np.uint32(16)).view("<f4")
+        most = float(max(piece.max(), -piece.min()))
+        if not math.isfinite(most):
+            return most
+        found = max(found, most)
+    return found
+
+
 def dtype_name(dtype: np.dtype) -> str:
     """The name that safetensors has for a type.
 
