@@ -8,13 +8,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepthin.errors import ConfigError
+from deepthin.errors import BudgetError, ConfigError
 from deepthin.lab.engines import ENGINES, Chain, Engine, run_chains
 from deepthin.lab.rows import Row, read_json, read_rows, write_rows
 from deepthin.lab.search import Choice, Search, open_storage, search
@@ -68,7 +69,7 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
         about["teacher"] = run.teacher[0].about()
     if settings.search:
         about["search"] = asdict(settings.search)
-    _check_widths(run, methods)
+    _check_widths(run, methods, settings.ratios)
     _check_same_run(about, out)
     results = out / "results.json"
     rows = [row for row in read_rows(results) if _still_there(row, out)] if results.exists() else []
@@ -224,8 +225,12 @@ def _check_same_run(about: dict[str, Any], out: Path) -> None:
     write_atomically(path, json.dumps({**earlier, **about}, indent=1).encode())
 
 
-def _check_widths(run: Run, methods: tuple[str, ...]) -> None:
+def _check_widths(run: Run, methods: tuple[str, ...], ratios: tuple[float, ...]) -> None:
     """Said before the training, not after hours of it."""
-    if any(split(method)[0] == SAME_SIZE for method in methods):
-        with torch.device("meta"):
-            run.build(run.width + 1)
+    for method in methods:
+        if split(method)[0] == SAME_SIZE:
+            with torch.device("meta"):
+                run.build(run.width + 1)
+            for ratio in ratios:
+                with suppress(BudgetError):  # which becomes a row
+                    run.width_of(method, ratio)

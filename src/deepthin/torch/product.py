@@ -6,20 +6,23 @@ one for every phase at which an output may start. docs/theory.md derives it. Eve
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from deepthin.kernels.costs import fft_length
 from deepthin.method import InTurn
 from deepthin.methods.factor import Factor
 
 
-class _Tables(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Tables:
     """Where entries go, for one plan."""
 
     windows: Int64[Tensor, "taps"]  # n x K x S: the row of xf that each tap of each output reads
@@ -27,6 +30,12 @@ class _Tables(NamedTuple):
     readers: Int64[Tensor, "reads"]  # D x m: the taps that read each row of xf
     blocks: int  # S: consecutive rows of xf that one output reads
     depth: int  # K: outputs that share a phase
+
+
+_Key = tuple[tuple[int, int], int, int, int, torch.device]
+# Tables live as long as a weight that they were made for: weights of one plan share them.
+_alive: "WeakValueDictionary[_Key, _Tables]" = WeakValueDictionary()
+_held: "WeakIdKeyDictionary" = WeakIdKeyDictionary()  # owner -> its tables by key
 
 
 def multiply_in_turn(
@@ -44,8 +53,11 @@ def factor_linear(
     wf: Float[Tensor, "r n"],
     path: Literal["factors", "direct", "fft"],
     offset: int = 0,
+    owner: object = None,
 ) -> Float[Tensor, "*batch rows"]:
     """``x @ W.T`` by the structured way ``path``; W is what the factors decode to, from entry ``offset`` < n on.
+
+    Index tables are kept as long as ``owner``, the weight that has the factors, lives; without one, as ``xf`` does.
 
     The relative error is that of a dense product for ``factors`` and ``direct``; by ``fft`` it is relative to the
     largest input of the item, not of the entry. Half precision is computed in single precision and rounded at the end.
@@ -56,7 +68,7 @@ def factor_linear(
     if kind in (torch.float16, torch.bfloat16):
         x, xf, wf = x.float(), xf.float(), wf.float()
     items = x.reshape(-1, method.shape[1])
-    tables = _tables(method.shape, method.n, offset, len(xf), x.device)
+    tables = _tables_of(xf if owner is None else owner, (method.shape, method.n, offset, len(xf), x.device))
     if path == "fft":
         y = _TransformProduct.apply(items, xf, wf, tables)[0]
     else:
@@ -64,7 +76,18 @@ def factor_linear(
     return y.reshape(*x.shape[:-1], method.shape[0]).to(kind)
 
 
-@lru_cache(maxsize=256)
+def _tables_of(owner: object, key: _Key) -> _Tables:
+    """The tables of a plan, kept for an owner; one of several threads that make the same may make them in vain."""
+    held: dict[_Key, _Tables] = _held.setdefault(owner, {})
+    tables = held.get(key)
+    if tables is None:
+        tables = _alive.get(key)
+        if tables is None:
+            tables = _alive[key] = _tables(*key)
+        held[key] = tables
+    return tables
+
+
 def _tables(shape: tuple[int, int], n: int, offset: int, m: int, device: torch.device) -> _Tables:
     """The index tables of a plan whose n is coprime with the fan-in; ``m`` is the number of rows of xf.
 

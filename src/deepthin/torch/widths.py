@@ -230,6 +230,10 @@ def _apoz(model: nn.Module, graph: fx.Graph, paths: Mapping[str, Path], batches:
     return {name: zeros / counter.counts[name] for name, zeros in counter.zeros.items()}
 
 
+_DOUBLINGS = 16  # of the width, until a size that has not grown since is taken to be constant
+_WIDEST = 1 << 48
+
+
 def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
     """The largest width at which the matrices of ``build(width)`` take at most ``weight_bytes``.
 
@@ -244,6 +248,7 @@ def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
 
     Raises:
         BudgetError: Width 1 takes more.
+        ConfigError: The size does not grow with the width.
     """
 
     def taken(width: int) -> int:
@@ -256,8 +261,14 @@ def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
             smallest_bits=8 * least,
             smallest_ratio=math.nan,
         )
-    high = 2
-    while taken(high) <= weight_bytes:
+    high, most, still = 2, least, 0  # ``still``: doublings of the width in a row without a larger size
+    while (size := taken(high)) <= weight_bytes:
+        most, still = max(most, size), 0 if size > most else still + 1
+        if still > _DOUBLINGS or high > _WIDEST:
+            raise ConfigError(
+                f"same_size: the matrices of build(width) do not grow with the width: they take {size} bytes at width "
+                f"{high}, which never exceeds {weight_bytes}. Use the width in build."
+            )
         high *= 2
     low = high // 2
     while high - low > 1:
