@@ -17,6 +17,7 @@ from deepthin.storage.read import read
 from deepthin.storage.write import write
 from deepthin.torch.exchange import is_transposed, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
+from deepthin.torch.replaced import replaces
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
 
@@ -50,6 +51,7 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
     return write(contents(model), path, max_bytes)
 
 
+@replaces("load()")
 def load(
     model: nn.Module, path: str | Path, names: Mapping[str, str] | None = None, *, frozen: bool = False
 ) -> nn.Module:
@@ -113,7 +115,7 @@ def load(
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
         warnings.warn(
             f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
 

@@ -78,7 +78,7 @@ def factor_linear(
 
 def _tables_of(owner: object, key: _Key) -> _Tables:
     """The tables of a plan, kept for an owner; one of several threads that make the same may make them in vain."""
-    held: dict[_Key, _Tables] = _held.setdefault(owner, {})
+    held = cast("dict[_Key, _Tables]", _held.setdefault(owner, {}))
     tables = held.get(key)
     if tables is None:
         tables = _alive.get(key)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from deepthin.errors import BudgetError, ConfigError, NonFiniteError
 from deepthin.storage.report import table
+from deepthin.torch.replaced import replacing
 from deepthin.torch.units import Path, at_rest, inputs_of, trace, units_of
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
@@ -106,10 +107,11 @@ def trim(
     scores = _apoz(model, graph, chosen, batches)
     before = sum(p.numel() for p in model.parameters())
     rows: list[Trimmed] = []
-    for name, score in scores.items():
-        kept = _kept(score, above, most)
-        _remove(chosen[name], kept)
-        rows.append(Trimmed(name, len(score), len(kept), score.mean().item()))
+    with replacing(model, "trim()"):
+        for name, score in scores.items():
+            kept = _kept(score, above, most)
+            _remove(chosen[name], kept)
+            rows.append(Trimmed(name, len(score), len(kept), score.mean().item()))
     skipped = {} if layers is not None else {name: path.obstacle for name, path in paths.items() if path.obstacle}
     return Trimming(tuple(rows), before, sum(p.numel() for p in model.parameters()), skipped)
 
