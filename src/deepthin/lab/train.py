@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
+import deepthin
 import deepthin.torch as dt
 from deepthin.errors import ConfigError, DeepThinError
+from deepthin.lab.checkpoint import Checkpoint
 from deepthin.lab.tasks.training import Training
 from deepthin.lab.trial import Run, Setup, alike, prepared, seeded
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.storage.read import inspect
 from deepthin.storage.report import Report
+
+CHECKPOINTS = 50  # in a training, at most
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,14 @@ def train(
     lr: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda step, steps: None,
+    checkpoint: int | None = None,
 ) -> Trained:
     """Train the network of a task, or the user's own, as ``rules`` say, and write it to ``path``.
 
     With ``[stages]`` it is dense at first (``deepthin.torch.Recipe``), else thin from scratch. ``lr`` is what suits the
-    dense network. What is judged is the file, loaded into a new model. Raises ConfigError and BudgetError before
+    dense network. What is judged is the file, loaded into a new model. Every ``checkpoint`` steps, by default 50 times
+    in all, the state is kept beside the file until this is written: the same call goes on from there, to the same
+    bytes, however the one before ended. Raises ConfigError and BudgetError before
     anything is trained, NonFiniteError if the training diverges.
     """
     rules, run = parse_rules(rules), prepared(setup)
@@ -54,8 +61,25 @@ def train(
     started = time.perf_counter()
     seeded(seed)
     model = run.build(run.width)
+    about = [
+        f"deepthin {deepthin.__version__}, torch {torch.__version__}",
+        f"task {run.task.name}",
+        f"data {run.data.about}",
+        f"steps {run.steps}",
+        f"width {run.width}",
+        f"learning rate {rate!r}",
+        f"seed {seed}",
+        f"configuration {rules!r}",
+        f"network {' '.join(str(model).split())}",
+    ]
+    kept = Checkpoint(checkpoint_of(path), checkpoint or max(run.steps // CHECKPOINTS, 1), "\n".join(about))
     training = Training(
-        model=model, steps=run.steps, lr=rate, seed=seed, progress=lambda step: progress(step, run.steps)
+        model=model,
+        steps=run.steps,
+        lr=rate,
+        seed=seed,
+        progress=lambda step: progress(step, run.steps),
+        checkpoint=kept,
     )
     if rules.stages is None:
         dt.compress(model, rules, init="scratch", seed=seed)
@@ -68,8 +92,14 @@ def train(
     loaded = dt.load(run.build(run.width), path).eval()
     if not alike(model.eval(), loaded, run.task.example(run.data)):
         raise DeepThinError(f"{path} does not hold what the trained model does: please report it.")
+    kept.remove()
     values = {split: run.task.evaluate(loaded, run.data, split) for split in ("dev", "test")}
     return Trained(inspect(path), values, rate, run.steps, round(time.perf_counter() - started, 1))
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Where the state of the training of a file is kept."""
+    return path.with_name(f"{path.name}.checkpoint")
 
 
 def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping[str, torch.Tensor]]:

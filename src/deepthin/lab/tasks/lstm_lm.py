@@ -154,19 +154,23 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)  # dropout draws from torch's own generator
         places = training.batches(count, 1, WARM_UP, lambda: torch.arange(count))
-        for step_loss in losses(model, data, map(int, places)):
+        for step_loss in losses(model, data, map(int, places), training.carried):
             training.minimise(step_loss, CLIP)
 
 
-def losses(model: nn.Module, data: Data, places: Iterable[int]) -> Iterator[Float[Tensor, ""]]:
-    """The mean cross entropy of the training text's steps at these places, in nats a word; at 0 the state begins."""
-    steps = list(steps_of(data.texts["train"]))
-    state: State | None = None
+def losses(
+    model: nn.Module, data: Data, places: Iterable[int], carried: dict[str, Tensor] | None = None
+) -> Iterator[Float[Tensor, ""]]:
+    """The mean cross entropy of the training text's steps at these places, in nats a word; at 0 the state begins.
+
+    ``carried`` has the state between two steps.
+    """
+    steps, carried = list(steps_of(data.texts["train"])), {} if carried is None else carried
     for place in places:
         inputs, targets = steps[place]
         with precision():
-            scores, after = model(inputs, state if place else None)
-        state = after[0].detach().float(), after[1].detach().float()
+            scores, after = model(inputs, (carried["h"], carried["c"]) if place else None)
+        carried |= {"h": after[0].detach().float(), "c": after[1].detach().float()}
         yield F.cross_entropy(scores.flatten(0, 1), targets.flatten())
 
 

@@ -197,7 +197,8 @@ def _told(values: Sequence[Any], named: Mapping[str, Any]) -> str:
             return f"[{', '.join(text(part, depth - 1) for part in value)}]"
         if isinstance(value, partial) and depth:
             return _name(value)
-        return f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else type(value).__name__
+        named = cast(Any, value)
+        return f"{named.__module__}:{named.__qualname__}" if hasattr(named, "__qualname__") else type(named).__name__
 
     return f"({', '.join([*map(text, values), *(f'{key}={text(value)}' for key, value in named.items())])})"
 

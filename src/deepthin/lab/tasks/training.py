@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError, NonFiniteError
+from deepthin.lab.checkpoint import Checkpoint, restore_random
 from deepthin.torch import Distillation, Recipe, adam_importance, parameter_groups
 from deepthin.torch.weight import ThinWeight
 
@@ -26,7 +27,8 @@ class Training:
     ``lr`` is the rate of what is dense; codes get their multiple of it. ``decay``: in every step, matrices and codes
     lose their rate times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101). ``recipe`` takes
     the dense model through its stages; states are judged when it is as thin as it gets. ``distillation`` has a teacher,
-    which ``taught`` asks.
+    which ``taught`` asks. ``checkpoint`` keeps the state of the training, from which ``batches`` goes on; what a
+    task carries from step to step, such as a recurrent state, belongs into ``carried``.
     """
 
     model: nn.Module
@@ -38,6 +40,8 @@ class Training:
     recipe: Recipe | None = None
     distillation: Distillation | None = None
     progress: Callable[[int], None] = lambda _: None  # told after each step how many there were
+    checkpoint: Checkpoint | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -66,11 +70,15 @@ class Training:
         restored.
         """
         self._warm_up = warm_up
-        self._prepare()
-        self.model.train()
         batch = min(batch, count)
         draw = order or (lambda: torch.randperm(count, generator=self.generator))
-        indices, at = draw(), 0
+        saved = None if self.checkpoint is None or self.step else self.checkpoint.load()
+        if saved is None:
+            self._prepare()
+            indices, at = draw(), 0
+        else:
+            indices, at = self._go_on(saved)
+        self.model.train()
         while self.step < self.steps:
             if at + batch > len(indices):
                 indices, at = draw(), 0
@@ -81,8 +89,38 @@ class Training:
                     "A batch was not used: call training.minimise(loss) once for each of training.batches(...)."
                 )
             at += batch
+            if self.checkpoint is not None and self.step % self.checkpoint.every == 0 and self.step < self.steps:
+                self.checkpoint.save(self._state(indices, at))
         if self._best_state is not None:
             self.model.load_state_dict(self._best_state)
+
+    def _state(self, indices: Tensor, at: int) -> dict[str, Any]:
+        """All that the rest of the training depends on, but for its arguments."""
+        return {
+            "step": self.step,
+            "indices": indices,
+            "at": at,
+            "generator": self.generator.get_state(),
+            "recipe": None if self.recipe is None else self.recipe.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
+            "best": self._best,
+            "best_state": self._best_state,
+            "carried": self.carried,
+        }
+
+    def _go_on(self, saved: dict[str, Any]) -> tuple[Tensor, int]:
+        """The state of a checkpoint; the pass that was under way, and how much of it is done."""
+        if self.recipe is not None:
+            self.recipe.load_state_dict(saved["recipe"])
+        self.model.load_state_dict(saved["model"])
+        self.step, self._best, self._best_state = saved["step"], saved["best"], saved["best_state"]
+        self._prepare().load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+        self.carried.clear()
+        self.carried.update(saved["carried"])
+        restore_random(saved)
+        return saved["indices"], saved["at"]
 
     def taught(self, inputs: Any, scores: Tensor, loss: Tensor) -> Tensor:
         """The loss of a batch whose ``scores`` are logits, joined by a teacher's of ``inputs`` if there is one."""
@@ -126,7 +164,7 @@ class Training:
         """Of all that is trained now, by what the optimiser keeps (``deepthin.torch.adam_importance``)."""
         return {} if self._optimizer is None else adam_importance(self._optimizer, self.model)
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> torch.optim.Optimizer:
         """An optimiser for the parameters that there are now, and its rate from here on."""
         first = self.step
 
@@ -140,6 +178,7 @@ class Training:
         # Fused: a third of a dense step
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
+        return self._optimizer
 
 
 def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
