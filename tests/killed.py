@@ -37,14 +37,17 @@ def forked(work) -> int:
     return child
 
 
-def killed_after(work, seconds: float) -> int | None:
-    """Kill the work so many seconds after its start; None if it was killed, else the exit status it had before."""
-    child = forked(work)
+def killed_after(work, seconds: float, written: int = 0, path: Path | None = None) -> int | None:
+    """Kill the work so many seconds after a file was written so often; None if it was killed, else its exit status."""
+    child, times = forked(work), set()
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while time.monotonic() < until or len(times) < written:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if len(times) < written and path is not None and path.exists():
+            times.add(path.stat().st_mtime_ns)
+            until = time.monotonic() + seconds
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -101,16 +104,14 @@ def training(method: str, count: int, folder: Path) -> dict[str, object]:
     def work(out: Path) -> None:
         train(setup, rules, out, seed=1, checkpoint=2)
 
-    began = time.monotonic()
     status = os.waitstatus_to_exitcode(os.waitpid(forked(lambda: work(folder / "whole.thin")), 0)[1])
-    seconds = time.monotonic() - began
     out, chance, kills, steps = folder / "killed.thin", random.Random(method), 0, []
     for _ in range(20 * count):
         if kills == count:
             break
-        ended = killed_after(lambda: work(out), chance.uniform(0, seconds))
-        kills += ended is None
         kept = checkpoint_of(out)
+        ended = killed_after(lambda: work(out), chance.uniform(0, 0.03), chance.randint(1, 3), kept)
+        kills += ended is None
         if ended is not None:  # it was done before its time: begin anew
             out.unlink(missing_ok=True)
         elif kept.exists():

@@ -185,7 +185,7 @@ def test_everything_that_a_training_draws_and_carries_goes_on(stop, tmp_path):
         order = lambda: torch.randperm(33, generator=training.generator)  # noqa: E731
         for chosen in training.batches(33, 5, order=order):
             state = (training.carried["h"], training.carried["c"]) if training.carried else None
-            y, (h, c) = model(data[chosen][None] * (1 + 0.1 * np.random.rand())  # noqa: NPY002, state)
+            y, (h, c) = model(data[chosen][None] * (1 + 0.1 * np.random.rand()), state)  # noqa: NPY002
             training.carried |= {"h": h.detach(), "c": c.detach()}
             training.minimise((y - random.random()).square().mean())
         return [*model.state_dict().values(), *training.carried.values()]
