@@ -1,5 +1,6 @@
 """The entry point: every mistake of a user is one line on stderr and exit code 2."""
 
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,9 @@ from deepthin.errors import DeepThinError
 
 def main() -> None:
     """The entry point: errors that a user can mend are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")
     sys.path.insert(0, str(Path.cwd()))  # so that --model finds modules beside the user
     warnings.showwarning = lambda message, *_: say("warning", str(message))
     try:
