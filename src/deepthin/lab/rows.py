@@ -63,7 +63,7 @@ class Row:
         """
         if not isinstance(found, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] -- what a file holds
             raise ConfigError(f"A row is {type(found).__name__}, no mapping: remove the file to begin anew.")
-        known = {field.name: str(field.type) for field in fields(cls)}
+        known = {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields(cls)}
         if missing := sorted(_REQUIRED - set(found)):
             raise ConfigError(f"A row of results.json lacks {', '.join(missing)}: remove the file to begin anew.")
         for name, kinds in known.items():

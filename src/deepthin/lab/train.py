@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-import deepthin
 import deepthin.torch as dt
 from deepthin.errors import ConfigError, DeepThinError
 from deepthin.lab.checkpoint import Checkpoint
@@ -62,7 +61,7 @@ def train(
     seeded(seed)
     model = run.build(run.width)
     about = [
-        f"deepthin {deepthin.__version__}, torch {torch.__version__}",
+        f"torch {torch.__version__}",
         f"task {run.task.name}",
         f"data {run.data.about}",
         f"steps {run.steps}",

@@ -83,7 +83,9 @@ class Unit:
         named = METHODS[self.rule.method]
         options = dict(self.rule.options)
         if "seed" in named.preset:
-            options.setdefault("seed", zlib.crc32(self.name.encode()))  # no two matrices share a table
+            options.setdefault(
+                "seed", zlib.crc32(self.name.encode(errors="surrogatepass"))
+            )  # no two matrices share a table
         then = self.rule.then
 
         def outer(bits: int) -> Method:

@@ -49,7 +49,7 @@ def encoded(
 
 def generator(name: str, seed: int) -> np.random.Generator:
     """What draws the matrix whose first tensor has this name: the same numbers in every framework."""
-    return np.random.default_rng([seed % 2**64, zlib.crc32(name.encode())])
+    return np.random.default_rng([seed % 2**64, zlib.crc32(name.encode(errors="surrogatepass"))])
 
 
 def drawn(method: Method, rng: np.random.Generator, std: float) -> Start:

@@ -120,22 +120,10 @@ def _tensors(contents: Contents) -> dict[str, Raw]:
         count += len(thin.stored)
     if {CHECKSUM, "__metadata__"} & tensors.keys():
         raise ValueError(f"No tensor may be called {CHECKSUM} or __metadata__: rename it.")
-    parts = (name for thin in contents.thin.values() for name in thin.parts)
-    for name in (*tensors, *parts, *contents.aliases):
-        if not _is_text(name):
-            raise ValueError(f"The name {name!r} is no UTF-8 text, which a file's names must be: rename the module.")
     if len(tensors) < count:
         raise ValueError("Two tensors would have one name in the file: rename the tensor whose name contains a slash.")
     order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))  # aligned, however many
     return {name: tensors[name] for name in order}
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _checksum(raw: Raw) -> int:
