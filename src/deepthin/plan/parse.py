@@ -64,7 +64,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ConfigError(f"The configuration file {str(path)!r} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:  # also a path with a null byte, and numbers of too many digits
-        raise ConfigError(f"{str(path)!r} is not valid TOML: {error}.") from None
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
 
 
 def _check_whole_numbers(value: Any, where: str, depth: int = 8) -> None:
