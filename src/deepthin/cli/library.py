@@ -1,6 +1,5 @@
 """The commands of the library itself: plan, compress, inspect."""
 
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,13 +72,10 @@ def inspect(
 def _build(spec: str) -> "nn.Module":
     from torch import nn
 
-    from deepthin.lab.tasks.own import function
+    from deepthin.lab.tasks.own import check_no_arguments, function
 
     factory = function(spec, "--model")
-    try:
-        signature(factory).bind()
-    except TypeError as error:
-        raise ConfigError(f"--model {spec}: the function must be callable without arguments: {error}.") from None
+    check_no_arguments(factory, f"--model {spec}")
     network = factory()
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--model {spec} returned {type(network).__name__}, not a torch.nn.Module.")

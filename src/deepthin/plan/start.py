@@ -78,7 +78,7 @@ def generator(name: str, seed: int) -> np.random.Generator:
     Returns:
         NumPy's default generator (PCG64), seeded by both.
     """
-    return np.random.default_rng([seed % 2**64, zlib.crc32(name.encode())])
+    return np.random.default_rng([seed % 2**64, zlib.crc32(name.encode(errors="surrogatepass"))])
 
 
 def drawn(method: Method, rng: np.random.Generator, std: float) -> Start:

@@ -25,6 +25,7 @@ from deepthin.torch.exchange import make_plain, make_thin
 from deepthin.torch.files import contents
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import check_importance
+from deepthin.torch.replaced import replacing
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.tensors import Encoded, Owners, tensors_of
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -70,7 +71,8 @@ def compress(
     contents(model)  # raises TypeError for what no file can hold, before the model changes
     encoded = Encoded(owners, importance)
     planned = plan_of(model, parse_rules(rules), tensors, encoded if init == "trained" else None)
-    return carry_out(model, planned, owners, init, seed, encoded)
+    with replacing(model, "compress()"):
+        return carry_out(model, planned, owners, init, seed, encoded)
 
 
 def carry_out(
@@ -180,6 +182,12 @@ def materialize(model: nn.Module) -> nn.Module:
         The same model. Each thin parameter is now a dense ``nn.Parameter`` with the decoded values; it requires a
         gradient if any float of its code did.
     """
+    with replacing(model, "materialize()"):
+        _materialize(model)
+    return model
+
+
+def _materialize(model: nn.Module) -> None:
     done: dict[tuple[int, int], nn.Parameter] = {}
     for layer in list(model.modules()):
         if isinstance(layer, ThinLayer):
@@ -193,7 +201,6 @@ def materialize(model: nn.Module) -> nn.Module:
                 dense[name] = done[key]
             make_plain(layer, dense)
     make_plain_sequential(model)
-    return model
 
 
 def plan_of(model: nn.Module, rules: Rules, tensors: list[Named], encoded: Encoded | None = None) -> list[Planned]:

@@ -20,6 +20,7 @@ from deepthin.storage.write import write
 from deepthin.torch.exchange import fresh_std, is_transposed, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.initialise import WithoutValues, fill_buffers
+from deepthin.torch.replaced import replaces
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
 
@@ -62,6 +63,7 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, fi
     return write(contents(model), path, max_bytes, finite=finite)
 
 
+@replaces("load()")
 def load(
     model: nn.Module,
     path: str | Path,
@@ -148,7 +150,7 @@ def load(
         model.register_forward_pre_hook(WithoutValues(left, str(path)))
         warnings.warn(
             f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
 
