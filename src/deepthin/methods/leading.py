@@ -16,7 +16,7 @@ from deepthin.method import Array, Namespace
 SMALL = 1 << 18  # entries: up to so many, LAPACK's SVD, whose results files of earlier versions hold
 NARROW = 512  # the shorter side, at most, of what the Gram matrix is taken of, in double precision
 _SPARE, _BLOCKS = 8, 6  # vectors in a block beyond those that are wanted; blocks until the space is reduced to one
-_TOLERANCE, _STILL, _MOST_STEPS = 1e-6, 3, 200
+_TOLERANCE, _STILL, _MOST_STEPS = 1e-5, 3, 200
 _USUAL = 40  # binary orders of magnitude, above 1 and below, of weights whose squares can be added up
 _PIECE = 1 << 20  # entries that are widened to double precision at once
 
@@ -27,9 +27,9 @@ Svd = tuple[Float[Array, "m kept"], Float[Array, " kept"], Float[Array, "kept n"
 def leading(matrix: Float[Array, "m n"], count: int, xp: Namespace) -> Svd:
     """The ``count`` largest singular values, and their vectors.
 
-    Deterministic. The iteration ends when a further step would lower the squared error of the truncated matrix by less
-    than a millionth; one that does not get there is discarded for LAPACK's SVD. Its cost is about ``40 m n count``
-    multiplications; memory, besides the matrix, is ``12 (m + n) count`` numbers.
+    Deterministic. The iteration ends after a step that lowers the squared error of the truncated matrix by less than a
+    hundred-thousandth; if none does, LAPACK's SVD is taken. It costs some ``30 m n count`` multiplications; memory,
+    besides the matrix, is ``12 (m + n) count`` numbers.
 
     Args:
         matrix: Array, m x n, finite, of single or double precision.

@@ -23,11 +23,15 @@ Start = tuple[Code, Code | None]
 def joined(method: Method, parts: Sequence[Part], tensors: Sequence[np.ndarray], power: int = 1) -> np.ndarray:
     """The matrix that holds these tensors, each over its scale to this power, filled up with zeros."""
     pieces = [
-        (tensor.T if part.transposed else tensor).reshape(-1) / part.scale**power
-        for part, tensor in zip(parts, tensors, strict=True)
+        (tensor.T if part.transposed else tensor).reshape(-1) for part, tensor in zip(parts, tensors, strict=True)
     ]
-    flat = np.concatenate(pieces)
-    return np.pad(flat, (0, math.prod(method.shape) - flat.size)).reshape(method.shape)
+    if len(pieces) == 1 and parts[0].scale == 1 and pieces[0].size == math.prod(method.shape):
+        return pieces[0].reshape(method.shape)  # not copied: encoding changes nothing
+    flat, at = np.zeros(math.prod(method.shape), np.result_type(*pieces)), 0
+    for part, piece in zip(parts, pieces, strict=True):
+        np.divide(piece, part.scale**power, out=flat[at : at + piece.size])
+        at += piece.size
+    return flat.reshape(method.shape)
 
 
 def encoded(

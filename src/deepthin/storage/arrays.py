@@ -123,7 +123,10 @@ def pieces_of(tensor: Any, item_bytes: int, copied: Callable[[Any], Buffer]) -> 
 
 def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
     """Integers in the fewest bytes, those that name the coding included; within what is promised (docs/format.md)."""
-    flat = values.reshape(-1).astype(np.int64) - kind.least
+    flat = values.reshape(-1)
+    if kind.rising or kind.least or flat.dtype.kind == "i":
+        narrow = np.int64 if kind.rising or kind.count > 1 << 31 else np.uint16 if kind.count <= 1 << 16 else np.int32
+        flat = (flat - kind.least if kind.least else flat).astype(narrow)  # from 0 on
     width = width_of(kind.count)
     sizes: dict[Coding, int | None] = {("packed", width): packed_bytes(len(flat), width)}
     if kind.rising:
@@ -136,7 +139,7 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
         narrow = best_gap_width(flat)
         sizes["gaps", narrow] = len(pack_gaps(flat, narrow))
     else:
-        sizes["huffman", width] = huffman.coded_bytes(np.bincount(flat), width)
+        sizes["huffman", width] = huffman.coded_bytes(huffman.counts_of(flat), width)
     known = {coding: size for coding, size in sizes.items() if size is not None}
     most = kind.bytes(len(flat))
     way, width = min(known, key=lambda coding: (known[coding] > most, known[coding] + len(json.dumps(coding))))
