@@ -106,7 +106,7 @@ def counts_of(symbols: Integer[np.ndarray, "count"]) -> Int64[np.ndarray, "symbo
     Returns:
         The counts, up to that of the largest symbol.
     """
-    counts = np.zeros(int(symbols.max(initial=-1)) + 1, np.int64)
+    counts = np.zeros(int(symbols.max()) + 1 if len(symbols) else 0, np.int64)
     for first in range(0, len(symbols), PIECE):
         own = np.bincount(symbols[first : first + PIECE])
         counts[: len(own)] += own

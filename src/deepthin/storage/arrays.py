@@ -123,10 +123,8 @@ def pieces_of(tensor: Any, item_bytes: int, copied: Callable[[Any], Buffer]) -> 
 
 def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
     """Integers in the fewest bytes, those that name the coding included; within what is promised (docs/format.md)."""
-    flat = values.reshape(-1)
-    if kind.rising or kind.least or flat.dtype.kind == "i":
-        narrow = np.int64 if kind.rising or kind.count > 1 << 31 else np.uint16 if kind.count <= 1 << 16 else np.int32
-        flat = (flat - kind.least if kind.least else flat).astype(narrow)  # from 0 on
+    flat = values.reshape(-1).astype(np.int64 if kind.rising or kind.count > 1 << 30 else np.int32)
+    flat -= kind.least
     width = width_of(kind.count)
     sizes: dict[Coding, int | None] = {("packed", width): packed_bytes(len(flat), width)}
     if kind.rising:

@@ -438,9 +438,11 @@ def _tensors(arrays: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
 
 
 def _symbol_type(method: Method) -> torch.dtype:
-    """A byte, where the symbols have room in it: as native code reads them."""
+    """The smallest type that holds all symbols; a byte is what native code reads."""
     symbols = method.integers()["symbols"]
-    return torch.int16 if symbols.count > 256 else torch.int8 if symbols.least < 0 else torch.uint8
+    if symbols.count > 256:
+        return torch.int16 if symbols.least + symbols.count <= 1 << 15 else torch.int32
+    return torch.int8 if symbols.least < 0 else torch.uint8
 
 
 class ThinPart(nn.Module):
