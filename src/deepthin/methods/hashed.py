@@ -16,7 +16,7 @@ from deepthin.coding.bits import PIECE, splitmix
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
-_PIECE = 1 << 20  # weights that are summed at once, at least
+_PIECE = 1 << 18  # weights that are summed at once, at least
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,16 +81,16 @@ class Numbers:
         """Cumulative sums, before each index, of the shares (None where they are counts) and of shares times values."""
         counts = self.alike and self.shares[0] == 1
         made = [np.zeros(len(self.values) + 1) for _ in range(1 if counts else 2)]
-        for own, values, shares in self.pieces():
+        for own, values, shares in self.pieces(1 << 15):  # sums are the same, whatever the size
             for sums, terms in zip(made, (shares * values, shares), strict=False):
                 terms[0] += sums[own.start]
                 np.cumsum(terms, out=sums[own.start + 1 : own.start + 1 + len(terms)])
         return None if counts else made[1], made[0]
 
-    def pieces(self) -> Iterator[tuple[slice, Float64[np.ndarray, "own"], Float64[np.ndarray, "own"]]]:
+    def pieces(self, size: int = PIECE) -> Iterator[tuple[slice, Float64[np.ndarray, "own"], Float64[np.ndarray, "own"]]]:
         """Ranges of the numbers, with the values and shares there in double precision."""
-        for first in range(0, len(self.values), PIECE):
-            own = slice(first, first + PIECE)
+        for first in range(0, len(self.values), size):
+            own = slice(first, first + size)
             yield own, self.values[own].astype(np.float64), self.shares[own].astype(np.float64)
 
     def ends(self, bounds: Float64[np.ndarray, "inner"]) -> Int64[np.ndarray, "ends"]:
