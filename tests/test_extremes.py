@@ -93,7 +93,9 @@ def test_an_overflow_is_refused_and_the_model_left_as_it_was():
     with torch.no_grad():
         layer.weight[:] = torch.tensor([3e38, -3e38, 1.0, 2.0])
     rules = {"rules": {"weight": {"method": "uniform", "bits": 8, "affine": True}}}
-    with pytest.raises(deepthin.NonFiniteError, match=r"weight has the value 3e\+38, and what is decoded for it is not"):
+    with pytest.raises(
+        deepthin.NonFiniteError, match=r"weight has the value 3e\+38, and what is decoded for it is not"
+    ):
         dt.compress(layer, rules)
     assert type(layer) is nn.Linear
 

@@ -63,14 +63,16 @@ def test_small_matrices_have_the_svd_of_lapack():
     matrix = normal(512, 512).astype("f4")
     u, sigma, vt = np.linalg.svd(matrix, full_matrices=False)
     found = leading(matrix, 3, XP)
-    assert (found[0] == u[:, :3]).all() and (found[1] == sigma[:3]).all() and (found[2] == vt[:3]).all()
+    for one, other in zip(found, (u[:, :3], sigma[:3], vt[:3]), strict=True):
+        assert (one == other).all()
 
 
 def test_a_tamed_matrix_is_exact():
     for size in (1e-44, 1e-30, 1.0, 1e30, 3e38):
         matrix = (normal(4, 5).clip(-1, 1) * size).astype("f4")
         made, root = tame(matrix, XP)
-        assert np.isfinite(made * made).all() and (made * made).max() > 0
+        assert np.isfinite(made * made).all()
+        assert (made * made).max() > 0
         assert (made.astype("f8") * root * root == matrix).all()
         assert (made is matrix) == (size == 1.0)
 

@@ -13,7 +13,7 @@ PIECE = 1 << 18
 """Numbers of which temporary arrays are made at once."""
 
 
-def splitmix(seed: int, count: int, first: int = 0) -> UInt64[np.ndarray, "count"]:
+def splitmix(seed: int, count: int, first: int = 0) -> UInt64[np.ndarray, " count"]:
     """Words of SplitMix64.
 
     Args:
@@ -30,7 +30,7 @@ def splitmix(seed: int, count: int, first: int = 0) -> UInt64[np.ndarray, "count
     return words
 
 
-def _mixed(seed: int, indices: UInt64[np.ndarray, "count"]) -> UInt64[np.ndarray, "count"]:
+def _mixed(seed: int, indices: UInt64[np.ndarray, " count"]) -> UInt64[np.ndarray, " count"]:
     """The words at these indices."""
     step = (indices + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(seed % _WORD)
     step = (step ^ (step >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -79,7 +79,7 @@ def width_of(count: int) -> int:
     return max(count - 1, 0).bit_length()
 
 
-def pack(values: Integer[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
+def pack(values: Integer[np.ndarray, " count"], width: int) -> UInt8[np.ndarray, " bytes"]:
     """Pack integers, from the lowest bit of the first byte on; the last byte is padded with ones.
 
     Args:

@@ -97,7 +97,7 @@ def usual_table_bits(symbols: int, width: int) -> int:
     return 2 * width + 4 + 3 * (symbols - 1)
 
 
-def counts_of(symbols: Integer[np.ndarray, "count"]) -> Int64[np.ndarray, "symbols"]:
+def counts_of(symbols: Integer[np.ndarray, " count"]) -> Int64[np.ndarray, " symbols"]:
     """How often each symbol occurs.
 
     Args:
@@ -113,7 +113,7 @@ def counts_of(symbols: Integer[np.ndarray, "count"]) -> Int64[np.ndarray, "symbo
     return counts
 
 
-def encode(symbols: Integer[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
+def encode(symbols: Integer[np.ndarray, " count"], width: int) -> UInt8[np.ndarray, " bytes"]:
     """Huffman-code symbols.
 
     Args:
@@ -150,7 +150,7 @@ def encode(symbols: Integer[np.ndarray, "count"], width: int) -> UInt8[np.ndarra
     return _put(pieces(), total)
 
 
-def _put(items: Iterable[tuple[np.ndarray, np.ndarray]], total: int) -> UInt8[np.ndarray, "bytes"]:
+def _put(items: Iterable[tuple[np.ndarray, np.ndarray]], total: int) -> UInt8[np.ndarray, " bytes"]:
     """Concatenate numbers, given with their widths in bits, lowest bit first; ``total`` bits, then whole bytes."""
     words, start = np.zeros(-(-total // 32) + 2, "<u4"), 0
     for values, widths in items:

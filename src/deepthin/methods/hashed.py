@@ -93,7 +93,7 @@ class Hashed:
             index[first : first + PIECE] = self._index(first, min(PIECE, len(index) - first))
         return {"index": index}
 
-    def _index(self, first: int, count: int) -> Int64[np.ndarray, "count"]:
+    def _index(self, first: int, count: int) -> Int64[np.ndarray, " count"]:
         """A range of the table."""
         words = splitmix(self.seed, count, first)
         bucket = ((words >> np.uint64(32)) * np.uint64(self.buckets)) >> np.uint64(32)

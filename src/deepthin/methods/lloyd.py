@@ -16,6 +16,7 @@ from jaxtyping import Float, Float64, Int16, Int64, UInt
 from deepthin.coding.bits import PIECE, permutation
 
 STARTS = ("linear", "density", "random")
+_PIECE = 1 << 15  # numbers that are widened at once, where there are many
 ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
 _FEW = 64  # different shares, at most, each of which is searched on its own
 _FINENESS, _OCTAVES = 3, 20  # classes of shares: so many for each doubling, and so many doublings
@@ -29,13 +30,13 @@ class Numbers:
     They are held in the precision in which they were given, and computed with in double precision.
     """
 
-    values: Float[np.ndarray, "count"]
-    shares: Float[np.ndarray, "count"]
-    order: UInt[np.ndarray, "count"] | None  # where each of them stands in what was given; None if ``alike``
+    values: Float[np.ndarray, " count"]
+    shares: Float[np.ndarray, " count"]
+    order: UInt[np.ndarray, " count"] | None  # where each of them stands in what was given; None if ``alike``
     alike: bool
 
     @classmethod
-    def of(cls, flat: Float[np.ndarray, "count"], shares: Float[np.ndarray, "count"] | None = None) -> "Numbers":
+    def of(cls, flat: Float[np.ndarray, " count"], shares: Float[np.ndarray, " count"] | None = None) -> "Numbers":
         """Sort the numbers.
 
         Args:
@@ -77,18 +78,19 @@ class Numbers:
         return Numbers(self.values, means[own], self.order, self.alike)
 
     @cached_property
-    def _sums(self) -> tuple[Float64[np.ndarray, "ends"] | None, Float64[np.ndarray, "ends"]]:
+    def _sums(self) -> tuple[Float64[np.ndarray, " ends"] | None, Float64[np.ndarray, " ends"]]:
         """Cumulative sums, before each index, of the shares (None where they are counts) and of shares times values."""
         counts = self.alike and self.shares[0] == 1
         made = [np.zeros(len(self.values) + 1) for _ in range(1 if counts else 2)]
-        for own, values, shares in self.pieces(1 << 15):  # sums are the same, whatever the size
+        for own, values, shares in self.pieces():
             for sums, terms in zip(made, (shares * values, shares), strict=False):
                 terms[0] += sums[own.start]
                 np.cumsum(terms, out=sums[own.start + 1 : own.start + 1 + len(terms)])
         return None if counts else made[1], made[0]
 
-    def pieces(self, size: int = PIECE) -> Iterator[tuple[slice, Float64[np.ndarray, "own"], Float64[np.ndarray, "own"]]]:
+    def pieces(self) -> Iterator[tuple[slice, Float64[np.ndarray, " own"], Float64[np.ndarray, " own"]]]:
         """Ranges of the numbers, with the values and shares there in double precision."""
+        size = PIECE if len(self.values) <= PIECE else _PIECE
         for first in range(0, len(self.values), size):
             own = slice(first, first + size)
             yield own, self.values[own].astype(np.float64), self.shares[own].astype(np.float64)
@@ -150,7 +152,7 @@ class Numbers:
             total += float(np.sum(shares * (values - centres[nearest(values)]) ** 2))
         return total
 
-    def distinct(self, most: int) -> Float64[np.ndarray, "distinct"] | None:
+    def distinct(self, most: int) -> Float64[np.ndarray, " distinct"] | None:
         """The distinct values, if they are few.
 
         Args:
@@ -163,18 +165,18 @@ class Numbers:
         return None if np.count_nonzero(new) > most else self.values[new].astype(np.float64)
 
 
-def _at_least(bounds: Float64[np.ndarray, "inner"], kind: np.dtype) -> Float[np.ndarray, "inner"]:
+def _at_least(bounds: Float64[np.ndarray, " inner"], kind: np.dtype) -> Float[np.ndarray, " inner"]:
     """The least numbers of a type that are not below the bounds; to compare with them is to compare with the bounds."""
     with np.errstate(over="ignore"):
         near = bounds.astype(kind)
     return np.where(near < bounds, np.nextafter(near, np.inf), near)
 
 
-def _bounded(bounds: Float64[np.ndarray, "inner"]) -> Callable[[Float[np.ndarray, "own"]], Int64[np.ndarray, "own"]]:
+def _bounded(bounds: Float64[np.ndarray, " inner"]) -> Callable[[Float[np.ndarray, " own"]], Int64[np.ndarray, " own"]]:
     return lambda own: np.searchsorted(_at_least(bounds, own.dtype), own, side="right")
 
 
-def symbols_of(flat: Float[np.ndarray, "count"], bounds: Float64[np.ndarray, "inner"]) -> Int16[np.ndarray, "count"]:
+def symbols_of(flat: Float[np.ndarray, " count"], bounds: Float64[np.ndarray, " inner"]) -> Int16[np.ndarray, " count"]:
     """The cell of each number.
 
     Args:
@@ -304,7 +306,7 @@ def centres_of(
     levels: int,
     start: str = "linear",
     seed: int = 0,
-    shares: Float[np.ndarray, "count"] | None = None,
+    shares: Float[np.ndarray, " count"] | None = None,
     plain: Numbers | None = None,
 ) -> Float64[np.ndarray, "levels"]:
     """K-means for scalars.
@@ -342,11 +344,11 @@ class Cells:
 
     centres: Float64[np.ndarray, "cells"]
     counts: Int64[np.ndarray, "cells"]
-    assign: Callable[[], Int16[np.ndarray, "count"]]
+    assign: Callable[[], Int16[np.ndarray, " count"]]
     price: float = 0.0  # of a bit, at which they were found
 
     @cached_property
-    def symbols(self) -> Int16[np.ndarray, "count"]:
+    def symbols(self) -> Int16[np.ndarray, " count"]:
         """The cell of each number, in sorted order."""
         return self.assign()
 
@@ -380,10 +382,8 @@ class Cells:
         """
         ends, total = np.cumsum(self.counts), 0.0
         for own, values, shares in numbers.pieces():
-            if numbers.alike:  # cells are ranges
-                cells = np.searchsorted(ends, np.arange(own.start, own.start + len(values)), side="right")
-            else:
-                cells = self.symbols[own]
+            places: np.ndarray = own.start + np.arange(len(values))  # cells are ranges where numbers are alike
+            cells = np.searchsorted(ends, places, side="right") if numbers.alike else self.symbols[own]
             total += float(np.sum(shares * (values - self.centres[cells]) ** 2))
         return total
 
@@ -455,7 +455,7 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
     full = counts > 0
     names = np.cumsum(full) - 1
 
-    def assign() -> Int16[np.ndarray, "count"]:
+    def assign() -> Int16[np.ndarray, " count"]:
         symbols = np.empty(len(numbers.values), np.int16)
         for own, live, many in found:
             symbols[slice(None) if own.order is None else own.order] = np.repeat(names[live].astype(np.int16), many)
@@ -535,11 +535,11 @@ Fits = Callable[[Int64[np.ndarray, "cells"]], bool]
 
 
 def within(
-    flat: Float[np.ndarray, "count"],
+    flat: Float[np.ndarray, " count"],
     levels: int,
     fits: Fits,
-    shares: Float[np.ndarray, "count"] | None = None,
-) -> tuple[Float64[np.ndarray, "live"], Int16[np.ndarray, "count"]]:
+    shares: Float[np.ndarray, " count"] | None = None,
+) -> tuple[Float64[np.ndarray, " live"], Int16[np.ndarray, " count"]]:
     """Entropy-coded scalar quantisation: centres and symbols of small error whose coded symbols fit.
 
     Choi, El-Khamy and Lee, 2017, arXiv:1612.01543. Starts from k-means with ``levels`` centres, with each smaller power

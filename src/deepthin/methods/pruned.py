@@ -156,7 +156,8 @@ class Pruned:
             ``values`` and ``positions``, strictly increasing, in the flattened matrix.
         """
         flat = xp.reshape(weight, (-1,))
-        size = abs(np.asarray(flat)) if importance is None else _damage(np.asarray(flat), np.asarray(importance))
+        host: Any = np.asarray(flat)
+        size: Any = abs(host) if importance is None else _damage(host, np.asarray(importance))
         rows, chosen = size.reshape(self.shape), list[Any]()
         for first, _, kept in self._elements():
             largest = _largest(rows[first :: self.balance].reshape(-1), kept)
@@ -205,7 +206,7 @@ class Pruned:
         return xp.reshape(flat, self.shape)
 
 
-def _largest(size: Float[np.ndarray, "count"], kept: int) -> Int64[np.ndarray, "kept"]:
+def _largest(size: Float[np.ndarray, " count"], kept: int) -> Int64[np.ndarray, " kept"]:
     """The positions of so many largest entries, rising; of equal ones the first."""
     if kept == 0:
         return np.empty(0, np.int64)
@@ -215,7 +216,9 @@ def _largest(size: Float[np.ndarray, "count"], kept: int) -> Int64[np.ndarray, "
     return np.flatnonzero(above)
 
 
-def _damage(flat: Float[np.ndarray, "count"], importance: Float[np.ndarray, "rows cols"]) -> Float[np.ndarray, "count"]:
+def _damage(
+    flat: Float[np.ndarray, " count"], importance: Float[np.ndarray, "rows cols"]
+) -> Float[np.ndarray, " count"]:
     """``importance * w^2``; in double precision, and up to a factor, where it could overflow or vanish."""
     own = importance.reshape(-1)
     exponents = [math.frexp(max(float(a.max()), -float(a.min())))[1] for a in (flat, own)]

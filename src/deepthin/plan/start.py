@@ -72,8 +72,8 @@ def relative_error(name: str, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -
         if not np.isfinite(decoded).all():
             value = float(dense.reshape(-1)[np.flatnonzero(~np.isfinite(decoded))[0]])
             raise NonFiniteError(
-                f"{name} has the value {value:g}, and what is decoded for it is not finite: sums of the code exceed the "
-                "largest float of 32 bits. Scale the tensor down, or leave it dense."
+                f"{name} has the value {value:g}, and what is decoded for it is not finite: sums of the code exceed "
+                "the largest float of 32 bits. Scale the tensor down, or leave it dense."
             )
         wide = dense.astype(np.float64)
         whole += float(np.sum(wide * wide))
