@@ -2,7 +2,8 @@
 
     python benchmarks/encoding.py [--sizes 2048,4096] [--methods rank,kronecker] [--ratio 0.01]
 
-Each line is a process of its own; OMP_NUM_THREADS=1 gives steady times. ``encode``: ``Method.encode`` of a float32 NumPy matrix of
+Each line is a process of its own; OMP_NUM_THREADS=1 gives steady times.
+``encode``: ``Method.encode`` of a float32 NumPy matrix of
 normal numbers. ``compress``: ``deepthin.torch.compress`` of a linear layer with that weight, its report (for which the
 codes are serialised) included. ``memory``: the peak of resident memory (VmHWM) above what the process holds with the
 matrix, once a small matrix has been through the same call, over the bytes of the matrix; the matrix itself is not
