@@ -206,10 +206,9 @@ class Ecsq:
         Returns:
             ``centres`` (levels; unused ones are 0 and not trained) and ``symbols``, rows x cols in int16.
         """
-        flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
-        flat_importance = (
-            None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
-        )
+        kind = xp.float64 if xp.finfo(weight.dtype).bits == 64 else xp.float32
+        flat = np.asarray(xp.asarray(weight, dtype=kind)).reshape(-1)
+        flat_importance = None if importance is None else np.asarray(importance).reshape(-1)
 
         def fits(counts: np.ndarray) -> bool:
             if self._packed_bytes() <= self.coded_bytes:
@@ -219,8 +218,7 @@ class Ecsq:
 
         centres, symbols = within(flat, self.levels, fits, flat_importance)
         filled = np.concatenate([centres, np.zeros(self.levels - len(centres))])
-        symbols = symbols.reshape(self.shape).astype(np.int16)
-        return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols)}
+        return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols.reshape(self.shape))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One table look-up for each weight.

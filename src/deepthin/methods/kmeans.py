@@ -15,7 +15,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
-from deepthin.methods.lloyd import STARTS, centres_of, midpoints
+from deepthin.methods.lloyd import STARTS, centres_of, midpoints, symbols_of
 
 BITS = range(1, 9)
 
@@ -181,14 +181,12 @@ class KMeans:
         Returns:
             ``centres`` (levels, rising) and ``symbols``, rows x cols in int16.
         """
-        flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
-        flat_importance = (
-            None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
-        )
+        kind = xp.float64 if xp.finfo(weight.dtype).bits == 64 else xp.float32
+        flat = np.asarray(xp.asarray(weight, dtype=kind)).reshape(-1)
+        flat_importance = None if importance is None else np.asarray(importance).reshape(-1)
         centres = xp.asarray(centres_of(flat, self.levels, self.start, self.seed, flat_importance), dtype=weight.dtype)
-        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # distances to the stored centres
-        symbols = np.searchsorted(bounds, flat, side="right").reshape(self.shape)
-        return {"centres": centres, "symbols": xp.asarray(symbols.astype(np.int16))}
+        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # of the centres as they are stored
+        return {"centres": centres, "symbols": xp.asarray(symbols_of(flat, bounds).reshape(self.shape))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One table look-up for each weight.

@@ -16,6 +16,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.methods.leading import leading, tame
 
 ORDERS = (2, 3, 4)
 
@@ -183,6 +184,7 @@ class TensorTrain:
         Returns:
             ``core0`` to ``core{d-1}``, scaled to equal root mean squares unless the weight is zero.
         """
+        weight, root = tame(weight, xp)
         down, across = math.prod(self.rows) - self.shape[0], math.prod(self.cols) - self.shape[1]
         if down:
             weight = xp.concatenate([weight, xp.tile(xp.zeros_like(weight[:1]), (down, 1))])
@@ -198,14 +200,14 @@ class TensorTrain:
         code: Code = {}
         for k in range(order - 1):
             rest = xp.reshape(rest, (ranks[k] * self.rows[k] * self.cols[k], -1))
-            u, sigma, vt = xp.linalg.svd(rest, full_matrices=False)
-            code[f"core{k}"] = xp.reshape(u[:, : ranks[k + 1]], self.code_shapes()[f"core{k}"])
-            rest = sigma[: ranks[k + 1], None] * vt[: ranks[k + 1]]
+            u, sigma, vt = leading(rest, ranks[k + 1], xp)
+            code[f"core{k}"] = xp.reshape(u, self.code_shapes()[f"core{k}"])
+            rest = sigma[:, None] * vt
         last = f"core{order - 1}"
         code[last] = xp.reshape(rest, self.code_shapes()[last])
         # Equal norms of all cores, so that one learning rate suits them; a last core of zeros is left as it is.
         size = {entry: xp.sqrt((a * a).mean()) for entry, a in code.items()}
-        whole = math.prod(float(s) for s in size.values()) ** (1 / order)
+        whole = math.prod(float(s) for s in size.values()) ** (1 / order) * root ** (2 / order)
         return {entry: a * (whole / size[entry]) for entry, a in code.items()} if whole > 0 else code
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:

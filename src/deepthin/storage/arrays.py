@@ -200,7 +200,8 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
     Returns:
         The bytes as a tensor of type U8, and the coding.
     """
-    flat = values.reshape(-1).astype(np.int64) - kind.least
+    flat = values.reshape(-1).astype(np.int64 if kind.rising or kind.count > 1 << 30 else np.int32)
+    flat -= kind.least
     width = width_of(kind.count)
     sizes: dict[Coding, int | None] = {("packed", width): packed_bytes(len(flat), width)}
     if kind.rising:
@@ -213,7 +214,7 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
         narrow = best_gap_width(flat)
         sizes["gaps", narrow] = len(pack_gaps(flat, narrow))
     else:
-        sizes["huffman", width] = huffman.coded_bytes(np.bincount(flat), width)
+        sizes["huffman", width] = huffman.coded_bytes(huffman.counts_of(flat), width)
     known = {coding: size for coding, size in sizes.items() if size is not None}
     most = kind.bytes(len(flat))
     way, width = min(known, key=lambda coding: (known[coding] > most, known[coding] + len(json.dumps(coding))))
