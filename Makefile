@@ -47,18 +47,25 @@ slow: .venv/installed arithmetic  ## tests that take minutes, and the laws on 1,
 	$(PYTEST) -m slow
 	$(PYTEST) --hypothesis-profile=slow $(LAWS:%=tests/test_%.py)
 
-# Tests of arithmetic: their bounds must hold whatever the processor's instructions and threads.
+# Tests of arithmetic: their bounds must hold whatever the processor's instructions and threads. Not those of graphs,
+# files, sizes, messages and whole trainings, which take most of the time.
+NOT_ARITHMETIC = compile export pickl copies benchmark mistake taught teacher spell heart overfits memory touched callers \
+	damaged linear_time page digits what_is_loaded half_precision_and file_bytes report dropped forced random_signs learns \
+	kmeans_is_close same_bytes never_worse promise few_passes \
+	opcheck inputs_that users_own adams_moment coprime \
+	ecsq- -budget] -stored] -header] -spread] -pure] -alias] -shapes] -derived] -deterministic] -nearest] -error]
+NUMERIC = $(PYTEST) -q $(ARITHMETIC:%=tests/test_%.py) -k "not ($$(echo $(NOT_ARITHMETIC) | sed 's/ / or /g'))"
 ARITHMETIC = acoustic all_methods conv ctc distill hostile importance kernels layers methods operators product \
 	recurrent recurrent_kernels sequential shared_values spectral symbol_kernels symbols torch
 
 arithmetic: .venv/installed  ## numeric tests with each instruction set of torch and of the kernels, on 1 and 2 threads
 	for torch in default avx2 avx512; do for threads in 1 2; do \
 		echo "ATEN_CPU_CAPABILITY=$$torch, $$threads threads"; \
-		ATEN_CPU_CAPABILITY=$$torch DEEPTHIN_TEST_THREADS=$$threads $(PYTEST) -q $(ARITHMETIC:%=tests/test_%.py) || exit 1; \
+		ATEN_CPU_CAPABILITY=$$torch DEEPTHIN_TEST_THREADS=$$threads $(NUMERIC) || exit 1; \
 	done; done
 	for isa in none $$($(BIN)/python -c "from deepthin.kernels import products; print(*products.isas())"); do \
 		echo "DEEPTHIN_ISA=$$isa"; \
-		DEEPTHIN_ISA=$$isa $(PYTEST) -q $(ARITHMETIC:%=tests/test_%.py) || exit 1; \
+		DEEPTHIN_ISA=$$isa $(NUMERIC) || exit 1; \
 	done
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then those with threads under ThreadSanitizer.
@@ -95,9 +102,29 @@ docs: .venv/installed  ## the documentation, into site/
 
 .venv-tensorflow/installed: EXTRAS = keras,tensorflow,jax,test
 
+# What the extras need, by pyproject.toml: extras that name others of deepthin's are looked up.
+define DEPENDENCIES
+import re, sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+def needed(requirements):
+    for requirement in requirements:
+        own = re.fullmatch(r"deepthin\[(.*)\]", requirement)
+        yield from extras(own[1]) if own else [requirement]
+def extras(names):
+    for name in names.split(","):
+        yield from needed(project["optional-dependencies"][name])
+print(*dict.fromkeys([*project["dependencies"], *extras(sys.argv[1])]), sep="\n")
+endef
+export DEPENDENCIES
+PIP_INSTALL = pip install --quiet --no-compile --constraint constraints.txt
+
+# The kernels are compiled while the other packages are fetched and unpacked.
 %/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $*
-	$*/bin/pip install --quiet --no-compile --constraint constraints.txt $(or $(WHEEL),--editable .)'[$(EXTRAS)]'
+	$(PYTHON) -c "$$DEPENDENCIES" $(EXTRAS) > $*/dependencies.txt
+	$*/bin/$(PIP_INSTALL) --no-deps $(or $(WHEEL),--editable .) & compiling=$$!; \
+	$*/bin/$(PIP_INSTALL) --requirement $*/dependencies.txt || { kill $$compiling; exit 1; }; \
+	wait $$compiling
 	touch $@
 
 clean:

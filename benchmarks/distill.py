@@ -1,9 +1,9 @@
-"""What a teacher is worth: DeepThin alone, with soft targets, logits and noisy logits (docs/distillation.md).
+"""The effect of a teacher on DeepThin: none, soft targets, logits and noisy logits (docs/distillation.md).
 
     python benchmarks/distill.py --data FOLDER digits acoustic
 
-A dense network is trained for each task and seed, and teaches the students of that seed. What was done lies in
---out, so that the same command goes on where it stopped.
+A dense network is trained for each task and seed, and is the teacher of that seed's students. Finished trainings are
+stored in --out; the same command resumes an interrupted run.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("tasks", nargs="+", choices=list(RATIOS))
     parser.add_argument("--data", type=Path, help="folder with MNIST and AN4")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of every training  [default: the task's]")
+    parser.add_argument("--steps", type=int, help="steps of every training  [default: the task's]")
     parser.add_argument("--out", type=Path, default=Path("runs/distill"))
     options = parser.parse_args(words)
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""Fit the cost model of deepthin.kernels.costs to timings on this machine, and say what a choice by it costs.
+"""Fit the cost model of deepthin.kernels.costs to timings on this machine, and print its regret.
 
     python benchmarks/fit_costs.py      (about five minutes, one core)
 
-Prints the nanoseconds for each count that `costs.terms` names, to be copied there, and the regret: the time of the
-way that the fitted model chooses over that of the fastest one.
+Prints the nanoseconds for each term that `costs.terms` counts, to be copied there, and the regret: the time of the way
+to multiply that the fitted model chooses over that of the fastest one.
 """
 
 import itertools
@@ -29,11 +29,11 @@ BATCHES = (1, 2, 8, 32, 128, 512)
 
 
 Case = tuple[bool, dict[str, tuple[float, ...]], dict[str, float]]
-"""Whether in evaluation, and for each way its counts and its nanoseconds."""
+"""Whether in evaluation, and for each way to multiply its counts and its nanoseconds."""
 
 
 def median_ns(work: Callable[[], object], repeats: int = 5) -> float:
-    """The median of some runs after one to warm up."""
+    """The median of several runs, after one to warm up."""
     times: list[int] = []
     for _ in range(repeats + 1):
         start = time.perf_counter_ns()
@@ -43,7 +43,7 @@ def median_ns(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def measure(method: Factor, batch: int) -> list[Case]:
-    """Both cases of one plan and batch: evaluation with the dense weight at hand, and a training step."""
+    """Both cases of one plan and batch: evaluation with the dense weight cached, and a training step."""
     rows, cols = method.shape
     part = Part(method.shape)
     weight = ThinWeight.draw("w", method, [part], torch.zeros(0), np.random.default_rng(0), 1.0)
@@ -75,7 +75,7 @@ def measure(method: Factor, batch: int) -> list[Case]:
 
 
 def measure_all() -> list[Case]:
-    """Every shape, ratio, rank and batch that there is a plan for."""
+    """Every shape, ratio, rank and batch for which a plan exists."""
     cases: list[Case] = []
     for shape, ratio, rank, batch in itertools.product(SHAPES, RATIOS, RANKS, BATCHES):
         try:

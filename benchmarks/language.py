@@ -1,11 +1,11 @@
-"""DeepTwist's experiments with language models on the task lstm-lm, its figures beside ours (docs/language.md).
+"""DeepTwist's experiments with language models on the task lstm-lm, our results beside the paper's (docs/language.md).
 
     python benchmarks/language.py --data FOLDER --out runs/language              # or: ... pruning rank bits deepthin
 
 Lee, Kapoor and Kim, 2018, arXiv:1810.12823: Tables 3 and 4, Figures 2, 3 and 4. A dense network is trained once; every
-case trains on from it for as many epochs: occasionally distorted ("twist"), made thin at once and its codes trained
-("once"), or dense as it is ("again"); "scratch" begins thin and has both trainings' epochs. What is judged is the
-written file. Each case that ends is kept in --out; the same command goes on where it stopped, and draws anew.
+case continues from it for as many epochs: occasionally distorted ("twist"), made thin in one step, then its codes
+trained ("once"), or dense ("again"); "scratch" is thin from the start, for the epochs of both trainings. The written
+file is evaluated. Finished cases are stored in --out; the same command resumes and draws the figures again.
 """
 
 import argparse
@@ -36,26 +36,26 @@ from deepthin.storage.atomic import write_atomically
 from deepthin.torch.compress import plan_of
 from deepthin.torch.tensors import tensors_of
 
-RISING_EPOCHS = 3  # in which pruning reaches its rate, as for the paper's medium network
+RISING_EPOCHS = 3  # until pruning reaches its final rate, as for the paper's medium network
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One network: ``rules`` as for ``compress``; in pruning ``left``, the share of weights that stay, is exact."""
+    """One network: ``rules`` as for ``compress``; in pruning, exactly the fraction ``left`` of the weights remains."""
 
     section: str
     setting: str
-    way: str  # twist, once, scratch; or again, the dense network trained on
+    way: str  # twist, once, scratch; or again: the dense network is trained further
     rules: dict[str, Any]
     left: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What a row is known by."""
+        """The key of its row."""
         return self.section, self.setting, self.way
 
     def plans(self, model: nn.Module) -> list[Planned]:
-        """What becomes of each matrix."""
+        """The plan of each matrix."""
         found = plan_of(model, parse_rules(self.rules), tensors_of(model)[0])
         if self.left is None:
             return found
@@ -70,7 +70,7 @@ class Case:
 
 
 def cases(width: int, depth: int) -> list[Case]:
-    """All, in the order of the paper; ranks are the paper's shares of the units."""
+    """All cases, in the order of the paper; ranks are the paper's fractions of the units."""
     found = [Case("dense", "", "again", {})]
     for rate in (80, 85, 90):
         rules = {"rules": {"*": {"method": "pruned", "ratio": 0.5}}}
@@ -83,7 +83,7 @@ def cases(width: int, depth: int) -> list[Case]:
             rules = {"rules": {f"lstm.weight_*_l{layer}": shared for layer in range(depth)}}
             found += [Case("rank", share + SHARED, way, rules) for way in ("twist", "once")]
     for bits in (1, 2, 3):
-        for rounds, name in ((0, "greedy"), (2, "alternating"))[: 1 if bits == 1 else 2]:  # of one bit they are equal
+        for rounds, name in ((0, "greedy"), (2, "alternating"))[: 1 if bits == 1 else 2]:  # with one bit they are equal
             rules = {"rules": {"*": {"method": "binary", "bits": bits, "rounds": rounds}}}
             found.append(Case("bits", f"{bits} {name}", "twist", rules))
     for ratio in ("0.1", "0.02"):
@@ -95,7 +95,7 @@ def cases(width: int, depth: int) -> list[Case]:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all cases share."""
+    """Data, options and networks for all cases."""
 
     data: lstm_lm.Data
     options: argparse.Namespace
@@ -114,9 +114,9 @@ class Bench:
     def train(
         self, name: str, model: nn.Module, epochs: int, each: Callable[[int], object] = lambda step: None
     ) -> None:
-        """So many epochs by plain descent, the field's recipe; ``each`` is told after every step.
+        """Train by plain SGD, the usual recipe for this network; ``each`` is called after every step.
 
-        The rate stays for 4 thirteenths of the steps, then falls to 2^-9 of itself, as Zaremba's does in 13 epochs.
+        The learning rate is constant for 4/13 of the steps, then decays by a factor of 2^-9, as Zaremba's in 13 epochs.
         """
         steps, told = self._begin(name, epochs)
         optimizer = torch.optim.SGD(dt.parameter_groups(model, self.options.lr, 1.0))
@@ -134,13 +134,13 @@ class Bench:
             told(step + 1)
 
     def train_codes(self, name: str, model: nn.Module, epochs: int) -> None:
-        """So many epochs as the task trains what is thin."""
+        """Train a thin network as the task does."""
         steps, told = self._begin(name, epochs)
         lr = lstm_lm.TASK.learning_rate
         lstm_lm.fit(model, self.data, Training(model=model, steps=steps, lr=lr, seed=self.options.seed, progress=told))
 
     def _begin(self, name: str, epochs: int) -> tuple[int, Callable[[int], None]]:
-        """The steps, and what is told of each: a bar, or a line at the beginning where there is no terminal."""
+        """The number of steps, and a function that reports each step to a progress bar; without a terminal, a line."""
         steps = epochs * self.epoch_steps
         bar = self.progress.add_task(name, total=steps)
         if self.progress.disable:
@@ -148,7 +148,7 @@ class Bench:
         return steps, lambda step: self.progress.update(bar, completed=step)
 
     def dense(self) -> nn.Module:
-        """The network that all begin from, trained at the first call."""
+        """The dense network that the cases continue from, trained at the first call."""
         path, model = self.options.out / "dense.pt", self.build()
         if path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))
@@ -192,7 +192,7 @@ class Bench:
         return row | {"seconds": round(time.perf_counter() - started, 1)}
 
     def _twisted(self, name: str, case: Case, model: nn.Module) -> dict[str, Any]:
-        """Train with distortions, and make the network thin; singular values, before a distortion, for ``rank``."""
+        """Train with distortions, then make the network thin; for ``rank`` also return singular values by epoch."""
         steps = self.options.epochs * self.epoch_steps
         rising = case.section in ("pruning", "deepthin")
         end = min(RISING_EPOCHS * self.epoch_steps, (steps + 1) // 2)
@@ -216,23 +216,23 @@ class Bench:
 
 
 def main() -> None:
-    """Run what is not done yet; print the table, draw the figures."""
+    """Run the unfinished cases; print the table, draw the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
     parser.add_argument("--data", type=Path, help="folder with the Penn Treebank, or with Jane Austen's novels")
     parser.add_argument("--out", type=Path, default=Path("runs/language"))
-    parser.add_argument("--words", type=int, default=lstm_lm.SUBSET, help="to train; of all splits the same share")
-    parser.add_argument("--epochs", type=int, default=5, help="of the first training, and of each one that goes on")
+    parser.add_argument("--words", type=int, default=lstm_lm.SUBSET, help="words to train; all splits are cut alike")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of the dense training, and of every case")
     parser.add_argument("--every", type=int, default=100, help="steps from one distortion to the next, S_D")
     parser.add_argument("--width", type=int, default=lstm_lm.WIDTH)
     parser.add_argument("--depth", type=int, default=lstm_lm.DEPTH)
-    parser.add_argument("--lr", type=float, default=20.0, help="of plain descent, for the mean loss of a word")
+    parser.add_argument("--lr", type=float, default=20.0, help="learning rate of SGD, for the mean loss per word")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if unknown := [section for section in options.sections if section not in SECTIONS]:
         parser.error(f"there is no section {unknown[0]!r}. Valid: {', '.join(SECTIONS)}.")
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="The relative error of")  # that is what is measured
+    warnings.filterwarnings("ignore", message="The relative error of")  # large errors are expected here
     options.out.mkdir(parents=True, exist_ok=True)
     data = lstm_lm.load(options.data, options.words)
     about = {
@@ -272,11 +272,11 @@ def main() -> None:
             progress.advance(whole)
     print(data.about)
     print(shown(rows))
-    print("\n".join(f"{figure} shows it." for figure in draw(rows, options.out)))
+    print("\n".join(f"Figure: {figure}" for figure in draw(rows, options.out)))
 
 
 def rows_of(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """What earlier runs have found; ConfigError if they were about something else."""
+    """The rows of earlier runs; ConfigError if their data or options differ."""
     if not path.exists():
         return []
     earlier = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The table and the figures of benchmarks/language.py, from the rows that it has kept.
+"""The table and the figures of benchmarks/language.py, from its stored rows.
 
 DeepTwist (Lee, Kapoor and Kim, 2018, arXiv:1810.12823): Figures 2a, 3 and 4.
 """
@@ -8,13 +8,13 @@ from typing import Any
 
 from deepthin.storage.report import table
 
-SHARED = " shared"  # in a setting: the input matrix has the projection of the recurrent one
+SHARED = " shared"  # in a setting: the input matrix uses the projection of the recurrent one
 SECTIONS = ("pruning", "rank", "bits", "deepthin")
-FIRST = ("lstm.weight_ih_l0", "lstm.weight_hh_l0")  # whose singular values and histogram are drawn
-BINS, LIMIT = 101, 0.5  # of the histogram, and where it ends to either side
+FIRST = ("lstm.weight_ih_l0", "lstm.weight_hh_l0")  # matrices whose singular values and histogram are drawn
+BINS, LIMIT = 101, 0.5  # the histogram covers weights from -LIMIT to LIMIT
 
-# The paper's medium network, 2 x 650 units on the Penn Treebank, 83.78 before it is compressed. Its Tables 3 and 4 are
-# pictures that we have not; of these, what its text says.
+# The paper's medium network, 2 x 650 units on the Penn Treebank, 83.78 before it is compressed. Of its Tables 3 and 4
+# we know only what its text says.
 PAPER = {
     ("pruning", "80 %", "twist"): "< 83.78",
     ("pruning", "85 %", "twist"): "< 83.78",
@@ -28,7 +28,7 @@ PAPER = {
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
-    """The table: perplexities of test data, before training on where a network was made thin at once, and after."""
+    """The table of perplexities; ``at once`` is that after compression in one step, before further training."""
     body = [
         (
             row["section"],
@@ -48,14 +48,14 @@ def shown(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """What is done of the paper's Figures 2a, 3 and 4: perplexity by rank, singular values, histograms."""
+    """Draw the paper's Figures 2a, 3 and 4 for the finished cases: perplexity by rank, singular values, histograms."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     by = {(row["section"], row["setting"], row["way"]): row for row in rows}
-    ways = {"twist": "DeepTwist", "once": "at once, trained on"}
+    ways = {"twist": "DeepTwist", "once": "at once, then trained further"}
     found: list[Path] = []
 
     def save(figure: Any, name: str) -> None:

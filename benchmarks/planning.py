@@ -1,11 +1,11 @@
-"""What planning, compressing and saving cost in memory and in passes over a model of 1 GB with one thin matrix.
+"""The memory and the passes over the model that planning, compressing and saving take, for 1 GB with one thin matrix.
 
     python benchmarks/planning.py
 
-Each line is a process of its own. ``memory``: the peak of its resident memory (VmHWM) above what it holds with the
-model, once a small model has been through the same call. ``passes``: bytes that went through CRC-32, over the bytes of
-the model; a file that is written takes three, one for the checksums in its header and two while it is written. The last
-lines plan a table of 2,560 million entries on the meta device, where nothing is allocated. Linux only.
+Each line is measured in a separate process. ``memory``: the peak of its resident memory (VmHWM) minus the resident
+memory with the model loaded, after the same call with a small model as warm-up. ``passes``: bytes over which CRC-32 was
+computed, over the bytes of the model; writing a file takes three, one for the checksums in its header and two while it
+is written. The last lines plan a table of 2,560 million entries on the meta device, without allocation. Linux only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CASES = ("plan", "plan file_bytes", "compress", "compress file_bytes", "save", "
 
 
 def build(cells: int = 4096, layers: int = 8, rows: int = 500_000) -> Any:
-    """A table of half a gigabyte, layers of as much together, and the matrix that becomes thin."""
+    """A table of half a gigabyte, layers of half a gigabyte in total, and the matrix that becomes thin."""
     from torch import nn
 
     dense = [nn.Linear(cells, cells, bias=False) for _ in range(layers)]
@@ -35,12 +35,12 @@ def build(cells: int = 4096, layers: int = 8, rows: int = 500_000) -> Any:
 
 
 def dense_bytes(model: Any) -> int:
-    """Of all parameters."""
+    """Bytes of all parameters."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
 
 def call(case: str, model: Any, path: Path) -> None:
-    """What is measured."""
+    """The call that is measured."""
     import deepthin.torch as dt
 
     limited = {"model": {"file_bytes": dense_bytes(model) - 200_000}, "rules": RATIO["rules"]}
@@ -102,7 +102,7 @@ def measure(case: str) -> None:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes that are in memory now; or, by VmHWM, that were at most since the last question after VmRSS."""
+    """Resident bytes: ``VmRSS`` gives those now and resets the peak, ``VmHWM`` gives the peak since then."""
     if field == "VmRSS":
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -110,9 +110,9 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def main() -> None:
-    """Every case in its process, and the table."""
+    """Run every case in a separate process and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, help="this one alone, in this process, as JSON")
+    parser.add_argument("--case", choices=CASES, help="only this case, in this process, as JSON")
     if case := parser.parse_args().case:
         measure(case)
         return

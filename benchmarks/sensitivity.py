@@ -1,4 +1,4 @@
-"""Equal ratios, equal bytes, or by sensitivity: one network by each, dense first, thinned, trained on (docs/recipe.md).
+"""Allocation by equal ratios, equal bytes or sensitivity, in trainings that start dense (docs/recipe.md).
 
 python benchmarks/sensitivity.py --data FOLDER digits lenet acoustic
 """

@@ -1,10 +1,11 @@
-"""The survey's Table 1 for LeNet-5 on full MNIST, row for row, ours beside the published figures (docs/recipe.md).
+"""Pruning and quantisation of LeNet-5 on full MNIST, our results beside published ones (docs/recipe.md).
 
     python benchmarks/survey.py --data FOLDER
 
-One network is trained, thinned and trained on, as ``docs/deep.toml`` does it; in the last fifth of the steps its values
-are shared in each of the ways, from the same state. Ratios are of written files, biases and headers included; the
-published ones are of Choi, El-Khamy and Lee, 2017 (arXiv:1612.01543), and of Han et al., 2016 (arXiv:1510.00149).
+The rows are those of Table 1 of Baigalmaa's survey "Compressing Deep Neural Networks". One network is trained, thinned
+and trained further, as in ``docs/deep.toml``; before the last fifth of the steps its weights are quantised in each way,
+from the same state. Ratios are those of written files, biases and headers included; published figures are those of
+Choi, El-Khamy and Lee, 2017 (arXiv:1612.01543), and of Han et al., 2016 (arXiv:1510.00149).
 """
 
 import argparse
@@ -37,7 +38,7 @@ ROWS: dict[str, tuple[dict[str, Any] | None, bool, tuple[float, float]]] = {  # 
 
 
 class _Thin(Exception):
-    """The training has come to where values are shared."""
+    """The training has reached the step at which weights are quantised."""
 
 
 def main() -> None:
@@ -45,9 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's four files")
     parser.add_argument("--steps", type=int, default=lenet.TASK.steps)
-    parser.add_argument("--ratio", type=float, default=0.011, help="of the pruned matrices with values of 4 bits")
-    parser.add_argument("--allocation", default="0.5", help="of the ratio: a number from 0 to 1, or sensitivity")
-    parser.add_argument("--rate", type=float, default=1.0, help="of codes, times the dense one")
+    parser.add_argument("--ratio", type=float, default=0.011, help="ratio of the pruned matrices with 4-bit values")
+    parser.add_argument("--allocation", default="0.5", help="a number from 0 to 1, or sensitivity")
+    parser.add_argument("--rate", type=float, default=1.0, help="learning rate of codes over that of the dense network")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--depth", type=int, default=5, help="3: LeNet-300-100")
     parser.add_argument("--json", type=Path)
@@ -91,7 +92,7 @@ def main() -> None:
 
 
 def _trained(run: Any, seed: int, rules: dict[str, Any] | None, until: int) -> tuple[nn.Module, int]:
-    """The network after so many of all steps, thinned if there are rules."""
+    """The network after ``until`` of all steps, thinned if there are rules."""
     seeded(seed)
     model = run.build(run.width)
     training = Training(model=model, steps=run.steps, lr=lenet.TASK.learning_rate, seed=seed)

@@ -1,7 +1,10 @@
-"""Products by symbols of a byte, by kind and instruction set, over torch's dense one: ``python benchmarks/symbols.py``.
+"""Products by one-byte symbols, by kind and instruction set, beside torch's dense product.
 
-One thread, batch 1, minima of rounds in which all take turns. ``compared`` is what it takes to see that four bytes a
-weight are what they were: the price of products by symbols beside latents.
+    python benchmarks/symbols.py
+
+One thread, batch 1, minima over rounds in which all are timed in turn. ``compared`` is the time to compare latents of
+four bytes per weight with a copy, as a cache of symbols would have to. ``uniform`` multiplies by the symbols
+themselves, ``16 values`` by those of a codebook of 16 centres.
 """
 
 import time
@@ -17,14 +20,14 @@ ROUNDS = 25
 
 
 def measure(side: int) -> dict[str, float]:
-    """Microseconds of each way for a square layer."""
+    """Microseconds of each product for a square layer."""
     x, weight = torch.randn(1, side), torch.randn(side, side)
     copy, symbols = weight.clone(), torch.randint(0, 8, (side, side), dtype=torch.uint8)
     signed, step = symbols.to(torch.int8), torch.ones(1, 1)
     ways = {
         "dense": lambda: F.linear(x, weight),
         "compared": lambda: same_values(copy, weight),
-        "numbers": lambda: symbol_linear(x, signed, None, step=step),
+        "uniform": lambda: symbol_linear(x, signed, None, step=step),
     }
     for levels in sorted(set(products.levels()) - {0}):
         centres = torch.randn(levels)

@@ -1,4 +1,4 @@
-// Python's way in: addresses and lengths, checked by deepthin.kernels; here the plan is, and the GIL is released.
+// Python bindings: they take addresses and lengths that deepthin.kernels has checked, check the plan, and release the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -52,7 +52,7 @@ struct Layers {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    nb::set_leak_warnings(false);  // a model that lives to the end of the process is no leak
+    nb::set_leak_warnings(false);  // models may live until the process ends
     m.doc() = "Compiled kernels. Use them through deepthin.kernels, which checks what is handed over.";
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", [] {
@@ -95,7 +95,7 @@ NB_MODULE(_native, m) {
                            at<float>(grad_x), at<float>(grad_xf), at<float>(grad_wf), batch, fft, threads);
     });
     // `plans`: for each matrix rows, cols, n, rank, offset, and whether the product and the gradients go by FFT; `parts`:
-    // for each xf, wf, bias and the places of their gradients; 0 where there is none. In the order of Recurrent::gates.
+    // for each the addresses of xf, wf, bias and of their gradients; 0 for none. In the order of Recurrent::gates.
     m.def("recurrent", [](int cell, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t layers,
                           int64_t directions, const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts,
                           std::uintptr_t x, std::uintptr_t h, std::uintptr_t c, std::uintptr_t y, std::uintptr_t reserve,

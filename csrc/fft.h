@@ -1,5 +1,5 @@
 // Fast Fourier transforms of W independent sequences, one per SIMD lane: a complex point is W real, then W imaginary parts.
-// Decimation in frequency forward, its mirror image backward: spectra stay in the order in which they fall out.
+// Decimation in frequency forward, its mirror image backward: spectra stay in the transform's own order.
 #pragma once
 #include "kernels.h"
 #include "vector.h"
@@ -135,7 +135,7 @@ DEEPTHIN_INLINE void inverse_pass(Source source, Sink sink, int64_t part, const 
         default: call(8);      \
     }
 
-// Forward from level 0, whose points come from `source`, into `data`; then each part on its own, depth first.
+// Forward: level 0 from `source` into `data`, then each part separately, depth first.
 template <int W>
 void forward_parts(const Transform& plan, float* data, int64_t length, int level) {
     if (level == plan.levels) return;

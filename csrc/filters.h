@@ -1,4 +1,4 @@
-// Spectra of the filters, the rows of wf, in the layouts of Job.
+// Spectra of the filters (the rows of wf) in the layouts that Job describes.
 #pragma once
 #include "fft.h"
 #include "single.h"

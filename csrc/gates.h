@@ -1,14 +1,9 @@
-// What a recurrent layer does with the products of a step, entry by entry, and the gradients of that.
+// The elementwise part of a recurrent layer's step, and its gradients.
 #pragma once
 #include "kernels.h"
 #include "vector.h"
 
 namespace {
-
-template <int W>
-struct Integers {
-    typedef int32_t type __attribute__((vector_size(W * sizeof(float))));
-};
 
 // Within some 2e-7 of the value, relative; below -87 as at -87, above 88 as at 88. NaN stays.
 template <int W>
@@ -18,7 +13,7 @@ DEEPTHIN_INLINE Vec<W> exponential(Vec<W> x) {
     const float rounding = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction, and its last bits are the integer
     const Vec<W> shifted = x * 1.44269504088896341f + rounding, whole = shifted - rounding;
     const Vec<W> r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
-    const Vec<W> square = r * r;  // so that few steps wait for the one before
+    const Vec<W> square = r * r;  // shortens the dependency chain
     Vec<W> sum = (r * (1.0f / 5040) + 1.0f / 720) * square + (r * (1.0f / 120) + 1.0f / 24);
     sum = sum * square + (r * (1.0f / 6) + 0.5f);
     sum = sum * square + (r + 1.0f);
@@ -32,7 +27,7 @@ DEEPTHIN_INLINE Vec<W> sigmoid(Vec<W> x) {
     return 1.0f / (1.0f + exponential<W>(-x));
 }
 
-// Within some 3e-7 of the value, relative, and within -1 and 1; beyond 9 as there, where it is 1 but for rounding. NaN stays.
+// tanh(x) with a relative error of some 3e-7, within -1 and 1; |x| is clamped to 9, where it rounds to 1. NaN stays NaN.
 // x times a quotient of polynomials of x^2, fitted by Lawson's weights: exact arithmetic would be off by 2.1e-8 at most.
 template <int W>
 DEEPTHIN_INLINE Vec<W> tangent(Vec<W> x) {
@@ -51,7 +46,7 @@ DEEPTHIN_INLINE Vec<W> tangent(Vec<W> x) {
     return value < -one ? -one : value > one ? one : value;
 }
 
-// `work(at, count)` for all numbers, W at a time and then the rest.
+// Calls `work(at, count)` for all numbers: W at a time, then the remainder.
 template <int W, class Work>
 DEEPTHIN_INLINE void by_lanes(int64_t length, Work work) {
     int64_t at = 0;

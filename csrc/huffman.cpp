@@ -11,7 +11,7 @@ int64_t huffman_walk(const uint8_t* data, int64_t bytes, int64_t start, const ui
     const uint8_t *next = data + start / 8, *const stop = data + bytes;
     const uint32_t mask = (uint32_t(1) << width) - 1;
     uint64_t buffer = 0;
-    int bits = 0;  // of `buffer` that count; those above are zeros, or the next byte's, which is then read again
+    int bits = 0;  // valid bits of `buffer`; those above are zeros, or belong to the next byte, which is read again
     const auto refill = [&] {
         if (std::endian::native == std::endian::little && stop - next >= 8) {
             uint64_t word;

@@ -1,4 +1,4 @@
-// Symbols of a canonical code, read from a stream of bits: deepthin/coding/huffman.py makes the table and is the definition.
+// Decodes a canonical Huffman code: deepthin/coding/huffman.py builds the table and is the definition.
 #pragma once
 #include <cstdint>
 

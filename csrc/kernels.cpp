@@ -1,7 +1,7 @@
 // The kernels of one instruction set: compiled once for each, with DEEPTHIN_TABLE naming the table that it fills.
 //
-// Items of a batch lie as [position][lane], one item per SIMD lane (lanes.h). A single item has one
-// position per lane (single.h).
+// Batches are laid out as [position][lane], one item per SIMD lane (lanes.h); a single item has one position per lane
+// (single.h).
 // Nothing here may come from the C++ library's templates: an inline function of theirs, compiled for this instruction set,
 // could be the one copy that the linker keeps for all.
 #include "kernels.h"
@@ -16,7 +16,7 @@
 namespace {
 
 #if DEEPTHIN_WIDTH > 8
-constexpr int FEW = 8;  // lanes, where a batch has no more items than this
+constexpr int FEW = 8;  // lanes for batches of at most so many items
 #define DEEPTHIN_BY_WIDTH(call) (width == FEW ? call<FEW> : call<DEEPTHIN_WIDTH>)
 #else
 constexpr int FEW = 0;

@@ -1,4 +1,4 @@
-// What the rest of the library may call: plain pointers and lengths, no Python, no torch.
+// The interface of the kernels: plain pointers and lengths, no Python, no torch.
 //
 // The algebra is that of Sotoudeh and Baghsorkhi (2018, arXiv:1802.06944), section 3; docs/performance.md derives it.
 // A weight W of rows x cols has the entries W[j, q] = sum_a xf[e / n, a] * wf[a, e % n], e = offset + j * cols + q.
@@ -14,9 +14,9 @@ struct Plan {
     int64_t n, rank;     // wf is rank x n, row-major
     int64_t m;           // xf is m x rank, row-major: m = ceil((offset + rows * cols) / n)
     int64_t offset;      // entry of the factors' product at which W begins, below n
-    // What follows from them (see `complete`):
+    // Derived from these (see `complete`):
     int64_t common;  // g = gcd(n, cols): only positions v that agree modulo g are ever read
-    int64_t phases;  // n / g: outputs that many apart meet wf at the same place
+    int64_t phases;  // n / g: outputs this far apart start at the same entry of wf
     int64_t step;    // cols / g: rows of xf between two such outputs
     int64_t blocks;  // rows of xf that an output reads, at most
 };
@@ -49,26 +49,26 @@ struct Job {
     float* grad_wf;          // partial sums, see `gradient_floats`: added to
 };
 
-enum class Cell { tanh, relu, lstm, gru };  // torch's RNN with either rectifier, and its gated layers
+enum class Cell { tanh, relu, lstm, gru };  // torch's RNN with either nonlinearity, and its gated layers
 
 inline int64_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 
-// One step of some sequences, `hidden` numbers each; where they begin: `..._step` apart. Gates stand one after the other,
-// in torch's order: i f g o, or r z n.
+// One step of several sequences with `hidden` units; arrays of successive sequences are `..._step` apart. Gates are in
+// torch's order: i f g o, or r z n.
 struct Step {
     Cell cell;
     int64_t items, hidden;
     float *gates, *products;  // of the inputs, with their bias, and of the states: gates x hidden
     int64_t gates_step, products_step;
-    float *h, *c;  // states, before and then after; c of an LSTM alone
+    float *h, *c;  // states, updated in place; c for an LSTM only
     int64_t h_step;
-    float* y;  // h once more
+    float* y;  // copy of h
     int64_t y_step;
     float* saved;  // for the gradient: an LSTM's new c, a GRU's product for n; `gates` then takes the gates' values. Or null
     int64_t saved_step;
 };
 
-// Its gradient. Gates and `saved` are what the step has stored; `h` and `c` are the states before it.
+// The gradient of a step. Gates and `saved` were stored by the step; `h` and `c` are the states before it.
 struct StepGradient {
     Cell cell;
     int64_t items, hidden;
@@ -76,24 +76,24 @@ struct StepGradient {
     int64_t gates_step, saved_step, h_step, c_step, y_step;
     const float* grad_y;
     int64_t grad_y_step;
-    float *grad_h, *grad_c;  // of the states after the step; then what of them reaches those before without a product
+    float *grad_h, *grad_c;  // of the states after the step; then, for those before, the part without products
     float *grad_gates, *grad_products;  // the same memory, but for a GRU
     int64_t grad_step;
 };
 
-// A matrix of one byte a weight, read where it lies, and what its products need. Without `table`: step * symbol, symbols
-// from -128 on; with `least`: least + step * symbol, symbols from 0 on. With `table`, what stands there at the symbol's place.
+// A matrix of one byte per weight, read in place, and the operands of its products. Without `table` a weight is
+// step * symbol (signed), or least + step * symbol (unsigned) with `least`; with `table` it is table[symbol].
 struct Symbols {
     int64_t rows, cols;
     const uint8_t* symbols;
-    const float *step, *least;  // one of each, or one a row; `least` may be null
+    const float *step, *least;  // one value, or one per row; `least` may be null
     bool by_row;
     const float* table;  // or null
-    int levels;          // how many numbers it has
+    int levels;          // length of `table`
     const float* bias;   // may be null
 };
-constexpr int SYMBOL_LEVELS = 64;  // what the kernels take for a table has so many, whatever is in use
-constexpr int SYMBOL_ITEMS = 8;    // at once, at most
+constexpr int SYMBOL_LEVELS = 64;  // allocated length of a table for the kernels, whatever `levels` is
+constexpr int SYMBOL_ITEMS = 8;    // upper bound on the items of one call
 
 // The kernels of one instruction set. `width` is the number of lanes, one item per lane: widths[0], or widths[1]
 // where it is not 0.
@@ -101,15 +101,15 @@ struct Kernels {
     const char* name;
     int widths[2];
     int single_width;  // lanes for a single item, one position per lane
-    int bundle;  // blocks of items that `backward` takes at once, at most
+    int bundle;  // upper bound on the blocks of items of one call of `backward`
     int64_t (*forward_scratch)(const Job&, int width);  // floats
     int64_t (*backward_scratch)(const Job&, int width);
-    // Outputs that are not finite are marked in the result, a bit an item: the caller computes them anew, exactly.
+    // Returns a bit mask of the items with outputs that are not finite: the caller computes these again, exactly.
     uint32_t (*forward)(const Job&, int width, int64_t first, int64_t items, float* scratch);
     void (*backward)(const Job&, int width, int64_t first, int64_t items, float* scratch);
     int64_t (*single_scratch)(const Job&);
     bool (*single)(const Job&, int64_t item, float* scratch);  // whether all outputs are finite
-    // A copy of xf for single items, faster where it serves several; 0 floats where it would not be.
+    // A packed copy of xf for single items, faster where it is used repeatedly; 0 floats where it does not pay.
     int64_t (*packed_floats)(const Plan&);
     void (*pack)(const Plan&, const float* xf, float* to);
     // Spectra in the layouts of Job; scratch is 2 W floats a point.
@@ -119,15 +119,15 @@ struct Kernels {
     int64_t (*csr_scratch)(int64_t rows, int64_t cols, int width);
     void (*csr)(const float* values, const int32_t* columns, const int64_t* starts, int64_t rows, int64_t cols,
                 const float* bias, const float* x, float* y, int width, int64_t items, float* scratch);
-    int levels[2];  // shared values that `symbols` looks up at once; and at most: more are slower than decoded ones
+    int levels[2];  // shared values per look-up of `symbols`, and their upper bound: more are slower than decoded weights
     int64_t (*symbols_scratch)(int64_t cols);
-    // Of some rows and at most SYMBOL_ITEMS items; marks items as `forward` does.
+    // For some rows and at most SYMBOL_ITEMS items; returns a bit mask as `forward` does.
     uint32_t (*symbols)(const Symbols&, const float* x, float* y, int64_t items, int64_t first, int64_t stop, float* scratch);
     void (*step)(const Step&);
     void (*step_gradient)(const StepGradient&);
 };
 
-// What `Job::grad_wf` holds: W partial sums of each number of wf or, by FFT, of its spectrum; or wf itself, if n = cols.
+// Size of `Job::grad_wf`: W partial sums of each entry of wf or, by FFT, of its spectrum; just wf's entries if n = cols.
 inline int64_t gradient_floats(const Job& job, int width) {
     const Plan& plan = job.plan;
     if (plan.n == plan.cols && plan.offset == 0) return plan.rank * plan.n;
@@ -140,10 +140,10 @@ extern const Kernels kernels_v2, kernels_v3, kernels_v4;
 extern const Kernels kernels_baseline;
 #endif
 
-// The best set that this machine can run, or the one that `name` asks for; null where it cannot.
+// The best instruction set that this machine can run, or the one called `name`; null if it cannot run that.
 const Kernels* find_kernels(const char* name);
 
-// Plans, numbers in `rows, cols, n, rank, offset`; throws std::invalid_argument.
+// A plan from (rows, cols, n, rank, offset); throws std::invalid_argument.
 Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset);
 
 // y = scale x W^T + bias, rectified if asked. Items whose outputs are not all finite are computed again entry by entry, so that
@@ -164,7 +164,7 @@ void csr(const Kernels&, const float* values, const int32_t* columns, const int6
 // instruction set has. The result does not depend on `threads`.
 void symbols(const Kernels&, const Symbols&, const float* x, float* y, int64_t batch, int threads);
 
-// A matrix of a recurrent layer, with what its gradients go to: null where nobody wants them.
+// A matrix of a recurrent layer, and the arrays for its gradients: null where they are not wanted.
 struct Gate {
     Plan plan;  // gates * hidden x inputs or hidden
     const float *xf, *wf, *bias;  // bias: may be null
@@ -192,12 +192,12 @@ void recurrent(const Kernels&, const Recurrent&, const float* x, float* h, float
 void recurrent_backward(const Kernels&, const Recurrent&, const float* x, const float* h, const float* c, const float* y,
                         const float* reserve, const float* grad_y, float* grad_x, float* grad_h, float* grad_c, int threads);
 
-// GOMP_parallel of the GNU OpenMP library that a framework has loaded: its threads then serve here too. Null: the
-// pool of threads.cpp.
+// Sets GOMP_parallel of the GNU OpenMP library that a framework has loaded, so that its threads are used here too. Null:
+// the pool of threads.cpp.
 using OpenMpParallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 void use_openmp(OpenMpParallel parallel);
 
-// Tests: the allocation after `count` more fails; negative: none does.
+// For tests: lets `count` more allocations succeed and the next one fail; negative: none fails.
 void fail_allocation_after(int64_t count);
 
 }  // namespace deepthin

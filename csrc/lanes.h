@@ -1,4 +1,4 @@
-// Products and gradients of a block of items, one item per SIMD lane: numbers lie as [position][lane].
+// Products and gradients of a block of items, one item per SIMD lane: the layout is [position][lane].
 #pragma once
 #include "fft.h"
 #include "phase.h"
@@ -74,7 +74,7 @@ DEEPTHIN_INLINE void multiply(const float* a, int64_t stride, int64_t rows, Colu
     });
 }
 
-// P[c] = sum_k A[k, c] y[k], y's vectors `y_jump` apart: what the gradient of the outputs puts on P.
+// P[c] = sum_k A[k, c] y[k], y's vectors `y_jump` apart: the gradient of P from that of the outputs.
 template <int W, int C>
 DEEPTHIN_INLINE void spread_tile(const float* a, int64_t stride, int64_t rows, const float* y, int64_t y_jump, Columns c,
                                  int64_t column, float* p) {
@@ -153,7 +153,7 @@ DEEPTHIN_INLINE void outer_tile(Outputs y, const float* panel, int64_t width, fl
             float* at = a + k * stride + v * W;
             if ((v + 1) * W <= columns) {
                 store<W>(at, load<W>(at) + sum[k][v]);
-            } else if (at + W <= end) {  // what lies after the columns is another output's, and stays as it is
+            } else if (at + W <= end) {  // entries after the columns belong to another output and stay unchanged
                 store<W>(at, load<W>(at) + first_lanes<W>(sum[k][v], columns - v * W));
             } else {
                 for (int64_t i = 0; i < columns - v * W; i++) at[i] += sum[k][v][i];
@@ -230,17 +230,17 @@ void correlate_gradient(const float* x, int64_t length, const float* p, int64_t 
     }
 }
 
-// The first and the second half of an item travel as real and imaginary part; the filter is real, so they stay apart.
+// The two halves of an item are the real and the imaginary part: they do not mix, since the filter is real.
 int64_t half(const Plan& plan) { return divide_up(plan.cols, 2); }
 
-// Blocks of items whose gradients of xf are added up in registers: each sum is taken from memory and put back once.
+// Blocks of items whose gradients of xf are summed in registers: each sum is loaded and stored once.
 constexpr int BUNDLE = 4;
 
 template <int W>
 struct Space {  // scratch memory of a block of items, or of a bundle of them
     const Plan& plan;
     int64_t count;                         // positions of the correlation
-    int64_t least_outputs, more_outputs;  // of each phase, and of how many first ones it is one more
+    int64_t least_outputs, more_outputs;  // outputs of each phase; the first `more_outputs` phases have one more
     bool fft;
     int64_t width;  // columns of a panel
     float *x, *p, *y, *z, *c, *d, *dx, *panel;
@@ -331,7 +331,7 @@ uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scra
     Space<W> space(job, scratch, false);
     take_items<W>(job, space, first, items);
     correlations<W>(job, space);
-    Vec<W> odd = {};  // becomes NaN in the lane of an item with an output that is not finite
+    Vec<W> odd = {};  // NaN in the lane of each item with an output that is not finite
     Vec<W>* const marked = &odd;
     Phase phase(plan);
     for (int64_t i = 0; i < smaller(plan.phases, plan.rows); i++, phase.next()) {
@@ -382,7 +382,7 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
     if (!job.grad_x && !job.grad_wf) return;
     float* const dp = space.p;  // the gradient takes the correlation's place
     if (is_plain_rank(plan)) {
-        // one position is all that counts
+        // only one position matters
     } else if (plan.common == 1 && plan.rows >= n) {  // every position is read by some output: only the edges are left
         __builtin_memset(dp - TILE * rank * W, 0, sizeof(float) * TILE * rank * W);
         __builtin_memset(dp + space.count * rank * W, 0, sizeof(float) * TILE * rank * W);

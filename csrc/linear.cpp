@@ -1,5 +1,5 @@
-// What is done once a product, whatever the instruction set: plans, working memory, the sharing out of a batch, and what is
-// not finite.
+// The part of a product that does not depend on the instruction set: plans, working memory, splitting a batch, and items that
+// are not finite.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -27,14 +27,14 @@ float* scratch(int64_t floats) {
     return memory.get();
 }
 
-// ---- One item in plain loops, for what is not finite -------------------------------------------------------------------
+// ---- One item in plain loops, for outputs that are not finite ----------------------------------------------------------
 
 void exact(const Job& job, int64_t item) {
     const Plan& p = job.plan;
     const float* x = job.x + item * p.cols;
     float* y = job.y + item * p.rows;
     const float nan = std::numeric_limits<float>::quiet_NaN();
-    bool lost = false;  // an input that is not a number makes every output one
+    bool lost = false;  // a NaN input makes every output NaN
     for (int64_t q = 0; q < p.cols; q++) lost |= std::isnan(x[q]);
     for (int64_t j = 0; j < p.rows; j++) {
         const int64_t begin = p.offset + j * p.cols, end = begin + p.cols;
@@ -90,7 +90,7 @@ Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offs
     plan.phases = n / plan.common;
     plan.step = cols / plan.common;
     plan.blocks = (n - 1 + cols - 1) / n + 1;
-    if (plan.common == n) plan.blocks = (offset + cols - 1) / n + 1;  // all outputs start at the same place
+    if (plan.common == n) plan.blocks = (offset + cols - 1) / n + 1;  // all outputs start at the same entry of wf
     return plan;
 }
 
@@ -244,7 +244,7 @@ void symbols(const Kernels& kernels, const Symbols& given, const float* x, float
         const float step = s.step[s.by_row ? row : 0];
         return s.least ? s.least[s.by_row ? row : 0] + step * float(symbol) : step * float(int8_t(symbol));
     };
-    constexpr int64_t ROWS = 128;  // at a time: enough to be worth the inputs' being laid out, few enough for threads to share
+    constexpr int64_t ROWS = 128;  // per task: enough to pay for the inputs' layout, few enough to balance the threads
     const int64_t parts = (s.rows + ROWS - 1) / ROWS, blocks = (batch + SYMBOL_ITEMS - 1) / SYMBOL_ITEMS;
     in_parallel(parts * blocks, threads, [&](int64_t i) {
         const int64_t item = i / parts * SYMBOL_ITEMS, row = i % parts * ROWS;

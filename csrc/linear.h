@@ -1,4 +1,4 @@
-// What products share with the layers that are made of them: memory, threads, and a product that is used again and again.
+// Shared by products and layers made of them: memory, threads, and a prepared product for repeated use.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -16,7 +16,7 @@ using Memory = std::unique_ptr<float[], Release>;
 
 Memory allocate(int64_t floats);  // 64-byte aligned; throws std::bad_alloc
 
-// `work(i)` for i < tasks, on so many threads at most. What one of them throws is thrown here, in the end.
+// Calls `work(i)` for i < tasks on at most `threads` threads. The first exception is rethrown after all have ended.
 void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>& work);
 
 struct Block {
@@ -24,11 +24,11 @@ struct Block {
     int width;  // lanes; 1: a single item
 };
 
-// The blocks of a batch: full ones, then what is left over; with `alone`, one by one if it is little. Depends on the batch
-// alone.
+// The blocks of a batch: full ones, then the remainder, item by item if it is small and `alone` is set. Depends on the batch
+// only.
 std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone);
 
-// Of at least so many points, the fastest length that is not much larger. Cached for the life of the process.
+// The fastest transform of at least so many points. Cached for the life of the process.
 const Transform& transform_of(int64_t least);
 
 using CachedSpectra = std::shared_ptr<const Memory>;
@@ -36,8 +36,8 @@ using CachedSpectra = std::shared_ptr<const Memory>;
 // The spectra of wf in a layout of Job: for one item per SIMD lane, or for a `single` item. Cached; the key is the value of wf.
 CachedSpectra spectra_of(const Kernels&, const Plan&, const float* wf, const Transform&, bool single);
 
-// y = scale x W^T + bias, rectified if asked, all set for blocks like those that it is made for. `often`: each of them meets
-// the weight so many times that it pays to lay it out anew.
+// y = scale x W^T + bias, rectified if asked, prepared for the given blocks. `often`: the weight is used so often that packing
+// it pays.
 class Product {
   public:
     Product(const Kernels&, const Plan&, const float* xf, const float* wf, const float* bias, bool fft, float scale,

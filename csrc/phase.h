@@ -1,4 +1,4 @@
-// What all products with two factors share: where an output's terms lie, scratch memory, a rectifier.
+// Shared by all products with two factors: the position of an output's terms, scratch memory, a rectifier.
 #pragma once
 #include "kernels.h"
 #include "vector.h"
@@ -12,10 +12,10 @@ constexpr int TILE = DEEPTHIN_TILE;  // accumulators in registers
 
 template <int W>
 DEEPTHIN_INLINE Vec<W> rectify(Vec<W> value) {
-    return value < 0.0f ? Vec<W>{} : value;  // NaN stays
+    return value < 0.0f ? Vec<W>{} : value;  // NaN stays NaN
 }
 
-// Lays scratch memory out; with no memory it counts.
+// Lays out scratch memory; without memory it only counts.
 struct Arena {
     float* base;
     int64_t used = 0;
@@ -27,9 +27,9 @@ struct Arena {
     }
 };
 
-// One after the other, from `output` on, the phase of output p: where it starts in xf and in wf.
+// Iterates over outputs from `output` on: where each starts in xf and in wf.
 struct Phase {
-    int64_t row, at;  // of xf; of wf
+    int64_t row, at;  // in xf; in wf
     int64_t row_step, at_step, n;
 
     explicit Phase(const Plan& plan, int64_t output = 0)
@@ -39,9 +39,9 @@ struct Phase {
           at_step(plan.cols % plan.n),
           n(plan.n) {}
 
-    bool next() {  // whether it begins another row of the factors' product
+    bool next() {  // returns whether it begins another row of the factors' product
         at += at_step;
-        const int64_t wrap = at >= n;  // as a number: a branch would be mispredicted
+        const int64_t wrap = at >= n;  // branch-free: a branch would be mispredicted
         at -= n & -wrap;
         row += row_step + wrap;
         return wrap;

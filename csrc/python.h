@@ -1,4 +1,4 @@
-// What the bindings share: the kernels in use, addresses as pointers, and a check of the batch.
+// Shared by the bindings: the kernels in use, addresses as pointers, and a check of the batch.
 #pragma once
 #include <nanobind/nanobind.h>
 
@@ -26,7 +26,7 @@ inline void check_batch(const Plan& plan, int64_t batch) {
     if (batch < 0 || batch > (int64_t(1) << 58) / most) throw std::invalid_argument("the batch is negative or too large");
 }
 
-// Adds what takes torch's tensors directly: `use_torch`, `Product` and `Chain`.
+// Adds the bindings that take torch tensors directly: `use_torch`, `Product` and `Chain`.
 void bind_torch(nanobind::module_& m);
 
 }  // namespace deepthin::python

@@ -8,7 +8,7 @@
 namespace deepthin {
 namespace {
 
-constexpr int64_t CHUNK = int64_t(1) << 18;  // floats of gates at a time, if no gradient is wanted: about a cache
+constexpr int64_t CHUNK = int64_t(1) << 18;  // floats of gates at a time if no gradient is wanted: about the size of a cache
 
 // One direction of a layer: where its parts of the reserve and of the states are.
 struct Direction {
@@ -35,7 +35,7 @@ struct Layout {
     }
     int64_t total() const { return shape.layers * of_layer - items * out; }
 
-    // What layer `layer` returns, y for the last one.
+    // Outputs of layer `layer`; y for the last one.
     template <class Float>
     Float* outputs(Float* reserve, int64_t layer, Float* y) const {
         return layer + 1 == shape.layers ? y : reserve + layer * of_layer;
@@ -91,7 +91,7 @@ void recurrent(const Kernels& kernels, const Recurrent& shape, const float* x, f
             const auto gates_of_chunk = [&](int64_t d) {
                 return reserve ? directions[d].gates + first_of(directions[d]) * batch * width : gates.get() + d * gate_floats;
             };
-            // Items are never taken one by one here, so that the bits do not depend on how many steps there are.
+            // Items are never processed one by one here, so that the bits do not depend on the number of steps.
             const auto pieces = split(kernels, count * batch, false);
             in_parallel(shape.directions * int64_t(pieces.size()), threads, [&](int64_t i) {
                 const int64_t d = i / int64_t(pieces.size());
@@ -130,7 +130,7 @@ void recurrent_backward(const Kernels& kernels, const Recurrent& shape, const fl
     const Layout layout(shape);
     const int64_t batch = shape.batch, hidden = shape.hidden, steps = shape.steps, width = layout.width, out = layout.out;
     const int64_t items = layout.items, number = shape.directions;
-    const bool apart = shape.cell == Cell::gru;  // its gates and its products have different gradients
+    const bool apart = shape.cell == Cell::gru;  // the gradients of gates and products differ
     const Memory grads = allocate(number * items * width), grads_apart = allocate(apart ? number * items * width : 0);
     const Memory back = allocate(number * batch * hidden), before = allocate(items * hidden);
     const Memory from_above = allocate(shape.layers > 1 ? items * out : 0);

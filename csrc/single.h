@@ -6,7 +6,7 @@
 
 namespace {
 
-// No more than 8: the spectra's product takes as many instructions with 16, and all else more (measured: up to 1.4 times
+// At most 8 lanes: with 16 the product of spectra takes as many instructions, and all else more (measured: up to 1.4 times
 // the time).
 constexpr int SINGLE = DEEPTHIN_WIDTH < 8 ? DEEPTHIN_WIDTH : 8;
 
@@ -113,7 +113,7 @@ void transform_single(const Job& job, const SingleSpace& space, int64_t a) {
     }
 }
 
-// The terms of each phase side by side, all phases, rank 1: rows of n -> n rows of `width`, padded with zeros.
+// The contiguous terms of each phase, all phases, rank 1: rows of n -> n rows of `width`, padded with zeros.
 void arrange(const SingleSpace& space, const Plan& plan) {
     constexpr int W = SINGLE;
     const int64_t n = plan.n, width = space.width;
@@ -132,7 +132,7 @@ void arrange(const SingleSpace& space, const Plan& plan) {
         for (int64_t s = 0; s < width; s++) space.panel[lane * width + s] = s < plan.blocks ? space.p[s * n + lane] : 0.0f;
 }
 
-// Each phase's terms of filter a side by side, in rows of `width`.
+// Each phase's terms of filter a, contiguous, in rows of `width`.
 void lay_side_by_side(const SingleSpace& space, const Plan& plan, int64_t a) {
     const int64_t n = plan.n, common = plan.common, first = (n - 1 - plan.offset) % common;
     for (int64_t s = 0; s < plan.blocks; s++) {
@@ -161,8 +161,8 @@ DEEPTHIN_INLINE void by_tiles(const Plan& plan, Work work) {
 
 int64_t vectors_of(const Plan& plan) { return divide_up(plan.rows, plan.phases * SINGLE); }
 
-// 0 where packing would not pay: too few phases for a tile, or too many unused lanes. Beside its products `single_item` has to
-// find and sum up each output, which takes as long again.
+// 0 where packing would not pay: too few phases for a tile, or too many unused lanes. Apart from its products
+// `single_item` has to locate and sum each output, which doubles its time.
 int64_t packed_floats(const Plan& plan) {
     constexpr int W = SINGLE;
     const int64_t columns = plan.blocks * plan.rank, vectors = vectors_of(plan);

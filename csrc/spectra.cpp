@@ -38,7 +38,7 @@ int64_t transform_length(int64_t least) {
     for (int64_t points = std::max<int64_t>(least, 2); points <= 2 * std::max<int64_t>(least, 2); points++) {
         const auto result = radices(points);
         if (result.empty()) continue;
-        double cost = 2;  // the spectra's product
+        double cost = 2;  // cost of the product of spectra
         for (int radix : result) cost += radix == 2 ? 2.2 : radix == 3 ? 3.2 : radix == 4 ? 3.0 : radix == 5 ? 4.6 : 5.0;
         if (cost *= double(points); best == 0 || cost < best_cost) best = points, best_cost = cost;
     }
@@ -115,7 +115,7 @@ class Spectra {
 
   private:
     static uint64_t hash_of(const float* numbers, int64_t count) {
-        constexpr int LANES = 4;  // so that no step waits for the one before
+        constexpr int LANES = 4;  // independent hashes shorten the dependency chain
         uint64_t hash[LANES] = {1, 2, 3, 4};
         for (int64_t i = 0; i < count; i++) {
             uint32_t bits;
@@ -128,12 +128,12 @@ class Spectra {
     }
 
     static constexpr int64_t LIMIT = 16 << 20;  // 64 MiB of the most recently used
-    static constexpr int VERSIONS = 2;          // entries whose filters were read from one address
+    static constexpr int VERSIONS = 2;          // upper bound on entries for one address of wf
     struct Entry {
         const Kernels* kernels;
         bool single;
         int64_t points, n;
-        const float* place;  // where wf stood
+        const float* place;  // address of wf
         std::vector<float> wf;
         uint64_t hash;
         int64_t floats;

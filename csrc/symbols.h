@@ -1,12 +1,12 @@
-// Products with weights of one byte each, read where they lie: a number times a step, or one of a few shared values.
+// Products with weights of one byte each, read in place: a symbol times a step, or one of a few shared values.
 //
-// Inputs lie as [positions / W][item][lane]: one position per SIMD lane. The last lanes may be padding, which is zero.
+// Inputs are laid out as [positions / W][item][lane]: one position per SIMD lane. The last lanes may be padding, which is zero.
 #pragma once
 #include "kernels.h"
 #include "vector.h"
 
 #if defined(__AVX2__)
-#include <immintrin.h>  // for look-ups in registers, which the vector extension has not: a fifth of the time of others
+#include <immintrin.h>  // for look-ups in registers, which the vector extension lacks: a fifth of the time
 #endif
 
 namespace {
@@ -22,7 +22,7 @@ DEEPTHIN_INLINE typename Integers<W>::type load_bytes(const uint8_t* from, uint8
     return value;
 }
 
-// The symbols as numbers with a sign; those from 0 to 255 less 128, by their first bit flipped.
+// Symbols as signed numbers; unsigned ones minus 128, by flipping their highest bit.
 struct Numbers {
     uint8_t flipped;
 
@@ -32,7 +32,7 @@ struct Numbers {
     }
 };
 
-// Shared values: a symbol is a place among 1 << BITS of them, which registers hold. MOST_BITS: more are slower than dense.
+// Shared values: a symbol indexes 1 << BITS of them, held in registers. MOST_BITS: more are slower than a dense product.
 #if DEEPTHIN_WIDTH == 16
 constexpr int FEW_BITS = 5, MOST_BITS = 6;
 #elif defined(__AVX2__)
@@ -69,7 +69,7 @@ struct Shared {
     }
 };
 
-// Rows and items at a time: as many sums as registers hold beside what goes into them.
+// Rows and items at a time: as many sums as fit in registers beside their operands.
 template <int B>
 constexpr int SYMBOL_ROWS = DEEPTHIN_TILE * 2 / 3 / B < 4 ? DEEPTHIN_TILE * 2 / 3 / B : 4;
 
@@ -131,7 +131,7 @@ uint32_t symbol_rows(const Symbols& s, Weight weight, const float* x, float* y, 
             for (int64_t i = 0; i < divide_up(s.cols, W); i++) total += load<W>(lanes + (i * B + b) * W);
             totals[b] = sum_halves<W>(total);
         }
-    float odd[B] = {};  // not 0, but NaN, once an output is not finite
+    float odd[B] = {};  // NaN instead of 0 once an output is not finite
     const auto tile = [&]<int R>(int64_t j) DEEPTHIN_INLINED {
         symbol_tile<W, B, R>(s.symbols + j * s.cols, s.cols, weight, lanes, [&](int r, int b, float sum) DEEPTHIN_INLINED {
             if (b >= items) return;

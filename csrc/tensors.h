@@ -50,7 +50,7 @@ struct ExchangeApi {
     int (*allocate)(Tensor* prototype, ManagedTensor** out, void* context,
                     void (*fail)(void* context, const char* kind, const char* message));
     int (*managed_from_python)(void* object, ManagedTensor** out);
-    int (*to_python)(ManagedTensor*, void** object);  // takes the tensor over
+    int (*to_python)(ManagedTensor*, void** object);  // takes ownership of the tensor
     int (*from_python)(void* object, Tensor* out);    // a view that lives as long as the object; null: not offered
     int (*current_stream)(int32_t device_type, int32_t device, void** stream);
 };

@@ -39,7 +39,7 @@ bool spin_until(Condition condition) {
     return condition();
 }
 
-// Threads that wait for work. One product at a time has them; another that comes meanwhile does its work alone.
+// A pool of waiting threads. One product at a time uses it; a concurrent one runs on its own thread alone.
 class Pool {
   public:
     void run(int64_t tasks, int threads, const std::function<void(int64_t)>& work) {
@@ -102,14 +102,14 @@ class Pool {
     std::condition_variable wake_, done_;
     const std::function<void(int64_t)>* work_ = nullptr;
     int64_t tasks_ = 0, started_ = 0;
-    std::atomic<int64_t> turn_{0};  // counts the products; its remainder by MOST is how many helpers the last one has
+    std::atomic<int64_t> turn_{0};  // counts the products; modulo MOST it is the number of helpers of the last one
     std::atomic<int64_t> next_{0}, active_{0};
     std::exception_ptr failure_;
 };
 
 std::atomic<Pool*> pool_of_process{nullptr};
 
-// The threads of a framework's GNU OpenMP, where we were told of them: two pools would fight for the same cores.
+// The threads of a framework's GNU OpenMP, if they were set: two pools would compete for the same cores.
 std::atomic<OpenMpParallel> framework_threads{nullptr};
 
 // A forked child has none of its parent's threads: it starts a new pool. (OpenMP would wait for them for ever.)
@@ -123,7 +123,7 @@ void handle_forks() {
 #endif
 }
 
-// Never destroyed: its threads may wait in it when the process ends.
+// Never destroyed: threads may still wait in it when the process ends.
 Pool& pool() {
     Pool* found = pool_of_process.load();
     if (found) return *found;

@@ -20,12 +20,12 @@ struct Torch {
     const deepthin::dlpack::ExchangeApi* api = nullptr;
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
     nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach;
-    nb::list watchers;  // functions that return 0, False or None where nothing watches or records operations
+    nb::list watchers;  // functions that return 0, False or None while no mode or hook intercepts operations
 } *torch_of_process = nullptr;
 
 nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
 
-// Tells how tensors are read. False where this torch has no exchange table that is understood.
+// Sets how tensors are read. False where this torch has no supported exchange table.
 bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabled, nb::handle num_threads,
                nb::list watchers) {
     if (!nb::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;
@@ -33,7 +33,7 @@ bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabl
     auto* api = static_cast<deepthin::dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) throw nb::python_error();
     if (api->version.major != 1 || !api->from_python) return false;
-    auto* torch = new Torch;  // for as long as the process
+    auto* torch = new Torch;  // lives as long as the process
     torch->api = api;
     torch->tensor = reinterpret_cast<PyTypeObject*>(tensor.ptr());
     torch->parameter = reinterpret_cast<PyTypeObject*>(parameter.ptr());
@@ -47,7 +47,7 @@ bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabl
     return true;
 }
 
-nb::object call(PyObject* result) {  // a new reference, or what Python has raised
+nb::object call(PyObject* result) {  // a new reference; throws Python's exception
     if (!result) throw nb::python_error();
     return nb::steal(result);
 }
@@ -56,14 +56,14 @@ bool is_true(nb::object value) {
     return value.ptr() == Py_False || value.is_none() ? false : PyObject_IsTrue(value.ptr()) != 0;
 }
 
-// Whether nothing watches or records operations now.
+// Whether no mode or hook intercepts operations now.
 bool is_quiet(const Torch& torch) {
     for (nb::handle watcher : torch.watchers)
         if (is_true(call(PyObject_CallNoArgs(watcher.ptr())))) return false;
     return true;
 }
 
-// A plain float32 tensor in the CPU's memory, row-major, whose gradient nobody wants. False, and no error, for all else.
+// A plain row-major float32 tensor in CPU memory that needs no gradient. False, without an error, for all else.
 bool read_tensor(const Torch& torch, PyObject* object, bool grad, deepthin::dlpack::Tensor& tensor) {
     if (!object || (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter)) return false;
     if (grad) {
@@ -77,7 +77,7 @@ bool read_tensor(const Torch& torch, PyObject* object, bool grad, deepthin::dlpa
     return tensor.data && tensor.is_float32_on_cpu() && tensor.is_row_major();
 }
 
-// Whether the numbers are those that lie in memory with the sign reversed.
+// Whether the tensor is a view with the sign of the stored numbers reversed.
 bool is_negated(const Torch& torch, PyObject* object) {
     return is_true(call(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr())));
 }
@@ -119,7 +119,7 @@ nb::object make_tensor(const Torch& torch, const deepthin::dlpack::Tensor& x, in
     return nb::steal(static_cast<PyObject*>(object));
 }
 
-// y = scale x W^T + bias for one weight, from tensors as they come. None where that is not for the kernels to do.
+// y = scale x W^T + bias for one weight, from unchecked tensors. None where the kernels do not apply.
 class Product {
   public:
     struct Operands {
@@ -132,7 +132,7 @@ class Product {
 
     const Plan plan;
 
-    // The way to take for a batch, when no gradient is wanted: 0 none of these, 1 direct, 2 by FFT.
+    // The way to multiply a batch without a gradient: 0 neither of these, 1 direct, 2 by FFT.
     void choose(int64_t batch, int way) {
         std::lock_guard<nb::ft_mutex> hold(lock_);
         if (ways_.size() > 1000) ways_.clear();
@@ -186,7 +186,7 @@ class Product {
     }
 
   private:
-    // A parameter's memory may be exchanged under it (`p.data = ...`): an alias, made once, owns what is read. False for
+    // A parameter's memory may be replaced (`p.data = ...`): an alias, made once, owns the memory that is read. False for
     // a view with reversed signs.
     bool hold(const Torch& torch, int which, PyObject* object, const deepthin::dlpack::Tensor& tensor, Operands& operands) {
         std::lock_guard<nb::ft_mutex> locked(lock_);
@@ -215,7 +215,7 @@ class Product {
     std::unordered_map<int64_t, int> ways_;
 };
 
-// Several products in a row, each rectified or not, in one call: while the modules that they stand for are what they were.
+// Several products in a row, each rectified or not, in one call, as long as the modules that they replace are unchanged.
 class Chain {
   public:
     // Links: (module, Product, group, part, thin) of a linear layer, whose `thin` holds under "weight" the part, or the
@@ -228,7 +228,7 @@ class Chain {
         }
     }
 
-    // None: not now. NotImplemented: never again, the modules have changed.
+    // None: not for this call. NotImplemented: never again, since the modules have changed.
     nb::object operator()(nb::handle x) {
         const Torch* torch = torch_of_process;
         if (!torch) return nb::none();
@@ -276,8 +276,8 @@ class Chain {
         const Kernels& set = kernels();
         const int64_t cols = in.shape[in.ndim - 1];
         return make_tensor(*torch, in, width, [&](float* y, int threads) {
-            // Some items at a time: so many that threads have enough to do, so few that what is between stays small. A
-            // multiple of all widths, so that the bits are those of the whole batch.
+            // Some items at a time: enough to keep the threads busy, few enough to keep intermediate results small. A multiple
+            // of all widths, so that the bits are those of the whole batch.
             const int64_t most = std::max<int64_t>(64, (int64_t(1) << 20) / widest / 64 * 64);
             thread_local std::vector<float> between[2];
             for (auto& memory : between) memory.resize(std::max<std::size_t>(memory.size(), std::min(batch, most) * widest));

@@ -12,7 +12,7 @@ FRAMES, FEATURES, PHONES = 11, 40, 48
 
 
 def utterances(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Made-up frames, each phone a pattern of its own under noise; put your features here."""
+    """Synthetic frames: a pattern for each phone, with noise. Replace them by your features."""
     rng = np.random.default_rng(seed)
     patterns = np.random.default_rng(1).normal(size=(PHONES, FRAMES * FEATURES))
     phones = rng.integers(0, PHONES, count)
@@ -20,7 +20,7 @@ def utterances(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build(width: int) -> keras.Model:
-    """Frames in their context through two hidden layers."""
+    """Frames with their context, two hidden layers."""
     return keras.Sequential(
         [
             keras.Input((FRAMES * FEATURES,)),
@@ -32,13 +32,13 @@ def build(width: int) -> keras.Model:
 
 
 def main(path: str = "acoustic.thin", width: int = 512, epochs: int = 8) -> float:
-    """Train thin from the start, write the file, load it into a dense network; the share of right frames."""
+    """Train thin from scratch, write the file, load it into a dense network; return the frame accuracy."""
     keras.utils.set_random_seed(0)
     model = build(width)
     rules = {"model": {"ratio": 0.02, "ignore": ["output"]}}
     print(dk.compress(model, rules, init="scratch"))
     model.compile(
-        dk.Adam(1e-3),  # the rate of the dense network: codes get their multiple of it
+        dk.Adam(1e-3),  # the dense network's learning rate; that of codes is a multiple of it
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

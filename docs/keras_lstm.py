@@ -11,7 +11,7 @@ STEPS, FEATURES, CLASSES = 20, 16, 4
 
 
 def sequences(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Noise in which one of a few features is louder at the start; put your sequences here."""
+    """Synthetic data: noise in which one of a few features is larger at the start. Replace it by your sequences."""
     rng = np.random.default_rng(seed)
     classes = rng.integers(0, CLASSES, count)
     x = rng.normal(size=(count, STEPS, FEATURES))
@@ -20,7 +20,7 @@ def sequences(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build(units: int) -> keras.Model:
-    """One recurrent layer, one dense one."""
+    """One recurrent layer and one dense layer."""
     return keras.Sequential(
         [
             keras.Input((STEPS, FEATURES)),
@@ -30,7 +30,7 @@ def build(units: int) -> keras.Model:
     )
 
 
-NAMES = {  # in the file, as Keras has them: in torch. The file has torch's layouts already
+NAMES = {  # Keras' name, in the file: torch's name. The file has torch's layouts already
     "lstm.lstm_cell.kernel": "lstm.weight_ih_l0",
     "lstm.lstm_cell.recurrent_kernel": "lstm.weight_hh_l0",
     "lstm.lstm_cell.bias": "lstm.bias_ih_l0",  # bias_hh_l0 is then zero
@@ -40,7 +40,7 @@ NAMES = {  # in the file, as Keras has them: in torch. The file has torch's layo
 
 
 def in_torch(path: str, units: int, x: np.ndarray) -> np.ndarray:
-    """What the same network, built in torch, makes of the file."""
+    """The outputs of the same network, built in torch and loaded from the file."""
     import torch
     from torch import nn
 
@@ -60,7 +60,7 @@ def in_torch(path: str, units: int, x: np.ndarray) -> np.ndarray:
 
 
 def main(path: str = "lstm.thin", units: int = 64, epochs: int = 6) -> tuple[float, float]:
-    """The share of right sequences, and the largest difference between Keras and torch."""
+    """Return the accuracy, and the largest difference between Keras' and torch's outputs."""
     keras.utils.set_random_seed(0)
     model = build(units)
     print(dk.compress(model, {"rules": {"lstm": {"method": "deepthin", "ratio": 0.1}}}, init="scratch"))

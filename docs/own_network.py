@@ -14,7 +14,7 @@ PARTS = {"train": order[:1200], "dev": order[1200:1500], "test": order[1500:]}
 
 
 def build(width: int = 512) -> nn.Module:
-    """The dense network; its width is what the same-size network varies."""
+    """The dense network; the same-size network has a smaller width."""
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
@@ -26,6 +26,6 @@ def fit(model: nn.Module, training) -> None:
 
 
 def evaluate(model: nn.Module, split: str) -> dict[str, float]:
-    """Your numbers for "dev" and "test"; less is better, and the first one leads."""
+    """Metrics for "dev" and "test"; lower is better, and the first one is the leading metric."""
     right = model(images[PARTS[split]]).argmax(1) == labels[PARTS[split]]
     return {"error": 100 * (1 - right.float().mean().item())}

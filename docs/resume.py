@@ -15,7 +15,7 @@ from deepthin.lab.tasks import digits
 
 
 def main(folder: Path, steps: int) -> None:
-    """Train, prune every 20 steps, keep a checkpoint every 50; write OUT/thin.thin."""
+    """Train, prune every 20 steps, write a checkpoint every 50; write OUT/thin.thin."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = digits.load(None)
@@ -31,7 +31,7 @@ def main(folder: Path, steps: int) -> None:
         first = saved.pop("step")
         for name, state in saved.items():
             parts[name].load_state_dict(state)
-        print(f"going on after {first} steps", flush=True)
+        print(f"resuming after {first} steps", flush=True)
     for step in range(first + 1, steps + 1):
         chosen = torch.randint(len(data.inputs["train"]), (50,), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -41,7 +41,7 @@ def main(folder: Path, steps: int) -> None:
         if step % 50 == 0:
             saved = {"step": step} | {name: part.state_dict() for name, part in parts.items()}
             torch.save(saved, folder / "new.pt")
-            os.replace(folder / "new.pt", checkpoint)  # never half a checkpoint
+            os.replace(folder / "new.pt", checkpoint)  # atomic: no incomplete checkpoint
             print(f"step {step} of {steps}", flush=True)
     twist.finish()
     dt.save(model, folder / "thin.thin")

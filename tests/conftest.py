@@ -12,7 +12,6 @@ from hypothesis import settings
 
 SHAPED = (
     "coding.bits",
-    "coding.huffman",
     "methods.binary",
     "methods.ecsq",
     "methods.factor",
@@ -36,12 +35,12 @@ SHAPED = (
     "torch.layers",
     "torch.recurrent_layers",
 )  # what has shapes in signatures, but for lloyd, whose small functions are called too often
+OFTEN = ("coding.huffman",)  # as often by ecsq, whose laws would take twice as long: with --shapes alone
 if sys.version_info < (
     3,
     12,
 ):  # which keeps a protocol's attributes; before, each check of a ``Namespace`` lists them anew
     typing._get_protocol_attrs = functools.lru_cache(None)(typing._get_protocol_attrs)
-jaxtyping.install_import_hook([f"deepthin.{module}" for module in SHAPED], "beartype.beartype")
 LONGEST = (
     "test_engines.py",
     "test_twist_resume.py",
@@ -57,6 +56,11 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser):
     parser.addoption("--shapes", action="store_true", help="check shapes in every test, which doubles their time")
+
+
+def pytest_configure(config):
+    shaped = (*SHAPED, *OFTEN) if config.getoption("--shapes") else SHAPED
+    jaxtyping.install_import_hook([f"deepthin.{module}" for module in shaped], "beartype.beartype")
 
 
 def pytest_collection_modifyitems(items):

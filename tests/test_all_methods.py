@@ -1,7 +1,9 @@
 """Every method, and those whose floats another stores, through the whole library: layers, files, copies, twist."""
 
 import copy
+import functools
 import io
+import json
 import math
 import pickle
 import warnings
@@ -19,6 +21,7 @@ from deepthin.plan.shares import plan_tensors
 from deepthin.plan.tensor import Tensor
 from deepthin.storage.read import from_bytes
 from test_storage import header_of, resign
+from tolerance import absolute, assert_close, bound, largest, peak
 
 EIGHT = {"method": "uniform", "bits": 8}
 RULES = {name: {"method": name} for name in METHODS} | {
@@ -34,6 +37,9 @@ RULES = {name: {"method": name} for name in METHODS} | {
     "pruned then ecsq": {"method": "pruned", "then": {"method": "ecsq", "bits": 3.5}},
     "deepthin then binary": {"method": "deepthin", "then": {"method": "binary", "bits": 3, "per": "matrix"}},
 }
+# Terms of the sums behind one number: of a decoded weight, and of an output of Everything: the convolution's 73, the
+# recurrent layer's 5 steps of 58, the attention's 24 + 12 + 5 + 24, the last layer's 25 and the mean's 5.
+DECODING, PATH = 100, 73 + 5 * 58 + 65 + 30
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
@@ -54,10 +60,21 @@ class Everything(nn.Module):
         return self.out(self.attention(x, x, x)[0]).mean(1)
 
 
-def everything(rule, ratio=0.4, **model):
+@functools.cache
+def built(rule, trained=False):
+    """A network by a rule in JSON, untrained or after three steps, and what ``compress`` reported."""
+    if trained:
+        network, report = copy.deepcopy(built(rule))
+        return train(network), report
     torch.manual_seed(0)
     network = Everything()
-    dt.compress(network, {"model": {"ratio": ratio, **model}, "rules": {"*": rule}}, init="scratch")
+    return network, dt.compress(network, {"model": {"ratio": 0.4}, "rules": {"*": json.loads(rule)}}, init="scratch")
+
+
+def everything(rule, trained=False):
+    """A copy: each rule builds, and trains, one network for all tests."""
+    network = copy.deepcopy(built(json.dumps(rule), trained)[0])
+    torch.manual_seed(0)
     return network
 
 
@@ -104,13 +121,13 @@ def test_every_layer_trains_and_comes_back_from_a_file(rule, tmp_path):
     plain = dt.materialize(copy.deepcopy(network))
     assert dense.keys() == plain.state_dict().keys()
     for name, value in plain.state_dict().items():
-        assert np.allclose(dense[name], value.numpy(), rtol=1e-5, atol=1e-6), name
-    assert torch.allclose(outputs(plain), want, atol=1e-5)
+        assert_close(dense[name], value.numpy(), DECODING, largest(value))
+    assert_close(outputs(plain), want, DECODING + PATH, peak(plain, words()))
 
 
 @each_rule
 def test_what_is_loaded_can_be_trained_on(rule, tmp_path):
-    network = train(everything(rule))
+    network = everything(rule, trained=True)
     dt.save(network, tmp_path / "a.thin")
     loaded = dt.load(Everything(), tmp_path / "a.thin")
     before = loss_of(loaded).item()
@@ -122,7 +139,7 @@ def test_what_is_loaded_can_be_trained_on(rule, tmp_path):
 
 @each_rule
 def test_copies_and_state_dicts(rule):
-    network = train(everything(rule))
+    network = everything(rule, trained=True)
     want, buffer = outputs(network), io.BytesIO()
     torch.save(network.state_dict(), buffer)
     buffer.seek(0)
@@ -134,7 +151,7 @@ def test_copies_and_state_dicts(rule):
 
 @each_rule
 def test_half_precision_and_the_meta_device(rule, tmp_path):
-    network = train(everything(rule)).to(torch.bfloat16)
+    network = everything(rule, trained=True).to(torch.bfloat16)
     want = outputs(network)
     dt.save(network, tmp_path / "a.thin")
     assert torch.equal(outputs(dt.load(Everything().to(torch.bfloat16), tmp_path / "a.thin")), want)
@@ -192,8 +209,7 @@ def test_file_bytes_is_never_exceeded(rule, share, tmp_path):
 @each_rule
 def test_stored_bits_in_the_report(rule, tmp_path):
     """What is written for a matrix is at most what its plan promises, and half of it: centres may be left unused."""
-    network = everything(rule)
-    report = dt.compress(Everything(), {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
+    network, report = everything(rule), built(json.dumps(rule))[1]
     dt.save(network, tmp_path / "a.thin")
     stored = from_bytes((tmp_path / "a.thin").read_bytes()).thin
     for name, thin in stored.items():
@@ -205,7 +221,7 @@ def test_stored_bits_in_the_report(rule, tmp_path):
 def exported_network(rule):
     """Few bits a weight: every plane of binary's is an encoding of its own in the graph."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32))
+    network = nn.Sequential(nn.Linear(48, 64), nn.ReLU())
     dt.compress(network, {"model": {"ratio": 0.2}, "rules": {"*": rule}}, init="scratch")
     return network.eval(), torch.randn(5, 48)
 
@@ -215,19 +231,23 @@ def test_torch_compile(rule, compiling):
     """One rule for each way of multiplying."""
     network, x = exported_network(RULES[rule])
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
-    assert torch.allclose(compiled(x), network(x), atol=1e-5)
+    terms, sizes = 48 + 64 + DECODING, absolute(network)
+    sums = sizes(x.abs().double())
+    sums.sum().backward()
+    assert_close(compiled(x), network(x), terms, sums)
     compiled(x).sum().backward()
     found = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
     network(x).sum().backward()
-    assert all(torch.allclose(f, p.grad, atol=1e-4) for f, p in zip(found, network.parameters(), strict=True))
+    for got, p, size in zip(found, network.parameters(), sizes.parameters(), strict=True):
+        assert_close(got, p.grad, terms + 3072 // len(p), size.grad.max())  # a number in the code serves many weights
 
 
 @each_rule
 def test_torch_export(rule, compiling):
     network, x = exported_network(rule)
     exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-    assert torch.allclose(exported.module()(x[:3]), network(x[:3]), atol=1e-5)
+    assert_close(exported.module()(x[:3]), network(x[:3]), 48 + 64 + DECODING, peak(network, x))
 
 
 # ---- What trains through its rounding -------------------------------------------------------------------------------
@@ -246,8 +266,10 @@ def test_the_gradient_goes_straight_through():
     x = torch.randn(4, 30)
     (x @ (xf @ wf).reshape(-1)[:600].view(20, 30).T).square().sum().backward()
     network(x).square().sum().backward()
-    assert torch.allclose(thin.xf.grad, xf.grad, atol=1e-4)
-    assert torch.allclose(thin.wf.grad, wf.grad, atol=1e-4)
+    sizes = [t.detach().double().abs().requires_grad_() for t in (xf, wf)]
+    (x.double().abs() @ (sizes[0] @ sizes[1]).reshape(-1)[:600].view(20, 30).T).square().sum().backward()
+    for got, want, size in zip((thin.xf, thin.wf), (xf, wf), sizes, strict=True):
+        assert_close(got.grad, want.grad, 30 + 4 + sum(xf.shape) + sum(wf.shape), size.grad)
 
 
 def test_evaluation_is_training_without_the_gradient():
@@ -259,7 +281,7 @@ def test_evaluation_is_training_without_the_gradient():
     trained = network(x).detach()
     with torch.no_grad():
         for _ in range(3):
-            assert torch.allclose(network.eval()(x), trained, atol=1e-5)
+            assert_close(network.eval()(x), trained, 512 + 8, absolute(network)(x.abs().double()))
         assert network[0].thin["weight"].path(x).startswith("native") or not deepthin.native_available
 
 
@@ -272,8 +294,8 @@ def test_a_loaded_code_is_kept_until_something_changes(tmp_path):
     assert codes["xf_symbols"].dtype == torch.int16
     with torch.no_grad():
         thin.xf.mul_(1.5)
-    assert torch.allclose(thin.code()["xf_step"], 1.5 * codes["xf_step"])
-    assert torch.allclose(thin() * 1.0, 1.5 * deepthin_weight(codes, thin.method), atol=1e-6)
+    assert_close(thin.code()["xf_step"], 1.5 * codes["xf_step"], 3)
+    assert_close(thin() * 1.0, 1.5 * deepthin_weight(codes, thin.method), DECODING, largest(thin()))
 
 
 def deepthin_weight(codes, method):
@@ -329,7 +351,7 @@ def test_a_bias_learns_beside_a_frozen_pruned_weight():
     with torch.no_grad():
         assert layer[0].thin["weight"].path(x) == "csr" or not deepthin.native_available
         dense = x @ layer[0].weight.T + layer[0].bias
-        assert torch.allclose(layer(x), dense, atol=1e-4)
+        assert_close(layer(x), dense, 300 + 1, absolute(layer)(x.abs().double()))
         layer[0].bias.data = layer[0].bias.data.double()
         with pytest.raises(RuntimeError):
             layer(x)  # as a dense layer
@@ -356,7 +378,8 @@ def test_tangents_of_the_code_are_not_lost(rule):
             found = forward_ad.unpack_dual(y).tangent
     latent.requires_grad_()
     grad = torch.autograd.grad(layer(x).sum(), latent)[0]
-    assert found.sum().item() == pytest.approx((grad * step).sum().item(), rel=1e-3, abs=1e-4)
+    terms = 4 * 20 * 30 + DECODING  # both are sums over all items, outputs and inputs
+    assert_close(found.sum(), (grad * step).sum(), terms, found.abs().sum() + (grad * step).abs().sum())
 
 
 # ---- Shares of a budget ---------------------------------------------------------------------------------------------
@@ -372,6 +395,7 @@ def test_allocation_by_a_power_of_the_size():
     assert bits("flat") == bits(1)
     assert bits("uniform-bytes") == bits(0)
     flat, middle, equal = bits(1), bits(0.5), bits(0)
+    # The smallest tensor has 1,000 buckets: whole numbers of them are within a percent, and a permille of all.
     assert [b / (32 * math.prod(t.shape)) for b, t in zip(flat, tensors, strict=True)] == pytest.approx(
         [0.1] * 3, rel=0.01
     )
@@ -487,7 +511,8 @@ def test_distortion_is_decode_of_encode(rule):
             with_same = dt.Twist(again, twist.rules, every=1)
             with_same.step()
             if rule["method"] in ("pruned", "deepthin", "rank", "hashed", "uniform") and "then" not in rule:
-                assert torch.allclose(again[0].weight, weight, atol=1e-5)
+                # A decomposition loses some terms of rows and columns times the norm (Golub and Van Loan, section 8.6).
+                assert_close(again[0].weight, weight, 60 + 40, torch.linalg.matrix_norm(weight, 2))
     assert happened == [(i + 1) % 5 == 0 for i in range(20)]
     assert type(network[0]) is nn.Linear
     x = torch.randn(3, 40)
@@ -518,7 +543,8 @@ def test_other_methods_rise_too():
     ranks = []
     for _ in range(12):
         step()
-        ranks.append(int(torch.linalg.matrix_rank(network[0].weight.detach(), rtol=1e-4)))
+        # What rounding leaves of the removed singular values: some 60 + 40 roundings of the largest.
+        ranks.append(int(torch.linalg.matrix_rank(network[0].weight.detach(), rtol=bound(60 + 40, 1.0))))
     assert ranks[0] == 40
     assert ranks[1:] == sorted(ranks[1:], reverse=True)
     assert ranks[-1] == twist._planned[0].method.rank < 5
@@ -551,7 +577,7 @@ def test_what_twist_refuses():
     network = nn.Sequential(nn.Linear(40, 60))
     with pytest.raises(ConfigError, match="at least 1 step"):
         dt.Twist(network, {"model": {"ratio": 0.1}}, every=0)
-    with pytest.raises(ConfigError, match="is no schedule"):
+    with pytest.raises(ConfigError, match="is invalid: give 0 <= start < end"):
         dt.Rising(5, 5)
     with pytest.raises(BudgetError):
         dt.Twist(network, {"model": {"ratio": 0.0001}})

@@ -18,6 +18,7 @@ from deepthin.lab.tasks import TASKS, digits
 from deepthin.lab.tasks.training import Training
 from deepthin.lab.trial import COMPARED, Run, Setup, Trial
 from deepthin.storage.read import from_bytes
+from tolerance import bound
 
 PIECES = {"train": 480, "t10k": 120}
 
@@ -67,7 +68,7 @@ def test_a_size_that_cannot_be_reached_is_a_row(finished):
     row = next(row for row in rows if row.method == "deepthin" and row.ratio == 0.001)
     assert row.value is None
     assert row.bytes is None
-    assert row.smallest_ratio == pytest.approx(5524 / 4 / 266200)
+    assert row.smallest_ratio == pytest.approx(5524 / 4 / 266200, rel=bound(4, 1.0, "float64"))
 
 
 def test_sizes_keep_to_the_ratio(folder):
@@ -84,7 +85,7 @@ def test_the_stored_model_predicts_what_the_row_says(finished, folder):
     model = digits.build(None, digits.WIDTH)
     model.load_state_dict({k: torch.from_numpy(v) for k, v in deepthin.load(out / row.model).items()})
     data = digits.load(folder)
-    assert digits.evaluate(model, data, "test")["error"] == pytest.approx(row.value, abs=1)
+    assert digits.evaluate(model, data, "test")["error"] == pytest.approx(row.value, abs=1)  # an image at a margin
 
 
 def untimed(rows):
@@ -181,7 +182,7 @@ def test_the_digits_that_a_package_ships():
     for split, targets in data.targets.items():
         assert len(targets.unique()) == 10, split
     assert data.inputs["train"].mean().abs() < 0.05
-    assert data.inputs["train"].std() == pytest.approx(1, abs=0.05)
+    assert data.inputs["train"].std() == pytest.approx(1, abs=0.05)  # of the pixels of all five splits' images
 
 
 def test_full_mnist(data_folder):

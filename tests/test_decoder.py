@@ -19,6 +19,7 @@ from deepthin.lab.tasks.decoder import (
     read_unigrams,
     word_error_rate,
 )
+from tolerance import assert_close
 
 PHONES = ["SIL", "X", "Y"]
 PRONUNCIATIONS = [("ex", ["X"]), ("why", ["Y"]), ("why", ["X", "Y"]), ("twice", ["Y", "Y"])]
@@ -193,10 +194,10 @@ def test_a_word_penalty_makes_words_fewer():
 
 def test_hybrid_scores():
     priors = log_priors(np.array([0, 0, 1, 0]), 3)
-    assert np.allclose(np.exp(priors), [4 / 7, 2 / 7, 1 / 7])
+    assert_close(np.exp(priors), [4 / 7, 2 / 7, 1 / 7], 8)  # the logarithm's rounding, at most 2, and four more
     posteriors = np.log([[0.2, 0.3, 0.5]])
     scores = hybrid_scores(posteriors, priors, prior_scale=0.5, acoustic_scale=0.1)
-    assert np.allclose(scores, 0.1 * (posteriors - 0.5 * priors))
+    assert_close(scores, 0.1 * (posteriors - 0.5 * priors), 4, 0.1 * (abs(posteriors) + 0.5 * abs(priors)))
 
 
 def test_scores_that_cannot_be_decoded_are_refused():
@@ -216,11 +217,11 @@ def test_scores_that_cannot_be_decoded_are_refused():
 
 
 def test_words_that_cannot_be_built_are_named():
-    with pytest.raises(ConfigError, match="'zed' is pronounced 'X Z', but 'Z' is none of the 3 phones"):
+    with pytest.raises(ConfigError, match="'zed' is pronounced 'X Z', but 'Z' is not among the 3 phones"):
         WordLoop.from_phones([("zed", ["X", "Z"])], PHONES, {})
     with pytest.raises(ConfigError, match="'silence' is pronounced 'HUSH'"):
         WordLoop.from_phones(PRONUNCIATIONS, PHONES, {}, silence="HUSH")
-    with pytest.raises(ConfigError, match="'ax' cannot be spelled: 'x' is none of the letters"):
+    with pytest.raises(ConfigError, match="'ax' cannot be spelled: 'x' is not among the letters"):
         WordLoop.from_characters(["ax"], SYMBOLS, {}, blank="_", word_end="|")
     with pytest.raises(ConfigError, match=r"'a\|' cannot be spelled"):
         WordLoop.from_characters(["a|"], SYMBOLS, {}, blank="_", word_end="|")
@@ -245,7 +246,7 @@ def test_unigrams_are_read(tmp_path):
     path.write_text(ARPA)
     found = read_unigrams(path)
     assert list(found) == ["A", "TEA"]
-    assert np.allclose(list(found.values()), np.log([10**-0.5, 10**-1.5]))
+    assert_close(list(found.values()), np.log([10**-0.5, 10**-1.5]), 4)
 
 
 @pytest.mark.parametrize(
@@ -262,14 +263,14 @@ def test_a_damaged_dictionary_is_named(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("\\data\\", "", "words.lm is no complete ARPA language model"),
-        ("\\end\\", "", "words.lm is no complete ARPA language model"),
-        ("ngram 1=5", "", "words.lm is no complete ARPA language model"),
+        ("\\data\\", "", "words.lm is not a complete ARPA language model"),
+        ("\\end\\", "", "words.lm is not a complete ARPA language model"),
+        ("ngram 1=5", "", "words.lm is not a complete ARPA language model"),
         ("ngram 1=5", "ngram 1=6", "words.lm says that it has 6 1-grams, but has 5"),
-        ("-0.5", "half", "words.lm, line 13: 'half A 0.0' is no 1-gram"),
-        ("-0.5", "nan", "words.lm, line 13: 'nan A 0.0' is no 1-gram"),
-        ("-0.5", "0.5", "words.lm, line 13: '0.5 A 0.0' is no 1-gram"),
-        ("-1.5	TEA", "-1.5", "words.lm, line 14: '-1.5' is no 1-gram"),
+        ("-0.5", "half", "words.lm, line 13: 'half A 0.0' is not a 1-gram"),
+        ("-0.5", "nan", "words.lm, line 13: 'nan A 0.0' is not a 1-gram"),
+        ("-0.5", "0.5", "words.lm, line 13: '0.5 A 0.0' is not a 1-gram"),
+        ("-1.5	TEA", "-1.5", "words.lm, line 14: '-1.5' is not a 1-gram"),
     ],
 )
 def test_a_damaged_language_model_is_named(tmp_path, old, new, message):
@@ -317,7 +318,7 @@ def test_the_alignments_of_an4_give_back_its_words(data_folder):
     for utterance, own in enumerate(states):
         scores[utterance, np.arange(len(own)), own] = 0
     found = [" ".join(words) for words in loop.decode(scores, lengths)]
-    assert word_error_rate(list(texts), found) == pytest.approx(100 * 12 / 773)
+    assert_close(word_error_rate(list(texts), found), 100 * 12 / 773, 2)
 
     def sound(text):
         return re.sub(r"\bA T\b", "EIGHTY", re.sub(r"\bOH\b", "O", text))

@@ -72,7 +72,9 @@ def test_high_temperatures_match_logits():
     z, v = z - z.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
     far = dt.Distillation(Says(), weight=1.0, temperature=1e4).distance(z, v).item()
     half = dt.Distillation(Says(), weight=1.0, kind="logits").distance(z, v).item()
-    assert far == pytest.approx(half / 6, rel=1e-3)  # terms of third order: some max |z| / T
+    assert far == pytest.approx(
+        half / 6, rel=4 * max(z.abs().max().item(), v.abs().max().item()) / 1e4
+    )  # terms of third order: some max |z| / T
 
 
 def test_several_teachers_speak_by_the_mean_of_their_logits():
@@ -163,8 +165,8 @@ def test_no_noise_is_no_change():
         (lambda: dt.Distillation(Says(), kind="hard"), "kind = 'hard' is unknown. Valid: soft, logits."),
         (lambda: dt.Distillation(Says(), weight=1.5), "the weight of the teacher is from 0 to 1"),
         (lambda: dt.Distillation(Says(), temperature=0), "temperature more than 0"),
-        (lambda: dt.Noise(-1.0), "give a sigma of 0 or more"),
-        (lambda: dt.Noise(1.0, share=2.0), "a share from 0 to 1"),
+        (lambda: dt.Noise(-1.0), "sigma must be 0 or more"),
+        (lambda: dt.Noise(1.0, share=2.0), "share from 0 to 1"),
         (
             lambda: dt.Distillation(Says())(torch.zeros(2, 3), torch.zeros(2, 4), HARD),
             "The teacher gives logits of shape [2, 3], the student of [2, 4]: both must judge",

@@ -24,8 +24,10 @@ from deepthin.methods.then import Then
 from deepthin.storage.contents import Part
 from deepthin.torch.surgeon import MOST_WEIGHTS
 from deepthin.torch.weight import ThinWeight
+from tolerance import assert_close
 
 EPS64, EPS32 = (float(np.finfo(kind).eps) for kind in ("f8", "f4"))
+LEFT_OUT = 8 * EPS32  # directions of less than EPS32 of the largest, some of which add up
 cross_entropy = nn.functional.cross_entropy
 
 
@@ -115,7 +117,7 @@ def test_the_diagonal_is_that_of_gauss_and_newton(build):
         each = want[name].mean(0)
         assert value.shape == each.shape
         assert (value >= 0).all()
-        assert (abs(value - each) <= 1e-6 * each.max()).all(), name  # directions of less than EPS32 are left out
+        assert (abs(value - each) <= LEFT_OUT * each.max()).all(), name
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_linear_in_its_parameters_it_is_the_true_hessian(loss, target):
     y = y if target is None else target
     found, want = dt.hessian_diagonal(model, [(x, y)], loss), true_diagonal(model, x, y, loss)
     for name, value in found.items():
-        assert (abs(value - want[name]) <= 1e-6 * want[name].max()).all()
+        assert (abs(value - want[name]) <= LEFT_OUT * want[name].max()).all()
 
 
 @pytest.mark.parametrize("passes", [1, 16])
@@ -158,7 +160,7 @@ def test_passes_enough_for_all_directions_are_exact():
     model, (x, y) = network(24), items(5, 24)
     found, want = dt.hessian_diagonal(model, [(x, y)], cross_entropy, 23), exact(model, x, y)
     for name, value in found.items():
-        assert (abs(value - want[name].mean(0)) <= 1e-6 * value.max()).all()
+        assert (abs(value - want[name].mean(0)) <= LEFT_OUT * value.max()).all()
 
 
 def test_the_model_is_left_as_it_was():
@@ -205,7 +207,7 @@ def test_shared_unused_and_whole_parameters_and_two_inputs():
     assert found["first.weight"] is found["second.weight"]
     assert (found["unused"] == 0).all()
     want = exact(model, x, y)["second.weight"].mean(0)
-    assert (abs(found["first.weight"] - want) <= 1e-6 * want.max()).all()
+    assert (abs(found["first.weight"] - want) <= LEFT_OUT * want.max()).all()
     rules = {"rules": {"*": {"method": "pruned", "ratio": 0.5}}}
     kept = []
     for name in ("first.weight", "second.weight"):
@@ -235,7 +237,7 @@ def test_shared_unused_and_whole_parameters_and_two_inputs():
         (
             lambda: dt.hessian_diagonal(nn.Linear(5, 3), [], cross_entropy),
             ConfigError,
-            "batches: there is no item to judge by. Some hundred to a thousand do.",
+            "batches has no items: give some hundred to a thousand.",
         ),
         (
             lambda: dt.hessian_diagonal(nn.Linear(5, 3), [(torch.ones(2, 5), torch.ones(3))], cross_entropy),
@@ -297,7 +299,7 @@ def test_adams_moment_is_the_decayed_mean_of_squares(kind):
     mean = sum(w * s for w, s in zip(weights, squares, strict=True)) / sum(weights)
     found = dt.adam_importance(optimizer, model)
     assert set(found) == {"0.weight", "0.bias", "2.weight"}
-    assert torch.allclose(found["0.weight"], mean.sqrt(), rtol=1e-9)
+    assert_close(found["0.weight"], mean.sqrt(), 7 * 6 + 8)  # seven means of two products, of powers in float64
 
 
 # ---- Optimal brain surgeon ------------------------------------------------------------------------------------------
@@ -330,6 +332,7 @@ def test_the_surgeon_removes_what_costs_least_and_refits_the_rest(keep):
     weight, error = refitted(x, y, kept) if kept else (np.zeros(6), np.mean(y**2))
     batches = [(torch.from_numpy(x), torch.from_numpy(y)[:, None])]
     rise = dt.optimal_brain_surgeon(model, "weight", keep, batches, nn.functional.mse_loss, damping=1e-12)
+    # Damped by 1e-12 of the mean curvature, times the condition of six random directions; rounding is less.
     assert model.weight[0].detach().numpy() == pytest.approx(weight, rel=1e-6, abs=1e-9)
     assert int((model.weight != 0).sum()) == keep
     assert rise == pytest.approx(error - first, rel=1e-6)
@@ -430,11 +433,12 @@ def test_errors_of_floats_count_what_errors_of_weights_do(name, seed):
     moved = {entry: value + change.get(entry, 0) for entry, value in code.items()}
     first, second = (method.decode({**code, **method.derived()}, np) for code in (code, moved))
     lost = (importance * (second - first) ** 2).sum()
-    assert lost == pytest.approx(sum((handed[entry] * change[entry] ** 2).sum() for entry in handed), rel=1e-9)
+    want = sum((handed[entry] * change[entry] ** 2).sum() for entry in handed)
+    assert_close(lost, want, 2 * importance.size + 8, (importance * (abs(second) + abs(first)) ** 2).sum())
     tensors = {entry: torch.from_numpy(np.asarray(value)) for entry, value in code.items()}
     for entry, value in method.importance_of(tensors, torch.from_numpy(importance), torch).items():
         assert value.shape == handed[entry].shape
-        assert value.numpy() == pytest.approx(handed[entry], rel=1e-12)
+        assert_close(value.numpy(), handed[entry], importance.size)
 
 
 @pytest.mark.parametrize("outer", ["pruned", "hashed"])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tolerance import bound
+
 pytest.importorskip("keras")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -27,6 +29,8 @@ def test_an_acoustic_net(tmp_path, capsys):
 
 
 def test_an_lstm_and_the_same_file_in_torch(tmp_path):
-    right, far = example("keras_lstm").main(str(tmp_path / "m.thin"))
+    lstm = example("keras_lstm")
+    right, far = lstm.main(str(tmp_path / "m.thin"))
     assert right > 0.7  # a quarter by chance
-    assert far < 1e-4
+    # Each step sums inputs and 64 units, then a score sums 64 units below one times weights below a tenth on average.
+    assert far <= 2 * bound(lstm.STEPS * (lstm.FEATURES + 64 + 8) + 64, 6.4)

@@ -17,6 +17,7 @@ from deepthin import ConfigError
 from deepthin.kernels import products
 from deepthin.torch.exchange import THIN, thin_tensors
 from deepthin.torch.generated import ThinLayer
+from tolerance import absolute, assert_close, bound, largest, peak, terms
 
 CLASSES = 5
 
@@ -133,7 +134,7 @@ def test_it_overfits_and_reloads_exactly(case, tmp_path):
     plain, _ = build(case)
     assert set(arrays) == set(plain.state_dict())
     plain.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    assert torch.allclose(plain.eval()(x), y, atol=1e-4)
+    assert_close(plain.eval()(x), y, terms(plain, x), peak(plain, x))
 
 
 @ALL
@@ -164,7 +165,7 @@ def test_trained_weights_are_encoded(case):
         if row.method == "deepthin":
             weight, index = thin_tensors(network)[row.name]
             error = ((weight(index) - before[row.name]).norm() / before[row.name].norm()).item()
-            assert row.error == pytest.approx(error, rel=1e-4)
+            assert row.error == pytest.approx(error, rel=bound(before[row.name].numel(), 1.0))  # sums of squares
             assert error < 1
 
 
@@ -193,9 +194,9 @@ def test_it_survives_what_users_do_to_modules(case):
     dense = dt.materialize(copy.deepcopy(network))
     assert not [module for module in dense.modules() if isinstance(module, ThinLayer)]
     assert set(dense.state_dict()) == set(build(case)[0].state_dict())
-    assert torch.allclose(dense(x), y, atol=1e-5)
+    assert_close(dense(x), y, terms(network, x), peak(network, x))
     double = copy.deepcopy(network).double()
-    assert torch.allclose(double(x if x.dtype == torch.int64 else x.double()).float(), y, atol=1e-4)
+    assert_close(y, double(x if x.dtype == torch.int64 else x.double()), terms(network, x), peak(network, x))
 
 
 @ALL
@@ -205,7 +206,8 @@ def test_autocast_bfloat16(case):
     with torch.autocast("cpu", torch.bfloat16):
         y = network(x)
         y.float().sum().backward()
-    assert torch.allclose(y.float(), exact, atol=0.1 * exact.abs().max().item())
+    # Sums are in float32: what is rounded to bfloat16 is weights, inputs and outputs, of eight products at the most.
+    assert (y - exact).abs().max() <= bound(8 * 3, largest(exact), "bfloat16")
     assert all(p.grad is not None for p in network.parameters())
 
 
@@ -216,7 +218,7 @@ def test_gradient_checkpointing(case):
     expected = {name: p.grad.clone() for name, p in network.named_parameters()}
     network.zero_grad()
     checkpoint(network, x, use_reentrant=False).sum().backward()
-    assert all(torch.allclose(p.grad, expected[name], atol=1e-5) for name, p in network.named_parameters())
+    assert all(torch.equal(p.grad, expected[name]) for name, p in network.named_parameters())
 
 
 @ALL
@@ -228,7 +230,10 @@ def test_training_compiles_to_one_graph(case, compiling):
     expected = {name: p.grad.clone() for name, p in network.named_parameters()}
     network.zero_grad()
     torch.compile(network, fullgraph=True, backend="aot_eager")(x).sum().backward()
-    assert all(torch.allclose(p.grad, expected[name], atol=1e-4) for name, p in network.named_parameters())
+    # There and back; besides, over 8 items of 64 places at the most, and over what one factor serves.
+    scale, count = largest(*expected.values()), 2 * terms(network, x) + 8 * 64 + 300
+    for name, p in network.named_parameters():
+        assert_close(p.grad, expected[name], count, scale)
 
 
 @ALL
@@ -237,9 +242,9 @@ def test_inference_compiles_to_one_graph(case, compiling):
     network.eval()
     with torch.no_grad():
         y = network(x)
-        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-        assert torch.allclose(compiled(x), y, atol=1e-4)
-        assert torch.allclose(compiled(x[:3]), y[:3], atol=1e-4)
+        compiled = torch.compile(network, fullgraph=True, backend="eager")  # training is traced by AOTAutograd too
+        assert_close(compiled(x), y, terms(network, x), peak(network, x))
+        assert_close(compiled(x[:3]), y[:3], terms(network, x), peak(network, x))
 
 
 @ALL
@@ -249,8 +254,8 @@ def test_export_with_a_dynamic_batch(case, compiling):
     with torch.no_grad():
         y = network(x)
         program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
-        assert torch.allclose(program.module()(x), y, atol=1e-4)
-        assert torch.allclose(program.module()(x[:3]), y[:3], atol=1e-4)
+        assert_close(program.module()(x), y, terms(network, x), peak(network, x))
+        assert_close(program.module()(x[:3]), y[:3], terms(network, x), peak(network, x))
     names = {name for name in program.state_dict if ".thin." in name}
     assert names  # the factors are exported, not the matrix
     dense = sum(t.numel() for t in build(case)[0].parameters())
@@ -267,7 +272,7 @@ def test_packed_sequences():
         plain.load_state_dict({n: w(i).detach() for n, (w, i) in _own(layer).items()} | _biases(layer))
         packed = nn.utils.rnn.pack_sequence([torch.randn(5, 6), torch.randn(3, 6)])
         ours, theirs = layer(packed)[0].data, plain(packed)[0].data
-        assert torch.allclose(ours, theirs, atol=1e-5)
+        assert_close(ours, theirs, terms(plain, packed.data), peak(plain, packed.data))
         ours.sum().backward()
         assert all(p.grad is not None for p in layer.parameters())
 
@@ -403,15 +408,16 @@ def test_a_group_shares_one_code(group, method, tmp_path):
         assert (tmp_path / "again.thin").read_bytes() == (tmp_path / "m.thin").read_bytes()
     dense = stack()
     dense.load_state_dict({name: torch.from_numpy(a) for name, a in deepthin.load(tmp_path / "m.thin").items()})
-    assert torch.allclose(dense(x), y, atol=1e-4)
+    sums = absolute(model)(x.abs().double())
+    assert_close(dense(x), y, terms(dense, x), sums)
     assert torch.equal(copy.deepcopy(model)(x), y)
-    assert torch.allclose(dt.materialize(model)(x), y, atol=1e-6 * y.abs().max().item())
+    assert_close(dt.materialize(model)(x), y, terms(dense, x), sums)
 
 
 def test_members_of_a_flat_group_keep_their_own_spread():
     model = nn.Sequential(nn.Linear(400, 100), nn.Linear(100, 25))
     dt.compress(model, {"rules": {"*": {"ratio": 0.2, "group": "flat"}}}, init="scratch")
-    assert model[0].weight.std().item() == pytest.approx(math.sqrt(0.2 / 400), rel=0.25)
+    assert model[0].weight.std().item() == pytest.approx(math.sqrt(0.2 / 400), rel=0.25)  # a draw of few factors
     assert model[1].weight.std().item() == pytest.approx(math.sqrt(0.2 / 100), rel=0.25)
 
 
@@ -423,7 +429,8 @@ def test_trained_members_are_encoded_each_at_its_scale():
         report = dt.compress(model, {"rules": {"*": {"ratio": 0.9, "rank": "max", "group": "flat"}}})
     for row, weight, layer in zip(report.rows, before, model, strict=True):
         assert row.error < 0.6
-        assert row.error == pytest.approx(((layer.weight - weight).norm() / weight.norm()).item(), rel=1e-4)
+        error = ((layer.weight - weight).norm() / weight.norm()).item()
+        assert row.error == pytest.approx(error, rel=bound(weight.numel(), 1.0))  # sums of squares
 
 
 def test_the_structured_product_of_a_group_is_the_dense_one():
@@ -435,7 +442,8 @@ def test_the_structured_product_of_a_group_is_the_dense_one():
         part = layer.thin["weight"]
         assert part.group.path(x, part.index) != "dense"
         reference = x.double() @ layer.weight.double().T
-        assert (part.product(x).double() - reference).norm() < 1e-5 * reference.norm()
+        sums = x.double().abs() @ layer.weight.double().abs().T
+        assert_close(part.product(x), reference, layer.in_features + 8, sums)
 
 
 def test_groups_that_cannot_be():
@@ -461,8 +469,10 @@ def is_projected(inputs, recurrent, before_inputs, before_recurrent):
     """DeepTwist's equation 5, in double precision."""
     u, sigma, vt = torch.linalg.svd(before_recurrent.double(), full_matrices=False)
     v = vt[:5].T
-    assert (recurrent.double() - (u[:, :5] * sigma[:5]) @ v.T).norm() < 1e-5 * recurrent.norm()
-    assert (inputs.double() - before_inputs.double() @ v @ v.T).norm() < 1e-5 * inputs.norm()
+    # A decomposition in float32 of 96 x 24 errs by its terms times the norm, its subspace by that over the gap.
+    lost = bound(96 + 24, sigma[0].item())
+    assert (recurrent.double() - (u[:, :5] * sigma[:5]) @ v.T).norm() <= lost
+    assert (inputs.double() - before_inputs.double() @ v @ v.T).norm() <= lost * inputs.norm() / (sigma[4] - sigma[5])
 
 
 @pytest.mark.filterwarnings("ignore:The relative error")
@@ -526,7 +536,8 @@ def test_rows_of_a_table_without_the_table(rank, group):
             for rows in (table(indices), nn.functional.embedding(indices, table.weight, table.padding_idx)):
                 grads = torch.autograd.grad(rows.square().sum() + rows.sum(), list(model.parameters()))
                 found.append([rows.detach(), *grads])
-            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+            for got, want in zip(*found, strict=True):  # sums over 6 rows of 24, of a rank of 4 at the most
+                assert_close(got, want, 6 * 24 + 8, max(1.0, largest(*found[1])))
         table.eval()
         with torch.no_grad():
             assert table(places).shape == (2, 3, 24)
@@ -544,4 +555,4 @@ def test_many_rows_of_a_table_are_taken_from_the_whole(monkeypatch):
     weight = model.thin["weight"]
     assert weight.rows_pay(few)
     assert not weight.rows_pay(many)
-    assert torch.allclose(model(many)[:50], model(few), atol=1e-6)
+    assert_close(model(many)[:50], model(few), weight.method.rank + 1, absolute(model)(few))

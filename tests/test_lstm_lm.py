@@ -23,6 +23,7 @@ from deepthin.lab.tasks.training import Training
 from deepthin.torch.exchange import thin_tensors
 from deepthin.torch.layers import ThinEmbedding, ThinLinear
 from deepthin.torch.recurrent_layers import ThinLSTM
+from tolerance import assert_close, bound, largest, peak
 
 NOUNS, VERBS = ("cat", "dog", "owl", "eel"), ("sees", "likes")
 
@@ -124,15 +125,15 @@ def test_text_becomes_words_marks_and_ends_of_paragraphs():
         (b"A\n" + bytes(20), "not in R's binary form"),
         (b"X\n" + number(4, 0, 0), ""),
         (serialised(number(24, 1)), ""),
-        (serialised(number(16, -1)), "emma is no text"),
-        (serialised(number(13, 1 << 28)), "emma is no text"),
+        (serialised(number(16, -1)), "emma is not text"),
+        (serialised(number(13, 1 << 28)), "emma is not text"),
         (serialised(b""), ""),
-        (serialised(number(13, 1, 7)), "emma is no text"),
+        (serialised(number(13, 1, 7)), "emma is not text"),
     ],
 )
 def test_what_r_did_not_write_is_named(tmp_path, item, reason):
     root = write_package(tmp_path, {"emma": ["x"]}, lambda _: item)
-    with pytest.raises(ConfigError, match=rf"Rdata.rdx is no database of R's, or damaged \(.*{reason}.+install"):
+    with pytest.raises(ConfigError, match=rf"Rdata.rdx is not an R database, or is damaged \(.*{reason}.+install"):
         austen.read(root)
 
 
@@ -228,9 +229,11 @@ def test_a_state_carries_a_text_on(data, thin):
         whole, last = model(text)
         first, state = model(text[:17])
         second, end = model(text[17:], state)
-    assert torch.allclose(torch.cat([first, second]), whole, atol=1e-6)
-    assert all(map(torch.allclose, last, end))
-    assert not torch.allclose(model(text[17:])[0], second, atol=1e-4)  # without the state it is another text
+    terms, sums = 30 * 2 * (16 + 16 + 8) + 16, peak(model, text)  # 30 steps of two layers
+    assert_close(torch.cat([first, second]), whole, terms, sums)
+    for got, want in zip(end, last, strict=True):
+        assert_close(got, want, terms, sums)
+    assert not torch.allclose(model(text[17:])[0], second, atol=1e-3)  # without the state it is another text
 
 
 def test_perplexity_is_that_of_the_carried_state(data):
@@ -245,7 +248,9 @@ def test_perplexity_is_that_of_the_carried_state(data):
         total += F.cross_entropy(scores[:, 0].double(), text[1:], reduction="sum").item()
     found = lstm_lm.evaluate(model, data, "test")
     assert tuple(found) == lstm_lm.TASK.metrics
-    assert found["perplexity"] == pytest.approx(math.exp(total / (20 * length)), rel=1e-5)
+    # The error of a mean is that of a score: of what the gates have not forgotten, some ten steps of two layers.
+    lost = bound(10 * 2 * (16 + 16 + 8) + 16, peak(model, data.texts["test"][:60, None]))
+    assert found["perplexity"] == pytest.approx(math.exp(total / (20 * length)), rel=2 * lost)
 
 
 def test_a_perplexity_out_of_reach_is_infinite(data):
@@ -258,12 +263,14 @@ def test_a_perplexity_out_of_reach_is_infinite(data):
 def test_a_training_learns_the_grammar(data):
     model = network(data, width=24)
     alone = 3 ** (1 / 3) * 6 ** (1 / 6) * 12 ** (1 / 2)  # of words by their frequency: the, <eos>, nouns and verbs
-    assert lstm_lm.evaluate(model, data, "dev")["perplexity"] == pytest.approx(alone, rel=0.05)
+    assert lstm_lm.evaluate(model, data, "dev")["perplexity"] == pytest.approx(
+        alone, rel=0.05
+    )  # untrained scores are small
     lstm_lm.fit(model, data, Training(model=model, steps=300, lr=2e-2))
     found = lstm_lm.evaluate(model, data, "dev")["perplexity"]
     best = 2 ** (5 / 6)  # two nouns and a verb in six words
     assert 0.97 * best < found < 1.1 * best  # below: as lucky as 1,350 words may be
-    assert math.exp(lstm_lm.loss(model, data)) == pytest.approx(found)
+    assert math.exp(lstm_lm.loss(model, data)) == found
 
 
 def test_a_training_follows_from_its_seed(data):
@@ -297,7 +304,7 @@ def test_a_thin_network_is_thin_in_all_of_its_parts(data, tmp_path):
 def test_the_networks_of_the_papers(width, depth, parameters, share, spread):
     """Zaremba's small and medium network, sections 4.1; DeepTwist's of Table 4. torch has two biases, not one."""
     model = lstm_lm.build(None, width, depth)
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.005)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.005)  # which the papers round
     assert model.lstm.num_layers == depth
     assert model.dropout.p == share
     assert spread * 0.99 < max(p.abs().max() for p in model.parameters()) <= spread
@@ -360,7 +367,7 @@ def test_the_benchmark_twists_and_prunes(folder, tmp_path, language, capsys):
         for name, (thin, index) in thin_tensors(loaded).items():
             matrix = thin(index)
             assert (matrix != 0).sum() == round(left * matrix.numel()), name
-        assert row["test"] == pytest.approx(lstm_lm.evaluate(loaded, lstm_lm.load(folder), "test")["perplexity"])
+        assert row["test"] == lstm_lm.evaluate(loaded, lstm_lm.load(folder), "test")["perplexity"]
         assert sum(row["histogram"]) == sum(
             (getattr(loaded.lstm, f"weight_{of}_l0") != 0).sum().item() for of in ("ih", "hh")
         )
@@ -384,13 +391,14 @@ def test_the_benchmark_truncates_signs_and_relays(folder, tmp_path, language):
     for share, rank in ((".39", 8), (".20", 4), (".15", 3), (".10", 2)):
         for way in ("twist", "once"):
             model = dt.load(lstm_lm.build(lstm_lm.load(folder), 20), tmp_path / f"rank-{share}-{way}.thin")
-            assert torch.linalg.matrix_rank(model.lstm.weight_hh_l0.detach(), rtol=1e-5) == rank
+            # What rounding leaves of removed singular values: some 80 + 20 roundings of the largest.
+            assert torch.linalg.matrix_rank(model.lstm.weight_hh_l0.detach(), rtol=bound(100, 1.0)) == rank
             assert not isinstance(model.output, ThinLinear)
         assert list(by["rank", share, "twist"]["spectra"]) == ["0", "1", "2"]
     for way in ("twist", "once"):
         lstm = dt.load(lstm_lm.build(lstm_lm.load(folder), 20), tmp_path / f"rank-.15-shared-{way}.thin").lstm
         both = torch.cat([lstm.weight_ih_l0, lstm.weight_hh_l0]).detach()
-        assert torch.linalg.matrix_rank(both, rtol=1e-5) == 3  # one projection for both
+        assert torch.linalg.matrix_rank(both, rtol=bound(180, 1.0)) == 3  # one projection for both
     settings = [key[1] for key in by if key[0] == "bits"]
     assert settings == ["1 greedy", "2 greedy", "2 alternating", "3 greedy", "3 alternating"]
     model = dt.load(lstm_lm.build(lstm_lm.load(folder), 20), tmp_path / "bits-2-greedy-twist.thin")
@@ -424,6 +432,6 @@ def test_the_output_begins_with_what_is_frequent(data):
     """The share of each word in the training text, one added to each count; on the meta device there are no values."""
     bias = lstm_lm.build(data, 8).output.bias.detach()
     counts = torch.bincount(data.texts["train"]).double() + 1
-    assert torch.allclose(bias.exp().double(), counts / counts.sum(), rtol=1e-5)
+    assert_close(bias.exp(), counts / counts.sum(), 4 + largest(bias))  # the rounding of a logarithm is its share's
     with torch.device("meta"):
         assert lstm_lm.build(data, 8).output.bias.is_meta

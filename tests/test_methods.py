@@ -22,6 +22,7 @@ from deepthin.methods.tensor_train import TensorTrain
 from deepthin.testing import INNER, check_method
 from deepthin.testing.claims import CLAIMS
 from deepthin.testing.laws import LAWS, NOT_OF_TWO
+from tolerance import assert_close
 
 SCALAR = {name for name, named in METHODS.items() if "bits" in named.sized_by}  # these may store others' floats
 SUBJECTS = {name: (name, ()) for name in METHODS} | {
@@ -145,7 +146,7 @@ def test_rank_is_the_truncated_svd():
     u, s, vt = np.linalg.svd(weight, full_matrices=False)
     best = (u[:, :4] * s[:4]) @ vt[:4]
     assert method.rank == 4
-    assert np.allclose(method.decode(method.encode(weight, np), np), best, atol=1e-12)
+    assert_close(method.decode(method.encode(weight, np), np), best, 30 + 20, s[0])  # what two decompositions lose
 
 
 def test_shuffled_holds_deepthins_values():
@@ -161,7 +162,9 @@ def test_encoded_factors_are_alike_in_size():
     method = METHODS["deepthin"].fit((300, 400), 32 * 4000)
     code = method.encode(np.random.default_rng(4).normal(size=(300, 400)), np)
     assert method.m > 30 * method.n
-    assert np.sqrt((code["xf"] ** 2).mean()) == pytest.approx(np.sqrt((code["wf"] ** 2).mean()), rel=0.01)
+    assert np.sqrt((code["xf"] ** 2).mean()) == pytest.approx(
+        np.sqrt((code["wf"] ** 2).mean()), rel=0.01
+    )  # by the factors' norms; half of the numbers of the last row are outside
 
 
 def test_a_zero_weight_still_trains():
@@ -247,7 +250,7 @@ def test_hashed_is_the_sum_over_each_bucket():
     (weight * grad).sum().backward()
     for k in range(6):
         mine = sum(sign * g for (bucket, sign), g in zip(place, grad.flatten().tolist(), strict=True) if bucket == k)
-        assert values.grad[k].item() == pytest.approx(mine)
+        assert_close(values.grad[k].item(), mine, 35, abs(grad).sum())
     shares = np.random.default_rng(0).random((7, 5))
     code = method.encode(grad.numpy(), np, shares)
     for k in range(6):
@@ -256,7 +259,8 @@ def test_hashed_is_the_sum_over_each_bucket():
             for (b, sign), w, h in zip(place, grad.flatten().tolist(), shares.ravel(), strict=True)
             if b == k
         ]
-        assert code["values"][k] == pytest.approx(sum(w * h for w, h in own) / sum(h for _, h in own) if own else 0)
+        want = sum(w * h for w, h in own) / sum(h for _, h in own) if own else 0
+        assert_close(code["values"][k], want, 2 * 35, abs(grad).max())
 
 
 def test_hashes_of_two_layers_are_not_alike():
@@ -308,7 +312,7 @@ def test_balanced_pruning_keeps_the_same_share_in_every_processing_element():
             assert abs(counts - kept * weights / weights.sum()).max() < 1
     assert METHODS["pruned"].fit((10, 7), 900, balance=32).balance == 10
     for wrong in (0, 1.5, True):
-        with pytest.raises(ConfigError, match="processing elements is a whole one, from 1 on"):
+        with pytest.raises(ConfigError, match="processing elements is an integer >= 1"):
             METHODS["pruned"].fit((10, 7), 900, balance=wrong)
     with pytest.raises(ValueError, match="cannot balance 4 rows over 5"):
         Pruned((4, 2), 4, balance=5)
@@ -324,19 +328,21 @@ def test_pruned_against_scipy():
     matrix = sparse.coo_matrix((code["values"], (rows, cols)), shape=(30, 50)).toarray()
     assert (method.decode(code, np) == matrix).all()
     kept = np.sort(abs(weight), axis=None)[-method.kept :]
-    assert np.allclose(np.sort(abs(matrix[matrix != 0])), kept)
+    assert (np.sort(abs(matrix[matrix != 0])) == kept).all()
 
 
 def test_kronecker_against_numpy_and_the_nearest_sum():
     method = Kronecker((12, 20), (3, 4), 2)
     code = method.init(np.random.default_rng(6), 1.0)
-    assert np.allclose(
-        method.decode(code, np), sum(np.kron(a, b) for a, b in zip(code["a"], code["b"], strict=True)), atol=1e-6
+    want, sizes = (
+        sum(np.kron(a, b) for a, b in zip(f(code["a"]), f(code["b"]), strict=True)) for f in (np.array, np.abs)
     )
+    assert_close(method.decode(code, np), want, 2, sizes)
     weight = np.random.default_rng(7).normal(size=(12, 20))
     error = np.linalg.norm(method.decode(method.encode(weight, np), np) - weight)
     blocks = [weight[4 * i : 4 * i + 4, 5 * j : 5 * j + 5].ravel() for i in range(3) for j in range(4)]
-    assert error == pytest.approx(np.sqrt((np.linalg.svd(np.array(blocks))[1][2:] ** 2).sum()))
+    want = np.sqrt((np.linalg.svd(np.array(blocks))[1][2:] ** 2).sum())
+    assert_close(error, want, weight.size, np.linalg.norm(weight))
     assert METHODS["kronecker"].fit((1024, 1024), 32 * 2048).left == (32, 32)
 
 
@@ -348,10 +354,10 @@ def test_tensor_train_against_tensorly():
     method = TensorTrain((24, 30), (2, 3, 4), (5, 3, 2), 4)
     code = method.encode(weight, np)
     cores = [code[f"core{k}"] for k in range(3)]
-    assert np.allclose(method.decode(code, np), tt_matrix_to_matrix(cores))
+    assert_close(method.decode(code, np), tt_matrix_to_matrix(cores), 4 + 4, tt_matrix_to_matrix([*map(abs, cores)]))
     theirs = tensor_train_matrix(weight.reshape(2, 3, 4, 5, 3, 2), rank=[1, 4, 4, 1])
     errors = [np.linalg.norm(w - weight) for w in (method.decode(code, np), tt_matrix_to_matrix(list(theirs)))]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+    assert_close(errors[0], errors[1], weight.size, np.linalg.norm(weight))
 
 
 def test_uniform_is_the_linear_quantiser():
@@ -362,7 +368,7 @@ def test_uniform_is_the_linear_quantiser():
     assert code["symbols"].tolist() == [[3, -2, 0, 0], [0, -3, 2, 1]]
     affine = Uniform((2, 4), 2, affine=True, per="row").encode(weight, np)
     assert affine["least"].ravel().tolist() == [-0.375, -0.75]
-    assert affine["step"].ravel().tolist() == pytest.approx([0.375, 1.375 / 3])
+    assert_close(affine["step"].ravel(), [0.375, 1.375 / 3], 2)  # a difference and a quotient
     assert affine["symbols"].tolist() == [[3, 0, 1, 1], [2, 0, 3, 2]]
     zero = Uniform((1, 3), 8).encode(np.zeros((1, 3), "f4"), np)
     assert (zero["step"].item(), zero["symbols"].tolist()) == (1.0, [[0, 0, 0]])

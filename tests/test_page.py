@@ -34,8 +34,8 @@ def test_the_headline_pairs_error_file_and_speed_of_one_configuration():
     said = re.sub("<.*?>", "", re.search(r'class="headlines">(.*?)</div>', shown(), re.DOTALL)[1])
     assert said == (
         "Best compressed network by development frame error: deepthin-8bit at 0.0195: test frame error 25.10 ± 0.10 % "
-        "(dense: 23.70 ± 0.10) in a file of 305,129 bytes, 48 times smaller than dense (14,792,868 bytes). The same "
-        "file runs 6.00 times as fast as dense: 250 against 1,500 µs for one item."
+        "(dense: 23.70 ± 0.10) in a file of 305,129 bytes, 48 times smaller than dense (14,792,868 bytes). The "
+        "network in this file is 6.00 times as fast as dense: 250 against 1,500 µs for one item."
     )
     two = shown(made(("dense", "deepthin", "tensor-train")))
     assert re.findall(r"<p>(Best.*?) by development.*?<b>(.*?)</b>", two) == [
@@ -77,7 +77,7 @@ def test_it_says_how_it_was_made():
     assert "AN4 &amp; more" in page
     assert "<h3>rank at 0.01</h3>\n<pre>6 &lt; 7</pre>" in page
     assert torch.__version__ in page
-    assert "What each method was trained with" in shown()
+    assert "Training settings of each method" in shown()
     assert "uniform-bytes" in shown()
 
 
@@ -173,7 +173,7 @@ def test_a_click_in_the_legend_hides_a_curve_and_another_shows_it(page):
         assert legend(page, "rank", figure).get_attribute("aria-pressed") == "true"
     page.locator("button[name=none]").first.click()
     assert page.locator("svg.plot g.curve").count() == 0
-    assert "Nothing is chosen" in page.locator("svg.plot").first.text_content()
+    assert "No curve is selected" in page.locator("svg.plot").first.text_content()
     page.locator("button[name=all]").first.click()
     assert page.locator("figure").first.locator("svg.plot g.curve").count() == len(METHODS) - 1  # uniform reaches none
 

@@ -10,14 +10,20 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import deepthin.torch as dt
-from deepthin.kernels import products
+from deepthin.kernels import costs, products
 from deepthin.kernels.recurrent import CELLS, gates_of
 from deepthin.methods.factor import Factor
+from deepthin.torch import multiply
 from deepthin.torch.recurrent import pays, recurrent
 from deepthin.torch.recurrent_layers import ThinRecurrent
+from tolerance import assert_close, bound, largest
 
 native = pytest.mark.skipif(not products.native_available, reason="no native kernels here")
 OPERATOR = torch.ops.deepthin.recurrent.default
+# Terms of the sums behind one output, at the most: of 7 steps through 3 layers of 16 + 16 + 8 (or 2 of 28 + 14 + 8),
+# and of a gradient: as many back, and over steps, items and what one factor serves.
+TERMS = 7 * 3 * (16 + 16 + 8)
+GRADIENT = 2 * TERMS + 7 * 6 + 100
 KINDS = [nn.LSTM, nn.GRU, nn.RNN, lambda *sizes, **rest: nn.RNN(*sizes, nonlinearity="relu", **rest)]
 
 
@@ -88,7 +94,7 @@ def test_outputs_and_gradients_are_those_of_double_precision(cell, batch):
         results.append((found, torch.autograd.grad(loss_of(found), flat(*own))))
     for got, want in zip(itertools.chain(*results[0]), itertools.chain(*results[1]), strict=True):
         if want is not None:
-            assert (got - want).norm() <= 1e-5 * want.norm() + 1e-6
+            assert (got - want).norm() <= bound(GRADIENT, want.norm())
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -100,7 +106,7 @@ def test_gradients_of_gradients(cell):
         y = recurrent(*own, [0] * 4, cell, 2)[0]
         first = torch.autograd.grad(y.square().sum(), own[0], create_graph=True)[0]
         found.append(torch.autograd.grad(first.square().sum(), own[3])[1])
-    assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()
+    assert (found[0] - found[1]).norm() <= bound(2 * GRADIENT, found[1].norm())
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -149,7 +155,7 @@ def test_a_layer_returns_what_torch_returns_with_decoded_weights(kind, batch_fir
     for got, want in zip(*map(flatten, found), strict=True):
         assert got.shape == want.shape
         assert got.dtype == want.dtype
-        assert torch.allclose(got, want, atol=1e-5)
+        assert_close(got, want, TERMS, max(1.0, largest(want)))
 
 
 @native
@@ -229,7 +235,8 @@ def test_a_rounded_code_trains_through_its_rounding(decoded):
         model.zero_grad()
         loss_of([model(x)[0]]).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*grads, strict=True))
+    for got, want in zip(*grads, strict=True):
+        assert_close(got, want, GRADIENT, largest(want))
 
 
 @native
@@ -248,9 +255,10 @@ def test_a_group_of_gate_matrices(group, decoded):
         loss_of([y]).backward()
         found.append([y, *(p.grad.clone() for p in model.parameters())])
     for got, want in zip(*found, strict=True):
-        assert torch.allclose(got, want, rtol=1e-3, atol=1e-4)
+        assert_close(got, want, GRADIENT, largest(want))
 
 
+@native  # without native code it is torch's own layer, whose types vary
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_autocast_returns_what_torch_returns(kind):
     model, x = layer(kind), torch.randn(4, 3, 11)
@@ -259,7 +267,8 @@ def test_autocast_returns_what_torch_returns(kind):
         y, states = model(x)
     assert y.dtype == torch.bfloat16
     assert all(s.dtype == torch.bfloat16 for s in (states if isinstance(states, tuple) else [states]))
-    assert torch.allclose(y.float(), want, atol=0.02)
+    # Sums are in float32: what is rounded to bfloat16 is weights, inputs, states, gates and outputs, below one.
+    assert (y - want).abs().max() <= bound(5, 1.0, "bfloat16")
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
@@ -278,7 +287,8 @@ def test_a_compiled_layer_is_one_graph_with_the_operator_and_gradients(kind, com
     y = torch.compile(lambda x: model(x)[0], backend="aot_eager", fullgraph=True)(x)
     assert torch.equal(y, want)
     again = torch.autograd.grad(loss_of([y]), list(model.parameters()))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, grads, strict=True))
+    for got, wanted in zip(again, grads, strict=True):
+        assert_close(got, wanted, GRADIENT, largest(wanted))
     torch.compile(lambda x: model(x)[0], backend=backend, fullgraph=True)(x)
     assert any("deepthin.recurrent" in str(target) for target in calls[0])
 
@@ -287,7 +297,7 @@ def test_an_exported_layer_needs_no_library():
     model, x = layer(nn.GRU).eval(), torch.randn(4, 3, 11)
     program = torch.export.export(model, (x,))
     assert not any("deepthin" in str(node.target) for node in program.graph.nodes)
-    assert torch.allclose(program.module()(x)[0], model(x)[0], atol=1e-5)
+    assert_close(program.module()(x)[0], model(x)[0], TERMS, 1.0)
 
 
 @native
@@ -324,7 +334,8 @@ def test_the_operator_exports_with_a_dynamic_batch_and_trains(compiling):
         for own in (model, program.module()):
             y = own(x)
             found.append([y, *torch.autograd.grad(y.square().sum(), list(own.parameters()))])
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+        for got, want in zip(*found, strict=True):
+            assert_close(got, want, GRADIENT + 6 * batch, max(1.0, largest(want)))
 
 
 @native
@@ -372,7 +383,8 @@ def test_models_under_transforms_of_torch_func():
 
     want = torch.autograd.grad(loss(parameters, x), list(parameters.values()))
     got = torch.func.grad(loss)(parameters, x)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got.values(), want, strict=True))
+    for one, other in zip(got.values(), want, strict=True):
+        assert_close(one, other, GRADIENT, largest(other))
 
 
 def test_the_faster_way_is_taken_whatever_the_length():
@@ -382,3 +394,34 @@ def test_the_faster_way_is_taken_whatever_the_length():
         assert pays((large, large), 1, training)
         assert pays((large, large), 32, training)
         assert not pays((thick, thick), 64, training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_refit_of_costs_reaches_every_choice(training, monkeypatch):
+    """The kind: a number of the fit that is written down a second time would not follow."""
+    method = Factor((2048, 2048), 60, 1)
+    caches = (pays, multiply._factored, multiply._least, multiply.operator_pays, costs.choose, costs.choose_native)
+    window = method.window(0, method.shape)
+    case = multiply.Case(method, window, 32, not training, native=True)
+
+    def choices():
+        for cache in caches:
+            cache.cache_clear()
+        return [
+            pays((method, method), 4, training),
+            multiply.choose(case).name != "dense",
+            costs.choose(method, 32, not training, native=True) != "dense",
+            multiply.operator_pays(window),
+        ]
+
+    try:
+        for times in (1e-6, 1e6):
+            fitted = {
+                ready: {**ways, "dense": tuple(times * number for number in ways["dense"])}
+                for ready, ways in costs._NANOSECONDS.items()
+            }
+            with monkeypatch.context() as patch:
+                patch.setattr(costs, "_NANOSECONDS", fitted)
+                assert choices() == [times > 1] * 4
+    finally:
+        choices()  # by the fit as it is

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import deepthin.torch as dt
+import tolerance
 from deepthin.kernels import costs, products
 from deepthin.methods.kmeans import KMeans
 from deepthin.methods.scalar import Uniform
@@ -85,15 +86,15 @@ def test_other_inputs_take_the_decoded_weight(rule, tmp_path):
         with forward_ad.dual_level():
             assert thin.path(x) == "dense"
             _, tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x)))
-        assert torch.allclose(tangent, x @ layer.weight.T, atol=1e-5)
-        assert torch.allclose(torch.func.vmap(layer)(x), layer(x), atol=1e-5)
+        assert ((tangent - x @ layer.weight.T).abs() <= 2 * bound(layer, x)).all()
+        assert ((torch.func.vmap(layer)(x) - layer(x)).abs() <= 2 * bound(layer, x)).all()
         layer.train()
         assert thin.path(x) == "dense"
         layer.eval()
     x.requires_grad_()
     assert thin.path(x) == "dense"
     layer(x).sum().backward()
-    assert torch.allclose(x.grad, layer.weight.sum(0).expand(3, -1), atol=1e-5)
+    tolerance.assert_close(x.grad, layer.weight.sum(0).expand(3, -1), 30, layer.weight.abs().sum(0).expand(3, -1))
     assert torch.equal(layer.bias.grad, torch.full((30,), 3.0))
     with torch.no_grad():
         layer.double()
@@ -172,7 +173,9 @@ def test_a_model_is_frozen_by_loading_and_thawed_by_loading(tmp_path):
     assert [weight.rounds for weight in weights] == [False, False]
     assert not any(p.requires_grad for weight in weights for p in weight.parameters())
     assert "weight" not in dict(weights[0].named_parameters())
-    assert torch.allclose(model(x), want, atol=1e-5)
+    tolerance.assert_close(
+        model(x), want, 53 + 30 + 2 * 20, tolerance.peak(model, x)
+    )  # two layers, and their decoded weights
     assert dt.load(model, tmp_path / "m.thin", frozen=True)[0].thin["weight"] is weights[0]  # filled again, in place
     dt.load(model, tmp_path / "m.thin").requires_grad_().train()
     assert [layer.thin["weight"].rounds for layer in model] == [True, True]
@@ -190,4 +193,5 @@ def test_shared_values_train_as_before():
     y.backward(torch.ones_like(y))
     every = x.sum(0).expand(30, -1)
     want = torch.zeros(8).index_add_(0, thin.symbols.flatten().long(), every.flatten())
-    assert torch.allclose(thin.centres.grad, want, atol=1e-4)
+    sizes = torch.zeros(8).index_add_(0, thin.symbols.flatten().long(), every.abs().flatten())
+    tolerance.assert_close(thin.centres.grad, want, 3 + int(thin.symbols.flatten().bincount().max()), sizes)

@@ -21,6 +21,7 @@ import deepthin.tensorflow as dtf
 import deepthin.torch as dt
 from deepthin.errors import BudgetError, ConfigError, NonFiniteError
 from deepthin.tensorflow.get_variable import _here
+from tolerance import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept")  # of TensorFlow's variables
 EPS32 = float(np.finfo(np.float32).eps)
@@ -53,7 +54,7 @@ def test_a_tensor_is_generated_from_factors_that_train():
         loss = tf.reduce_sum(weight**2)
     assert weight.shape == (440, 2048)
     assert weight.dtype == tf.float32
-    assert float(tf.math.reduce_std(weight)) == pytest.approx(np.sqrt(0.2 / 440), rel=0.02)
+    assert float(tf.math.reduce_std(weight)) == pytest.approx(np.sqrt(0.2 / 440), rel=0.02)  # a draw's spread
     factors = dtf.variables().trainable_variables
     assert [variable.name for variable in factors] == ["fc1/kernel/wf:0", "fc1/kernel/xf:0"]
     assert sum(tf.size(variable).numpy() for variable in factors) <= 0.1 * 440 * 2048
@@ -75,7 +76,7 @@ def test_what_no_rule_names_is_a_variable_as_it_is():
     thin = dtf.Variables({**RULES, "rules": {"*kernel": {}}})
     assert same(thin.get("fc/bias", (9,)), np.zeros(9))
     table = thin.get("table", (50, 30))
-    assert float(tf.math.reduce_std(table)) == pytest.approx(np.sqrt(0.2 / 50), rel=0.1)
+    assert float(tf.math.reduce_std(table)) == pytest.approx(np.sqrt(0.2 / 50), rel=0.1)  # a draw's spread
     assert same(thin.get("ones", (2, 3), initializer=tf.ones_initializer()), np.ones((2, 3)))
     assert same(thin.get("given", (2, 2), initializer=[[1.0, 2.0], [3.0, 4.0]]), [[1, 2], [3, 4]])
     assert {v.name for v in thin.trainable_variables} == {"fc/bias:0", "table:0", "ones:0", "given:0"}
@@ -264,7 +265,8 @@ def test_a_file_is_taken_over_in_place(tmp_path):
     file_of(tmp_path, one)
     dtf.load(other, tmp_path / "m.thin")
     assert same(other.get("fc/kernel"), one.get("fc/kernel"))
-    assert np.abs(use(x) - (x @ one.get("fc/kernel") + one.get("fc/bias"))).max() < 1e-4
+    kernel, bias = one.get("fc/kernel"), one.get("fc/bias")
+    assert_close(use(x), x @ kernel + bias, 60 + 8, np.abs(x) @ np.abs(kernel) + np.abs(bias))
     assert use.experimental_get_tracing_count() == 1
 
 
@@ -438,7 +440,7 @@ MISTAKES = {
     ),
     "vector": (
         lambda: dtf.Variables(RULES).product(tf.ones((2, 9)), "fc/bias", (9,)),
-        "fc/bias, of shape (9,), is no matrix of inputs x outputs: use get.",
+        "fc/bias, of shape (9,), is not a matrix (inputs, outputs): use get.",
     ),
     "constraint": (
         lambda: dtf.Variables(RULES).getter(None, "fc", (60, 90), constraint=tf.nn.relu),
@@ -476,7 +478,7 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
     file_of(tmp_path, made())
     other = dtf.Variables({"model": {"ratio": 0.2}}, seed=4)
     before = other.get("fc/kernel", (60, 90))
-    with pytest.raises(ConfigError, match=r"by another plan .* load before anything is asked for"):
+    with pytest.raises(ConfigError, match=r"by another plan .* load the file before the first get"):
         dtf.load(other, tmp_path / "m.thin")
     assert same(other.get("fc/kernel"), before)
     other.get("fc2/kernel", (60, 90))
@@ -501,6 +503,21 @@ def test_outputs_first(tmp_path):
     assert same(layer.net.embedding.weight.detach(), table)
     x = tf.ones((2, 100))
     assert same(thin.product(x, "net/embedding"), x @ table)
+
+
+def test_names_that_look_like_patterns_mean_themselves():
+    shapes = {"fc[0]/kernel": (40, 30), "fc0/kernel": (40, 30), "e[0]": (30, 20), "e0": (30, 20)}
+    rules = {"rules": {"fc[0].kernel": {"ratio": 0.3}}}
+    thin = dtf.Variables(rules, shapes=shapes, outputs_first=["e[0]"])
+    for name, shape in shapes.items():
+        thin.get(name, shape)
+    assert {v.name.split(":")[0] for v in thin.trainable_variables} == {
+        "fc[0]/kernel/wf", "fc[0]/kernel/xf", "fc0/kernel", "e[0]", "e0",
+    }  # fmt: skip
+    assert {row.name: row.shape for row in thin.report().rows if row.name[0] == "e"} == {
+        "e[0]": (30, 20),
+        "e0": (20, 30),
+    }
 
 
 # ---- The page and the benchmark --------------------------------------------------------------------------------------

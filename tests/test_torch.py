@@ -19,8 +19,11 @@ import deepthin
 import deepthin.torch as dt
 from deepthin import BudgetError, ConfigError, FormatError, NonFiniteError
 from deepthin.torch.exchange import thin_tensors
+from tolerance import absolute, assert_close, bound, largest, peak
 
 RATIO = {"model": {"ratio": 0.1}}
+SAVED = 4 * (8 + 12 + 8) + 32  # of four recurrent steps, with what decodes their weights; other layers have fewer
+TERMS = 40 + 60 + 50 + 4 * 8  # of three layers and a normalisation, with what decodes their weights
 
 
 def network():
@@ -85,7 +88,7 @@ def test_output_is_that_of_the_decoded_weights(x):
     dense = dt.materialize(copy.deepcopy(model))
     assert type(dense[0]) is nn.Linear
     assert set(dense.state_dict()) == set(network().state_dict())
-    assert torch.allclose(model(x), dense(x), atol=1e-5)
+    assert_close(model(x), dense(x), TERMS, absolute(model)(x.abs().double()))
 
 
 def test_trained_weights_are_encoded_and_the_error_is_told():
@@ -94,7 +97,8 @@ def test_trained_weights_are_encoded_and_the_error_is_told():
     with pytest.warns(UserWarning, match="Train on before use"):
         report = dt.compress(model, RATIO)
     row = next(row for row in report.rows if row.name == "3.weight")
-    assert row.error == pytest.approx(((model[3].weight - before).norm() / before.norm()).item(), rel=1e-5)
+    error = ((model[3].weight - before).norm() / before.norm()).item()
+    assert row.error == pytest.approx(error, rel=bound(before.numel(), 1.0))  # sums of squares
     assert 0.5 < row.error < 1
 
 
@@ -106,14 +110,14 @@ def test_a_weight_that_fits_is_encoded_without_loss_or_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = dt.compress(model, {"rules": {"*": {"method": "rank", "rank": 2}}})
-    assert report.rows[0].error < 1e-5
-    assert torch.allclose(model[0].weight, before, atol=1e-4)
+    assert report.rows[0].error <= bound(30 + 20, 1.0)  # what a decomposition loses
+    assert_close(model[0].weight, before, 30 + 20, torch.linalg.matrix_norm(before, 2))
 
 
 def test_scratch_has_a_tenth_of_hes_variance_and_follows_the_seed():
     model = nn.Sequential(nn.Linear(500, 400))
     dt.compress(model, RATIO, init="scratch", seed=3)
-    assert model[0].weight.var().item() == pytest.approx(0.2 / 500, rel=0.2)
+    assert model[0].weight.var().item() == pytest.approx(0.2 / 500, rel=0.2)  # a draw of few factors
     same, other = (nn.Sequential(nn.Linear(500, 400)) for _ in range(2))
     dt.compress(same, RATIO, init="scratch", seed=3)
     dt.compress(other, RATIO, init="scratch", seed=4)
@@ -225,8 +229,9 @@ def test_biases_can_be_thin(x, tmp_path):
 def test_a_layer_with_a_thin_bias_only(x):
     model = network().eval()
     before = model(x)
+    sizes = absolute(model)(x.abs().double())
     dt.compress(model, {"rules": {"0.bias": {"method": "rank", "rank": 8}}})
-    assert torch.allclose(model(x), before, atol=1e-4)
+    assert_close(model(x), before, TERMS, sizes)
 
 
 # Files
@@ -265,7 +270,7 @@ def test_numpy_load_is_the_dense_state_dict(x, tmp_path):
     assert arrays["2.num_batches_tracked"].dtype == np.int64
     dense = network()
     dense.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    assert torch.allclose(dense.eval()(x), model(x), atol=1e-5)
+    assert_close(dense.eval()(x), model(x), TERMS, absolute(model)(x.abs().double()))
 
 
 def test_loading_under_other_names(x, tmp_path):
@@ -383,6 +388,26 @@ def test_same_size_is_the_widest_that_fits():
         dt.same_size(build, 199)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda width: nn.Linear(50, 33),
+        lambda width: nn.Linear(50, min(width, 40)),
+        lambda width: nn.Linear(50, 33 + width % 2),
+        lambda width: nn.Linear(50, max(40 - width, 1)),
+        lambda width: nn.Linear(50, width.bit_length()),
+        lambda width: nn.BatchNorm1d(3),
+    ],
+)
+def test_same_size_of_a_builder_that_ignores_width_ends(build):
+    with pytest.raises(ConfigError, match="do not grow with the width: they take .* Use the width in build"):
+        dt.same_size(build, 10_000)
+
+
+def test_same_size_of_a_builder_that_grows_in_steps():
+    assert dt.same_size(lambda width: nn.Linear(8, max(width // 1000, 1)), 4 * 8 * 3) == 3999
+
+
 # Mistakes
 
 
@@ -469,7 +494,8 @@ def test_autocast(method, x):
         y = model(x)
         y.sum().backward()
     assert y.dtype == torch.bfloat16
-    assert torch.allclose(y.float(), exact, atol=0.05 * exact.abs().max().item())
+    # Sums are in float32: what is rounded to bfloat16 is the weights, inputs, outputs and sums of three layers.
+    assert (y - exact).abs().max() <= bound(3 * 4, largest(exact), "bfloat16")
     assert all(p.grad is not None for p in model[0].thin.parameters())
 
 
@@ -482,13 +508,13 @@ def test_autocast_on_the_structured_way():
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
     assert y.dtype == torch.bfloat16
-    assert torch.allclose(y.float(), exact, atol=0.02 * exact.abs().max().item())
+    assert (y - exact).abs().max() <= bound(4, largest(exact), "bfloat16")  # the same, of one layer
 
 
 def test_moving_to_another_type_or_device(x):
     model = thin()
     y = model(x)
-    assert torch.allclose(copy.deepcopy(model).double()(x.double()).float(), y, atol=1e-5)
+    assert_close(y, copy.deepcopy(model).double()(x.double()), TERMS, absolute(model)(x.abs().double()))
     assert torch.equal(copy.deepcopy(model).to("cpu")(x), y)
     shuffled = thin({"model": {"ratio": 0.1}, "rules": {"*": {"method": "shuffled"}}}).to("meta")
     assert all(t.is_meta for t in [*shuffled.parameters(), *shuffled.buffers()])
@@ -497,7 +523,8 @@ def test_moving_to_another_type_or_device(x):
 def test_derived_tables_are_not_in_the_state_dict():
     model = thin({"model": {"ratio": 0.1}, "rules": {"*": {"method": "shuffled"}}})
     assert not [name for name in model.state_dict() if "order" in name]
-    orders = [weight.order for weight, _ in thin_tensors(model).values()]
+    assert not list(model.buffers())
+    orders = [weight._derived()["order"] for weight, _ in thin_tensors(model).values()]
     assert not torch.equal(orders[0][:500], orders[1][:500])  # every matrix has its own
 
 
@@ -531,7 +558,7 @@ def test_the_kept_dense_weight_is_never_stale(mode, x):
             after = model(x)
         expected = dt.materialize(copy.deepcopy(model))
         with mode():
-            assert torch.allclose(after, expected(x), atol=1e-5)
+            assert_close(after, expected(x), TERMS, absolute(model)(x.abs().double()))
             assert not torch.equal(after, before)
         before = after
 
@@ -599,8 +626,8 @@ torch.set_num_threads(1)
 layer = torch.nn.Sequential(torch.nn.Linear(200, 3500))
 dt.compress(layer, {"model": {"ratio": 0.02}}, init="scratch")
 optimizer, x = torch.optim.SGD(layer.parameters(), 1e-3), torch.randn(400, 200)
-for step in range(160):
-    if step in (40, 159):
+for step in range(71):
+    if step in (20, 70):
         print(int(open("/proc/self/statm").read().split()[1]) * 4096)
     optimizer.zero_grad()
     layer(x).square().mean().backward()
@@ -613,7 +640,7 @@ def test_training_takes_no_more_memory_with_every_step():
     """Each step takes and returns blocks of 5.6 MB, behind which a few bytes that stayed would keep them."""
     shown = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=False)
     before, after = map(int, shown.stdout.split())
-    assert after - before < 80e6, shown.stderr  # 620e6 where spectra of every step were kept
+    assert after - before < 80e6, shown.stderr  # 280e6 where 5.6 MB of every step were kept
 
 
 def test_a_model_that_version_0_1_pickled_loads_and_computes_the_same():
@@ -623,7 +650,7 @@ def test_a_model_that_version_0_1_pickled_loads_and_computes_the_same():
         for name, x in saved["x"].items():
             y = saved["model"][name](x)
             y = y[0] if isinstance(y, tuple) else y
-            assert torch.allclose(y, saved["y"][name], rtol=1e-5, atol=1e-6), name
+            assert_close(y, saved["y"][name], SAVED, peak(saved["model"][name], x))
 
 
 def test_paths_that_documents_name_stay_importable():

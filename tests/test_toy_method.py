@@ -15,6 +15,7 @@ from deepthin import METHODS, BudgetError
 from deepthin.methods import Named
 from deepthin.testing import INNER, Claims, check_method
 from deepthin.torch.exchange import THIN
+from tolerance import assert_close, largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,8 @@ def test_it_trains_in_every_layer_and_comes_back_from_a_file(striped, kind, then
     dense = deepthin.load(tmp_path / "a.thin")
     plain = dt.materialize(copy.deepcopy(network)).state_dict()
     assert dense.keys() == plain.keys()
-    assert all(np.allclose(dense[name], plain[name].numpy(), rtol=1e-5, atol=1e-6) for name in plain)
+    for name, value in plain.items():
+        assert_close(dense[name], value.numpy(), 4, largest(value))  # a product and a shift
 
 
 def test_its_name_in_messages_and_reports(striped, tmp_path):

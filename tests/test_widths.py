@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import deepthin.torch as dt
 from deepthin import ConfigError, NonFiniteError
+from tolerance import bound
 
 EPS = torch.finfo(torch.float32).eps
 IMAGES = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -159,7 +160,7 @@ def test_which_units_go(scores, options, kept):
     report = dt.trim(model, batches, **options)
     (row,) = report.rows
     assert (row.layer, row.before, row.after) == ("0", len(scores), len(kept))
-    assert row.mean == pytest.approx(sum(scores) / len(scores) / 100, abs=1e-12)
+    assert row.mean == pytest.approx(sum(scores) / len(scores) / 100, abs=bound(8, 1.0, "float64"))
     assert torch.equal(model[2].weight, before[:, kept])
     assert dt.apoz(model, batches)["0"].tolist() == [scores[unit] / 100 for unit in kept]
     assert (model[0].out_features, model[2].in_features) == (len(kept), len(kept))
@@ -254,10 +255,10 @@ def test_the_report_is_a_table():
     model, batches = scored([10, 20, 30, 90, 40])
     assert str(dt.trim(model, batches)).splitlines() == [
         "layer       before  after  mean APoZ  not trimmed, because",
-        "-" * 74,
+        "-" * 77,
         "0                5      4      0.380",
-        "2                                     it has no ReLU behind it, but output",
-        "-" * 74,
+        "2                                     it is followed by output, not by a ReLU",
+        "-" * 77,
         "parameters     512    410",
     ]  # fmt: skip
 
@@ -301,8 +302,8 @@ class Reads(nn.Module):
 @pytest.mark.parametrize(
     ("model", "layer", "message"),
     [
-        (nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2)), "0", "0: it has no ReLU behind it, but 1."),
-        (plain(), "4", "4: it has no ReLU behind it, but output."),
+        (nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2)), "0", "0: it is followed by 1, not by a ReLU."),
+        (plain(), "4", "4: it is followed by output, not by a ReLU."),
         (nn.Sequential(nn.Linear(8, 6), nn.ReLU()), "0", "0: its units are outputs of the model."),
         (nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 2)), "0", "its units go into 2."),
         (shared(), "0", "0: 2 is called more than once."),
@@ -310,7 +311,7 @@ class Reads(nn.Module):
         (thin("0.weight"), "0", "0: 0 is thin: trim first and compress then, or materialize the model."),
         (thin("2.weight"), "0", "0: 2 is thin: trim first and compress then, or materialize the model."),
         (Residual(), "stem", "stem: its units go into add."),
-        (Residual(), "second", "second: it has no ReLU behind it, but add."),
+        (Residual(), "second", "second: it is followed by add, not by a ReLU."),
         (Fixed(), "one", "one: its units go into view."),
         (Reads(), "one", "one: the model itself reads parameters of one."),
         (
@@ -320,9 +321,9 @@ class Reads(nn.Module):
         ),
         (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Linear(10, 2)), "0", "0: 2 takes other numbers than its unit"),
         (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(600, 2)), "0", "its units go into 2."),
-        (plain(), "1", "1 is ReLU, no nn.Linear or nn.Conv2d that is called."),
-        (plain(), "nine", "The model has no layer 'nine'. Layers with a ReLU behind them: 0, 2."),
-        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), "", "is ParametrizedLinear, no nn.Linear"),
+        (plain(), "1", "1 is ReLU, not an nn.Linear or nn.Conv2d that the model calls."),
+        (plain(), "nine", "The model has no layer 'nine'. Layers followed by a ReLU: 0, 2."),
+        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), "", "is ParametrizedLinear, not an nn.Linear"),
     ],
 )  # fmt: skip
 def test_a_layer_that_cannot_be_trimmed_is_told_with_the_reason(model, layer, message):
@@ -340,9 +341,9 @@ def test_a_residual_network_is_trimmed_inside_its_blocks():
 
 
 def test_what_else_is_told():
-    with pytest.raises(ConfigError, match=r"No layer has units that can be trimmed\. 0: it has no ReLU behind it"):
+    with pytest.raises(ConfigError, match=r"No layer has units that can be trimmed\. 0: it is followed by "):
         dt.trim(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2)), [])
-    with pytest.raises(ConfigError, match="There was no item in batches"):
+    with pytest.raises(ConfigError, match="batches has no items"):
         dt.trim(plain(), [])
     for options in ({"most": 0}, {"most": 1.1}, {"above": float("nan")}):
         with pytest.raises(ConfigError, match="above is a number, most above 0 and at most 1"):

@@ -33,7 +33,7 @@ Array = Any
 """A NumPy array, a torch tensor or a Keras tensor: methods are written once for all of them."""
 
 Trains = Literal["codes", "through"]
-"""What the optimiser is shown: the floating entries of the code, or what the method encodes."""
+"""What the optimiser updates: the floats of the code, or the latents that the method encodes."""
 
 Code = dict[str, Array]
 """What a method stores: entry name -> array. Floating arrays are trainable, integer arrays are not."""
@@ -50,8 +50,7 @@ class Integers:
         count: Number of different values.
         least: The smallest value; the largest is ``least + count - 1``.
         rising: Whether the flattened entry is strictly increasing, as positions are: it can then be stored as gaps.
-        most_bytes: Upper bound on the coded size of the entry, guaranteed by ``encode``; None: none but that of
-            packing.
+        most_bytes: Upper bound on the coded size of the entry, guaranteed by ``encode``; None: that of packing.
     """
 
     count: int
@@ -90,91 +89,266 @@ class Namespace(Protocol):
     finfo: Any
 
     def matmul(self, a: Array, b: Array, /) -> Array:
-        """Matrix product ``a @ b``."""
+        """Matrix product ``a @ b``.
+
+        Args:
+            a: Left matrices.
+            b: Right matrices.
+
+        Returns:
+            The product.
+        """
         ...
 
     def reshape(self, a: Array, shape: tuple[int, ...], /) -> Array:
-        """The same entries, in row-major order, with another shape."""
+        """The same entries, in row-major order, with another shape.
+
+        Args:
+            a: Array of any shape.
+            shape: New shape; one length may be -1.
+
+        Returns:
+            Array of that shape; it may share memory with ``a``.
+        """
         ...
 
     def take(self, a: Array, index: Array, /) -> Array:
-        """The entries of the flattened ``a`` at ``index``."""
+        """The entries of the flattened ``a`` at ``index``.
+
+        Args:
+            a: Array of any shape.
+            index: Integers from 0 to the number of entries - 1.
+
+        Returns:
+            Array shaped as ``index``.
+        """
         ...
 
     def concatenate(self, arrays: Sequence[Array], /) -> Array:
-        """Arrays joined along the first axis."""
+        """Arrays joined along the first axis.
+
+        Args:
+            arrays: Arrays that differ in the first length only.
+
+        Returns:
+            The joined array.
+        """
         ...
 
     def stack(self, arrays: Sequence[Array], axis: int, /) -> Array:
-        """The arrays along a new axis."""
+        """The arrays along a new axis.
+
+        Args:
+            arrays: Arrays of one shape.
+            axis: Position of the new axis.
+
+        Returns:
+            Array with one dimension more.
+        """
         ...
 
     def moveaxis(self, a: Array, source: tuple[int, ...], destination: tuple[int, ...], /) -> Array:
-        """The same entries with some axes moved."""
+        """The same entries with some axes moved.
+
+        Args:
+            a: Array.
+            source: Axes to move.
+            destination: Their new positions.
+
+        Returns:
+            Array with the axes in the new order.
+        """
         ...
 
     def tile(self, a: Array, repeats: tuple[int, ...], /) -> Array:
-        """A new array of repetitions."""
+        """A new array of repetitions.
+
+        Args:
+            a: Array.
+            repeats: Number of repetitions along each axis.
+
+        Returns:
+            The repeated array.
+        """
         ...
 
     def zeros_like(self, a: Array, /) -> Array:
-        """An array of zeros with the shape and type of ``a``."""
+        """An array of zeros with the shape and type of ``a``.
+
+        Args:
+            a: Array.
+
+        Returns:
+            The zeros.
+        """
         ...
 
     def asarray(self, a: Array, /, *, dtype: Any = None) -> Array:
-        """``a``, a NumPy array or one of this namespace, as one of this namespace."""
+        """``a``, a NumPy array or one of this namespace, as one of this namespace.
+
+        Args:
+            a: Array.
+            dtype: Type of the result; None keeps that of ``a``.
+
+        Returns:
+            Array of this namespace; ``a`` itself if nothing changes.
+        """
         ...
 
     def bincount(self, index: Array, weights: Array, least: int, /) -> Array:
-        """For each index, the sum of its weights; the result has at least ``least`` entries."""
+        """For each index, the sum of its weights; the result has at least ``least`` entries.
+
+        Args:
+            index: Integers >= 0, one dimension.
+            weights: Number for each index.
+            least: Lower bound on the length of the result.
+
+        Returns:
+            The sums.
+        """
         ...
 
     def argsort(self, a: Array, /, *, stable: bool = False) -> Array:
-        """Indices that sort ``a`` along its last axis."""
+        """Indices that sort ``a`` along its last axis.
+
+        Args:
+            a: Array.
+            stable: Whether equal entries keep their order.
+
+        Returns:
+            Integers shaped as ``a``.
+        """
         ...
 
     def amax(self, a: Array, axis: int, /) -> Array:
-        """The largest entry along an axis."""
+        """The largest entry along an axis.
+
+        Args:
+            a: Array.
+            axis: The axis that is reduced.
+
+        Returns:
+            Array with one dimension less.
+        """
         ...
 
     def amin(self, a: Array, axis: int, /) -> Array:
-        """The smallest entry along an axis."""
+        """The smallest entry along an axis.
+
+        Args:
+            a: Array.
+            axis: The axis that is reduced.
+
+        Returns:
+            Array with one dimension less.
+        """
         ...
 
     def sum(self, a: Array, axis: int, /) -> Array:
-        """The sums along an axis."""
+        """The sums along an axis.
+
+        Args:
+            a: Array.
+            axis: The axis that is reduced.
+
+        Returns:
+            Array with one dimension less.
+        """
         ...
 
     def mean(self, a: Array, axis: int, /) -> Array:
-        """The means along an axis."""
+        """The means along an axis.
+
+        Args:
+            a: Array.
+            axis: The axis that is reduced.
+
+        Returns:
+            Array with one dimension less.
+        """
         ...
 
     def cumsum(self, a: Array, axis: int, /) -> Array:
-        """Cumulative sums along an axis."""
+        """Cumulative sums along an axis.
+
+        Args:
+            a: Array.
+            axis: The axis along which is summed.
+
+        Returns:
+            Array shaped as ``a``.
+        """
         ...
 
     def clip(self, a: Array, least: int, most: int, /) -> Array:
-        """Entries limited to the range ``least`` to ``most``."""
+        """Entries limited to the range ``least`` to ``most``.
+
+        Args:
+            a: Array.
+            least: Lower bound.
+            most: Upper bound.
+
+        Returns:
+            Array shaped as ``a``.
+        """
         ...
 
     def round(self, a: Array, /) -> Array:
-        """The nearest integers, ties to even."""
+        """The nearest integers, ties to even.
+
+        Args:
+            a: Array of floats.
+
+        Returns:
+            Floats with integer values.
+        """
         ...
 
     def sqrt(self, a: Array, /) -> Array:
-        """The square root of each entry."""
+        """The square root of each entry.
+
+        Args:
+            a: Array, entries >= 0.
+
+        Returns:
+            Array shaped as ``a``.
+        """
         ...
 
     def ones_like(self, a: Array, /) -> Array:
-        """An array of ones with the shape and type of ``a``."""
+        """An array of ones with the shape and type of ``a``.
+
+        Args:
+            a: Array.
+
+        Returns:
+            The ones.
+        """
         ...
 
     def where(self, condition: Array, a: Array, b: Array, /) -> Array:
-        """The entries of ``a`` where the condition holds, and those of ``b`` elsewhere."""
+        """The entries of ``a`` where the condition holds, and those of ``b`` elsewhere.
+
+        Args:
+            condition: Booleans.
+            a: Array.
+            b: Array.
+
+        Returns:
+            Array of the common shape.
+        """
         ...
 
     def bitwise_right_shift(self, a: Array, bits: int, /) -> Array:
-        """Integers divided by ``2**bits``, rounded down."""
+        """Integers divided by ``2**bits``, rounded down.
+
+        Args:
+            a: Array of integers.
+            bits: Number of bits, >= 0.
+
+        Returns:
+            Integers shaped as ``a``.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""The application that commands register with, and what all of them print by."""
+"""The application that commands register with, and their output functions."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from deepthin.storage.atomic import write_atomically
 from deepthin.storage.report import Report
 
 app = typer.Typer(
-    help="Compress neural networks to 2 % - 0.1 % of their size, and compare the ways to do it.",
+    help="Compress neural networks to 2 % - 0.1 % of their size, and compare methods of compression.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,12 +22,12 @@ notes = Console(stderr=True, highlight=False)
 
 
 def say(kind: str, message: str) -> None:
-    """A message as it stands: brackets in it are no markup."""
+    """Print a message on stderr, literally: brackets in it are not markup."""
     notes.print(Text.assemble((f"{kind}: ", "bold red" if kind == "error" else "yellow"), message), soft_wrap=True)
 
 
 def known(word: str, valid: Any, what: str) -> str:
-    """The word, if it is one of the valid ones; else ConfigError with the closest."""
+    """Return the word if it is valid; else raise ConfigError with the closest valid one."""
     import difflib
 
     if word not in valid:

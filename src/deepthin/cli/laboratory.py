@@ -1,4 +1,4 @@
-"""The commands that experiment: bench, train, compare."""
+"""The commands for experiments: bench, train, compare."""
 
 import json
 import shlex
@@ -22,38 +22,43 @@ def bench(
     case: Annotated[
         str,
         typer.Argument(
-            help="linear: a layer; train: the same, forward and backward; lstm, gru: 5 layers over 100 steps; tfkaldi, "
+            help="linear: a layer; train: a layer, forward and backward; lstm, gru: 5 layers over 100 steps; tfkaldi, "
             "deepspeech: the paper's networks; train-lstm: a training step of the task ctc; tensorflow: a layer in "
             "tf.function."
         ),
     ],
     ratios: Annotated[
-        str, typer.Option(help="Sizes over dense, comma-separated  [default: the paper's eight]", show_default=False)
+        str,
+        typer.Option(
+            help="Ratios of the weights, comma-separated  [default: the paper's eight sizes]", show_default=False
+        ),
     ] = "0.0195,0.0129,0.0099,0.0057,0.0040,0.0027,0.0020,0.0014",
     batch: Annotated[
         str | None,
         typer.Option(
-            help="Items at once, comma-separated  [default: 1,8,32; recurrent: 1,8; train: 128; train-lstm: 16]"
+            help="Batch sizes, comma-separated  [default: 1,8,32; recurrent: 1,8; train: 128; train-lstm: 16]"
         ),
     ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Outputs or units of a layer  [default: 2048; lstm, gru: 1024]")
     ] = None,
     cols: Annotated[int | None, typer.Option(min=1, help="Inputs of the layer  [default: as --rows]")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Of the factors.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the factors.")] = 1,
     threads: Threads = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; the median counts.")] = 21,
+    repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; medians are shown.")] = 21,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "--json", help="Where the rows go; the chart lies beside it  [default: runs/bench/CASE.json]"
+            "--out",
+            "--json",
+            help="JSON file for the rows; the chart is written beside it  [default: runs/bench/CASE.json]",
         ),
     ] = None,
 ) -> None:
-    """Time DeepThin against dense, int8, low-rank and sparse products, in turn, in one run.
+    """Time DeepThin and dense, int8, low-rank and sparse products, in turn in one run.
 
-    Prints how many times faster it is, warm and with flushed caches, and writes the rows and a chart; those of tfkaldi
-    and deepspeech show the paper's Table 2 beside ours.
+    Prints how many times faster DeepThin is, with warm and with flushed caches, and writes the rows and a chart; the
+    charts of tfkaldi and deepspeech also show the figures of the paper's Table 2.
 
     Example: `deepthin bench linear --ratios 0.0099,0.0040 --batch 1,32 --threads 1`
     """
@@ -66,9 +71,9 @@ def bench(
     rows = rows or (1024 if case in ("lstm", "gru") else 2048)
     batches = tuple(int(part) for part in parts if part.isdecimal())
     if len(batches) < len(parts) or 0 in batches:
-        raise ConfigError(f"--batch {batch!r} must be whole numbers with commas, such as 1,8,32.")
+        raise ConfigError(f"--batch {batch!r} must be integers >= 1, separated by commas, such as 1,8,32.")
     if not products.native_available:
-        notes.print(Text(f"No native kernels ({products.why_not}): products run on torch operations.", style="yellow"))
+        notes.print(Text(f"No native kernels ({products.why_not}): products use torch operations.", style="yellow"))
     sizes = _ratios(ratios)
     with Progress("timing", "rounds") as report_step:
         measured = run.run(
@@ -86,30 +91,36 @@ def bench(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, json.dumps([row.to_json() for row in measured], indent=1))
     if find_spec("matplotlib") is not None and any(row.microseconds for row in measured):
-        print(f"{shown.draw(measured, out.with_suffix('.png'))} shows it.")
+        print(f"Chart: {shown.draw(measured, out.with_suffix('.png'))}")
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="The TOML file: methods, sizes, and [stages] if it begins dense.")],
+    config: Annotated[Path, typer.Option(help="The TOML file: methods, sizes, and [stages] to start dense.")],
     out: Annotated[Path, typer.Option(help="The .thin file to write.")],
     task: Task = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: the task's]")] = None,
     width: Width = None,
     depth: Depth = None,
     data: Data = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="What suits the dense network  [default: the task's]")] = None,
-    seed: Annotated[int, typer.Option(help="Of the start and of the batches.")] = 0,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="The dense network's learning rate  [default: the task's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the batches.")] = 0,
     model: OwnModel = None,
     train: OwnTrain = None,
     evaluate: OwnEvaluate = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two checkpoints  [default: a fiftieth of --steps]")
+    ] = None,
     threads: Threads = 1,
     json_file: Json = None,
 ) -> None:
-    """Train one network as a configuration says, write one small file, and judge what is loaded from it.
+    """Train one network as a configuration says, write one small file, and evaluate the model loaded from it.
 
-    With a table `[stages]` in the configuration it is dense first, thinned step by step, and its values are shared in
-    the end: Deep Compression. Without, it is thin from scratch.
+    With a table `[stages]` in the configuration, the network starts dense, is thinned step by step and then quantised
+    (Deep Compression). Without it, the network is thin from the start. If interrupted, the same
+    command continues from the last checkpoint, a file beside --out, and writes the same file.
 
     Example: `deepthin train lenet --config deep.toml --data mnist --out lenet.thin`
     """
@@ -124,7 +135,9 @@ def train(
     if model and train and evaluate:
         setup = replace(setup, own=(model, train, evaluate))
     with Progress("training", "steps") as report_step:
-        found = train_one(setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total))
+        found = train_one(
+            setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total), checkpoint
+        )
     print(found.report)
     print(summary(found, out))
     write_json(json_file, json.dumps(found.to_dict(), indent=1))
@@ -140,14 +153,12 @@ def compare(
         str,
         typer.Option(
             help="Comma-separated: deepthin, shuffled, rank, same-size, hashed, pruned, pruned-csr (as in the paper), "
-            "kronecker, tensor-train, uniform, kmeans, ecsq, binary; with -8bit or -4bit a method whose floats are "
-            "then rounded, as deepthin-8bit; or all. The dense network, and the same in 8 bits, are always compared."
+            "kronecker, tensor-train, uniform, kmeans, ecsq, binary; with -8bit or -4bit appended, the method's floats "
+            "are quantised (deepthin-8bit); or all. The dense network and int8 are always compared."
         ),
     ] = "dense,deepthin,shuffled,rank,same-size",
-    ratios: Annotated[
-        str, typer.Option(help="Sizes of the weight matrices over dense, comma-separated.")
-    ] = "0.02,0.01",
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of every trial.")] = 1,
+    ratios: Annotated[str, typer.Option(help="Ratios of the weight matrices, comma-separated.")] = "0.02,0.01",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of every trial.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")
     ] = None,
@@ -155,13 +166,13 @@ def compare(
     depth: Depth = None,
     data: Data = None,
     search: Annotated[
-        int, typer.Option(min=0, help="Trainings for each method that choose its learning rate and allocation.")
+        int, typer.Option(min=0, help="Trainings per method to choose its learning rate and allocation.")
     ] = 0,
     search_ratio: Annotated[
-        float | None, typer.Option(help="The size at which they do  [default: the middle one of --ratios]")
+        float | None, typer.Option(help="Ratio of these trainings  [default: the middle one of --ratios]")
     ] = None,
     search_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of each of them  [default: a third of --steps]")
+        int | None, typer.Option(min=1, help="Steps of these trainings  [default: a third of --steps]")
     ] = None,
     model: OwnModel = None,
     train: OwnTrain = None,
@@ -169,29 +180,29 @@ def compare(
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="The .thin file of a trained dense network: all but the dense row learn from it too, such as "
-            "runs/demo/models/dense-seed0.thin."
+            help="The .thin file of a trained dense network, such as runs/demo/models/dense-seed0.thin: all networks "
+            "but dense and int8 learn from it too."
         ),
     ] = None,
     teacher_kind: Annotated[
-        str, typer.Option(help="What is learned: soft, its probabilities at a temperature, or logits.")
+        str, typer.Option(help="Targets of the distillation: soft (probabilities at a temperature) or logits.")
     ] = "soft",
     teacher_weight: Annotated[
-        float, typer.Option(help="0 to 1: of what the teacher says; the rest is that of the labels.")
+        float, typer.Option(help="Weight of the distance to the teacher in the loss, 0 to 1; the labels have the rest.")
     ] = 0.9,
-    temperature: Annotated[float, typer.Option(help="Of soft targets.")] = 4.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of soft targets.")] = 4.0,
     teacher_noise: Annotated[
-        float, typer.Option(min=0, help="Deviation of the factors by which half of the items' logits are perturbed.")
+        float, typer.Option(min=0, help="Standard deviation of the relative noise on the logits of half of the items.")
     ] = 0.0,
-    engine: Annotated[str, typer.Option(help="local, or ray where one machine is not enough.")] = "local",
-    jobs: Annotated[int, typer.Option(min=1, max=4096, help="Trials at once.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each of them.")] = 1,
+    engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",
+    jobs: Annotated[int, typer.Option(min=1, max=4096, help="Number of concurrent trials.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each trial.")] = 1,
     json_file: Json = None,
 ) -> None:
-    """Train one network by several methods at equal bytes, and report error against size.
+    """Train one network with several methods at equal bytes, and report error against size.
 
-    Writes results.json, PNGs, report.html and the trained models, as .thin files, into --out. If interrupted, the same
-    command goes on where it stopped.
+    Writes results.json, PNGs, report.html and the trained models, as .thin files, into --out. The same command resumes
+    an interrupted comparison.
 
     Example: `deepthin compare digits --methods deepthin,rank,same-size --ratios 0.02,0.01 --jobs 2`
 
@@ -244,7 +255,7 @@ def compare(
     if compared := tables.cuts(rows):
         print(f"\n{compared}")
     if any(row.value is not None for row in rows):
-        print("\nEvery file was loaded into a new model, which did exactly what the trained one did.")
+        print("\nEvery file was loaded into a new model, whose outputs equal those of the trained one.")
     if (best := best_thin(rows)) and best.model:
         print(f"Best file by development {best.metric}: {folder / best.model}, {best.bytes:,} bytes")
     print(f"Report: {page}")
@@ -253,12 +264,12 @@ def compare(
 
 
 def _task(task: str | None, own: tuple[str | None, ...]) -> str:
-    """The name of a task, or nothing if all of the user's own three functions are named; ConfigError otherwise."""
+    """The name of a task, or "" if the user's three functions are all named; ConfigError otherwise."""
     from deepthin.lab.tasks import TASKS
 
     if (task is None) != all(own) or (task is not None and any(own)):
         raise ConfigError(
-            f"Name a task ({', '.join(TASKS)}), or your own network by --model, --train and --evaluate, all three."
+            f"Name a task ({', '.join(TASKS)}), or your own network by all three of --model, --train and --evaluate."
         )
     return known(task, TASKS, "task") if task is not None else ""
 
@@ -267,7 +278,7 @@ def _ratios(text: str) -> tuple[float, ...]:
     try:
         ratios = tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError:
-        raise ConfigError(f"--ratios {text!r} must be numbers with commas, such as 0.02,0.01.") from None
+        raise ConfigError(f"--ratios {text!r} must be numbers separated by commas, such as 0.02,0.01.") from None
     if not all(0 < ratio < 1 for ratio in ratios):
         raise ConfigError(f"--ratios {text!r} must lie between 0 and 1.")
     return ratios

@@ -1,6 +1,5 @@
 """The commands of the library itself: plan, compress, inspect."""
 
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def plan(model: Model, config: Config = None, ratio: Ratio = None, json_file: Json = None) -> None:
-    """Show what each layer would become, and the bytes of the file, without doing it.
+    """Show the plan of each layer and the bytes of the file, without compressing anything.
 
     Example: `deepthin plan --model nets:lenet --config thin.toml`
     """
@@ -36,9 +35,9 @@ def compress(
     ratio: Ratio = None,
     json_file: Json = None,
 ) -> None:
-    """Store trained weights in compressed form: encode what the configuration names and write one small file.
+    """Compress trained weights: encode the matrices that the configuration names and write one small file.
 
-    At extreme sizes the network must be trained on afterwards; a warning says so.
+    At extreme sizes the network must be trained further afterwards; a warning says so.
 
     Example: `deepthin compress --model nets:lenet --weights dense.safetensors --ratio 0.02 --out lenet.thin`
     """
@@ -63,7 +62,7 @@ def inspect(
         int, typer.Option(min=0, help="Memory that the file may take beyond a few times its size, in bytes.")
     ] = MAX_BYTES,
 ) -> None:
-    """Show what a .thin file holds, without decoding it; every checksum is verified.
+    """Show the contents of a .thin file without decoding it; every checksum is verified.
 
     Example: `deepthin inspect lenet.thin`
     """
@@ -73,16 +72,13 @@ def inspect(
 def _build(spec: str) -> "nn.Module":
     from torch import nn
 
-    from deepthin.lab.tasks.own import function
+    from deepthin.lab.tasks.own import check_no_arguments, function
 
     factory = function(spec, "--model")
-    try:
-        signature(factory).bind()
-    except TypeError as error:
-        raise ConfigError(f"--model {spec}: the function must work without arguments, but has a {error}.") from None
+    check_no_arguments(factory, f"--model {spec}")
     network = factory()
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"--model {spec} returned {type(network).__name__}, no torch.nn.Module.")
+        raise ConfigError(f"--model {spec} returned {type(network).__name__}, not a torch.nn.Module.")
     return network
 
 
@@ -103,7 +99,7 @@ def _load_weights(network: "nn.Module", path: Path) -> None:
             state = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a damaged file makes a reader raise
+    except Exception as error:  # a damaged file can raise any exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--weights {path} cannot be read as a state dict: {reason}") from None
     try:

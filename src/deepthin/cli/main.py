@@ -1,5 +1,6 @@
-"""The entry point: every mistake of a user is one line on stderr and exit code 2."""
+"""The entry point: every error that a user can correct is one line on stderr, with exit code 2."""
 
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -10,8 +11,11 @@ from deepthin.errors import DeepThinError
 
 
 def main() -> None:
-    """The entry point: errors that a user can mend are one line on stderr."""
-    sys.path.insert(0, str(Path.cwd()))  # so that --model finds modules beside the user
+    """Run the application; errors that a user can correct are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
+            stream.reconfigure(errors="backslashreplace")
+    sys.path.insert(0, str(Path.cwd()))  # so that --model finds modules in the working directory
     warnings.showwarning = lambda message, *_: say("warning", str(message))
     try:
         app()
@@ -19,7 +23,7 @@ def main() -> None:
         say("error", str(error))
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != 130:  # what typer makes of the keyboard's
+        if isinstance(end, SystemExit) and end.code != 130:  # typer's exit code after Ctrl-C
             raise
-        notes.print("interrupted; the same command goes on where it stopped")
+        notes.print("interrupted; run it again: a comparison resumes, other commands start over")
         sys.exit(130)

@@ -7,7 +7,7 @@ from deepthin.cli.app import notes
 
 
 class Progress:
-    """A bar for what runs; on a pipe, a line when it begins, and for each tenth of it."""
+    """A progress bar for each job; without a terminal, a line when a job begins and after each tenth of it."""
 
     def __init__(self, doing: str, unit: str) -> None:
         self._doing, self._unit = doing, unit

@@ -9,27 +9,33 @@ from jaxtyping import Int64, Integer, UInt, UInt8, UInt64
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 1 << 64
+PIECE = 1 << 18
+"""Numbers of which temporary arrays are made at once."""
 
 
-def splitmix(seed: int, count: int) -> UInt64[np.ndarray, "count"]:
-    """The first words of SplitMix64.
+def splitmix(seed: int, count: int, first: int = 0) -> UInt64[np.ndarray, " count"]:
+    """Words of SplitMix64.
 
     Args:
         seed: The state to start from, modulo 2^64.
         count: How many words.
+        first: Index of the first one, from 0.
 
     Returns:
         Words of 64 bits.
     """
-    step = np.arange(1, count + 1, dtype=np.uint64)
-    step *= np.uint64(_GOLDEN)
-    step += np.uint64(seed % _WORD)
-    step ^= step >> np.uint64(30)
-    step *= np.uint64(0xBF58476D1CE4E5B9)
-    step ^= step >> np.uint64(27)
-    step *= np.uint64(0x94D049BB133111EB)
-    step ^= step >> np.uint64(31)
-    return step
+    words = np.arange(first, first + count, dtype=np.uint64)
+    for at in range(0, count, PIECE):
+        words[at : at + PIECE] = _mixed(seed, words[at : at + PIECE])
+    return words
+
+
+def _mixed(seed: int, indices: UInt64[np.ndarray, " count"]) -> UInt64[np.ndarray, " count"]:
+    """The words at these indices."""
+    step = (indices + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(seed % _WORD)
+    step = (step ^ (step >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    step = (step ^ (step >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return step ^ (step >> np.uint64(31))
 
 
 def permutation(seed: int, count: int) -> Int64[np.ndarray, "count"]:
@@ -42,7 +48,23 @@ def permutation(seed: int, count: int) -> Int64[np.ndarray, "count"]:
     Returns:
         A permutation of ``range(count)``.
     """
-    return np.argsort(splitmix(seed, count), kind="stable").astype(np.int64, copy=False)
+    keys, low = splitmix(seed, count), np.uint64(width_of(count))
+    below = (np.uint64(1) << low) - np.uint64(1)
+    for at in range(0, count, PIECE):  # the position takes the place of the lowest bits, so that nothing else is sorted
+        own = keys[at : at + PIECE]
+        own |= below
+        own ^= below ^ np.arange(at, at + len(own), dtype=np.uint64)
+    keys.sort()
+    ties = [np.empty(0, np.int64)]
+    for at in range(0, count - 1, PIECE):
+        after = keys[at + 1 : at + 1 + PIECE] >> low
+        found = at + np.flatnonzero(keys[at : at + len(after)] >> low == after)
+        ties += [found, found + 1]
+    keys &= below
+    if len(alike := np.unique(np.concatenate(ties))):
+        tied = keys[alike]  # words that differ in their lowest bits only, or not at all
+        keys[alike] = tied[np.lexsort((tied, _mixed(seed, tied)))]
+    return keys.view(np.int64)
 
 
 def width_of(count: int) -> int:
@@ -57,7 +79,7 @@ def width_of(count: int) -> int:
     return max(count - 1, 0).bit_length()
 
 
-def pack(values: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
+def pack(values: Integer[np.ndarray, " count"], width: int) -> UInt8[np.ndarray, " bytes"]:
     """Pack integers, from the lowest bit of the first byte on; the last byte is padded with ones.
 
     Args:
@@ -124,7 +146,7 @@ def packed_bytes(count: int, width: int) -> int:
 
 # Rising positions are stored as the gaps between them, `width` bits each (Han et al., 2016, arXiv:1510.00149, section
 # 2). A gap that is too long takes fillers before it: symbols of all ones, each of which skips 2**width - 1 places and
-# is no position.
+# stands for no position.
 WIDEST_GAP = 24
 
 
@@ -167,7 +189,7 @@ def gaps_of(positions: Int64[np.ndarray, "count"], width: int) -> Int64[np.ndarr
     """
     gaps = np.diff(positions, prepend=-1) - 1
     skip = (1 << width) - 1
-    ends = np.cumsum(gaps // skip + 1) - 1  # where each position's own symbol stands
+    ends = np.cumsum(gaps // skip + 1) - 1  # index of each position's last symbol
     symbols = np.full(int(ends[-1]) + 1 if len(ends) else 0, skip, np.int64)
     symbols[ends] = gaps % skip
     return symbols
@@ -206,19 +228,19 @@ def unpack_gaps(data: UInt8[np.ndarray, "bytes"], width: int, count: int, places
         ValueError: The bytes are not ``count`` positions below ``places``.
     """
     skip = (1 << width) - 1
-    symbols = 8 * len(data) // width  # what is left at the end are bits of ones, too few for a symbol or fillers
+    symbols = 8 * len(data) // width  # the padding of ones may read as fillers, but never as a position
     if symbols > count + (places - count) // skip + 8:
         raise ValueError(f"{len(data)} bytes are more than {count} positions below {places} can take")
     return positions_of(unpack(data, width, symbols), width, count, places)
 
 
 def positions_of(
-    found: Integer[np.ndarray, "symbols"], width: int, count: int, places: int
+    symbols: Integer[np.ndarray, "symbols"], width: int, count: int, places: int
 ) -> Int64[np.ndarray, "positions"]:
     """The inverse of ``gaps_of``, for untrusted symbols.
 
     Args:
-        found: Gaps and fillers.
+        symbols: Gaps and fillers.
         width: Bits of a gap, 1 to 24.
         count: How many positions.
         places: All positions are from 0 to ``places - 1``.
@@ -230,11 +252,11 @@ def positions_of(
         ValueError: The symbols are not ``count`` positions below ``places``.
     """
     skip = (1 << width) - 1
-    where = np.flatnonzero(found != skip)
+    where = np.flatnonzero(symbols != skip)
     if len(where) != count:
         raise ValueError(f"{len(where)} positions where there should be {count}")
     fillers = where - np.arange(count)
-    positions = np.cumsum(found[where].astype(np.int64) + 1) - 1 + fillers * skip
+    positions = np.cumsum(symbols[where].astype(np.int64) + 1) - 1 + fillers * skip
     if count and not 0 <= int(positions[-1]) < places:
         raise ValueError(f"a position of {int(positions[-1])} among {places}")
     return positions

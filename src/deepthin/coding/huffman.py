@@ -4,16 +4,18 @@ Huffman, 1952, "A method for the construction of minimum-redundancy codes". Code
 under that limit (package-merge: Larmore and Hirschberg, 1990). docs/format.md is normative for the bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt16, UInt32
+from jaxtyping import Int64, Integer, UInt8, UInt16, UInt32
+
+from deepthin.coding.bits import PIECE
 
 LONGEST, MOST_USED, WIDEST = 15, 4096, 16  # bits of a code; different symbols; bits of a symbol
-MOST_FREE = 1 << 24  # symbols that take no bits, since there is only one: a small file must not declare more
-_SAME, _NEXT, _RUN, _OTHER = range(4)  # what so many ones say of a symbol's length, or of what comes before it
-_TABLE_BYTES = MOST_USED * 41 // 8 + 8  # a table has no more: a run, an escape and a length for each symbol
+MOST_FREE = 1 << 24  # symbols of a single kind, which take no bits: bounds what a small file can declare
+_SAME, _NEXT, _RUN, _OTHER = range(4)  # prefix codes: that many ones announce the next item of the table
+_TABLE_BYTES = MOST_USED * 41 // 8 + 8  # the longest table: a run, an escape and a length for each symbol
 
 
 def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> Int64[np.ndarray, "symbols"]:
@@ -40,12 +42,12 @@ def lengths_of(counts: Int64[np.ndarray, "symbols"], longest: int = LONGEST) -> 
         order = np.argsort(both, kind="stable")
         merged = both[order]
         packages.append(order >= len(leaves))
-    taken, own = 2 * len(leaves) - 2, np.zeros(len(leaves), np.int64)
-    for package in reversed(packages):  # the cheapest of each list: so many leaves, and packages of the list before
+    taken, leaf_lengths = 2 * len(leaves) - 2, np.zeros(len(leaves), np.int64)
+    for package in reversed(packages):  # the cheapest items of each list: leaves, and packages of the list before
         whole = int(package[:taken].sum())
-        own[: taken - whole] += 1
+        leaf_lengths[: taken - whole] += 1
         taken = 2 * whole
-    lengths[rising] = own
+    lengths[rising] = leaf_lengths
     return lengths
 
 
@@ -95,7 +97,23 @@ def usual_table_bits(symbols: int, width: int) -> int:
     return 2 * width + 4 + 3 * (symbols - 1)
 
 
-def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
+def counts_of(symbols: Integer[np.ndarray, " count"]) -> Int64[np.ndarray, " symbols"]:
+    """How often each symbol occurs.
+
+    Args:
+        symbols: Integers from 0 on.
+
+    Returns:
+        The counts, up to that of the largest symbol.
+    """
+    counts = np.zeros(int(symbols.max()) + 1 if len(symbols) else 0, np.int64)
+    for first in range(0, len(symbols), PIECE):
+        own = np.bincount(symbols[first : first + PIECE])
+        counts[: len(own)] += own
+    return counts
+
+
+def encode(symbols: Integer[np.ndarray, " count"], width: int) -> UInt8[np.ndarray, " bytes"]:
     """Huffman-code symbols.
 
     Args:
@@ -108,7 +126,7 @@ def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray,
     Raises:
         ValueError: There are no symbols, more than 4,096 different ones, or one does not fit in ``width`` bits.
     """
-    counts = np.bincount(symbols)
+    counts = counts_of(symbols)
     if coded_bytes(counts, width) is None:
         raise ValueError(
             f"{len(symbols)} symbols, {np.count_nonzero(counts)} of them different, up to {len(counts) - 1}, cannot be "
@@ -116,24 +134,36 @@ def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray,
         )
     counts = _listed(counts)
     lengths = lengths_of(counts)
-    values, widths = _table(lengths, counts, width)
+    items = [_table(lengths, counts, width)]
+    total = int(items[0][1].sum())
+    codes = _reversed(_codes(lengths), lengths)
     if lengths.any():
-        values = np.concatenate([values, _reversed(_codes(lengths), lengths)[symbols]])
-        widths = np.concatenate([widths, lengths[symbols]])
-    return _put(values, widths)
+        total += int((counts * lengths).sum())
+
+    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield items[0]
+        for first in range(0, len(symbols) if lengths.any() else 0, PIECE):
+            own = symbols[first : first + PIECE]
+            yield codes[own], lengths[own]
+        yield np.array([(1 << -total % 8) - 1]), np.array([-total % 8])
+
+    return _put(pieces(), total)
 
 
-def _put(values: Int64[np.ndarray, "items"], widths: Int64[np.ndarray, "items"]) -> UInt8[np.ndarray, "bytes"]:
-    """Concatenate numbers of the given widths in bits, lowest bit first, and pad the last byte with ones."""
-    ends = np.cumsum(widths)
-    total = int(ends[-1])
-    values = np.append(values, (1 << -total % 8) - 1)
-    places = np.append(ends - widths, total)
-    shifted = values << (places & 31)  # below 2**63: numbers have 31 bits at most
-    word = places >> 5
-    low = np.bincount(word, shifted & 0xFFFFFFFF, -(-total // 32) + 1)  # exact: no two numbers have a bit in common
-    high = np.bincount(word + 1, shifted >> 32, len(low) + 1)
-    words = (low + high[: len(low)]).astype("<u4")
+def _put(items: Iterable[tuple[np.ndarray, np.ndarray]], total: int) -> UInt8[np.ndarray, " bytes"]:
+    """Concatenate numbers, given with their widths in bits, lowest bit first; ``total`` bits, then whole bytes."""
+    words, start = np.zeros(-(-total // 32) + 2, "<u4"), 0
+    for values, widths in items:
+        ends = start + np.cumsum(widths)
+        places = ends - widths
+        shifted = values << (places & 31)  # below 2**63: numbers have 31 bits at most
+        first = start >> 5
+        word = (places >> 5) - first
+        low = np.bincount(word, shifted & 0xFFFFFFFF)  # exact: no two numbers have a bit in common
+        high = np.bincount(word + 1, shifted >> 32)
+        words[first : first + len(low)] |= low.astype("<u4")
+        words[first : first + len(high)] |= high.astype("<u4")
+        start = int(ends[-1])
     return words.view(np.uint8)[: -(-total // 8)].copy()
 
 
@@ -144,10 +174,10 @@ def _table(
     used = np.flatnonzero(counts)
     first, last = int(used[0]), int(used[-1])
     items = [(first, width), (last, width)]
-    own: list[int] = lengths[used].tolist()
+    used_lengths: list[int] = lengths[used].tolist()
     if len(used) > 1:
-        items.append((own[0], 4))
-    for run, before, length in zip((np.diff(used) - 1).tolist(), own, own[1:], strict=False):
+        items.append((used_lengths[0], 4))
+    for run, before, length in zip((np.diff(used) - 1).tolist(), used_lengths, used_lengths[1:], strict=False):
         if run:  # by Elias' gamma code: zeros, a one, and what is below the highest bit
             top = run.bit_length() - 1
             items += [_form(_RUN), (1 << top, top + 1), (run - (1 << top), top)]
@@ -248,7 +278,7 @@ Walk = Callable[[np.ndarray, int, np.ndarray, int, int, int], tuple[np.ndarray, 
 
 def decode(
     data: UInt8[np.ndarray, "bytes"], width: int, count: int, skip: int = -1, most: int = 0, walk: Walk | None = None
-) -> UInt16[np.ndarray, "found"]:
+) -> UInt16[np.ndarray, "symbols"]:
     """Decode what ``encode`` returned. Bytes are untrusted: memory and time are bounded by their number.
 
     Only for a symbol that is the only one, which takes no bits, the bound is ``MOST_FREE`` symbols.
@@ -275,7 +305,7 @@ def decode(
             raise ValueError(f"{count} times the symbol {used[0]}, from no bits at all")
         symbols, end = np.full(count, used[0], np.uint16), start
     else:
-        most = min(max(most, count), 8 * len(data) - start)  # a code has a bit at least
+        most = min(max(most, count), 8 * len(data) - start)  # every code has at least one bit
         if count > most:
             raise ValueError(f"{len(data)} bytes are too few for {count} codes")
         symbols, end = (walk or globals()["walk"])(data, start, _lookup(used, lengths), most, count, skip)
@@ -287,11 +317,11 @@ def decode(
 
 def _lookup(used: list[int], lengths: list[int]) -> UInt32[np.ndarray, "windows"]:
     """Look-up table over windows as long as the longest code: 16 * symbol + length of the code at its start."""
-    own = np.array(lengths, np.int64)
-    order, top = np.argsort(own, kind="stable"), max(lengths)
-    entries = (np.array(used, np.uint32) << np.uint32(4)) + own.astype(np.uint32)
+    widths = np.array(lengths, np.int64)
+    order, top = np.argsort(widths, kind="stable"), max(lengths)
+    entries = (np.array(used, np.uint32) << np.uint32(4)) + widths.astype(np.uint32)
     windows = np.arange(1 << top)
-    return np.repeat(entries[order], 1 << (top - own[order]))[_reversed(windows, np.full(1 << top, top))]
+    return np.repeat(entries[order], 1 << (top - widths[order]))[_reversed(windows, np.full(1 << top, top))]
 
 
 def walk(
@@ -301,7 +331,7 @@ def walk(
     most: int,
     count: int,
     skip: int,
-) -> tuple[UInt16[np.ndarray, "found"], int]:
+) -> tuple[UInt16[np.ndarray, "symbols"], int]:
     """Decode a bit stream; the reference for faster versions.
 
     Args:
@@ -333,7 +363,7 @@ def walk(
         places.append(at)
         at = following[at]
     symbols = (entries[places] >> np.uint32(4)).astype(np.uint16)
-    found = int(np.searchsorted(np.cumsum(symbols != skip), count)) + 1
-    if found > len(places) or following[places[found - 1]] > total:
+    ends_at = int(np.searchsorted(np.cumsum(symbols != skip), count)) + 1
+    if ends_at > len(places) or following[places[ends_at - 1]] > total:
         raise ValueError(f"the bits end, or {most} symbols are read, before there are {count}")
-    return symbols[:found], start + following[places[found - 1]]
+    return symbols[:ends_at], start + following[places[ends_at - 1]]

@@ -22,14 +22,18 @@ from deepthin.plan.file_limit import parts_of, planned_contents, projecting, wit
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors
-from deepthin.plan.start import generator
+from deepthin.plan.start import generator, pieces_of, relative_error
 from deepthin.plan.tensor import Tensor
 from deepthin.storage.contents import Thin
 from deepthin.storage.report import Report, report_of
 
 
 class Encoded(EncodedOnce[np.ndarray, ThinWeight]):
-    """Matrices of a model by their plans, each encoded at most once."""
+    """Matrices of a model by their plans, each encoded at most once.
+
+    Args:
+        held: Name -> tensor of the model, as ``tensors`` returns them.
+    """
 
     def __init__(self, held: Mapping[str, Held]) -> None:
         super().__init__()
@@ -138,9 +142,8 @@ def compress(
         else:
             weight = encoded(chosen)
             for index, (tensor, values) in enumerate(zip(chosen.tensors, dense, strict=True)):
-                norm = float(np.linalg.norm(values))
-                error = float(np.linalg.norm(ops.convert_to_numpy(weight.dense(index)).astype(np.float32) - values))
-                errors[tensor.name] = error / norm if norm > 0 else 0.0
+                decoded = ops.convert_to_numpy(weight.dense(index)).astype(np.float32)
+                errors[tensor.name] = relative_error(tensor.name, pieces_of(values, decoded))
         weights.append((chosen, weight))
     restart = Restart(model)
     for chosen, weight in weights:
@@ -217,10 +220,10 @@ def plan_of(
         ConfigError: ``rules`` do not fit the tensors, or no target is given.
         BudgetError: The target is smaller than the smallest plan.
     """
-    found = named(held)
+    named_tensors = named(held)
     if rules.file_bytes is None:
-        return plan_tensors(rules, found)
-    return within(rules.file_bytes, rules, found, contents(model), None if encoded is None else encoded.thin)
+        return plan_tensors(rules, named_tensors)
+    return within(rules.file_bytes, rules, named_tensors, contents(model), None if encoded is None else encoded.thin)
 
 
 def named(held: Mapping[str, Held]) -> list[Tensor]:
@@ -236,14 +239,15 @@ def named(held: Mapping[str, Held]) -> list[Tensor]:
     for name, tensor in held.items():
         if tensor.variable is not None and "float" in keras.backend.standardize_dtype(tensor.variable.dtype):
             names.setdefault(tensor.key, []).append(name)
-    found: list[Tensor] = []
-    for own in names.values():
-        tensor = held[min(own)]
+    as_named: list[Tensor] = []
+    for aliases in names.values():
+        first, *also = sorted(aliases)
+        tensor = held[first]
         reasons = [reason for p in tensor.places if (reason := why_not(p.layer, p.weight, tensor.variable))]
         shape = tensor.layout.shape(tensor.shape)
         std = fresh_std(tensor.places[0].layer, shape) if not reasons and len(shape) > 1 else 1.0
-        found.append(Tensor(min(own), shape, "; ".join(dict.fromkeys(reasons)), tuple(sorted(own)[1:]), std=std))
-    return found
+        as_named.append(Tensor(first, shape, "; ".join(dict.fromkeys(reasons)), tuple(also), std=std))
+    return as_named
 
 
 def check_finite(name: str, weight: np.ndarray) -> None:

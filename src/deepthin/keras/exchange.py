@@ -12,24 +12,39 @@ from deepthin.keras.weight import ThinWeight
 
 
 def why_not(layer: Any, name: str, variable: Any) -> str:
-    """Why a weight of a layer cannot be thin; an empty string if it can."""
+    """Why a weight of a layer cannot be thin.
+
+    Args:
+        layer: A Keras layer, dense or thin.
+        name: Name of the weight in the layer, ``kernel`` say.
+        variable: The dense variable.
+
+    Returns:
+        The reason, as part of a sentence; an empty string if the weight can be thin.
+    """
     if not isinstance(layer, ThinLayer) and type(layer) not in THIN:
         return f"{type(layer).__name__} has no thin version"
     if not isinstance(vars(THIN.get(type(layer), type(layer))).get(name), Generated):
-        return f"{name} is no weight of a {type(layer).__name__}, which therefore is more than that"
+        return f"{name} is an extra weight of the {type(layer).__name__}, which a thin layer would not use"
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
-        return "the layer is quantised, or has adapters: Keras keeps its weights in another way"
+        return "the layer is quantised or has adapters, which change how Keras stores its weights"
     if variable.constraint is not None:
-        return "it has a constraint, which sets values, as generated ones cannot be set"
+        return "it has a constraint, which assigns values, and generated weights cannot be assigned"
     if len(layouts(layer, name, tuple(variable.shape))) > 1:
         return "the two biases of a GRU are one weight in Keras"
     return ""
 
 
 def make_thin(layer: Any, weights: Mapping[str, tuple[ThinWeight, int]], variables: Mapping[str, Any]) -> None:
-    """Exchange dense variables of a layer for generated weights, in place. The layer may be thin already."""
+    """Replace dense variables of a layer by generated weights, in place.
+
+    Args:
+        layer: A layer of a type in ``THIN``, or one that is thin already.
+        weights: Weight name -> the ThinWeight and the index of the tensor in it.
+        variables: Weight name -> the dense variable; its shape, regulariser and whether it is trainable are kept.
+    """
     for variable in variables.values():
-        for attribute in [own for own, value in vars(layer).items() if value is variable]:
+        for attribute in [key for key, value in vars(layer).items() if value is variable]:
             delattr(layer, attribute)
     if not isinstance(layer, ThinLayer):
         layer.__class__ = THIN[type(layer)]
@@ -42,7 +57,11 @@ def make_thin(layer: Any, weights: Mapping[str, tuple[ThinWeight, int]], variabl
 
 
 def make_plain(layer: Any) -> None:
-    """Undo ``make_thin``: a thin layer is Keras's own again, with the variables that its weights decode to."""
+    """Undo ``make_thin``, in place: the layer gets Keras's class again, and variables with the decoded values.
+
+    Args:
+        layer: A thin layer.
+    """
     plain = next(plain for plain, thin in THIN.items() if thin is type(layer))
     thin, shapes, penalties = layer.thin, layer.shapes, layer.penalties
     dense = {name: layer.decoded(name) for name in thin}
@@ -66,11 +85,15 @@ def make_plain(layer: Any) -> None:
 
 
 def exchange_recurrent(layer: Any) -> None:
-    """Give a layer, if it is one over cells, the class that its cells need: thin or Keras's own."""
+    """Give a recurrent layer the class that its cells need, thin or Keras's, in place.
+
+    Args:
+        layer: Any layer; others than recurrent ones are left unchanged.
+    """
     if not isinstance(layer, layers.RNN):
         return
     thin = any(isinstance(cell, ThinLayer) for cell in _cells(layer))
     if thin and type(layer) in RECURRENT:
         layer.__class__ = RECURRENT[type(layer)]
     elif not thin and type(layer) in RECURRENT.values():
-        layer.__class__ = next(plain for plain, own in RECURRENT.items() if own is type(layer))
+        layer.__class__ = next(plain for plain, kind in RECURRENT.items() if kind is type(layer))

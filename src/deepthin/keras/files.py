@@ -23,7 +23,7 @@ from deepthin.storage.names import check_names, renamed, shapes_of
 from deepthin.storage.read import check_weights, read
 from deepthin.storage.write import write
 
-COUNTER = ".num_batches_tracked"  # of torch's batch normalisation, which Keras does without
+COUNTER = ".num_batches_tracked"  # of torch's batch normalisation; Keras has no such counter
 
 
 def save(model: keras.Model, path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
@@ -76,14 +76,16 @@ def load(
 
     Raises:
         ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
-        FormatError: The file is damaged, is no ``.thin`` file, takes more than ``max_bytes``, or is not finite.
+        FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
     held = tensors(model)
-    limit = model_bytes(sum(math.prod(own.shape) for own in held.values())) if max_bytes is None else max_bytes
+    limit = model_bytes(sum(math.prod(tensor.shape) for tensor in held.values())) if max_bytes is None else max_bytes
     stored = _fitted(read(path, limit, finite=finite, decoded=True), names or {}, held, model, str(path))
-    check_names(shapes_of(stored), {name: own.layout.shape(own.shape) for name, own in held.items()}, str(path))
-    check_places(stored, {name: _place(own) for name, own in held.items()}, str(path))
+    check_names(
+        shapes_of(stored), {name: tensor.layout.shape(tensor.shape) for name, tensor in held.items()}, str(path)
+    )
+    check_places(stored, {name: _place(tensor) for name, tensor in held.items()}, str(path))
     check_weights(stored, str(path), {name: _largest_of(held[next(iter(t.parts))]) for name, t in stored.thin.items()})
 
     sharing: dict[str, list[str]] = {}
@@ -95,7 +97,7 @@ def load(
         for index, part in enumerate(thin.parts)
         for name in (part, *sharing.get(part, ()))
     }
-    if {name for name, own in held.items() if own.thin} != wanted.keys() or not all(
+    if {name for name, tensor in held.items() if tensor.thin} != wanted.keys() or not all(
         _plan_of(held[name].thin) == _plan_of(thin) and held[name].index == index
         for name, (thin, index) in wanted.items()
     ):
@@ -129,8 +131,8 @@ def contents(model: keras.Model) -> Contents:
         References to the model's variables, which are read when they are written: valid until the model changes.
     """
     held = tensors(model)
-    thin = {name: (own.thin, own.index) for name, own in held.items() if own.thin is not None}
-    dense = {name: (own.key, _raw(own)) for name, own in held.items() if own.thin is None}
+    thin = {name: (tensor.thin, tensor.index) for name, tensor in held.items() if tensor.thin is not None}
+    dense = {name: (tensor.key, _raw(tensor)) for name, tensor in held.items() if tensor.thin is None}
     return contents_of(thin, dense, as_thin)
 
 
@@ -190,10 +192,10 @@ class Restart:
             self.optimizer = type(optimizer).from_config(optimizer.get_config())
 
     def __call__(self) -> None:
-        """Rebuild the optimiser with the new variables, and drop the compiled functions."""
+        """Rebuild the optimiser with the new variables, and discard the compiled functions."""
         for _, layer in walk(self.model):
             exchange_recurrent(layer)
-            if hasattr(layer, "_torch_params"):  # of the torch backend, for torch's own parameters()
+            if hasattr(layer, "_torch_params"):  # of the torch backend, whose parameters() uses it
                 layer._track_variables()
         if self.optimizer is not None:
             self.optimizer.build(self.model.trainable_variables)
@@ -239,15 +241,15 @@ def _added(stored: Contents, names: Mapping[str, str], held: Mapping[str, Held])
     for name, target in names.items():
         targets.setdefault(target, []).append(name)
     dense, left = dict(stored.dense), dict(names)
-    for target, own in targets.items():
+    for target, sources in targets.items():
         cell = held[target].places[0].layer if target in held else None
         biases = isinstance(cell, layers.LSTMCell | layers.SimpleRNNCell) and held[target].places[0].weight == "bias"
-        if len(own) > 1 and biases and all(name in dense for name in own):
-            values = [dense[name].numpy() for name in own]
+        if len(sources) > 1 and biases and all(name in dense for name in sources):
+            values = [dense[name].numpy() for name in sources]
             if len({(array.shape, array.dtype) for array in values}) == 1:
-                for name in own[1:]:
+                for name in sources[1:]:
                     del dense[name], left[name]
-                dense[own[0]] = Raw.of(np.sum(values, axis=0, dtype=values[0].dtype))
+                dense[sources[0]] = Raw.of(np.sum(values, axis=0, dtype=values[0].dtype))
     return Contents(stored.thin, dense, stored.aliases), left
 
 
@@ -284,12 +286,12 @@ def _place(held: Held) -> Place:
 
 def _put(held: Held, values: np.ndarray) -> None:
     """Assign a tensor of the file to its variable."""
-    kept = held.layout.kept(values, held.shape)
+    weight = held.layout.restored(values, held.shape)
     if held.layout.row is not None:
         whole = _array(held.variable).copy()
-        whole[held.layout.row] = kept
-        kept = whole
-    held.variable.assign(kept)
+        whole[held.layout.row] = weight
+        weight = whole
+    held.variable.assign(weight)
 
 
 def _array(variable: Any) -> np.ndarray:

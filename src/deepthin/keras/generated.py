@@ -1,4 +1,4 @@
-"""What all thin Keras layers share: weights that are read from what generates them."""
+"""The base of thin Keras layers: weights are properties that decode a ThinWeight."""
 
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -12,15 +12,23 @@ from deepthin.keras.weight import ThinWeight
 from deepthin.method import Array
 
 HELD: ContextVar[Mapping[int, Mapping[str, Array]]] = ContextVar("held")
-"""What cells have decoded for all steps of a sequence, by the id of the cell."""
+"""Weights decoded once for all steps of a sequence: id of the cell -> weight name -> dense tensor."""
 
 
 class Generated(property):
-    """A weight that is read from what generates it, or, while it is dense, from where Keras keeps it."""
+    """A weight decoded from a ThinWeight, or read from the layer's variable while it is dense."""
 
 
 def generated(name: str) -> Any:
-    """The property of a thin layer that reads a weight of this name."""
+    """Make the property of a thin layer that reads a weight.
+
+    Args:
+        name: Name of the weight in the layer.
+
+    Returns:
+        A ``Generated`` property. Reading gives the decoded tensor, or the dense variable; writing to a generated weight
+        raises AttributeError.
+    """
 
     def read(layer: "ThinLayer") -> Any:
         if name in vars(layer).get("thin", {}):
@@ -30,7 +38,7 @@ def generated(name: str) -> Any:
     def write(layer: "ThinLayer", value: Any) -> None:
         if name not in vars(layer).get("thin", {}):
             layer.__dict__[name] = value
-        elif value is not None:  # what ``add_weight`` gives for a thin one
+        elif value is not None:  # None is what ``add_weight`` returns for a thin one
             raise AttributeError(f"{name!r} is generated: train or load the thin code.")
 
     def remove(layer: "ThinLayer") -> None:
@@ -40,7 +48,7 @@ def generated(name: str) -> Any:
 
 
 class _Penalty:
-    """The regularisers of dense weights, as that of a latent: Keras asks variables for theirs."""
+    """The regularisers of dense weights, attached to a latent, since Keras collects those of variables."""
 
     def __init__(self) -> None:
         self.terms: list[Any] = []
@@ -50,25 +58,50 @@ class _Penalty:
 
 
 class ThinLayer(keras.layers.Layer):
-    """What all thin layers share: ``thin`` maps a weight's name to what generates it."""
+    """Base of all thin layers.
+
+    Attributes:
+        thin: Weight name -> the ThinWeight that generates it.
+        indices: Weight name -> the index of the tensor in its ThinWeight.
+        shapes: Weight name -> its shape in Keras.
+        penalties: Weight name -> regulariser of the dense weight.
+    """
 
     thin: dict[str, ThinWeight]
-    indices: dict[str, int]  # which of the ThinWeight's tensors
-    shapes: dict[str, Shape]  # as Keras has the weight
-    penalties: dict[str, Any]  # regularisers of the dense weights
+    indices: dict[str, int]
+    shapes: dict[str, Shape]
+    penalties: dict[str, Any]
 
     def generate(self, name: str) -> Array:
-        """A dense weight, as Keras keeps it, in the type that the layer computes in."""
+        """A dense weight in the layer's compute dtype.
+
+        Args:
+            name: Name of the weight.
+
+        Returns:
+            A tensor of the backend, in Keras's layout; within a recurrent layer decoded once for all steps.
+        """
         held = HELD.get({}).get(id(self), {})
         return held[name] if name in held else ops.cast(self.decoded(name), self.compute_dtype)
 
     def decoded(self, name: str) -> Array:
-        """The same in the type of the latents."""
+        """A dense weight in the dtype of the latents.
+
+        Args:
+            name: Name of the weight.
+
+        Returns:
+            A tensor of the backend, in Keras's layout, decoded now.
+        """
         shape, tensor = self.shapes[name], self.thin[name].dense(self.indices[name])
-        return layouts(self, name, shape)[name].kept(tensor, shape, ops)
+        return layouts(self, name, shape)[name].restored(tensor, shape, ops)
 
     def attach(self, weights: Mapping[str, tuple[ThinWeight, int]]) -> None:
-        """Generate these weights, whose dense variables are gone or not yet made."""
+        """Generate weights from now on; their dense variables have been removed or were never made.
+
+        Args:
+            weights: Weight name -> the ThinWeight and the index of the tensor in it.
+        """
         locked, old = self._tracker.locked, vars(self)
         self._tracker.unlock()
         self.shapes, self.penalties = dict(old.get("shapes", {})), dict(old.get("penalties", {}))
@@ -80,11 +113,16 @@ class ThinLayer(keras.layers.Layer):
             self._speed(variable)
 
     def _speed(self, variable: Any) -> None:
-        """The biases of a thin layer learn at the rate of its codes (``deepthin.methods.learning_rate_multiplier``)."""
+        """Give a bias the learning-rate multiplier of the layer's codes (``methods.learning_rate_multiplier``)."""
         variable.learning_rate_multiplier = next(iter(self.thin.values())).learning_rate_multiplier
 
     def penalize(self, name: str, regularizer: Any) -> None:
-        """Add the penalty of a dense weight to the losses."""
+        """Add the regularisation loss of a generated weight to the layer's losses.
+
+        Args:
+            name: Name of the weight.
+            regularizer: From a dense weight to a scalar; None adds nothing.
+        """
         if regularizer is None:
             return
         self.penalties[name] = regularizer
@@ -94,7 +132,16 @@ class ThinLayer(keras.layers.Layer):
         latent.regularizer.terms.append(lambda: regularizer(self.generate(name)))
 
     def add_weight(self, *args: Any, name: str | None = None, **options: Any) -> Any:
-        """As Keras's own; nothing for what is generated."""
+        """Keras's method; makes no variable for a generated weight.
+
+        Args:
+            args: As Keras has them, the shape first.
+            name: Name of the weight.
+            options: As Keras has them.
+
+        Returns:
+            The variable; None for a generated weight.
+        """
         if name is None or name not in vars(self).get("thin", {}):
             variable = super().add_weight(*args, name=name, **options)
             if vars(self).get("thin"):
@@ -105,19 +152,36 @@ class ThinLayer(keras.layers.Layer):
         return None
 
     def save_own_variables(self, store: Any) -> None:
-        """Those that are dense: what generates the others is saved by itself."""
+        """Save the dense variables; a ThinWeight is a layer and saves its own.
+
+        Args:
+            store: Keras's store for this layer.
+        """
         keras.layers.Layer.save_own_variables(self, store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Those that are dense."""
+        """Load the dense variables.
+
+        Args:
+            store: Keras's store for this layer.
+        """
         keras.layers.Layer.load_own_variables(self, store)
 
     def get_config(self) -> dict[str, Any]:
-        """With what generates the weights."""
+        """The layer's configuration, with its ThinWeights under ``thin``.
+
+        Returns:
+            A mapping that JSON can hold.
+        """
         return {**super().get_config(), "thin": self.thin_config()}
 
     def thin_config(self) -> dict[str, Any]:
-        """By the weight's name: the ThinWeight, and which of its tensors; Keras knows a shared one by its number."""
+        """The ThinWeights of the layer, serialised.
+
+        Returns:
+            Weight name -> the ThinWeight's configuration, whose ``shared_object_id`` is equal for shared ones, and the
+            index of the tensor in it.
+        """
         serialize = keras.saving.serialize_keras_object
         return {
             name: [{**serialize(weight), "shared_object_id": id(weight)}, self.indices[name]]
@@ -126,7 +190,14 @@ class ThinLayer(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        """The layer, not built yet."""
+        """Build a layer from its configuration.
+
+        Args:
+            config: What ``get_config`` returned.
+
+        Returns:
+            A thin layer, not built yet.
+        """
         layer = cast(Any, super()).from_config({key: value for key, value in config.items() if key != "thin"})
         layer.attach(_weights(config["thin"]))
         return layer

@@ -1,4 +1,4 @@
-"""How a file keeps what a Keras layer keeps otherwise: as torch does, outputs first (docs/keras.md)."""
+"""Permutations between Keras's layouts and the file's, which are torch's: outputs first (docs/keras.md)."""
 
 import math
 from dataclasses import dataclass
@@ -12,19 +12,33 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The way from a Keras weight to a tensor of the file: axes, then gates. ``xp`` is NumPy or keras.ops.
+    """The permutation from a Keras weight to a tensor of the file: row, axes, merging, then gates.
 
-    Keras keeps kernels as (inputs, outputs), those of convolutions as (places, inputs, outputs), and a GRU's gates as
-    z r h; the file has (outputs, inputs), (outputs, inputs, places) and r z h.
+    Keras stores kernels as (inputs, outputs), those of convolutions as (places, inputs, outputs), and a GRU's gates in
+    the order z r h; the file has (outputs, inputs), (outputs, inputs, places) and r z h.
+
+    Attributes:
+        axes: Keras's axes in the file's order; None leaves them.
+        merged: The first two axes of the file's order become one, the outputs of a depthwise kernel.
+        gates: The first two thirds of the outputs are swapped.
+        row: The file has this row only, as a GRU's two biases are one weight in Keras.
     """
 
-    axes: tuple[int, ...] | None = None  # of Keras, in the file's order
-    merged: bool = False  # the first two axes of the file's order become one, a depthwise kernel's outputs
-    gates: bool = False  # the first two thirds of the outputs change places
-    row: int | None = None  # the file has this row only: a GRU's two biases are one weight in Keras
+    axes: tuple[int, ...] | None = None
+    merged: bool = False
+    gates: bool = False
+    row: int | None = None
 
     def stored(self, weight: Any, xp: Any = np) -> Any:
-        """What the file has."""
+        """From a Keras weight to the tensor of the file.
+
+        Args:
+            weight: The weight in Keras's layout.
+            xp: NumPy or ``keras.ops``.
+
+        Returns:
+            The tensor in the file's layout.
+        """
         tensor = weight if self.row is None else weight[self.row]
         if self.axes is not None:
             tensor = xp.transpose(tensor, self.axes)
@@ -33,24 +47,49 @@ class Layout:
         return _exchanged(tensor, xp) if self.gates else tensor
 
     def shape(self, shape: Shape) -> Shape:
-        """Of what the file has, from that in Keras."""
+        """From the shape of a Keras weight to that of the tensor in the file.
+
+        Args:
+            shape: In Keras's layout.
+
+        Returns:
+            The shape in the file's layout.
+        """
         if self.row is not None:
             return shape[1:]
         turned = shape if self.axes is None else tuple(shape[axis] for axis in self.axes)
         return (turned[0] * turned[1], 1, *turned[2:]) if self.merged else turned
 
-    def kept(self, tensor: Any, shape: Shape, xp: Any = np) -> Any:
-        """What Keras has, of this shape, from a tensor of the file; of a row, that alone."""
+    def restored(self, stored: Any, shape: Shape, xp: Any = np) -> Any:
+        """From a tensor of the file to the Keras weight: the inverse of ``stored``.
+
+        Args:
+            stored: The tensor in the file's layout.
+            shape: Shape of the Keras weight.
+            xp: NumPy or ``keras.ops``.
+
+        Returns:
+            The weight in Keras's layout; with ``row``, that row alone.
+        """
         if self.gates:
-            tensor = _exchanged(tensor, xp)
+            stored = _exchanged(stored, xp)
         if self.axes is None:
-            return tensor
-        tensor = xp.reshape(tensor, tuple(shape[axis] for axis in self.axes))
-        return xp.transpose(tensor, tuple(np.argsort(self.axes).tolist()))
+            return stored
+        stored = xp.reshape(stored, tuple(shape[axis] for axis in self.axes))
+        return xp.transpose(stored, tuple(np.argsort(self.axes).tolist()))
 
 
 def layouts(layer: Any, name: str, shape: Shape) -> dict[str, Layout]:
-    """The tensors of the file that hold a layer's weight, by the weight's name there."""
+    """The tensors of the file that a layer's weight is stored in.
+
+    Args:
+        layer: The Keras layer.
+        name: Name of the weight in the layer.
+        shape: Its shape in Keras.
+
+    Returns:
+        Name in the file -> layout; one, but two for the biases of a GRU.
+    """
     if isinstance(layer, layers.GRUCell):
         if name == "bias" and len(shape) == 2:
             return {"bias": Layout(row=0, gates=True), "recurrent_bias": Layout(row=1, gates=True)}
@@ -83,9 +122,15 @@ CELLS = (layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell)
 
 
 def fresh_std(layer: Any, shape: Shape) -> float:
-    """Standard deviation of a from-scratch start, of the file's shape: that of deepthin.torch, but Keras's for tables.
+    """Standard deviation of the weights that ``init="scratch"`` draws.
 
-    A tenth of He's variance, and for gates torch's spread, uniform within 1 / sqrt(units).
+    Args:
+        layer: The layer that has the weight.
+        shape: Shape in the file's layout, two or more dimensions.
+
+    Returns:
+        The root of a tenth of He's variance ``2 / fan-in`` (He et al., 2015, arXiv:1502.01852); Keras's default for
+        embeddings (uniform within 0.05), torch's for gates (uniform within ``1 / sqrt(units)``).
     """
     if 0 in shape:
         return 1.0
@@ -99,6 +144,6 @@ def fresh_std(layer: Any, shape: Shape) -> float:
 
 
 def _exchanged(tensor: Any, xp: Any) -> Any:
-    """The first third of the rows after the second."""
+    """The tensor with its first two thirds swapped."""
     third = tensor.shape[0] // 3
     return xp.concatenate([tensor[third : 2 * third], tensor[:third], tensor[2 * third :]], axis=0)

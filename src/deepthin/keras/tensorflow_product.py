@@ -1,7 +1,7 @@
-"""``x @ W.T`` without the weight W in TensorFlow: the native product, where it is faster than the generated weight.
+"""``x @ W.T`` without the weight W in TensorFlow: the native product, where it is faster than decoding the weight.
 
-In a graph it is one call of Python, which hands the memory of the tensors to deepthin.kernels. XLA compiles no such
-call, a SavedModel holds none, and other devices do not reach that memory: there, the generated weight serves.
+In a graph it is one call of Python, which passes the tensors' memory to deepthin.kernels. XLA cannot compile such a
+call, a SavedModel cannot contain it, and other devices cannot access that memory: there, the weight is decoded.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from deepthin.kernels import products
 from deepthin.kernels.costs import choose_native, work
 from deepthin.methods.factor import Factor, Factored
 
-_TYPICAL_BATCH = 32  # what is chosen for where the batch is unknown
-# Nanoseconds on one core: what a call of Python takes; what generating and reading each entry of the weight takes, once
-# for each rank and once at all; and each multiplication by it. (`deepthin bench tensorflow` has what becomes of it.)
+_TYPICAL_BATCH = 32  # assumed where the batch is unknown
+# Nanoseconds on one core: a call of Python; decoding an entry of the weight, for each rank; reading it; and a
+# multiplication by it. (`deepthin bench tensorflow` compares the predictions with measured times.)
 _CALL, _RANK, _ENTRY, _MULTIPLICATION = 5e4, 0.3, 1.5, 0.05
 
 _portable = ContextVar("portable", default=False)
@@ -37,9 +37,12 @@ _unsaved: list[tf.Variable] = []  # one that no module tracks
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-    """While this holds, graphs are traced with generated weights only: they can be saved, and compiled by XLA.
+    """Trace graphs with decoded weights only, so that they can be saved, and compiled by XLA; a context.
 
-    Needed for a function that is traced first and exported, or called by a function with ``jit_compile=True``, later.
+    Needed for a function that is traced first, and exported or called by a function with ``jit_compile=True`` later.
+
+    Yields:
+        Nothing.
     """
     token = _portable.set(True)
     try:
@@ -49,7 +52,16 @@ def portable() -> Iterator[None]:
 
 
 def product(weight: ThinWeight, x: tf.Tensor, index: int = 0) -> tf.Tensor | None:
-    """``x @ W.T`` for a tensor of a thin weight, (outputs, inputs), or None where that is for the decoded one to do."""
+    """``x @ W.T`` for a tensor of a thin weight, by native code.
+
+    Args:
+        weight: The thin weight.
+        x: Inputs, any number of leading dimensions.
+        index: Which of the weight's tensors is W, (outputs, inputs).
+
+    Returns:
+        The outputs; None where the decoded weight must be used or is predicted to be faster (see ``fused``).
+    """
     part, method = weight.parts[index], weight.decoder
     if not isinstance(method, Factored) or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
         return None
@@ -69,12 +81,19 @@ def fused(
     wf: Float[tf.Tensor, "r n"],
     offset: int = 0,
 ) -> Float[tf.Tensor, "*batch rows"] | None:
-    """``x @ W.T``, or None where that is for the generated weight to do.
+    """``x @ W.T`` by native code; W is the factors' product from entry ``offset`` on. Differentiable to any order.
 
-    W is what the factors decode to, from entry ``offset`` < n on. ``x`` has any number of leading dimensions, known or
-    not. There are gradients of every order. None: if the predicted cost says so, for a shuffled weight, for other types
-    than float32, without native code, on other devices than this process' CPU, under ``jit_compile=True`` and within
-    ``portable``.
+    Args:
+        method: The plan: shape of W, n and rank.
+        x: Inputs, any number of leading dimensions, known or not.
+        xf: Left factor, m x r.
+        wf: Right factor, r x n.
+        offset: Entry of the factors' product at which W begins, from 0 to n - 1.
+
+    Returns:
+        The outputs; None where decoding W is predicted to be faster, for shuffled weights, for other dtypes than
+        float32, without native code, on other devices than this process' CPU, under ``jit_compile=True`` and in
+        ``portable``.
     """
     x, xf, wf = (tf.convert_to_tensor(operand) for operand in (x, xf, wf))
     if not _serves(method, x, xf, wf):
@@ -87,7 +106,15 @@ def fused(
 
 
 def pays(method: Factor, batch: int) -> bool:
-    """Whether the native product is predicted to be faster than generating the weight, for so many items."""
+    """Whether the native product is predicted to be faster than decoding the weight.
+
+    Args:
+        method: The plan.
+        batch: Number of items.
+
+    Returns:
+        The prediction; False for no items.
+    """
     area = math.prod(method.shape)
     native = _CALL + work(method, batch, True)[choose_native(method, batch, False)]
     return batch > 0 and native < area * (_RANK * method.rank + _ENTRY + _MULTIPLICATION * batch)
@@ -116,7 +143,7 @@ def _is_compiled() -> bool:
 
 
 def _forbid_saving() -> None:
-    """Let a graph hold what TensorFlow refuses to save: it would save a call of Python that nobody else can make."""
+    """Make TensorFlow refuse to save the graph, by capturing an untracked variable: Python calls cannot be saved."""
     with tf.init_scope():
         if not _unsaved:
             _unsaved.append(tf.Variable(tf.zeros(()), trainable=False, name=_REFUSAL))
@@ -128,7 +155,7 @@ def _forbid_saving() -> None:
 
 @lru_cache(maxsize=4096)
 def _product(method: Factor, offset: int) -> Any:
-    """The product of x, xf and wf, with its gradients: these by native code too, theirs by the weight."""
+    """The product of x, xf and wf. Its gradient is native too; second derivatives go by way of the weight."""
 
     def forward(x: ndarray, xf: ndarray, wf: ndarray) -> list[ndarray]:
         way: Any = choose_native(method, len(x), False).removeprefix("native-")
@@ -136,12 +163,12 @@ def _product(method: Factor, offset: int) -> Any:
 
     def backward(grad: ndarray, x: ndarray, xf: ndarray, wf: ndarray) -> list[ndarray]:
         way: Any = choose_native(method, len(x), True).removeprefix("native-")
-        found = products.linear_gradients(method, grad, x, xf, wf, correlation=way, offset=offset, threads=_threads())
-        return list(found)
+        grads = products.linear_gradients(method, grad, x, xf, wf, correlation=way, offset=offset, threads=_threads())
+        return list(grads)
 
     @tf.custom_gradient
     def gradients(grad: tf.Tensor, *operands: tf.Tensor) -> Any:
-        found = _call(backward, (grad, *operands), [operand.shape for operand in operands])
+        first = _call(backward, (grad, *operands), [operand.shape for operand in operands])
 
         def second(by_x: tf.Tensor, by_xf: tf.Tensor, by_wf: tf.Tensor) -> Any:
             x, xf, wf = operands
@@ -155,7 +182,7 @@ def _product(method: Factor, offset: int) -> Any:
                 tf.matmul(xf, through, transpose_a=True) + tf.matmul(by_xf, back, transpose_a=True),
             )
 
-        return found, second
+        return first, second
 
     @tf.autograph.experimental.do_not_convert
     @tf.custom_gradient
@@ -167,7 +194,7 @@ def _product(method: Factor, offset: int) -> Any:
 
 
 def _weight(method: Factor, xf: tf.Tensor, wf: tf.Tensor, offset: int) -> Float[tf.Tensor, "rows cols"]:
-    """What factors, of any rank, decode to."""
+    """The weight that factors of any rank decode to."""
     entries = tf.reshape(tf.matmul(xf, wf), (-1,))[offset : offset + math.prod(method.shape)]
     return tf.reshape(entries, method.shape)
 
@@ -180,13 +207,13 @@ def _spread(method: Factor, grad: tf.Tensor, x: tf.Tensor, offset: int) -> Float
 
 
 def _call(function: Any, operands: Sequence[tf.Tensor], shapes: Sequence[Any]) -> list[tf.Tensor]:
-    """float32 tensors, of shapes as far as these are known, from a function of arrays."""
-    found = tf.nest.flatten(tf.numpy_function(function, operands, [tf.float32] * len(shapes), stateful=False))
-    for tensor, shape in zip(found, shapes, strict=True):
+    """Call a function of arrays; its float32 results get the given, possibly partial, shapes."""
+    tensors = tf.nest.flatten(tf.numpy_function(function, operands, [tf.float32] * len(shapes), stateful=False))
+    for tensor, shape in zip(tensors, shapes, strict=True):
         tensor.set_shape(shape)
-    return found
+    return tensors
 
 
 def _threads() -> int:
-    """As many as TensorFlow has for one operation."""
+    """The number of threads that TensorFlow uses for one operation."""
     return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""A weight that is generated: the optimiser sees the latent floats, the layer sees the tensor that they decode to."""
+"""A generated weight: the optimiser sees the latent floats, the layer sees the tensor that they decode to."""
 
 import dataclasses
 import itertools
@@ -21,12 +21,12 @@ from deepthin.plan.start import Start, drawn, encoded
 from deepthin.storage.contents import Part
 
 _OPS = cast(Namespace, NAMESPACE)
-_ROUNDING = 1e-6  # of the largest: two decodings of one code may differ by that
+_ROUNDING = 1e-6  # upper bound on the difference of two decodings of one code, relative to the largest entry
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """A code, and the latents that it stands for: it is the one to be stored as long as these do not change."""
+class _Coded:
+    """A code, and the latents that it was computed from or loaded with: valid while these do not change."""
 
     latents: Code
     code: Code
@@ -34,15 +34,22 @@ class _Kept:
 
 @keras.saving.register_keras_serializable("deepthin")
 class ThinWeight(keras.layers.Layer):
-    """One matrix in compressed form, and the tensors that it holds: one, or those of a group.
+    """One matrix in compressed form, and the tensors that are cut from it: one, or those of a group.
 
-    Trainable variables are the latent floats: those of the code, or, where the method trains ``through`` its rounding,
-    what it encodes. Integers that do not follow from these are variables too, not trainable. Tables that follow from
-    the method's fields are constants. ``dense(i)`` is the i-th tensor as a file has it, (outputs, inputs), in the type
-    of the latents, whatever type the layer around it computes in.
+    Trainable variables are the latent floats: those of the code or, where the method trains ``through`` its rounding,
+    the floats before rounding. Integers that do not follow from these are variables too, not trainable. Tables that
+    follow from the method's fields are constants.
 
-    A code that was loaded stays as it is until a latent changes in value. Of ``binary`` it is held beside the latents,
-    since what its signs give, encoded again, need not be the same.
+    A loaded code does not change until a latent changes in value. ``binary`` stores its code beside the latents, since
+    encoding the decoded weight again may give another code.
+
+    Args:
+        method_name: Name of the method, as files and reports have it.
+        method: The method, of the whole matrix's shape.
+        parts: Shape and scale of each tensor, in the order in which they are cut from the flattened matrix.
+        start: Code and latents, as ``deepthin.plan.start`` makes them; None for zeros, to be loaded.
+        dtype: Dtype of the latents.
+        options: Further arguments of ``keras.layers.Layer``.
     """
 
     def __init__(
@@ -55,7 +62,7 @@ class ThinWeight(keras.layers.Layer):
         dtype: str = "float32",
         **options: Any,
     ) -> None:
-        """``start`` is as ``deepthin.start`` makes it; None: all zeros, until something is loaded."""
+
         super().__init__(dtype=dtype, **options)
         self.method_name, self.method, self.parts = method_name, method, tuple(parts)
         self._coding = FloatCoding(method)
@@ -64,7 +71,7 @@ class ThinWeight(keras.layers.Layer):
         self.learning_rate_multiplier = learning_rate_multiplier(method_name, method)
         ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
         self.cuts = tuple(zip([0, *ends], ends, strict=False))
-        self._kept: _Kept | None = None
+        self._coded: _Coded | None = None
         self.latents: dict[str, Any] = {}
         shown = self.decoder if self.rounds else method
         shapes, whole = shown.code_shapes(), shown.integers()
@@ -96,7 +103,19 @@ class ThinWeight(keras.layers.Layer):
         importance: Sequence[np.ndarray] | None = None,
         **options: Any,
     ) -> "ThinWeight":
-        """The code nearest to float32 tensors in the file's layout; ``importance`` has their shapes."""
+        """Encode dense tensors.
+
+        Args:
+            method_name: Name of the method, as files and reports have it.
+            method: The method, of the whole matrix's shape.
+            parts: Shape and scale of each tensor.
+            tensors: The dense tensors in the file's layout, float32, of the parts' shapes.
+            importance: One array >= 0 for each tensor, of its shape: the weight of each squared error.
+            options: Further arguments of the class.
+
+        Returns:
+            The weight with the nearest code that the method finds.
+        """
         return cls(method_name, method, parts, encoded(method, parts, tensors, importance), **options)
 
     @classmethod
@@ -109,21 +128,34 @@ class ThinWeight(keras.layers.Layer):
         std: float,
         **options: Any,
     ) -> "ThinWeight":
-        """A from-scratch start; the entries of a part then have standard deviation ``std`` times its scale.
+        """Draw a start from scratch.
 
-        ``rng`` is that of ``deepthin.start.generator``.
+        Args:
+            method_name: Name of the method, as files and reports have it.
+            method: The method, of the whole matrix's shape.
+            parts: Shape and scale of each tensor.
+            rng: NumPy's generator, such as ``deepthin.plan.start.generator`` makes; it is advanced.
+            std: Standard deviation of the decoded entries, before they are multiplied by the scale of their part.
+            options: Further arguments of the class.
+
+        Returns:
+            The weight.
         """
         return cls(method_name, method, parts, drawn(method, rng, std), **options)
 
     def code(self) -> Code:
-        """The stored entries, as NumPy arrays."""
+        """The stored entries. A loaded code does not change until a latent changes in value.
+
+        Returns:
+            Entry -> NumPy array, as a file stores it.
+        """
         now = _values(self.latents)
         if not self.rounds:
             return now
-        kept = self._kept
-        if kept is None or any(not np.array_equal(kept.latents[entry], now[entry]) for entry in now):
-            self._kept = kept = _Kept(now, self._code_of(now))
-        return kept.code
+        coded = self._coded
+        if coded is None or any(not np.array_equal(coded.latents[entry], now[entry]) for entry in now):
+            self._coded = coded = _Coded(now, self._code_of(now))
+        return coded.code
 
     def _code_of(self, latents: Code) -> Code:
         code = {**_values(self.stored), **{entry: a for entry, a in latents.items() if entry in self.method.integers()}}
@@ -134,11 +166,22 @@ class ThinWeight(keras.layers.Layer):
         return {entry: a if entry in self.method.integers() else a.astype(kind) for entry, a in code.items()}
 
     def set_code(self, code: Mapping[str, np.ndarray]) -> None:
-        """Take over another code of the same method, in place: optimisers, and what is frozen, stay as they are."""
+        """Load another code of the same method, in place; the variables stay, and whether they are trainable.
+
+        Args:
+            code: Entry -> array, of the present shapes.
+        """
         self._set(dict(code), None)
 
     def dense(self, index: int = 0) -> Float[Array, "..."]:
-        """A tensor, differentiable in every latent; one of the backend's, in a graph too."""
+        """Decode a tensor.
+
+        Args:
+            index: Which of the weight's tensors.
+
+        Returns:
+            A tensor of the backend in the file's layout and the latents' dtype, differentiable in every latent.
+        """
         (start, stop), part, decoder, floats = self.cuts[index], self.parts[index], self.decoder, self.floats()
         tables = {entry: ops.convert_to_tensor(_narrow(table)) for entry, table in decoder.derived().items()}
         if isinstance(decoder, Flat):
@@ -151,10 +194,13 @@ class ThinWeight(keras.layers.Layer):
         return _cut(flat, part)
 
     def floats(self) -> dict[str, Array]:
-        """What ``decoder`` takes: its floats, rounded where the method rounds, and its integers.
+        """The code that ``decoder`` takes: floats, rounded where the method rounds, and integers.
 
-        The gradient goes through rounding as if it were not there: the straight-through estimator of Bengio et al.,
-        2013, arXiv:1308.3432.
+        Gradients pass the rounding unchanged (straight-through estimator; Bengio, Leonard and Courville, 2013,
+        arXiv:1308.3432).
+
+        Returns:
+            Entry -> tensor of the backend.
         """
         state = _tensors(self.latents)
         if not self.rounds:
@@ -166,7 +212,7 @@ class ThinWeight(keras.layers.Layer):
             loaded = self._coding.decode({**_tensors(self.stored), **{entry: fixed[entry] for entry in whole}}, _OPS)
             near = ops.all(ops.stack([_near(t, loaded[e], ops) for e, t in fixed.items() if e not in whole]))
             rounded = {e: t if e in whole else ops.where(near, loaded[e], t) for e, t in rounded.items()}
-        # The difference is 0, and the sum just what is rounded.
+        # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
         return {e: t if e in whole else (t - fixed[e]) + ops.stop_gradient(rounded[e]) for e, t in state.items()}
 
     def _set(self, code: Code, latents: Code | None) -> None:
@@ -177,24 +223,36 @@ class ThinWeight(keras.layers.Layer):
         for entry, variable in (*self.latents.items(), *self.stored.items()):
             variable.assign((values if entry in self.latents else code)[entry])
         if self.rounds and latents is None:
-            self._kept = _Kept(_values(self.latents), code)
+            self._coded = _Coded(_values(self.latents), code)
 
     def get_config(self) -> dict[str, Any]:
-        """The method as a file has it, and the parts."""
+        """The layer's configuration, with the method's fields and the parts.
+
+        Returns:
+            A mapping that JSON can hold.
+        """
         parts = [dataclasses.asdict(part) for part in self.parts]
-        own = {"method": self.method_name, "fields": fields(self.method), "parts": parts}
-        return {**super().get_config(), **json.loads(json.dumps(own))}  # lists, as JSON has no tuples
+        added = {"method": self.method_name, "fields": fields(self.method), "parts": parts}
+        return {**super().get_config(), **json.loads(json.dumps(added))}  # lists, as JSON has no tuples
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "ThinWeight":
-        """All zeros: whoever asks loads the variables."""
+        """Build a weight of zeros from its configuration; its variables are loaded afterwards.
+
+        Args:
+            config: What ``get_config`` returned.
+            custom_objects: Ignored; Keras passes it.
+
+        Returns:
+            The weight.
+        """
         rest = {key: value for key, value in config.items() if key not in ("method", "fields", "parts")}
         parts = [Part(**{**part, "shape": tuple(part["shape"])}) for part in config["parts"]]
         return cls(config["method"], with_fields(config["method"], config["fields"]), parts, **rest)
 
 
 def _near(a: Array, b: Array, xp: Any) -> Array:
-    """Whether arrays are the same but for rounding, by NumPy or keras.ops."""
+    """Whether arrays are equal up to rounding; ``xp`` is NumPy or keras.ops."""
     return xp.max(xp.abs(a - b)) <= _ROUNDING * xp.max(xp.abs(b))
 
 
@@ -212,7 +270,7 @@ def _wide(array: np.ndarray) -> np.ndarray:
 
 
 def _cut(flat: Array, part: Part) -> Array:
-    """``Part.cut``, by functions."""
+    """``Part.cut`` in keras.ops."""
     if part.scale != 1.0:
         flat = flat * part.scale
     tensor = ops.transpose(ops.reshape(flat, part.shape[::-1])) if part.transposed else ops.reshape(flat, part.shape)
@@ -223,12 +281,12 @@ def _cut(flat: Array, part: Part) -> Array:
 
 
 def _narrow(table: np.ndarray) -> np.ndarray:
-    """Tables of places as int32: JAX has no other."""
+    """Tables of indices as int32, as JAX has no int64."""
     return table.astype(np.int32) if table.dtype == np.int64 else table
 
 
 def _integer_type(kind: Integers) -> str:
-    """The narrowest that holds them."""
+    """The narrowest dtype that can hold the integers."""
     most = kind.least + kind.count - 1
     if kind.least >= 0:
         return "uint8" if most < 1 << 8 else "int16" if most < 1 << 15 else "int32"

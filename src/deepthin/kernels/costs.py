@@ -1,6 +1,7 @@
 """The predicted time of each way to multiply inputs by a compressed weight, and which is least: pure functions.
 
-The counts are those of docs/performance.md; the times were fitted to one machine. A framework adds what its calls take.
+The counts are those of docs/performance.md; the times were fitted to one machine. A framework adds the overhead of its
+calls.
 """
 
 import math
@@ -11,10 +12,10 @@ from deepthin.method import InTurn, Symbols
 from deepthin.methods.factor import Factor
 
 Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "csr", "symbols"]
-"""The weight first; its factors in turn; the structured way in torch; the same in native code; sparse rows; symbols."""
+"""Multiply by the decoded weight, its factors in turn, structured in torch or in native code, sparse rows, symbols."""
 
 NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
-LANES, FEW = 8, 3  # how native code splits a batch: one item per SIMD lane; a rest of so few, or fewer, one by one
+LANES, FEW = 8, 3  # native code takes one item per SIMD lane; a remainder of at most FEW items goes one by one
 
 # Nanoseconds for each of `terms`, on one core in single precision, fitted by benchmarks/fit_costs.py to timings: of a
 # product with nothing to record, the dense weight at hand, and of a training step, the dense weight to be made.
@@ -39,28 +40,40 @@ _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
 }
 
 _SYMBOL_ITEMS, _SYMBOL_AREA = 8, 1 << 21
-_IN_TURN = {True: (6e4, 0.05), False: (2.5e5, 0.2)}  # of Kronecker sums and tensor trains: a call, each multiplication
+_IN_TURN = {
+    True: (6e4, 0.05),
+    False: (2.5e5, 0.2),
+}  # nanoseconds of a call and of a multiplication, for Kronecker sums and tensor trains
 
 
 def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
-    """For every way to multiply ``batch`` items by a factored weight, the counts that its time depends on."""
+    """The counts that the time of each way to multiply depends on.
+
+    Args:
+        method: The factored weight: shape (rows, cols), n and rank.
+        batch: Number of items, >= 1.
+
+    Returns:
+        For every way that applies, its counts: 1 for the call, then multiplications and entries moved
+        (docs/performance.md), in the order of the fitted times.
+    """
     (rows, cols), n, rank = method.shape, method.n, method.rank
     area = rows * cols
-    found: dict[Path, tuple[int | float, ...]] = {"dense": (1, batch * area, area, area * rank)}
+    counts: dict[Path, tuple[int | float, ...]] = {"dense": (1, batch * area, area, area * rank)}
     if method.seed is not None:
-        return found
-    found |= _native_terms(rows, cols, n, rank, batch)
+        return counts
+    counts |= _native_terms(rows, cols, n, rank, batch)
     if n == cols:
-        return {**found, "factors": (1, batch * rank * (rows + cols), rank * (rows + cols))}
+        return {**counts, "factors": (1, batch * rank * (rows + cols), rank * (rows + cols))}
     if math.gcd(n, cols) > 1:
-        return found
+        return counts
     length = n * -(-(cols + n - 1) // n)
     points = fft_length(length)
-    taps = rows * length // n * rank  # what the phases multiply for one item, and what is gathered for all
+    taps = rows * length // n * rank  # multiplications for one item, and entries gathered once for all
     phases = (batch * taps, taps, batch * (rank * length + rows), n)
     transforms = batch * points * math.log2(points) * (1 + rank)
     windows = (batch * rank * length * n, batch * rank * length)
-    return {**found, "fft": (1, transforms, *phases), "direct": (1, *windows, *phases)}
+    return {**counts, "fft": (1, transforms, *phases), "direct": (1, *windows, *phases)}
 
 
 def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[Path, tuple[int | float, ...]]:
@@ -83,7 +96,16 @@ def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[P
 
 
 def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
-    """Predicted nanoseconds of every way; ``dense_ready``: the dense weight is kept, and no gradient is wanted."""
+    """Predicted time of each way to multiply.
+
+    Args:
+        method: The factored weight.
+        batch: Number of items, >= 1.
+        dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core, for every way that applies.
+    """
     weights = _NANOSECONDS[dense_ready]
     return {
         path: sum(w * c for w, c in zip(weights[path], counts, strict=True))
@@ -92,43 +114,99 @@ def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
 
 
 def work(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
-    """The same without what each call takes, however small the product."""
+    """Predicted time of each way to multiply, without the fixed time of a call.
+
+    Args:
+        method: The factored weight.
+        batch: Number of items, >= 1.
+        dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core that grow with the product, for every way that applies.
+    """
     return {path: cost - _NANOSECONDS[dense_ready][path][0] for path, cost in costs(method, batch, dense_ready).items()}
 
 
 @lru_cache(maxsize=4096)
 def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) -> Path:
-    """The way with the least predicted cost, of those in torch or, with ``native``, of the dense and the native ones.
+    """The way to multiply with the least predicted time.
 
     A pure function of its arguments, so that a reloaded model computes the same bits.
+
+    Args:
+        method: The factored weight.
+        batch: Number of items, >= 0.
+        dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+        native: Whether to choose between the dense way and those in native code, instead of those in torch.
+
+    Returns:
+        The way; ``"dense"`` for an empty batch.
     """
     if batch == 0:
-        return "dense"  # the FFT library takes no empty batches
+        return "dense"  # FFT libraries refuse empty batches
     predicted = costs(method, batch, dense_ready)
     return min(
         (path for path in predicted if path == "dense" or (path in NATIVE) == native), key=lambda p: predicted[p]
     )
 
 
+def repeated_dense_work(method: Factor, items: int, calls: int, dense_ready: bool) -> float:
+    """Predicted nanoseconds of so many products of ``items`` each by one decoded weight, made once if it is not ready.
+
+    Without what each call takes, as ``work``. Every product reads the weight, whoever made it.
+    """
+    _, multiplication, entry, summand = _NANOSECONDS[dense_ready]["dense"]
+    reading = _NANOSECONDS[True]["dense"][2]
+    made = 0.0 if dense_ready else entry + summand * method.rank
+    return math.prod(method.shape) * (calls * (multiplication * items + reading) + made)
+
+
 def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: bool) -> float:
-    """Predicted nanoseconds of a product by the decoded weight, each entry of which is a sum of so many products."""
+    """Predicted time of a product by the decoded weight.
+
+    Args:
+        shape: (rows, cols) of the weight.
+        summands: Products that are summed for each weight when it is decoded.
+        batch: Number of items.
+        dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core.
+    """
     area = math.prod(shape)
     counts = (1, batch * area, area, area * summands)
     return sum(w * c for w, c in zip(_NANOSECONDS[dense_ready]["dense"], counts, strict=True))
 
 
 def in_turn_cost(method: InTurn, batch: int, dense_ready: bool) -> float:
-    """Predicted nanoseconds of a product by the factors one after the other."""
+    """Predicted time of a product by the factors one after the other.
+
+    Args:
+        method: The method, which has factors to multiply by.
+        batch: Number of items.
+        dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core.
+    """
     delay, each = _IN_TURN[dense_ready]
     return delay + each * batch * method.multiplies()
 
 
 def symbols_pay(method: Symbols, batch: int, levels: tuple[int, int]) -> bool:
-    """Whether native code that reads symbols of a byte is faster than the cached dense weight.
+    """Whether native code that reads symbols of one byte is faster than the cached dense weight.
 
-    Measured (docs/performance.md): for few items, where look-ups are quick. Tables that take two look-ups and a choice
-    gain on matrices that the nearer caches do not hold. ``levels``: the entries of a table that the instruction set
-    looks up at once, and at all (``products.levels``).
+    Measured (docs/performance.md): for few items, where table look-ups are quick. Tables that take two look-ups and a
+    choice gain on matrices that do not fit the nearer caches.
+
+    Args:
+        method: The method, with one symbol for each weight.
+        batch: Number of items.
+        levels: How many table entries the instruction set looks up at once, and the most that it looks up at all
+            (``products.levels``).
+
+    Returns:
+        True if the symbols should be multiplied as they are.
     """
     once, most = levels
     if not 0 < batch <= _SYMBOL_ITEMS or most == 0:
@@ -141,13 +219,29 @@ def symbols_pay(method: Symbols, batch: int, levels: tuple[int, int]) -> bool:
 
 @lru_cache(maxsize=4096)
 def choose_native(method: Factor, batch: int, training: bool) -> Path:
-    """Native code's faster correlation."""
+    """The faster of the correlations that native code has, by predicted time.
+
+    Args:
+        method: The factored weight, without a seed.
+        batch: Number of items, >= 1.
+        training: Whether a gradient is wanted.
+
+    Returns:
+        One of ``NATIVE``.
+    """
     predicted = costs(method, batch, dense_ready=not training)
     return min((path for path in predicted if path in NATIVE), key=lambda path: predicted[path])
 
 
 def fft_length(least: int) -> int:
-    """The smallest even number of the form 2^a 3^b 5^c that is at least ``least``: lengths that transform fast."""
+    """The smallest even number of the form 2^a 3^b 5^c that is at least ``least``: a length that transforms fast.
+
+    Args:
+        least: Lower bound, >= 1.
+
+    Returns:
+        The length.
+    """
     best = 1 << max(least - 1, 1).bit_length()
     five = 1
     while five < best:

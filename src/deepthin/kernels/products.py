@@ -23,7 +23,7 @@ Correlation = Literal["direct", "fft"]
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The native module, or none and the reason."""
+    """The native module; or None, and why there is none."""
     asked = os.environ.get("DEEPTHIN_ISA", "")
     if asked == "none":
         return None, "DEEPTHIN_ISA=none"
@@ -43,25 +43,41 @@ native_available = _native is not None
 
 
 def isa() -> str:
-    """The instruction set in use: ``v2``, ``v3``, ``v4``, ``baseline``; ``none`` without native code."""
+    """The instruction set in use.
+
+    Returns:
+        ``v2``, ``v3``, ``v4`` or ``baseline``; ``none`` without native code.
+    """
     return "none" if _native is None else _native.isa()
 
 
 def isas() -> tuple[str, ...]:
-    """The instruction sets that this machine can run, of those that were compiled."""
+    """The compiled instruction sets that this machine can run.
+
+    Returns:
+        Their names; empty without native code.
+    """
     return () if _native is None else tuple(_native.isas())
 
 
 def levels() -> tuple[int, int]:
-    """Shared values that one look-up of ``symbol_linear`` covers, and an upper bound; 0 where they would not pay."""
+    """How many shared values ``symbol_linear`` can look up.
+
+    Returns:
+        The number that one look-up covers, and the most that it takes; (0, 0) where look-ups would not be faster than
+        the dense product, or without native code.
+    """
     return (0, 0) if _native is None else _native.levels()
 
 
 def native() -> ModuleType:
     """The native module.
 
+    Returns:
+        ``deepthin._native``.
+
     Raises:
-        RuntimeError: There is none; the message says why.
+        RuntimeError: There is no native code; the message says why.
     """
     if _native is None:
         raise RuntimeError(f"deepthin has no native kernels here: {why_not}.")
@@ -210,7 +226,7 @@ def huffman_walk(
     most: int,
     count: int,
     skip: int,
-) -> tuple[UInt16[np.ndarray, " found"], int]:
+) -> tuple[UInt16[np.ndarray, " symbols"], int]:
     """``huffman.walk``, which is the definition, some fifty times faster where there is native code.
 
     Args:
@@ -232,10 +248,10 @@ def huffman_walk(
     data, lookup = np.ascontiguousarray(data, np.uint8), np.ascontiguousarray(lookup, np.uint32)
     symbols = np.empty(most, np.uint16)
     stream = _address(data), len(data), start, _address(lookup), len(lookup)
-    found, end = _native.huffman_walk(*stream, _address(symbols), most, count, skip)
-    if found < 0:
+    read, end = _native.huffman_walk(*stream, _address(symbols), most, count, skip)
+    if read < 0:
         raise ValueError(f"the bits end, or {most} symbols are read, before there are {count}")
-    return symbols[:found], end
+    return symbols[:read], end
 
 
 def symbol_linear(
@@ -308,7 +324,19 @@ def symbol_reference(
     least: Float[np.ndarray, "steps 1"] | None = None,
     centres: Float[np.ndarray, " levels"] | None = None,
 ) -> Float64[np.ndarray, "batch rows"]:
-    """What ``symbol_linear`` computes, by its definition, in float64: the weight is decoded."""
+    """The definition of ``symbol_linear`` in float64: the weight is decoded, then multiplied.
+
+    Args:
+        symbols: One integer for each weight.
+        x: Inputs.
+        bias: One number per output, or None.
+        step: Distance of neighbouring levels: one for all rows, or one per row.
+        least: Weight of the symbol 0, shaped as ``step``; None for 0.
+        centres: Shared values, indexed by the symbols, instead of ``step`` and ``least``.
+
+    Returns:
+        ``x @ W.T + bias``.
+    """
     if centres is not None:
         weight = centres.astype(np.float64)[symbols]
     else:
@@ -326,7 +354,22 @@ def linear_reference(
     relu: bool = False,
     offset: int = 0,
 ) -> Float64[np.ndarray, "batch rows"]:
-    """What ``linear`` computes, by its definition, in float64: the weight is built."""
+    """The definition of ``linear`` in float64: the weight is built from its factors, then multiplied.
+
+    Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 3.
+
+    Args:
+        method: The plan: shape (rows, cols), n and rank; without a seed.
+        x: Inputs.
+        xf: Left factor, m x rank with m = ceil((offset + rows * cols) / n).
+        wf: Right factor, rank x n.
+        bias: One number per output, or None.
+        relu: Whether to rectify the outputs.
+        offset: Entry of the factors' product at which W begins, from 0 to n - 1.
+
+    Returns:
+        ``x @ W.T + bias``, rectified if asked.
+    """
     rows, cols = method.shape
     product = xf.astype(np.float64) @ wf.astype(np.float64)
     weight = product.reshape(-1)[offset : offset + rows * cols].reshape(rows, cols)

@@ -33,7 +33,14 @@ States = tuple[Float32[np.ndarray, "places batch hidden"], Float32[np.ndarray, "
 
 
 def gates_of(cell: str) -> int:
-    """Rows of a matrix for each hidden number."""
+    """How many gates a cell has: its matrices have that many rows for each hidden unit.
+
+    Args:
+        cell: One of ``CELLS``.
+
+    Returns:
+        4 for ``"lstm"``, 3 for ``"gru"``, else 1.
+    """
     return {"lstm": 4, "gru": 3}.get(cell, 1)
 
 
@@ -131,7 +138,18 @@ def recurrent_reference(
     *,
     directions: int = 1,
 ) -> tuple[Float64[np.ndarray, "steps batch outputs"], tuple[np.ndarray, np.ndarray | None]]:
-    """What ``recurrent`` computes, by its definition, in float64: the weights are built."""
+    """The definition of ``recurrent`` in float64: the weights are built from their factors, then the steps computed.
+
+    Args:
+        cell: One of ``CELLS``.
+        gates: For each direction of each layer, the matrix of the inputs, then that of the states.
+        x: Inputs.
+        states: h and, for an LSTM alone, c before the first step: layers * directions x batch x hidden.
+        directions: 1, or 2 for bidirectional layers.
+
+    Returns:
+        The outputs of all steps, directions * hidden wide, and the states after the last one.
+    """
     weights = [_weight(gate) for gate in gates]
     h, c = states[0].astype(np.float64), None if states[1] is None else states[1].astype(np.float64)
     y = x.astype(np.float64)
@@ -140,14 +158,14 @@ def recurrent_reference(
         for place in range(layer * directions, (layer + 1) * directions):
             turn = slice(None, None, -1 if place % directions else 1)
             (of_inputs, shift), (of_states, state_shift) = weights[2 * place : 2 * place + 2]
-            found: list[np.ndarray] = []
+            step_outputs: list[np.ndarray] = []
             for now in y[turn]:
                 a, b = now @ of_inputs.T + shift, h[place] @ of_states.T + state_shift
                 h[place], state = _cell(cell, a, b, h[place], None if c is None else c[place])
                 if c is not None:
                     c[place] = state
-                found.append(h[place].copy())
-            outputs.append(np.stack(found)[turn])
+                step_outputs.append(h[place].copy())
+            outputs.append(np.stack(step_outputs)[turn])
         y = np.concatenate(outputs, 2)
     return y, (h, c)
 
@@ -180,7 +198,7 @@ def _weight(gate: Gate) -> tuple[np.ndarray, np.ndarray | float]:
 def _operands(
     cell: str, gates: Sequence[Gate], x: np.ndarray, states: States, directions: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """As the native code reads them."""
+    """Check the operands, and make them contiguous float32 arrays."""
     h, c = states
     if cell not in CELLS:
         raise ValueError(f"cell={cell!r} must be one of {', '.join(CELLS)}.")

@@ -12,10 +12,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 from deepthin.errors import ConfigError, DeepThinError
+
+RETRIES = 3  # of a call whose worker died
+_LOOK_SECONDS = 10.0  # between two looks at the cluster, while nothing ends
+_MISSING_SECONDS = 60.0  # without a machine that is large enough, until it is given up
+_GOES_ON = "What is done is kept; the same command goes on where it stopped."
 
 Call = tuple[Any, ...]
 """A function that can be pickled, and its arguments."""
@@ -28,15 +34,32 @@ class Engine(Protocol):
     jobs: int
 
     def start(self, call: Call) -> Any:
-        """Begin a call; what stands for it until it is done."""
+        """Begin a call.
+
+        Args:
+            call: A function that can be pickled, and its arguments.
+
+        Returns:
+            A handle, which ``done`` takes.
+        """
         ...
 
     def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """Wait for one of the calls that were begun: which, and its result, or the exception that it raised."""
+        """Wait until one of the begun calls has ended.
+
+        Args:
+            begun: Handles that ``start`` returned.
+
+        Returns:
+            The handle of a call that has ended, and its result or the exception that it raised.
+
+        Raises:
+            DeepThinError: The engine itself has failed: none of the calls will end.
+        """
         ...
 
     def close(self) -> None:
-        """End what still runs."""
+        """Stop calls that still run, and free the engine's resources."""
         ...
 
 
@@ -46,11 +69,25 @@ class Inline:
     jobs = 1
 
     def start(self, call: Call) -> Any:
-        """Nothing runs before it is waited for."""
+        """Note the call; it runs when ``done`` waits for it.
+
+        Args:
+            call: A function and its arguments.
+
+        Returns:
+            The call itself.
+        """
         return call
 
     def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """Run the first."""
+        """Run the first of the calls.
+
+        Args:
+            begun: Calls that ``start`` returned.
+
+        Returns:
+            That call, and its result or the exception that it raised.
+        """
         function, *arguments = begun[0]
         try:
             return begun[0], function(*arguments)
@@ -58,11 +95,16 @@ class Inline:
             return begun[0], error
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Nothing to free."""
 
 
 class Processes:
-    """Several processes on this machine, which end when this one does, however it ends."""
+    """Several processes on this machine, which end when this one does, however it ends.
+
+    Args:
+        jobs: Number of processes, >= 1.
+        threads: Number of torch's threads in each.
+    """
 
     def __init__(self, jobs: int, threads: int) -> None:
         import multiprocessing
@@ -73,14 +115,31 @@ class Processes:
         )
 
     def start(self, call: Call) -> Future[Any]:
-        """Hand it to a process that is free."""
+        """Submit a call to the pool.
+
+        Args:
+            call: A function that can be pickled, and its arguments.
+
+        Returns:
+            Its future.
+        """
         return self._pool.submit(*call)
 
     def done(self, begun: list[Future[Any]]) -> tuple[Any, Any]:
-        """The first that ends."""
+        """Wait until one of the begun calls has ended.
+
+        Args:
+            begun: Futures that ``start`` returned.
+
+        Returns:
+            The future of a call that has ended, and its result or the exception that it raised.
+
+        Raises:
+            DeepThinError: A process was killed from outside, so that no call will end.
+        """
         first = next(iter(wait(begun, return_when=FIRST_COMPLETED).done))
         error = first.exception()
-        if isinstance(error, BrokenProcessPool):  # no other will end either
+        if isinstance(error, BrokenProcessPool):  # the pool is unusable: no other call will end
             raise DeepThinError(
                 "A process was ended from outside, perhaps for want of memory: use fewer --jobs. The same command goes "
                 "on where it stopped."
@@ -94,44 +153,112 @@ class Processes:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Ray:
-    """Ray's workers: those of a cluster that RAY_ADDRESS names, else started here for the time being.
+@dataclass(eq=False)
+class _Task:
+    """A call on a worker of Ray, which may have to be begun again elsewhere."""
 
-    Every worker needs the library, and the data under the same path.
+    call: Call
+    reference: Any
+    left: int = RETRIES
+
+
+class Ray:
+    """Ray's workers: those of the cluster that RAY_ADDRESS names, else a local one, started here and stopped by
+    ``close``.
+
+    Every worker needs the library, and the data under the same path. A call whose worker dies is started again
+    ``RETRIES`` times, whatever the cluster's own rule is, which may be without end.
+
+    Args:
+        jobs: Number of calls at once, >= 1.
+        threads: Number of torch's threads in each.
+
+    Raises:
+        ConfigError: Ray is not installed.
     """
 
     def __init__(self, jobs: int, threads: int) -> None:
         if find_spec("ray") is None:
             raise ConfigError("--engine ray needs Ray: pip install 'deepthin[ray]', or leave --engine out.")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
         import ray
 
-        self.jobs, self._ray = jobs, ray
+        self.jobs, self._ray, self._threads = jobs, ray, threads
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(address="local", num_cpus=jobs * threads, include_dashboard=False, **quiet)
-        self._remote = ray.remote(num_cpus=threads, max_retries=3)(_on_ray)
-        self._threads = threads
-
-    def start(self, call: Call) -> Any:
-        """Hand it to Ray."""
-        return self._remote.remote(self._threads, *call)
-
-    def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """The first that ends."""
-        (first, *_), _ = self._ray.wait(begun, num_returns=1)
+        address = os.environ.get("RAY_ADDRESS")
         try:
-            return first, self._ray.get(first)
-        except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            cause.__cause__ = error
-            return first, cause
+            if address:
+                ray.init(**quiet)
+            else:
+                ray.init(address="local", num_cpus=jobs * threads, include_dashboard=False, **quiet)
+        except Exception as error:  # Ray has no type of its own for what keeps it from starting
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            ray.shutdown()
+            raise DeepThinError(
+                f"No cluster answers at RAY_ADDRESS = {address} ({reason}): start it with `ray start --head`, or unset "
+                "RAY_ADDRESS, so that workers are started here."
+                if address
+                else f"Ray did not start here ({reason}). Ask for fewer --jobs, or leave --engine out, which needs no "
+                "Ray. The same command goes on where it stopped."
+            ) from None
+        if (most := self._most_cores()) < threads:
+            ray.shutdown()
+            raise ConfigError(
+                f"--threads {threads}: the largest machine of the cluster has {most} cores, so that no trial would "
+                f"ever begin. Use --threads {max(most, 1)} or fewer."
+            )
+        self._remote = ray.remote(num_cpus=threads, max_retries=0)(_on_ray)
+
+    def start(self, call: Call) -> _Task:
+        """Hand it to Ray."""
+        return _Task(call, self._remote.remote(self._threads, *call))
+
+    def done(self, begun: list[_Task]) -> tuple[Any, Any]:
+        """The first that ends."""
+        missing = 0.0
+        while True:
+            ended, _ = self._ray.wait([task.reference for task in begun], num_returns=1, timeout=_LOOK_SECONDS)
+            if not ended:  # whether it ever can
+                missing = missing + _LOOK_SECONDS if self._most_cores() < self._threads else 0.0
+                if missing >= _MISSING_SECONDS:
+                    raise DeepThinError(
+                        f"No machine of the cluster has {self._threads} cores any more: add one, or use fewer "
+                        f"--threads. {_GOES_ON}"
+                    )
+                continue
+            task = next(task for task in begun if task.reference == ended[0])
+            try:
+                return task, self._ray.get(task.reference)
+            except self._ray.exceptions.RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                if cause is not error:
+                    cause.__cause__ = error
+                return task, cause
+            except self._ray.exceptions.RayError as error:
+                if task.left == 0:
+                    return task, _died(error)
+                task.left -= 1
+                task.reference = self._remote.remote(self._threads, *task.call)
 
     def close(self) -> None:
-        """Leave the cluster, or stop what was started here."""
+        """Leave the cluster, or stop the local one."""
         self._ray.shutdown()
+
+    def _most_cores(self) -> int:
+        """Of the largest machine of the cluster."""
+        alive = [node for node in self._ray.nodes() if node.get("Alive")]
+        return max((int(node.get("Resources", {}).get("CPU", 0)) for node in alive), default=0)
+
+
+def _died(error: Exception) -> DeepThinError:
+    """Why a worker ended each time that a call was begun."""
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    memory = "memory" in f"{type(error).__name__} {error}".lower()
+    why = "for want of memory" if memory else "perhaps for want of memory"
+    return DeepThinError(
+        f"A worker of Ray died {RETRIES + 1} times in the same trial, {why} ({type(error).__name__}: {reason}). Use "
+        f"fewer --jobs, more --threads for each, or machines with more memory. {_GOES_ON}"
+    )
 
 
 ENGINES: dict[str, Callable[[int, int], Engine]] = {
@@ -141,10 +268,18 @@ ENGINES: dict[str, Callable[[int, int], Engine]] = {
 
 
 def run_chains(engine: Engine, chains: Iterable[Chain]) -> None:
-    """Run all chains to their ends, as many of them at once as the engine has jobs, in turn.
+    """Run all chains to their ends, as many calls at once as the engine has jobs.
 
-    A result reaches its chain at once, whatever waits. After an exception nothing more is begun; what runs may end and
-    be recorded before it is raised.
+    Each result goes to its chain as soon as it is there. After an exception no further call begins; those that run may
+    end, and their chains record them, before it is raised.
+
+    Args:
+        engine: Where the calls run.
+        chains: Generators that yield calls and are sent their results.
+
+    Raises:
+        Exception: The first one that a call raised.
+        DeepThinError: The engine has failed.
     """
     waiting = deque((chain, call) for chain in chains if (call := next(chain, None)) is not None)
     running: dict[Any, Chain] = {}
@@ -167,7 +302,7 @@ def run_chains(engine: Engine, chains: Iterable[Chain]) -> None:
 
 
 def _begin(parent: int, threads: int) -> None:
-    """A process of a pool: so many threads, and an end when its parent is gone, which alone hears the keyboard."""
+    """Set up a worker: its threads, no keyboard interrupts, and an exit once the parent is gone."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

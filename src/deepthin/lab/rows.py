@@ -12,27 +12,27 @@ from deepthin.storage.atomic import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One value of one trial; None is what was not measured, or does not apply."""
+    """One value of one trial; None: not measured, or not applicable."""
 
     task: str
     method: str
-    ratio: float  # of the weight matrices over dense, as asked for
-    bytes: int | None  # of the written file
-    weight_bytes: int | None = None  # of the weight matrices in it
+    ratio: float  # requested bytes of the weight matrices over dense
+    bytes: int | None  # size of the written file
+    weight_bytes: int | None = None  # stored bytes of the weight matrices
     dense_bytes: int  # of all parameters of the dense network
     seed: int
     split: str  # dev or test
-    teacher: str | None = None  # the file that the network also learned from, and how
+    teacher: str | None = None  # description of the teacher, if there is one
     metric: str
     value: float | None  # None where the size cannot be reached, or the training failed
     lr: float | None = None
     allocation: float | str | None = None
-    seconds: float | None = None  # of the training
+    seconds: float | None = None  # training time
     model: str | None = None  # the file, relative to the folder of the comparison
     smallest_ratio: float | None = None  # where ``ratio`` cannot be reached
     failed: str | None = None  # why there is no value
-    microseconds: float | None = None  # for one item
-    dense_microseconds: float | None = None  # of the dense network, in the same run
+    microseconds: float | None = None  # latency of one item
+    dense_microseconds: float | None = None  # latency of the dense network in the same run
 
     @property
     def key(self) -> tuple[str, float, int]:
@@ -40,7 +40,7 @@ class Row:
         return self.method, self.ratio, self.seed
 
     def to_json(self) -> dict[str, Any]:
-        """Turn the row into what ``results.json`` has.
+        """The row as ``results.json`` stores it.
 
         Returns:
             A mapping without the optional fields that are None; ``bytes``, ``weight_bytes`` and ``value`` are always
@@ -49,24 +49,41 @@ class Row:
         return {name: value for name, value in asdict(self).items() if name in _ALWAYS or value is not None}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Row":
+    def from_json(cls, stored: Mapping[str, Any]) -> "Row":
         """Read a row of ``results.json``, also one of an earlier version.
 
         Args:
-            found: The mapping; keys that this version does not know are left out.
+            stored: The mapping; keys that this version does not know are left out.
 
         Returns:
             The row.
 
         Raises:
-            ConfigError: If a key is missing that every row has.
+            ConfigError: A key is missing that every row has.
         """
-        known = {field.name for field in fields(cls)}
-        if missing := sorted(_REQUIRED - set(found)):
+        if not isinstance(stored, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] -- what a file holds
+            raise ConfigError(f"A row is {type(stored).__name__}, not a mapping: remove the file to begin anew.")
+        known = {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields(cls)}
+        if missing := sorted(_REQUIRED - set(stored)):
             raise ConfigError(f"A row of results.json lacks {', '.join(missing)}: remove the file to begin anew.")
-        return cls(**{name: value for name, value in found.items() if name in known})
+        for name, kinds in known.items():
+            if name in stored and type(stored[name]).__name__ not in _KINDS[kinds]:
+                raise ConfigError(
+                    f"A row of results.json has {name} = {str(stored[name])[:40]!r}, which must be {kinds}: remove the "
+                    "file to begin anew."
+                )
+        return cls(**{name: value for name, value in stored.items() if name in known})
 
 
+_KINDS = {
+    "str": ("str",),
+    "int": ("int",),
+    "float": ("float", "int"),
+    "str | None": ("str", "NoneType"),
+    "int | None": ("int", "NoneType"),
+    "float | None": ("float", "int", "NoneType"),
+    "float | str | None": ("float", "int", "str", "NoneType"),
+}
 _REQUIRED = {"task", "method", "ratio", "bytes", "dense_bytes", "seed", "split", "metric", "value"}
 _ALWAYS = _REQUIRED | {"weight_bytes"}
 
@@ -92,28 +109,37 @@ def read_rows(path: Path) -> list[Row]:
         The rows, in the order of the file.
 
     Raises:
-        ConfigError: If the file is damaged.
+        ConfigError: The file is damaged.
     """
-    return [Row.from_json(found) for found in read_json(path, list)]
+    try:
+        return [Row.from_json(stored) for stored in read_json(path, list)]
+    except ConfigError as error:
+        raise error if str(path) in str(error) else ConfigError(f"{path} is damaged. {error}") from None
 
 
-def read_json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type, keys: Mapping[str, type] | None = None) -> Any:
     """Read a file that an earlier run wrote.
 
     Args:
         path: The file.
         kind: What it holds: ``list`` or ``dict``.
+        keys: Of a ``dict``, the types of values that are read.
 
     Returns:
         A value of that kind.
 
     Raises:
-        ConfigError: If the file is damaged.
+        ConfigError: The file is damaged.
     """
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}): remove it to begin anew.") from None
-    if not isinstance(found, kind):
-        raise ConfigError(f"{path} is damaged (it holds no {kind.__name__}): remove it to begin anew.")
-    return found
+    if not isinstance(content, kind):
+        raise ConfigError(
+            f"{path} is damaged (it holds a {type(content).__name__}, not a {kind.__name__}): remove it to begin anew."
+        )
+    for key, wanted in (keys or {}).items():
+        if key in content and not isinstance(content[key], wanted):
+            raise ConfigError(f"{path} is damaged ({key} is not a {wanted.__name__}): remove it to begin anew.")
+    return content

@@ -1,7 +1,7 @@
-"""The same search for every method: so many short trainings, judged on development data, choose rate and allocation.
+"""Search the learning rate and the allocation of every method by short trainings, judged on development data.
 
-Optuna's tree-structured Parzen estimator (Bergstra et al., 2011), in a study for each method that is kept in an SQLite
-file. Each proposal depends only on those before it, so that an interrupted search goes on to the same end.
+Optuna's tree-structured Parzen estimator (Bergstra et al., 2011), with one study for each method in an SQLite
+file. Each proposal depends only on those before it, so that an interrupted search resumes with the same proposals.
 """
 
 import math
@@ -14,13 +14,18 @@ from typing import Any
 
 from deepthin.errors import ConfigError
 
-RATES = 1 / 8, 8.0  # times the task's own rate: between which one is looked for
-ALLOCATIONS = (0.0, 0.5, 1.0)  # equal bytes a matrix, between, equal ratios
+RATES = 1 / 8, 8.0  # bounds of the searched learning rate, over the task's own
+ALLOCATIONS = (0.0, 0.5, 1.0)  # from equal bytes for each matrix to equal ratios
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search chooses for a method: the rate of what is dense, and the power of its size that a share goes by."""
+    """Settings that a search chooses for a method.
+
+    Attributes:
+        lr: Learning rate of dense parameters, > 0.
+        allocation: The power of their size by which bytes go to the matrices: 0 equal bytes, 1 equal ratios.
+    """
 
     lr: float
     allocation: float
@@ -28,7 +33,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Search:
-    """How every method is searched: ``trials`` trainings of ``steps`` steps, at one ``ratio``."""
+    """How every method is searched.
+
+    Attributes:
+        trials: Number of trainings.
+        ratio: Bytes of the weight matrices over those of the dense network, 0 to 1.
+        steps: Training steps of each.
+    """
 
     trials: int
     ratio: float
@@ -36,7 +47,17 @@ class Search:
 
 
 def open_storage(path: Path) -> Any:
-    """The SQLite file of all studies; ConfigError without Optuna."""
+    """Open the SQLite file of all studies; it is created if missing.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Optuna's storage.
+
+    Raises:
+        ConfigError: Optuna is not installed, or the file is damaged.
+    """
     if find_spec("optuna") is None:
         raise ConfigError("--search needs Optuna: pip install 'deepthin[compare]', or leave --search out.")
     import optuna
@@ -44,7 +65,7 @@ def open_storage(path: Path) -> Any:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         return optuna.storages.RDBStorage(f"sqlite:///{path}")
-    except Exception as error:  # whatever SQLAlchemy makes of a damaged file
+    except Exception as error:  # SQLAlchemy has no single class for a damaged file
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} cannot be read ({reason}): remove it to search anew.") from None
 
@@ -52,16 +73,32 @@ def open_storage(path: Path) -> Any:
 def search(
     storage: Any, method: str, default: Choice, allocates: bool, trials: int, call: Callable[[Choice], Any]
 ) -> Generator[Any, float | None, tuple[Choice, float | None]]:
-    """Yield the call of one training after another, take its development value, return the best choice and its value.
+    """Search the learning rate and the allocation of one method.
 
-    A training that diverges, sent as None, counts as one of the ``trials``. The first is the task's own choice. What
-    earlier runs have tried is not tried again; what they left unfinished is.
+    A generator: it yields the call of one training after another and is sent the development value of each, lower being
+    better. The first training uses the task's own choice; a training that diverges, sent as None, counts too. Trials of
+    earlier runs are not repeated; those that were interrupted are. Tree-structured Parzen estimator: Bergstra,
+    Bardenet, Bengio and Kegl, 2011, "Algorithms for hyper-parameter optimization".
+
+    Args:
+        storage: Optuna's storage, as ``open_storage`` returns it.
+        method: Name of the method, which names the study.
+        default: The task's own choice. Rates are searched from an eighth of its rate to eight times that.
+        allocates: Whether the allocation is searched too.
+        trials: Number of trainings, those of earlier runs included.
+        call: Turns a choice into the call of its training.
+
+    Yields:
+        What ``call`` returns for the next choice.
+
+    Returns:
+        The best choice and its value; ``default`` and None if all trainings diverged.
     """
     import optuna
     from optuna.trial import TrialState
 
     study = optuna.create_study(storage=storage, study_name=method, load_if_exists=True)
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # the run that asked for it was ended
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # left by an interrupted run
         study.tell(trial.number, state=TrialState.FAIL)
     finished = (TrialState.COMPLETE, TrialState.PRUNED)
     while (count := len(study.get_trials(states=finished))) < trials:

@@ -19,7 +19,15 @@ from deepthin.torch.distill import check_settings
 
 @dataclass(frozen=True)
 class Teacher:
-    """The file of a network that is built like the dense one, and how one learns from it, as ``Distillation`` says."""
+    """The file of a trained network that is built like the dense one, and how others learn from it.
+
+    Attributes:
+        path: The ``.thin`` file.
+        kind: ``"soft"``: softened class probabilities; ``"logits"``: squared errors of the scores.
+        weight: Weight of the teacher's loss, 0 to 1.
+        temperature: Temperature of soft targets, > 0.
+        noise: Noise on the teacher's logits; None: none.
+    """
 
     path: Path
     kind: Literal["soft", "logits"] = "soft"
@@ -28,11 +36,23 @@ class Teacher:
     noise: dt.Noise | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be learned from."""
+        """Refuse invalid settings with ConfigError."""
         check_settings(self.weight, self.temperature, self.kind)
 
     def load(self, task: Task, dense: Callable[[], nn.Module]) -> nn.Module:
-        """The network, in evaluation. ConfigError if the task asks no teacher, or if the file is of another network."""
+        """Load the teacher's network.
+
+        Args:
+            task: The task that is trained.
+            dense: Builds the dense network.
+
+        Returns:
+            The network, in evaluation.
+
+        Raises:
+            ConfigError: The task has no teacher's loss, or the file is missing or of another network.
+            FormatError: The file is damaged.
+        """
         if not task.asks_teacher:
             raise ConfigError(f"The task {task.name} has no teacher's loss: leave out --teacher.")
         if not self.path.is_file():
@@ -48,14 +68,28 @@ class Teacher:
             ) from None
 
     def distillation(self, network: nn.Module, seed: int) -> dt.Distillation:
-        """For one training."""
+        """The loss of one training.
+
+        Args:
+            network: The teacher's network.
+            seed: Seed of the noise.
+
+        Returns:
+            The distillation, which joins the teacher's loss to the task's.
+        """
         return dt.Distillation(network, self.weight, self.temperature, self.kind, self.noise, seed)
 
     def about(self) -> str:
-        """All that the results depend on; the file is known by its content."""
+        """A description of all settings that results depend on; the file is identified by its SHA-256.
+
+        Returns:
+            One line.
+        """
         how = f"soft targets at temperature {self.temperature:g}" if self.kind == "soft" else "logits"
         if self.noise is not None:
             kind = "added" if self.noise.additive else "relative"
             how += f" with {kind} noise of {self.noise.sigma:g} for {self.noise.share:g} of the items"
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]  # all .thin files have one and the same CRC-32
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[
+            :16
+        ]  # .thin files end in their CRC-32, so that the CRC of each whole file is the same
         return f"{self.path.name}, SHA-256 {digest}...; weight {self.weight:g} for its {how}"

@@ -10,6 +10,7 @@ import torch
 
 import deepthin.torch as dt
 from deepthin.errors import ConfigError, DeepThinError
+from deepthin.lab.checkpoint import Checkpoint
 from deepthin.lab.tasks.training import Training
 from deepthin.lab.trial import Run, Setup, alike, prepared, seeded
 from deepthin.plan.parse import parse_rules
@@ -17,19 +18,33 @@ from deepthin.plan.rules import Rules
 from deepthin.storage.read import inspect
 from deepthin.storage.report import Report
 
+CHECKPOINTS = 50  # in a training, at most
+
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it: the file, and what the network that was loaded from it does."""
+    """The result of one training: the written file, judged after loading it again.
+
+    Attributes:
+        report: Sizes of the file.
+        values: Split -> metric -> value, for ``dev`` and ``test``.
+        lr: Learning rate of dense parameters.
+        steps: Number of training steps.
+        seconds: Wall time of the training and the evaluation.
+    """
 
     report: Report
-    values: Mapping[str, Mapping[str, float]]  # by split and metric
+    values: Mapping[str, Mapping[str, float]]  # split -> metric -> value
     lr: float
     steps: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The result as plain values for JSON.
+
+        Returns:
+            ``values``, ``bytes``, ``dense_bytes``, the report's ``rows``, ``lr``, ``steps`` and ``seconds``.
+        """
         rows = [row.to_dict() for row in self.report.rows]
         sizes = {"bytes": self.report.total_bytes, "dense_bytes": self.report.dense_bytes, "rows": rows}
         return {"values": self.values, **sizes, "lr": self.lr, "steps": self.steps, "seconds": self.seconds}
@@ -42,20 +57,57 @@ def train(
     lr: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda step, steps: None,
+    checkpoint: int | None = None,
 ) -> Trained:
-    """Train the network of a task, or the user's own, as ``rules`` say, and write it to ``path``.
+    """Train the network of a task, or the user's own, by a configuration, and write it to a file.
 
-    With ``[stages]`` it is dense at first (``deepthin.torch.Recipe``), else thin from scratch. ``lr`` is what suits the
-    dense network. What is judged is the file, loaded into a new model. Raises ConfigError and BudgetError before
-    anything is trained, NonFiniteError if the training diverges.
+    With ``[stages]`` the network is dense at first (``deepthin.torch.Recipe``), else thin from scratch. The file is
+    loaded into a new model, and that is judged. Checkpoints are saved beside the file until it exists: the same call
+    continues from the last one, to the same bytes, however the call before ended.
+
+    Args:
+        setup: The task, its data, steps and sizes.
+        rules: The configuration: a mapping, a path to a TOML file, or parsed rules.
+        path: The ``.thin`` file to write.
+        lr: Learning rate of dense parameters, > 0; None: the task's.
+        seed: Seed of the start, the batches and everything else that is drawn.
+        progress: Called after each step with the number of steps so far and of all steps.
+        checkpoint: Steps between two checkpoints; None: a fiftieth of all.
+
+    Returns:
+        The sizes of the file, and the metrics of the network in it.
+
+    Raises:
+        ConfigError: The configuration or the setup is invalid; before anything is trained.
+        BudgetError: The size cannot be reached; before anything is trained.
+        NonFiniteError: The training diverged.
+        DeepThinError: The file does not hold what the trained network does.
+        OSError: The file cannot be written.
     """
     rules, run = parse_rules(rules), prepared(setup)
     rate: float = run.task.learning_rate if lr is None else lr
     started = time.perf_counter()
     seeded(seed)
     model = run.build(run.width)
+    about = [
+        f"torch {torch.__version__}",
+        f"task {run.task.name}",
+        f"data {run.data.about}",
+        f"steps {run.steps}",
+        f"width {run.width}",
+        f"learning rate {rate!r}",
+        f"seed {seed}",
+        f"configuration {rules!r}",
+        f"network {' '.join(str(model).split())}",
+    ]
+    kept = Checkpoint(checkpoint_of(path), checkpoint or max(run.steps // CHECKPOINTS, 1), "\n".join(about))
     training = Training(
-        model=model, steps=run.steps, lr=rate, seed=seed, progress=lambda step: progress(step, run.steps)
+        model=model,
+        steps=run.steps,
+        lr=rate,
+        seed=seed,
+        progress=lambda step: progress(step, run.steps),
+        checkpoint=kept,
     )
     if rules.stages is None:
         dt.compress(model, rules, init="scratch", seed=seed)
@@ -68,12 +120,18 @@ def train(
     loaded = dt.load(run.build(run.width), path).eval()
     if not alike(model.eval(), loaded, run.task.example(run.data)):
         raise DeepThinError(f"{path} does not hold what the trained model does: please report it.")
+    kept.remove()
     values = {split: run.task.evaluate(loaded, run.data, split) for split in ("dev", "test")}
     return Trained(inspect(path), values, rate, run.steps, round(time.perf_counter() - started, 1))
 
 
+def checkpoint_of(path: Path) -> Path:
+    """Where the state of the training of a file is kept."""
+    return path.with_name(f"{path.name}.checkpoint")
+
+
 def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping[str, torch.Tensor]]:
-    """What a recipe asks; ConfigError if the task has no Hessian."""
+    """The importance that a recipe uses; ConfigError for a Hessian where the task has no loss of single items."""
     if kind == "hessian":
         if run.task.calibration is None:
             raise ConfigError(
@@ -85,14 +143,22 @@ def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping
 
 
 def _loss(run: Run, model: torch.nn.Module) -> float:
-    """On development data: the task's own loss, else its leading metric."""
+    """The task's loss on development data, else its leading metric."""
     if run.task.loss is not None:
         return run.task.loss(model, run.data)
     return next(iter(run.task.evaluate(model, run.data, "dev").values()))
 
 
 def summary(trained: Trained, path: Path) -> str:
-    """For people: the numbers of the test data, and the file."""
+    """The result for people: test metrics, and the size of the file.
+
+    Args:
+        trained: The result.
+        path: The written file.
+
+    Returns:
+        Two lines.
+    """
     numbers = ", ".join(
         f"{name.replace('_', ' ')} {value:.4g} (development {trained.values['dev'][name]:.4g})"
         for name, value in trained.values["test"].items()

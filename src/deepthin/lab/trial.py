@@ -1,4 +1,4 @@
-"""One trial: a network by one method at one size with one seed, trained, stored, loaded again, and judged."""
+"""One trial: train the network of one method, ratio and seed, store it, load it again, and judge it."""
 
 import copy
 import math
@@ -33,9 +33,9 @@ from deepthin.torch.tensors import tensors_of
 
 DENSE, INT8, SAME_SIZE = "dense", "int8", "same-size"
 ALWAYS = (DENSE, INT8)
-SCALAR = [name for name, named in METHODS.items() if "bits" in named.sized_by]  # nothing is left to be rounded
+SCALAR = [name for name, named in METHODS.items() if "bits" in named.sized_by]  # they quantise the weights already
 PRUNED_CSR = "pruned-csr"
-ROUNDED = re.compile(r"(.+)-(\d+)bit")  # a method whose floats are then stored in so many bits: deepthin-8bit
+ROUNDED = re.compile(r"(.+)-(\d+)bit")  # quantised floats: deepthin-8bit
 COMPARED = (
     *ALWAYS,
     *METHODS,
@@ -47,36 +47,59 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Pruning:
-    """Shares of the steps between which pruning rises; then the layers are thin, and trained on. ``times`` in all."""
+    """When pruning happens: between two fractions of the training steps, in some number of rounds.
+
+    Attributes:
+        start: Fraction of the steps at which the sparsity begins to rise, 0 to 1.
+        end: Fraction at which it is reached; from then on the layers are thin.
+        times: Number of pruning rounds.
+    """
 
     start: float
     end: float
     times: int
 
 
-# Ours: from early on, often, long before the weights are trained (gradual pruning). The paper's: a trained network,
-# pruned and trained on in turn (Han et al., 2015, arXiv:1506.02626, section 3), stored as compressed sparse rows.
+# pruned: gradual pruning from early in the training. pruned-csr: the paper's iterative pruning of a trained network
+# (Han et al., 2015, arXiv:1506.02626, section 3), counted as compressed sparse rows.
 PRUNING = {"pruned": Pruning(0.02, 0.15, 24), PRUNED_CSR: Pruning(0.4, 0.7, 6)}
 INT8_RATIO = 0.25
-QUANTISED = {nn.Linear, nn.LSTM, nn.GRU}  # just these types: torch goes by them
+QUANTISED = {nn.Linear, nn.LSTM, nn.GRU}  # exact types: torch quantises by type
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all trials of a comparison share. None is the task's own default."""
+    """What all trials of a comparison share; None stands for the task's own default.
+
+    Attributes:
+        task: Name of the task, a key of ``TASKS``.
+        data: Folder with its data.
+        steps: Number of training steps.
+        width: Width of the dense network.
+        depth: Depth of the network.
+        own: The user's factory, training and evaluation as ``package.module:function``, instead of ``task``.
+        teacher: A network that all but the dense one learn from.
+    """
 
     task: str
     data: Path | None = None
     steps: int | None = None
     width: int | None = None
     depth: int | None = None
-    own: tuple[str, str, str] | None = None  # the user's factory, training and evaluation, instead of ``task``
-    teacher: Teacher | None = None  # of all networks but the dense one
+    own: tuple[str, str, str] | None = None
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One method at one size with one seed; ``choice`` is what a search found, None the task's own."""
+    """One method at one ratio with one seed.
+
+    Attributes:
+        method: Name of the method, one of ``COMPARED``.
+        ratio: Bytes of the weight matrices over those of the dense network.
+        seed: Seed of the training.
+        choice: Learning rate and allocation that a search chose; None: the task's.
+    """
 
     method: str
     ratio: float
@@ -85,30 +108,50 @@ class Trial:
 
     @property
     def key(self) -> tuple[str, float, int]:
-        """What identifies it in a comparison."""
+        """Method, ratio and seed: what identifies the trial."""
         return self.method, self.ratio, self.seed
 
     @property
     def name(self) -> str:
-        """For files: ``deepthin-0.02-seed0``."""
+        """File name without its ending: ``deepthin-0.02-seed0``."""
         size = "" if self.method in ALWAYS else f"-{self.ratio}"
         return f"{self.method}{size}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A task with its data, and the network and steps that all trials share."""
+    """A task with its data, and the network and steps that all trials share.
+
+    Attributes:
+        task: The task.
+        data: What the task has loaded.
+        steps: Number of training steps.
+        width: Width of the dense network.
+        build: Width -> the dense network.
+        teacher: The teacher and its network; None without one.
+    """
 
     task: Task
     data: Any
     steps: int
     width: int
-    build: Callable[[int], nn.Module]  # width -> the dense network
-    teacher: tuple[Teacher, nn.Module] | None = None  # and the network itself
+    build: Callable[[int], nn.Module]
+    teacher: tuple[Teacher, nn.Module] | None = None
 
     @classmethod
     def prepare(cls, setup: Setup) -> "Run":
-        """Load the task's data; ConfigError for a depth where the task's network has none to choose."""
+        """Load the task's data, and the teacher if there is one.
+
+        Args:
+            setup: The task, its data, steps and sizes.
+
+        Returns:
+            The run.
+
+        Raises:
+            ConfigError: The data are missing, a depth is given where the network has none to choose, or the teacher
+                does not fit.
+        """
         task: Task = Own.find(*setup.own) if setup.own else TASKS[setup.task]
         if setup.depth is not None and task.depth is None:
             raise ConfigError(f"The network of {task.name} has a fixed depth: leave out --depth.")
@@ -120,11 +163,19 @@ class Run:
         return cls(task, data, setup.steps or task.steps, width, build, taught)
 
     def weight_bytes(self) -> int:
-        """Of the dense network's matrices."""
+        """Size of the dense network's weight matrices.
+
+        Returns:
+            Bytes of its parameters with two or more dimensions.
+        """
         return self._bytes(lambda p: p.dim() > 1)
 
     def dense_bytes(self) -> int:
-        """Of all parameters of the dense network."""
+        """Size of the dense network.
+
+        Returns:
+            Bytes of all its parameters.
+        """
         return self._bytes(lambda p: True)
 
     def _bytes(self, counts: Callable[[nn.Parameter], bool]) -> int:
@@ -132,7 +183,19 @@ class Run:
             return sum(p.numel() * p.element_size() for p in self.build(self.width).parameters() if counts(p))
 
     def width_of(self, method: str, ratio: float) -> int:
-        """The dense width, except for the same-size network, which has more weights if they have fewer bits."""
+        """The width at which a method's network is built.
+
+        Args:
+            method: Name of the method.
+            ratio: Bytes of the weight matrices over those of the dense network.
+
+        Returns:
+            The dense width. For ``same-size`` the largest width whose matrices fit the bytes: with quantised weights
+            there is room for more of them.
+
+        Raises:
+            BudgetError: No width of ``same-size`` is small enough.
+        """
         outer, bits = split(method)
         if outer != SAME_SIZE:
             return self.width
@@ -140,9 +203,7 @@ class Run:
         if bits is None:
             return dt.same_size(self.build, budget)
         dense_bytes, matrices = self._never_thin()
-        apart = (
-            4 * matrices + dense_bytes
-        )  # a step for each matrix, and what stays in fp32; there is more room in the rest
+        apart = 4 * matrices + dense_bytes  # steps of the quantiser, and what stays in float32
         try:
             return dt.same_size(self.build, (budget - apart) * 32 // bits + dense_bytes)
         except BudgetError as error:
@@ -157,7 +218,14 @@ class Run:
         return dense_bytes, sum(not tensor.uncovered for tensor in tensors)
 
     def choice(self, method: str) -> Choice:
-        """The learning rate and the allocation that development data chose for a method, as the task has them."""
+        """The task's own learning rate and allocation for a method, which development data chose.
+
+        Args:
+            method: Name of the method.
+
+        Returns:
+            The choice.
+        """
         outer, _ = split(method)
         rates, allocations = self.task.learning_rates, self.task.allocations
         allocation = allocations.get(method, allocations.get(outer, self.task.allocation))
@@ -165,9 +233,17 @@ class Run:
         return Choice(rate, float(ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation))
 
     def model(self, trial: Trial) -> tuple[nn.Module, dict[str, Any]]:
-        """The network, untrained, its weight matrices within the ratio of the dense ones', and how it becomes thin.
+        """Build the untrained network of a trial, its weight matrices within the ratio.
 
-        Pruning starts from dense weights, and the second result is what makes it thin on the way. Raises BudgetError.
+        Args:
+            trial: The method, the ratio and the seed.
+
+        Returns:
+            The network, and further arguments of its ``Training``: pruning starts from dense weights and has a
+            ``recipe`` that makes the network thin during the training.
+
+        Raises:
+            BudgetError: The ratio cannot be reached.
         """
         width = self.width_of(trial.method, trial.ratio)
         seeded(trial.seed)
@@ -177,7 +253,7 @@ class Run:
             return model, {}
         rules = self.rules(trial.method, trial.ratio, (trial.choice or self.choice(trial.method)).allocation)
         rules["model"]["ignore"] = [t.name for t in tensors_of(model)[0] if t.uncovered and len(t.shape) > 1]
-        if rules["model"]["ignore"] and "ratio" in rules["model"]:  # their bytes count
+        if rules["model"]["ignore"] and "ratio" in rules["model"]:  # their bytes count towards the ratio
             dense_bytes, whole = self._never_thin()[0], self.weight_bytes()
             if trial.ratio * whole <= dense_bytes:
                 raise BudgetError(
@@ -196,7 +272,16 @@ class Run:
         return model, {}
 
     def rules(self, method: str, ratio: float, allocation: float) -> dict[str, Any]:
-        """The configuration of a method; ``options`` of the task hold what else was chosen for it."""
+        """The configuration of a method.
+
+        Args:
+            method: Name of the method.
+            ratio: Bytes of the weight matrices over those of the dense network.
+            allocation: The power of their size by which bytes go to the matrices: 0 equal bytes, 1 equal ratios.
+
+        Returns:
+            A mapping as ``compress`` takes it.
+        """
         outer, bits = split(method)
         if outer == SAME_SIZE:
             return {"model": {}, "rules": self.task.rules({"method": "uniform", "bits": bits})}
@@ -208,11 +293,31 @@ class Run:
         return {"model": {"ratio": ratio, "allocation": allocation}, "rules": self.task.rules(rule)}
 
     def teaches(self, trial: Trial) -> bool:
-        """Whether there is a teacher for this trial: the dense network, with which all are compared, has none."""
+        """Whether a trial learns from the teacher. The dense network and int8, the references, never do.
+
+        Args:
+            trial: The trial.
+
+        Returns:
+            True if it does.
+        """
         return self.teacher is not None and trial.method not in ALWAYS
 
     def train(self, trial: Trial, progress: Callable[[int], None]) -> nn.Module:
-        """The trained network. Raises BudgetError, and NonFiniteError if the training diverges."""
+        """Train the network of a trial.
+
+        Args:
+            trial: The method, the ratio and the seed.
+            progress: Called after each step with the number of steps so far.
+
+        Returns:
+            The trained network.
+
+        Raises:
+            BudgetError: The ratio cannot be reached.
+            NonFiniteError: The training diverged.
+            ConfigError: The training made another number of steps.
+        """
         model, recipe = self.model(trial)
         lr, decays = (trial.choice or self.choice(trial.method)).lr, self.task.decays
         decay = decays.get(trial.method, decays.get(split(trial.method)[0], 0.0))
@@ -232,7 +337,16 @@ class Run:
         return model
 
     def fit(self, model: nn.Module, training: Training) -> None:
-        """Train the model; ConfigError if that made another number of steps."""
+        """Run the task's training, and check its number of steps.
+
+        Args:
+            model: The network; changed in place.
+            training: The training.
+
+        Raises:
+            ConfigError: The training made another number of steps.
+            NonFiniteError: The training diverged.
+        """
         self.task.fit(model, self.data, training)
         if training.step != self.steps:
             raise ConfigError(
@@ -241,25 +355,59 @@ class Run:
             )
 
     def load(self, path: Path, method: str, ratio: float) -> nn.Module:
-        """A trained network from its file, in evaluation."""
+        """Load a trained network from its file.
+
+        Args:
+            path: The ``.thin`` file.
+            method: Name of the method.
+            ratio: The ratio of the trial.
+
+        Returns:
+            The network, in evaluation.
+
+        Raises:
+            ConfigError: The file is of another network.
+            FormatError: The file is damaged.
+        """
         return dt.load(self.build(self.width_of(method, ratio)), path).eval()
 
 
 def seeded(seed: int) -> None:
-    """Seed all that a network's start, and a user's training, draw from."""
+    """Seed the global generators of torch, Python and NumPy, from which the start and a user's training draw.
+
+    Args:
+        seed: The seed.
+    """
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 def split(method: str) -> tuple[str, int | None]:
-    """The name of a method, and the bits of its floats where they are rounded."""
+    """Split the name of a compared method.
+
+    Args:
+        method: The name, such as ``deepthin-8bit``.
+
+    Returns:
+        The method, and the bits of its quantised floats; None without quantisation.
+    """
     rounded = ROUNDED.fullmatch(method)
     return (rounded[1], int(rounded[2])) if rounded else (method, None)
 
 
 def prepared(setup: Setup) -> Run:
-    """``Run.prepare``, whose data each process loads but once."""
+    """``Run.prepare``, cached, so that each process loads the data only once.
+
+    Args:
+        setup: The task, its data, steps and sizes.
+
+    Returns:
+        The run.
+
+    Raises:
+        ConfigError: As ``Run.prepare``.
+    """
     run = _loaded(replace(setup, steps=None))
     return replace(run, steps=setup.steps or run.steps)
 
@@ -268,7 +416,15 @@ _loaded = lru_cache(maxsize=1)(Run.prepare)
 
 
 def judge(setup: Setup, trial: Trial) -> float | None:
-    """The leading metric of a training on development data; None where it diverges or the size is out of reach."""
+    """Train the network of a trial and judge it on development data, as a search does.
+
+    Args:
+        setup: The task, its data, steps and sizes.
+        trial: The method, the ratio and the seed.
+
+    Returns:
+        The leading metric, lower being better; None if the training diverges or the ratio cannot be reached.
+    """
     run = prepared(setup)
     try:
         model = run.train(trial, lambda _: None)
@@ -285,13 +441,13 @@ def run_trial(setup: Setup, trial: Trial, out: Path, progress: Callable[[int], N
         setup: What all trials of the comparison share.
         trial: The method, the size and the seed.
         out: The folder of the comparison; the file goes into ``models`` there.
-        progress: Told after each training step how many there were.
+        progress: Called after each step with the number of steps so far.
 
     Returns:
         A row for each split and metric; one without a value where the size is out of reach or the training diverges.
 
     Raises:
-        DeepThinError: If the loaded network does not do what the trained one does.
+        DeepThinError: The loaded network does not do what the trained one does.
     """
     run = prepared(setup)
     row = first_row(run, trial)
@@ -301,7 +457,7 @@ def run_trial(setup: Setup, trial: Trial, out: Path, progress: Callable[[int], N
     try:
         model = run.train(trial, progress or (lambda _: None))
         if not all(torch.isfinite(t).all() for t in model.state_dict().values() if t.is_floating_point()):
-            raise NonFiniteError("The training ended with weights that are no numbers: use a smaller learning rate.")
+            raise NonFiniteError("The training ended with weights that are not finite: use a smaller learning rate.")
         row = replace(row, seconds=round(time.perf_counter() - started, 2))
         path = out / "models" / f"{trial.name}.thin"
         path.parent.mkdir(exist_ok=True)
@@ -319,7 +475,15 @@ def run_trial(setup: Setup, trial: Trial, out: Path, progress: Callable[[int], N
 
 
 def first_row(run: Run, trial: Trial) -> Row:
-    """What is known before a trial: the row of one that gives nothing."""
+    """What is known before a trial runs: a row without a value.
+
+    Args:
+        run: What all trials share.
+        trial: The trial.
+
+    Returns:
+        The row, for the test split and the leading metric.
+    """
     choice = trial.choice or run.choice(trial.method)
     return Row(
         task=run.task.name,
@@ -338,9 +502,16 @@ def first_row(run: Run, trial: Trial) -> Row:
 
 
 def quantised(model: nn.Module) -> nn.Module:
-    """The dense network with weights of 8 bits, and activations rounded on the way (torch's dynamic quantisation)."""
+    """The dense network in int8: 8-bit weights, and activations quantised on the fly (torch's dynamic quantisation).
+
+    Args:
+        model: The dense network; not changed.
+
+    Returns:
+        The quantised copy.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces that its quantisation moves elsewhere
+        warnings.simplefilter("ignore")  # torch has deprecated this module
         from torch.ao.quantization import quantize_dynamic
 
         return quantize_dynamic(copy.deepcopy(model), QUANTISED, dtype=torch.qint8)  # pyright: ignore[reportArgumentType]
@@ -358,13 +529,22 @@ def _quantised(run: Run, trial: Trial, row: Row, out: Path) -> list[Row]:
     row = replace(row, weight_bytes=run.weight_bytes() - 3 * rounded, bytes=run.dense_bytes() - 3 * rounded)
     try:
         return _judged(run, row, quantised(dense))
-    except Exception as error:  # torch's quantisation does not take every network, nor every processor
+    except Exception as error:  # torch cannot quantise every network on every processor
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return [replace(row, failed=f"torch cannot quantise it: {reason}")]
 
 
 def alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
-    """Whether two networks have the same weights, decoded where they are thin, and the same outputs for an item."""
+    """Whether two networks have the same weights, decoded where they are thin, and the same outputs for one item.
+
+    Args:
+        one: A network in evaluation.
+        other: Another one.
+        example: Their positional arguments for one item.
+
+    Returns:
+        True if all bits agree.
+    """
     held: list[list[torch.Tensor]] = []
     with torch.no_grad():
         for model in (one, other):
@@ -375,7 +555,7 @@ def alike(one: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> bool:
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
-    """Those that a network returns, in whatever it returns."""
+    """All tensors in the outputs of a network: alone, or in lists, tuples and mappings."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
     parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, list | tuple) else ()
@@ -383,7 +563,7 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
 
 
 def _judged(run: Run, row: Row, model: nn.Module) -> list[Row]:
-    """The rows of a network; NonFiniteError if one of its numbers is none."""
+    """The rows of an evaluated network; NonFiniteError if a metric is not finite."""
     judgments = {name: run.task.evaluate(model, run.data, name) for name in ("dev", "test")}
     for name, values in judgments.items():
         if wrong := [metric for metric, value in values.items() if not math.isfinite(value)]:

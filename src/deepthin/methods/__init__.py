@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepthin.errors import ConfigError
 from deepthin.method import Fitted, Method, as_matrix
 from deepthin.methods.binary import Binary
 from deepthin.methods.ecsq import Ecsq
@@ -38,9 +39,9 @@ class Named:
 
     name: str
     cls: type[Fitted]
-    preset: Mapping[str, Any] = field(default_factory=dict[str, Any])  # options of ``cls.fit`` that the name fixes
-    sized_by: frozenset[str] = frozenset()  # options that fix the size by themselves, so that no target is needed
-    learning_rate_multiplier: float = 1.0  # times what suits the dense network (docs/training.md); found by experiment
+    preset: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sized_by: frozenset[str] = frozenset()
+    learning_rate_multiplier: float = 1.0
     about: str = ""
 
     @property
@@ -65,6 +66,9 @@ class Named:
             ConfigError: An option is invalid.
             TypeError: ``cls.fit`` has no such option.
         """
+        for option, value in options.items():
+            if isinstance(value, int) and value.bit_length() > 63:
+                raise ConfigError(f"{option}: a whole number of {value.bit_length()} bits is too large.")
         return self.cls.fit(shape, max_bits, **{**self.preset, **options})
 
     def __call__(self, **fields: Any) -> Method:
@@ -136,7 +140,7 @@ METHODS: dict[str, Named] = {
     )
 }
 
-HIGH_RANK = 8  # with 20 times the dense rate, factors of such a rank that are rounded diverge (docs/training.md)
+HIGH_RANK = 8  # quantised factors of this rank and above diverge at 20 times the dense rate (docs/training.md)
 THEN = " then "
 """Between the names of a method and of the one that stores its floats: ``deepthin then uniform``."""
 
@@ -153,8 +157,8 @@ def named(name: str) -> tuple[Named, Named | None]:
     Raises:
         KeyError: There is no such method.
     """
-    outer, found, inner = name.partition(THEN)
-    return METHODS[outer], METHODS[inner] if found else None
+    outer, separator, inner = name.partition(THEN)
+    return METHODS[outer], METHODS[inner] if separator else None
 
 
 def learning_rate_multiplier(name: str, method: Method) -> float:
@@ -187,7 +191,10 @@ def fields(method: Method) -> dict[str, Any]:
     """
     if isinstance(method, Then):
         inner = {entry: _unusual(stored) for entry, stored in method.inner}
-        return {"outer": _unusual(method.outer), "inner": {e: _without(own, "shape") for e, own in inner.items()}}
+        return {
+            "outer": _unusual(method.outer),
+            "inner": {e: _without(inner_fields, "shape") for e, inner_fields in inner.items()},
+        }
     return dataclasses.asdict(method)  # pyright: ignore[reportArgumentType]
 
 
@@ -223,8 +230,8 @@ def with_fields(name: str, stored: Mapping[str, Any]) -> Method:
     if set(stored) != {"outer", "inner"} or set(stored["inner"]) != set(floats):
         raise ValueError(f"{name} stores {', '.join(floats)}; the fields are {sorted(stored)}")
     shapes = plan.code_shapes()
-    own = {entry: {"shape": as_matrix(shapes[entry]), **_tuples(stored["inner"][entry])} for entry in floats}
-    made = Then(plan, tuple((entry, inner(**own[entry])) for entry in floats))
+    inner_fields = {entry: {"shape": as_matrix(shapes[entry]), **_tuples(stored["inner"][entry])} for entry in floats}
+    made = Then(plan, tuple((entry, inner(**inner_fields[entry])) for entry in floats))
     if wrong := [entry for entry, method in made.inner if method.shape != as_matrix(shapes[entry])]:
         raise ValueError(f"{wrong[0]} has the shape {shapes[wrong[0]]}")
     return made

@@ -17,6 +17,8 @@ from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 BITS = range(1, 9)
+_USUAL = 40  # binary orders of magnitude, above 1 and below, of weights whose squares can be added up
+_PIECE, _PIECES = 1 << 18, 16  # weights that are rounded at once, at least; pieces of a matrix, at most
 ROUNDS = 2  # "two are enough" for two bits (Xu et al.); more are better from three on
 
 
@@ -29,9 +31,9 @@ class Binary:
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    planes: int  # signs a weight
-    rounds: int = ROUNDS  # 0 greedy; 1 greedy signs with the best scales; from 2 on so many alternating rounds
-    per: str = "row"  # what has scales of its own: "row" or "matrix"
+    planes: int  # number of signs for each weight
+    rounds: int = ROUNDS  # 0: greedy; 1: greedy signs, least-squares scales; >= 2: alternating rounds
+    per: str = "row"  # what shares scales: "row" or "matrix"
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -66,8 +68,8 @@ class Binary:
         if per not in ("matrix", "row") or type(rounds) is not int or rounds < 0:
             raise ConfigError(f"per = {per!r}, rounds = {rounds!r}: give per 'matrix' or 'row', rounds from 0 on.")
         plans = [cls(shape, planes, rounds, per) for planes in (BITS if bits is None else [bits])]
-        found = [plan for plan in plans if plan.bits() <= max_bits]
-        if not found:
+        fitting = [plan for plan in plans if plan.bits() <= max_bits]
+        if not fitting:
             least, area = plans[0].bits(), math.prod(shape)
             ratio = least / FLOAT_BITS / area
             raise BudgetError(
@@ -77,7 +79,7 @@ class Binary:
                 smallest_bits=least,
                 smallest_ratio=ratio,
             )
-        return found[-1]
+        return fitting[-1]
 
     @property
     def trains(self) -> Trains:
@@ -85,24 +87,44 @@ class Binary:
         return "through"
 
     def bits(self) -> int:
-        """One bit for each sign, and 32 for each scale."""
+        """One bit for each sign, and 32 for each scale.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         scales = self.planes * (self.shape[0] if self.per == "row" else 1)
         return 8 * self.integers()["symbols"].bytes(math.prod(self.shape)) + FLOAT_BITS * scales
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``symbols``: the signs of each weight as the bits of one integer; ``scales``: one column for each plane."""
+        """``symbols``: the signs of each weight as the bits of one integer; ``scales``: one column for each plane.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"symbols": self.shape, "scales": (self.shape[0] if self.per == "row" else 1, self.planes)}
 
     def integers(self) -> dict[str, Integers]:
-        """The symbols."""
+        """The symbols.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"symbols": Integers(1 << self.planes)}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def drifts(self) -> bool:
-        """True: encoding a decoded code again shrinks greedy codes, and may still improve alternating ones."""
+        """True: encoding a decoded code again shrinks greedy codes, and may still improve alternating ones.
+
+        Returns:
+            True if encoding a decoded code may change it by more than floating-point rounding.
+        """
         return True
 
     def decode_bytes(self, item_bytes: int) -> int:
@@ -162,7 +184,23 @@ class Binary:
         if xp.finfo(kind).bits < 32:  # half precision is too coarse for sums over a row
             code = self.encode(xp.asarray(weight, dtype=xp.float32), xp)
             return {key: array if key == "symbols" else xp.asarray(array, dtype=kind) for key, array in code.items()}
-        rows = weight if self.per == "row" else xp.reshape(weight, (1, -1))
+        size = xp.amax(xp.amax(weight, 1), 0), -xp.amin(xp.amin(weight, 1), 0)
+        size = xp.where(size[0] > size[1], *size)
+        # Weights whose squares could not be added up are divided by the largest
+        unusual = xp.where(size > 2.0**_USUAL, size, xp.where(size < 2.0**-_USUAL, size, xp.ones_like(size)))
+        size = xp.where(unusual > 0, unusual, xp.ones_like(size))
+        if self.per == "matrix":
+            symbols, scales = self._rounded(xp.reshape(weight, (1, -1)) / size, xp)
+        else:
+            step = max(_PIECE // self.shape[1], -(-self.shape[0] // _PIECES), 1)  # rows do not depend on each other
+            made = [self._rounded(weight[i : i + step] / size, xp) for i in range(0, self.shape[0], step)]
+            symbols, scales = (xp.concatenate(list(each)) for each in zip(*made, strict=True))
+        return {"symbols": xp.reshape(symbols, self.shape), "scales": scales * size}
+
+    def _rounded(
+        self, rows: Float[Array, "rows cols"], xp: Namespace
+    ) -> tuple[Integer[Array, "rows cols"], Float[Array, "rows planes"]]:
+        """Symbols and scales of each row."""
         symbols, scales = _one_by_one(rows, self.planes, False, xp)
         if self.rounds:
             scales = _best_scales(rows, symbols, self.planes, xp)
@@ -173,7 +211,7 @@ class Binary:
                 other = _nearest(rows, others, xp)
             better = (_errors(rows, other, others, xp) < _errors(rows, symbols, scales, xp))[:, None]
             symbols, scales = xp.where(better, other, symbols), xp.where(better, others, scales)
-        return {"symbols": xp.asarray(xp.reshape(symbols, self.shape), dtype=xp.int16), "scales": scales}
+        return xp.asarray(symbols, dtype=xp.int16), scales
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """The signed sum of the scales: one multiplication for each sign.
@@ -258,7 +296,7 @@ def _nearest(
     row = xp.cumsum(xp.ones_like(order[:, :1]), 0) - 1
     sums = xp.take(sums, order + row * (1 << planes))
     bounds = sums[:, :-1] / 2 + sums[:, 1:] / 2
-    below = 0 * row  # how many bounds are at most the weight
+    below = 0 * row  # number of bounds that are at most the weight
     for k in reversed(range(planes)):
         bound = xp.take(bounds, below + row * ((1 << planes) - 1) + ((1 << k) - 1))
         below = below + xp.asarray(rows >= bound, dtype=xp.int64) * (1 << k)

@@ -20,8 +20,8 @@ from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 from deepthin.methods.lloyd import within
 
 MOST_BITS = 8
-SPARE_BITS = 2  # levels to begin with: so many times two to the bits that are wanted, since many are dropped
-USED_BITS = 1.5  # a budget gets levels of so many bits more than it has for a weight, if it can
+SPARE_BITS = 2  # first levels: 2^(bits + SPARE_BITS), since many are dropped
+USED_BITS = 1.5  # levels have up to this many bits more than the budget leaves for a weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Ecsq:
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    levels: int  # the most centres
-    coded_bytes: int  # of all symbols together in a file, their table included, at most
+    levels: int  # upper bound on the centres
+    coded_bytes: int  # upper bound on all symbols in a file, their table included
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -79,8 +79,8 @@ class Ecsq:
         most = MOST_BITS if bits is None else min(math.ceil(bits) + SPARE_BITS, MOST_BITS)
         counts = [min(count, area) for count in ([levels] if levels else [1 << width for width in range(1, most + 1)])]
         least = [cls(shape, n, _least_bytes(area, n, 1 if bits is None else bits)) for n in counts]
-        found = [plan for plan in least if plan.bits() <= max_bits]
-        if not found:
+        fitting = [plan for plan in least if plan.bits() <= max_bits]
+        if not fitting:
             needed = least[0].bits()
             ratio = needed / FLOAT_BITS / area
             raise BudgetError(
@@ -91,10 +91,10 @@ class Ecsq:
                 smallest_ratio=ratio,
             )
         if bits is not None:
-            return found[-1]
+            return fitting[-1]
         rooms = [
             replace(plan, coded_bytes=min((max_bits - FLOAT_BITS * plan.levels) // 8, plan._packed_bytes()))
-            for plan in found
+            for plan in fitting
         ]
         return max(rooms, key=lambda plan: min(math.log2(plan.levels) - USED_BITS, plan._bits_a_weight()))
 
@@ -112,19 +112,35 @@ class Ecsq:
         return (8 * self.coded_bytes - table) / math.prod(self.shape)
 
     def bits(self) -> int:
-        """32 bits for each centre, and the upper bound on the coded symbols."""
+        """32 bits for each centre, and the upper bound on the coded symbols.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.levels + 8 * self.integers()["symbols"].bytes(math.prod(self.shape))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """One symbol for each weight, and the centres."""
+        """One symbol for each weight, and the centres.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"centres": (self.levels,), "symbols": self.shape}
 
     def integers(self) -> dict[str, Integers]:
-        """The symbols."""
+        """The symbols.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"symbols": Integers(self.levels, most_bytes=self.coded_bytes)}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def table_levels(self) -> int:
@@ -190,8 +206,9 @@ class Ecsq:
         Returns:
             ``centres`` (levels; unused ones are 0 and not trained) and ``symbols``, rows x cols in int16.
         """
-        flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
-        shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
+        kind = xp.float64 if xp.finfo(weight.dtype).bits == 64 else xp.float32
+        flat = np.asarray(xp.asarray(weight, dtype=kind)).reshape(-1)
+        flat_importance = None if importance is None else np.asarray(importance).reshape(-1)
 
         def fits(counts: np.ndarray) -> bool:
             if self._packed_bytes() <= self.coded_bytes:
@@ -199,10 +216,9 @@ class Ecsq:
             size = coded_bytes(counts, width_of(self.levels))
             return size is not None and size <= self.coded_bytes
 
-        centres, symbols = within(flat, self.levels, fits, shares)
+        centres, symbols = within(flat, self.levels, fits, flat_importance)
         filled = np.concatenate([centres, np.zeros(self.levels - len(centres))])
-        symbols = symbols.reshape(self.shape).astype(np.int16)
-        return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols)}
+        return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols.reshape(self.shape))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One table look-up for each weight.

@@ -28,19 +28,35 @@ class Dense:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each weight."""
+        """32 bits for each weight.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * math.prod(self.shape)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``weight``: rows x cols."""
+        """``weight``: rows x cols.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"weight": self.shape}
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def init(self, rng: Generator, std: float) -> Code:

@@ -15,7 +15,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
-from deepthin.methods.lloyd import STARTS, centres_of, midpoints
+from deepthin.methods.lloyd import STARTS, centres_of, midpoints, symbols_of
 
 BITS = range(1, 9)
 
@@ -25,9 +25,9 @@ class KMeans:
     """``W[i] = centres[symbols[i]]``. Training moves the centres, each by the summed gradient of its weights."""
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    levels: int  # how many centres
-    start: str = "linear"  # where Lloyd's rounds begin: evenly, or at quantiles ("density"), or at weights ("random")
-    seed: int = 0  # of a random start
+    levels: int  # number of centres
+    start: str = "linear"  # first centres: evenly spaced, at quantiles ("density"), or at weights ("random")
+    seed: int = 0  # seed of a random start
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -69,8 +69,8 @@ class KMeans:
             )
         area = math.prod(shape)
         plans = [cls(shape, min(1 << width, area), start, seed) for width in (BITS if bits is None else [bits])]
-        found = [plan for plan in plans if plan.bits() <= max_bits]
-        if not found:
+        fitting = [plan for plan in plans if plan.bits() <= max_bits]
+        if not fitting:
             least = plans[0].bits()
             ratio = least / FLOAT_BITS / area
             raise BudgetError(
@@ -80,7 +80,7 @@ class KMeans:
                 smallest_bits=least,
                 smallest_ratio=ratio,
             )
-        return found[-1]
+        return fitting[-1]
 
     @property
     def trains(self) -> Trains:
@@ -88,19 +88,35 @@ class KMeans:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each centre, and the packed symbols."""
+        """32 bits for each centre, and the packed symbols.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.levels + 8 * self.integers()["symbols"].bytes(math.prod(self.shape))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """One symbol for each weight, and the centres."""
+        """One symbol for each weight, and the centres.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"centres": (self.levels,), "symbols": self.shape}
 
     def integers(self) -> dict[str, Integers]:
-        """The symbols."""
+        """The symbols.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"symbols": Integers(self.levels)}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def table_levels(self) -> int:
@@ -165,12 +181,12 @@ class KMeans:
         Returns:
             ``centres`` (levels, rising) and ``symbols``, rows x cols in int16.
         """
-        flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
-        shares = None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
-        centres = xp.asarray(centres_of(flat, self.levels, self.start, self.seed, shares), dtype=weight.dtype)
+        kind = xp.float64 if xp.finfo(weight.dtype).bits == 64 else xp.float32
+        flat = np.asarray(xp.asarray(weight, dtype=kind)).reshape(-1)
+        flat_importance = None if importance is None else np.asarray(importance).reshape(-1)
+        centres = xp.asarray(centres_of(flat, self.levels, self.start, self.seed, flat_importance), dtype=weight.dtype)
         bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # of the centres as they are stored
-        symbols = np.searchsorted(bounds, flat, side="right").reshape(self.shape)
-        return {"centres": centres, "symbols": xp.asarray(symbols.astype(np.int16))}
+        return {"centres": centres, "symbols": xp.asarray(symbols_of(flat, bounds).reshape(self.shape))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One table look-up for each weight.

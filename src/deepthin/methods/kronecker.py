@@ -16,6 +16,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.methods.leading import leading, tame
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +77,35 @@ class Kronecker:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each entry of both factors."""
+        """32 bits for each entry of both factors.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * self.terms * (math.prod(self.left) + math.prod(self.right))
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2."""
+        """``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"a": (self.terms, *self.left), "b": (self.terms, *self.right)}
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def decode_bytes(self, item_bytes: int) -> int:
@@ -145,6 +162,7 @@ class Kronecker:
             ``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2.
         """
         (r1, q1), (r2, q2) = self.left, self.right
+        weight, size = tame(weight, xp)  # each factor takes the root of what is divided out
         down, across = r1 * r2 - self.shape[0], q1 * q2 - self.shape[1]
         if down:
             weight = xp.concatenate([weight, xp.tile(xp.zeros_like(weight[:1]), (down, 1))])
@@ -152,13 +170,13 @@ class Kronecker:
             turned = weight.T
             weight = xp.concatenate([turned, xp.tile(xp.zeros_like(turned[:1]), (across, 1))]).T
         blocks = xp.moveaxis(xp.reshape(weight, (r1, r2, q1, q2)), (2,), (1,))
-        u, sigma, vt = xp.linalg.svd(xp.reshape(blocks, (r1 * q1, r2 * q2)), full_matrices=False)
-        root, terms = xp.sqrt(sigma[: self.terms]), self.terms
+        u, sigma, vt = leading(xp.reshape(blocks, (r1 * q1, r2 * q2)), self.terms, xp)
+        root, terms = xp.sqrt(sigma), self.terms
         balance = (math.prod(self.left) / math.prod(self.right)) ** 0.25
-        a = (root * balance)[:, None] * u.T[:terms]
-        # A vanishing term keeps a b, since with both at zero no gradient would ever reach it.
-        b = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[:terms]
-        return {"a": xp.reshape(a, (terms, r1, q1)), "b": xp.reshape(b, (terms, r2, q2))}
+        a = (root * balance)[:, None] * u.T
+        # A zero term keeps its b: with both factors at zero no gradient would reach it.
+        b = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt
+        return {"a": xp.reshape(a * size, (terms, r1, q1)), "b": xp.reshape(b * size, (terms, r2, q2))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """The sum of Kronecker products: ``terms`` multiplications for each entry.

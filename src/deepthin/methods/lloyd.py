@@ -6,76 +6,94 @@ so that a round takes ``levels * log(count)`` steps.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int16, Int64, UInt
 
-from deepthin.coding.bits import permutation
+from deepthin.coding.bits import PIECE, permutation
 
 STARTS = ("linear", "density", "random")
+_PIECE = 1 << 15  # numbers that are widened at once, where there are many
 ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
-_FEW = 64  # different shares, at most, each of which is searched on its own
-_FINENESS, _OCTAVES = 3, 20  # classes of shares: so many for each doubling, and so many doublings
+_FEW = 64  # different importance, at most, each of which is searched on its own
+_FINENESS, _OCTAVES = 3, 20  # classes of importance: so many for each doubling, and so many doublings
 _GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until the entropy is low enough; and then
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers in rising order, each with the weight of its squared error: its share, 1 for all if ``alike``."""
+    """Numbers in rising order, each with the weight of its squared error: its importance, 1 for all if ``unweighted``.
 
-    values: Float64[np.ndarray, "count"]
-    shares: Float64[np.ndarray, "count"]
-    order: Int64[np.ndarray, "count"]  # where each of them stands in what was given
-    alike: bool
+    They are held in the precision in which they were given, and computed with in double precision.
+    """
+
+    values: Float[np.ndarray, " count"]
+    importance: Float[np.ndarray, " count"]
+    order: UInt[np.ndarray, " count"] | None  # where each of them stands in what was given; None if ``unweighted``
+    unweighted: bool
 
     @classmethod
-    def of(cls, flat: Float64[np.ndarray, "count"], shares: Float64[np.ndarray, "count"] | None = None) -> "Numbers":
+    def of(cls, flat: Float[np.ndarray, " count"], importance: Float[np.ndarray, " count"] | None = None) -> "Numbers":
         """Sort the numbers.
 
         Args:
             flat: The numbers, finite.
-            shares: Weight of each squared error, >= 0. None, or zeros only, weighs all equally.
+            importance: Weight of each squared error, >= 0. None, or zeros only, weighs all equally.
 
         Returns:
             The sorted numbers; equal ones keep their order.
         """
-        order = np.argsort(flat, kind="stable")
-        alike = shares is None or not (shares > 0).any()
-        own = np.ones(len(flat)) if shares is None or alike else shares[order]
-        return cls(flat[order], own, order, alike)
+        if importance is None or not (importance > 0).any():
+            return cls(np.sort(flat, kind="stable"), np.broadcast_to(1.0, len(flat)), None, True)
+        order = np.argsort(flat, kind="stable").astype(np.uint32 if len(flat) >> 32 == 0 else np.uint64)
+        return cls(flat[order], importance[order], order, False)
 
     @cached_property
     def classes(self) -> "list[Numbers]":
-        """The numbers of each distinct share, with ``order`` as indices into these; empty above 64 distinct shares."""
-        if self.alike:
-            return [Numbers(self.values, self.shares, np.arange(len(self.values)), True)]
-        if len(different := np.unique(self.shares)) > _FEW:
+        """The numbers of each distinct importance, ``order`` indexing into these; empty above 64 distinct ones."""
+        if self.unweighted:
+            return [self]
+        if len(different := np.unique(self.importance)) > _FEW:
             return []
-        places = [np.flatnonzero(self.shares == share) for share in different]
-        return [Numbers(self.values[p], self.shares[p], p, True) for p in places]
+        places = [np.flatnonzero(self.importance == value) for value in different]
+        return [Numbers(self.values[p], self.importance[p], p.astype(np.uint64), True) for p in places]
 
     def coarse(self) -> "Numbers":
-        """Merge shares that differ by less than about a quarter, each class by its mean.
+        """Merge importance that differ by less than about a quarter, each class by its mean.
 
         Returns:
-            The same numbers, with at most some 60 distinct shares; those below a millionth of the largest are one
+            The same numbers, with at most some 60 distinct importance; those below a millionth of the largest are one
             class.
         """
-        top = float(self.shares.max())
-        near = np.ones(len(self.shares))
-        there = self.shares > 0
-        near[there] = np.round(_FINENESS * np.maximum(np.log2(self.shares[there] / top), -_OCTAVES))
+        top = float(self.importance.max())
+        near = np.ones(len(self.importance))
+        there = self.importance > 0
+        wide = self.importance[there].astype(np.float64)
+        near[there] = np.round(_FINENESS * np.maximum(np.log2(wide / top), -_OCTAVES))
         _, own = np.unique(near, return_inverse=True)
-        means = np.bincount(own, self.shares) / np.bincount(own)
-        return Numbers(self.values, means[own], self.order, self.alike)
+        means = np.bincount(own, self.importance) / np.bincount(own)
+        return Numbers(self.values, means[own], self.order, self.unweighted)
 
     @cached_property
-    def sums(self) -> Float64[np.ndarray, "2 ends"]:
-        """Cumulative sums, up to each index, of the shares and of shares times values."""
-        return np.stack([np.concatenate([[0.0], np.cumsum(t)]) for t in (self.shares, self.shares * self.values)])
+    def _sums(self) -> tuple[Float64[np.ndarray, " ends"] | None, Float64[np.ndarray, " ends"]]:
+        """Cumulative sums, before each index, of importance (None where that counts) and of importance times values."""
+        counts = self.unweighted and self.importance[0] == 1
+        made = [np.zeros(len(self.values) + 1) for _ in range(1 if counts else 2)]
+        for own, values, importance in self.pieces():
+            for sums, terms in zip(made, (importance * values, importance), strict=False):
+                terms[0] += sums[own.start]
+                np.cumsum(terms, out=sums[own.start + 1 : own.start + 1 + len(terms)])
+        return None if counts else made[1], made[0]
+
+    def pieces(self) -> Iterator[tuple[slice, Float64[np.ndarray, " own"], Float64[np.ndarray, " own"]]]:
+        """Ranges of the numbers, with the values and importance there in double precision."""
+        size = PIECE if len(self.values) <= PIECE else _PIECE
+        for first in range(0, len(self.values), size):
+            own = slice(first, first + size)
+            yield own, self.values[own].astype(np.float64), self.importance[own].astype(np.float64)
 
     def ends(self, bounds: Float64[np.ndarray, "inner"]) -> Int64[np.ndarray, "ends"]:
         """The cells between bounds, as indices.
@@ -86,7 +104,7 @@ class Numbers:
         Returns:
             The first index of each cell, then the number of numbers.
         """
-        inner = np.searchsorted(self.values, bounds, side="left")
+        inner = np.searchsorted(self.values, _at_least(bounds, self.values.dtype), side="left")
         return np.concatenate([[0], inner, [len(self.values)]])
 
     def means(
@@ -96,7 +114,7 @@ class Numbers:
 
         Args:
             ends: Cell bounds, as ``ends`` returns them.
-            empty: For each cell, the value to use where its shares sum to 0.
+            empty: For each cell, the value to use where its importance sum to 0.
 
         Returns:
             The means, rising.
@@ -114,9 +132,11 @@ class Numbers:
             stops: Index after the last of each cell.
 
         Returns:
-            The shares, and the shares times values, summed over each cell: 2 x cells.
+            The importance, and the importance times values, summed over each cell: 2 x cells.
         """
-        return self.sums[:, stops] - self.sums[:, starts]
+        mass, first = self._sums
+        many = (stops - starts).astype(np.float64) if mass is None else mass[stops] - mass[starts]
+        return np.stack([many, first[stops] - first[starts]])
 
     def error(self, centres: Float64[np.ndarray, "cells"]) -> float:
         """The weighted squared error.
@@ -125,19 +145,51 @@ class Numbers:
             centres: Rising centres.
 
         Returns:
-            The sum of shares times squared distances to the nearest centre.
+            The sum of importance times squared distances to the nearest centre.
         """
-        nearest = np.searchsorted(midpoints(centres), self.values, side="right")
-        return float(np.sum(self.shares * (self.values - centres[nearest]) ** 2))
+        nearest, total = _bounded(midpoints(centres)), 0.0
+        for _, values, importance in self.pieces():
+            total += float(np.sum(importance * (values - centres[nearest(values)]) ** 2))
+        return total
 
-    def distinct(self) -> Float64[np.ndarray, "distinct"]:
-        """The distinct values.
+    def distinct(self, most: int) -> Float64[np.ndarray, " distinct"] | None:
+        """The distinct values, if they are few.
+
+        Args:
+            most: How many there may be.
 
         Returns:
-            The values without repetitions, rising.
+            The values without repetitions, rising; None if there are more than ``most``.
         """
         new: np.ndarray = np.concatenate([[True], self.values[1:] > self.values[:-1]])
-        return self.values[new]
+        return None if np.count_nonzero(new) > most else self.values[new].astype(np.float64)
+
+
+def _at_least(bounds: Float64[np.ndarray, " inner"], kind: np.dtype) -> Float[np.ndarray, " inner"]:
+    """The least numbers of a type that are not below the bounds; to compare with them is to compare with the bounds."""
+    with np.errstate(over="ignore"):
+        near = bounds.astype(kind)
+    return np.where(near < bounds, np.nextafter(near, np.inf), near)
+
+
+def _bounded(bounds: Float64[np.ndarray, " inner"]) -> Callable[[Float[np.ndarray, " own"]], Int64[np.ndarray, " own"]]:
+    return lambda own: np.searchsorted(_at_least(bounds, own.dtype), own, side="right")
+
+
+def symbols_of(flat: Float[np.ndarray, " count"], bounds: Float64[np.ndarray, " inner"]) -> Int16[np.ndarray, " count"]:
+    """The cell of each number.
+
+    Args:
+        flat: The numbers.
+        bounds: Upper bounds of all cells but the last, rising; a number on a bound belongs to the upper cell.
+
+    Returns:
+        Indices of cells, from 0.
+    """
+    symbols, cell = np.empty(len(flat), np.int16), _bounded(bounds)
+    for first in range(0, len(flat), PIECE):
+        symbols[first : first + PIECE] = cell(flat[first : first + PIECE])
+    return symbols
 
 
 def midpoints(centres: Float64[np.ndarray, "cells"]) -> Float64[np.ndarray, "inner"]:
@@ -169,8 +221,8 @@ def first_centres(numbers: Numbers, levels: int, start: str, seed: int) -> Float
     if start == "linear":
         return np.linspace(float(values[0]), float(values[-1]), levels)
     if start == "density":
-        return values[(2 * np.arange(levels) + 1) * count // (2 * levels)]
-    return values[np.sort(permutation(seed, count)[np.arange(levels) % count])]
+        return values[(2 * np.arange(levels) + 1) * count // (2 * levels)].astype(np.float64)
+    return values[np.sort(permutation(seed, count)[np.arange(levels) % count])].astype(np.float64)
 
 
 def refined(
@@ -211,7 +263,7 @@ def _moved(
     """
     full = np.diff(ends) > 0
     starts, stops, own = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
-    middles = np.clip(np.searchsorted(numbers.values, own, side="left"), starts, stops)
+    middles = np.clip(numbers.ends(own)[1:-1], starts, stops)
     below, above = numbers.masses(starts, middles), numbers.masses(middles, stops)
     gains, costs = _worth(below, above), _worth(*(numbers.masses(starts, stops)[:, part] for part in _NEIGHBOURS))
     splits, joins = np.argsort(-gains, kind="stable"), iter(np.argsort(costs, kind="stable").tolist())
@@ -228,7 +280,7 @@ def _moved(
                 break
             taken |= {pair, pair + 1}
             gone |= {pair, pair + 1}
-            mass, first = (numbers.sums[:, stops[pair + 1]] - numbers.sums[:, starts[pair]]).tolist()
+            mass, first = numbers.masses(starts[pair : pair + 1], stops[pair + 1 : pair + 2])[:, 0].tolist()
             made.append(first / mass if mass > 0 else float(own[pair]))
         taken.add(cell)
         gone.add(cell)
@@ -254,11 +306,12 @@ def centres_of(
     levels: int,
     start: str = "linear",
     seed: int = 0,
-    shares: Float64[np.ndarray, "count"] | None = None,
+    importance: Float[np.ndarray, " count"] | None = None,
+    plain: Numbers | None = None,
 ) -> Float64[np.ndarray, "levels"]:
     """K-means for scalars.
 
-    With ``shares``, the weighted algorithm starts at the unweighted solution, and the better of the two is returned:
+    With ``importance``, the weighted algorithm starts at the unweighted solution, and the better of both is returned:
     from other starts it often ends at a larger error.
 
     Args:
@@ -266,17 +319,18 @@ def centres_of(
         levels: How many centres.
         start: ``"linear"``, ``"density"`` or ``"random"``, as for ``first_centres``.
         seed: Seed of a random start.
-        shares: Weight of each squared error, >= 0; None weighs all equally.
+        importance: Weight of each squared error, >= 0; None weighs all equally.
+        plain: ``Numbers.of(flat)``, if it is there.
 
     Returns:
         The centres, rising. With at most ``levels`` distinct numbers these are the numbers, the last one repeated.
     """
-    plain = Numbers.of(flat)
-    if len(found := plain.distinct()) <= levels:
+    plain = plain or Numbers.of(flat)
+    if (found := plain.distinct(levels)) is not None:
         return np.concatenate([found, np.full(levels - len(found), found[-1])])
     centres = refined(plain, first_centres(plain, levels, start, seed))
-    weighted = plain if shares is None else Numbers.of(flat, shares)
-    if weighted.alike:
+    weighted = plain if importance is None else Numbers.of(flat, importance)
+    if weighted.unweighted:
         return centres
     return min((refined(weighted, centres), centres), key=weighted.error)
 
@@ -290,11 +344,11 @@ class Cells:
 
     centres: Float64[np.ndarray, "cells"]
     counts: Int64[np.ndarray, "cells"]
-    assign: Callable[[], Int64[np.ndarray, "count"]]
+    assign: Callable[[], Int16[np.ndarray, " count"]]
     price: float = 0.0  # of a bit, at which they were found
 
     @cached_property
-    def symbols(self) -> Int64[np.ndarray, "count"]:
+    def symbols(self) -> Int16[np.ndarray, " count"]:
         """The cell of each number, in sorted order."""
         return self.assign()
 
@@ -324,21 +378,26 @@ class Cells:
             numbers: The numbers that are partitioned.
 
         Returns:
-            The sum of shares times squared distances, each number to the centre of its cell.
+            The sum of importance times squared distances, each number to the centre of its cell.
         """
-        return float(np.sum(numbers.shares * (numbers.values - self.centres[self.symbols]) ** 2))
+        ends, total = np.cumsum(self.counts), 0.0
+        for own, values, importance in numbers.pieces():
+            places: np.ndarray = own.start + np.arange(len(values))  # cells are ranges where numbers are unweighted
+            cells = np.searchsorted(ends, places, side="right") if numbers.unweighted else self.symbols[own]
+            total += float(np.sum(importance * (values - self.centres[cells]) ** 2))
+        return total
 
     def centred(self, numbers: Numbers) -> "Cells":
         """Recompute the centres for other weights.
 
         Args:
-            numbers: The same numbers, with other shares.
+            numbers: The same numbers, with other importance.
 
         Returns:
             The same cells, with the weighted means as centres.
         """
-        mass = np.bincount(self.symbols, numbers.shares, len(self.counts))
-        first = np.bincount(self.symbols, numbers.shares * numbers.values, len(self.counts))
+        mass = np.bincount(self.symbols, numbers.importance, len(self.counts))
+        first = np.bincount(self.symbols, numbers.importance.astype(np.float64) * numbers.values, len(self.counts))
         return replace(self, centres=_means(mass, first, self.centres))
 
 
@@ -363,10 +422,10 @@ def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
 
 
 def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]) -> Cells:
-    """Assign each number to the centre where share times squared distance plus code length is least.
+    """Assign each number to the centre where importance times squared distance plus code length is least.
 
-    Takes ``levels * log(count)`` steps for each distinct share; with more than 64 distinct shares, ``levels`` passes
-    over the numbers.
+    Takes ``levels * log(count)`` steps for each distinct importance; with more than 64 of these, ``levels`` passes over
+    the numbers.
 
     Args:
         numbers: The numbers.
@@ -381,9 +440,9 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
     counts, sums = np.zeros(len(centres), np.int64), np.zeros((2, len(centres)))
     found: list[tuple[Numbers, np.ndarray, np.ndarray]] = []
     for own in numbers.classes:
-        share = float(own.shares[0])
+        importance = float(own.importance[0])
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            own_lengths = lengths / share
+            own_lengths = lengths / importance
         if np.isfinite(own_lengths).all():
             live, bounds = _hull(centres, own_lengths)
         else:  # no distance counts
@@ -396,10 +455,10 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
     full = counts > 0
     names = np.cumsum(full) - 1
 
-    def assign() -> Int64[np.ndarray, "count"]:
-        symbols = np.empty(len(numbers.values), np.int64)
+    def assign() -> Int16[np.ndarray, " count"]:
+        symbols = np.empty(len(numbers.values), np.int16)
         for own, live, many in found:
-            symbols[own.order] = np.repeat(names[live], many)
+            symbols[slice(None) if own.order is None else own.order] = np.repeat(names[live].astype(np.int16), many)
         return symbols
 
     return Cells(_means(sums[0], sums[1], centres)[full], counts[full], assign)
@@ -408,14 +467,14 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
 def _cells_by_passes(
     numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]
 ) -> Cells:
-    symbols, least = np.zeros(len(numbers.values), np.int64), np.full(len(numbers.values), math.inf)
+    symbols, least = np.zeros(len(numbers.values), np.int16), np.full(len(numbers.values), math.inf)
     for cell, (centre, length) in enumerate(zip(centres, lengths, strict=True)):
-        cost = numbers.shares * (numbers.values - centre) ** 2 + length
+        cost = numbers.importance * (numbers.values - centre) ** 2 + length
         better = cost < least
         symbols[better], least[better] = cell, cost[better]
     counts = np.bincount(symbols, minlength=len(centres))
     full = counts > 0
-    names = (np.cumsum(full) - 1)[symbols]
+    names = (np.cumsum(full) - 1).astype(np.int16)[symbols]
     return Cells(centres[full], counts[full], lambda: names).centred(numbers)
 
 
@@ -451,7 +510,7 @@ def _hull(
 
 
 def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_ROUNDS) -> Cells:
-    """Lower ``sum share * (number - centre)^2 + price * entropy_bits`` round by round, until nothing changes.
+    """Lower ``sum importance * (number - centre)^2 + price * entropy_bits`` round by round, until nothing changes.
 
     Args:
         numbers: The numbers.
@@ -476,31 +535,33 @@ Fits = Callable[[Int64[np.ndarray, "cells"]], bool]
 
 
 def within(
-    flat: Float64[np.ndarray, "count"],
+    flat: Float[np.ndarray, " count"],
     levels: int,
     fits: Fits,
-    shares: Float64[np.ndarray, "count"] | None = None,
-) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
+    importance: Float[np.ndarray, " count"] | None = None,
+) -> tuple[Float64[np.ndarray, " live"], Int16[np.ndarray, " count"]]:
     """Entropy-coded scalar quantisation: centres and symbols of small error whose coded symbols fit.
 
     Choi, El-Khamy and Lee, 2017, arXiv:1612.01543. Starts from k-means with ``levels`` centres, with each smaller power
     of two, and with each number below eight, until one fits without lambda: entropy coding alone never drops equally
-    likely cells. The result is thus at most as bad as that k-means. With more than 64 distinct shares the search uses
-    classes of shares, and the final assignment the shares themselves.
+    likely cells. The result is thus at most as bad as that k-means. With more than 64 distinct importances the search
+    uses classes of importance, and the final assignment the importances themselves.
 
     Args:
         flat: The numbers, finite.
         levels: Most centres, >= 1.
         fits: Whether symbols with these counts fit; one symbol alone must.
-        shares: Weight of each squared error, >= 0; None weighs all equally.
+        importance: Weight of each squared error, >= 0; None weighs all equally.
 
     Returns:
         The centres that are used, and the index of a centre for each number, in the order of ``flat``.
     """
-    numbers, found = Numbers.of(flat, shares), list[Cells]()
+    numbers, found = Numbers.of(flat, importance), list[Cells]()
     searched = numbers if numbers.classes else numbers.coarse()
     while levels:
-        centres = np.unique(centres_of(flat, levels, shares=shares))
+        centres = np.unique(
+            centres_of(flat, levels, importance=importance, plain=numbers if numbers.unweighted else None)
+        )
         start = cells_of(searched, centres, np.zeros(len(centres)))
         found += [start] if fits(start.counts) else _priced(searched, start, fits)
         levels = 0 if fits(start.counts) else levels - 1 if levels <= 8 else 1 << ((levels - 1).bit_length() - 1)
@@ -510,7 +571,9 @@ def within(
     if searched is not numbers:
         exact = cells_of(numbers, best.centres, best.lengths(best.price))
         best = min((c for c in (exact, best) if fits(c.counts)), key=lambda cells: cells.error(numbers))
-    symbols = np.empty(len(flat), np.int64)
+    if numbers.order is None:
+        return best.centres, symbols_of(flat, numbers.values[np.cumsum(best.counts)[:-1]].astype(np.float64))
+    symbols = np.empty(len(flat), np.int16)
     symbols[numbers.order] = best.symbols
     return best.centres, symbols
 
@@ -520,9 +583,10 @@ def _priced(numbers: Numbers, start: Cells, fits: Fits) -> list[Cells]:
 
     Each search starts from the result of a lower lambda, from which cells can only be lost.
     """
-    mean = float(np.average(numbers.values, weights=numbers.shares))
-    low, below = start, 0.0
-    price = 1e-6 * float(np.mean(numbers.shares * (numbers.values - mean) ** 2))
+    sums = np.sum([[np.sum(values * importance), np.sum(importance)] for _, values, importance in numbers.pieces()], 0)
+    mean, low, below = float(sums[0] / sums[1]), start, 0.0
+    spread = math.fsum(float(np.sum(importance * (values - mean) ** 2)) for _, values, importance in numbers.pieces())
+    price = 1e-6 * spread / len(numbers.values)
     found = settled(numbers, low, price)
     for _ in range(_MOST_GROWTHS):
         if fits(found.counts):

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 INDEXES = ("gaps", "csr")
+_USUAL = 16  # binary orders of magnitude of weights and importance whose products are taken as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,9 @@ class Pruned:
     """``W`` is zero except for ``values`` at ``positions``, which are strictly increasing in the flattened matrix."""
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    kept: int
-    index: str = "gaps"  # or "csr": how positions are counted; they are stored as gaps, or as they are, in any case
-    balance: int = 1  # so many processing elements take rows in turn, and keep the same share of their weights
+    kept: int  # number of stored weights
+    index: str = "gaps"  # "gaps", or "csr" to count positions at the size of compressed sparse rows
+    balance: int = 1  # number of processing elements that take rows in turn, with equal densities
 
     def __post_init__(self) -> None:
         """Refuse invalid fields with ValueError."""
@@ -65,7 +66,7 @@ class Pruned:
         if index not in INDEXES:
             raise ConfigError(f"index = {index!r} is unknown. Valid: {', '.join(INDEXES)}.")
         if type(balance) is not int or balance < 1:
-            raise ConfigError(f"balance = {balance!r}: the number of processing elements is a whole one, from 1 on.")
+            raise ConfigError(f"balance = {balance!r}: the number of processing elements is an integer >= 1.")
         balance = min(balance, shape[0])
         low, high = 0, min(max_bits // FLOAT_BITS, math.prod(shape)) + 1
         while high - low > 1:
@@ -89,7 +90,11 @@ class Pruned:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each value, and an upper bound on the positions: gaps or packed, or the size of sparse rows."""
+        """32 bits for each value, and an upper bound on the positions: gaps or packed, or the size of sparse rows.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         positions = 8 * self.integers()["positions"].bytes(self.kept)
         if self.index == "csr":
             columns = 16 if self.shape[1] <= 1 << 16 else 32
@@ -97,15 +102,27 @@ class Pruned:
         return FLOAT_BITS * self.kept + positions
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``values`` and ``positions``, of equal length."""
+        """``values`` and ``positions``, of equal length.
+
+        Returns:
+            Entry name -> shape.
+        """
         return {"values": (self.kept,), "positions": (self.kept,)}
 
     def integers(self) -> dict[str, Integers]:
-        """The positions, through the flattened matrix."""
+        """The positions, through the flattened matrix.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"positions": Integers(math.prod(self.shape), rising=True)}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def with_kept(self, kept: int) -> "Pruned":
@@ -153,8 +170,8 @@ class Pruned:
         """
         area, cols = math.prod(self.shape), self.shape[1]
         chosen = [
-            _place(rng.choice(weights, kept, replace=False), first, self.balance, cols)
-            for first, weights, kept in self._elements()
+            _place(rng.choice(weights, stored, replace=False), first, self.balance, cols)
+            for first, weights, stored in self._elements()
         ]
         positions = np.sort(np.concatenate(chosen)).astype(np.int64)
         values = rng.normal(size=self.kept)
@@ -178,27 +195,27 @@ class Pruned:
             ``values`` and ``positions``, strictly increasing, in the flattened matrix.
         """
         flat = xp.reshape(weight, (-1,))
-        size = abs(flat) if importance is None else xp.reshape(importance, (-1,)) * flat * flat
-        rows = xp.reshape(size, self.shape)
-        chosen: list[Any] = []
-        for first, _, kept in self._elements():
-            largest = xp.argsort(-xp.reshape(rows[first :: self.balance], (-1,)), stable=True)[:kept]
+        host: Any = np.asarray(flat)
+        size: Any = abs(host) if importance is None else _damage(host, np.asarray(importance))
+        rows, chosen = size.reshape(self.shape), list[Any]()
+        for first, _, stored in self._elements():
+            largest = _largest(rows[first :: self.balance].reshape(-1), stored)
             chosen.append(_place(largest, first, self.balance, self.shape[1]))
-        places = xp.concatenate(chosen)
-        positions = xp.take(places, xp.argsort(places))
+        positions = chosen[0] if len(chosen) == 1 else np.sort(np.concatenate(chosen))
+        positions = xp.asarray(positions)
         return {"values": xp.take(flat, positions), "positions": positions}
 
     def _elements(self) -> list[tuple[int, int, int]]:
         """For each processing element: its first row, its number of weights, and how many of them it stores."""
-        (rows, cols), done, kept = self.shape, 0, 0
-        found: list[tuple[int, int, int]] = []
+        (rows, cols), done, stored = self.shape, 0, 0
+        elements: list[tuple[int, int, int]] = []
         for first in range(self.balance):
             weights = len(range(first, rows, self.balance)) * cols
             done += weights
             most = self.kept * done // (rows * cols)
-            found.append((first, weights, most - kept))
-            kept = most
-        return found
+            elements.append((first, weights, most - stored))
+            stored = most
+        return elements
 
     def importance_of(self, code: Code, importance: Float[Array, "rows cols"], xp: Namespace) -> Code:
         """The importance of the stored weights.
@@ -228,6 +245,27 @@ class Pruned:
         return xp.reshape(flat, self.shape)
 
 
-def _place(own: Any, first: int, balance: int, cols: int) -> Any:
+def _largest(size: Float[np.ndarray, " count"], kept: int) -> Int64[np.ndarray, " kept"]:
+    """The positions of so many largest entries, rising; of equal ones the first."""
+    if kept == 0:
+        return np.empty(0, np.int64)
+    least = np.partition(size, len(size) - kept)[len(size) - kept]
+    above = size > least
+    above[np.flatnonzero(size == least)[: kept - int(np.count_nonzero(above))]] = True
+    return np.flatnonzero(above)
+
+
+def _damage(
+    flat: Float[np.ndarray, " count"], importance: Float[np.ndarray, "rows cols"]
+) -> Float[np.ndarray, " count"]:
+    """``importance * w^2``; in double precision, and up to a factor, where it could overflow or vanish."""
+    own = importance.reshape(-1)
+    exponents = [math.frexp(max(float(a.max()), -float(a.min())))[1] for a in (flat, own)]
+    if max(map(abs, exponents)) > _USUAL:
+        own, flat = (a.astype(np.float64) / 2.0**e for a, e in zip((own, flat), exponents[::-1], strict=True))
+    return own * flat * flat
+
+
+def _place(flat: Any, first: int, balance: int, cols: int) -> Any:
     """Positions in the whole matrix of weights of one processing element (rows ``first``, ``first + balance``, ...)."""
-    return (first + balance * (own // cols)) * cols + own % cols
+    return (first + balance * (flat // cols)) * cols + flat % cols

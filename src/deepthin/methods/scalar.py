@@ -30,7 +30,7 @@ class Uniform:
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
     width: int  # bits of a symbol
-    per: str = "matrix"  # what has a step of its own: "matrix" or "row"
+    per: str = "matrix"  # what shares a step: "matrix" or "row"
     affine: bool = False
 
     def __post_init__(self) -> None:
@@ -70,8 +70,8 @@ class Uniform:
         if per not in ("matrix", "row") or type(affine) is not bool:
             raise ConfigError(f"per = {per!r}, affine = {affine!r}: give per 'matrix' or 'row', affine true or false.")
         widths = BITS if bits is None else [bits]
-        found = [plan for width in widths if (plan := cls(shape, width, per, affine)).bits() <= max_bits]
-        if not found:
+        fitting = [plan for width in widths if (plan := cls(shape, width, per, affine)).bits() <= max_bits]
+        if not fitting:
             least, area = cls(shape, widths[0], per, affine).bits(), math.prod(shape)
             ratio = least / FLOAT_BITS / area
             raise BudgetError(
@@ -81,7 +81,7 @@ class Uniform:
                 smallest_bits=least,
                 smallest_ratio=ratio,
             )
-        return found[-1]
+        return fitting[-1]
 
     def top(self) -> int:
         """The largest symbol.
@@ -97,21 +97,37 @@ class Uniform:
         return "through"
 
     def bits(self) -> int:
-        """``width`` bits for each weight, 32 for each step and, if affine, 32 for each least value."""
+        """``width`` bits for each weight, 32 for each step and, if affine, 32 for each least value.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         steps = self.shape[0] if self.per == "row" else 1
         return 8 * self.integers()["symbols"].bytes(math.prod(self.shape)) + FLOAT_BITS * steps * (1 + self.affine)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``symbols``: one for each weight; ``step``, and ``least`` if affine: rows x 1, or 1 x 1."""
+        """``symbols``: one for each weight; ``step``, and ``least`` if affine: rows x 1, or 1 x 1.
+
+        Returns:
+            Entry name -> shape.
+        """
         steps = (self.shape[0] if self.per == "row" else 1, 1)
         return {"symbols": self.shape, "step": steps} | ({"least": steps} if self.affine else {})
 
     def integers(self) -> dict[str, Integers]:
-        """The symbols."""
+        """The symbols.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return {"symbols": Integers(self.top() + 1) if self.affine else Integers(2 * self.top() + 1, -self.top())}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def table_levels(self) -> None:
@@ -168,7 +184,7 @@ class Uniform:
             ``symbols``, rows x cols in int16 (int64 above 15 bits), ``step``, and ``least`` if affine.
         """
         kind = weight.dtype
-        if xp.finfo(kind).bits < 32:  # half precision has no room for the symbols
+        if xp.finfo(kind).bits < 32:  # half precision cannot hold the symbols exactly
             code = self.encode(xp.asarray(weight, dtype=xp.float32), xp)
             return {key: array if key == "symbols" else xp.asarray(array, dtype=kind) for key, array in code.items()}
         rows = weight if self.per == "row" else xp.reshape(weight, (1, -1))

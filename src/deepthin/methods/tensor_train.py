@@ -16,6 +16,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.methods.leading import leading, tame
 
 ORDERS = (2, 3, 4)
 
@@ -29,7 +30,7 @@ class TensorTrain:
     """
 
     shape: tuple[int, int]  # (rows, cols) of the dense matrix
-    rows: tuple[int, ...]  # R_k; their product is rows or a little more
+    rows: tuple[int, ...]  # R_k, whose product is at least rows
     cols: tuple[int, ...]  # Q_k
     rank: int
 
@@ -72,7 +73,7 @@ class TensorTrain:
         """
         if order not in ORDERS:
             raise ConfigError(f"order = {order!r}: a tensor train here has {', '.join(map(str, ORDERS))} cores.")
-        factors = near_equal(shape[0], order), near_equal(shape[1], order)[::-1]  # large beside small: even cores
+        factors = near_equal(shape[0], order), near_equal(shape[1], order)[::-1]  # large with small: similar cores
         low, high = 0, math.prod(factors[0][: order // 2]) * math.prod(factors[1][: order // 2]) + 1
         high = max(high, math.prod(factors[0][order // 2 :]) * math.prod(factors[1][order // 2 :]) + 1)
         while high - low > 1:
@@ -95,11 +96,19 @@ class TensorTrain:
         return "codes"
 
     def bits(self) -> int:
-        """32 bits for each entry of the cores."""
+        """32 bits for each entry of the cores.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         return FLOAT_BITS * sum(math.prod(core) for core in self.code_shapes().values())
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``core0`` to ``core{d-1}``."""
+        """``core0`` to ``core{d-1}``.
+
+        Returns:
+            Entry name -> shape.
+        """
         ranks = self.ranks
         return {
             f"core{k}": (ranks[k], r, q, ranks[k + 1])
@@ -107,11 +116,19 @@ class TensorTrain:
         }
 
     def integers(self) -> dict[str, Integers]:
-        """No integers."""
+        """No integers.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def derived(self) -> Code:
-        """No tables."""
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def decode_bytes(self, item_bytes: int) -> int:
@@ -167,6 +184,7 @@ class TensorTrain:
         Returns:
             ``core0`` to ``core{d-1}``, scaled to equal root mean squares unless the weight is zero.
         """
+        weight, root = tame(weight, xp)
         down, across = math.prod(self.rows) - self.shape[0], math.prod(self.cols) - self.shape[1]
         if down:
             weight = xp.concatenate([weight, xp.tile(xp.zeros_like(weight[:1]), (down, 1))])
@@ -182,14 +200,14 @@ class TensorTrain:
         code: Code = {}
         for k in range(order - 1):
             rest = xp.reshape(rest, (ranks[k] * self.rows[k] * self.cols[k], -1))
-            u, sigma, vt = xp.linalg.svd(rest, full_matrices=False)
-            code[f"core{k}"] = xp.reshape(u[:, : ranks[k + 1]], self.code_shapes()[f"core{k}"])
-            rest = sigma[: ranks[k + 1], None] * vt[: ranks[k + 1]]
+            u, sigma, vt = leading(rest, ranks[k + 1], xp)
+            code[f"core{k}"] = xp.reshape(u, self.code_shapes()[f"core{k}"])
+            rest = sigma[:, None] * vt
         last = f"core{order - 1}"
         code[last] = xp.reshape(rest, self.code_shapes()[last])
-        # All cores of one size, so that one learning rate suits them; the last, if it vanishes, is left alone.
+        # Equal norms of all cores, so that one learning rate suits them; a last core of zeros is left as it is.
         size = {entry: xp.sqrt((a * a).mean()) for entry, a in code.items()}
-        whole = math.prod(float(s) for s in size.values()) ** (1 / order)
+        whole = math.prod(float(s) for s in size.values()) ** (1 / order) * root ** (2 / order)
         return {entry: a * (whole / size[entry]) for entry, a in code.items()} if whole > 0 else code
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
@@ -279,6 +297,6 @@ def near_equal(dimension: int, order: int) -> tuple[int, ...]:
     for first in itertools.combinations_with_replacement(near, order - 1):
         last = -(-dimension // math.prod(first))
         if last in near:
-            found = tuple(sorted((*first, last)))
-            best = min(best, (math.prod(found), sum(found), found))
+            factors = tuple(sorted((*first, last)))
+            best = min(best, (math.prod(factors), sum(factors), factors))
     return best[2]

@@ -79,13 +79,14 @@ class Then:
                 smallest_ratio=smallest.bits() / (FLOAT_BITS * math.prod(smallest.shape)),
             )
         best, low, high = smallest, least, max(least, 1)
-        while high < 64 * max_bits and (found := made(high)).bits() <= max_bits:
-            best, low, high = max(best, found, key=lambda plan: plan.bits()), high, 2 * high  # tables may shrink
+        while high < 64 * max_bits and (candidate := made(high)).bits() <= max_bits:
+            best = max(best, candidate, key=lambda plan: plan.bits())  # tables may shrink
+            low, high = high, 2 * high
         while high - low > max(FLOAT_BITS, low >> 12):
             middle = (low + high) // 2
-            found = made(middle)
-            low, high = (middle, high) if found.bits() <= max_bits else (low, middle)
-            best = max(best, found, key=lambda plan: plan.bits() if plan.bits() <= max_bits else -1)
+            candidate = made(middle)
+            low, high = (middle, high) if candidate.bits() <= max_bits else (low, middle)
+            best = max(best, candidate, key=lambda plan: plan.bits() if plan.bits() <= max_bits else -1)
         return best
 
     @property
@@ -99,22 +100,38 @@ class Then:
         return self.outer.shape
 
     def bits(self) -> int:
-        """Bits of the inner codes and of the outer integers."""
+        """Bits of the inner codes and of the outer integers.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
         shapes = self.outer.code_shapes()
         whole = sum(8 * kind.bytes(math.prod(shapes[e])) for e, kind in self.outer.integers().items())
         return whole + sum(method.bits() for _, method in self.inner)
 
     def code_shapes(self) -> dict[str, tuple[int, ...]]:
-        """``xf_symbols``: the entry ``symbols`` of the code that stores ``xf``."""
-        own = {e: s for e, s in self.outer.code_shapes().items() if e in self.outer.integers()}
-        return own | {f"{e}_{k}": s for e, method in self.inner for k, s in method.code_shapes().items()}
+        """``xf_symbols``: the entry ``symbols`` of the code that stores ``xf``.
+
+        Returns:
+            Entry name -> shape.
+        """
+        integer_shapes = {e: s for e, s in self.outer.code_shapes().items() if e in self.outer.integers()}
+        return integer_shapes | {f"{e}_{k}": s for e, method in self.inner for k, s in method.code_shapes().items()}
 
     def integers(self) -> dict[str, Integers]:
-        """The integers of both methods."""
+        """The integers of both methods.
+
+        Returns:
+            Entry name -> range of its values.
+        """
         return self.outer.integers() | {f"{e}_{k}": i for e, method in self.inner for k, i in method.integers().items()}
 
     def derived(self) -> Code:
-        """The tables of both methods."""
+        """The tables of both methods.
+
+        Returns:
+            Entry name -> NumPy array; empty if there is none.
+        """
         return self.outer.derived() | {f"{e}_{k}": a for e, method in self.inner for k, a in method.derived().items()}
 
     def decode_bytes(self, item_bytes: int) -> int:
@@ -159,7 +176,11 @@ class Then:
         return self.encode_floats(self.outer.init(rng, std), np)  # pyright: ignore[reportArgumentType]
 
     def drifts(self) -> bool:
-        """Whether any inner method drifts."""
+        """Whether any inner method drifts.
+
+        Returns:
+            True if encoding a decoded code may change it by more than floating-point rounding.
+        """
         return any(isinstance(method, Drifting) and method.drifts() for _, method in self.inner)
 
     def encode(self, weight: Array, xp: Namespace, importance: Array | None = None) -> Code:

@@ -19,18 +19,63 @@ class EncodedOnce(ABC, Generic[Values, Weight]):
 
     @abstractmethod
     def dense(self, planned: Planned) -> list[Values]:
-        """The values of its tensors; ConfigError if these cannot share a code."""
+        """The values of a plan's tensors.
+
+        Args:
+            planned: Tensors that share one matrix, and their method.
+
+        Returns:
+            One value for each tensor, in order.
+
+        Raises:
+            ConfigError: The tensors cannot share a code.
+        """
 
     @abstractmethod
     def encode(self, planned: Planned, method: Method) -> tuple[Weight, Thin]:
-        """The code nearest to its tensors, and the same as a file has it; NonFiniteError for what has none."""
+        """Encode the tensors of a plan.
+
+        Args:
+            planned: Tensors that share one matrix.
+            method: The method that stores it.
+
+        Returns:
+            The nearest code that the method finds, as the framework holds it and as a file does.
+
+        Raises:
+            NonFiniteError: A tensor has an entry that is not finite.
+        """
 
     def __call__(self, planned: Planned) -> Weight:
-        """The code nearest to its tensors; what ``encode`` raises, and ValueError for a matrix that stays dense."""
+        """The code of a plan's tensors as the framework holds it.
+
+        Args:
+            planned: Tensors that share one matrix, with the method that stores it.
+
+        Returns:
+            The encoded weight; the same object at every call.
+
+        Raises:
+            ValueError: The plan keeps its matrix dense.
+            ConfigError: As ``dense``.
+            NonFiniteError: As ``encode``.
+        """
         return self._once(planned)[0]
 
     def thin(self, planned: Planned) -> Thin:
-        """The same code, as a file has it."""
+        """The code of a plan's tensors as a file has it.
+
+        Args:
+            planned: Tensors that share one matrix, with the method that stores it.
+
+        Returns:
+            The compressed matrix; the same object at every call.
+
+        Raises:
+            ValueError: The plan keeps its matrix dense.
+            ConfigError: As ``dense``.
+            NonFiniteError: As ``encode``.
+        """
         return self._once(planned)[1]
 
     def _once(self, planned: Planned) -> tuple[Weight, Thin]:

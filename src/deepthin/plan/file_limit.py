@@ -11,52 +11,81 @@ from deepthin.plan.tensor import Tensor
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.write import size_of
 
-_MEASUREMENTS = 8  # plans that are encoded, at most, to find how much coding leaves room for
+_MEASUREMENTS = 8  # upper bound on the plans that are encoded to measure entropy coding
 
 Encoder = Callable[[Planned], Thin]
-"""What was planned, encoded from the values that its tensors have."""
+"""Encodes a plan from the present values of its tensors."""
 
 
 def parts_of(planned: Planned) -> list[Part]:
-    """The tensors of a plan as parts of its matrix; in a group each is scaled to its own fresh standard deviation."""
+    """The tensors of a plan as parts of its matrix; in a group each is scaled to its own standard deviation.
+
+    Args:
+        planned: Tensors that share one matrix.
+
+    Returns:
+        One part for each tensor, in order.
+    """
     first = planned.tensors[0]
     return [Part(t.shape, t.std / first.std, t.transposed, t.zero_row) for t in planned.tensors]
 
 
 def projecting(planned: Planned) -> list[np.ndarray] | None:
-    """Importance that is 1 in the tensors whose projection the rule's others share, and 0 in these; None without."""
+    """Importance that makes a group's projection fit only some of its members.
+
+    Args:
+        planned: Tensors that share one matrix.
+
+    Returns:
+        For each tensor an array of its shape: 1 where its projection is the one that the others share, else 0. None if
+        the rule names no such tensor.
+    """
     pairs = zip(planned.tensors, planned.projecting, strict=False)
     return [np.full(tensor.shape, projects, np.float32) for tensor, projects in pairs] or None
 
 
 def within(
-    limit: int, rules: Rules, found: Sequence[Tensor], base: Contents, encoded: Encoder | None = None
+    limit: int, rules: Rules, tensors: Sequence[Tensor], base: Contents, encoded: Encoder | None = None
 ) -> list[Planned]:
-    """The largest plans whose file has at most so many bytes; BudgetError if there are none.
+    """The largest plans whose file stays within a limit.
 
-    ``base`` is what the model holds now. Sizes follow from the plans alone: no value is read, and no file written. With
-    ``encoded``, they are those of the codes themselves, where these have integers that training leaves as they are and
-    that may be coded in fewer bits than any others.
+    Sizes follow from the plans alone: no value is read, and no file written. With ``encoded`` they are those of the
+    codes themselves, where a code has integers that training leaves unchanged and that entropy coding may shorten.
+
+    Args:
+        limit: Upper bound on the file in bytes.
+        rules: What becomes of each tensor.
+        tensors: All tensors of the model.
+        base: What the model holds now.
+        encoded: Encodes a plan, to measure what entropy coding saves; None: plan with upper bounds.
+
+    Returns:
+        The plans.
+
+    Raises:
+        BudgetError: Even the smallest plans need more than ``limit`` bytes; it carries the smallest possible size.
+        ConfigError: The rules do not fit the tensors.
     """
     try:
         low = 0
-        best = plan_tensors(rules, found, low)
+        best = plan_tensors(rules, tensors, low)
     except BudgetError as error:
         low = error.smallest_bits
-        best = plan_tensors(rules, found, low)
+        best = plan_tensors(rules, tensors, low)
     smallest = planned_contents(base, best)
     if (least := size_of(smallest)) > limit:
-        kept = sum(raw.bytes for raw in smallest.dense.values())
+        dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
-            f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which {kept} are "
-            f"tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
+            f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which "
+            f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more "
+            "tensors.",
             smallest_bits=8 * least,
             smallest_ratio=least / base.dense_bytes,
         )
     high = 8 * limit
     while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
         middle = (low + high) // 2
-        planned = plan_tensors(rules, found, middle)
+        planned = plan_tensors(rules, tensors, middle)
         if size_of(planned_contents(base, planned)) <= limit:
             low, best = middle, planned
         else:
@@ -65,11 +94,11 @@ def within(
         return best
     taken, high = coded_bytes(base, best, encoded), 64 * limit
     for _ in range(_MEASUREMENTS):
-        wanted = low * limit // taken  # too little by as much as some bytes do not grow
+        wanted = low * limit // taken  # too small a guess, since headers do not grow
         wanted = (low + high) // 2 if wanted >= high else wanted
         if wanted <= low + (low >> 10):
             break
-        planned = plan_tensors(rules, found, wanted)
+        planned = plan_tensors(rules, tensors, wanted)
         if (bytes_ := coded_bytes(base, planned, encoded)) <= limit:
             low, best, taken = wanted, planned, bytes_
         else:
@@ -78,17 +107,35 @@ def within(
 
 
 def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoder) -> int:
-    """Of the file, with codes that training leaves as long as they are taken as they are."""
+    """Size of the file, where codes whose integers training leaves unchanged count with their coded size.
+
+    Args:
+        base: What the model holds now.
+        planned: The plans.
+        encoded: Encodes a plan.
+
+    Returns:
+        Bytes.
+    """
     return size_of(planned_contents(base, planned, encoded))
 
 
 def _codable(planned: Planned) -> bool:
-    """Whether training leaves its integers as they are, so that a file may count on how short they are."""
+    """Whether training leaves its integers unchanged, so that their coded size is final."""
     return planned.method is not None and planned.method.trains == "codes" and bool(planned.method.integers())
 
 
 def planned_contents(base: Contents, planned: Sequence[Planned], encoded: Encoder | None = None) -> Contents:
-    """What the file would hold; it may be less without ``encoded``, since coding depends on the weights."""
+    """What the file of a planned model would hold.
+
+    Args:
+        base: What the model holds now.
+        planned: The plans.
+        encoded: Encodes a plan; None: all codes are placeholders of the largest size that they can take.
+
+    Returns:
+        The contents. Without ``encoded`` their size is an upper bound, since entropy coding depends on the weights.
+    """
     thin: dict[str, Thin] = {}
     for p in planned:
         if p.method is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from deepthin.errors import ConfigError, did_you_mean
 from deepthin.methods import METHODS, THEN
-from deepthin.plan.patterns import matcher, reaches
+from deepthin.plan.patterns import Names, reaches
 from deepthin.plan.tensor import Tensor
 
 DENSE = "dense"
@@ -132,8 +132,9 @@ class Rules:
     def match(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Rule]]:
         """Match the rules to a model's tensors; the first match wins.
 
-        A pattern matches a matrix by its name, or by the name of a module that contains it. A tensor with fewer than
-        two dimensions is matched by its exact name, or by a pattern that ends in ``bias``.
+        The exact name of a tensor or module means that tensor or module only; anything else is a pattern. A pattern
+        matches a matrix by its name, or by the name of a module that contains it. A tensor with fewer than two
+        dimensions is matched by its exact name, or by a pattern that ends in ``bias``.
 
         Args:
             tensors: All tensors of the model.
@@ -142,16 +143,18 @@ class Rules:
             Name -> tensor and rule, for every tensor that a rule matches, in the order of ``tensors``.
 
         Raises:
-            ConfigError: A pattern matches nothing, or a rule matches a tensor that cannot be thin.
+            ConfigError: A pattern matches nothing, a rule matches a tensor that cannot be thin, or earlier rules match
+                all tensors of a rule.
         """
-        ignored: set[str] = set()
-        for pattern in self.ignore:
-            ignored |= {tensor.name for tensor in self._reached(pattern, tensors, "[model] ignore")}
+        names = Names(tensors)
+        ignored = {tensor.name for pattern in self.ignore for tensor in _reached(names, pattern, "[model] ignore")}
         matched: dict[str, Rule] = {}
         for rule in self.rules:
-            for tensor in self._reached(rule.pattern, tensors, "[rules]"):
-                if tensor.name in ignored or tensor.name in matched:
-                    continue
+            reached = [t for t in _reached(names, rule.pattern, "[rules]") if t.name not in ignored]
+            free = [tensor for tensor in reached if tensor.name not in matched]
+            if reached and not free:
+                raise ConfigError(_shadowed(rule, [matched[tensor.name] for tensor in reached]))
+            for tensor in free:
                 if tensor.uncovered and rule.method != DENSE:
                     raise ConfigError(
                         f"rule {rule.pattern!r} reaches {tensor.name}: {tensor.uncovered}. Covered are the parameters "
@@ -176,8 +179,8 @@ class Rules:
             ConfigError: A group, or ``file_bytes``, needs the shapes of all tensors.
         """
         ignore = tuple(pattern for pattern in self.ignore if reaches(pattern, tensor))
-        rules = tuple(rule for rule in self.rules if reaches(rule.pattern, tensor))
-        rule = next(iter(rules), None)
+        rule = next((rule for rule in self.rules if reaches(rule.pattern, tensor)), None)
+        rules = () if rule is None else (rule,)
         if rule is None or ignore or rule.method == DENSE:
             return dataclasses.replace(self, ignore=ignore, rules=rules)
         if rule.group or (self.file_bytes is not None and not rule.own_target):
@@ -189,24 +192,31 @@ class Rules:
         ratio = None if rule.own_target else self.ratio
         return dataclasses.replace(self, ignore=ignore, rules=rules, ratio=ratio)
 
-    def _reached(self, pattern: str, tensors: Sequence[Tensor], where: str) -> list[Tensor]:
-        """The tensors that a pattern matches; ConfigError with the closest name if there are none."""
-        hits = matcher(pattern)
-        found = [tensor for tensor in tensors if reaches(pattern, tensor)]
-        if found:
-            return found
-        names = {name for tensor in tensors for name in (tensor.name, *tensor.also)}
-        modules = {name.rpartition(".")[0] for name in names} - {""}
-        if not names:
-            raise ConfigError(f"{where} pattern {pattern!r} matches nothing: the model has no matrices.")
-        if any(hits(name) for name in names | modules):
-            raise ConfigError(
-                f"{where} pattern {pattern!r} matches no matrix, only tensors of one dimension. "
-                "Name those exactly, or by a pattern that ends in 'bias'."
-            )
+
+def _reached(names: Names, pattern: str, where: str) -> list[Tensor]:
+    """The tensors that a pattern matches; ConfigError with the closest name if there are none."""
+    reached = names.reached(pattern)
+    if reached:
+        return reached
+    if not names.tensors:
+        raise ConfigError(f"{where} pattern {pattern!r} matches nothing: the model has no matrices.")
+    if names.named(pattern):
         raise ConfigError(
-            f"{where} pattern {pattern!r} matches nothing. {did_you_mean(pattern, sorted(modules | names))}"
+            f"{where} pattern {pattern!r} matches no matrix, only tensors of one dimension. "
+            "Name those exactly, or by a pattern that ends in 'bias'."
         )
+    valid = sorted(names.modules | names.tensors)
+    raise ConfigError(f"{where} pattern {pattern!r} matches nothing. {did_you_mean(pattern, valid)}")
+
+
+def _shadowed(rule: Rule, earlier: Sequence[Rule]) -> str:
+    """The message for a rule whose tensors earlier rules have all matched."""
+    patterns = list(dict.fromkeys(repr(other.pattern) for other in earlier))
+    before = f"the rule {patterns[0]} before it matches" if len(patterns) == 1 else f"{', '.join(patterns)} match"
+    return (
+        f"rule {rule.pattern!r} has no effect: the first match wins, and {before} all of its tensors. "
+        f"Move {rule.pattern!r} up, or leave it out."
+    )
 
 
 def bits_at(ratio: float, bits: int) -> int:

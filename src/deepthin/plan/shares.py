@@ -10,7 +10,7 @@ from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import Method, matrix_shape
 from deepthin.methods import METHODS
 from deepthin.methods.then import Then
-from deepthin.plan.patterns import matcher
+from deepthin.plan.patterns import Names
 from deepthin.plan.rules import DENSE, NO_LIMIT, Rule, Rules, bits_at
 from deepthin.plan.tensor import Tensor, matrix_of
 
@@ -36,23 +36,22 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one code stores: a tensor, or the members of a group."""
+    """What one code stores: a tensor, or the members of a group.
 
-    rule: "Rule"
+    Attributes:
+        rule: The rule that matches them.
+        tensors: The tensor, or the members of the group in order.
+        projecting: For each tensor, whether the shared projection is computed from it; empty if the rule names none.
+    """
+
+    rule: Rule
     tensors: tuple[Tensor, ...]
+    projecting: tuple[bool, ...] = ()
 
     @property
     def name(self) -> str:
         """Name of its first tensor."""
         return self.tensors[0].name
-
-    @property
-    def projecting(self) -> tuple[bool, ...]:
-        """For each tensor, whether the shared projection is computed from it; empty if the rule names none."""
-        if self.rule.projection is None:
-            return ()
-        hits = matcher(self.rule.projection)
-        return tuple(any(map(hits, (tensor.name, *tensor.also))) for tensor in self.tensors)
 
     @property
     def dense_bits(self) -> int:
@@ -83,7 +82,9 @@ class Unit:
         named = METHODS[self.rule.method]
         options = dict(self.rule.options)
         if "seed" in named.preset:
-            options.setdefault("seed", zlib.crc32(self.name.encode()))  # no two matrices share a table
+            options.setdefault(
+                "seed", zlib.crc32(self.name.encode(errors="surrogatepass"))
+            )  # no two matrices share a table
         then = self.rule.then
 
         def outer(bits: int) -> Method:
@@ -127,6 +128,7 @@ def units_of(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[Unit]:
     Raises:
         ConfigError: A group with a vector, rows of different lengths, or a ``projection`` of none or all members.
     """
+    names = Names([tensor for tensor, _ in matched.values()])
     groups: dict[str, list[Tensor]] = {}
     for tensor, rule in matched.values():
         if rule.group:
@@ -145,14 +147,17 @@ def units_of(matched: Mapping[str, tuple[Tensor, Rule]]) -> list[Unit]:
                 f"rule {rule.pattern!r}: group = 'rows' stacks matrices of as many inputs, but {members[0].name} has "
                 f"{matrix_of(members[0])[1]} and {odd.name} has {matrix_of(odd)[1]}. Use group = 'flat', or two rules."
             )
-        unit = Unit(rule, tuple(members))
-        if rule.projection is not None and len(set(unit.projecting)) != 2:
-            matches = f"matches {'all' if all(unit.projecting) else 'none'} of {', '.join(t.name for t in members)}"
-            raise ConfigError(
-                f"rule {rule.pattern!r}: projection = {rule.projection!r} {matches}: name those whose projection the "
-                "others are to share."
-            )
-        units.append(unit)
+        projecting: tuple[bool, ...] = ()
+        if rule.projection is not None:
+            reached = {tensor.name for tensor in names.reached(rule.projection)}
+            projecting = tuple(tensor.name in reached for tensor in members)
+            if len(set(projecting)) != 2:
+                matches = f"matches {'all' if all(projecting) else 'none'} of {', '.join(t.name for t in members)}"
+                raise ConfigError(
+                    f"rule {rule.pattern!r}: projection = {rule.projection!r} {matches}: name those whose projection "
+                    "the others are to share."
+                )
+        units.append(Unit(rule, tuple(members), projecting))
     return units
 
 
@@ -238,11 +243,15 @@ def split_units(
     units = units_of(rules.match(tensors))
     methods: dict[str, Method | None] = {}
     shared: list[Unit] = []
+    failed: list[tuple[Unit, BudgetError]] = []
     for unit in units:
         if unit.rule.method == DENSE or unit.dense_bits == 0:
             methods[unit.name] = None
         elif unit.rule.own_target:
-            methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
+            try:
+                methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
+            except BudgetError as error:
+                failed.append((unit, error))
         elif rules.ratio is None and rules.file_bytes is None and not limited:
             pattern = unit.rule.pattern
             raise ConfigError(
@@ -252,7 +261,23 @@ def split_units(
             shared.append(unit)
         else:
             methods[unit.name] = None
+    if failed:
+        raise _smallest_of_all(failed)
     return units, methods, shared
+
+
+def _smallest_of_all(failed: Sequence[tuple[Unit, BudgetError]]) -> BudgetError:
+    """One error for all matrices that their rules' targets are too small for: with what it names, none fails again."""
+    unit, worst = max(failed, key=lambda pair: pair[1].smallest_bits / pair[0].dense_bits)
+    bits, ratio = max(error.smallest_bits for _, error in failed), worst.smallest_bits / unit.dense_bits
+    message = str(worst)
+    if len(failed) > 1 or len(unit.tensors) > 1 or unit.rule.then:
+        way = f"ratio >= {round_up(ratio)}" if ratio <= 1 else "method = 'dense'"
+        message += (
+            f" All {len(failed)} matrices whose own targets are too small can be stored with {way}, or with bytes >= "
+            f"{-(-bits // 8)}."
+        )
+    return BudgetError(message, smallest_bits=bits, smallest_ratio=ratio)
 
 
 def shared_budget(
@@ -312,15 +337,18 @@ def with_targets(rules: Rules, tensors: Sequence[Tensor], bits: Mapping[str, int
         ConfigError: As for ``plan_tensors``.
         BudgetError: A rule's own target is smaller than its smallest plan.
     """
-    _, methods, shared = split_units(rules, tensors)
-    found: list[Rule] = []
-    for rule in rules.rules:  # what it covers, one by one, and then itself
-        for unit in (unit for unit in shared if unit.rule is rule):
-            pattern = rule.pattern if rule.group else unit.name
-            found.append(dataclasses.replace(rule, pattern=pattern, bytes=-(-bits[unit.name] // 8)))
-        found.append(rule)
-    kept = [Rule(name, DENSE) for name, method in methods.items() if method is None]
-    return dataclasses.replace(rules, rules=(*kept, *found), ratio=None, file_bytes=None, allocation=1.0)
+    units, methods, shared = split_units(rules, tensors)
+    sharing = {unit.name for unit in shared}
+    targets = [Rule(t.name, DENSE) for unit in units if methods.get(unit.name, unit) is None for t in unit.tensors]
+    for rule in rules.rules:  # one rule for each unit that shared the budget, then the rule for the rest that it covers
+        covered = [unit for unit in units if unit.rule is rule]
+        for unit in covered:
+            if unit.name in sharing:
+                pattern = rule.pattern if rule.group else unit.name
+                targets.append(dataclasses.replace(rule, pattern=pattern, bytes=-(-bits[unit.name] // 8)))
+        if any(methods.get(unit.name) is not None for unit in covered):
+            targets.append(rule)
+    return dataclasses.replace(rules, rules=tuple(targets), ratio=None, file_bytes=None, allocation=1.0)
 
 
 def share_out(rules: Rules, units: Sequence[Unit], budget: int) -> dict[str, Method]:

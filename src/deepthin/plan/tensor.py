@@ -11,13 +11,20 @@ class Tensor:
 
     name: str  # dotted, as in the state dict: "encoder.fc1.weight"
     shape: tuple[int, ...]
-    uncovered: str = ""  # why it cannot be thin, if it cannot
+    uncovered: str = ""  # why it cannot be compressed; empty if it can
     also: tuple[str, ...] = ()  # further names under which the model shares this tensor
-    transposed: bool = False  # kept as (inputs, outputs)
+    transposed: bool = False  # the model holds it as (inputs, outputs)
     std: float = 1.0  # the standard deviation of a from-scratch start
     zero_row: int | None = None  # a row that stays zero: the padding of an embedding
 
 
 def matrix_of(tensor: Tensor) -> tuple[int, int]:
-    """(rows, cols) under which a tensor is stored: outputs first."""
+    """The matrix shape under which a tensor is stored.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        (rows, cols): outputs first.
+    """
     return matrix_shape(tensor.shape[::-1] if tensor.transposed else tensor.shape)

@@ -1,6 +1,6 @@
 """One array of a file: its type, its bytes, and how integers, and floats that repeat, become few of them.
 
-docs/format.md is normative for the codings. What is read is trusted in nothing: FormatError says what is wrong.
+docs/format.md is normative for the codings. Bytes that are read are untrusted: FormatError says what is wrong.
 """
 
 import json
@@ -36,17 +36,17 @@ _NUMPY = {
 ITEM_BYTES = {"BF16": 2, **{name: np.dtype(code).itemsize for name, code in _NUMPY.items()}}
 FLOATS = ("F64", "F32", "F16", "BF16")
 Coding = tuple[str, int]
-"""How an entry is to be read: a name and a number, often a width."""
-_WIDEST_CODED_GAP = 12  # of which a table can hold all
+"""How an entry is coded: a name and a number, often a width."""
+_WIDEST_CODED_GAP = 12  # bits of a gap, so that one table can hold all
 LONGEST_NAME: Coding = ("huffman", huffman.WIDEST)
-_MOST_REPEATED = 1 << 16  # floats in a row of which only the first are stored: a small file must not declare more
+_MOST_REPEATED = 1 << 16  # longest vector stored without its repeats: bounds what a small file can declare
 
 
 Buffer = bytes | bytearray | memoryview
-"""Bytes in a row, in main memory."""
+"""Contiguous bytes in main memory."""
 
 PIECE_BYTES = 1 << 22
-"""What is copied at once, at most, of a tensor whose bytes do not lie in a row in main memory."""
+"""Upper bound on a copy of a tensor that is not contiguous in main memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +63,38 @@ class Raw:
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Raw":
-        """A NumPy array as a stored tensor, not copied if that can be; TypeError for a type without a name."""
+        """A NumPy array as a stored tensor; not copied if it is contiguous and little-endian.
+
+        Args:
+            array: An array of any shape.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            TypeError: safetensors has no name for the array's type.
+        """
         kind = array.dtype.newbyteorder("<")
         row_by_row = np.ascontiguousarray(array, dtype=kind).reshape(-1)
         return cls(dtype_name(array.dtype), array.shape, row_by_row.view(np.uint8).data)
 
     @classmethod
     def zeros(cls, dtype: str, shape: tuple[int, ...]) -> "Raw":
-        """A placeholder for values that are not there yet; takes no memory, whatever its shape."""
+        """A placeholder of zeros; takes no memory, whatever its shape.
+
+        Args:
+            dtype: Name of the type in safetensors, such as ``"F32"``.
+            shape: Shape of the tensor.
+
+        Returns:
+            The tensor, whose bytes are made when they are read.
+        """
         count = ITEM_BYTES[dtype] * math.prod(shape)
         return cls(dtype, shape, lambda: (bytes(min(PIECE_BYTES, count - at)) for at in range(0, count, PIECE_BYTES)))
 
     @property
     def bytes(self) -> int:
-        """How many there are; known without reading them."""
+        """Number of bytes; known without reading them."""
         return len(self.source) if isinstance(self.source, Buffer) else ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
     @property
@@ -98,11 +116,19 @@ class Raw:
         return value
 
     def pieces(self) -> Iterator[Buffer]:
-        """The bytes, one piece after the other."""
+        """The bytes, one piece after the other.
+
+        Returns:
+            An iterator over buffers whose concatenation is ``data``.
+        """
         return iter((self.source,)) if isinstance(self.source, Buffer) else self.source()
 
     def numpy(self) -> np.ndarray:
-        """The tensor as a NumPy array; bfloat16, which NumPy lacks, is widened to float32 without loss."""
+        """The tensor as a NumPy array; bfloat16, which NumPy lacks, is widened to float32 without loss.
+
+        Returns:
+            Array of ``shape``; it may be a read-only view of the bytes.
+        """
         if self.dtype == "BF16":
             wide = np.frombuffer(self.data, "<u2").astype("<u4") << np.uint32(16)
             return wide.view("<f4").reshape(self.shape)
@@ -139,7 +165,17 @@ def largest(raw: Raw) -> float:
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """That of safetensors; TypeError for a type that it does not have."""
+    """The name that safetensors has for a type.
+
+    Args:
+        dtype: NumPy's type, of either byte order.
+
+    Returns:
+        The name, such as ``"F32"``.
+
+    Raises:
+        TypeError: safetensors has no such type.
+    """
     name = next((name for name, code in _NUMPY.items() if np.dtype(code) == dtype.newbyteorder("<")), None)
     if name is None:
         raise TypeError(f"A .thin file cannot hold arrays of type {dtype}. It can hold: {', '.join(_NUMPY)}.")
@@ -149,7 +185,13 @@ def dtype_name(dtype: np.dtype) -> str:
 def pieces_of(tensor: Any, item_bytes: int, copied: Callable[[Any], Buffer]) -> Iterator[Buffer]:
     """The bytes of a tensor of any framework, row by row and at most ``PIECE_BYTES`` at once.
 
-    ``copied`` brings a slice of it to main memory.
+    Args:
+        tensor: A tensor with a ``shape``, which can be sliced along its first dimension.
+        item_bytes: Bytes of one entry.
+        copied: Copies a slice of the tensor to main memory.
+
+    Yields:
+        Buffers whose concatenation is the tensor, row-major.
     """
     shape = tuple(tensor.shape)
     row_bytes = item_bytes * math.prod(shape[1:])
@@ -165,8 +207,17 @@ def pieces_of(tensor: Any, item_bytes: int, copied: Callable[[Any], Buffer]) -> 
 
 
 def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
-    """Integers in the fewest bytes, those that name the coding included; within what is promised (docs/format.md)."""
-    flat = values.reshape(-1).astype(np.int64) - kind.least
+    """Integers in the fewest bytes, those that name the coding included, within their upper bound (docs/format.md).
+
+    Args:
+        values: Integers within the range of ``kind``.
+        kind: Their range, whether they rise, and the upper bound on their bytes.
+
+    Returns:
+        The bytes as a tensor of type U8, and the coding.
+    """
+    flat = values.reshape(-1).astype(np.int64 if kind.rising or kind.count > 1 << 30 else np.int32)
+    flat -= kind.least
     width = width_of(kind.count)
     sizes: dict[Coding, int | None] = {("packed", width): packed_bytes(len(flat), width)}
     if kind.rising:
@@ -179,7 +230,7 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
         narrow = best_gap_width(flat)
         sizes["gaps", narrow] = len(pack_gaps(flat, narrow))
     else:
-        sizes["huffman", width] = huffman.coded_bytes(np.bincount(flat), width)
+        sizes["huffman", width] = huffman.coded_bytes(huffman.counts_of(flat), width)
     known = {coding: size for coding, size in sizes.items() if size is not None}
     most = kind.bytes(len(flat))
     way, width = min(known, key=lambda coding: (known[coding] > most, known[coding] + len(json.dumps(coding))))
@@ -189,7 +240,16 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
 
 
 def without_repeats(entry: str, raw: Raw) -> tuple[Raw, Coding | None]:
-    """Floats as they are; those in a row without the repeats of the last one, where that saves more than it adds."""
+    """A vector of floats without the repeats of its last entry, where leaving them out saves more than naming the
+    coding.
+
+    Args:
+        entry: Name of the entry in the code, which the header would repeat.
+        raw: The floats.
+
+    Returns:
+        The stored tensor, and the coding; None where all entries are stored.
+    """
     if len(raw.shape) != 1 or not 1 < raw.shape[0] <= _MOST_REPEATED:
         return raw, None
     items = np.frombuffer(raw.data, np.uint8).reshape(raw.shape[0], -1)
@@ -201,7 +261,22 @@ def without_repeats(entry: str, raw: Raw) -> tuple[Raw, Coding | None]:
 
 
 def unpacked(name: str, raw: Raw | None, coding: Any, kind: Integers, shape: tuple[int, ...]) -> Raw:
-    """The integers of a file; FormatError if they are not what the method's fields demand."""
+    """The integers of a file: the inverse of ``packed``, for untrusted bytes.
+
+    Args:
+        name: The entry's name, for messages.
+        raw: The stored tensor; None if the file lacks it.
+        coding: The coding that the header names; any JSON value.
+        kind: Range of the integers.
+        shape: Shape that the method's fields demand.
+
+    Returns:
+        The integers, of ``shape``.
+
+    Raises:
+        FormatError: The bytes are not such integers.
+        ValueError: A coded stream is damaged.
+    """
     count = math.prod(shape)
     way, width = _pair(coding)
     if raw is None or raw.dtype != "U8" or len(raw.shape) != 1 or width is None:
@@ -230,7 +305,20 @@ def unpacked(name: str, raw: Raw | None, coding: Any, kind: Integers, shape: tup
 
 
 def repeated(name: str, raw: Raw | None, coding: Any, shape: tuple[int, ...]) -> Raw:
-    """Floats in a row whose last one is repeated; FormatError if they are not what the method's fields demand."""
+    """A vector of floats whose last entry repeats: the inverse of ``without_repeats``, for untrusted bytes.
+
+    Args:
+        name: The entry's name, for messages.
+        raw: The stored tensor; None if the file lacks it.
+        coding: The coding that the header names; any JSON value.
+        shape: Shape that the method's fields demand.
+
+    Returns:
+        The floats, of ``shape``.
+
+    Raises:
+        FormatError: The bytes are not such floats.
+    """
     (way, kept), length = _pair(coding), shape[0] if len(shape) == 1 else 0
     fine = way == "repeats" and kept is not None and 0 < kept < length <= _MOST_REPEATED
     if raw is None or kept is None or not fine or raw.shape != (kept,) or raw.dtype not in FLOATS:
@@ -241,13 +329,21 @@ def repeated(name: str, raw: Raw | None, coding: Any, shape: tuple[int, ...]) ->
 
 
 def _pair(coding: Any) -> tuple[Any, int | None]:
-    """The name and the number of a coding; no number if it is none."""
+    """The name and the number of a coding; None as the number of an invalid one."""
     pair = cast(list[Any], coding) if isinstance(coding, list) else []
     way, number = pair if len(pair) == 2 else (None, None)
     return way, number if type(number) is int else None
 
 
 def integer_array(values: np.ndarray, kind: Integers) -> np.ndarray:
-    """Numbers from 0 on as those that the code holds, in the type that indexes or that holds them."""
+    """Unpacked numbers, which count from 0, as the integers of the code.
+
+    Args:
+        values: Numbers from 0 to ``kind.count - 1``.
+        kind: Range of the integers.
+
+    Returns:
+        ``values + kind.least``: int64 for positions and for values beyond int16, else int16.
+    """
     wide = kind.rising or kind.least + kind.count - 1 >= 1 << 15
     return (values.astype(np.int64) + kind.least) if wide else values.astype(np.int16) + np.int16(kind.least)

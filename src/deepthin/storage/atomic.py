@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -11,34 +12,50 @@ from pathlib import Path
 from deepthin.storage.arrays import Buffer
 
 _STALE_SECONDS = 3600
-_LEAST_BYTES = 1 << 20  # of a call to the operating system; shorter pieces are joined
+_LEAST_BYTES = 1 << 20  # shortest write; shorter pieces are joined
 
 
 def write_atomically(path: str | Path, data: Buffer) -> None:
-    """Replace the file at ``path`` by ``data``: after a crash or a full disk either the old or the new file is whole.
+    """Replace a file: after a crash or a full disk either the old or the new file is whole.
 
-    See ``stream_atomically``.
+    Args:
+        path: The file; see ``stream_atomically``.
+        data: Its new bytes.
+
+    Raises:
+        OSError: The file cannot be written; the error names the path, and the old file is unchanged.
     """
     stream_atomically(path, (data,))
 
 
 def stream_atomically(path: str | Path, pieces: Iterable[Buffer]) -> None:
-    """Replace the file at ``path`` by all pieces, of bytes, one after the other; they are asked for one by one.
+    """Replace a file by pieces that are written one after the other.
 
     After a crash, a full disk, or an error of ``pieces``, either the old or the new file is whole. The bytes go to a
-    temporary file beside it, are forced to disk, and take the name, and an old file's mode, in one step. Temporary
-    files that an earlier crash left more than an hour ago are removed. A link is followed; a pipe or a device is
-    written to. OSError names the path; then the old file still stands.
+    temporary file in the same folder, are forced to disk, and take the name, and an old file's mode, in one step.
+    Temporary files that an earlier crash left more than an hour ago are removed.
+
+    Args:
+        path: The file. A link is followed; a pipe or a device is written to directly.
+        pieces: Buffers, asked for one by one.
+
+    Raises:
+        OSError: The file cannot be written; the error names the path, and the old file is unchanged.
     """
-    path = Path(path).resolve()
+    try:
+        path = Path(path).resolve()
+    except RuntimeError:  # of Python before 3.13; later ones raise when they open it
+        raise OSError(errno.ELOOP, f"could not write: {os.strerror(errno.ELOOP)}", str(path)) from None
+    except ValueError:
+        raise ValueError(f"{str(path)!r} is no name of a file: it has a null byte.") from None
     try:
         if path.exists() and not path.is_file():
             with path.open("wb") as file:
                 file.writelines(_joined(pieces))
             return
-        prefix = f".deepthin-{zlib.crc32(path.name.encode()):08x}-"
+        prefix = f".deepthin-{zlib.crc32(os.fsencode(path.name)):08x}-"
         for stale in path.parent.glob(f"{prefix}*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # another save may clean up as well
+            with contextlib.suppress(FileNotFoundError):  # another process may clean up at the same time
                 if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
                     stale.unlink()
         temporary = path.parent / f"{prefix}{secrets.token_hex(8)}.tmp"

@@ -16,15 +16,23 @@ from deepthin.storage.budget import largest_weight
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of a decoded matrix: its share of the flattened entries, times ``scale``, in its own shape."""
+    """One tensor of a decoded matrix: a range of the flattened entries, times ``scale``, in its shape."""
 
     shape: tuple[int, ...]
     scale: float = 1.0
     transposed: bool = False  # stored (outputs, inputs), where the model keeps (inputs, outputs)
-    zero_row: int | None = None  # a row that reads as zeros: the padding of an embedding
+    zero_row: int | None = None  # a row of zeros: the padding of an embedding
 
     def cut(self, flat: Any, xp: Namespace) -> Any:
-        """The tensor from its entries, in any framework."""
+        """The tensor from its entries of the flattened matrix.
+
+        Args:
+            flat: Its entries, in any framework: one dimension.
+            xp: The namespace of ``flat``.
+
+        Returns:
+            Array of ``shape``, scaled, with zeros in ``zero_row``.
+        """
         if self.scale != 1.0:
             flat = flat * self.scale
         tensor = flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
@@ -42,7 +50,7 @@ Stored = Mapping[str, tuple[Raw, Coding | None]]
 class Thin:
     """A compressed matrix and the tensors that it holds, one after the other: several in a group, else one."""
 
-    name: str  # of the method, as users write it
+    name: str  # the method's, as users write it
     method: Method
     parts: Mapping[str, Part]  # by the tensor's name, in order
     code: Mapping[str, Raw]  # integers as they are, not packed
@@ -51,7 +59,17 @@ class Thin:
 
     @classmethod
     def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":
-        """What takes at least the room of any code of this method whose floats have the type of ``like``: no values."""
+        """A placeholder that takes at least as many bytes as any code of this method; it has no values.
+
+        Args:
+            name: Name of the method, as users write it.
+            method: The method.
+            parts: The tensors of the matrix, by name, in order.
+            like: A tensor whose type the floats of the code have.
+
+        Returns:
+            The matrix, with ``planned`` set.
+        """
         integers, code = method.integers(), dict[str, Raw]()
         for entry, shape in method.code_shapes().items():
             if entry in integers:
@@ -75,17 +93,17 @@ class Thin:
 
     @property
     def bytes(self) -> int:
-        """Of the stored tensors."""
+        """Bytes of the stored entries."""
         return sum(raw.bytes for raw, _ in self.stored.values())
 
     @property
     def dense_bytes(self) -> int:
-        """Of the dense tensors, in the type of the code."""
+        """Bytes of the dense tensors, in the type of the code."""
         return sum(self.item_bytes * math.prod(part.shape) for part in self.parts.values())
 
     @property
     def item_bytes(self) -> int:
-        """Of one number of the code."""
+        """Bytes of one float of the code."""
         integers = self.method.integers()
         return ITEM_BYTES[next(raw.dtype for entry, raw in self.code.items() if entry not in integers)]
 
@@ -99,7 +117,11 @@ class Thin:
         )
 
     def decode(self) -> dict[str, np.ndarray]:
-        """The dense tensors by name; codes in half precision are decoded in float32."""
+        """Decode the tensors of the matrix with NumPy; codes in half precision are decoded in float32.
+
+        Returns:
+            Tensor name -> array of its dense shape, contiguous.
+        """
         code = {entry: raw.numpy() for entry, raw in self.code.items()}
         code = {entry: a.astype(np.float32) if a.dtype == np.float16 else a for entry, a in code.items()}
         flat = np.reshape(self.method.decode(code | self.method.derived(), cast(Any, np)), (-1,))
@@ -124,5 +146,5 @@ class Contents:
 
     @property
     def dense_bytes(self) -> int:
-        """Of the dense model: every parameter and buffer."""
+        """Bytes of every parameter and buffer of the dense model."""
         return sum(raw.bytes for raw in self.dense.values()) + sum(thin.dense_bytes for thin in self.thin.values())

@@ -9,7 +9,7 @@ from deepthin.storage.arrays import FLOATS, Raw
 from deepthin.storage.contents import Contents, Thin
 
 Numbers = Literal["whole", "real", "complex"]
-"""What a tensor holds; booleans count as whole."""
+"""Kind of a tensor's numbers; booleans count as whole."""
 
 
 class Parted(Protocol):
@@ -24,6 +24,14 @@ class Parted(Protocol):
 Matrix = TypeVar("Matrix", bound=Parted)
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def contents_of(
     thin: Mapping[str, tuple[Matrix, int]],
     dense: Mapping[str, tuple[Hashable, Raw]],
@@ -34,27 +42,34 @@ def contents_of(
     Args:
         thin: By name of a tensor the matrix that holds it, and which of its tensors it is.
         dense: By name a tensor that is stored as it is, after a key that is the same for every name of one tensor.
-        as_thin: A matrix as a file has it, whose tensors have these names.
+        as_thin: Turns a matrix, and the names of its tensors, into what a file has.
+
+    Returns:
+        The contents, which refer to the model's tensors.
 
     Raises:
-        ConfigError: If only some of the tensors that share a code are in the model.
+        ConfigError: Only some of the tensors that share a code are in the model.
+        ValueError: A name is not valid UTF-8.
     """
+    for name in (*thin, *dense):
+        if not _is_text(name):
+            raise ValueError(f"The name {name!r} is no UTF-8 text, which a file's names must be: rename the module.")
     aliases: dict[str, str] = {}
     matrices: dict[int, Matrix] = {}
-    names: dict[int, dict[int, str]] = {}  # of a matrix' tensors
+    names: dict[int, dict[int, str]] = {}  # names of each matrix's tensors
     for name, (matrix, index) in sorted(thin.items()):
         matrices[id(matrix)] = matrix
         if (first := names.setdefault(id(matrix), {}).setdefault(index, name)) != name:
             aliases[name] = first
     stored: dict[str, Thin] = {}
     for key, matrix in matrices.items():
-        own = [name for _, name in sorted(names[key].items())]
-        if len(own) < len(matrix.parts):
+        tensors = [name for _, name in sorted(names[key].items())]
+        if len(tensors) < len(matrix.parts):
             raise ConfigError(
-                f"{', '.join(own)} share one code with layers that are not in this model: save the model that holds "
-                "them all, or materialize it and compress this one anew."
+                f"{', '.join(tensors)} share one code with layers that are not in this model: save the model that "
+                "holds them all, or materialize it and compress this one again."
             )
-        stored[own[0]] = as_thin(matrix, own)
+        stored[tensors[0]] = as_thin(matrix, tensors)
     firsts: dict[Hashable, str] = {}
     for name, (key, _) in sorted(dense.items(), key=lambda item: item[0]):
         if (first := firsts.setdefault(key, name)) != name:
@@ -63,7 +78,15 @@ def contents_of(
 
 
 def names_of(stored: Contents, tensors: Collection[str]) -> list[str]:
-    """The names of these tensors, and every name that shares one of them."""
+    """The names of some tensors of a file, and every alias of them.
+
+    Args:
+        stored: What the file holds.
+        tensors: Names under which tensors are stored.
+
+    Returns:
+        These names, then the aliases.
+    """
     return [*tensors, *(name for name, target in stored.aliases.items() if target in tensors)]
 
 
@@ -73,11 +96,21 @@ class Place:
 
     key: Hashable  # the same for every name of one tensor
     numbers: Numbers
-    why_not: str = ""  # why it cannot be thin, if it cannot
+    why_not: str = ""  # why it cannot be thin; empty if it can
 
 
 def check_places(stored: Contents, places: Mapping[str, Place], path: str) -> None:
-    """ConfigError if what a file holds under some name cannot stand where the model has that name."""
+    """Check that what a file holds under each name can stand where the model has that name.
+
+    Args:
+        stored: What the file holds, under the model's names.
+        places: The model's tensors, by name.
+        path: The file, for messages.
+
+    Raises:
+        ConfigError: A tensor is thin in the file and cannot be in the model, has another kind of numbers, or is shared
+            in the model and not in the file.
+    """
     thin = {name: part for entry in stored.thin.values() for name, part in entry.parts.items()}
     for name in names_of(stored, thin):
         if reason := places[name].why_not:
@@ -85,7 +118,7 @@ def check_places(stored: Contents, places: Mapping[str, Place], path: str) -> No
     for name in names_of(stored, stored.dense):
         kind, now = stored.dense[stored.aliases.get(name, name)].dtype, places[name].numbers
         if now not in (("real", "complex") if kind in FLOATS else ("complex",) if kind == "C64" else ("whole",)):
-            raise ConfigError(f"{path} stores {name} as {kind}, which its kind in the model is not.")
+            raise ConfigError(f"{path} stores {name} as {kind}, but the model holds {now} numbers there.")
     firsts: dict[Hashable, str] = {}
     for name, place in places.items():
         twin = firsts.setdefault(place.key, name)

@@ -9,14 +9,33 @@ from deepthin.storage.contents import Contents
 
 
 def shapes_of(stored: Contents) -> dict[str, tuple[int, ...]]:
-    """Of every tensor of a file, under each of its names."""
-    found = {name: part.shape for thin in stored.thin.values() for name, part in thin.parts.items()}
-    found |= {name: raw.shape for name, raw in stored.dense.items()}
-    return found | {name: found[target] for name, target in stored.aliases.items()}
+    """The shapes of a file's tensors.
+
+    Args:
+        stored: What the file holds.
+
+    Returns:
+        Dense shape of every tensor, under each of its names.
+    """
+    shapes = {name: part.shape for thin in stored.thin.values() for name, part in thin.parts.items()}
+    shapes |= {name: raw.shape for name, raw in stored.dense.items()}
+    return shapes | {name: shapes[target] for name, target in stored.aliases.items()}
 
 
 def renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
-    """The same under the names of the model; ConfigError for a name that the file lacks, or two that become one."""
+    """The contents of a file under the names of a model.
+
+    Args:
+        stored: What the file holds.
+        names: File name -> model name; names that are left out stay.
+        path: The file, for messages.
+
+    Returns:
+        New contents, which share the tensors.
+
+    Raises:
+        ConfigError: The file lacks a name, or two names would become one.
+    """
     known = {*stored.dense, *stored.aliases, *(name for thin in stored.thin.values() for name in thin.parts)}
     for name in names:
         if name not in known:
@@ -35,7 +54,16 @@ def renamed(stored: Contents, names: Mapping[str, str], path: str) -> Contents:
 
 
 def check_names(wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]], path: str) -> None:
-    """ConfigError if a file and a model differ in the names or shapes of their tensors."""
+    """Check that a file and a model have the same tensors.
+
+    Args:
+        wanted: Shapes by name in the file, as ``shapes_of`` gives them.
+        have: Shapes by name in the model.
+        path: The file, for messages.
+
+    Raises:
+        ConfigError: A name or a shape differs; the message names the closest one.
+    """
     if extra := sorted(wanted.keys() - have.keys()):
         raise ConfigError(
             f"{path} holds {_listed(extra)}, which the model lacks."

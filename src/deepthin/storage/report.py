@@ -46,8 +46,8 @@ class Row:
     shape: tuple[int, ...]
     dense_bytes: int
     bytes: int
-    error: float = math.nan  # NaN where nothing was approximated: drawn from scratch, or read from a file
-    fields: dict[str, Any] = field(default_factory=dict[str, Any])  # of the method: m, n, rank ...
+    error: float = math.nan  # NaN if drawn from scratch or read from a file
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def ratio(self) -> float:
@@ -77,9 +77,9 @@ class Row:
         Returns:
             The columns, the method's fields and ``ratio``; NaN becomes None.
         """
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fields"}
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "fields"}
         error = _or_none(self.error)
-        return {**own, **self.fields, "ratio": _or_none(self.ratio), "error": error, "shape": list(self.shape)}
+        return {**columns, **self.fields, "ratio": _or_none(self.ratio), "error": error, "shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Report:
 
     rows: tuple[Row, ...]
     total_bytes: int
-    dense_bytes: int  # of the dense model: every parameter and buffer
-    other_bytes: int = 0  # of tensors that have no row: biases, normalisation, buffers
+    dense_bytes: int
+    other_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -105,7 +105,7 @@ class Report:
 
     @property
     def header_bytes(self) -> int:
-        """Bytes of the file that are no tensor: names, settings, checksums."""
+        """Bytes of the file beside its tensors: names, settings, checksums."""
         return self.total_bytes - self.other_bytes - sum(row.bytes for row in self.rows)
 
     def to_json(self) -> str:
@@ -181,8 +181,8 @@ def describe(method: Method | None) -> dict[str, Any]:
         return {}
     if inner := inner_of(method):
         return {**describe(inner[0]), **describe(outer_of(method))}
-    own = dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
-    fields = {f.name: value for f in own if (value := getattr(method, f.name)) != f.default}
+    declared = dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
+    fields = {f.name: value for f in declared if (value := getattr(method, f.name)) != f.default}
     properties = {name: getattr(method, name) for name, value in vars(type(method)).items() if type(value) is property}
     return {name: value for name, value in {**properties, **fields}.items() if name not in ("shape", "trains")}
 
@@ -207,11 +207,11 @@ def report_of(contents: Contents, errors: Mapping[str, float] | None = None) -> 
         plan = {**describe(thin.method), **_coding_of(thin)}
         for name, part in thin.parts.items():
             dense = thin.item_bytes * math.prod(part.shape)
-            share = left * dense // dense_left
-            left, dense_left = left - share, dense_left - dense
+            part_bytes = left * dense // dense_left
+            left, dense_left = left - part_bytes, dense_left - dense
             group = {"group": key} if len(thin.parts) > 1 else {}
             error = (errors or {}).get(name, math.nan)
-            rows.append(Row(name, thin.name, part.shape, dense, share, error, {**plan, **group}))
+            rows.append(Row(name, thin.name, part.shape, dense, part_bytes, error, {**plan, **group}))
     dense = {name: raw.bytes for name, raw in contents.dense.items()}
     matrices = [name for name, raw in contents.dense.items() if len(raw.shape) > 1]
     rows += [Row(name, "dense", contents.dense[name].shape, dense[name], dense[name]) for name in matrices]

@@ -52,7 +52,7 @@ def size_of(contents: Contents) -> int:
         ValueError: A tensor's name is reserved or ambiguous in the file.
     """
     tensors = _tensors(contents)
-    head = _head(contents, tensors, dict.fromkeys(tensors, 0))  # as long as with the checksums themselves
+    head = _head(contents, tensors, dict.fromkeys(tensors, 0))  # placeholders of equal length
     return len(head) + sum(raw.bytes for raw in tensors.values()) + CHECKSUM_BYTES
 
 
@@ -77,11 +77,11 @@ def stream(contents: Contents, finite: bool = False) -> Iterator[Buffer]:
     yield (head := _head(contents, tensors, checksums))
     whole = zlib.crc32(head)
     for name, raw in tensors.items():
-        own = 0
+        checksum = 0
         for piece in raw.pieces():
-            own, whole = zlib.crc32(piece, own), zlib.crc32(piece, whole)
+            checksum, whole = zlib.crc32(piece, checksum), zlib.crc32(piece, whole)
             yield piece
-        if own != checksums[name]:
+        if checksum != checksums[name]:
             raise ValueError(f"{name} changed while it was written. Save while nothing trains the model.")
     yield whole.to_bytes(CHECKSUM_BYTES, "little")
 
@@ -126,7 +126,7 @@ def _tensors(contents: Contents) -> dict[str, Raw]:
         raise ValueError(f"No tensor may be called {CHECKSUM} or __metadata__: rename it.")
     if len(tensors) < count:
         raise ValueError("Two tensors would have one name in the file: rename the tensor whose name contains a slash.")
-    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))  # aligned, however many
+    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))  # largest types first: aligned
     return {name: tensors[name] for name in order}
 
 

@@ -1,4 +1,4 @@
-"""What a factory of variables holds, and what of it goes into a file."""
+"""The state of a factory of variables, and its contents as a file has them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,39 +21,67 @@ from deepthin.tensorflow.host import numpy_of
 
 @dataclass(frozen=True)
 class Entry:
-    """What a name stands for: a tensor of a thin weight, or a variable as TensorFlow has it."""
+    """What a name refers to: a tensor of a thin weight, or an ordinary variable.
 
-    held: Any  # _Weight or tf.Variable
+    Attributes:
+        held: The ``Weight`` or ``tf.Variable``.
+        index: Which of the weight's tensors.
+        shape: Shape in the model.
+        layout: The permutation from the model's axes to the file's.
+        dtype: Name of the tensor's dtype.
+        asked: The rules and the seed that it was made by.
+    """
+
+    held: Any
     index: int
-    shape: tuple[int, ...]  # as the model has it
+    shape: tuple[int, ...]
     layout: Layout
     dtype: str
     asked: "Asked"
 
     def value(self) -> Any:
-        """The tensor, as it is now."""
+        """The tensor, from the present values of its variables.
+
+        Returns:
+            A dense tensor in the model's layout.
+        """
         if not isinstance(self.held, ThinWeight):
             return tf.convert_to_tensor(self.held)
-        return self.layout.kept(self.held.dense(self.index), self.shape, keras.ops)
+        return self.layout.restored(self.held.dense(self.index), self.shape, keras.ops)
 
 
 @dataclass
 class State:
-    """What a factory knows, where TensorFlow's tracking does not look."""
+    """The state of a factory, kept apart from attributes that TensorFlow tracks.
+
+    Attributes:
+        asked: The factory's rules and seed.
+        outputs_first: Patterns of names whose shapes are (outputs, inputs).
+        entries: Dotted name -> entry.
+        planned: Dotted name -> plan, where all shapes were given up front; None for dense tensors.
+        stored: Of a loaded file: dotted name -> matrix and index of the tensor in it, for names not asked for yet.
+    """
 
     asked: "Asked"
     outputs_first: tuple[str, ...]
     entries: dict[str, Entry] = field(default_factory=dict)
-    planned: "dict[str, Planned | None] | None" = None  # by name, where all shapes were given
-    stored: "dict[str, tuple[Thin | Raw, int]]" = field(default_factory=dict)  # of a file, what nobody asked for yet
+    planned: "dict[str, Planned | None] | None" = None
+    stored: "dict[str, tuple[Thin | Raw, int]]" = field(default_factory=dict)
 
 
 Asked = tuple[Rules | None, int]
-"""The rules and the seed by which something is made."""
+"""The rules and the seed that a variable is made by."""
 
 
 def contents(state: State) -> Contents:
-    """All that a factory would save, and what of a file nobody asked for yet."""
+    """Everything that ``save`` writes, including tensors of a loaded file that were not asked for yet.
+
+    Args:
+        state: The factory's state.
+
+    Returns:
+        References to the variables, which are read when they are written.
+    """
     thin: dict[str, tuple[ThinWeight | Thin, int]] = {}
     dense: dict[str, tuple[int, Raw]] = {}
     for name, entry in state.entries.items():
@@ -76,6 +104,6 @@ def _as_thin(matrix: ThinWeight | Thin, names: Sequence[str]) -> Thin:
 
 
 def _raw(entry: Entry) -> Raw:
-    """A variable as a file has it, which is read when it is written."""
+    """A variable as a file stores it; its values are read only when they are written."""
     shape = entry.layout.shape(entry.shape)
     return read_late(entry.held.dtype.base_dtype.name, shape, lambda: entry.layout.stored(numpy_of(entry.held)))

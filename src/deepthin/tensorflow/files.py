@@ -74,31 +74,31 @@ def load(
     Raises:
         ConfigError: The file lacks an existing variable, or stores it in another shape or by another plan. The factory
             is unchanged.
-        FormatError: The file is damaged, is no ``.thin`` file, takes more than ``max_bytes``, or is not finite.
+        FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
-    contents_ = read(path, max_bytes, finite=finite, decoded=True)
-    check_weights(contents_, str(path), dict.fromkeys(contents_.thin, float(np.finfo(np.float32).max)))
-    stored = renamed(contents_, {name: dotted(own) for name, own in (names or {}).items()}, str(path))
-    state, found = variables._state, _by_name(stored)
-    if missing := sorted(state.entries.keys() - found.keys()):
+    contents = read(path, max_bytes, finite=finite, decoded=True)
+    check_weights(contents, str(path), dict.fromkeys(contents.thin, float(np.finfo(np.float32).max)))
+    stored = renamed(contents, {name: dotted(target) for name, target in (names or {}).items()}, str(path))
+    state, unread = variables._state, _by_name(stored)
+    if missing := sorted(state.entries.keys() - unread.keys()):
         raise ConfigError(
-            f"{path} lacks {missing[0]!r}.{closest(missing[0], found)} Pass names={{file name: name here}}, or "
+            f"{path} lacks {missing[0]!r}.{closest(missing[0], unread)} Pass names={{file name: name here}}, or "
             "load into a new Variables()."
         )
     for name, entry in state.entries.items():
-        _check(name, entry, *found[name], str(path))
+        _check(name, entry, *unread[name], str(path))
     done: set[int] = set()
     for name, entry in state.entries.items():
-        matrix, _ = found.pop(name)
+        matrix, _ = unread.pop(name)
         if id(matrix) in done:
             continue
         done.add(id(matrix))
         if isinstance(matrix, Thin):
-            entry.held.set_code({own: raw.numpy() for own, raw in matrix.code.items()})
+            entry.held.set_code({code_entry: raw.numpy() for code_entry, raw in matrix.code.items()})
         else:
-            assign(entry.held, entry.layout.kept(matrix.numpy(), entry.shape))
-    state.stored = found
+            assign(entry.held, entry.layout.restored(matrix.numpy(), entry.shape))
+    state.stored = unread
     return variables
 
 
@@ -113,15 +113,15 @@ def _check(name: str, entry: "Entry", matrix: Thin | Raw, index: int, path: str)
         same = (held.method, held.parts, entry.index) == (matrix.method, tuple(matrix.parts.values()), index)
     if not same:
         raise ConfigError(
-            f"{path} stores {name} by another plan than it has here, which functions may have been traced with: load "
-            "before anything is asked for, or use the rules of that file."
+            f"{path} stores {name} by another plan than the present variable's, which traced functions may use: load "
+            "the file before the first get, or use its rules."
         )
 
 
 def _by_name(stored: Contents) -> "dict[str, tuple[Thin | Raw, int]]":
     """What a file stores under each name, including further names of shared tensors."""
-    found: dict[str, tuple[Thin | Raw, int]] = {name: (raw, 0) for name, raw in stored.dense.items()}
+    matrices: dict[str, tuple[Thin | Raw, int]] = {name: (raw, 0) for name, raw in stored.dense.items()}
     for thin in stored.thin.values():
         whole = Thin(thin.name, thin.method, upright(thin.parts), thin.code)
-        found |= {name: (whole, index) for index, name in enumerate(thin.parts)}
-    return found | {name: found[target] for name, target in stored.aliases.items()}
+        matrices |= {name: (whole, index) for index, name in enumerate(thin.parts)}
+    return matrices | {name: matrices[target] for name, target in stored.aliases.items()}

@@ -1,4 +1,4 @@
-"""The call in the place of ``tf.compat.v1.get_variable``, and the factory behind it."""
+"""A replacement for ``tf.compat.v1.get_variable``, and the factory behind it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,10 +60,26 @@ def get_variable(
 
 
 def variables() -> Variables:
-    """The factory behind ``get_variable``, but for graphs of TensorFlow 1: to train, save and load."""
+    """The factory behind ``get_variable`` in eager TensorFlow: for training, saving and loading.
+
+    Returns:
+        The factory; in graphs of TensorFlow 1 it has no part.
+    """
     return _here
 
 
 def getter(rules: Source, seed: int = 0, outputs_first: Sequence[str] = ()) -> Callable[..., Any]:
-    """A ``custom_getter`` for ``tf.compat.v1.variable_scope``: that of a new ``Variables``."""
+    """A ``custom_getter`` for ``tf.compat.v1.variable_scope``, of a new ``Variables``.
+
+    Args:
+        rules: A configuration: a mapping, the path of a TOML file, or ``Rules``.
+        seed: As in ``Variables``.
+        outputs_first: As in ``Variables``.
+
+    Returns:
+        ``Variables(rules, seed, outputs_first=outputs_first).getter``.
+
+    Raises:
+        ConfigError: The rules are invalid.
+    """
     return Variables(rules, seed, outputs_first=outputs_first).getter

@@ -7,12 +7,24 @@ import tensorflow as tf
 
 
 def numpy_of(variable: Any) -> np.ndarray:
-    """The value of a variable; of one in a graph of TensorFlow 1, in the default session."""
+    """Read a variable.
+
+    Args:
+        variable: A variable; one of a TensorFlow 1 graph is read in the default session.
+
+    Returns:
+        Its value.
+    """
     return variable.numpy() if tf.executing_eagerly() else variable.eval()
 
 
 def assign(variable: Any, value: np.ndarray) -> None:
-    """Set a variable; one of a graph of TensorFlow 1, in the default session."""
+    """Assign a variable.
+
+    Args:
+        variable: A variable; one of a TensorFlow 1 graph is assigned in the default session.
+        value: Of its shape; cast to its dtype.
+    """
     value = as_type(value, variable.dtype.base_dtype)
     if tf.executing_eagerly():
         variable.assign(value)
@@ -21,10 +33,25 @@ def assign(variable: Any, value: np.ndarray) -> None:
 
 
 def as_type(array: Any, dtype: Any) -> np.ndarray:
-    """The same values in a type of TensorFlow's."""
+    """Cast an array.
+
+    Args:
+        array: The values.
+        dtype: A dtype of TensorFlow.
+
+    Returns:
+        An array of that dtype.
+    """
     return np.asarray(array).astype(tf.as_dtype(dtype).as_numpy_dtype)
 
 
 def dotted(name: str) -> str:
-    """A name as files and patterns have it."""
+    """A variable's name as files and patterns have it.
+
+    Args:
+        name: With slashes or dots, maybe with ``:0`` at the end.
+
+    Returns:
+        The name with dots.
+    """
     return name.removesuffix(":0").replace("/", ".")

@@ -1,4 +1,4 @@
-"""How a variable begins: planned, then drawn or encoded."""
+"""Initial values of variables: planned, then drawn or encoded."""
 
 import math
 from collections.abc import Sequence
@@ -20,27 +20,61 @@ from deepthin.storage.contents import Contents
 
 
 def plan_all(rules: Rules, tensors: Sequence[Tensor]) -> "dict[str, Planned | None]":
-    """By name, what becomes of tensors that are all known."""
+    """Plan tensors that are all known.
+
+    Args:
+        rules: The configuration.
+        tensors: All tensors, in the file's layout.
+
+    Returns:
+        Name -> plan; None for tensors that stay dense.
+
+    Raises:
+        BudgetError: The target is smaller than the smallest plan.
+        ConfigError: The rules do not fit the tensors.
+    """
     if rules.file_bytes is None:
         plans = plan_tensors(rules, tensors)
     else:
         empty = {t.name: Raw.zeros("F32", t.shape) for t in tensors}
         plans = within(rules.file_bytes, rules, tensors, Contents({}, empty))
-    found: dict[str, Planned | None] = {tensor.name: None for tensor in tensors}
+    by_name: dict[str, Planned | None] = {tensor.name: None for tensor in tensors}
     for planned in plans:
-        found |= {tensor.name: planned if planned.method is not None else None for tensor in planned.tensors}
-    return found
+        by_name |= {tensor.name: planned if planned.method is not None else None for tensor in planned.tensors}
+    return by_name
 
 
 def method_of(planned: Planned) -> Method:
-    """The method of a plan that has one."""
+    """The method of a plan that has one.
+
+    Args:
+        planned: The plan.
+
+    Returns:
+        Its method.
+
+    Raises:
+        ValueError: The plan leaves its tensor dense.
+    """
     if planned.method is None:
         raise ValueError(f"{planned.tensors[0].name} stays dense.")
     return planned.method
 
 
 def start_of(planned: Planned, seed: int, given: np.ndarray | None) -> Start:
-    """The start of a code: of a value in the file's order, or drawn; in one dimension, zeros."""
+    """The start of a generated variable.
+
+    Args:
+        planned: Its plan.
+        seed: Seed of the draw; the generator depends on the name too.
+        given: Dense values in the file's layout; None to draw.
+
+    Returns:
+        Code and latents: encoded values, drawn factors, or encoded zeros for a drawn vector.
+
+    Raises:
+        NonFiniteError: ``given`` has a NaN or an infinity.
+    """
     first, method = planned.tensors[0], method_of(planned)
     if given is None and len(first.shape) > 1:
         return start.drawn(method, start.generator(first.name, seed), first.std)
@@ -52,7 +86,20 @@ def start_of(planned: Planned, seed: int, given: np.ndarray | None) -> Start:
 
 
 def array_of(name: str, initializer: Any, shape: tuple[int, ...], layout: Layout) -> np.ndarray | None:
-    """The values of an initializer that is no function, in the file's order."""
+    """The values of an initializer that is an array.
+
+    Args:
+        name: Name of the variable, for the message.
+        initializer: An array, a function or None.
+        shape: Shape in the model.
+        layout: The permutation to the file's layout.
+
+    Returns:
+        The values in the file's layout; None for a function or None.
+
+    Raises:
+        ConfigError: The array has another shape.
+    """
     if initializer is None or callable(initializer):
         return None
     values = np.asarray(initializer)
@@ -62,7 +109,17 @@ def array_of(name: str, initializer: Any, shape: tuple[int, ...], layout: Layout
 
 
 def fresh_values(name: str, shape: tuple[int, ...], layout: Layout, seed: int) -> np.ndarray:
-    """A start of what is not generated."""
+    """Initial values of an ordinary variable.
+
+    Args:
+        name: Its name.
+        shape: Shape in the model.
+        layout: The permutation to the file's layout.
+        seed: Seed of the draw; the generator depends on the name too.
+
+    Returns:
+        Normal numbers of variance ``0.2 / inputs``, a tenth of He's; zeros for a vector.
+    """
     if len(shape) < 2:
         return np.zeros(shape, np.float32)
     std = math.sqrt(0.2 / max(math.prod(layout.shape(shape)[1:]), 1))

@@ -24,7 +24,7 @@ from deepthin.plan.file_limit import parts_of
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors
-from deepthin.plan.start import Start
+from deepthin.plan.start import Start, pieces_of, relative_error
 from deepthin.plan.tensor import Tensor
 from deepthin.storage.contents import Part, Thin
 from deepthin.storage.report import Report, report_of
@@ -80,6 +80,7 @@ class Variables(tf.Module):
         self._state = State((parsed, seed), tuple(outputs_first))
         if shapes is not None and parsed is not None:
             named = {dotted(name): tuple(map(int, shape)) for name, shape in shapes.items()}
+            self._state.planned = dict.fromkeys(named)  # the names, by which patterns are read
             self._state.planned = plan_all(parsed, [self._tensor(name, shape) for name, shape in named.items()])
 
     def get(
@@ -146,7 +147,7 @@ class Variables(tf.Module):
         """
         entry = self._entry(name, shape, dtype, initializer, trainable)
         if len(entry.shape) != 2:
-            raise ConfigError(f"{name}, of shape {entry.shape}, is no matrix of inputs x outputs: use get.")
+            raise ConfigError(f"{name}, of shape {entry.shape}, is not a matrix (inputs, outputs): use get.")
         if isinstance(entry.held, ThinWeight) and entry.layout.axes is not None:
             y = product(entry.held, x, entry.index)
             if y is not None:
@@ -161,7 +162,7 @@ class Variables(tf.Module):
         matrix.
 
         Args:
-            getter: The scope's own getter, which declares ordinary variables.
+            getter: TensorFlow's getter, which declares ordinary variables.
             name: Name of the variable, with the scope's prefix.
             *args: Shape, dtype and initializer, as TensorFlow passes them.
             **options: Further arguments of ``tf.compat.v1.get_variable``.
@@ -205,20 +206,20 @@ class Variables(tf.Module):
         """The decoded tensor, from factors that are variables of a TensorFlow 1 graph."""
         if len(planned.tensors) > 1:
             raise ConfigError(f"{name} shares a code with others: in a graph of TensorFlow 1 use a rule without group.")
-        kept = {key: value for key, value in options.items() if key in ("reuse", "collections", "use_resource")}
+        passed = {key: value for key, value in options.items() if key in ("reuse", "collections", "use_resource")}
         trains = options.get("trainable") is not False
 
         def make(entry: str, value: np.ndarray, trainable: bool) -> Any:
             first = tf.compat.v1.constant_initializer(value)
-            own = {"shape": value.shape, "dtype": tf.as_dtype(value.dtype), "initializer": first}
-            return getter(f"{name}/{entry}", **own, trainable=trainable and trains, **kept)
+            like = {"shape": value.shape, "dtype": tf.as_dtype(value.dtype), "initializer": first}
+            return getter(f"{name}/{entry}", **like, trainable=trainable and trains, **passed)
 
-        own, asked = dotted(name), self._state.asked
-        layout = self._layout(own, shape)
-        begin = start_of(planned, asked[1], array_of(own, options.get("initializer"), shape, layout))
+        dotted_name, asked = dotted(name), self._state.asked
+        layout = self._layout(dotted_name, shape)
+        begin = start_of(planned, asked[1], array_of(dotted_name, options.get("initializer"), shape, layout))
         weight = Weight(make, planned.name, method_of(planned), parts_of(planned), begin, dtype)
         entry = Entry(weight, 0, shape, layout, dtype, asked)
-        self._state.entries[own] = entry  # for save, in a session; never asked for again
+        self._state.entries[dotted_name] = entry  # for save in a session; get never asks for it
         value = entry.value()
         if options.get("regularizer") is not None:
             loss = options["regularizer"](value)
@@ -235,18 +236,18 @@ class Variables(tf.Module):
         asked: "Asked | None" = None,
     ) -> Entry:
         """The entry of a name; created by ``asked``, or by the factory's rules and seed, if it is new."""
-        own, kind = dotted(name), None if dtype is None else tf.as_dtype(dtype).name
-        entry = self._state.entries.get(own)
+        dotted_name, kind = dotted(name), None if dtype is None else tf.as_dtype(dtype).name
+        entry = self._state.entries.get(dotted_name)
         if entry is None:
             if shape is None:
-                raise ConfigError(f"There is no {name!r} yet: give its shape.{closest(own, self._state.entries)}")
+                hint = closest(dotted_name, self._state.entries)
+                raise ConfigError(f"There is no {name!r} yet: give its shape.{hint}")
             if kind not in (None, *_TYPES):
                 raise ConfigError(f"{name} cannot be {kind}: generated variables are {', '.join(_TYPES)}.")
             with tf.init_scope():
-                self._make(
-                    own, tuple(map(int, shape)), kind or "float32", initializer, trainable, asked or self._state.asked
-                )
-            entry = self._state.entries[own]
+                made_by, new_shape = asked or self._state.asked, tuple(map(int, shape))
+                self._make(dotted_name, new_shape, kind or "float32", initializer, trainable, made_by)
+            entry = self._state.entries[dotted_name]
         if shape is not None and tuple(shape) != entry.shape:
             raise ConfigError(f"{name} has shape {entry.shape}, but is asked for as {tuple(shape)}.")
         if kind not in (None, entry.dtype):
@@ -271,19 +272,17 @@ class Variables(tf.Module):
             if given is None:
                 first = initializer(shape, dtype) if callable(initializer) else fresh_values(name, shape, layout, seed)
             else:
-                first = layout.kept(given, shape)
-            self._keep(name, first, dtype, trainable, asked)
+                first = layout.restored(given, shape)
+            self._declare(name, first, dtype, trainable, asked)
             return
         if len(planned.tensors) > 1 and given is not None:
             raise ConfigError(f"{name} shares a code with others, which are not known here: leave initializer out.")
         parts = dict(zip((tensor.name for tensor in planned.tensors), parts_of(planned), strict=True))
         begin = start_of(planned, seed, given)
         self._generate(planned.name, method_of(planned), parts, begin, dtype, trainable, asked)
-        if given is not None and (norm := float(np.linalg.norm(given))):
-            error = (
-                float(np.linalg.norm(given - layout.stored(np.asarray(self._state.entries[name].value(), np.float32))))
-                / norm
-            )
+        if given is not None:
+            decoded = layout.stored(np.asarray(self._state.entries[name].value(), np.float32))
+            error = relative_error(name, pieces_of(given, decoded))
             if error > 0.5:
                 warnings.warn(
                     f"The relative error of {name} is {error:.2f}: at this size the values given are lost. Train on "
@@ -297,21 +296,21 @@ class Variables(tf.Module):
         matrix, index = stored[name]
         there = (list(matrix.parts.values())[index] if isinstance(matrix, Thin) else matrix).shape
         if there != self._layout(name, shape).shape(shape):
-            kept = self._kept_shape(name, there)
-            raise ConfigError(f"{name} has shape {kept} in the file, but is asked for as {shape}.")
-        names = {own: at for own, (held, at) in stored.items() if held is matrix}
+            here = self._model_shape(name, there)
+            raise ConfigError(f"{name} has shape {here} in the file, but is asked for as {shape}.")
+        aliases = {alias: at for alias, (held, at) in stored.items() if held is matrix}
         if isinstance(matrix, Thin):
             code = {entry: raw.numpy() for entry, raw in matrix.code.items()}
             self._generate(matrix.name, matrix.method, matrix.parts, (code, None), dtype, trainable, asked)
             held = self._state.entries[next(iter(matrix.parts))].held
         else:
-            self._keep(name, self._layout(name, shape).kept(matrix.numpy(), shape), dtype, trainable, asked)
+            self._declare(name, self._layout(name, shape).restored(matrix.numpy(), shape), dtype, trainable, asked)
             held = self._state.entries[name].held
-        for own, at in names.items():
+        for alias, at in aliases.items():
             there = (list(matrix.parts.values())[at] if isinstance(matrix, Thin) else matrix).shape
-            kept = self._kept_shape(own, there)
-            self._state.entries[own] = Entry(held, at, kept, self._layout(own, kept), dtype, asked)
-            del stored[own]
+            here = self._model_shape(alias, there)
+            self._state.entries[alias] = Entry(held, at, here, self._layout(alias, here), dtype, asked)
+            del stored[alias]
 
     def _generate(
         self,
@@ -335,10 +334,10 @@ class Variables(tf.Module):
 
         weight = Weight(make, method_name, method, list(parts.values()), begin, dtype)
         for index, (name, part) in enumerate(parts.items()):
-            shape = self._kept_shape(name, part.shape)
+            shape = self._model_shape(name, part.shape)
             self._state.entries[name] = Entry(weight, index, shape, self._layout(name, shape), dtype, asked)
 
-    def _keep(self, name: str, value: Any, dtype: str, trainable: bool, asked: "Asked") -> None:
+    def _declare(self, name: str, value: Any, dtype: str, trainable: bool, asked: "Asked") -> None:
         """Create an ordinary variable."""
         variable = tf.Variable(tf.cast(value, dtype), trainable=trainable, name=name.replace(".", "/"))
         self._tracked[name] = variable
@@ -351,12 +350,12 @@ class Variables(tf.Module):
         if planned is not None:
             if tensor.name not in planned:
                 raise ConfigError(f"{tensor.name} is not among the shapes given.{closest(tensor.name, planned)}")
-            found = planned[tensor.name]
-            wanted = {t.name: t.shape for t in found.tensors} if found else {}
+            plan = planned[tensor.name]
+            wanted = {t.name: t.shape for t in plan.tensors} if plan else {}
             if wanted.get(tensor.name, tensor.shape) != tensor.shape:
-                there = self._kept_shape(tensor.name, wanted[tensor.name])
+                there = self._model_shape(tensor.name, wanted[tensor.name])
                 raise ConfigError(f"{tensor.name} was given up front with shape {there}: ask for that.")
-            return found
+            return plan
         if rules is None:
             return None
         try:
@@ -371,17 +370,20 @@ class Variables(tf.Module):
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as rules see it, in the file's layout."""
-        own = self._layout(name, shape).shape(shape)
-        inputs = math.prod(own[1:])
-        return Tensor(name, own, std=math.sqrt(0.2 / inputs) if inputs and len(own) > 1 else 1.0)
+        in_file = self._layout(name, shape).shape(shape)
+        inputs = math.prod(in_file[1:])
+        return Tensor(name, in_file, std=math.sqrt(0.2 / inputs) if inputs and len(in_file) > 1 else 1.0)
 
     def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
         """The permutation from the model's axes to the file's: outputs, inputs, places of the kernel."""
-        if len(shape) < 2 or any(fnmatch.fnmatchcase(name, dotted(p)) for p in self._state.outputs_first):
+        patterns = [dotted(pattern) for pattern in self._state.outputs_first]
+        known = {*self._state.entries, *(self._state.planned or ())}  # exact names win over patterns
+        globs = [pattern for pattern in patterns if pattern not in known]
+        if len(shape) < 2 or name in patterns or any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             return Layout()
         last = len(shape) - 1
         return Layout((last, last - 1, *range(last - 1)))
 
-    def _kept_shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+    def _model_shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the model of a tensor that has this shape in the file."""
         return stored if self._layout(name, stored).axes is None else (*stored[2:], stored[1], stored[0])

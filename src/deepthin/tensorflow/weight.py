@@ -1,4 +1,4 @@
-"""A thin weight whose variables are TensorFlow's own."""
+"""A thin weight whose variables are TensorFlow's."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +14,20 @@ from deepthin.storage.contents import Part
 from deepthin.tensorflow.host import as_type, assign
 
 Make = Callable[[str, np.ndarray, bool], Any]
-"""Makes a variable of an entry's name, its first value, and whether it trains."""
+"""From an entry's name, its initial value and whether it is trainable to a variable."""
 
 
 class Weight(ThinWeight):
-    """A thin weight whose variables are TensorFlow's own, by whoever makes them here."""
+    """A thin weight whose variables are TensorFlow's, made by a function.
+
+    Args:
+        make: Makes a variable for each entry.
+        name: Name of the method, as files and reports have it.
+        method: The method, of the whole matrix's shape.
+        parts: Shape and scale of each tensor.
+        begin: Code and latents.
+        dtype: Dtype of the latents.
+    """
 
     def __init__(self, make: Make, name: str, method: Method, parts: Sequence[Part], begin: Start, dtype: str) -> None:
         code, latents = begin
@@ -26,12 +35,25 @@ class Weight(ThinWeight):
         super().__init__(name, method, parts, begin if tf.executing_eagerly() else None, dtype=dtype)
 
     def add_weight(self, *given: Any, trainable: bool, name: str, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What Keras calls for each entry."""
+        """Make the variable of an entry; Keras's constructor calls it.
+
+        Args:
+            given: Shape, initializer and dtype, as Keras passes them; only the dtype is used.
+            trainable: Whether the variable is trained.
+            name: Name of the entry.
+
+        Returns:
+            The variable.
+        """
         _, _, dtype = given
         return self._make(name, as_type(self._values[name], dtype), trainable)
 
     def code(self) -> Code:
-        """The stored entries, as NumPy arrays; those of a graph of TensorFlow 1 are read in the default session."""
+        """The stored entries, as ``ThinWeight.code``; in a TensorFlow 1 graph read in the default session.
+
+        Returns:
+            Entry -> NumPy array, as a file stores it.
+        """
         if tf.executing_eagerly():
             return super().code()
         live = self.latents, self.stored

@@ -17,13 +17,18 @@ from deepthin.testing.laws import LAWS, NOT_OF_TWO, SMALLEST
 
 __all__ = ["INNER", "Claims", "Count", "check_method"]
 
-SHARE = 0.9
-"""Of a law's examples, how many must reach an assertion: a law that is hardly ever tested holds nothing."""
+ASSERTED = 0.9
+"""The fraction of a law's examples that must reach an assertion, as a law that asserts rarely tests nothing."""
 
 
 @dataclass
 class Count:
-    """How many examples a law saw, and in how many of them it asserted something."""
+    """How often a law was tested.
+
+    Attributes:
+        examples: Examples that the law ran on.
+        asserted: Examples in which it asserted something.
+    """
 
     examples: int = 0
     asserted: int = 0
@@ -40,18 +45,18 @@ def check_method(
 ) -> dict[str, Count]:
     """Check the laws of ``deepthin.testing.laws`` on random shapes, budgets, options and weights.
 
-    Needs no test framework and nothing but the protocol ``deepthin.method.Fitted``. A class that is not in ``METHODS``
-    is registered while it is checked, under its own name, since files name methods.
+    It needs no test framework, and of the method only the protocol ``deepthin.method.Fitted``. A class that is not in
+    ``METHODS`` is registered under the class's name while it is checked, since files name methods.
 
     Args:
         method: A class with ``fit``; the name of a method of ``METHODS``, or its ``Named``; or a function
             ``fit(shape, max_bits, **options)`` that makes methods of one class.
-        claims: What the method guarantees beyond what all do. Default: that of ``METHODS``' own; else ``Claims()``.
+        claims: What the method guarantees beyond what all do. Default: its claims in ``CLAIMS``, or ``Claims()``.
         then: (name, options) of methods that store the floats of this one; each example takes one of them.
             ``deepthin.testing.INNER`` is a choice. Default: the method alone.
-        laws: Names of laws. Default: all, but those that one method after another need not obey.
-        examples: Of each law, 1 or more.
-        seed: Of the first example; the others count on from it. Default: random.
+        laws: Names of laws. Default: all; with ``then`` without those that two methods together need not obey.
+        examples: Examples of each law, 1 or more.
+        seed: Seed of the first example; the others have the following integers. Default: random.
 
     Returns:
         For each law, how many examples there were and how many reached an assertion.
@@ -59,7 +64,8 @@ def check_method(
     Raises:
         AssertionError: A law does not hold, or was asserted in less than 90 % of its examples. The message names the
             law, the example, and the call that repeats it.
-        ValueError: ``laws`` has an unknown name, or ``examples`` is not positive.
+        ValueError: ``laws`` has an unknown name, ``examples`` is not positive, or ``METHODS`` has another method of
+            the class's name.
     """
     names = [law for law in LAWS if not (then and law in NOT_OF_TWO)] if laws is None else list(laws)
     if unknown := set(names) - LAWS.keys():
@@ -90,7 +96,7 @@ def _checked(subject: Subject, law: str, examples: int, first: int) -> Count:
             ) from failed
         count.examples += 1
         count.asserted += example.checks > 0
-    if count.asserted < SHARE * examples and examples > 1:
+    if count.asserted < ASSERTED * examples and examples > 1:
         raise AssertionError(
             f"The law '{law}' was asserted in {count.asserted} of {examples} examples of {subject.name} (seed {first}):"
             f" it says nothing about this method. Give ``claims`` or options under which it can be tested."
@@ -100,7 +106,7 @@ def _checked(subject: Subject, law: str, examples: int, first: int) -> Count:
 
 @contextmanager
 def _registered(method: Any) -> Iterator[Named]:
-    """The name under which METHODS knows a method; one that it does not know is there for that long."""
+    """The method's entry in METHODS; a new method is registered within this context."""
     if isinstance(method, str):
         yield METHODS[method]
         return

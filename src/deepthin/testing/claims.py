@@ -1,6 +1,6 @@
 """What a method claims beyond what all methods obey: how exact its arithmetic is, what its encode and init guarantee.
 
-Each number is derived from the method's definition; the derivation stands beside it.
+Each number is derived from the method's definition; the derivation is beside it.
 """
 
 import math
@@ -16,19 +16,41 @@ _NUMPY: Any = np
 
 
 def floats_of(method: Method) -> int:
-    """How many floats a code has."""
+    """The number of floats of a code.
+
+    Args:
+        method: The plan.
+
+    Returns:
+        All entries of its code that are not integers.
+    """
     integers = method.integers()
     return sum(math.prod(shape) for entry, shape in method.code_shapes().items() if entry not in integers)
 
 
 def magnitudes(method: Method, code: Code) -> np.ndarray:
-    """The decoded weight with every number replaced by its absolute value: what rounding errors are measured by."""
+    """The decoded weight with every number of the code replaced by its absolute value: the scale of rounding errors.
+
+    Args:
+        method: The plan.
+        code: Its code.
+
+    Returns:
+        Rows x cols, >= 0.
+    """
     absolute = {entry: abs(np.asarray(array)) for entry, array in code.items()}
     return abs(method.decode({**code, **absolute, **method.derived()}, _NUMPY))
 
 
 def no_spread(method: Method) -> float:
-    """``init`` scales the decoded weight itself, so that its mean square is the same in every draw."""
+    """The spread of a method whose ``init`` scales the decoded weight, so that its mean square is equal in every draw.
+
+    Args:
+        method: The plan.
+
+    Returns:
+        0.
+    """
     return 0.0
 
 
@@ -49,9 +71,10 @@ class Claims:
             large, averaged over four weights.
         spread: Of a method: an upper bound of the variance of the mean square of a weight that ``init`` draws, over the
             square of its expectation. By default 0: ``init`` scales each draw.
-        agreement: Of a method: by what share the errors of NumPy's and torch's codes of one weight may differ. 1e-6 by
-            default, for where singular values tie; more where rounding decides which of several optima is found.
-        largest: The most rows, and columns, of an example; fewer where ``encode`` is slow.
+        agreement: Of a method: an upper bound of the relative difference between the errors of NumPy's and torch's
+            codes of one weight. By default 1e-6, as singular values may tie; more where rounding decides between
+            several optima.
+        largest: Upper bound on rows and on columns of an example; smaller where ``encode`` is slow.
     """
 
     options: Sequence[Mapping[str, Any]] = ({},)
@@ -74,6 +97,14 @@ def chain_spread(sides: Sequence[int], ranks: Sequence[int], weights: int) -> fl
     p' = p and q' = p / r. In the end p - 1 is the variance sought. Cutting the chain's entries to ``weights`` of them
     multiplies it by (entries / weights)^2 at most. Scaling each factor to an exact root mean square lowers it: the
     scale of normal numbers is independent of their direction (Basu, 1955).
+
+    Args:
+        sides: The number of values of each index.
+        ranks: r_1 to r_d; the last is 1.
+        weights: Entries of the chain that are used.
+
+    Returns:
+        An upper bound.
     """
     p, q = 1.0, 1.0
     for side, rank in zip(sides, ranks, strict=True):
@@ -83,15 +114,16 @@ def chain_spread(sides: Sequence[int], ranks: Sequence[int], weights: int) -> fl
 
 
 def _hashed_spread(method: Any) -> float:
-    """Of ``sum over buckets of share * value^2`` where the squares have the mean 1 in each draw.
+    """The variance of ``sum over buckets of fraction * value^2``, whose squares have the mean 1 in each draw.
 
     Exchangeable squares of a fixed sum have the variance v, and -v / (buckets - 1) as covariance; v < 2, which is that
     of normal numbers, whose tails are longer than the uniform ones'.
     """
     if method.buckets == 1:
         return 0.0
-    shares = np.bincount(method.derived()["index"] % method.buckets, minlength=method.buckets) / math.prod(method.shape)
-    return 2 * method.buckets / (method.buckets - 1) * float(((shares - 1 / method.buckets) ** 2).sum())
+    counts = np.bincount(method.derived()["index"] % method.buckets, minlength=method.buckets)
+    fractions = counts / math.prod(method.shape)
+    return 2 * method.buckets / (method.buckets - 1) * float(((fractions - 1 / method.buckets) ** 2).sum())
 
 
 def _factor_distance(method: Any, weight: np.ndarray) -> float:
@@ -103,9 +135,9 @@ def _factor_distance(method: Any, weight: np.ndarray) -> float:
 
 
 def _kronecker_distance(method: Any, weight: np.ndarray) -> float:
-    """Exact without surplus; else the best ``terms`` of so many singular values hold their share of the squares.
+    """Exact without surplus entries; else the ``terms`` largest of k singular values have terms / k of the squares.
 
-    What is cut off is encoded as zeros, which gives a nearby matrix, not the same.
+    Surplus entries are encoded as zeros, which gives a nearby matrix, not the same.
     """
     sides = math.prod(method.left), math.prod(method.right)
     if (method.left[0] * method.right[0], method.left[1] * method.right[1]) == method.shape:
@@ -114,22 +146,22 @@ def _kronecker_distance(method: Any, weight: np.ndarray) -> float:
 
 
 def _train_distance(method: Any, weight: np.ndarray) -> float:
-    """As of a Kronecker sum: each of the SVDs keeps at least the share of the singular values that it keeps.
+    """As of a Kronecker sum: an SVD that keeps a fraction of the singular values keeps at least that of the squares.
 
     1e-9, since the SVDs come one after the other, and the last takes what the first have rounded.
     """
     if (math.prod(method.rows), math.prod(method.cols)) == method.shape:
         return 1e-9
-    kept, ranks = 1.0, method.ranks
+    fraction, ranks = 1.0, method.ranks
     rest = math.prod(method.rows) * math.prod(method.cols)
     for k, (r, q) in enumerate(zip(method.rows[:-1], method.cols[:-1], strict=True)):
         rest //= r * q
-        kept *= min(1, ranks[k + 1] / min(ranks[k] * r * q, rest))
-    return math.sqrt(1 - kept) + 1e-9
+        fraction *= min(1, ranks[k + 1] / min(ranks[k] * r * q, rest))
+    return math.sqrt(1 - fraction) + 1e-9
 
 
 def _binary_distance(method: Any, weight: np.ndarray) -> float:
-    """That of one plane: further planes, and best scales, only lower the error. Of one plane made of one it is 0."""
+    """The error of one plane: further planes and optimal scales only lower it. A single plane is encoded exactly."""
     rows = weight if method.per == "row" else weight.reshape(1, -1)
     if method.planes == 1:
         return 1e-12
@@ -174,7 +206,7 @@ CLAIMS: dict[str, Claims] = {
     "uniform": Claims(
         ({}, {"bits": 3}, {"per": "row"}, {"bits": 4, "affine": True}, {"per": "row", "affine": True}),
         lambda m: 3,
-        distance=lambda m, w: 1e-6,  # the step is found again from the largest entry, rounded
+        distance=lambda m, w: 1e-6,  # the step is computed from the largest entry, which is rounded
     ),
     "kmeans": Claims(
         ({}, {"bits": 3}, {"bits": 1}, {"start": "density"}, {"start": "random", "seed": 3}),

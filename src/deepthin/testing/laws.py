@@ -1,4 +1,8 @@
-"""The laws that every method obeys; each checks one ``Example`` and raises AssertionError where it does not hold."""
+"""The laws that every method obeys.
+
+A law is a function of an ``Example`` that returns nothing and raises AssertionError if it does not hold. Its docstring
+is part of the message, so it only states the law.
+"""
 
 import json
 import math
@@ -20,14 +24,14 @@ from deepthin.testing.example import Example, bits_in_file, norm, widened
 EPS32 = float(np.finfo(np.float32).eps)
 STEP = 1e-4  # of central differences in float64: truncation 1e-8, rounding 1e-12 of what is differentiated
 DRAWS = 16  # of init where its mean square varies
-SIGMAS = 8  # by which a mean of so many draws may miss; skewed ones do, at 6 sigma, once in some 1e5 examples
+SIGMAS = 8  # tolerance of a mean over these draws; skewed ones miss by 6 sigma once in some 1e5 examples
 _NUMPY: Any = np
 
 
 def budget(e: Example) -> None:
     """``bits()`` keeps the budget; BudgetError names the smallest size that can be reached, and no less can be."""
     bits = e.method.bits()
-    e.check(type(bits) is int, f"bits() is {bits!r}, which is no int")
+    e.check(type(bits) is int, f"bits() is {bits!r}, which is not an int")
     e.check(bits <= e.budget, f"bits() is {bits}, over the budget of {e.budget}")
     e.check(e.fit(e.budget) == e.method, "fit gives another plan when it is called again")
     e.check(e.method.shape == e.shape, f"the plan's shape is {e.method.shape}")
@@ -42,14 +46,14 @@ def budget(e: Example) -> None:
         return
     for less in (0, e.least - 1):
         try:
-            found = e.fit(less).bits()
+            reached = e.fit(less).bits()
         except BudgetError as error:
             e.check(error.smallest_bits == e.least, f"{less} bits: BudgetError names {error.smallest_bits} bits")
             ratio = e.least / (32 * math.prod(e.shape))
             e.check(math.isclose(error.smallest_ratio, ratio), f"BudgetError names the ratio {error.smallest_ratio}")
             e.check(str(e.least) in str(error), f"the message does not name {e.least} bits: {error}")
         else:
-            e.check(False, f"{found} bits in a budget of {less}, and BudgetError names {e.least} as the smallest")
+            e.check(False, f"{reached} bits in a budget of {less}, and BudgetError names {e.least} as the smallest")
 
 
 def stored(e: Example) -> None:
@@ -82,11 +86,11 @@ def header(e: Example) -> None:
 
 
 def derived(e: Example) -> None:
-    """Derived tables are NumPy arrays that follow from the fields, under names of their own."""
+    """Derived tables are NumPy arrays that follow from the fields, under names that no entry of the code has."""
     tables = e.method.derived()
     e.check(not tables.keys() & e.method.code_shapes().keys(), f"{sorted(tables)} are stored and derived")
     for entry, table in tables.items():
-        e.check(isinstance(table, np.ndarray), f"the derived table {entry} is no NumPy array")
+        e.check(isinstance(table, np.ndarray), f"the derived table {entry} is not a NumPy array")
     e.check(_equal(tables, e.method.derived()), "derived() gives other tables when it is called again")
 
 
@@ -95,8 +99,8 @@ def shapes(e: Example) -> None:
     expected, integers = e.method.code_shapes(), e.method.integers()
     e.check(integers.keys() <= expected.keys(), f"integers() names {sorted(integers)}, the code {sorted(expected)}")
     for code in (e.method.init(e.rng, 0.1), e.method.encode(e.weight(), _NUMPY)):
-        found = {entry: array.shape for entry, array in code.items()}
-        e.check(found == expected, f"a code has the shapes {found}; code_shapes() are {expected}")
+        stored_shapes = {entry: array.shape for entry, array in code.items()}
+        e.check(stored_shapes == expected, f"a code has the shapes {stored_shapes}; code_shapes() are {expected}")
         for entry, array in code.items():
             if entry not in integers:
                 e.check(array.dtype == np.float32, f"{entry} is {array.dtype}; of a float32 weight floats are float32")
@@ -172,12 +176,12 @@ def decode(e: Example) -> None:
     size, roundings = _rounding(e, widened(code))
     in_torch = {entry: torch.from_numpy(np.array(array)) for entry, array in code.items()}
     wide = {entry: torch.from_numpy(np.array(array)) for entry, array in widened(code).items()}
-    for what, found, eps in (
+    for what, weight, eps in (
         ("NumPy's float32", e.method.decode(code, _NUMPY), EPS32),
         ("torch's float32", e.method.decode(in_torch, torch).numpy(), EPS32),  # pyright: ignore[reportArgumentType]
         ("torch's float64", e.method.decode(wide, torch).numpy(), 2.0**-52),  # pyright: ignore[reportArgumentType]
     ):
-        wrong = abs(np.asarray(found, np.float64) - exact) - roundings * eps * size
+        wrong = abs(np.asarray(weight, np.float64) - exact) - roundings * eps * size
         e.check((wrong <= 1e-30).all(), f"{what} result differs from the exact one by {wrong.max()} beyond rounding")
 
 
@@ -214,9 +218,9 @@ def gradient(e: Example) -> None:
         step = STEP * (norm(code[entry]) or 1.0) / norm(way)
         ends = [e.method.decode({**code, entry: code[entry] + s * step * way}, _NUMPY) for s in (1, -1)]
         slope = (ends[0] - ends[1]) / (2 * step)
-        found, limit = float((_array(grad) * way).sum()), 1e-6 * norm(goal) * (norm(slope) + norm(ends[0]))
+        by_torch, limit = float((_array(grad) * way).sum()), 1e-6 * norm(goal) * (norm(slope) + norm(ends[0]))
         reached += bool((slope != 0).any())
-        e.check(abs(found - float((slope * goal).sum())) <= limit, f"the gradient of {entry} is not that of decode")
+        e.check(abs(by_torch - float((slope * goal).sum())) <= limit, f"the gradient of {entry} is not that of decode")
     e.check(reached, "the weight depends on none of its floats")
 
 
@@ -250,8 +254,8 @@ def spread(e: Example) -> None:
     variance = e.subject.claims.spread(outer)
     draws, tables = DRAWS // 2 if inner else DRAWS if variance else 1, e.method.derived()
     squares = [(e.method.decode(widened(e.method.init(e.rng, std)) | tables, _NUMPY) ** 2).mean() for _ in range(draws)]
-    found = math.sqrt(float(np.mean(squares))) / std
-    # What rounding moves: its errors are independent of the other entries; the most of some draws, and twice that.
+    ratio = math.sqrt(float(np.mean(squares))) / std
+    # The effect of rounding, whose errors are independent of the other entries: twice the largest of some draws.
     moved, starts = 1.0, [outer.init(e.rng, 1.0) for _ in range(DRAWS // 2 if inner else 0)]
     for entry, method in inner:
         floats = [start[entry].reshape(method.shape) for start in starts]
@@ -259,18 +263,18 @@ def spread(e: Example) -> None:
         moved *= 1 + 2 * max(norm(r - a) / norm(a) for r, a in zip(rounded, floats, strict=True))
     tolerance = SIGMAS * math.sqrt(variance / draws) + 64 * EPS32
     low, high = math.sqrt(max(0.0, 1 - tolerance)) * max(0.0, 2 - moved), math.sqrt(1 + tolerance) * moved
-    e.check(low <= found <= high, f"init draws {found} times the spread that is asked for, not {low:.3f} to {high:.3f}")
+    e.check(low <= ratio <= high, f"init draws {ratio} times the spread that is asked for, not {low:.3f} to {high:.3f}")
 
 
 def error(e: Example) -> None:
     """More bits, no larger error: always where codes are nested, else of four times the bits, averaged over weights."""
     fixes_size = METHODS[e.subject.name].sized_by if e.subject.name in METHODS else frozenset()
     dense, nested = 32 * math.prod(e.shape), e.subject.claims.nested
-    share, factor = e.rng.uniform(0.04, 0.2), e.rng.uniform(1.2, 4) if nested else 4
+    ratio, factor = e.rng.uniform(0.04, 0.2), e.rng.uniform(1.2, 4) if nested else 4
     plans: list[Any] = []
-    for place in e.rng.permutation(len(e.subject.claims.options)):  # some options leave no choice to the budget
+    for place in e.rng.permutation(len(e.subject.claims.options)):  # with some options the budget has no effect
         e.options = {k: v for k, v in e.subject.claims.options[place].items() if k not in fixes_size}
-        e.budget = max(e.smallest_bits(), int(dense * share))
+        e.budget = max(e.smallest_bits(), int(dense * ratio))
         plans = [e.fit(e.budget), e.fit(int(e.budget * factor))]
         if plans[0] == plans[1]:
             plans[1] = e.fit(2 * int(e.budget * factor))
@@ -294,7 +298,7 @@ def product(e: Example) -> None:
     x = torch.from_numpy(e.rng.normal(size=(int(e.rng.integers(1, 6)), e.shape[1])).astype(np.float32))
     rows, code = x.numpy().astype(np.float64), widened(_numpy(weight.code())) | e.method.derived()
     exact = e.method.decode(code, _NUMPY)
-    # Each way multiplies and adds at most so often for an entry of the result, of terms of such a size.
+    # Upper bounds on the roundings of an entry of the result by any way, and on the size of its terms.
     size, roundings = _rounding(e, code)
     spread_out = norm(size) * np.sqrt((rows * rows).sum(1, keepdims=True))  # a transform mixes a row's terms
     limit = (roundings + 64 + x.shape[1]) * EPS32 * (abs(rows) @ size.T + spread_out)
@@ -319,12 +323,12 @@ LAWS: dict[str, Callable[[Example], None]] = {
 """Every law by its name."""
 
 SMALLEST = {"error": 8}
-"""The fewest rows and columns of a law's examples, where not 1: smaller matrices have too few plans to compare."""
+"""Lower bound on rows and columns of a law's examples, by default 1: small matrices have too few plans to compare."""
 
 NOT_OF_TWO = frozenset({"nearest", "encode", "error"})
-"""Laws that one method after another need not obey.
+"""Laws that two methods together need not obey.
 
-What is rounded anew, or from another basis, is another code; and more floats, each rounded, may lose more.
+Rounding again, or from another basis, gives another code; and more floats, each rounded, may have a larger error.
 """
 
 
@@ -349,12 +353,12 @@ def _equal(one: Code, other: Code) -> bool:
 
 
 def _rounding(e: Example, code: Code) -> tuple[np.ndarray, int]:
-    """Of a float64 code: the sizes of the terms that each weight sums, and how many roundings it takes."""
+    """For a float64 code: the sum of the terms' magnitudes, and the number of roundings, for each decoded weight."""
     (outer, inner), claims = e.parts(), e.subject.claims
     whole, roundings = dict(code), claims.roundings(outer)
-    own = CLAIMS.get(e.inner[0], Claims()) if e.inner else claims
+    inner_claims = CLAIMS.get(e.inner[0], Claims()) if e.inner else claims
     for entry, method in inner:
         stored = {k.removeprefix(f"{entry}_"): whole.pop(k) for k in code if k.startswith(f"{entry}_")}
-        whole[entry] = np.reshape(own.magnitudes(method, stored), outer.code_shapes()[entry])
-        roundings += own.roundings(method)
+        whole[entry] = np.reshape(inner_claims.magnitudes(method, stored), outer.code_shapes()[entry])
+        roundings += inner_claims.roundings(method)
     return claims.magnitudes(outer, whole), roundings

@@ -6,6 +6,7 @@ from deepthin.torch.distill import Distillation, Noise
 from deepthin.torch.files import load, save
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import adam_importance, hessian_diagonal
+from deepthin.torch.initialise import initialise
 from deepthin.torch.layers import ThinLinear
 from deepthin.torch.rates import parameter_groups
 from deepthin.torch.recipe import Recipe, quantize_codes
@@ -31,6 +32,7 @@ __all__ = [
     "apoz",
     "compress",
     "hessian_diagonal",
+    "initialise",
     "load",
     "materialize",
     "optimal_brain_surgeon",

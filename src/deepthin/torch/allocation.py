@@ -1,4 +1,4 @@
-"""Shares of a model's budget by sensitivity: losses at several sizes are measured, and bits go where they save most.
+"""Bit allocation by sensitivity: losses at several sizes are measured, and bits go where they reduce the loss most.
 
 A Lagrangian split along the lower convex hull of each matrix' measurements (Shoham and Gersho, 1988, "Efficient bit
 allocation for an arbitrary set of quantizers"). Losses of matrices compressed one at a time are taken to add up.
@@ -24,13 +24,19 @@ from deepthin.torch.files import contents
 from deepthin.torch.importance import check_importance
 from deepthin.torch.tensors import Encoded, tensors_of
 
-_TRIES = 4  # to fill what is left of a file with a larger matrix
+_TRIES = 4  # at a larger plan for a matrix that uses up the rest of a file
 SIZES = 8  # at which each matrix is tried, from the smallest possible to what the budget can spare
 
 
 @dataclass(frozen=True)
 class Point:
-    """A plan for a matrix, its bits, and the loss of the model where this matrix alone is stored by it."""
+    """One measurement of a matrix.
+
+    Attributes:
+        method: The plan that it was stored by.
+        bits: Its size in bits.
+        loss: The loss of the model where this matrix alone is stored by the plan.
+    """
 
     method: Method
     bits: int
@@ -69,10 +75,10 @@ def allocate(
     """
     rules = parse_rules(rules)
     flat = dataclasses.replace(rules, allocation=1.0 if rules.allocation is None else rules.allocation)
-    found, owners = tensors_of(model)
+    tensors, owners = tensors_of(model)
     check_importance(model, importance := importance or {})
-    plans = {plan.tensors[0].name: plan for plan in plan_of(model, flat, found)}
-    units, fixed, shared = split_units(flat, found)
+    plans = {plan.tensors[0].name: plan for plan in plan_of(model, flat, tensors)}
+    units, fixed, shared = split_units(flat, tensors)
     if not shared:
         return flat
     measured, methods = flat.file_bytes is not None, {unit.name: plans[unit.name].method for unit in shared}
@@ -99,19 +105,19 @@ def allocate(
             best = min((chosen, at_first), key=lambda methods: trial.judged(methods, shared))
     finally:
         model.train(training)
-    return with_targets(flat, found, {name: method.bits() for name, method in best.items()})
+    return with_targets(flat, tensors, {name: method.bits() for name, method in best.items()})
 
 
 class _Trial:
-    """Stores matrices of a model for a moment, and judges it."""
+    """Measures the loss of a model with some matrices replaced by their stored values, then restores them."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], float], encoded: Encoded, measured: bool) -> None:
         self.model, self.loss, self.encoded, self.measured = model, loss, encoded, measured
 
     def curve(self, unit: Unit, usual: Method, least: int, most: int, sizes: int) -> list[Point]:
-        """The matrix as it usually is, and at sizes between ``least`` and ``most`` bits; by rising bits.
+        """Measurements of ``usual``, the flat plan, and of plans from ``least`` to ``most`` bits; by rising bits.
 
-        The sizes rise by equal factors; those that give the same plan count once.
+        The sizes rise by equal factors; equal plans are measured once.
         """
         steps = max(sizes - 2, 1)
         asked = [round(least * (max(most, least) / least) ** (step / steps)) for step in range(steps + 1)]
@@ -120,38 +126,38 @@ class _Trial:
         return sorted(points, key=lambda point: (point.bits, point.loss))
 
     def cost(self, unit: Unit, method: Method) -> int:
-        """Bits that a file takes for the matrix; the most that it may take where training changes the symbols."""
+        """Bits of the matrix in a file; an upper bound where training changes the symbols."""
         if not self.measured or method.trains == "through":
             return method.bits()
         return 8 * self.encoded.thin(_planned(unit, method)).bytes
 
     def spend(self, units: list[Unit], methods: Mapping[str, Method], left: int) -> dict[str, Method]:
-        """As ``rules.spend``, by what plans cost: a larger one is looked for by how much the one before was off."""
-        found = dict(methods)
+        """As ``plan.shares.spend`` with measured costs: each try for a larger plan scales the last one by its miss."""
+        chosen = dict(methods)
         for unit in sorted(units, key=lambda unit: -unit.dense_bits):
-            method, cost = found[unit.name], self.cost(unit, found[unit.name])
+            method, cost = chosen[unit.name], self.cost(unit, chosen[unit.name])
             wanted = method.bits() * (1 + left / cost)
             for _ in range(_TRIES):
                 larger = unit.fit(min(max(int(wanted), method.bits()), unit.dense_bits))
                 more = self.cost(unit, larger) - cost
                 if more <= left:
-                    found[unit.name], left = larger, left - more
+                    chosen[unit.name], left = larger, left - more
                     break
                 wanted = method.bits() + (wanted - method.bits()) * 0.99 * left / more
-        return found
+        return chosen
 
     def judged(self, methods: Mapping[str, Method], units: list[Unit]) -> float:
-        """The loss with these matrices stored; infinite if it is no number."""
+        """The loss with these matrices stored; infinite if it is not finite."""
         plans = [_planned(unit, methods[unit.name]) for unit in units]
         weights, dense = [self.encoded(plan) for plan in plans], [self.encoded.dense(plan) for plan in plans]
-        kept = [[values.clone() for values in tensors] for tensors in dense]
+        saved = [[values.clone() for values in tensors] for tensors in dense]
         try:
             for weight, tensors in zip(weights, dense, strict=True):
                 for index, values in enumerate(tensors):
                     values.copy_(weight(index))
             loss = float(self.loss(self.model))
         finally:
-            for tensors, before in zip(dense, kept, strict=True):
+            for tensors, before in zip(dense, saved, strict=True):
                 for values, old in zip(tensors, before, strict=True):
                     values.copy_(old)
         return loss if math.isfinite(loss) else math.inf

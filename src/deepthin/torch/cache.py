@@ -14,28 +14,43 @@ T = TypeVar("T")
 
 
 class StateCache(Generic[T]):
-    """One value, and copies of the tensors that it was computed from.
+    """A cached value, and copies of the tensors that it was computed from.
 
-    Whoever computes the value takes the copies first and computes from them, since another thread may write to the
-    tensors meanwhile. The two are exchanged together, so that readers see both or neither.
+    The caller copies the tensors first and computes the value from the copies, since another thread may write to the
+    originals. Copies and value are replaced together, so that a reader never sees one without the other.
     """
 
     _held: tuple[Sequence[Tensor], T] | None = None
 
     def get(self, state: Iterable[Tensor]) -> T | None:
-        """The value, if it was computed from tensors of these values, types and devices; else None."""
+        """Look the value up.
+
+        Args:
+            state: The present tensors, as many as were copied.
+
+        Returns:
+            The value, if it was computed from tensors of these values, dtypes and devices; otherwise None.
+        """
         held = self._held
         if held is None or not _same(held[0], state):
             return None
         return held[1]
 
     def put(self, copies: Sequence[Tensor], value: T) -> T:
-        """Keep the value that was computed from ``copies``, which nobody writes to, instead of an earlier one."""
+        """Store a value in place of an earlier one.
+
+        Args:
+            copies: Copies of the tensors that the value was computed from; they must not be written to.
+            value: The value.
+
+        Returns:
+            The value.
+        """
         self._held = (copies, value)
         return value
 
     def __bool__(self) -> bool:
-        """Whether there is a value, current or not."""
+        """Whether a value is stored, valid or not."""
         return self._held is not None
 
 

@@ -39,7 +39,7 @@ class Noise:
     def __post_init__(self) -> None:
         """Refuse values out of range with ConfigError."""
         if not 0 <= self.sigma < math.inf or not 0 <= self.share <= 1:
-            raise ConfigError(f"{self} is no noise: give a sigma of 0 or more, and a share from 0 to 1.")
+            raise ConfigError(f"{self} is invalid: sigma must be 0 or more and finite, share from 0 to 1.")
 
     def perturb(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Perturb logits.
@@ -131,14 +131,14 @@ class Distillation:
         Raises:
             ConfigError: A teacher does not return a tensor, or their shapes differ.
         """
-        said: list[Tensor] = []
+        logits: list[Tensor] = []
         for teacher in self.teachers:
             with at_rest(teacher):
-                said.append(teacher(*inputs) if isinstance(inputs, tuple) else teacher(inputs))
-            if not isinstance(said[-1], Tensor) or said[-1].shape != said[0].shape:
-                got = list(said[-1].shape) if isinstance(said[-1], Tensor) else type(said[-1]).__name__
-                raise ConfigError(f"{type(teacher).__name__}, a teacher, gives {got}: give logits, all of one shape.")
-        mean = said[0] if len(said) == 1 else torch.stack(said).mean(0)
+                logits.append(teacher(*inputs) if isinstance(inputs, tuple) else teacher(inputs))
+            if not isinstance(logits[-1], Tensor) or logits[-1].shape != logits[0].shape:
+                got = list(logits[-1].shape) if isinstance(logits[-1], Tensor) else type(logits[-1]).__name__
+                raise ConfigError(f"{type(teacher).__name__}, a teacher, gives {got}: give logits of one shape.")
+        mean = logits[0] if len(logits) == 1 else torch.stack(logits).mean(0)
         return mean if self.noise is None else self.noise.perturb(mean, self.generator)
 
     def distance(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:

@@ -45,7 +45,15 @@ THIN: dict[type[nn.Module], type[ThinLayer]] = {
 
 
 def why_not(layer: nn.Module, name: str) -> str:
-    """Why a parameter of a layer cannot be thin; an empty string if it can."""
+    """Why a parameter of a layer cannot be thin.
+
+    Args:
+        layer: A torch layer, dense or thin.
+        name: Name of the parameter in the layer, ``weight`` say.
+
+    Returns:
+        The reason, as part of a sentence; an empty string if the parameter can be thin.
+    """
     if "transformers.pytorch_utils" in sys.modules:
         from deepthin.torch import huggingface
 
@@ -53,19 +61,26 @@ def why_not(layer: nn.Module, name: str) -> str:
     if not isinstance(layer, ThinLayer) and type(layer) not in THIN:
         return f"{type(layer).__name__} has no thin version"
     if added := sorted(layer._parameters.keys() - parameter_names(layer)):
-        return f"{', '.join(added)} is no parameter of a {type(layer).__name__}, which therefore is more than that"
+        return f"the {type(layer).__name__} has extra parameters ({', '.join(added)}), which a thin layer would not use"
     parameter = layer._parameters.get(name)
     if parameter is not None and not parameter.is_floating_point():
         return f"it holds {parameter.dtype}, and codes are real numbers"
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.max_norm is not None or layer.sparse):
         return "a table with max_norm or sparse gradients is changed in place, which a generated one cannot be"
     if isinstance(layer, nn.MultiheadAttention) and name in ("bias_k", "bias_v"):
-        return "these are no matrices"
+        return "bias_k and bias_v are vectors"
     return ""
 
 
 def parameter_names(layer: nn.Module) -> list[str]:
-    """The parameters that a layer of this type may have, in torch's order."""
+    """The parameters that a layer of this type may have.
+
+    Args:
+        layer: A dense or thin layer of a type in ``THIN``.
+
+    Returns:
+        Their names in the layer, in torch's order, also of those that are None.
+    """
     if isinstance(layer, nn.RNNBase):
         return layer._flat_weights_names
     thin = THIN.get(type(layer), type(layer))
@@ -74,17 +89,40 @@ def parameter_names(layer: nn.Module) -> list[str]:
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer keeps its matrix as (inputs, outputs)."""
+    """Whether a layer stores its matrix as (inputs, outputs).
+
+    Args:
+        layer: Any layer.
+
+    Returns:
+        True for Hugging Face's Conv1D, dense or thin.
+    """
     return type(layer).__name__ in ("Conv1D", "ThinConv1D")
 
 
 def padding_row(layer: nn.Module) -> int | None:
-    """The row of an embedding that is padding: zero, and never trained."""
+    """The row of an embedding that is padding: zero, and never trained.
+
+    Args:
+        layer: Any layer.
+
+    Returns:
+        Its index, or None.
+    """
     return layer.padding_idx if isinstance(layer, nn.Embedding) else None
 
 
 def fresh_std(layer: nn.Module, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a from-scratch start: a tenth of He's variance, but torch's own for tables and gates."""
+    """Standard deviation of the weights that ``init="scratch"`` draws.
+
+    Args:
+        layer: The layer that has the parameter.
+        shape: Shape of the parameter, two or more dimensions.
+
+    Returns:
+        The root of a tenth of He's variance ``2 / fan-in`` (He et al., 2015, arXiv:1502.01852); torch's default for
+        embeddings (1) and for recurrent layers (``1 / sqrt(3 * hidden_size)``).
+    """
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag) or 0 in shape:
         return 1.0
     if isinstance(layer, nn.RNNBase):
@@ -95,7 +133,12 @@ def fresh_std(layer: nn.Module, shape: tuple[int, ...]) -> float:
 
 
 def make_thin(layer: nn.Module, weights: Mapping[str, ThinWeight | ThinPart]) -> None:
-    """Exchange named parameters of a layer for generated ones, in place. The layer may be thin already."""
+    """Replace parameters of a layer by generated ones, in place.
+
+    Args:
+        layer: A layer of a type in ``THIN``, or one that is thin already.
+        weights: Parameter name -> what generates it.
+    """
     if not isinstance(layer, ThinLayer):
         layer.__class__ = THIN[type(layer)]
         layer.register_module("thin", nn.ModuleDict())
@@ -107,7 +150,12 @@ def make_thin(layer: nn.Module, weights: Mapping[str, ThinWeight | ThinPart]) ->
 
 
 def make_plain(layer: nn.Module, dense: Mapping[str, nn.Parameter]) -> None:
-    """Undo ``make_thin``: a thin layer is torch's own again, with these parameters."""
+    """Undo ``make_thin``, in place: the layer gets torch's class again.
+
+    Args:
+        layer: A thin layer.
+        dense: Parameter name -> dense parameter, for each generated one.
+    """
     layer.__class__ = next(plain for plain, thin in THIN.items() if thin is type(layer))
     del layer.thin
     for name, parameter in dense.items():
@@ -120,9 +168,14 @@ def make_plain(layer: nn.Module, dense: Mapping[str, nn.Parameter]) -> None:
 
 
 def thin_tensors(model: nn.Module) -> dict[str, tuple[ThinWeight, int]]:
-    """The dotted name of every compressed tensor, as the dense model has it: its ThinWeight, and which of its tensors.
+    """The compressed tensors of a model.
 
-    A shared tensor appears under each of its names.
+    Args:
+        model: A dense or thin network.
+
+    Returns:
+        Dotted name, as the dense model has it -> the ThinWeight and the index of the tensor in it. A shared tensor
+        appears under each of its names.
     """
     return {
         f"{path}.{name}".lstrip("."): (thin.group, thin.index) if isinstance(thin, ThinPart) else (thin, 0)

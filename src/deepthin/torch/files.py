@@ -17,8 +17,10 @@ from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
 from deepthin.storage.read import check_weights, read
 from deepthin.storage.write import write
-from deepthin.torch.exchange import is_transposed, make_thin, padding_row, thin_tensors, why_not
+from deepthin.torch.exchange import fresh_std, is_transposed, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
+from deepthin.torch.initialise import WithoutValues, fill_buffers
+from deepthin.torch.replaced import replaces
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
 
@@ -46,14 +48,22 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, fi
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ConfigError: The model has tensors without values: on the meta device, or allocated by ``to_empty``.
         NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         TypeError: A tensor has a dtype or layout that the file cannot hold.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
     """
+    tensors = [*model.named_parameters(), *_dense_tensors(model).items()]
+    if left := [name for name, tensor in tensors if tensor.is_meta]:
+        raise ConfigError(
+            f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} on the meta device: there "
+            "are no values to save. Load a file or a state dict, or call deepthin.torch.initialise(model, seed)."
+        )
     return write(contents(model), path, max_bytes, finite=finite)
 
 
+@replaces("load()")
 def load(
     model: nn.Module,
     path: str | Path,
@@ -66,7 +76,9 @@ def load(
     """Load a ``.thin`` file into a model, in place; layers whose matrices are stored compressed become thin.
 
     A file of another framework may lack ``num_batches_tracked``, which then keeps its value, and the ``bias_hh_*`` of
-    an LSTM or RNN, which is then 0. A warning names parameters on the meta device that the file does not contain.
+    an LSTM or RNN, which is then 0. Unsaved buffers on the meta device, such as position ids, are computed by the
+    module's ``reset_parameters`` or a Hugging Face model's ``_init_weights``; a warning names those that are not, and
+    the model refuses to run without them.
 
     Args:
         model: A network with the architecture that was saved: dense, thin, or built on the meta device. On the meta
@@ -85,7 +97,7 @@ def load(
 
     Raises:
         ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
-        FormatError: The file is damaged, is no ``.thin`` file, takes more than ``max_bytes``, or is not finite.
+        FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
@@ -108,9 +120,13 @@ def load(
         code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
         if not old.is_meta:
             code = {e: t.to(old.device, old.dtype if t.is_floating_point() else t.dtype) for e, t in code.items()}
-        places = [(own, index) for index, part in enumerate(thin.parts) for own in (part, *sharing.get(part, ()))]
+        places = [
+            (tensor_name, index)
+            for index, part in enumerate(thin.parts)
+            for tensor_name in (part, *sharing.get(part, ()))
+        ]
         weight, _ = thin_now.get(name, (None, 0))
-        same = weight is not None and all(thin_now.get(own) == (weight, index) for own, index in places)
+        same = weight is not None and all(thin_now.get(tensor_name) == (weight, index) for tensor_name, index in places)
         same = same and weight is not None and weight.rounds == (thin.method.trains == "through" and not frozen)
         if weight is not None and same and not old.is_meta and _plan_of(weight) == _plan_of(thin):
             weight.set_code(code)
@@ -119,18 +135,22 @@ def load(
             continue
         fresh = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code, frozen=frozen)
         fresh.requires_grad_(not frozen and old.requires_grad)
-        for own, index in places:
-            layer, parameter = _owner(model, own)
+        layer = _owner(model, name)[0]
+        fresh.origin = (name, 0, fresh_std(layer, thin.parts[name].shape) if len(thin.parts[name].shape) > 1 else 1.0)
+        for tensor_name, index in places:
+            layer, parameter = _owner(model, tensor_name)
             make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})
     make_sequential(model)
     replaced: dict[int, Tensor] = {}
     for name in names_of(stored, stored.dense):
         tensor = _tensor(stored.dense[stored.aliases.get(name, name)])
         _put(model, name, tensor.clone() if name in stored.aliases else tensor, replaced)
+    fill_buffers(model)
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
+        model.register_forward_pre_hook(WithoutValues(left, str(path)))
         warnings.warn(
             f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
 
@@ -157,8 +177,10 @@ def _check_places(
     """ConfigError if a tensor of the file cannot replace the model's tensor of that name."""
     places = {name: Place((id(weight), index), "real") for name, (weight, index) in thin_now.items()}
     for name, tensor in dense_now.items():
-        layer, own = _owner(model, name)
-        reason = why_not(layer, own) or ("" if own in layer._parameters else f"{own} is no parameter")
+        layer, parameter = _owner(model, name)
+        reason = why_not(layer, parameter) or (
+            "" if parameter in layer._parameters else f"{parameter} is a buffer, not a parameter"
+        )
         numbers = "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else "whole"
         places[name] = Place((id(tensor), 0), numbers, reason)
     check_places(stored, places, path)
@@ -211,15 +233,17 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What the state dict holds besides the codes of thin tensors; parameters themselves, not detached copies."""
     layers = model.named_modules(remove_duplicate=False)
     inside = [f"{path}.thin.".lstrip(".") for path, layer in layers if isinstance(layer, ThinLayer)]
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} in the state dict is {type(tensor).__name__}, no tensor: a file cannot hold it.")
+            raise TypeError(
+                f"{name} in the state dict is {type(tensor).__name__}, not a tensor: a file cannot hold it."
+            )
         if name.rpartition(".")[2] == "_extra_state":
             raise TypeError(f"{name} is a module's own extra state: a file holds parameters and buffers only.")
         if not name.startswith(tuple(inside)):
-            found[name] = tensor
-    return found
+            tensors[name] = tensor
+    return tensors
 
 
 def _raw(name: str, tensor: Tensor) -> Raw:
@@ -259,36 +283,36 @@ def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tenso
     """
     known, added = shapes_of(stored), dict[str, Raw]()
     for name, tensor in dense_now.items():
-        layer, own = _owner(model, name)
+        layer, parameter = _owner(model, name)
         if name in known:
             continue
-        if own == "num_batches_tracked" and isinstance(layer, nn.modules.batchnorm._NormBase):
+        if parameter == "num_batches_tracked" and isinstance(layer, nn.modules.batchnorm._NormBase):
             added[name] = _raw(name, tensor)
         twin = name.replace("bias_hh", "bias_ih")
-        if own.startswith("bias_hh") and isinstance(layer, nn.LSTM | nn.RNN) and twin in known:
+        if parameter.startswith("bias_hh") and isinstance(layer, nn.LSTM | nn.RNN) and twin in known:
             added[name] = _raw(name, torch.zeros_like(tensor))
     return Contents(stored.thin, {**stored.dense, **added}, stored.aliases)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
+    path, _, parameter = name.rpartition(".")
+    return model.get_submodule(path), parameter
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[int, Tensor]) -> None:
     """Copy into the model's tensor; replace it if it is on the meta device or thin. Shared tensors stay shared."""
-    layer, own = _owner(model, name)
-    if isinstance(layer, ThinLayer) and own in layer.thin:
-        weight = layer.thin[own]
-        del layer.thin[own]
-        layer.register_parameter(own, _once(weight, tensor, replaced, next(weight.parameters())))
+    layer, parameter = _owner(model, name)
+    if isinstance(layer, ThinLayer) and parameter in layer.thin:
+        weight = layer.thin[parameter]
+        del layer.thin[parameter]
+        layer.register_parameter(parameter, _once(weight, tensor, replaced, next(weight.parameters())))
         return
-    holder = layer._parameters if own in layer._parameters else layer._buffers
-    old = holder[own]
+    holder = layer._parameters if parameter in layer._parameters else layer._buffers
+    old = holder[parameter]
     if old is None:
         raise ConfigError(f"{name} is in the file, but the model has none.")
     if old.is_meta:
-        holder[own] = _once(old, tensor, replaced, old)
+        holder[parameter] = _once(old, tensor, replaced, old)
     else:
         with torch.no_grad():
             old.copy_(tensor)

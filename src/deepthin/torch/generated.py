@@ -1,18 +1,27 @@
-"""Parameters that are read from what generates them: what all thin layers share."""
+"""The base of thin layers: parameters are properties that decode a ThinWeight."""
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 
 class Generated(property):
-    """A parameter that is read from what generates it, or, while it is dense, from where torch keeps it."""
+    """A parameter decoded from a ThinWeight, or read from ``_parameters`` while it is dense."""
 
 
 def generated(name: str) -> Any:
-    """The property of a thin layer that reads a weight of this name."""
+    """Make the property of a thin layer that reads a parameter.
+
+    Args:
+        name: Name of the parameter in the layer.
+
+    Returns:
+        A ``Generated`` property. Reading gives the decoded tensor; AttributeError if the layer has none of the name.
+        Writing to a generated parameter raises AttributeError.
+    """
 
     def read(layer: "ThinLayer") -> Tensor | None:
         thin = layer._modules.get("thin")
@@ -22,9 +31,7 @@ def generated(name: str) -> Any:
             return layer._parameters[name]
         raise AttributeError(f"{type(layer).__name__} has no {name!r}.")
 
-    def write(
-        layer: "ThinLayer", value: Tensor | None
-    ) -> None:  # DataParallel's replicas, whose tensors are no parameters
+    def write(layer: "ThinLayer", value: Tensor | None) -> None:  # DataParallel sets plain tensors in its replicas
         if name not in layer._parameters and name in layer.thin:
             raise AttributeError(f"{name!r} is generated: train or load the thin code.")
         layer._parameters[name] = cast(nn.Parameter, value)
@@ -35,6 +42,34 @@ def generated(name: str) -> Any:
 
 
 class ThinLayer(nn.Module):
-    """What all thin layers share: ``thin`` maps a parameter's name to what generates it."""
+    """Base of all thin layers.
 
-    thin: dict[str, ThinWeight | ThinPart]  # in truth an nn.ModuleDict, whose annotations forget what it holds
+    Attributes:
+        thin: An ``nn.ModuleDict``: parameter name -> the ThinWeight or ThinPart that generates it.
+    """
+
+    thin: dict[str, ThinWeight | ThinPart]  # an nn.ModuleDict, which cannot be annotated with the type of its values
+
+    def reset_parameters(self) -> None:
+        """Draw all values anew: codes as ``ThinWeight.reset_parameters`` does, dense tensors as torch's layer does."""
+        for weight in self.thin.values():
+            (weight.group if isinstance(weight, ThinPart) else weight).reset_parameters()
+        thin_class, thin = type(self), self._modules.pop("thin")
+        plain = next(base for base in thin_class.__mro__ if not issubclass(base, ThinLayer))
+        reset = getattr(plain, "reset_parameters", None) or getattr(plain, "_reset_parameters", None)
+        try:
+            self.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue] -- a class of the same layout
+            for name, weight in cast("dict[str, ThinWeight | ThinPart]", thin).items():
+                shape = (
+                    weight.group.parts[weight.index].shape if isinstance(weight, ThinPart) else weight.parts[0].shape
+                )
+                self._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"))  # nothing is written to it
+            if reset is not None:
+                reset(self)
+            elif self._parameters.get("bias") is not None:  # Hugging Face's Conv1D
+                nn.init.zeros_(cast(Tensor, self._parameters["bias"]))
+        finally:
+            for name in cast(Any, thin):
+                self._parameters.pop(name, None)
+            self.__class__ = thin_class
+            self._modules["thin"] = thin

@@ -13,5 +13,12 @@ class ThinConv1D(ThinLayer, Conv1D):
     weight, bias = generated("weight"), generated("bias")
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        """The product by the code, where that is cheaper."""
+        """Apply the layer, without building the weight where that is predicted to be faster.
+
+        Args:
+            x: Inputs, any number of leading dimensions.
+
+        Returns:
+            The outputs, with the leading dimensions of x.
+        """
         return self.thin["weight"].product(x, bias=self.bias) if "weight" in self.thin else super().forward(x)

@@ -1,4 +1,4 @@
-"""How much the loss minds a change of each weight: the diagonal of its Hessian, or what Adam has kept anyway.
+"""How sensitive the loss is to each weight: the diagonal of its Hessian, or Adam's second moments.
 
 Both as in Choi, El-Khamy and Lee, 2017, arXiv:1612.01543; the diagonal is LeCun, Denker and Solla's (1990, "Optimal
 brain damage") for trained networks, by Gauss and Newton. Optimal brain surgeon (Hassibi, Stork and Wolff, 1993) takes
@@ -19,13 +19,13 @@ from deepthin.plan.file_limit import projecting
 from deepthin.plan.shares import Planned
 
 Batches = Iterable[Sequence[Tensor]]
-"""Tensors with items first: what the model takes, one or several, and last what the loss compares with."""
+"""Batches of tensors, items first: one or several inputs of the model, and last the targets of the loss."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Of outputs and targets a number: ``nn.functional.cross_entropy``, say."""
+"""From outputs and targets to a scalar, such as ``nn.functional.cross_entropy``."""
 
-MOST_OUTPUTS = 2048  # for an item: its second derivatives are a matrix
-_ROWS = 256  # that are multiplied at once
+MOST_OUTPUTS = 2048  # of an item: its Hessian at the output is a matrix of their square
+_ROWS = 256  # gradients that are multiplied at once
 
 
 def hessian_diagonal(
@@ -88,23 +88,32 @@ def adam_importance(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
     Raises:
         ConfigError: The optimiser has no second moment (``exp_avg_sq``) of any parameter.
     """
-    found: dict[str, Tensor] = {}
+    roots: dict[str, Tensor] = {}
     decays = {id(p): group.get("betas") for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" in state and (betas := decays.get(id(parameter))):
             bias = 1 - float(betas[1]) ** float(state["step"])
-            found[name] = (state["exp_avg_sq"].detach() / bias).sqrt()
-    if not found:
+            roots[name] = (state["exp_avg_sq"].detach() / bias).sqrt()
+    if not roots:
         raise ConfigError(
             f"{type(optimizer).__name__} keeps no second moment (exp_avg_sq) of any parameter of this model: use Adam "
             "or AdamW, for at least one step, or hessian_diagonal."
         )
-    return _by_every_name(model, found)
+    return _by_every_name(model, roots)
 
 
 def check_importance(model: nn.Module, importance: Mapping[str, Tensor]) -> None:
-    """ConfigError for unknown names, other shapes and negative numbers; NonFiniteError for what is no number."""
+    """Refuse importance that does not fit a model.
+
+    Args:
+        model: The dense or thin network.
+        importance: Parameter name -> tensor.
+
+    Raises:
+        ConfigError: An unknown name, a shape that is not the parameter's, or a negative number.
+        NonFiniteError: A NaN or an infinity.
+    """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     for name, value in importance.items():
         if name not in shapes:
@@ -129,18 +138,26 @@ def check_importance(model: nn.Module, importance: Mapping[str, Tensor]) -> None
 
 
 def importance_for(planned: Planned, importance: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """What is said about the tensors of a plan; None if nothing is.
+    """The importance of a plan's tensors.
 
-    Those that share another's projection have none of their own. ConfigError if importance is said of some of a code
-    only: there is no number that all would agree to be the usual one.
+    Args:
+        planned: A tensor or a group.
+        importance: Parameter name -> importance, as in ``compress``; under any name of a shared tensor.
+
+    Returns:
+        One tensor for each of the plan's, of its shape; None if none is given. Where a rule shares the projection of
+        one tensor with others: 1 for that tensor, 0 for the others.
+
+    Raises:
+        ConfigError: Only some members of a group have importance: no default would be comparable with the others'.
     """
-    if (shares := projecting(planned)) is not None:
-        return [torch.from_numpy(share) for share in shares]
+    if (weights := projecting(planned)) is not None:
+        return [torch.from_numpy(weight) for weight in weights]
     names = [(tensor.name, *tensor.also) for tensor in planned.tensors]
-    found = [next((importance[name] for name in own if name in importance), None) for own in names]
-    given = [value for value in found if value is not None]
+    values = [next((importance[name] for name in aliases if name in importance), None) for aliases in names]
+    given = [value for value in values if value is not None]
     if given and len(given) < len(names):
-        missing = next(own[0] for own, value in zip(names, found, strict=True) if value is None)
+        missing = next(aliases[0] for aliases, value in zip(names, values, strict=True) if value is None)
         raise ConfigError(
             f"importance: {missing} has none, but shares a code with tensors that have: give it for all of a group, or "
             "for none."
@@ -153,7 +170,7 @@ def importance_for(planned: Planned, importance: Mapping[str, Tensor]) -> list[T
 
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """The model in evaluation, all its floating parameters wanting gradients; afterwards as it was."""
+    """Evaluation mode with gradients for all floating parameters; modes and flags are restored afterwards."""
     training = {module: module.training for module in model.modules()}
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     wanting = {name: p.requires_grad for name, p in parameters.items()}
@@ -161,7 +178,7 @@ def _at_rest(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         model.eval()
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        # cuDNN has no gradient of a recurrent layer in evaluation
+        # cuDNN cannot differentiate recurrent layers in evaluation mode
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             yield parameters
     finally:
@@ -185,7 +202,7 @@ def _items(batches: Batches) -> Iterator[list[Tensor]]:
 
 def _some(count: int) -> int:
     if not count:
-        raise ConfigError("batches: there is no item to judge by. Some hundred to a thousand do.")
+        raise ConfigError("batches has no items: give some hundred to a thousand.")
     return count
 
 
@@ -197,7 +214,7 @@ def _columns(
     generator: torch.Generator,
     wanted: Sequence[Tensor],
 ) -> Iterator[list[Tensor]]:
-    """Gradients by which ``J^T H J`` of one item is a sum of outer products, or is one on average."""
+    """Gradients whose outer products sum to ``J^T H J`` of one item, exactly or in expectation."""
     *inputs, target = item
     output = model(*inputs)
     if not isinstance(output, Tensor):
@@ -222,7 +239,7 @@ def _columns(
 
 
 def _factor(matrix: Float64[Tensor, "outputs outputs"]) -> Float64[Tensor, "outputs rank"]:
-    """S with ``S S^T`` the matrix, but for what is negative in it or no more than rounding."""
+    """S with ``S S^T`` the matrix, without eigenvalues that are negative or within rounding of 0."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     some = values > len(values) * torch.finfo(torch.float32).eps * values.abs().max()
     return vectors[:, some] * values[some].sqrt()
@@ -232,11 +249,11 @@ def _wide(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _by_every_name(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_every_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under all names that share a parameter."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = ((name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False))
-    return {name: found[own] for name, own in names if own in found}
+    return {name: tensors[one] for name, one in names if one in tensors}
 
 
 def _closest(name: str, names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The ways to multiply inputs by a thin weight, one table: which apply, what each is predicted to cost, how it runs.
+"""The ways to multiply inputs by a thin weight: which apply, what each is predicted to cost, how it runs.
 
 A choice is a pure function of a ``Case``: shapes, plan, batch and what is installed. A reloaded model therefore takes
 the same ways and computes the same bits.
@@ -25,46 +25,91 @@ _DENSITY = 0.05  # a product by sparse rows is faster than a dense one up to thi
 
 
 class Weight(Protocol):
-    """What a way reads of a ThinWeight."""
+    """What a way reads of a ThinWeight.
+
+    Attributes:
+        decoder: The method that decodes the floats.
+        parts: One ``storage.contents.Part`` for each tensor: shape, scale, transposed, zero_row.
+        plans: For each tensor its window in the factors' product; None where it must be decoded.
+    """
 
     decoder: Method
-    parts: Any  # of storage: shape, scale, transposed, zero_row
+    parts: Any
     plans: tuple[Window | None, ...]
 
     def __call__(self, index: int = 0) -> Tensor:
-        """A dense tensor, cached where that is allowed."""
+        """Decode a tensor; the result may be cached.
+
+        Args:
+            index: Which of the weight's tensors.
+
+        Returns:
+            The dense tensor.
+        """
         ...
 
     def decoded(self, index: int) -> Tensor:
-        """A dense tensor in plain operations, whatever records them."""
+        """Decode a tensor in plain operations without a cache, for tracers.
+
+        Args:
+            index: Which of the weight's tensors.
+
+        Returns:
+            The dense tensor.
+        """
         ...
 
     def floats(self) -> dict[str, Tensor]:
-        """The code that ``decoder`` takes."""
+        """The code that ``decoder`` takes.
+
+        Returns:
+            Entry -> tensor.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and stored integers."""
+        """Parameters and stored integers.
+
+        Returns:
+            Entry -> tensor.
+        """
         ...
 
     def sparse_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Columns of the stored weights, and where each row of them begins."""
+        """The positions of a sparse matrix as compressed sparse rows.
+
+        Returns:
+            The column of each stored weight, and the index of each row's first one.
+        """
         ...
 
 
 class Case(NamedTuple):
-    """What the choice of a way goes by."""
+    """What the choice of a way depends on.
 
-    method: Method  # that makes the weight
-    window: Window | None  # where the matrix lies in a product of two factors, if it does
-    batch: int  # items
-    dense_ready: bool  # the dense weight is cached, and no gradient is wanted of the code
-    native: bool = False  # all operands are what native code reads
-    whole: bool = False  # the code holds this matrix alone, (outputs, inputs), and the input is of the code's type
-    detached: bool = False  # no gradient is wanted of the input or the bias, and native code reads both
-    direct: bool = False  # the stored symbols are at hand
-    traced: bool = False  # recorded as a graph for this machine, in which the operator pays
-    levels: tuple[int, int] = (0, 0)  # look-up tables of the instruction set, where symbols are stored
+    Attributes:
+        method: The method that decodes the weight.
+        window: Where the matrix lies in a product of two factors; None if it does not.
+        batch: Number of items.
+        dense_ready: The dense weight is cached, and the code needs no gradient.
+        native: Native code can read all operands.
+        whole: The code holds this matrix alone, as (outputs, inputs), and the input has the code's dtype.
+        detached: Input and bias need no gradient, and native code can read both.
+        direct: The stored symbols are available.
+        traced: Recorded as a graph for this machine, in which the operator is predicted to be faster.
+        levels: Look-up tables of the instruction set (``kernels.products.levels``), where symbols are stored.
+    """
+
+    method: Method
+    window: Window | None
+    batch: int
+    dense_ready: bool
+    native: bool = False
+    whole: bool = False
+    detached: bool = False
+    direct: bool = False
+    traced: bool = False
+    levels: tuple[int, int] = (0, 0)
 
 
 class Way(Protocol):
@@ -76,36 +121,60 @@ class Way(Protocol):
         ...
 
     def applies(self, case: Case) -> bool:
-        """Whether it can serve."""
+        """Whether the way can compute this case.
+
+        Args:
+            case: The plan, the batch and the operands.
+
+        Returns:
+            True if ``run`` gives the product.
+        """
         ...
 
     def cost(self, case: Case) -> float:
-        """Predicted nanoseconds, comparable between the ways that apply."""
+        """The predicted time.
+
+        Args:
+            case: A case to which the way applies.
+
+        Returns:
+            Nanoseconds, comparable between ways that apply to the same case.
+        """
         ...
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
-        """The product."""
+        """Compute the product.
+
+        Args:
+            weight: The thin weight.
+            x: Inputs; the last dimension is the fan-in.
+            index: Which of the weight's tensors is W.
+            bias: One number per output, or None.
+
+        Returns:
+            The outputs, with the leading dimensions of x.
+        """
         ...
 
 
 class DenseWeight:
-    """The decoded weight: serves always."""
+    """The product with the decoded weight; applies always."""
 
     name: costs.Path = "dense"
 
     def applies(self, case: Case) -> bool:
-        """Always."""
+        """As ``Way.applies``: always."""
         return True
 
     def cost(self, case: Case) -> float:
-        """Of the product, and of decoding where the weight is not cached."""
+        """As ``Way.cost``: of the product, and of decoding where the weight is not cached."""
         if case.window is not None:
             return _factored(case)["dense"]
         summands = case.method.summands() if isinstance(case.method, InTurn) else 1
         return costs.dense_cost(case.method.shape, summands, case.batch, case.dense_ready)
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
-        """By torch's product; ``x`` may be a proxy that records."""
+        """As ``Way.run``, by ``F.linear``; ``x`` may be a proxy of a tracer."""
         dense = weight(index) if isinstance(x, Tensor) else weight.decoded(index)
         if weight.parts[index].transposed:
             return x @ dense if bias is None else x @ dense + bias
@@ -113,21 +182,25 @@ class DenseWeight:
 
 
 class Factored:
-    """The structured product of two factors in torch operations: in turn, or by a correlation."""
+    """The structured product of two factors in torch operations.
+
+    Args:
+        name: ``factors``, ``direct`` or ``fft``: one factor after the other, or a correlation.
+    """
 
     def __init__(self, name: costs.Path) -> None:
         self.name: costs.Path = name
 
     def applies(self, case: Case) -> bool:
-        """Where native code does not serve, and the plan has this way; the FFT library takes no empty batches."""
+        """As ``Way.applies``: where the plan has this way and native code cannot read the operands, batch > 0."""
         return case.window is not None and not case.native and case.batch > 0 and self.name in _factored(case)
 
     def cost(self, case: Case) -> float:
-        """As fitted to timings."""
+        """As ``Way.cost``: fitted to timings."""
         return _factored(case)[self.name]
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
-        """In float32 under autocast."""
+        """As ``Way.run``; computes in float32 under autocast."""
         window, scale = cast(Window, weight.plans[index]), weight.parts[index].scale
         floats = weight.floats()
         rows, wf = floats["xf"], floats["wf"]
@@ -136,26 +209,26 @@ class Factored:
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             x32, rows, wf = (x.float(), rows.float(), wf.float()) if autocast else (x, rows, wf)
             rows = rows if len(rows) == window.stop - window.first else rows[window.first : window.stop]
-            y = self._product(window, x32, rows, wf, fused, x)
+            y = self._product(weight, window, x32, rows, wf, fused, x)
         y = y.to(torch.get_autocast_dtype(x.device.type)) if autocast else y
         y = y if scale == 1.0 else y * scale
         return y if bias is None or fused is not None else y + bias.to(y.dtype)
 
     def _product(
-        self, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
+        self, weight: Weight, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
     ) -> Tensor:
-        return factor_linear(window.plan, x32, rows, wf, cast(Any, self.name), window.offset)
+        return factor_linear(window.plan, x32, rows, wf, cast(Any, self.name), window.offset, weight)
 
 
 class NativeFactored(Factored):
-    """The same in native code: float32 on the CPU. Within a compiled graph, the operator."""
+    """The structured product of two factors in native code, float32 on the CPU; the operator in a compiled graph."""
 
     def applies(self, case: Case) -> bool:
-        """Where all operands are plain. The operator that chooses its correlation by itself serves graphs alone."""
+        """As ``Way.applies``: where the plan has this way and native code can read the operands; no empty batches."""
         return case.window is not None and case.native and case.batch > 0 and self.name in _factored(case)
 
     def _product(
-        self, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
+        self, weight: Weight, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
     ) -> Tensor:
         outputs, offset = window.plan.shape[0], window.offset
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:
@@ -164,42 +237,42 @@ class NativeFactored(Factored):
 
 
 class FactorsInTurn:
-    """The factors of a method that multiplies by them one after the other."""
+    """The product with one factor after the other, for methods that can do so (``InTurn``)."""
 
     name: costs.Path = "factors"
 
     def applies(self, case: Case) -> bool:
-        """To a matrix that is all of its code."""
+        """As ``Way.applies``: where the code holds one matrix alone; no empty batches."""
         return case.window is None and case.whole and case.batch > 0 and isinstance(case.method, InTurn)
 
     def cost(self, case: Case) -> float:
-        """As fitted to timings."""
+        """As ``Way.cost``: fitted to timings."""
         return costs.in_turn_cost(cast(InTurn, case.method), case.batch, case.dense_ready)
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
-        """Then scaled."""
+        """As ``Way.run``."""
         y = multiply_in_turn(cast(Any, weight.decoder), weight.floats(), x) * weight.parts[index].scale
         return y if bias is None else y + bias
 
 
 class SparseRows:
-    """Compressed sparse rows in native code, in evaluation."""
+    """The product with compressed sparse rows in native code, in evaluation."""
 
     name: costs.Path = "csr"
 
     def applies(self, case: Case) -> bool:
-        """To a whole sparse matrix of low density, where nothing but the result is wanted."""
+        """As ``Way.applies``: a single matrix of density up to 5 %, where no gradient is needed."""
         if not (isinstance(case.method, Sparse) and case.whole and case.native and case.detached):
             return False
         return case.dense_ready and case.batch > 0 and case.method.kept <= _DENSITY * math.prod(case.method.shape)
 
     def cost(self, case: Case) -> float:
-        """Less than dense by as much as the density is below that at which both are even."""
+        """As ``Way.cost``: that of dense, times the density divided by 10 %."""
         dense = costs.dense_cost(case.method.shape, 1, case.batch, case.dense_ready)
         return dense * cast(Sparse, case.method).kept / (2 * _DENSITY * math.prod(case.method.shape))
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
-        """Of contiguous memory."""
+        """As ``Way.run``; copies operands that are not contiguous."""
         rows, cols = weight.decoder.shape
         columns, starts = weight.sparse_rows()
         values = weight.floats()["values"].detach() * weight.parts[index].scale
@@ -211,22 +284,22 @@ class SparseRows:
 
 
 class SymbolLookUp:
-    """Symbols of a byte in native code, which reads them where they lie: there is no copy that could be stale."""
+    """The product with one-byte symbols in native code, which reads the stored tensor; a packed copy could be stale."""
 
     name: costs.Path = "symbols"
 
     def applies(self, case: Case) -> bool:
-        """To a whole matrix of few items, where nothing but the result is wanted and look-ups are quick."""
+        """As ``Way.applies``: a single matrix, few items, no gradient, and a processor with fast look-ups."""
         if not (isinstance(case.method, Symbols) and case.direct and case.whole and case.native and case.detached):
             return False
         return case.dense_ready and costs.symbols_pay(case.method, case.batch, case.levels)
 
     def cost(self, case: Case) -> float:
-        """Measured where it applies: half of dense at the most."""
+        """As ``Way.cost``: half of dense, an upper bound measured where the way applies."""
         return costs.dense_cost(case.method.shape, 1, case.batch, case.dense_ready) / 2
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
-        """Steps or centres times the scale."""
+        """As ``Way.run``; the part's scale is multiplied into the steps or centres."""
         state, scale = weight.state(), weight.parts[index].scale
         floats = {e: t if scale == 1.0 else t * scale for e, t in state.items() if t.is_floating_point()}
         return symbol_linear(x, state["symbols"], bias, **floats)
@@ -246,12 +319,19 @@ WAYS: tuple[Way, ...] = (
     SparseRows(),
     SymbolLookUp(),
 )
-"""Every way. A device, a kernel or a method is one more entry."""
+"""Every way; among equal costs the first is chosen."""
 
 
 def choose(case: Case) -> Way:
-    """The way of least predicted cost, of those that apply; of equal ones the first."""
-    if case.traced:  # graphs are recorded with what follows from the plan alone
+    """The way with the least predicted cost.
+
+    Args:
+        case: The plan, the batch and the operands.
+
+    Returns:
+        The first of the cheapest ways in ``WAYS`` that apply; the operator in a compiled graph.
+    """
+    if case.traced:  # the batch may be symbolic, so the choice depends on the plan alone
         return OPERATOR
     return DENSE if case.window is None and not case.whole else _least(case)
 
@@ -263,11 +343,18 @@ def _least(case: Case) -> Way:
 
 @lru_cache(maxsize=4096)
 def _factored(case: Case) -> dict[costs.Path, float]:
-    """Predicted nanoseconds of every way of a plan."""
+    """Predicted nanoseconds of every way for a plan."""
     return costs.costs(cast(Window, case.window).plan, case.batch, case.dense_ready)
 
 
 @lru_cache(maxsize=4096)
 def operator_pays(window: Window) -> bool:
-    """Whether a compiled graph holds the operator instead of the decoded weight: one choice for all batches."""
+    """Whether a compiled graph uses the operator instead of the decoded weight: one choice for all batches.
+
+    Args:
+        window: The plan of the factors, and where the matrix begins in their product.
+
+    Returns:
+        Whether the operator is predicted to be faster for 32 items.
+    """
     return costs.choose(window.plan, TYPICAL_BATCH, False, native=True) != "dense"

@@ -6,33 +6,51 @@ one for every phase at which an output may start. docs/theory.md derives it. Eve
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from deepthin.kernels.costs import fft_length
 from deepthin.method import InTurn
 from deepthin.methods.factor import Factor
 
 
-class _Tables(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Tables:
     """Where entries go, for one plan."""
 
     windows: Int64[Tensor, "taps"]  # n x K x S: the row of xf that each tap of each output reads
-    outputs: Int64[Tensor, "rows"]  # where each output stands among n x K
+    outputs: Int64[Tensor, "rows"]  # index of each output among n x K
     readers: Int64[Tensor, "reads"]  # D x m: the taps that read each row of xf
     blocks: int  # S: consecutive rows of xf that one output reads
     depth: int  # K: outputs that share a phase
 
 
+_Key = tuple[tuple[int, int], int, int, int, torch.device]
+# Tables live as long as a weight that they were made for: weights of one plan share them.
+_alive: "WeakValueDictionary[_Key, _Tables]" = WeakValueDictionary()
+_held: "WeakIdKeyDictionary" = WeakIdKeyDictionary()  # owner -> its tables by key
+
+
 def multiply_in_turn(
     method: InTurn, floats: Mapping[str, Tensor], x: Float[Tensor, "*batch cols"]
 ) -> Float[Tensor, "*batch rows"]:
-    """``x @ W.T`` by the factors one after the other."""
+    """``x @ W.T`` by one factor after the other.
+
+    Args:
+        method: A method that can multiply so.
+        floats: Its code, by entry.
+        x: Inputs, any number of leading dimensions.
+
+    Returns:
+        The outputs, with the leading dimensions of x.
+    """
     items = F.pad(x.reshape(-1, x.shape[-1]), (0, method.inputs() - x.shape[-1]))
     return method.multiply(dict(floats), items, cast(Any, torch)).reshape(*x.shape[:-1], method.shape[0])
 
@@ -44,11 +62,26 @@ def factor_linear(
     wf: Float[Tensor, "r n"],
     path: Literal["factors", "direct", "fft"],
     offset: int = 0,
+    owner: object = None,
 ) -> Float[Tensor, "*batch rows"]:
-    """``x @ W.T`` by the structured way ``path``; W is what the factors decode to, from entry ``offset`` < n on.
+    """``x @ W.T`` by the structured way ``path``; W is the factors' product from entry ``offset`` on.
 
-    The relative error is that of a dense product for ``factors`` and ``direct``; by ``fft`` it is relative to the
-    largest input of the item, not of the entry. Half precision is computed in single precision and rounded at the end.
+    Half precision is computed in single precision and rounded at the end.
+
+    Index tables are cached as long as ``owner`` lives.
+
+    Args:
+        method: The plan: shape of W, n and rank. ``direct`` and ``fft`` need n coprime with the fan-in.
+        x: Inputs, any number of leading dimensions.
+        xf: Left factor, m x r.
+        wf: Right factor, r x n.
+        path: ``factors`` (n is the fan-in), or the correlation ``direct`` or by ``fft``.
+        offset: Entry of the factors' product at which W begins, from 0 to n - 1.
+        owner: The weight that has the factors; None: ``xf``.
+
+    Returns:
+        The outputs, with the leading dimensions and dtype of x. The relative error is that of a dense product for
+        ``factors`` and ``direct``; by ``fft`` it is relative to the largest input of the item.
     """
     if path == "factors":
         return F.linear(F.linear(x, wf), xf)
@@ -56,7 +89,7 @@ def factor_linear(
     if kind in (torch.float16, torch.bfloat16):
         x, xf, wf = x.float(), xf.float(), wf.float()
     items = x.reshape(-1, method.shape[1])
-    tables = _tables(method.shape, method.n, offset, len(xf), x.device)
+    tables = _tables_of(xf if owner is None else owner, (method.shape, method.n, offset, len(xf), x.device))
     if path == "fft":
         y = _TransformProduct.apply(items, xf, wf, tables)[0]
     else:
@@ -64,7 +97,18 @@ def factor_linear(
     return y.reshape(*x.shape[:-1], method.shape[0]).to(kind)
 
 
-@lru_cache(maxsize=256)
+def _tables_of(owner: object, key: _Key) -> _Tables:
+    """The tables of a plan, kept for an owner; one of several threads that make the same may make them in vain."""
+    held = cast("dict[_Key, _Tables]", _held.setdefault(owner, {}))
+    tables = held.get(key)
+    if tables is None:
+        tables = _alive.get(key)
+        if tables is None:
+            tables = _alive[key] = _tables(*key)
+        held[key] = tables
+    return tables
+
+
 def _tables(shape: tuple[int, int], n: int, offset: int, m: int, device: torch.device) -> _Tables:
     """The index tables of a plan whose n is coprime with the fan-in; ``m`` is the number of rows of xf.
 
@@ -73,7 +117,7 @@ def _tables(shape: tuple[int, int], n: int, offset: int, m: int, device: torch.d
     """
     rows, cols = shape
     blocks, depth = -(-(cols + n - 1) // n), -(-rows // n)
-    with torch.inference_mode(False):  # so that a table first made there can serve training later
+    with torch.inference_mode(False):  # the cached tables may serve training later
         output = torch.arange(depth * n, device=device)
         entry = offset + output * cols
         slot = (n - 1 - entry % n) * depth + output // n
@@ -111,7 +155,7 @@ def _transform(x: Tensor, wf: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _panels(correlation: Float[Tensor, "items r length"], tables: _Tables) -> Float[Tensor, "n terms items"]:
-    """Phase first, items last. Two plain copies, a transposition and then whole rows, beat one general permutation."""
+    """Phase first, items last. Two copies, a transposition and then whole rows, are faster than one permutation."""
     items, rank, length = correlation.shape
     n = length // tables.blocks
     rows = correlation.reshape(items, -1).t().contiguous().view(rank, tables.blocks, n, items)
@@ -119,7 +163,7 @@ def _panels(correlation: Float[Tensor, "items r length"], tables: _Tables) -> Fl
 
 
 def _unpanel(panels: Float[Tensor, "n terms items"], tables: _Tables) -> Float[Tensor, "items r length"]:
-    """What undoes ``_panels``."""
+    """The inverse of ``_panels``."""
     n, _, items = panels.shape
     rows = panels.view(n, tables.blocks, -1, items).permute(2, 1, 0, 3).contiguous()
     return rows.view(-1, items).t().contiguous().view(items, -1, tables.blocks * n)
@@ -163,8 +207,8 @@ class _TransformProduct(torch.autograd.Function):
             x, xf, wf = (t.view_as(t) for t in (x, xf, wf))  # apart: one may have been computed from another
             y = _second_stage(_transform(x, wf, tables.blocks)[0], xf, tables)
             wanted = [t for t, needed in zip((x, xf, wf), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+            grads_of = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(grads_of) if needed else None for needed in ctx.needs_input_grad[:3]), None
         (items, cols), (rank, n), depth = x.shape, wf.shape, tables.depth
         points = 2 * (spectrum.shape[-1] - 1)
         spread = (

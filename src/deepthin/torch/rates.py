@@ -41,4 +41,4 @@ def parameter_groups(
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 groups.setdefault((name, times), []).append(parameter)
-    return [{"params": found, "lr": lr * times, "name": name} for (name, times), found in groups.items() if found]
+    return [{"params": group, "lr": lr * times, "name": name} for (name, times), group in groups.items() if group]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepthin.kernels import products
-from deepthin.kernels.costs import NATIVE, choose_native, work
+from deepthin.kernels.costs import NATIVE, choose_native, repeated_dense_work, work
 from deepthin.kernels.recurrent import CELLS, gates_of
 from deepthin.methods.factor import Factor
 from deepthin.torch.operators import takes
@@ -36,7 +36,7 @@ _library.define(
 
 
 class _Layers(NamedTuple):
-    """What all sizes follow from. ``plans``: of each matrix, the factors' method and the entry where it begins."""
+    """The sizes of a call. ``plans``: for each matrix its factors' method and the entry where it begins."""
 
     cell: str
     steps: int
@@ -48,7 +48,7 @@ class _Layers(NamedTuple):
     plans: list[tuple[Factor, int]]
 
     def numbers(self) -> tuple[int, ...]:
-        """As the native code takes them."""
+        """The seven sizes in the order of the native function's arguments; the cell as its index in ``CELLS``."""
         return CELLS.index(self.cell), *self[1:7]
 
 
@@ -69,13 +69,10 @@ def pays(matrices: tuple[Factor, ...], batch: int, training: bool) -> bool:
     """
     native = dense = 0.0
     for number, method in enumerate(matrices):
-        area, calls = math.prod(method.shape), _STEPS if number % 2 else 1
+        calls = _STEPS if number % 2 else 1
         items = batch if number % 2 else _STEPS * batch
         native += calls * min(cost for path, cost in work(method, items, not training).items() if path in NATIVE)
-        if training:
-            dense += calls * (0.07 * items + 0.2) * area + (1.33 + 0.273 * method.rank) * area
-        else:
-            dense += calls * (0.024 * items + 0.16) * area
+        dense += repeated_dense_work(method, items, calls, not training)
     return native < dense
 
 
@@ -111,12 +108,12 @@ def recurrent(
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     rest = list(offsets), cell, directions
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:
-        found = torch.ops.deepthin.recurrent(x, h, c, list(factors), list(biases), *rest, keep)
+        results = torch.ops.deepthin.recurrent(x, h, c, list(factors), list(biases), *rest, keep)
     elif keep:
-        found = cast(Any, _Eager.apply(len(factors), *rest, x, h, c, *factors, *biases))
+        results = cast(Any, _Eager.apply(len(factors), *rest, x, h, c, *factors, *biases))
     else:
-        found = _forward(x, h, c, factors, biases, *rest, False)
-    return found[0], found[1], None if c is None else found[2]
+        results = _forward(x, h, c, factors, biases, *rest, False)
+    return results[0], results[1], None if c is None else results[2]
 
 
 def _layers(
@@ -202,7 +199,7 @@ def _forward(
 
 
 def _reserve(layers: _Layers) -> int:
-    """Numbers that are kept for the gradient."""
+    """How many floats the forward pass saves for the gradient."""
     if not products.native_available:
         return 0
     numbers = layers.numbers()
@@ -223,16 +220,16 @@ def _operands(
         batch = layers.batch if number % 2 else _INPUT_ITEMS
         ways = [choose_native(method, batch, which) == "native-fft" for which in (False, True)]
         plans += [*method.shape, method.n, method.rank, offset, *ways]
-        own = [factors[2 * number], factors[2 * number + 1], biases[number] if biases else None]
-        own_grads = [None] * 3
+        operands = [factors[2 * number], factors[2 * number + 1], biases[number] if biases else None]
+        into = [None] * 3  # gradients are written to
         if grads:
-            own_grads = [grads[2 * number], grads[2 * number + 1], grads[len(factors) + number] if biases else None]
-        parts += [0 if t is None or not t.numel() else t.data_ptr() for t in (*own, *own_grads)]
+            into = [grads[2 * number], grads[2 * number + 1], grads[len(factors) + number] if biases else None]
+        parts += [0 if t is None or not t.numel() else t.data_ptr() for t in (*operands, *into)]
     return plans, parts
 
 
 def _plain(t: Tensor) -> Tensor:
-    """Row-major. An alias, so that the memory stays although another thread gives the tensor new data meanwhile."""
+    """Row-major. An alias keeps the memory alive if another thread replaces the tensor's data during the call."""
     return t.detach().resolve_neg().contiguous()
 
 
@@ -262,34 +259,34 @@ def _backward(
         raise ValueError(f"The reserve has {reserve.numel()} numbers: it is not that of these operands.")
     if not reserve.numel() or not takes(grad_y, grad_h, grad_c, *inputs, y, reserve):
         with torch.enable_grad():
-            own = [t.detach().requires_grad_() for t in inputs]
-            found = _in_torch_of(layers, own, len(factors), c is not None)
-            outputs = found if c is not None else found[:2]
-            grads = torch.autograd.grad(outputs, own, (grad_y, grad_h, grad_c)[: len(outputs)])
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            results = _in_torch_of(layers, leaves, len(factors), c is not None)
+            outputs = results if c is not None else results[:2]
+            grads = torch.autograd.grad(outputs, leaves, (grad_y, grad_h, grad_c)[: len(outputs)])
         return [g if want else x.new_empty(0) for g, want in zip(grads, wanted, strict=True)]
     held = [_plain(t) for t in (*inputs, y, reserve, grad_y)]
-    own = [
+    made = [
         torch.empty(t.shape, dtype=torch.float32, device="cpu") if want else x.new_empty(0)
         for t, want in zip(inputs, wanted, strict=True)
     ]
     for place, grad in enumerate((grad_h, grad_c)[: len(states)]):  # in: of the last states; out: of the first
-        own[1 + place] = grad.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+        made[1 + place] = grad.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
     first = 1 + len(states)
     factors, biases = held[first : first + len(factors)], held[first + len(factors) : len(inputs)]
     addresses = [t.data_ptr() for t in held]
     products.native().recurrent_backward(
         *layers.numbers(),
-        *_operands(layers, factors, biases, True, own[first:]),
+        *_operands(layers, factors, biases, True, made[first:]),
         addresses[0],
         addresses[1],
         addresses[2] if c is not None else 0,
         *addresses[-3:],
-        own[0].data_ptr() if own[0].numel() else 0,
-        own[1].data_ptr(),
-        own[2].data_ptr() if c is not None else 0,
+        made[0].data_ptr() if made[0].numel() else 0,
+        made[1].data_ptr(),
+        made[2].data_ptr() if c is not None else 0,
         torch.get_num_threads(),
     )
-    return own
+    return made
 
 
 def _in_torch(
@@ -300,7 +297,7 @@ def _in_torch(
     factors: Sequence[Tensor],
     biases: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Torch's own layers with decoded weights: any type, any device, any gradient."""
+    """Torch's layers with decoded weights: any dtype, any device, differentiable to any order."""
     weights: list[Tensor] = []
     for number, (method, offset) in enumerate(layers.plans):
         flat = (factors[2 * number] @ factors[2 * number + 1]).reshape(-1)
@@ -318,7 +315,7 @@ def _in_torch(
 
 
 def _in_torch_of(layers: _Layers, inputs: Sequence[Tensor], factors: int, has_c: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of x, h, c where there is one, factors and biases, all in a row."""
+    """``_in_torch`` of one list: x, h, c if there is one, the factors and the biases."""
     first = 3 if has_c else 2
     c = inputs[2] if has_c else None
     return _in_torch(layers, inputs[0], inputs[1], c, inputs[first : first + factors], inputs[first + factors :])
@@ -337,8 +334,8 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     steps, batch, _ = x.shape
     places, _, hidden = h.shape
-    own = gates_of(cell) * hidden + (hidden if cell in ("lstm", "gru") else 0)
-    layer = steps * batch * directions * (hidden + own)
+    gates = gates_of(cell) * hidden + (hidden if cell in ("lstm", "gru") else 0)
+    layer = steps * batch * directions * (hidden + gates)
     reserve = (places // directions) * layer - steps * batch * directions * hidden
     y = x.new_empty(steps, batch, directions * hidden)
     native = products.native_available and all(
@@ -378,23 +375,24 @@ def _grad(ctx: Any, *grads: Tensor, backward: Any = None) -> tuple[Any, ...]:
     factors, biases = inputs[first : first + ctx.factors], inputs[first + ctx.factors :]
     offsets, cell, directions = ctx.rest
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # of any order: let autograd derive them
-        own = [t.view_as(t) for t in inputs]  # apart: one may have been computed from another
-        found = _in_torch_of(_layers(x, h, c, factors, biases, offsets, cell, directions), own, ctx.factors, ctx.has_c)
-        wanted = [t for t in own if t.requires_grad]
-        outputs = found if ctx.has_c else found[:2]
+        views = [t.view_as(t) for t in inputs]  # since one may have been computed from another
+        layers = _layers(x, h, c, factors, biases, offsets, cell, directions)
+        results = _in_torch_of(layers, views, ctx.factors, ctx.has_c)
+        wanted = [t for t in views if t.requires_grad]
+        outputs = results if ctx.has_c else results[:2]
         made = iter(torch.autograd.grad(outputs, wanted, grads[: len(outputs)], create_graph=True, allow_unused=True))
-        found = [next(made) if t.requires_grad else None for t in own]
+        by_input = [next(made) if t.requires_grad else None for t in views]
     else:
         wanted = [t.requires_grad for t in inputs]
         backward = backward or torch.ops.deepthin.recurrent_backward
         made = backward(*grads[:3], x, h, c, y, reserve, factors, biases, offsets, cell, directions, wanted)
-        found = [g if want else None for g, want in zip(made, wanted, strict=True)]
-    of_c = [found[2]] if ctx.has_c else [None]
-    return *found[:2], *of_c, found[first : first + ctx.factors], found[first + ctx.factors :], None, None, None, None
+        by_input = [g if want else None for g, want in zip(made, wanted, strict=True)]
+    of_c, of_factors = by_input[2] if ctx.has_c else None, by_input[first : first + ctx.factors]
+    return *by_input[:2], of_c, of_factors, by_input[first + ctx.factors :], None, None, None, None
 
 
 class _Eager(torch.autograd.Function):
-    """What the registered operator does, for tensors of an eager program: without dispatch."""
+    """The registered operator without the dispatcher, for eager programs."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -18,9 +18,9 @@ _TYPICAL_BATCH = 8  # of a graph, whose batch may be unknown
 
 
 class ThinRecurrent(ThinLayer, nn.RNNBase):
-    """A recurrent layer that multiplies by the codes of its gate matrices, where native code does.
+    """A recurrent layer that multiplies by the codes of its gate matrices where native code can.
 
-    Else these, stacked as torch keeps them, are decoded once a call.
+    Otherwise they are decoded once a call, and torch's layer runs.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -40,7 +40,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         return super().forward(input, hx) if factors is None else self._run(input, hx, *factors)
 
     def _is_plain(self, input: Tensor) -> bool:
-        """Whether the operator may take it. While a graph is exported or transformed, weights are decoded inside it."""
+        """Whether the operator can take the input. In exported or transformed graphs, weights are decoded instead."""
         if input.dim() not in (2, 3) or not input.numel() or not input.is_floating_point() or input.is_meta:
             return False
         if self.proj_size or torch._C._get_tracing_state() is not None or is_transformed():
@@ -51,7 +51,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         return native_available and not torch.compiler.is_exporting() and like.is_cpu and like.dtype is torch.float32
 
     def _parts(self) -> "list[tuple[ThinWeight, int]]":
-        """The code of each matrix, and which of its tensors; nothing where one is dense or must be decoded."""
+        """The ThinWeight of each matrix and the index in it; empty if a matrix is dense or must be decoded."""
         thin = cast(nn.Module, self._modules["thin"])._modules
         parts: list[tuple[ThinWeight, int]] = []
         for name in self._flat_weights_names:
@@ -64,7 +64,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         return parts
 
     def _factors(self, input: Tensor) -> "tuple[list[Tensor], list[Tensor], list[int]] | None":
-        """Those of all matrices, the biases, and where the matrices begin; none where decoded ones serve better."""
+        """Factors of all matrices, biases, and offsets of the matrices; None where decoded weights are preferred."""
         parts = self._parts()
         plans = [cast(tuple[Factor, int, int, int], weight.plans[index]) for weight, index in parts]
         alone, axis = input.dim() == 2, 0 if self.batch_first else 1
@@ -84,7 +84,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         return factors, biases, [plan[3] for plan in plans]
 
     def _run(self, input: Tensor, hx: Any, factors: list[Tensor], biases: list[Tensor], offsets: list[int]) -> Any:
-        """By the operator, in single precision whatever autocast says; with torch's layouts and errors."""
+        """Run the operator, in single precision also under autocast; with torch's layouts and errors."""
         lstm, alone = self.mode == "LSTM", input.dim() == 2
         places, cell = 2 if self.bidirectional else 1, self.mode.lower().removeprefix("rnn_")
         x = input.unsqueeze(1) if alone else input.transpose(0, 1) if self.batch_first else input
@@ -95,22 +95,23 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         else:
             states = [state.unsqueeze(1) if alone else state for state in (hx if lstm else [hx])]
         if x.shape[2] != self.input_size or any(state.shape != whole for state in states):
-            return super().forward(input, hx)  # which says what is wrong
+            return super().forward(input, hx)  # which raises torch's error
         autocast = torch.is_autocast_enabled("cpu")
         kind = torch.get_autocast_dtype("cpu") if autocast else input.dtype
         with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
             if autocast:
                 x, states, factors, biases = x.float(), *([t.float() for t in ts] for ts in (states, factors, biases))
             h, c = states[0], states[1] if lstm else None
-            # All layers in one call, except where dropout stands between them
+            # All layers in one call, unless there is dropout between them
             layers = 1 if self.training and self.dropout else self.num_layers
             ends: list[tuple[Tensor, Tensor | None]] = []
             for first in range(0, self.num_layers, layers):
                 x = F.dropout(x, self.dropout) if first else x
-                own, of_own = (slice(k * places * first, k * places * (first + layers)) for k in (1, 2))
-                matrices = slice(2 * of_own.start, 2 * of_own.stop)
-                rest = factors[matrices], biases[of_own], offsets[of_own], cell, places
-                x, last, last_c = recurrent(x, h[own], None if c is None else c[own], *rest)
+                # For each layer and direction there are a state, two matrices and four factors
+                of_states, of_matrices = (slice(k * places * first, k * places * (first + layers)) for k in (1, 2))
+                of_factors = slice(2 * of_matrices.start, 2 * of_matrices.stop)
+                rest = factors[of_factors], biases[of_matrices], offsets[of_matrices], cell, places
+                x, last, last_c = recurrent(x, h[of_states], None if c is None else c[of_states], *rest)
                 ends.append((last, last_c))
         y = (x.squeeze(1) if alone else x.transpose(0, 1) if self.batch_first else x).to(kind)
         last = [
@@ -129,7 +130,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
 
     @_flat_weights.setter
     def _flat_weights(self, _: list[Tensor]) -> None:
-        """Ignored: torch caches these tensors, this layer reads them at every call."""
+        """Ignored: torch caches these tensors, whereas this layer reads them at every call."""
 
     def _init_flat_weights(self) -> None:
         self._flat_weight_refs = []

@@ -1,6 +1,6 @@
-"""Which matrices pruning takes most from: by one threshold for all, by the same share of each class, or by its spread.
+"""Pruning schemes: one threshold for all classes, one fraction for each class, or thresholds relative to the spread.
 
-See, Luong and Manning, 2016, arXiv:1606.09274, section 3.2. A class is what one rule covers.
+See, Luong and Manning, 2016, arXiv:1606.09274, section 3.2. A class is all matrices of one rule.
 """
 
 import dataclasses
@@ -55,9 +55,9 @@ def allocate_pruning(model: nn.Module, rules: Mapping[str, Any] | str | Path | R
     rules = dataclasses.replace(parse_rules(rules), allocation=1.0)
     if rules.ratio is None:
         raise ConfigError(f"{scheme} shares out a budget: give [model] a ratio.")
-    found, owners = tensors_of(model)
-    plans = {plan.tensors[0].name: plan for plan in plan_of(model, rules, found)}
-    units, fixed, shared = split_units(rules, found)
+    tensors, owners = tensors_of(model)
+    plans = {plan.tensors[0].name: plan for plan in plan_of(model, rules, tensors)}
+    units, fixed, shared = split_units(rules, tensors)
     encoded = Encoded(owners)
     sizes: dict[str, np.ndarray] = {}
     for unit in shared:
@@ -72,29 +72,24 @@ def allocate_pruning(model: nn.Module, rules: Mapping[str, Any] | str | Path | R
     threshold = _thresholds(scheme, shared, sizes)
 
     def bits(level: float) -> dict[str, int]:
-        above = threshold(level)
-        return {
-            unit.name: max(
-                _bits(
-                    unit, plans[unit.name], len(own) - int(np.searchsorted(own, above[unit.rule.pattern], side="right"))
-                ),
-                unit.smallest_bits(),
-            )
-            for unit in shared
-            for own in [sizes[unit.name]]
-        }
+        limits, needed = threshold(level), dict[str, int]()
+        for unit in shared:
+            magnitudes = sizes[unit.name]
+            removed = int(np.searchsorted(magnitudes, limits[unit.rule.pattern], side="right"))
+            needed[unit.name] = max(_bits(unit, plans[unit.name], len(magnitudes) - removed), unit.smallest_bits())
+        return needed
 
-    low, high = 0.0, 1.0  # of the way from what keeps all to what keeps none
+    low, high = 0.0, 1.0  # levels: 0 keeps all weights, 1 none
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if sum(bits(middle).values()) <= budget else (middle, high)
-    return with_targets(rules, found, bits(high))
+    return with_targets(rules, tensors, bits(high))
 
 
 def _thresholds(
     scheme: str, units: list[Unit], sizes: Mapping[str, Float[np.ndarray, " weights"]]
 ) -> Callable[[float], dict[str, float]]:
-    """For a level from 0, all stays, to 1, all goes: above what a weight of a class stays."""
+    """From a level, 0 (keep all weights) to 1 (remove all), to the threshold above which each class keeps weights."""
     classes = {
         rule: np.sort(np.concatenate([sizes[unit.name] for unit in units if unit.rule.pattern == rule]))
         for rule in {unit.rule.pattern for unit in units}
@@ -110,16 +105,16 @@ def _thresholds(
 
 
 def _spread(magnitudes: np.ndarray) -> float:
-    """The deviation of weights around zero, where networks have them; 1 for zeros alone."""
+    """The root mean square, as the standard deviation of weights of mean 0; 1 if all are 0."""
     return float(np.sqrt(np.mean(np.square(magnitudes, dtype=np.float64)))) or 1.0
 
 
-def _bits(unit: Unit, planned: Planned, kept: int) -> int:
-    """What a matrix takes that keeps so many weights; along a line, where another method stores their values."""
+def _bits(unit: Unit, planned: Planned, count: int) -> int:
+    """Bits of a matrix with ``count`` weights left; interpolated linearly where another method stores their values."""
     method = cast(Method, planned.method)
     outer = cast(Sparse, outer_of(method))
     if not inner_of(method):
-        return outer.with_kept(kept).bits() if kept else 0
+        return outer.with_kept(count).bits() if count else 0
     least = unit.fit(unit.smallest_bits())
     fixed, one = least.bits(), cast(Sparse, outer_of(least)).kept
-    return fixed + (method.bits() - fixed) * (kept - one) // max(outer.kept - one, 1)
+    return fixed + (method.bits() - fixed) * (count - one) // max(outer.kept - one, 1)

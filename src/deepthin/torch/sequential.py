@@ -1,7 +1,7 @@
 """nn.Sequential whose thin linear layers and rectifiers run in one native call, in evaluation.
 
-A call of a module takes about as long as a small thin layer itself. The call is made only while every module is what it
-was when the chain was put together, has no hooks, and nothing but the result is wanted; the result has the same bits.
+Calling a module takes about as long as a small thin layer itself. The native call is made only while no module has been
+exchanged or has hooks, and no gradient is needed; the result has the same bits.
 """
 
 from itertools import takewhile
@@ -20,11 +20,18 @@ from deepthin.torch.weight import ThinPart, ThinWeight
 class ThinSequential(nn.Sequential):
     """nn.Sequential with thin linear layers among its modules."""
 
-    # The modules when the runs were found; then, in their order, some and a chain that takes their place, or none
+    # All modules when the runs were built; then in order each run's modules and its native call, or None
     _runs: "tuple[tuple[nn.Module, ...], list[tuple[list[nn.Module], Any]]] | None" = None
 
     def forward(self, input: Any) -> Any:
-        """One module after the other."""
+        """Run the modules in order; in evaluation, thin linear layers and rectifiers in one native call.
+
+        Args:
+            input: What the first module takes.
+
+        Returns:
+            What the last module returns, with the same bits as module by module.
+        """
         if self.training or torch.compiler.is_compiling() or not short_ways:
             return super().forward(input)
         now, runs = tuple(self._modules.values()), self._runs
@@ -32,7 +39,7 @@ class ThinSequential(nn.Sequential):
             self._runs = runs = now, self._find_runs()
         for modules, chain in runs[1]:
             y = chain(input) if chain is not None and isinstance(input, Tensor) else None
-            if y is NotImplemented:  # a module was exchanged: find out anew, next time
+            if y is NotImplemented:  # a module was exchanged: rebuild the runs at the next call
                 self._runs = y = None
             if y is None:
                 for module in modules:
@@ -42,7 +49,7 @@ class ThinSequential(nn.Sequential):
         return input
 
     def _find_runs(self) -> list[tuple[list[nn.Module], Any]]:
-        """Maximal runs of linear layers, with the rectifiers and idle dropouts among them, and what is between."""
+        """Maximal runs of linear layers, with the rectifiers and inactive dropouts among them, and runs of the rest."""
         rest, runs = list(self), []
         while rest:
             linear = list(takewhile(_may_join, rest)) if _begins(rest[0]) else []
@@ -55,7 +62,7 @@ class ThinSequential(nn.Sequential):
         return runs
 
     def _chain(self, modules: list[nn.Module]) -> Any:
-        """A native call for all of them, or none where there are too few or where it would not be the same."""
+        """A native call for all modules; None for a single module, or if a layer has no native product."""
         links: list[tuple[Any, ...]] = []
         for module in modules:
             if isinstance(module, nn.ReLU):
@@ -89,14 +96,22 @@ def _may_join(module: nn.Module) -> bool:
 
 
 def make_sequential(model: nn.Module) -> None:
-    """Exchange the class of every nn.Sequential that holds thin linear layers."""
+    """Give every nn.Sequential with thin linear layers the class ``ThinSequential``, in place.
+
+    Args:
+        model: The network.
+    """
     for module in model.modules():
         if type(module) is nn.Sequential and any(type(child) is ThinLinear for child in module):
             module.__class__ = ThinSequential
 
 
 def make_plain_sequential(model: nn.Module) -> None:
-    """Undo ``make_sequential``."""
+    """Undo ``make_sequential``, in place.
+
+    Args:
+        model: The network.
+    """
     for module in model.modules():
         if type(module) is ThinSequential:
             cast(Any, module).__class__ = nn.Sequential

@@ -1,8 +1,8 @@
-"""Convolutions by large kernels as products of spectra, in evaluation: the kernel's spectrum is kept.
+"""Convolutions with large kernels by FFT, in evaluation: the kernel's spectrum is cached.
 
-Mathieu, Henaff and LeCun, 2014, arXiv:1312.5851. A strided convolution is the sum of plain ones between every so many
-rows and columns of the input and of the kernel. Images are cut into overlapping tiles whose size follows from the
-kernel alone, so that one spectrum serves images of any size.
+Mathieu, Henaff and LeCun, 2014, arXiv:1312.5851. A strided convolution is the sum of plain ones between the phases of
+the input and of the kernel: every stride-th row and column, from each of the first ones on. Images are cut into
+overlapping tiles whose size follows from the kernel alone, so that one spectrum serves images of any size.
 """
 
 import math
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 # Nanoseconds on one core (measured): a multiplication of torch's convolution, one of two spectra, a point of a Fourier
 # transform and halving, a call of torch.
 _DIRECT, _PRODUCT, _POINT, _CALL = 0.0163, 0.68, 0.25, 2000.0
-_GAIN = 0.7  # of the time of torch's convolution is the most that is worth the memory
+_GAIN = 0.7  # upper bound on the fraction of torch's time; a smaller gain is not worth the memory
 
 
 class _Axis(NamedTuple):
-    """One side of an image: what a tile of it takes and gives."""
+    """One side of an image: how it is cut into overlapping tiles."""
 
     stride: int
     before: int  # zeros put before the image
@@ -40,10 +40,20 @@ class _Axis(NamedTuple):
 
 
 def axes(layer: nn.Conv2d, height: int, width: int) -> tuple[_Axis, _Axis] | None:
-    """How an image of height x width is cut for a layer; None where that is not how it works."""
+    """How an image is cut into tiles for a layer.
+
+    Args:
+        layer: The convolution.
+        height: Rows of the image.
+        width: Columns of the image.
+
+    Returns:
+        The tiles along rows and along columns; None if the layer has groups, dilation or padding other than with
+        zeros, or if the image is smaller than the kernel.
+    """
     if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    found = []
+    sides = []
     for points, kernel, stride, padding in zip(
         (height, width), layer.kernel_size, layer.stride, layer.padding, strict=True
     ):
@@ -52,14 +62,19 @@ def axes(layer: nn.Conv2d, height: int, width: int) -> tuple[_Axis, _Axis] | Non
             return None
         taps = -(-kernel // stride)
         tile = _smooth(5 * taps + 5)
-        found.append(_Axis(stride, padding, tile, tile - taps + 1, outputs))
-    return found[0], found[1]
+        sides.append(_Axis(stride, padding, tile, tile - taps + 1, outputs))
+    return sides[0], sides[1]
 
 
 def pays(layer: nn.Conv2d, shape: torch.Size) -> bool:
-    """Whether spectra are predicted to be clearly faster for inputs of a shape, batch x channels x height x width.
+    """Whether the product by FFT is predicted to be clearly faster: a pure function, so that reloaded models agree.
 
-    A pure function of its arguments, so that a reloaded model computes the same bits.
+    Args:
+        layer: The convolution.
+        shape: Of the input, batch x channels x height x width.
+
+    Returns:
+        Whether it takes at most 0.7 of the predicted time of torch's convolution.
     """
     cut = axes(layer, *shape[2:])
     if cut is None or shape[0] == 0:
@@ -67,10 +82,10 @@ def pays(layer: nn.Conv2d, shape: torch.Size) -> bool:
     rows, cols = cut
     images = shape[0] * rows.tiles * cols.tiles
     phases = layer.in_channels * rows.stride * cols.stride
-    points, kept = rows.tile * cols.tile, rows.tile * (cols.tile // 2 + 1)
+    points, frequencies = rows.tile * cols.tile, rows.tile * (cols.tile // 2 + 1)
     pairs = images * layer.out_channels
     spectral = (
-        _PRODUCT * pairs * phases * kept
+        _PRODUCT * pairs * phases * frequencies
         + _POINT * images * (phases + layer.out_channels) * points * math.log2(points)
         + _CALL * (2 * pairs + 20)
     )
@@ -79,7 +94,15 @@ def pays(layer: nn.Conv2d, shape: torch.Size) -> bool:
 
 
 def spectrum(layer: nn.Conv2d, weight: Float[Tensor, "out in h w"]) -> Complex[Tensor, "out phases frequencies"]:
-    """The conjugate spectrum of a kernel, of each of its phases: the memory of some 10 to 30 such kernels."""
+    """The conjugate spectrum of a kernel.
+
+    Args:
+        layer: The convolution.
+        weight: Its kernel.
+
+    Returns:
+        The spectrum of each phase of the kernel, out x phases x frequencies: 10 to 30 times the memory of the kernel.
+    """
     down, right = layer.stride
     rows, cols = (-(-kernel // stride) for kernel, stride in zip(layer.kernel_size, layer.stride, strict=True))
     whole = F.pad(weight, (0, cols * right - weight.shape[3], 0, rows * down - weight.shape[2]))
@@ -93,14 +116,24 @@ def convolve(
     transformed: Complex[Tensor, "out phases frequencies"],
     bias: Float[Tensor, " out"] | None,
 ) -> Float[Tensor, "batch out rows cols"]:
-    """What ``layer`` makes of ``x``, with the ``spectrum`` of its kernel.
+    """Convolve by FFT (Mathieu, Henaff and LeCun, 2014, arXiv:1312.5851).
 
-    The error is relative to the largest output of a tile, not to each: some 4e-7 of norm(kernel) * norm(tile).
-    ValueError where ``axes`` has no answer.
+    Args:
+        layer: The convolution.
+        x: Images, batch x channels x height x width.
+        transformed: The ``spectrum`` of its kernel.
+        bias: One number per output channel, or None.
+
+    Returns:
+        The outputs of the layer. The error is relative to the largest output of a tile, not to each: about 4e-7 of
+        ``norm(kernel) * norm(tile)``.
+
+    Raises:
+        ValueError: ``axes`` returns None for the layer and these images.
     """
     cut = axes(layer, *x.shape[2:])
     if cut is None:
-        raise ValueError(f"{layer} has no product of spectra for images of {tuple(x.shape[2:])}.")
+        raise ValueError(f"{layer} cannot be computed by FFT for images of {tuple(x.shape[2:])}: use the layer itself.")
     rows, cols = cut
     batch, (height, width) = len(x), x.shape[2:]
     below, behind = (
@@ -111,7 +144,7 @@ def convolve(
     images = torch.fft.rfft2(tiles).reshape(-1, *transformed.shape[1:])
     products = x.new_empty(len(images), *transformed.shape[::2], dtype=images.dtype)
     room = torch.empty_like(images[0])
-    for output, kernel in enumerate(transformed):  # it stays in the cache for all images
+    for output, kernel in enumerate(transformed):  # the kernel stays in the processor's cache for all images
         for image, into in zip(images, products, strict=True):
             torch.sum(torch.mul(kernel, image, out=room), 0, out=into[output])
     folded = products.unflatten(2, (rows.tile, -1))
@@ -122,14 +155,14 @@ def convolve(
 
 
 def _phases(images: Tensor, down: int, right: int) -> Tensor:
-    """Every so many rows and columns of (a, b, h, w), from each of the first ones on: (a, b * down * right, ..)."""
+    """The phases of (a, b, h, w) for strides ``down`` and ``right``: (a, b * down * right, h / down, w / right)."""
     cut = images.unflatten(3, (-1, right)).unflatten(2, (-1, down)).permute(0, 1, 3, 5, 2, 4)
     return cut.flatten(1, 3)
 
 
 @lru_cache
 def _smooth(least: int) -> int:
-    """The next number without prime factors above 5: of such lengths Fourier transforms are fast."""
+    """The smallest number >= ``least`` without prime factors above 5: Fourier transforms of such lengths are fast."""
     number = least
     while True:
         rest = number

@@ -1,7 +1,4 @@
-"""Optimal Brain Surgeon: prunes small layers and moves what is left.
-
-Hassibi and Stork, 1993.
-"""
+"""Optimal brain surgeon: prunes a small tensor and adjusts the remaining weights (Hassibi, Stork and Wolff, 1993)."""
 
 import math
 
@@ -21,7 +18,7 @@ from deepthin.torch.importance import (
     _some,
 )
 
-MOST_WEIGHTS = 8192  # of optimal brain surgeon, likewise: 512 MiB, and again for the inverse
+MOST_WEIGHTS = 8192  # of one tensor: its Hessian takes 512 MiB, and its inverse as much
 
 
 def optimal_brain_surgeon(
@@ -77,9 +74,9 @@ def optimal_brain_surgeon(
     if failed.item():
         raise ConfigError(f"damping = {damping:g}: the matrix of {name} cannot be inverted. Use more, 1e-3 say.")
     del matrix
-    left, rise = _without(weight.detach().double().flatten(), torch.cholesky_inverse(root), keep)
+    adjusted, rise = _without(weight.detach().double().flatten(), torch.cholesky_inverse(root), keep)
     with torch.no_grad():
-        weight.copy_(left.view(weight.shape))
+        weight.copy_(adjusted.view(weight.shape))
     return rise
 
 
@@ -114,7 +111,7 @@ def _gauss_newton(
 def _without(
     weight: Float64[Tensor, " weights"], inverse: Float64[Tensor, "weights weights"], keep: int
 ) -> tuple[Float64[Tensor, " weights"], float]:
-    """What the surgeon leaves, and the sum of what each removal costs."""
+    """The adjusted weights, zeros included, and the sum of the removed weights' saliencies."""
     places, left, rise = torch.arange(len(weight), device=weight.device), weight.clone(), 0.0
     there = torch.ones_like(left, dtype=torch.bool)
     for remaining in range(len(weight) - 1, keep - 1, -1):

@@ -18,18 +18,33 @@ from deepthin.torch.importance import importance_for
 from deepthin.torch.weight import ThinWeight
 
 Owners = dict[str, list[tuple[nn.Module, str]]]
-"""By the name of a parameter the layers that hold it, and as what: more than one where it is shared."""
+"""Parameter name -> the layers that have the parameter, and its name in each; several if it is shared."""
 
 
 class Encoded(EncodedOnce[Tensor, ThinWeight]):
-    """Matrices of a model by their plans, each encoded once; ``importance`` is that of ``compress``."""
+    """Matrices of a model by their plans, each encoded at most once.
+
+    Args:
+        owners: Parameter name -> the layers that have it, as ``tensors_of`` returns them.
+        importance: Parameter name -> importance, as in ``compress``.
+    """
 
     def __init__(self, owners: Owners, importance: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.owners, self.importance = owners, importance or {}
 
     def dense(self, planned: Planned) -> list[Tensor]:
-        """The values of its tensors; ConfigError if these cannot share a code."""
+        """The dense parameters of a plan's tensors.
+
+        Args:
+            planned: A tensor or a group.
+
+        Returns:
+            One parameter for each tensor, not a copy.
+
+        Raises:
+            ConfigError: Members of a group differ in dtype, device or in being trainable.
+        """
         names = [tensor.name for tensor in planned.tensors]
         dense = [_value(self.owners[name]) for name in names]
         if len({(tensor.dtype, tensor.device, tensor.requires_grad) for tensor in dense}) > 1:
@@ -39,7 +54,20 @@ class Encoded(EncodedOnce[Tensor, ThinWeight]):
         return dense
 
     def encode(self, planned: Planned, method: Method) -> tuple[ThinWeight, Thin]:
-        """The code nearest to its tensors; NonFiniteError, and ConfigError for padding that is not zero."""
+        """Encode a plan's tensors.
+
+        Args:
+            planned: A tensor or a group.
+            method: The method to encode by, of the plan's shape.
+
+        Returns:
+            The weight as a layer uses it, and as a file stores it.
+
+        Raises:
+            ConfigError: Members of a group cannot share a code, only some have importance, a tensor is on the meta
+                device, or a padding row is not zero.
+            NonFiniteError: A weight has a NaN or an infinity.
+        """
         names, dense, parts = [t.name for t in planned.tensors], self.dense(planned), parts_of(planned)
         for name, tensor, part in zip(names, dense, parts, strict=True):
             check_finite(name, tensor)
@@ -53,24 +81,36 @@ class Encoded(EncodedOnce[Tensor, ThinWeight]):
 
 
 def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:
-    """Every dense parameter as rules see it, and who holds it."""
+    """The dense parameters of a model, as rules see them.
+
+    Args:
+        model: The network; parameters of thin weights are left out.
+
+    Returns:
+        One tensor for each parameter, under the first of its names, and the layers that have it by that name.
+        ``uncovered`` says why a parameter cannot be thin.
+
+    Raises:
+        ConfigError: A lazy parameter has no shape yet.
+    """
     names: dict[int, list[str]] = {}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ThinWeight):
             continue
-        for own, parameter in module._parameters.items():
+        for name, parameter in module._parameters.items():
+            dotted = f"{path}.{name}".lstrip(".")
             if isinstance(parameter, nn.UninitializedParameter):
-                raise ConfigError(f"{path}.{own} has no shape yet: call the model once, then compress it.".lstrip("."))
+                raise ConfigError(f"{dotted} has no shape yet: call the model once, then compress it.")
             if parameter is not None:
                 parameters[id(parameter)] = parameter
-                names.setdefault(id(parameter), []).append(f"{path}.{own}".lstrip("."))
-                if not any(layer is module and held == own for layer, held in holders.get(id(parameter), [])):
-                    holders.setdefault(id(parameter), []).append((module, own))
-    found: list[Named] = []
+                names.setdefault(id(parameter), []).append(dotted)
+                if not any(layer is module and held == name for layer, held in holders.get(id(parameter), [])):
+                    holders.setdefault(id(parameter), []).append((module, name))
+    tensors: list[Named] = []
     for key, parameter in parameters.items():
-        reasons = [reason for layer, own in holders[key] if (reason := why_not(layer, own))]
+        reasons = [reason for layer, name in holders[key] if (reason := why_not(layer, name))]
         turned = {is_transposed(layer) for layer, _ in holders[key]}
         if len(turned) > 1:
             reasons.append("a tensor shared by layers that keep it in different orders is not covered")
@@ -79,8 +119,8 @@ def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:
         std = fresh_std(holders[key][0][0], shape) if not reasons and len(shape) > 1 else 1.0
         turned_matrix = turned == {True} and len(shape) == 2
         zero_row = next((row for layer, _ in holders[key] if (row := padding_row(layer)) is not None), None)
-        found.append(Named(name, shape, "; ".join(reasons), tuple(also), turned_matrix, std, zero_row))
-    return found, {min(names[key]): held for key, held in holders.items()}
+        tensors.append(Named(name, shape, "; ".join(reasons), tuple(also), turned_matrix, std, zero_row))
+    return tensors, {min(names[key]): held for key, held in holders.items()}
 
 
 def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
@@ -88,7 +128,16 @@ def _value(owner: list[tuple[nn.Module, str]]) -> Tensor:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """NonFiniteError, naming the place, for a weight that cannot be encoded."""
+    """Refuse a weight that cannot be encoded.
+
+    Args:
+        name: Name of the tensor, for the message.
+        weight: Its values.
+
+    Raises:
+        ConfigError: The weight is on the meta device.
+        NonFiniteError: It has a NaN or an infinity; the message has the value and its index.
+    """
     if weight.is_meta:
         raise ConfigError(f"{name} is on the meta device and has no values: load weights first, or use init='scratch'.")
     if not torch.isfinite(weight).all():

@@ -23,6 +23,7 @@ from deepthin.plan.shares import Planned
 from deepthin.storage.report import Report
 from deepthin.torch.compress import carry_out, plan_of
 from deepthin.torch.importance import check_importance, importance_for
+from deepthin.torch.replaced import replacing
 from deepthin.torch.tensors import Encoded, check_finite, tensors_of
 from deepthin.torch.weight import ThinWeight
 
@@ -52,7 +53,7 @@ class Rising:
     def __post_init__(self) -> None:
         """Refuse values out of range with ConfigError."""
         if not 0 <= self.start < self.end or not 0 <= self.initial < 1 or not self.power > 0:
-            raise ConfigError(f"{self} is no schedule: give 0 <= start < end, 0 <= initial < 1 and a power above 0.")
+            raise ConfigError(f"{self} is invalid: give 0 <= start < end, 0 <= initial < 1 and a power above 0.")
 
     def share(self, step: int, final: float) -> float:
         """The fraction that is left at a step, ``1 - p``.
@@ -111,7 +112,7 @@ class Twist:
         self.model, self.rules, self.every, self.schedule = model, rules, every, schedule
         self.importance = importance
         if not callable(importance):
-            self._asked()  # what is wrong with it is said now
+            self._asked()  # raises now if it does not fit the model
         self.steps = 0
         tensors, self._owners = tensors_of(model)
         plans = rules if isinstance(rules, list) else plan_of(model, parse_rules(rules), tensors)
@@ -150,7 +151,8 @@ class Twist:
         importance = self._asked()
         for planned in self._planned:
             self._distort(planned, planned.method, importance)
-        return carry_out(self.model, self._planned, self._owners, encoded=Encoded(self._owners, importance))
+        with replacing(self.model, "twist.finish()"):
+            return carry_out(self.model, self._planned, self._owners, encoded=Encoded(self._owners, importance))
 
     def state_dict(self) -> dict[str, int]:
         """The number of steps so far, for a checkpoint; all else follows from the model and the arguments.
@@ -175,10 +177,10 @@ class Twist:
             return method
         area = math.prod(method.shape)
         if isinstance(method, Sparse):
-            kept = round(area * self.schedule.share(self.steps, method.kept / area))
-            return None if kept >= area else method.with_kept(max(kept, method.kept))
-        share = self.schedule.share(self.steps, method.bits() / (32 * area))
-        return None if share >= 1 else planned.fit(max(int(32 * area * share), method.bits()))
+            count = round(area * self.schedule.share(self.steps, method.kept / area))
+            return None if count >= area else method.with_kept(max(count, method.kept))
+        ratio = self.schedule.share(self.steps, method.bits() / (32 * area))
+        return None if ratio >= 1 else planned.fit(max(int(32 * area * ratio), method.bits()))
 
     def _asked(self) -> Mapping[str, Tensor]:
         """The present importance, checked."""

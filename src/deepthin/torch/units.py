@@ -1,7 +1,7 @@
-"""Which layers have a unit in common: where the outputs of a layer go, by the graph that torch.fx traces.
+"""Where the units of each layer go, in the graph that torch.fx traces.
 
 A unit is an output of ``nn.Linear`` or a channel of ``nn.Conv2d``. Network trimming (Hu, Peng, Tai and Tang, 2016,
-arXiv:1607.03250) takes whole ones away, with all that belongs to them (``deepthin.torch.widths``).
+arXiv:1607.03250) removes whole units with all parameters that belong to them (``deepthin.torch.widths``).
 """
 
 import operator
@@ -20,7 +20,7 @@ from deepthin.torch.generated import ThinLayer
 _RELU: set[Any] = {nn.ReLU, nn.ReLU6, torch.relu, torch.relu_, F.relu, F.relu6, F.relu_, "relu", "relu_"}
 _FLATTEN: set[Any] = {nn.Flatten, torch.flatten, "flatten"}
 NORMS: set[Any] = {nn.BatchNorm1d, nn.BatchNorm2d}
-_EACH_NUMBER: set[Any] = {nn.Dropout, nn.Identity, F.dropout, "contiguous"}  # whose neighbours do not matter
+_EACH_NUMBER: set[Any] = {nn.Dropout, nn.Identity, F.dropout, "contiguous"}  # act on each number separately
 _EACH_CHANNEL: set[Any] = {
     nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.dropout2d, F.max_pool2d,
     torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
@@ -29,23 +29,43 @@ _EACH_CHANNEL: set[Any] = {
 
 @dataclass
 class Path:
-    """Where the units of a layer go: through what has numbers of its own for each, to what multiplies by them."""
+    """Where the units of a layer go in the model's graph.
+
+    Attributes:
+        layer: The layer whose outputs are the units.
+        node: Its node in the graph.
+        rectifier: The first ReLU behind it; None if there is none.
+        norms: Batch normalisations on the way, which have parameters for each unit.
+        next: The layers that take the units as inputs.
+        rows_only: Whether something on the way requires the units in the second dimension.
+        obstacle: Why the units cannot be removed; empty if they can.
+    """
 
     layer: nn.Module
     node: fx.Node
-    rectifier: fx.Node | None = None  # the first on the way
+    rectifier: fx.Node | None = None
     norms: list[nn.Module] = field(default_factory=list[nn.Module])
     next: list[nn.Module] = field(default_factory=list[nn.Module])
-    rows_only: bool = False  # whether something on the way takes the second axis for the units
-    obstacle: str = ""  # why the units cannot be taken away
+    rows_only: bool = False
+    obstacle: str = ""
 
 
 def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Path]]:
-    """The model's graph, and by the name of each layer where its units go. ConfigError if it cannot be traced."""
+    """Trace a model by torch.fx.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Its graph, and for the name of each linear and convolutional layer the path of its units.
+
+    Raises:
+        ConfigError: torch.fx cannot trace the model.
+    """
     with at_rest(model):
         try:
             graph = _Tracer().trace(model)
-        except Exception as error:  # whatever a forward of somebody's own raises when it is given a proxy
+        except Exception as error:  # a user's forward may raise anything when it is given a proxy
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise ConfigError(
                 f"{type(model).__name__} cannot be traced: {reason}. Trimming must know which layers follow on each "
@@ -65,7 +85,14 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Path]]:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """In evaluation and without gradients; each module is in its own mode again afterwards."""
+    """Evaluation mode without gradients, as a context; afterwards each module is in its previous mode.
+
+    Args:
+        model: The network.
+
+    Yields:
+        Nothing.
+    """
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -77,17 +104,31 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def units_of(layer: nn.Module) -> int:
-    """Outputs, or channels."""
+    """The number of units of a layer.
+
+    Args:
+        layer: ``nn.Linear`` or ``nn.Conv2d``.
+
+    Returns:
+        Its output features or channels.
+    """
     return cast(Tensor, layer.weight).shape[0]
 
 
 def inputs_of(layer: nn.Module) -> int:
-    """Numbers, or channels, that it takes."""
+    """The number of inputs of a layer.
+
+    Args:
+        layer: ``nn.Linear``, ``nn.Conv2d`` or a batch normalisation.
+
+    Returns:
+        Its input features or channels.
+    """
     return cast(int, layer.num_features if type(layer) in NORMS else cast(Tensor, layer.weight).shape[1])
 
 
 class _Tracer(fx.Tracer):
-    """Looks into the user's modules, but into none of torch's and into no thin layer."""
+    """Traces into the user's modules, but not into torch's or thin layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the module stays one node."""
@@ -95,42 +136,42 @@ class _Tracer(fx.Tracer):
 
 
 def _fixed(model: nn.Module, graph: fx.Graph, modules: Mapping[fx.Node, nn.Module]) -> dict[nn.Module, str]:
-    """Why the numbers of some modules must stay as many as they are."""
+    """Why the number of units of some modules cannot change."""
     calls, read = list(modules.values()), [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     holders = [id(p) for module in model.modules() for p in module._parameters.values() if p is not None]
-    found: dict[nn.Module, str] = {}
+    reasons: dict[nn.Module, str] = {}
     for node, module in modules.items():
         name = str(node.target)
         if isinstance(module, ThinLayer):
-            found[module] = f"{name} is thin: trim first and compress then, or materialize the model"
+            reasons[module] = f"{name} is thin: trim first and compress then, or materialize the model"
         elif isinstance(module, nn.Linear | nn.Conv2d) and type(module) not in (nn.Linear, nn.Conv2d):
-            found[module] = f"{name} is {type(module).__name__}, neither nn.Linear nor nn.Conv2d itself"
+            reasons[module] = f"{name} is {type(module).__name__}, neither nn.Linear nor nn.Conv2d itself"
         elif isinstance(module, nn.Linear | nn.Conv2d) and "weight" not in module._parameters:
-            found[module] = f"the weight of {name} is made from something else"
+            reasons[module] = f"the weight of {name} is made from something else"
         elif getattr(module, "groups", 1) != 1:
-            found[module] = f"the channels of {name} are in groups"
+            reasons[module] = f"the channels of {name} are in groups"
         elif module._parameters and calls.count(module) > 1:
-            found[module] = f"{name} is called more than once"
+            reasons[module] = f"{name} is called more than once"
         elif any(parameter.startswith(f"{name}.") for parameter in read):
-            found[module] = f"the model itself reads parameters of {name}"
+            reasons[module] = f"the model itself reads parameters of {name}"
         elif any(holders.count(id(p)) > 1 for p in module._parameters.values() if p is not None):
-            found[module] = f"{name} shares a parameter with another layer"
-    return found
+            reasons[module] = f"{name} shares a parameter with another layer"
+    return reasons
 
 
 def _follow(
     node: fx.Node, path: Path, modules: Mapping[fx.Node, nn.Module], fixed: Mapping[nn.Module, str], flat: bool = False
 ) -> str:
-    """Go on along all ways from a node, and say what is in the way. ``flat``: each pixel is an input of its own now."""
+    """Follow all users of a node; returns the obstacle to removal. ``flat``: the images have been flattened."""
     users = [user for user in node.users if not _asks_for_items(user)]
     if path.rectifier is None and len(users) != 1:
-        return "it has no ReLU directly behind it"
+        return "it is not followed by a ReLU alone"
     obstacles: list[str] = []
     for user in users:
         module = modules.get(user)
         kind, name = (user.target, _word(user)) if module is None else (type(module), str(user.target))
         if path.rectifier is None and kind not in _RELU | NORMS | _EACH_NUMBER | _EACH_CHANNEL | _FLATTEN:
-            obstacles.append(f"it has no ReLU behind it, but {name}")
+            obstacles.append(f"it is followed by {name}, not by a ReLU")
         elif kind in _RELU | _EACH_NUMBER or (kind in _EACH_CHANNEL and isinstance(path.layer, nn.Conv2d) and not flat):
             path.rectifier = path.rectifier or (user if kind in _RELU else None)
             obstacles.append(_follow(user, path, modules, fixed, flat))
@@ -158,7 +199,7 @@ def _follow(
 
 
 def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether it makes one row of each item."""
+    """Whether the node makes one row of each item."""
     if isinstance(module, nn.Flatten):
         return (module.start_dim, module.end_dim) == (1, -1)
     given: dict[str, Any] = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
@@ -173,7 +214,7 @@ def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _asks_for_items(node: fx.Node) -> bool:
-    """Whether it only reads how many items there are."""
+    """Whether the node only reads the number of items."""
     if node.target == "size" and node.args[1:]:
         return bool(node.args[1] == 0)
     if node.target is operator.getitem and _is_shape(node.args[0]):
@@ -186,5 +227,5 @@ def _is_shape(node: Any) -> bool:
 
 
 def _word(node: fx.Node) -> str:
-    """What a node does, for people."""
+    """The name of a node's function, for messages."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -1,4 +1,4 @@
-"""A weight that is generated: the optimiser sees the latent floats, the layer sees the matrix or its product."""
+"""A generated weight: the optimiser sees the latent floats, the layer sees the matrix or its product."""
 
 import itertools
 import math
@@ -13,32 +13,52 @@ from torch import Tensor, nn
 
 from deepthin.kernels import products
 from deepthin.kernels.costs import Path
-from deepthin.method import Flat, Method, Symbols
+from deepthin.method import Code, Flat, Method, Symbols
 from deepthin.methods.factor import Factored, Window
 from deepthin.methods.float_coding import FloatCoding, inner_of
-from deepthin.plan.start import Start, drawn, encoded
+from deepthin.plan.start import Start, drawn, encoded, generator
 from deepthin.storage.contents import Part
 from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
+from deepthin.torch.state import CodeState, is_sharded, smallest_type
 from deepthin.torch.tracing import is_traced, is_transformed
 
-_GATHER = 4  # the time of a row on its own over one among all of them, at most (a training step)
+_GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_ROUNDING = 1e-6  # of the largest float: two decodings of one code may differ by that
 _TORCH = cast(Any, torch)
 
 
-class ThinWeight(nn.Module):
-    """One matrix in compressed form, and the tensors that it holds: one, or those of a group.
+class ThinWeight(CodeState):
+    """One matrix in compressed form, and the tensors that are cut from it: one, or those of a group.
 
-    Parameters are the latent floats: those of the code, or, where the method trains ``through`` its rounding and the
-    weight is not ``frozen``, what it encodes. Integers of the code that do not follow from these are buffers; tables
-    that follow from the method's fields are buffers that are not saved. ``forward(i)`` is the i-th dense tensor,
-    ``product(x, i)`` is ``x @ W.T`` by the cheapest way.
+    Parameters are the latent floats: those of the code or, where the method trains ``through`` its rounding and the
+    weight is not ``frozen``, the floats before rounding. Integers of the code that do not follow from these, and tables
+    that follow from the method's fields, are neither parameters nor buffers (``deepthin.torch.state``).
+
+    A state dict holds the parameters, the integers and, of what is rounded, the code too: a loaded code may differ from
+    what its floats give when they are encoded again.
+
+    Args:
+        name: Name of the method, as files and reports have it.
+        method: The method, of the whole matrix's shape.
+        parts: Shape and scale of each tensor, in the order in which they are cut from the flattened matrix.
+        code: Entry -> tensor, all on one device; used without a copy.
+        latents: Floats before rounding; by default those that the code decodes to.
+        frozen: For inference: the state is the code itself, also of a method that rounds.
+
+    Attributes:
+        direct: Whether the parameters are the floats that ``decoder`` takes.
+        rounds: Whether the parameters are rounded at every use, with a straight-through estimator.
+        decoder: The method that decodes the floats, however these are stored.
+        plans: For each tensor its window in the factors' product; None where it must be decoded.
     """
 
-    _fast: "tuple[Any, ...] | None" = None  # a native product for each tensor, once there was a use for it
+    # Of a start from scratch: name of the first tensor, seed, and standard deviation (None: a tenth of He's variance)
+    origin: tuple[str, int, float | None] = ("", 0, None)
+    _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
 
     def __init__(
         self,
@@ -53,27 +73,19 @@ class ThinWeight(nn.Module):
         self.name, self.method, self.parts = name, method, tuple(parts)
         self.rounds = method.trains == "through" and not frozen
         self._prepare()
-        device, tables = next(iter(code.values())).device, method.derived()
-        self._tables = tuple(tables)
-        for entry, table in tables.items():
-            self.register_buffer(entry, torch.from_numpy(table).to(device), persistent=False)
         state = dict(code)
         if self.rounds:
+            floats = latents or self._coding.decode({**code, **_placed(method.derived(), code)}, _TORCH)
             state = {entry: code[entry] for entry in self.decoder.integers()}
-            state |= latents or self._decode_floats(code)
-        if self._has_symbols:
-            state["symbols"] = state["symbols"].to(_symbol_type(method))
-        self._entries = tuple(state)
-        for entry, value in state.items():
-            if value.is_floating_point():
-                self.register_parameter(entry, nn.Parameter(value))
-            else:
-                self.register_buffer(entry, value)
+            state |= {entry: floats[entry] for entry in self.decoder.code_shapes()}
+        self._register(state, method.integers())
+        self._coded_entries = tuple(entry for entry in method.code_shapes() if self.rounds and entry not in state)
+        self._prepare_tables()
         if self.rounds and latents is None:
             self._coded.put(self._copies(), dict(code))
 
     def _prepare(self) -> None:
-        """All that follows from the method and the parts."""
+        """Compute what follows from the method and the parts, and empty the caches."""
         self._coding = FloatCoding(self.method)
         self.direct = not self.rounds and not inner_of(self.method)  # the parameters are what ``decoder`` takes
         self.decoder = self.method if self.direct else self._coding.decoder  # takes floats, however they are stored
@@ -86,9 +98,10 @@ class ThinWeight(nn.Module):
         )
         self._operator_pays = tuple(plan is not None and multiply.operator_pays(plan) for plan in self.plans)
         self._has_symbols = self.direct and isinstance(self.decoder, Symbols)
+        self._indices = frozenset(entry for entry in self.method.integers() if not entry.endswith("symbols"))
         self._coded: StateCache[dict[str, Tensor]] = StateCache()
         self._floats: StateCache[dict[str, Tensor]] = StateCache()
-        # Copies of the state, and by index each tensor with its version
+        # Copies of the state, and index -> dense tensor with its version
         self._dense: StateCache[tuple[list[Tensor], dict[int, tuple[Tensor, int]]]] = StateCache()
         self._sparse: StateCache[tuple[np.ndarray, np.ndarray]] = StateCache()
 
@@ -101,7 +114,18 @@ class ThinWeight(nn.Module):
         tensors: Sequence[Tensor],
         importance: Sequence[Tensor] | None = None,
     ) -> "ThinWeight":
-        """The code nearest to dense tensors, on their device and in their type; ``importance`` has their shapes."""
+        """Encode dense tensors.
+
+        Args:
+            name: Name of the method, as files and reports have it.
+            method: The method, of the whole matrix's shape.
+            parts: Shape and scale of each tensor.
+            tensors: The dense tensors, of the parts' shapes; the first gives device and dtype.
+            importance: One tensor >= 0 for each dense one, of its shape: the weight of each squared error.
+
+        Returns:
+            The weight with the nearest code that the method finds.
+        """
         arrays, weigh = (
             None if values is None else [tensor.detach().float().cpu().numpy() for tensor in values]
             for values in (tensors, importance)
@@ -112,7 +136,19 @@ class ThinWeight(nn.Module):
     def draw(
         cls, name: str, method: Method, parts: Sequence[Part], like: Tensor, rng: np.random.Generator, std: float
     ) -> "ThinWeight":
-        """A from-scratch start; the entries of a part then have standard deviation ``std`` times its scale."""
+        """Draw a start from scratch.
+
+        Args:
+            name: Name of the method, as files and reports have it.
+            method: The method, of the whole matrix's shape.
+            parts: Shape and scale of each tensor.
+            like: A tensor that gives device and dtype.
+            rng: NumPy's generator, which is advanced.
+            std: Standard deviation of the decoded entries, before they are multiplied by the scale of their part.
+
+        Returns:
+            The weight.
+        """
         return cls._begun(name, method, parts, like, drawn(method, rng, std))
 
     @classmethod
@@ -121,9 +157,15 @@ class ThinWeight(nn.Module):
         return cls(name, method, parts, _tensors(code, like), None if latents is None else _tensors(latents, like))
 
     def with_floats_stored(self, name: str, method: Method, importance: Mapping[str, Tensor]) -> "ThinWeight":
-        """The same matrix, whose floats a second method stores: ``method`` is both, this weight's and that one.
+        """The same weight, whose floats a second method stores.
 
-        ``importance``, by entry, weighs the errors of the floats.
+        Args:
+            name: Name of both methods, ``pruned then kmeans`` say.
+            method: Both methods: a ``Then`` of this weight's and the second.
+            importance: Entry -> importance of its floats, >= 0, of the entry's shape.
+
+        Returns:
+            A new weight; it is trainable if this one is.
         """
         like = next(self.parameters())
         code = _arrays(self.code())
@@ -132,7 +174,11 @@ class ThinWeight(nn.Module):
         return type(self)(name, method, self.parts, stored, latents).requires_grad_(like.requires_grad)
 
     def code(self) -> dict[str, Tensor]:
-        """The stored entries. A code that was loaded stays as it is until a latent changes in value."""
+        """The stored entries. A loaded code does not change until a latent changes in value.
+
+        Returns:
+            Entry -> tensor, as a file stores it; where nothing is rounded, the parameters and buffers themselves.
+        """
         state = self.state()
         if not self.rounds:
             return state
@@ -143,51 +189,94 @@ class ThinWeight(nn.Module):
         return code
 
     def set_code(self, code: Mapping[str, Tensor]) -> None:
-        """Take over another code of the same method, in place: optimisers, and what is frozen, stay as they are."""
-        state = self.state()
-        like = next(iter(state.values()))
-        code = {entry: tensor.to(like.device) for entry, tensor in code.items()}
+        """Load another code of the same method, in place; Parameter objects and ``requires_grad`` stay.
+
+        Args:
+            code: Entry -> tensor, of the present shapes.
+        """
+        device = self._device() or next(iter(code.values())).device
+        code = {entry: tensor.to(device) for entry, tensor in code.items()}
         with torch.no_grad():
             new = {**code, **self._decode_floats(code)} if self.rounds else code
-            for entry, now in state.items():
-                now.copy_(new[entry])
+            self._fill(new)
         if self.rounds:
             self._coded.put(self._copies(), code)
 
+    def reset_parameters(self) -> None:
+        """Draw new values, as torch's layers do; the same numbers for the same tensor name and seed.
+
+        For weights that were allocated without values: a model built on the meta device, then ``to_empty``. A matrix
+        has the spread of ``compress(init="scratch")``; a vector is zero.
+        """
+        name, seed, std = self.origin
+        if len(self.parts) == 1 and len(self.parts[0].shape) < 2:
+            code, latents = encoded(self.method, self.parts, [np.zeros(self.parts[0].shape, np.float32)])
+        else:
+            std = math.sqrt(0.2 / max(self.method.shape[1], 1)) if std is None else std
+            code, latents = drawn(self.method, generator(name, seed), std)
+        shown = code if latents is None or not self.rounds else {**code, **latents}
+        with torch.no_grad():
+            self._fill({entry: torch.from_numpy(np.ascontiguousarray(array)) for entry, array in shown.items()})
+        self._empty = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        floats = [value for value in self._parameters.values() if value is not None]
+        if not self._coded_entries or any(map(is_sharded, floats)):
+            return
+        integers, shapes = self.method.integers(), self.method.code_shapes()
+        code = self.code() if self.has_values() else None
+        for entry in self._coded_entries:
+            kind = smallest_type(integers[entry]) if entry in integers else floats[0].dtype
+            value = torch.empty(shapes[entry], dtype=kind, device="meta") if code is None else code[entry].to(kind)
+            destination[prefix + entry] = value
+
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: Any,
         prefix: str,
-        local_metadata: Mapping[str, Any],
+        local_metadata: Any,
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Refuses integers that the method cannot have: native code and torch would read other weights from them."""
-        for entry, kind in self.method.integers().items():
-            values = state_dict.get(prefix + entry)
-            if entry not in self._entries or not isinstance(values, Tensor) or values.is_meta or not values.numel():
-                continue
-            least, most = int(values.min()), int(values.max())
-            if not kind.least <= least <= most < kind.least + kind.count:
-                error_msgs.append(
-                    f"{prefix}{entry} holds integers from {least} to {most}; here they are from {kind.least} to "
-                    f"{kind.least + kind.count - 1}."
-                )
-                return
-            if kind.rising and bool((values.reshape(-1).diff() <= 0).any()):
-                error_msgs.append(f"{prefix}{entry} must rise: these are positions.")
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        given = {entry: state_dict[prefix + entry] for entry in self._all_entries() if prefix + entry in state_dict}
+        args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        known = {prefix + entry for entry in self._all_entries()}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in known]
+        code = {entry: given[entry].detach() for entry in self.method.code_shapes() if entry in given}
+        if error_msgs or len(code) < len(self.method.code_shapes()) or any(t.is_meta for t in code.values()):
+            return
+        floats = self.decoder.code_shapes().keys() - self.decoder.integers().keys()
+        if self.rounds and floats <= given.keys():  # a code whose floats these are, not one that has changed since
+            device = self._device()
+            code = {entry: value.to(device) for entry, value in code.items()}
+            decoded = self._decode_floats(code)
+            if all(_near(decoded[entry], cast(Tensor, self._parameters[entry])) for entry in floats):
+                self._coded.put(self._copies(), code)
+        elif self.rounds and not any(value is None or value.is_meta for value in self._parameters.values()):
+            missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in floats]
+            self.set_code(code)  # of a frozen weight
+
+    def _all_entries(self) -> set[str]:
+        """Entries that a state dict of this weight may have, were it frozen or not."""
+        return {*self._entries, *self.method.code_shapes(), *self._coding.decoder.code_shapes()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_coded_entries", ()):
+            return self.code()[name]
+        return super().__getattr__(name)
 
     def floats(self) -> dict[str, Tensor]:
-        """What ``decoder`` takes: its floats, rounded where the method rounds, and its integers.
+        """The code that ``decoder`` takes: floats, rounded where the method rounds, and integers.
 
-        The gradient goes through rounding as if it were not there: the straight-through estimator of Bengio et al.,
-        2013, arXiv:1308.3432.
+        Gradients pass the rounding unchanged (straight-through estimator; Bengio, Leonard and Courville, 2013,
+        arXiv:1308.3432).
+
+        Returns:
+            Entry -> tensor; cached while the state compares equal, if no gradient is needed.
         """
         state = self.state()
         if self.direct:
@@ -203,22 +292,18 @@ class ThinWeight(nn.Module):
             return self._decode_floats(state)
         with torch.no_grad():
             latents = {entry: t.detach() for entry, t in state.items()}
-            # What is encoded again need not be the same: a code stays as it is until a latent changes.
+            # Encoding again may give another code: the present one stays until a latent changes.
             code = self._coded.get(latents.values()) if may_cache else None
             rounded = self._decode_floats(self._coding.encode(latents, _TORCH) if code is None else code)
-        # The difference is 0, and the sum just what is rounded.
+        # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
         return {e: (t - t.detach()) + rounded[e] if t.is_floating_point() else t for e, t in state.items()}
-
-    def state(self) -> dict[str, Tensor]:
-        """Latents and stored integers: what all else follows from."""
-        return {entry: getattr(self, entry) for entry in self._entries}
 
     def _copies(self) -> list[Tensor]:
         with torch.inference_mode(False), torch.no_grad():
             return [entry.detach().clone() for entry in self.state().values()]
 
     def _code_of(self, copies: list[Tensor]) -> dict[str, Tensor]:
-        """The stored entries of a state, without gradients."""
+        """The stored entries for a state, without gradients."""
         state = dict(zip(self._entries, copies, strict=True))
         if not self.rounds:
             return state
@@ -229,7 +314,7 @@ class ThinWeight(nn.Module):
             return self._coding.encode(state, _TORCH)
 
     def _floats_of(self, copies: list[Tensor]) -> dict[str, Tensor]:
-        """What the decoder takes of a state, without gradients."""
+        """The decoder's code for a state, without gradients."""
         code = self._code_of(copies)
         if self.direct:
             return code
@@ -237,16 +322,28 @@ class ThinWeight(nn.Module):
             return self._decode_floats(code)
 
     def _decode_floats(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the decoder takes, of what is stored."""
-        return self._coding.decode({**code, **self._derived()}, _TORCH)
+        """The decoder's code, from the stored entries."""
+        return self._coding.decode({**self._wide(code), **self._derived()}, _TORCH)
 
-    def _derived(self) -> dict[str, Tensor]:
-        return {entry: getattr(self, entry) for entry in self._tables}
+    def _wide(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Integers that are no symbols in 64 bits, in which they index; symbols are widened by the methods."""
+        return {
+            entry: value.long() if entry in self._indices and not value.is_floating_point() else value
+            for entry, value in code.items()
+        }
+
+    def _tables_of_method(self) -> Code:
+        return self.method.derived()
 
     def forward(self, index: int = 0) -> Float[Tensor, "..."]:
-        """A dense tensor.
+        """Decode a tensor.
 
-        In evaluation, where no gradient is wanted, it is cached while the code compares equal.
+        Args:
+            index: Which of the weight's tensors.
+
+        Returns:
+            The dense tensor, of its part's shape. On the CPU in evaluation, where the code needs no gradient, it is
+            cached while the code compares equal, and must not be written to.
         """
         if not self._keeps() or torch.compiler.is_compiling() or is_transformed():
             return self._decode(index, self.floats())
@@ -256,28 +353,43 @@ class ThinWeight(nn.Module):
             cached = self._dense.put(copies, (copies, {}))
         copies, tensors = cached
         dense, version = tensors.get(index, (None, 0))
-        if dense is None or dense._version != version:  # someone wrote to what is only to be read
-            with torch.inference_mode(False), torch.no_grad():  # it may serve a gradient of the input later
-                dense = self._decode(index, self._floats_of(copies))  # another thread may write to the code now
+        if dense is None or dense._version != version:  # a caller wrote to the cached tensor
+            with torch.inference_mode(False), torch.no_grad():  # a gradient of the input may need it later
+                dense = self._decode(index, self._floats_of(copies))  # of copies: another thread may write to the code
                 tensors[index] = (dense, dense._version)
         return dense
 
     def decoded(self, index: int) -> Float[Tensor, "..."]:
-        """A dense tensor in plain operations, nothing of which is cached: for what records them."""
+        """Decode a tensor in plain operations without a cache, for tracers.
+
+        Args:
+            index: Which of the weight's tensors.
+
+        Returns:
+            The dense tensor, of its part's shape.
+        """
         state = self.state()
         return self._decode(index, state if self.direct or self.rounds else self._decode_floats(state))
 
     def product(
         self, x: Float[Tensor, "*batch cols"], index: int = 0, bias: Float[Tensor, " rows"] | None = None
     ) -> Float[Tensor, "*batch rows"]:
-        """``x @ W.T + bias``, by the way whose predicted cost is least (``deepthin.torch.multiply``).
+        """``x @ W.T + bias`` by the way with the least predicted cost (``deepthin.torch.multiply``).
 
-        Autocast: structured ways compute in float32.
+        Args:
+            x: Inputs, any number of leading dimensions.
+            index: Which of the weight's tensors is W.
+            bias: One number per output, or None.
+
+        Returns:
+            The outputs, with the leading dimensions of x. Under autocast structured ways compute in float32.
         """
         y = self._short_way(x, index, bias)
         if y is not None:
             return y
-        if not isinstance(x, Tensor):  # a proxy that records, for which there is no choice, or the caller's error
+        if not isinstance(
+            x, Tensor
+        ):  # a tracer's proxy, which needs plain operations, or a caller's mistake, which raises
             return multiply.DENSE.run(self, x, index, bias)
         case = self._case(x, index, bias)
         way = multiply.choose(case)
@@ -290,9 +402,15 @@ class ThinWeight(nn.Module):
         return way.run(self, x, index, bias)
 
     def rows_pay(self, places: Tensor, index: int = 0) -> bool:
-        """Whether it is cheaper to make single rows of a matrix than all of it: while they are few, on any device.
+        """Whether ``rows`` is predicted to be faster than decoding the whole matrix.
 
-        Graphs are recorded with single rows, since how many there will be may be unknown.
+        Args:
+            places: Row indices, of any shape.
+            index: Which of the weight's tensors.
+
+        Returns:
+            True for few rows of a matrix in a product of two factors; in graphs always, where their number may be
+            symbolic.
         """
         part = self.parts[index]
         if self._windows[index] is None or part.transposed:
@@ -302,9 +420,17 @@ class ThinWeight(nn.Module):
         return is_traced(places) or places.numel() * _GATHER <= part.shape[0]
 
     def rows(self, places: Int[Tensor, "*batch"], index: int = 0) -> Float[Tensor, "*batch cols"]:
-        """Rows of a matrix, without the others: of the product of the factors, the rows that they lie in.
+        """Decode single rows of a matrix in a product of two factors.
 
-        IndexError where there is no such row.
+        Args:
+            places: Row indices, int32 or int64, of any shape.
+            index: Which of the weight's tensors.
+
+        Returns:
+            One row for each index, in the last dimension; padding rows are 0.
+
+        Raises:
+            IndexError: An index is out of range; not checked in graphs.
         """
         part, floats, n = self.parts[index], self.floats(), cast(Window, self._windows[index]).plan.n
         count, cols = part.shape
@@ -312,14 +438,14 @@ class ThinWeight(nn.Module):
             raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
         start = self._cuts[index][0] + places.long() * cols
         blocks = (cols + n - 2) // n + 1  # rows of xf that a row of the matrix may touch; it may end before the last
-        own = (start // n)[..., None] + torch.arange(blocks, device=places.device)
-        entries = (F.embedding(own.clamp(max=len(floats["xf"]) - 1), floats["xf"]) @ floats["wf"]).flatten(-2)
+        touched = (start // n)[..., None] + torch.arange(blocks, device=places.device)
+        entries = (F.embedding(touched.clamp(max=len(floats["xf"]) - 1), floats["xf"]) @ floats["wf"]).flatten(-2)
         within = (start % n)[..., None] + torch.arange(cols, device=places.device)
         made = entries.gather(-1, within) * part.scale
         return made if part.zero_row is None else made * (places != part.zero_row)[..., None]
 
     def _short_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
-        """The native product in a single call, where nothing but its result is wanted and it was used before."""
+        """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
         fast, entries = self._fast[index], self._parameters
@@ -332,7 +458,14 @@ class ThinWeight(nn.Module):
         return fast(x, entries.get("xf"), entries.get("wf"), bias)
 
     def short_way(self, index: int) -> Any:
-        """The native product of a tensor, which ``choose`` tells what it may be used for; or none."""
+        """The native product of a tensor; its ``choose`` says for which batches it may be used.
+
+        Args:
+            index: Which of the weight's tensors.
+
+        Returns:
+            A callable as ``operators.product`` returns it; None without native code or a structured product.
+        """
         if self._fast is None:
             self._fast = tuple(
                 plan and product(plan[0], plan[1], plan[3], part.scale)
@@ -341,20 +474,25 @@ class ThinWeight(nn.Module):
         return self._fast[index]
 
     def path(self, x: Tensor, index: int = 0) -> Path:
-        """The way in which ``product`` would multiply ``x`` now.
+        """The way by which ``product`` would multiply ``x`` now.
 
-        The dense one while a graph is exported or a function transformed: the weight is then decoded in plain
-        operations. Also for inputs that do not go with the code, to fail, or not, as a linear layer does.
+        Args:
+            x: Inputs.
+            index: Which of the weight's tensors.
+
+        Returns:
+            Its name. It is ``dense`` in exported or transformed graphs, where the weight is decoded in plain
+            operations, and for inputs whose shape or dtype does not fit, which raise as in a linear layer.
         """
         return multiply.choose(self._case(x, index, None)).name
 
     def _case(self, x: Tensor, index: int, bias: Tensor | None) -> Case:
-        """What the choice of a way goes by."""
+        """What the choice of a way depends on, for these operands."""
         window, part = self.plans[index], self.parts[index]
-        dense = Case(self.decoder, None, 0, False)  # for which only the decoded weight serves
+        dense = Case(self.decoder, None, 0, False)  # the decoded weight
         if x.is_meta or x.is_nested or x.shape[-1:] != (self._matrix(index)[1:] if len(part.shape) == 2 else ()):
             return dense
-        latents = tuple(cast("dict[str, Tensor]", self._parameters).values())  # of the type of the factors
+        latents = tuple(cast("dict[str, Tensor]", self._parameters).values())  # they have the factors' dtype
         like, autocast = latents[0], torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point() or (x.dtype != like.dtype and not autocast):
             return dense
@@ -383,32 +521,37 @@ class ThinWeight(nn.Module):
         )
 
     def sparse_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Columns of the stored weights of a sparse matrix, and where each row of them begins; cached."""
+        """The positions of a sparse matrix as compressed sparse rows; cached.
+
+        Returns:
+            The column of each stored weight, int32, and the index of each row's first one, rows + 1 numbers.
+        """
         (rows, cols), positions = self.decoder.shape, self.floats()["positions"]
-        found = self._sparse.get([positions])
-        if found is None:
+        csr = self._sparse.get([positions])
+        if csr is None:
             with torch.inference_mode(False), torch.no_grad():
                 positions = positions.clone()
-                starts = torch.searchsorted(positions, torch.arange(rows + 1) * cols)
-                columns = (positions % cols).numpy().astype(np.int32)
-                found = self._sparse.put([positions], (columns, starts.numpy()))
-        return found
+                wide = positions.long()
+                starts = torch.searchsorted(wide, torch.arange(rows + 1) * cols)
+                columns = (wide % cols).numpy().astype(np.int32)
+                csr = self._sparse.put([positions], (columns, starts.numpy()))
+        return csr
 
     def _window(self, index: int) -> Window | None:
-        """Where a tensor lies in a product of two factors; none where the weight must be decoded."""
+        """Where a tensor lies in a product of two factors; None where the weight must be decoded."""
         part = self.parts[index]
         if not isinstance(self.decoder, Factored) or len(part.shape) != 2:
             return None
         return self.decoder.window(self._cuts[index][0], self._matrix(index))
 
     def _matrix(self, index: int) -> tuple[int, int]:
-        """(outputs, inputs) of a tensor of two dimensions."""
+        """(outputs, inputs) of a two-dimensional tensor."""
         rows, cols = self.parts[index].shape
         return (cols, rows) if self.parts[index].transposed else (rows, cols)
 
     def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
         (start, stop), decoder = self._cuts[index], self.decoder
-        code = {**self._derived(), **floats}
+        code = {**self._derived(), **self._wide(floats)}
         if isinstance(decoder, Flat):
             flat = decoder.decode_flat(code, start, stop, _TORCH)
         else:
@@ -419,16 +562,20 @@ class ThinWeight(nn.Module):
         return torch.is_grad_enabled() and any(entry.requires_grad for entry in self.state().values())
 
     def _keeps(self) -> bool:
-        """Whether the dense weight is worth keeping: on the CPU, in evaluation, with no gradient to its code."""
+        """Whether the dense weight is cached: on the CPU, in evaluation, where the code needs no gradient."""
         on_cpu = all(entry.device.type == "cpu" for entry in self.state().values())
         return not self.training and not self._wants_gradient() and on_cpu
 
     def extra_repr(self) -> str:
-        """The plan, for ``print(model)``."""
+        """The plan, for ``print(model)``.
+
+        Returns:
+            Name, shapes and method.
+        """
         return f"{self.name}, {' + '.join('x'.join(map(str, part.shape)) for part in self.parts)}, {self.method}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is computed anew, but for a loaded code, which is stored as long as no latent changes."""
+        """Without caches and what ``_prepare`` computes; but with a loaded code, which may not be reproducible."""
         derived = (
             "_dense",
             "_floats",
@@ -436,6 +583,7 @@ class ThinWeight(nn.Module):
             "_sparse",
             "_windows",
             "_coding",
+            "_held_tables",
             "decoder",
             "plans",
             "direct",
@@ -444,7 +592,7 @@ class ThinWeight(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also of version 0.1, which held the loaded code as a tuple."""
+        """Pickles of version 0.1 have the loaded code as a tuple, and integers and tables as buffers."""
         super().__setstate__(state)
         coded = self.__dict__.get("_coded")
         self._prepare()
@@ -452,43 +600,82 @@ class ThinWeight(nn.Module):
             self._coded = coded
         elif coded is not None:
             self._coded.put(*coded)
+        if "_exact" not in self.__dict__:
+            self.__dict__.pop("_tables", None)
+            held = {entry: self._buffers.pop(entry) for entry in list(self._buffers)}
+            floats = {entry: self._parameters.pop(entry) for entry in list(self._parameters)}
+            entries = self.decoder.code_shapes() if self.rounds else self.method.code_shapes()
+            values = {entry: floats[entry] if entry in floats else held[entry] for entry in entries}
+            trainable = {entry for entry, value in floats.items() if value is not None and value.requires_grad}
+            self._register({e: cast(Tensor, value).detach() for e, value in values.items()}, self.method.integers())
+            for entry, parameter in self._parameters.items():
+                cast(Tensor, parameter).requires_grad_(entry in trainable)
+            self._coded_entries = tuple(e for e in self.method.code_shapes() if self.rounds and e not in values)
+        self._prepare_tables()
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether floats are equal up to the rounding of two devices or processors."""
+    scale = other.detach().abs().max() if other.numel() else 0.0
+    return one.shape == other.shape and bool(((one - other.detach()).abs() <= _ROUNDING * scale).all())
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """On the host, half precision widened."""
-    found = {entry: tensor.detach().cpu() for entry, tensor in tensors.items()}
-    return {e: (t.float() if t.is_floating_point() else t).numpy() for e, t in found.items()}
+    """NumPy arrays of tensors, half precision widened to float32."""
+    on_host = {entry: tensor.detach().cpu() for entry, tensor in tensors.items()}
+    return {e: (t.float() if t.is_floating_point() else t).numpy() for e, t in on_host.items()}
 
 
 def _tensors(arrays: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-    """On the device of ``like``, floats in its type."""
+    """Tensors of arrays, on the device of ``like``, floats in its dtype."""
     made = {entry: torch.from_numpy(np.ascontiguousarray(array)) for entry, array in arrays.items()}
     return {e: t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device) for e, t in made.items()}
 
 
-def _symbol_type(method: Method) -> torch.dtype:
-    """A byte, where the symbols have room in it: as native code reads them."""
-    symbols = method.integers()["symbols"]
-    return torch.int16 if symbols.count > 256 else torch.int8 if symbols.least < 0 else torch.uint8
+def _placed(tables: Code, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tables of a method, on the device of its code."""
+    device = next(iter(code.values())).device
+    return {entry: torch.from_numpy(table).to(device) for entry, table in tables.items()}
 
 
 class ThinPart(nn.Module):
-    """One tensor of a group: stands where a ThinWeight of its own would."""
+    """One tensor of a group, used like a ThinWeight of a single tensor.
+
+    Args:
+        weight: The weight of the group.
+        index: Which of its tensors.
+    """
 
     def __init__(self, weight: ThinWeight, index: int) -> None:
         super().__init__()
         self.group, self.index = weight, index
 
     def forward(self) -> Float[Tensor, "..."]:
-        """The dense tensor."""
+        """Decode the tensor.
+
+        Returns:
+            The dense tensor.
+        """
         return self.group(self.index)
 
     def product(
         self, x: Float[Tensor, "*batch cols"], *, bias: Float[Tensor, " rows"] | None = None
     ) -> Float[Tensor, "*batch rows"]:
-        """``x @ W.T + bias``."""
+        """``x @ W.T + bias``, as ``ThinWeight.product``.
+
+        Args:
+            x: Inputs, any number of leading dimensions.
+            bias: One number per output, or None.
+
+        Returns:
+            The outputs, with the leading dimensions of x.
+        """
         return self.group.product(x, self.index, bias)
 
     def extra_repr(self) -> str:
-        """Which of the group's tensors."""
+        """The index, for ``print(model)``.
+
+        Returns:
+            Which of the group's tensors it is.
+        """
         return f"tensor {self.index} of the group"

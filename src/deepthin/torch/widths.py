@@ -1,7 +1,7 @@
-"""Fewer units: whole neurons and channels that are mostly zero are taken out of a network, which stays dense.
+"""Network trimming: removes whole neurons and channels that are mostly zero; the network stays dense.
 
-Network trimming (Hu, Peng, Tai and Tang, 2016, arXiv:1607.03250): what counts is a unit's APoZ, the average percentage
-of zeros of what it gives after its rectifier.
+Hu, Peng, Tai and Tang, 2016, arXiv:1607.03250. The criterion is a unit's APoZ, the average percentage of zeros after
+its rectifier.
 """
 
 import math
@@ -14,17 +14,25 @@ from torch import Tensor, fx, nn
 
 from deepthin.errors import BudgetError, ConfigError, NonFiniteError
 from deepthin.storage.report import table
+from deepthin.torch.replaced import replacing
 from deepthin.torch.units import Path, at_rest, inputs_of, trace, units_of
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
-"""What the model takes, alone, or followed by what a loss would compare with: ``(inputs, targets)``."""
+"""Batches of inputs of the model, alone or followed by targets: ``(inputs, targets)``."""
 
 _HOW = "Leave it out of layers"
 
 
 @dataclass(frozen=True)
 class Trimmed:
-    """One layer: its units before and after, and their mean APoZ before, from 0 to 1."""
+    """What became of one layer.
+
+    Attributes:
+        layer: Its name in the model.
+        before: Units before.
+        after: Units after.
+        mean: Mean APoZ of the units before, 0 to 1.
+    """
 
     layer: str
     before: int
@@ -34,7 +42,14 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Trimming:
-    """What became of each layer, and of all parameters of the model. ``skipped`` says why others were not looked at."""
+    """What became of each layer, and of the whole model; ``str`` gives a table.
+
+    Attributes:
+        rows: One row for each layer that was looked at.
+        parameters_before: Parameters of the model before.
+        parameters_after: Parameters of the model after.
+        skipped: Layer name -> why it cannot be trimmed.
+    """
 
     rows: tuple[Trimmed, ...]
     parameters_before: int
@@ -106,53 +121,54 @@ def trim(
     scores = _apoz(model, graph, chosen, batches)
     before = sum(p.numel() for p in model.parameters())
     rows: list[Trimmed] = []
-    for name, score in scores.items():
-        kept = _kept(score, above, most)
-        _remove(chosen[name], kept)
-        rows.append(Trimmed(name, len(score), len(kept), score.mean().item()))
+    with replacing(model, "trim()"):
+        for name, score in scores.items():
+            stay = _staying(score, above, most)
+            _remove(chosen[name], stay)
+            rows.append(Trimmed(name, len(score), len(stay), score.mean().item()))
     skipped = {} if layers is not None else {name: path.obstacle for name, path in paths.items() if path.obstacle}
     return Trimming(tuple(rows), before, sum(p.numel() for p in model.parameters()), skipped)
 
 
-def _kept(score: Tensor, above: float, most: float) -> Tensor:
+def _staying(score: Tensor, above: float, most: float) -> Tensor:
     """Indices of the units that stay, in their order; equal scores go by the lower index first."""
     limit = score.mean() + above * score.std(correction=0)
     rounding = 4 * len(score) * torch.finfo(score.dtype).eps  # of the mean and the deviation: equals are never above
     high = int((score > limit + rounding).sum())
-    gone = score.argsort(descending=True, stable=True)[: min(high, int(most * len(score)), len(score) - 1)]
-    kept = torch.ones(len(score), dtype=torch.bool)
-    kept[gone] = False
-    return kept.nonzero().flatten()
+    removed = score.argsort(descending=True, stable=True)[: min(high, int(most * len(score)), len(score) - 1)]
+    stays = torch.ones(len(score), dtype=torch.bool)
+    stays[removed] = False
+    return stays.nonzero().flatten()
 
 
-def _remove(path: Path, kept: Tensor) -> None:
-    """All but some units of a layer, and what belongs to them."""
+def _remove(path: Path, stay: Tensor) -> None:
+    """Remove all units of a layer but those at the indices ``stay``, and what belongs to them."""
     units = units_of(path.layer)
-    if len(kept) == units:
+    if len(stay) == units:
         return
-    _select(path.layer, ("weight", "bias"), kept, 0)
-    _resize(path.layer, ("out_features", "out_channels"), len(kept))
+    _select(path.layer, ("weight", "bias"), stay, 0)
+    _resize(path.layer, ("out_features", "out_channels"), len(stay))
     for norm in path.norms:
         numbers = inputs_of(norm)
-        _select(norm, ("weight", "bias", "running_mean", "running_var"), _spread(kept, numbers // units), 0)
-        _resize(norm, ("num_features",), numbers // units * len(kept))
+        _select(norm, ("weight", "bias", "running_mean", "running_var"), _spread(stay, numbers // units), 0)
+        _resize(norm, ("num_features",), numbers // units * len(stay))
     for layer in path.next:
         columns = inputs_of(layer)
-        _select(layer, ("weight",), _spread(kept, columns // units), 1)
-        _resize(layer, ("in_features", "in_channels"), columns // units * len(kept))
+        _select(layer, ("weight",), _spread(stay, columns // units), 1)
+        _resize(layer, ("in_features", "in_channels"), columns // units * len(stay))
 
 
-def _spread(kept: Tensor, times: int) -> Tensor:
-    """Of each unit so many numbers in a row."""
-    return (times * kept[:, None] + torch.arange(times)).flatten()
+def _spread(units: Tensor, times: int) -> Tensor:
+    """Indices of ``times`` consecutive numbers for each unit."""
+    return (times * units[:, None] + torch.arange(times)).flatten()
 
 
-def _select(module: nn.Module, names: Sequence[str], kept: Tensor, axis: int) -> None:
+def _select(module: nn.Module, names: Sequence[str], indices: Tensor, axis: int) -> None:
     for name in names:
         old = getattr(module, name)
         if old is None:
             continue
-        new = old.detach().index_select(axis, kept.to(old.device)).clone()
+        new = old.detach().index_select(axis, indices.to(old.device)).clone()
         setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
@@ -165,7 +181,7 @@ def _resize(module: nn.Module, names: Sequence[str], number: int) -> None:
 def _named(
     model: nn.Module, paths: dict[str, Path], layers: Collection[str] | None, removable: bool
 ) -> dict[str, Path]:
-    """The layers that were asked for; ConfigError, with the reason, where one will not do."""
+    """The layers that were asked for; ConfigError, with the reason, if one is unsuitable."""
     if isinstance(layers, str):
         raise ConfigError(f"layers = {layers!r} is one string: give a list of names, [{layers!r}].")
     able = {n: path for n, path in paths.items() if path.rectifier is not None and not (removable and path.obstacle)}
@@ -179,17 +195,17 @@ def _named(
         if name in able:
             continue
         if name not in known:
-            raise ConfigError(f"The model has no layer {name!r}. Layers with a ReLU behind them: {', '.join(able)}.")
+            raise ConfigError(f"The model has no layer {name!r}. Layers followed by a ReLU: {', '.join(able)}.")
         if name not in paths:
             raise ConfigError(
-                f"{name} is {type(known[name]).__name__}, no nn.Linear or nn.Conv2d that is called. {_HOW}."
+                f"{name} is {type(known[name]).__name__}, not an nn.Linear or nn.Conv2d that the model calls. {_HOW}."
             )
         raise ConfigError(f"{name}: {paths[name].obstacle}. {_HOW}.")
     return {name: able[name] for name in dict.fromkeys(layers)}
 
 
 class _Counter(fx.Interpreter):
-    """Runs a model's graph, and counts zeros where a rectifier has done its work."""
+    """Runs a model's graph and counts the zeros that rectifiers return."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, paths: Mapping[str, Path]) -> None:
         super().__init__(model, graph=graph)
@@ -199,7 +215,18 @@ class _Counter(fx.Interpreter):
         self._ends = {path.rectifier: name for name, path in paths.items()}
 
     def run_node(self, n: fx.Node) -> Any:
-        """What the node gives, after it was looked at."""
+        """Run a node and count the zeros of its value.
+
+        Args:
+            n: The node.
+
+        Returns:
+            Its value.
+
+        Raises:
+            ConfigError: The units are not in the dimension that the path requires.
+            NonFiniteError: An activation has a NaN or an infinity.
+        """
         value = super().run_node(n)
         if n in self._begins:
             name, path = self._begins[n]
@@ -226,8 +253,12 @@ def _apoz(model: nn.Module, graph: fx.Graph, paths: Mapping[str, Path], batches:
         for batch in batches:
             counter.run(*([batch] if isinstance(batch, Tensor) else batch[:-1]))
     if not all(counter.counts.values()):
-        raise ConfigError("There was no item in batches, so that nothing could be counted: give some, anew each time.")
+        raise ConfigError("batches has no items, so nothing could be counted: give some; an iterator serves only once.")
     return {name: zeros / counter.counts[name] for name, zeros in counter.zeros.items()}
+
+
+_DOUBLINGS = 16  # of the width, until a size that has not grown since is taken to be constant
+_WIDEST = 1 << 48
 
 
 def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
@@ -244,6 +275,7 @@ def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
 
     Raises:
         BudgetError: Width 1 takes more.
+        ConfigError: The size does not grow with the width.
     """
 
     def taken(width: int) -> int:
@@ -256,8 +288,14 @@ def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
             smallest_bits=8 * least,
             smallest_ratio=math.nan,
         )
-    high = 2
-    while taken(high) <= weight_bytes:
+    high, most, still = 2, least, 0  # ``still``: doublings of the width in a row without a larger size
+    while (size := taken(high)) <= weight_bytes:
+        most, still = max(most, size), 0 if size > most else still + 1
+        if still > _DOUBLINGS or high > _WIDEST:
+            raise ConfigError(
+                f"same_size: the matrices of build(width) do not grow with the width: they take {size} bytes at width "
+                f"{high}, which never exceeds {weight_bytes}. Use the width in build."
+            )
         high *= 2
     low = high // 2
     while high - low > 1:

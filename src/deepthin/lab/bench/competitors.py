@@ -1,4 +1,4 @@
-"""What is timed: dense products, int8, symbols, sparse rows, and thin layers."""
+"""The timed competitors: dense products, int8, symbols, sparse rows, and thin layers."""
 
 import math
 import warnings
@@ -27,7 +27,20 @@ TFKALDI: Shapes = ((2048, 440), *[(2048, 2048)] * 5, (1952, 2048))
 
 
 def thin_network(model: nn.Module, ratio: float, rank: int, method: str = "deepthin") -> tuple[Any, int]:
-    """The network made thin, and n of its largest matrix."""
+    """Compress a network for timing, with fresh factors.
+
+    Args:
+        model: The dense network; changed in place.
+        ratio: Bytes of its matrices over those of the dense ones, 0 to 1.
+        rank: Rank of DeepThin's factors; other methods ignore it.
+        method: Name of the method, as users write it.
+
+    Returns:
+        The network, and n of its largest matrix; 0 for a method without n.
+
+    Raises:
+        BudgetError: The ratio cannot be reached.
+    """
     rule = {"method": method, **({"rank": rank} if method == "deepthin" else {})}
     report = dt.compress(model, {"model": {"ratio": ratio}, "rules": {"*": rule}}, init="scratch")
     return model, max(report.rows, key=lambda row: row.dense_bytes).n or 0
@@ -41,7 +54,16 @@ def _network(shapes: Shapes) -> nn.Sequential:
 
 
 def dense_competitors(case: str, shapes: Shapes, x: torch.Tensor) -> Iterable[Timing]:
-    """The dense ways of a case: torch's, packed weights, and dynamic int8."""
+    """The dense competitors: torch's layers, oneDNN with packed weights, and dynamic int8.
+
+    Args:
+        case: Name of the case; ``"train"`` times a training step of torch's layers alone.
+        shapes: (outputs, inputs) of each layer.
+        x: The inputs, batch x inputs.
+
+    Yields:
+        What is timed, without a ratio; int8 only where torch has an engine for it.
+    """
     dense = _network(shapes)
     if case == "train":
         yield Timing("dense", None, _step(dense, x))
@@ -62,7 +84,7 @@ def dense_competitors(case: str, shapes: Shapes, x: torch.Tensor) -> Iterable[Ti
         for layer in layers:
             scale = layer.weight.detach().abs().max().item() / 127
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch announces that quantised tensors will leave it
+                warnings.simplefilter("ignore")  # torch has deprecated quantised tensors
                 weight = torch.quantize_per_tensor(layer.weight.detach(), scale, 0, torch.qint8)
             integers.append(torch.ops.quantized.linear_prepack(weight, layer.bias.detach()))
 
@@ -76,7 +98,15 @@ def dense_competitors(case: str, shapes: Shapes, x: torch.Tensor) -> Iterable[Ti
 
 
 def symbol_competitors(shape: tuple[int, int], x: torch.Tensor) -> Iterable[Timing]:
-    """Layers whose weights are symbols at random, as they are after loading with ``frozen``."""
+    """Layers with one random symbol for each weight, as after loading with ``frozen``.
+
+    Args:
+        shape: (outputs, inputs) of the layer.
+        x: The inputs, batch x inputs.
+
+    Yields:
+        ``uniform`` (8 bits) and ``kmeans`` (4 bits) by their symbols, ``kept`` by the decoded weight of the latter.
+    """
     uniform, kmeans = Uniform(shape, 8), KMeans(shape, min(16, math.prod(shape)))
     codes = {
         uniform: {"symbols": torch.randint(-127, 128, shape), "step": torch.full((1, 1), 0.001)},
@@ -87,13 +117,26 @@ def symbol_competitors(shape: tuple[int, int], x: torch.Tensor) -> Iterable[Timi
         weight = ThinWeight(name, method, [Part(shape)], codes[method], frozen=True).requires_grad_(False)
         make_thin(model[0], {"weight": weight})
         yield Timing(name, None, _forward(model, x))
-    yield Timing("kept", None, lambda: nn.functional.linear(x, weight(), cast(Any, model[0]).bias))
+    yield Timing("cached", None, lambda: nn.functional.linear(x, weight(), cast(Any, model[0]).bias))
 
 
 def thin_competitors(
     case: str, shapes: Shapes, x: torch.Tensor, model: nn.Sequential, ratio: float, threads: int
 ) -> Iterable[Timing]:
-    """DeepThin, and its rivals with as many bytes."""
+    """DeepThin at one ratio, and rivals with as many bytes.
+
+    Args:
+        case: Name of the case: ``"linear"``, ``"tfkaldi"`` or ``"train"``.
+        shapes: (outputs, inputs) of each layer.
+        x: The inputs, batch x inputs.
+        model: The network, compressed by DeepThin.
+        ratio: Bytes of its matrices over those of the dense ones.
+        threads: Number of threads of the native kernels.
+
+    Yields:
+        ``thin`` as a module, ``operator`` the bare kernel, ``csr`` sparse rows, ``rank`` a rank factorisation; those
+        that this machine and the ratio allow.
+    """
     if case == "train":
         yield Timing("thin", ratio, _step(model, x))
     else:
@@ -134,7 +177,7 @@ def _step(layer: nn.Module, x: torch.Tensor) -> Work:
 
 
 def _operator(model: nn.Sequential, x: torch.Tensor, threads: int) -> Work:
-    """The native product of a single layer, from arrays at hand to an array at hand."""
+    """The native product of a single layer, without checks and allocations."""
     layer = cast(Any, model[0])
     weight = layer.thin["weight"]
     method: Factor = weight.method

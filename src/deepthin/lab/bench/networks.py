@@ -14,7 +14,14 @@ UNITS, LAYERS, STEPS = 1024, 5, 100
 
 
 class Whole(NamedTuple):
-    """A network that is timed as users have it: how it is built, and what is done with it, once or in training."""
+    """A recurrent network that is timed whole: how it is built, and what is timed.
+
+    Attributes:
+        build: Builds the dense network.
+        work: Turns a network into a call to time: evaluation, or a training step.
+        trains: Whether the call needs gradients.
+        shape: (units, inputs).
+    """
 
     build: Callable[[], nn.Module]
     work: Callable[[nn.Module], Work]
@@ -45,7 +52,14 @@ class DeepSpeech(nn.Module):
         self.output = nn.Linear(UNITS, 29, bias=False)
 
     def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        """Scores of characters, batch x steps x 29."""
+        """Scores of characters.
+
+        Args:
+            spectrogram: Array, batch x 1 x 161 x frames.
+
+        Returns:
+            Array, batch x steps x 29.
+        """
         x = self.front(spectrogram).flatten(1, 2)
         for number, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
             x = norm(x) if number else x
@@ -55,7 +69,16 @@ class DeepSpeech(nn.Module):
 
 
 def whole(case: str, shape: tuple[int, int], batch: int) -> Whole:
-    """The network of one of ``WHOLE``; ``shape`` is (units, inputs) of ``lstm`` and ``gru``."""
+    """The network of a case, with random inputs.
+
+    Args:
+        case: One of ``WHOLE``.
+        shape: (units, inputs) of ``lstm`` and ``gru``; other cases ignore it.
+        batch: Number of items.
+
+    Returns:
+        How it is built, and what is timed.
+    """
     if case == "train-lstm":
         return _training_of_ctc(batch)
     units, inputs = (UNITS, 161) if case == "deepspeech" else shape

@@ -14,21 +14,21 @@ class BenchRow:
     cols: int  # inputs
     batch: int
     rank: int
-    ratio: float  # of the weights over dense
+    ratio: float  # bytes of the weights over dense
     threads: int
     isa: str  # instruction set of the native kernels
     n: int | None = None  # DeepThin's, of the largest matrix; None if the ratio cannot be reached
     smallest_ratio: float | None = None  # if the ratio cannot be reached
     times: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
-    """By column, such as ``dense_microseconds``; None is a competitor that this machine does not have."""
+    """Column, such as ``dense_microseconds`` -> median; None for a competitor that this machine lacks."""
 
     @property
     def microseconds(self) -> float | None:
-        """Of DeepThin; None if the ratio cannot be reached."""
+        """DeepThin's time; None if the ratio cannot be reached."""
         return self.times.get("microseconds")
 
     def to_json(self) -> dict[str, Any]:
-        """Turn the row into what the benchmark's file has.
+        """The row as the benchmark's file stores it.
 
         Returns:
             One flat mapping, the times by their columns.

@@ -1,6 +1,6 @@
 """Time DeepThin and its competitors in turn, in one run: ratios hold on a noisy machine, microseconds do not.
 
-Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 2, is what `tfkaldi` and `deepspeech` are drawn beside.
+Charts of `tfkaldi` and `deepspeech` also show Table 2 of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,19 +40,36 @@ def run(
     repeats: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[BenchRow]:
-    """One row for each batch and ratio: medians in microseconds. ``shape`` is (outputs, inputs), of a single layer.
+    """Time DeepThin and its competitors: medians of interleaved calls, in microseconds.
 
-    ``linear`` is one layer in evaluation, ``tfkaldi`` the paper's network, ``train`` a forward and a backward pass of a
-    layer with the gradients of input and parameters; ``lstm`` and ``gru`` are 5 layers over 100 steps, whose shape is
-    (units, inputs), ``deepspeech`` the paper's other network over a second of speech, ``train-lstm`` a training step of
-    the task ctc, ``tensorflow`` one layer in evaluation within ``tf.function`` (deepthin.lab.bench.tensorflow says
-    who competes). ``microseconds`` is the bare operator for ``linear``, the module as users have it for the others;
-    ``layer_microseconds`` always the module. The competitors: ``dense`` torch's own layers, ``packed`` oneDNN with
-    packed weights, ``int8`` dynamic quantisation, ``rank`` and ``csr`` the same bytes as a plain rank factorisation and
-    as sparse rows, by kernels of the same library; ``best_dense`` is the faster of the first two. ``uniform_8bit`` and
-    ``kmeans_4bit``, for ``linear``, are thin layers of a symbol a weight, at the bytes that these take, ``kept`` the
-    latter by its decoded weight, as for large batches. Every competitor is called some times before its timing; for
-    ``cold_...`` the caches are flushed instead.
+    Cases: ``linear`` is one layer in evaluation, ``tfkaldi`` the paper's feed-forward network, ``train`` a forward and
+    a backward pass of one layer with the gradients of input and parameters. ``lstm`` and ``gru`` are 5 layers over 100
+    steps, ``deepspeech`` is the paper's recurrent network over one second of speech, ``train-lstm`` a training step of
+    the task ctc. ``tensorflow`` is one layer in evaluation within ``tf.function`` (``deepthin.lab.bench.tensorflow``
+    lists its competitors).
+
+    Columns: ``microseconds`` is the bare operator for ``linear``, the module for other cases; ``layer_microseconds`` is
+    always the module. ``dense`` are torch's layers, ``packed`` oneDNN with packed weights, ``best_dense`` the faster of
+    both, ``int8`` dynamic quantisation. ``rank`` and ``csr`` have as many bytes as DeepThin: a rank factorisation and
+    sparse rows, by kernels of the same library. For ``linear``, ``uniform_8bit`` and ``kmeans_4bit`` are layers with
+    one symbol for each weight, at the bytes that these take, and ``kept`` is the latter by its decoded weight, as for
+    large batches. Each competitor runs a few times before it is timed; for ``cold_...`` the caches are flushed instead.
+
+    Args:
+        case: One of ``CASES``.
+        shape: (outputs, inputs) of a single layer; (units, inputs) of ``lstm`` and ``gru``.
+        ratios: Bytes of the matrices over those of the dense ones, 0 to 1.
+        batches: Numbers of items.
+        rank: Rank of DeepThin's factors, >= 1.
+        threads: Number of threads of torch and of the native kernels; it is set for the whole process.
+        repeats: Timed calls of each competitor, >= 1.
+        progress: Called with the number of finished rounds and of all rounds.
+
+    Returns:
+        One row for each batch and ratio; one without times where the ratio cannot be reached.
+
+    Raises:
+        ConfigError: ``tensorflow`` without TensorFlow.
     """
     torch.set_num_threads(threads)
     shapes = TFKALDI if case == "tfkaldi" else [shape]
@@ -100,7 +117,7 @@ def _measure(
 
 
 def _row(case: str, shape: tuple[int, int], batch: int, rank: int, ratio: float, threads: int) -> BenchRow:
-    """What is known before the timing."""
+    """The row before timing: no times."""
     return BenchRow(
         case=case,
         rows=shape[0],
@@ -142,7 +159,7 @@ def _measure_whole(
     dense = network.build()
     timings = [Timing("dense", None, network.work(dense))]
     if not network.trains:
-        inside = nn.Sequential(network.build()).eval()  # torch quantises what is in a module, not the module
+        inside = nn.Sequential(network.build()).eval()  # torch quantises submodules, not the module itself
         timings.append(Timing("int8", None, network.work(quantised(inside))))
     rows: list[BenchRow] = []
     for ratio in ratios:

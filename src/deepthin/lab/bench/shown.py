@@ -30,7 +30,7 @@ COLUMNS = {  # what is timed, and the name of its column
     "csr": "csr_microseconds",
     "uniform": "uniform_8bit_microseconds",
     "kmeans": "kmeans_4bit_microseconds",
-    "kept": "kept_microseconds",
+    "cached": "cached_microseconds",
     "xla": "xla_microseconds",
     "function": "function_microseconds",
     "generated": "generated_microseconds",
@@ -38,7 +38,14 @@ COLUMNS = {  # what is timed, and the name of its column
 
 
 def summary(rows: Sequence[BenchRow]) -> str:
-    """A table of how many times faster DeepThin is than each competitor."""
+    """A table of how many times faster DeepThin is than each competitor.
+
+    Args:
+        rows: The rows of one run, at least one.
+
+    Returns:
+        Title and table as plain text.
+    """
     lines: list[tuple[str, ...]] = []
     rivals = ("dense", "best_dense", "int8", "rank", "csr", "uniform_8bit", "kmeans_4bit", "generated", "function")
     shown = [rival for rival in rivals if any(row.times.get(f"{rival}_microseconds") for row in rows)]
@@ -68,7 +75,18 @@ def _times(other: float | None, thin: float | None) -> str:
 
 
 def draw(rows: Sequence[BenchRow], path: Path) -> Path:
-    """Times faster than nn.Linear against size; for ``tfkaldi`` beside the figures of the paper's Table 2."""
+    """Draw how many times faster DeepThin is than torch's dense layers, against the ratio.
+
+    Bars of ``tfkaldi`` and ``deepspeech`` stand beside the figures of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944,
+    Table 2.
+
+    Args:
+        rows: The rows of one run, at least one with times.
+        path: The picture to write; the ending chooses the format.
+
+    Returns:
+        ``path``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

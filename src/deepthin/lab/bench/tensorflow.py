@@ -12,11 +12,25 @@ from deepthin.errors import BudgetError, ConfigError
 def layers(
     shape: tuple[int, int], ratios: Sequence[float], batch: int, rank: int, threads: int
 ) -> Iterator[tuple[str, float | None, Any, int]]:
-    """(name, ratio, work, n) of each competitor; for a ratio that is too small, ``smallest`` and the smallest ratio.
+    """The competitors of one layer in ``tf.function``.
 
     ``dense`` is ``x @ kernel`` as users write it, ``xla`` the same with ``jit_compile=True``, ``function`` a function
-    that adds 1 and thereby the least that any takes. At each ratio ``thin`` is ``Variables.product``, ``generated`` the
-    same with the weight made in every call.
+    that adds 1: the fixed time of a call. At each ratio ``thin`` is ``Variables.product``, ``generated`` the same with
+    the weight computed in every call.
+
+    Args:
+        shape: (outputs, inputs) of the layer.
+        ratios: Bytes of the matrix over those of the dense one, 0 to 1.
+        batch: Number of items.
+        rank: Rank of DeepThin's factors, >= 1.
+        threads: Number of TensorFlow's threads.
+
+    Yields:
+        (name, ratio, work, n): the ratio is None and n is 0 for dense competitors. Where a ratio cannot be reached, the
+        name is ``smallest`` and ``work`` the smallest ratio.
+
+    Raises:
+        ConfigError: TensorFlow or Keras is not installed.
     """
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -53,6 +67,6 @@ def layers(
 
 
 def _calls(function: Any, x: Any) -> Any:
-    """Traced now, so that it is what it is whatever holds later."""
+    """Trace the function now, under the present settings, and return the call."""
     function(x)
     return lambda: function(x)

@@ -22,10 +22,19 @@ from deepthin.lab.report.points import (
 
 
 def draw(rows: Rows, out: Path) -> list[Path]:
-    """``TASK.png``: the leading metric against the bytes of the file; ``TASK-METRIC.png`` for each further one.
+    """Draw a comparison as PNGs: the leading metric against file size, each further metric, and latency if it was
+    measured.
 
-    ``TASK-latency.png``, if speed was measured: the leading metric against the time for one item. Axes are logarithmic,
-    bars go from seed to seed, and what is rounded is dashed.
+    ``TASK.png`` shows the leading metric against the bytes of the file, ``TASK-METRIC.png`` each further one, and
+    ``TASK-latency.png`` the leading metric against the time for one item. Axes are logarithmic, bars span the seeds,
+    and methods with quantised floats are dashed.
+
+    Args:
+        rows: All rows of the comparison, at least one.
+        out: The folder to write to.
+
+    Returns:
+        The paths of the pictures.
     """
     names, drawn = metrics(rows), points(rows)
     task = file_name(rows[0].task)
@@ -38,7 +47,14 @@ def draw(rows: Rows, out: Path) -> list[Path]:
 
 
 def file_name(text: str) -> str:
-    """Text as a name of a file: other characters than letters, digits, dots and hyphens become underscores."""
+    """Text as a file name: characters other than letters, digits, dots and hyphens become underscores.
+
+    Args:
+        text: Any text, such as the name of a task.
+
+    Returns:
+        The name.
+    """
     return re.sub(r"[^\w.-]", "_", text)
 
 

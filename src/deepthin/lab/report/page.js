@@ -109,7 +109,7 @@ function draw(figure) {
     .filter(curve => curve.points.length);
   const across = visible.filter(curve => !curve.level).flatMap(curve => curve.points.map(point => point.x[figure.x]));
   const values = visible.flatMap(curve => curve.points.flatMap(point => point.values[state.metric]));
-  if (!values.length) return text("Nothing is chosen, or measured.", width / 2, height / 2, "middle", svg);
+  if (!values.length) return text("No curve is selected, or nothing was measured.", width / 2, height / 2, "middle", svg);
   const x = scale(across.length ? across : [1, 10], true, left, right);
   const y = scale(values, values.every(value => value > 0), bottom, top);
   let free = -Infinity;

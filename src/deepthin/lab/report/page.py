@@ -42,14 +42,21 @@ AXES = {
 
 @dataclass(frozen=True)
 class Key:
-    """A piece of a method's line, as it is drawn: for the eye to find it in the chart."""
+    """A sample of a method's line, as in the legend of the chart."""
 
     line: str  # CSS: solid, dashed or dotted
     colour: str
 
     @classmethod
     def of(cls, method: str) -> "Key":
-        """That of a method by its name."""
+        """The line style of a method.
+
+        Args:
+            method: Name of the method, such as ``deepthin-8bit``.
+
+        Returns:
+            Solid for 32-bit floats, dotted for 4 bits, else dashed; in the method's colour.
+        """
         name, bits = base(method)
         return cls({"": "solid", "4": "dotted"}.get(bits, "dashed"), STYLES.get(name, UNKNOWN)[0])
 
@@ -59,16 +66,16 @@ class Cell:
     """A cell of a table."""
 
     text: str = ""
-    value: str | None = None  # what a sortable table sorts by
+    value: str | None = None  # sort key
     look: str = ""  # its class in page.css
-    small: str = ""  # said in small letters after the text
+    small: str = ""  # small print after the text
     span: int = 0  # columns, if more than one
-    key: Key | None = None  # of a method: the head of its line
+    key: Key | None = None  # of a method: the cell is the heading of a row
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: heads, and lines of as many cells."""
+    """A table of the page: column headings, and rows of as many cells."""
 
     heads: Sequence[str]
     lines: Sequence[Sequence[Cell]]
@@ -94,7 +101,7 @@ def render(rows: Rows, run: Mapping[str, Any], plans: Mapping[tuple[str, float],
 
     Args:
         rows: All rows of the comparison.
-        run: What ``run.json`` holds: task, steps, data, network and, after a search, what it chose.
+        run: The contents of ``run.json``: task, steps, data, network and, after a search, the settings it chose.
         plans: The report of a model's matrices as text, by method and ratio.
         command: The command line that made the comparison.
 
@@ -105,7 +112,7 @@ def render(rows: Rows, run: Mapping[str, Any], plans: Mapping[tuple[str, float],
     named = [{"name": metric, "label": label(metric)} for metric in metrics]
     about = f"{run['data']}. {run['steps']} training steps for every method. Sizes are bytes of the written file, "
     about += "biases and headers included" + (
-        "; those of int8 are counted." if any(p.method == "int8" for p in points) else "."
+        "; that of int8 is computed." if any(p.method == "int8" for p in points) else "."
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
@@ -133,7 +140,7 @@ def _asset(name: str) -> str:
 
 
 def _headlines(rows: Rows, points: Sequence[Point]) -> Iterable[Headline]:
-    """The best thin network by development value, then DeepThin's best if that is another one."""
+    """The best thin network by development value, then the best of DeepThin if that is another one."""
     of_deepthin = [row for row in rows if base(row.method)[0] == "deepthin"]
     candidates = {"Best compressed network": best_thin(rows), "Best of DeepThin": best_thin(of_deepthin)}
     by = {(p.method, p.ratio): p for p in points}
@@ -162,7 +169,7 @@ def _value(point: Point, metric: str) -> str:
 
 
 def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """What the script draws; every word and every exact number that it shows is written here."""
+    """The data that the script draws, with all texts and exact numbers that it shows."""
     whole = next((p.weight_bytes for p in points if p.method == "dense"), None)
     curves: dict[str, dict[str, Any]] = {}
     for point in (p for p in points if p.test):
@@ -205,20 +212,21 @@ def _curves(points: Sequence[Point], metrics: Sequence[str]) -> list[dict[str, A
 
 
 def _charts(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """What is said around the curves: the script draws them."""
-    note = "Click a name to hide or show its curve; the axes follow. Solid: fp32. Dashed and hollow: rounded floats. "
-    note += "Bars go from seed to seed."
+    """Titles and notes of the charts, which the script draws."""
+    note = "Click a name to hide or show its curve; the axes adapt. Solid: fp32. Dashed and hollow: quantised floats. "
+    note += "Bars show the range over the seeds."
     charts: list[dict[str, Any]] = [{"title": "Error against size", "x": "bytes", "speed": False, "note": note}]
     if any(point.test and point.microseconds for point in points):
         note = (
-            "Medians for one item, all networks in turn in one run, one thread; dense, int8 and every size of a method."
+            "Medians for one item, all networks timed in turn in one run on one thread: dense, int8 and every method "
+            "at every size."
         )
         charts.append({"title": "Error against speed", "x": "microseconds", "speed": True, "note": note})
     return charts
 
 
 def _results(points: Sequence[Point], metrics: Sequence[str]) -> Table:
-    """One line a point; columns that would be empty are left out."""
+    """One line for each point, without columns that would be empty."""
     best: dict[tuple[float, str], Point] = {}  # by ratio and metric
     for point in (p for p in points if p.method not in UNCOMPRESSED):
         for metric, spread in point.test.items():
@@ -261,13 +269,14 @@ def _results(points: Sequence[Point], metrics: Sequence[str]) -> Table:
 
 
 def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> list[Table]:
-    """The paper's Table 1 beside ours, for every metric; its column for the like of this task is set off."""
+    """The paper's Table 1 beside ours, for every metric; its column for the corresponding task is highlighted."""
     tables: list[Table] = []
     for metric in metrics:
         if not (cuts := compared(points, metric)):
             continue
         variants = list(dict.fromkeys(variant for by in cuts.values() for variant in by))  # of DeepThin
-        heads = ["over", *(head for variant in variants for head in (f"cut by {variant}, %", "gap closed, %")), "sizes"]
+        heads = ["rival"]
+        heads += [head for variant in variants for head in (f"reduction by {variant}, %", "gap closed, %")] + ["sizes"]
         heads += [f"paper: {name}, {worded(what)[0]}, %" for name, _, what in PAPER_COLUMNS]
         looks = ["paper" if (task, metric) == (theirs, what) else "" for _, theirs, what in PAPER_COLUMNS]
         lines: list[list[Cell]] = []
@@ -282,7 +291,7 @@ def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> list[Ta
 
 
 def _plans(plans: Mapping[tuple[str, float], str]) -> list[dict[str, Any]]:
-    """Those of the first seed, by method, large ratios first."""
+    """The reports of the first seed, by method, large ratios first."""
     return [
         {
             "method": method,
@@ -294,7 +303,7 @@ def _plans(plans: Mapping[tuple[str, float], str]) -> list[dict[str, Any]]:
 
 
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What one needs to make it again, beside the command and the network."""
+    """What is needed to reproduce the comparison, besides the command and the network."""
     import torch
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("deepthin", "torch", "numpy"))
@@ -317,7 +326,7 @@ def _processor() -> str:
 
 def _chosen(rows: Rows, chosen: Mapping[str, Mapping[str, Any]]) -> Table:
     """The settings of each method's training: those that a search chose, else those in the rows."""
-    title = "What the search chose on development data" if chosen else "What each method was trained with"
+    title = "Settings that the search chose on development data" if chosen else "Training settings of each method"
     settings = {method: dict(choice) for method, choice in chosen.items()}
     if not settings:
         for row in rows:
@@ -349,7 +358,7 @@ def _method(name: str) -> Cell:
 
 
 def write_page(rows: Rows, out: Path, command: str) -> Path:
-    """Write ``report.html``, which needs no other file, and the same pictures as PNG beside it.
+    """Write ``report.html``, a self-contained page, and the same figures as PNG files beside it.
 
     Args:
         rows: All rows of the comparison.
@@ -367,5 +376,5 @@ def write_page(rows: Rows, out: Path, command: str) -> Path:
         if row.seed == 0 and row.value is not None and row.model
     }
     path = out / "report.html"
-    write_atomically(path, render(rows, run, plans, command).encode())
+    write_atomically(path, render(rows, run, plans, command).encode(errors="backslashreplace"))
     return path

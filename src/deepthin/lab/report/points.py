@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from deepthin.lab.rows import Row
 
 Rows = Sequence[Row]
-METRICS = {  # name and unit of the metrics that the tasks have; others go by the name they were given
+METRICS = {  # name and unit of the tasks' metrics; others are shown by their name
     "error": ("error", "%"),
     "frame_error": ("frame error", "%"),
     "wer": ("WER", "%"),
     "wer_greedy": ("greedy WER", "%"),
     "loss": ("loss", "nats a character"),
 }
-STYLES = {  # colour and marker (corners, whether a star, angle); seen on white and on black, and with 8 and 4 bits
+STYLES = {  # colour and marker (corners, whether a star, angle), visible on white and on black
     "dense": ("#808080", (24, 0, 0)),
     "int8": ("#808080", (4, 0, 45)),
     "deepthin": ("#dd2c2f", (24, 0, 0)),
@@ -34,13 +34,13 @@ STYLES = {  # colour and marker (corners, whether a star, angle); seen on white 
     "binary": ("#7f7f7f", (4, 0, 0)),
 }
 UNKNOWN = "#7f7f7f", (24, 0, 0)
-DASHES = {"8": (6.0, 3.0), "4": (1.5, 2.5)}  # by the bits that floats are rounded to; others are drawn as with 8
-UNCOMPRESSED = "dense", "int8"  # what is no thin network, and stands in a picture as a level line
+DASHES = {"8": (6.0, 3.0), "4": (1.5, 2.5)}  # by the bits of quantised floats; others are drawn as 8 bits
+UNCOMPRESSED = "dense", "int8"  # drawn as horizontal lines
 
 
 @dataclass(frozen=True)
 class Spread:
-    """What the seeds gave for one metric."""
+    """Statistics of one metric over the seeds."""
 
     mean: float
     low: float
@@ -48,7 +48,16 @@ class Spread:
     seeds: int
 
     def text(self, metric: str, plus_minus: str = "+-") -> str:
-        """Mean and half the range: two decimals for per cent, else four digits."""
+        """Mean, and half the range if there are several seeds.
+
+        Args:
+            metric: The metric, which fixes the number of digits: two decimals for per cent, else four significant
+                digits.
+            plus_minus: What separates both.
+
+        Returns:
+            The text, such as ``12.34 +-0.05``.
+        """
         decimals = 2 if label(metric).endswith("%") else max(0, 3 - math.floor(math.log10(abs(self.mean) or 1)))
         spread = f" {plus_minus}{(self.high - self.low) / 2:.{decimals}f}" if self.seeds > 1 else ""
         return f"{self.mean:.{decimals}f}{spread}"
@@ -56,7 +65,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one size. The bytes are those of the first seed's file; None is what was not measured."""
+    """One method at one size. Bytes are those of the first seed's file; None: not measured."""
 
     method: str
     ratio: float  # of the weight matrices, as asked for
@@ -67,21 +76,21 @@ class Point:
     microseconds: float | None  # for one item
     dense_microseconds: float | None  # of the dense network in the same run
     smallest_ratio: float | None
-    failed: tuple[str, ...] = ()  # why, of seeds that gave nothing
+    failed: tuple[str, ...] = ()  # reasons of failed seeds
 
     @property
     def times_faster(self) -> float | None:
-        """Than the dense network."""
+        """Time of the dense network over that of this one; None if either was not measured."""
         return self.dense_microseconds / self.microseconds if self.dense_microseconds and self.microseconds else None
 
     @property
     def seeds(self) -> int:
-        """How many there were."""
+        """Number of seeds with a value."""
         return max((spread.seeds for spread in self.test.values()), default=0)
 
     @property
     def note(self) -> str:
-        """Why there is no value, or that a seed has none."""
+        """Why there is no value, or how many seeds failed."""
         if self.test:
             return f"{len(self.failed)} failed" if self.failed else ""
         if self.failed:
@@ -90,7 +99,14 @@ class Point:
 
 
 def points(rows: Rows) -> list[Point]:
-    """Methods in the order of their first appearance, larger ratios first."""
+    """Join the seeds of each method and ratio.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        Points by method in the order of first appearance, larger ratios first.
+    """
     groups: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
         groups.setdefault(row.method, {}).setdefault(row.ratio, []).append(row)
@@ -123,30 +139,64 @@ def _median(measured: Iterable[float | None]) -> float | None:
 
 
 def metrics(rows: Rows) -> list[str]:
-    """In the order of their first appearance: the first is the leading one."""
+    """The metrics of a comparison.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        Names in the order of first appearance: the first is the leading one.
+    """
     return list(dict.fromkeys(row.metric for row in rows))
 
 
 def worded(metric: str) -> tuple[str, str]:
-    """Name and unit of a metric, for people."""
+    """Name and unit of a metric, for people.
+
+    Args:
+        metric: The metric, as in ``results.json``.
+
+    Returns:
+        (name, unit); the unit is empty if the metric has none.
+    """
     return METRICS.get(metric, (metric.replace("_", " "), ""))
 
 
 def label(metric: str) -> str:
-    """For heads and axes: ``frame error, %``."""
+    """A metric for table heads and axes.
+
+    Args:
+        metric: The metric, as in ``results.json``.
+
+    Returns:
+        Its name and unit, such as ``frame error, %``.
+    """
     return ", ".join(filter(None, worded(metric)))
 
 
 def base(method: str) -> tuple[str, str]:
-    """A method and the bits that its floats are rounded to: ``deepthin-8bit`` is ("deepthin", "8")."""
+    """Split the name of a compared method.
+
+    Args:
+        method: The name, such as ``deepthin-8bit``.
+
+    Returns:
+        The method, and the bits of its quantised floats: ``("deepthin", "8")``; empty bits without quantisation.
+    """
     rounded = re.fullmatch(r"(.+)-(\d+)bit", method)
     return (rounded[1], rounded[2]) if rounded else (method, "")
 
 
 def best_thin(rows: Rows) -> Row | None:
-    """The row of the best thin file: of the configuration with the lowest mean development value, the best seed.
+    """The row of the best thin file: the best seed of the configuration with the lowest mean development value.
 
-    Judged by the leading metric; the dense network and int8 are not thin. None if there is nothing to choose from.
+    Judged by the leading metric; the dense network and int8 are not thin.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        The row; None if no thin network has a development value.
     """
     judged: dict[tuple[str, float], list[tuple[float, Row]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""A comparison as plain text: every method at every size, and how much less error DeepThin has than its rivals."""
+"""A comparison as plain text: every method at every size, and by how much DeepThin reduces its rivals' error."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,18 @@ from deepthin.storage.report import table
 
 # Average relative improvement of DeepThin over each rival, per cent: Sotoudeh and Baghsorkhi, 2018, Table 1.
 PAPER = {"rank": (60.08, 28.09), "pruned-csr": (56.96, 27.21), "same-size": (23.40, 20.45), "hashed": (6.12, 12.16)}
-PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # and the task and metric like theirs
+PAPER_COLUMNS = ("TFKaldi", "acoustic", "wer"), ("DeepSpeech", "ctc", "loss")  # with the corresponding task and metric
 
 
 def summary(rows: Rows) -> str:
-    """One line a method and size: bytes, mean test values over the seeds with half their range, and the speed."""
+    """A comparison as a table: bytes, mean test values over the seeds with half their range, and speed.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        One line for each method and ratio; columns without any value are left out.
+    """
     names, listed = metrics(rows), points(rows)
     lines: list[tuple[str, ...]] = []
     for point in listed:
@@ -36,24 +43,50 @@ def summary(rows: Rows) -> str:
 
 @dataclass(frozen=True)
 class Cut:
-    """By how much DeepThin's test value is below a rival's: means over the sizes that both reach."""
+    """By how much DeepThin's test value is below a rival's: means over the sizes that both reach.
 
-    cut: float  # 1 - ours / rival
-    closed: float | None  # (rival - ours) / (rival - dense): of the rival's distance from dense; None if it has none
-    sizes: int  # of how many it is the mean
+    Attributes:
+        cut: ``1 - ours / rival``.
+        closed: ``(rival - ours) / (rival - dense)``: the part of the rival's gap to dense that is closed; None where
+            the rival has no gap.
+        sizes: Number of sizes.
+    """
+
+    cut: float
+    closed: float | None
+    sizes: int
 
     def texts(self) -> tuple[str, str]:
-        """Both, in per cent."""
+        """Both figures in per cent.
+
+        Returns:
+            ``cut`` and ``closed`` as text; empty where ``closed`` is None.
+        """
         return f"{100 * self.cut:z.1f}", "" if self.closed is None else f"{100 * self.closed:z.1f}"
 
 
 def sizes(by: Mapping[str, Cut]) -> str:
-    """Of how many sizes the cuts over one rival are means; more than one number where they differ."""
+    """How many sizes the cuts over one rival are means of.
+
+    Args:
+        by: Variant of DeepThin -> its cut.
+
+    Returns:
+        The number; several, separated by slashes, where variants differ.
+    """
     return "/".join(dict.fromkeys(str(cut.sizes) for cut in by.values()))
 
 
 def compared(listed: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
-    """For each rival, for each kind of DeepThin, the cut. The paper's rivals come first, rounded ones last."""
+    """The cuts of each variant of DeepThin over each rival.
+
+    Args:
+        listed: The points of a comparison.
+        metric: The metric, lower being better.
+
+    Returns:
+        Rival -> variant -> cut. The paper's rivals come first, those with quantised floats last.
+    """
     means = {(p.method, p.ratio): p.test[metric].mean for p in listed if metric in p.test}
     dense = next((value for (method, _), value in means.items() if method == "dense"), None)
     methods = [method for method in dict.fromkeys(method for method, _ in means) if method not in UNCOMPRESSED]
@@ -75,9 +108,15 @@ def compared(listed: Sequence[Point], metric: str) -> dict[str, dict[str, Cut]]:
 
 
 def cuts(rows: Rows) -> str:
-    """For every metric a table: how far DeepThin is below each rival, in per cent, beside the paper's figures.
+    """For every metric a table: the reduction by DeepThin relative to each rival, beside the paper's figures.
 
-    Empty where there is no DeepThin, or no rival.
+    The paper's are those of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, Table 1.
+
+    Args:
+        rows: The rows of a comparison.
+
+    Returns:
+        The tables as plain text; empty where there is no DeepThin, or no rival.
     """
     told: list[str] = []
     for metric in metrics(rows):
@@ -89,10 +128,11 @@ def cuts(rows: Rows) -> str:
             cells = [text for v in variants for text in (by[v].texts() if v in by else ("", ""))]
             paper = [f"{value:.1f}" for value in PAPER.get(rival, ())] or [""] * len(PAPER_COLUMNS)
             lines.append((rival, *cells, sizes(by), *paper))
-        heads = ("over", *(head for variant in variants for head in (variant, "gap")), "sizes")
+        heads = ("rival", *(head for variant in variants for head in (variant, "gap")), "sizes")
         heads += tuple(f"paper: {name} {worded(like)[0]}" for name, _, like in PAPER_COLUMNS)
         about = (
-            f"Cut of test {worded(metric)[0]} over each rival, %, and how much of the rival's gap to dense it closes, %"
+            f"Reduction of test {worded(metric)[0]} by DeepThin relative to each rival, %, "
+            "and the part of the rival's gap to dense that this closes, %"
         )
         told.append(f"{about}\n{table(heads, lines, range(1, len(heads)), total=False)}")
     return "\n\n".join(told)

@@ -30,11 +30,11 @@ from deepthin.lab.tasks.training import Training, error, predict
 
 WIDTH, DEPTH = 1024, 4
 BATCH = 128
-JUDGMENTS, JUDGED = 6, 4  # times that every so-manieth development frame is judged in a training; the best state stays
-CALIBRATION = 1000  # frames, about, for second derivatives
-CONTEXT = 5  # frames to either side
+JUDGMENTS, JUDGED = 6, 4  # evaluations in a training, on every JUDGED-th development frame; the best state stays
+CALIBRATION = 1000  # approximate number of frames for second derivatives
+CONTEXT = 5  # neighbouring frames on either side
 
-# Of the decoder, chosen on the development speakers with the dense network (docs/training.md).
+# Settings of the decoder, chosen on the development speakers with the dense network (docs/training.md).
 PRIOR_SCALE, ACOUSTIC_SCALE, LM_WEIGHT, WORD_PENALTY = 0.3, 0.3, 1.0, 2.5
 
 
@@ -44,13 +44,20 @@ class Utterance:
 
     speaker: str
     features: Float[np.ndarray, "frames dims"]
-    states: Int[np.ndarray, "_"]  # one a frame, which _check holds with words for people
+    states: Int[np.ndarray, "_"]  # one for each frame, as _check verifies
     words: str = ""  # what was said, where that is known
 
 
 @dataclass(frozen=True)
 class Words:
-    """What turns the scores of frames into words, and the words that were said."""
+    """The decoder from frame scores to words, and the words that were said.
+
+    Attributes:
+        loop: The search.
+        priors: Log prior of each state.
+        lengths: By split, frames of each utterance.
+        said: By split, the words of each utterance, separated by blanks.
+    """
 
     loop: WordLoop
     priors: Float[np.ndarray, "states"]  # log
@@ -58,7 +65,19 @@ class Words:
     said: dict[str, list[str]]
 
     def error_rate(self, scores: Tensor, split: str) -> float:
-        """Word errors over words, in percent, of the scores of a split's frames, one after another."""
+        """Word errors of a split.
+
+        Args:
+            scores: Scores of the split's frames, utterance after utterance: frames x states.
+            split: ``"dev"`` or ``"test"``.
+
+        Returns:
+            Word errors over words, in percent.
+
+        Raises:
+            ConfigError: jiwer is not installed.
+            NonFiniteError: A score is not finite.
+        """
         posteriors = scores.log_softmax(1).numpy()
         hybrid = hybrid_scores(posteriors, self.priors, prior_scale=PRIOR_SCALE, acoustic_scale=ACOUSTIC_SCALE)
         utterances = torch.from_numpy(hybrid).split(self.lengths[split])
@@ -79,7 +98,19 @@ class Data:
 
 
 def load(folder: Path | None) -> Data:
-    """All splits of a folder. Of the training speakers, every ninth of the sorted names, eight in all, is held out."""
+    """Load AN4 or a Kaldi-style folder.
+
+    Of the training speakers, every ninth of the sorted names, eight in all, is held out for development.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Spliced frames and states of all splits.
+
+    Raises:
+        ConfigError: There is no folder, or it lacks a part or has alignments that do not fit.
+    """
     if folder is None:
         raise ConfigError(
             "The task acoustic needs --data: a folder with AN4, or a Kaldi-style one (docs/comparison.md)."
@@ -111,7 +142,16 @@ def load(folder: Path | None) -> Data:
 
 
 def build(data: Data, width: int, depth: int = DEPTH) -> nn.Module:
-    """``depth`` hidden ReLU layers of ``width`` units between the spliced frame and the states."""
+    """Hidden ReLU layers between the spliced frame and the states.
+
+    Args:
+        data: What ``load`` returned, for the numbers of inputs and states.
+        width: Units of each hidden layer, >= 1.
+        depth: Number of hidden layers.
+
+    Returns:
+        The dense network.
+    """
     layers: list[nn.Module] = []
     inputs = data.inputs["train"].shape[1]
     for _ in range(depth):
@@ -121,12 +161,28 @@ def build(data: Data, width: int, depth: int = DEPTH) -> nn.Module:
 
 
 def rules(rule: dict[str, object]) -> dict[str, dict[str, object]]:
-    """Every matrix."""
+    """The table ``rules`` of a configuration that covers every matrix.
+
+    Args:
+        rule: Method and options.
+
+    Returns:
+        The pattern ``*`` -> ``rule``.
+    """
     return {"*": rule}
 
 
 def fit(model: nn.Module, data: Data, training: Training) -> None:
-    """The cross entropy of the states; the state of the network that the development speakers like best stays."""
+    """Minimise the cross entropy of the states; the state of the network with the lowest development error stays.
+
+    Args:
+        model: The network, dense or thin; changed in place.
+        data: What ``load`` returned.
+        training: Batches, optimiser and number of steps.
+
+    Raises:
+        NonFiniteError: The training diverges.
+    """
     inputs, targets = data.inputs["train"], data.targets["train"]
     some, right = data.inputs["dev"][::JUDGED], data.targets["dev"][::JUDGED]
     training.keep_best(lambda: error(predict(model, some), right), JUDGMENTS)
@@ -137,33 +193,71 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
 
 
 def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
-    """Share of frames whose likeliest state is wrong, and word errors over words, in percent."""
+    """Judge the network by its frame errors, and by word errors where the folder has a dictionary.
+
+    Args:
+        model: The network.
+        data: What ``load`` returned.
+        split: ``"dev"`` or ``"test"``.
+
+    Returns:
+        ``frame_error``, frames whose likeliest state is wrong, in percent; ``wer``, word errors over words, in percent.
+    """
     scores = predict(model, data.inputs[split])
-    found = {"frame_error": error(scores, data.targets[split])}
+    values = {"frame_error": error(scores, data.targets[split])}
     if data.words is not None:
-        found["wer"] = data.words.error_rate(scores, split)
-    return found
+        values["wer"] = data.words.error_rate(scores, split)
+    return values
 
 
 def loss(model: nn.Module, data: Data) -> float:
-    """The mean cross entropy of every so-manieth development frame, in nats."""
+    """The mean cross entropy of every fourth development frame.
+
+    Args:
+        model: The network.
+        data: What ``load`` returned.
+
+    Returns:
+        Nats per frame.
+    """
     scores = predict(model, data.inputs["dev"][::JUDGED])
     return nn.functional.cross_entropy(scores, data.targets["dev"][::JUDGED]).item()
 
 
 def calibration(data: Data) -> tuple[Tensor, Tensor]:
-    """Some thousand development frames, evenly, and their states."""
+    """Evenly spaced development frames for second derivatives.
+
+    Args:
+        data: What ``load`` returned.
+
+    Returns:
+        Inputs and states of about 1,000 frames.
+    """
     every = max(len(data.targets["dev"]) // CALIBRATION, 1)
     return data.inputs["dev"][::every], data.targets["dev"][::every]
 
 
 def example(data: Data) -> tuple[Tensor, ...]:
-    """One frame."""
+    """One frame of the test split.
+
+    Args:
+        data: What ``load`` returned.
+
+    Returns:
+        The network's only argument, 1 x inputs.
+    """
     return (data.inputs["test"][:1],)
 
 
 def spliced(utterances: list[Utterance]) -> Float[np.ndarray, "frames inputs"]:
-    """Features with deltas and double deltas, normalised per speaker, each frame beside its neighbours."""
+    """Features with deltas and double deltas, normalised per speaker, each frame with its neighbours.
+
+    Args:
+        utterances: The utterances of one split.
+
+    Returns:
+        The frames of all utterances, in float32; each has ``2 * CONTEXT + 1`` frames side by side.
+    """
     full = [an4.with_deltas(u.features) for u in utterances]
     rows: list[np.ndarray] = []
     for normal in an4.normalised([u.speaker for u in utterances], full):
@@ -183,18 +277,18 @@ def _read_an4(folder: Path) -> dict[str, list[Utterance]] | None:
     if root is None:
         return None
     states = np.load(root / "states.npz")
-    found: dict[str, list[Utterance]] = {}
+    utterances: dict[str, list[Utterance]] = {}
     for split, recordings in an4.read(root / "an4").items():
         said = an4.transcripts(root / "an4", split)
         if missing := [r.name for r in recordings if r.name not in states]:
             raise ConfigError(
                 f"{root / 'states.npz'} has no alignment of {missing[0]}, which an4_{split}.fileids names."
             )
-        found[split] = [
+        utterances[split] = [
             Utterance(r.speaker, r.features, states[r.name].astype(np.int64), said.get(r.name, "")) for r in recordings
         ]
-    _check(found, root)
-    return found
+    _check(utterances, root)
+    return utterances
 
 
 def _words(root: Path | None, splits: dict[str, list[Utterance]], states: int) -> Words | None:
@@ -205,7 +299,9 @@ def _words(root: Path | None, splits: dict[str, list[Utterance]], states: int) -
     etc = root / "an4" / "etc"
     phones = (etc / "an4.phone").read_text().split()
     if states > 3 * len(phones):
-        raise ConfigError(f"{root}: the alignments have {states} states, but {len(phones)} phones have but three each.")
+        raise ConfigError(
+            f"{root}: the alignments have {states} states, but {len(phones)} phones have only three each."
+        )
     loop = WordLoop.from_phones(
         read_dictionary(etc / "an4.dic"),
         phones,
@@ -221,7 +317,7 @@ def _words(root: Path | None, splits: dict[str, list[Utterance]], states: int) -
 def _read_kaldi(folder: Path) -> dict[str, list[Utterance]] | None:
     if not (folder / "train" / "feats.txt").exists():
         return None
-    found: dict[str, list[Utterance]] = {}
+    utterances: dict[str, list[Utterance]] = {}
     for split in ("train", "test"):
         base = folder / split
         speakers = dict(line.split() for line in (base / "utt2spk").read_text().splitlines())
@@ -230,9 +326,9 @@ def _read_kaldi(folder: Path) -> dict[str, list[Utterance]] | None:
         aligned = [(n, f) for n, f in _text_archive(base / "feats.txt") if n in states]
         if missing := [n for n, _ in aligned if n not in speakers]:
             raise ConfigError(f"{base / 'utt2spk'} has no speaker for {missing[0]}.")
-        found[split] = [Utterance(speakers[n], f, states[n]) for n, f in aligned]
-    _check(found, folder)
-    return found
+        utterances[split] = [Utterance(speakers[n], f, states[n]) for n, f in aligned]
+    _check(utterances, folder)
+    return utterances
 
 
 def _text_archive(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -250,8 +346,8 @@ def _text_archive(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 yield name, np.array(rows, dtype=np.float64)
 
 
-def _check(found: dict[str, list[Utterance]], folder: Path) -> None:
-    for split, utterances in found.items():
+def _check(parts: dict[str, list[Utterance]], folder: Path) -> None:
+    for split, utterances in parts.items():
         if not utterances:
             raise ConfigError(f"{folder} has no utterance with features and an alignment for {split!r}.")
         for u in utterances:
@@ -277,7 +373,7 @@ TASK = ModuleTask(
     example=example,
     loss=loss,
     calibration=calibration,
-    asks_teacher=True,  # whether the training asks a teacher
+    asks_teacher=True,  # the training calls training.taught
     # Chosen for each method on the development speakers (docs/training.md).
     learning_rate=1e-3,
     learning_rates={"same-size": 8e-3, "rank-8bit": 5e-4, "rank-4bit": 5e-4},

@@ -16,9 +16,9 @@ from typing import Any
 from deepthin.errors import ConfigError
 
 INSTALLED = Path("/usr/lib/R/site-library/janeaustenr")
-END = "<eos>"  # of a paragraph
+END = "<eos>"  # ends a paragraph
 
-# A word has letters or digits, and may have apostrophes and hyphens inside; a mark stands alone; all else is left out.
+# A word has letters or digits, and may have apostrophes and hyphens inside; punctuation marks are words of their own.
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|--|[.,;:!?]")
 
 
@@ -45,7 +45,7 @@ def read(root: Path) -> dict[str, list[str]]:
         By the name of a novel its lines, an empty one between paragraphs.
 
     Raises:
-        ConfigError: If the database is damaged, or the package rdata is not installed.
+        ConfigError: The database is damaged, or the package rdata is not installed.
     """
     if find_spec("rdata") is None:
         raise ConfigError("Jane Austen's novels are read by rdata: pip install 'deepthin[compare]'.")
@@ -61,12 +61,14 @@ def read(root: Path) -> dict[str, list[str]]:
                 raise ValueError(f"{name} has {len(item)} of {length} bytes")
             lines = unserialised(item)
             if not len(lines) or not all(isinstance(line, str) for line in lines):  # rdata reads short vectors as empty
-                raise ValueError(f"{name} is no text")
+                raise ValueError(f"{name} is not text")
             novels[name] = [str(line) for line in lines]
         return novels
-    except Exception as error:  # whatever damage makes the readers raise: rdata has no class of its own for it
+    except Exception as error:  # damaged files make rdata raise exceptions of many classes
         reason = str(error) or type(error).__name__
-        raise ConfigError(f"{index} is no database of R's, or damaged ({reason}): install the package again.") from None
+        raise ConfigError(
+            f"{index} is not an R database, or is damaged ({reason}): install the package again."
+        ) from None
 
 
 def words(lines: list[str]) -> list[str]:
@@ -93,7 +95,7 @@ def unserialised(raw: bytes) -> Any:
         A NumPy array for a vector, a mapping for a list with names.
 
     Raises:
-        ValueError: If the bytes are no serialisation.
+        ValueError: The bytes are not in R's binary form.
     """
     import rdata
 

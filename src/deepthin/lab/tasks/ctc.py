@@ -34,16 +34,16 @@ STRIDE = 3  # frames from one output to the next
 BLANK, WORD_END = "_", "|"
 SYMBOLS = (BLANK, WORD_END, *ascii_uppercase)
 
-# What is done to a training batch.
-SPEED = 0.15  # at most so much slower or faster, all of it: lengths stay alike
-NOISE = 0.15  # standard deviation; that of the features is 1
-TIME_MASKS, MASKED_FRAMES = 2, 10  # how many, and how wide at most
-MASKED_CEPSTRA = 2  # at most, next to each other
+# Distortions of a training batch.
+SPEED = 0.15  # largest relative change of speed, one for the whole batch
+NOISE = 0.15  # standard deviation; features have 1
+TIME_MASKS, MASKED_FRAMES = 2, 10  # number of masks, and their largest width
+MASKED_CEPSTRA = 2  # largest number of neighbouring cepstra
 DROPOUT = 0.2
-WHOLE = 24  # frames are padded to a multiple: oneDNN prepares itself for each number of steps that it meets
+WHOLE = 24  # frames are padded to a multiple: oneDNN compiles anew for each number of steps
 
-# Of the word decoder, chosen for the dense network on the development speakers. AN4's model gives all words the same
-# probability: the weight is a penalty for each word.
+# Settings of the word decoder, chosen for the dense network on the development speakers. AN4's model gives all words
+# the same probability: the weight is a penalty for each word.
 LM_WEIGHT, WORD_PENALTY = 0.2, 0.0
 
 
@@ -66,11 +66,14 @@ class Data:
 
 
 class Recogniser(nn.Module):
-    """Log-probabilities of symbols from features, one frame for three.
+    """Log-probabilities of symbols from features, one output per three frames.
 
-    Each direction of a layer is a network of its own, and the one that runs back sees each utterance turned round
-    within its own length: padding comes last for both and changes nothing. Packed sequences would do the same, in
-    twice the time.
+    Each direction of a layer is a module of its own, and the backward one sees each utterance reversed within its own
+    length: padding comes last for both and changes nothing. Packed sequences would do the same, in twice the time.
+
+    Args:
+        width: Units of each direction.
+        depth: Number of bidirectional layers.
     """
 
     def __init__(self, width: int, depth: int) -> None:
@@ -81,13 +84,21 @@ class Recogniser(nn.Module):
         sizes = [channels, *[2 * width] * (depth - 1)]
         self.ahead = nn.ModuleList(nn.LSTM(inputs, width, batch_first=True) for inputs in sizes)
         self.back = nn.ModuleList(nn.LSTM(inputs, width, batch_first=True) for inputs in sizes)
-        self.dropout = nn.Dropout1d(DROPOUT)  # of units, in all of an utterance
+        self.dropout = nn.Dropout1d(DROPOUT)  # drops a unit for the whole utterance
         self.output = nn.Linear(2 * width, len(SYMBOLS))
 
     def forward(
         self, features: Float[Tensor, "batch frames inputs"], lengths: Int[Tensor, "batch"]
     ) -> tuple[Float[Tensor, "batch steps symbols"], Int[Tensor, "batch"]]:
-        """Features are zero from an utterance's length on; what is returned is arbitrary from its new length on."""
+        """Compute log-probabilities of the symbols.
+
+        Args:
+            features: Features, zero from each utterance's length on.
+            lengths: Frames of each utterance.
+
+        Returns:
+            The log-probabilities, arbitrary from each utterance's new length on, and the new lengths in steps.
+        """
         x = F.hardtanh(self.norm(self.front(features.transpose(1, 2)))).transpose(1, 2)
         lengths = (lengths + STRIDE - 1) // STRIDE
         step = torch.arange(x.shape[1])
@@ -105,7 +116,19 @@ class Recogniser(nn.Module):
 
 
 def load(folder: Path | None) -> Data:
-    """All splits of AN4. Of the training speakers, every ninth of the sorted names, eight in all, is held out."""
+    """Load AN4.
+
+    Of the training speakers, every ninth of the sorted names, eight in all, is held out for development.
+
+    Args:
+        folder: A folder with AN4.
+
+    Returns:
+        Utterances of all splits, and the word decoder.
+
+    Raises:
+        ConfigError: There is no folder, or it lacks AN4, a transcript or the language model.
+    """
     if folder is None:
         raise ConfigError("The task ctc needs --data: a folder with AN4 (docs/comparison.md).")
     root = an4.find(folder)
@@ -138,19 +161,44 @@ def load(folder: Path | None) -> Data:
 
 
 def build(data: Data | None, width: int, depth: int = DEPTH) -> nn.Module:
-    """``depth`` bidirectional layers of ``width`` units a direction, after a convolution with a third as many."""
+    """Build a convolution, bidirectional LSTM layers and a linear output.
+
+    Args:
+        data: Not used.
+        width: Units of each direction; the convolution has a third as many channels.
+        depth: Number of bidirectional layers.
+
+    Returns:
+        The dense network.
+    """
     return Recogniser(width, depth)
 
 
 def rules(rule: dict[str, object]) -> dict[str, dict[str, object]]:
-    """Every matrix."""
+    """The table ``rules`` of a configuration that covers every matrix.
+
+    Args:
+        rule: Method and options.
+
+    Returns:
+        The pattern ``*`` -> ``rule``.
+    """
     return {"*": rule}
 
 
 def fit(model: nn.Module, data: Data, training: Training) -> None:
-    """The loss of CTC a character, on utterances that are distorted each time; the last state counts.
+    """Minimise the CTC loss per character on utterances that are distorted anew each time; the last state stays.
 
-    Products are in bfloat16 where the processor has them: three times as fast. Everything else is in fp32.
+    Matrix products are in bfloat16 where the processor supports it, which is three times as fast; all else is in
+    float32.
+
+    Args:
+        model: The network, dense or thin; changed in place.
+        data: What ``load`` returned.
+        training: Batches, optimiser and number of steps.
+
+    Raises:
+        NonFiniteError: The training diverges.
     """
     train, generator = data.splits["train"], training.generator
     frames = torch.tensor([len(features) for features in train.features])
@@ -165,7 +213,17 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
 
 
 def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
-    """Nats a character; word errors with the dictionary and the unigram model, and those of the likeliest symbols."""
+    """Judge the network by its loss and by word errors.
+
+    Args:
+        model: The network.
+        data: What ``load`` returned.
+        split: ``"dev"`` or ``"test"``.
+
+    Returns:
+        ``loss``, nats per character; ``wer``, word errors in percent with the dictionary and the unigram model;
+        ``wer_greedy``, word errors in percent of the likeliest symbols.
+    """
     utterances = data.splits[split]
     total, decoded, greedy = 0.0, list[str](), list[str]()
     model.eval()
@@ -185,7 +243,14 @@ def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
 
 
 def example(data: Data) -> tuple[Tensor, ...]:
-    """The utterance of middle length."""
+    """The test utterance of median length.
+
+    Args:
+        data: What ``load`` returned.
+
+    Returns:
+        The network's arguments: features, 1 x frames x inputs, and the length.
+    """
     features = data.splits["test"].features
     middle = features[len(features) // 2]
     return middle[None], torch.tensor([len(middle)])
@@ -194,12 +259,28 @@ def example(data: Data) -> tuple[Tensor, ...]:
 def loss(
     scores: Float[Tensor, "batch steps symbols"], steps: Int[Tensor, "batch"], targets: list[Int[Tensor, "_"]]
 ) -> Float[Tensor, ""]:
-    """Nats a character. An utterance too short for its text counts as zero."""
+    """The CTC loss (Graves et al., 2006, "Connectionist temporal classification"), per character of the batch.
+
+    Args:
+        scores: Log-probabilities of the symbols.
+        steps: Steps of each utterance.
+        targets: Symbols of each utterance.
+
+    Returns:
+        Nats per character; an utterance too short for its text counts as zero.
+    """
     return F.ctc_loss(*_ctc(scores, steps, targets), reduction="sum", zero_infinity=True) / sum(map(len, targets))
 
 
 def spelled(best: Int[Tensor, "steps"]) -> str:
-    """Words from the likeliest symbol of each step: repeats count once, and blanks only part them."""
+    """Words from the likeliest symbol of each step: repeats are merged, then blanks removed.
+
+    Args:
+        best: Index of the likeliest symbol of each step.
+
+    Returns:
+        The words, separated by blanks.
+    """
     symbols = "".join(SYMBOLS[i] for i in best.unique_consecutive().tolist())
     return " ".join(symbols.replace(BLANK, "").replace(WORD_END, " ").split())
 
@@ -207,7 +288,17 @@ def spelled(best: Int[Tensor, "steps"]) -> str:
 def distorted(
     features: list[Float[Tensor, "_ inputs"]], generator: Generator
 ) -> tuple[Float[Tensor, "batch frames inputs"], Int[Tensor, "batch"]]:
-    """A padded batch at another speed, with noise and with parts hidden; and the new lengths."""
+    """Distort a training batch: another speed, added noise, masked frames and cepstra.
+
+    Masking after SpecAugment (Park et al., 2019, arXiv:1904.08779).
+
+    Args:
+        features: Features of each utterance.
+        generator: The only source of randomness.
+
+    Returns:
+        The padded batch, and the new lengths in frames.
+    """
     batch, lengths = len(features), torch.tensor([len(frames) for frames in features])
 
     def uniform(*shape: int) -> Tensor:
@@ -259,19 +350,23 @@ def _symbols(text: str) -> Int[Tensor, "characters"]:
 
 
 def _ctc(scores: Tensor, steps: Tensor, targets: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What torch's CTC takes; its blank is our first symbol."""
+    """The arguments of torch's CTC loss, whose blank is our first symbol."""
     return scores.transpose(0, 1), torch.cat(targets), steps, torch.tensor([len(text) for text in targets])
 
 
 def _of_like_length(frames: Tensor, batch: int, generator: Generator) -> Tensor:
-    """A pass over utterances in batches of similar lengths; the few that fill no batch are other ones each time."""
+    """A pass over utterances in batches of similar lengths; the few that fill no batch differ from pass to pass."""
     order = torch.randperm(len(frames), generator=generator)[: len(frames) // batch * batch]
     rows = order[frames[order].argsort(stable=True)].view(-1, batch)
     return rows[torch.randperm(len(rows), generator=generator)].flatten()
 
 
 def precision() -> torch.autocast:
-    """That of training: products in bfloat16 where the processor has them."""
+    """The precision of training: matrix products in bfloat16 where the processor supports it.
+
+    Returns:
+        A context manager; it does nothing on other processors.
+    """
     return torch.autocast("cpu", torch.bfloat16, enabled=cast(bool, torch.cpu._is_avx512_bf16_supported()))
 
 
@@ -306,7 +401,7 @@ TASK = ModuleTask(
         "pruned-csr": 0.5,
     },
     options={
-        "deepthin-8bit": {"rank": 4},  # recurrent layers want more rank than the frame classifier does
+        "deepthin-8bit": {"rank": 4},  # recurrent layers need more rank than the frame classifier
         "deepthin-4bit": {"rank": 4},
         "tensor-train": {"order": 2},
     },

@@ -1,4 +1,4 @@
-"""From scores a frame to words: the best path through a loop over words, each a chain of states that emit one column.
+"""From frame scores to words: the best path through a loop over words, each a chain of states that emit one column.
 
 Phone models of a hybrid recogniser and the characters of a CTC net are the same loop with other chains. The search is
 exact (Viterbi, no beam). It keeps words only: a state carries the frame at which its word was entered, and a frame the
@@ -20,7 +20,7 @@ from deepthin.errors import ConfigError, NonFiniteError
 
 POSITIONS = 3  # states of a phone, passed from left to right
 FLOOR = math.log(1e-5)  # log-probability of a word that the language model does not know
-NO_WORDS = ("<s>", "</s>", "<unk>")  # entries of a language model that stand for no word, whatever their case
+NO_WORDS = ("<s>", "</s>", "<unk>")  # markers of a language model, in either case
 
 
 class _Chain(NamedTuple):
@@ -67,16 +67,30 @@ class WordLoop:
     ) -> "WordLoop":
         """Words as phones of three states: state p of the phone ``phones[i]`` emits column 3i + p.
 
-        A word costs ``word_penalty`` and gains ``lm_weight`` times its log-probability, ``FLOOR`` where ``unigrams``
-        lacks it; each of its variants gains all of it. Silence may stand between words and at both ends, any number
-        of times, for ``silence_penalty`` each. All transitions weigh the same. ConfigError for phones not in the list.
+        Silence may stand between words and at both ends, any number of times. All transitions weigh the same.
+
+        Args:
+            pronunciations: (word, phones) pairs; a word may have several, each of which gets the word's full
+                probability.
+            phones: All phones, in the order of the columns.
+            unigrams: Word -> natural log of its probability; a missing word gets ``FLOOR``.
+            lm_weight: Factor of the log-probability.
+            word_penalty: Subtracted for each word.
+            silence: The phone of silence.
+            silence_penalty: Subtracted for each silence.
+
+        Returns:
+            The loop.
+
+        Raises:
+            ConfigError: A phone is not in the list, or there are no words or an empty one.
         """
         number = {phone: i for i, phone in enumerate(phones)}
 
         def columns(word: str, sounds: Sequence[str]) -> list[int]:
             if unknown := [phone for phone in sounds if phone not in number]:
                 raise ConfigError(
-                    f"{word!r} is pronounced {' '.join(sounds)!r}, but {unknown[0]!r} is none of the {len(number)} "
+                    f"{word!r} is pronounced {' '.join(sounds)!r}, but {unknown[0]!r} is not among the {len(number)} "
                     "phones. Use the dictionary and the list of phones of one model."
                 )
             return [POSITIONS * number[phone] + position for phone in sounds for position in range(POSITIONS)]
@@ -99,10 +113,25 @@ class WordLoop:
         lm_weight: float = 1.0,
         word_penalty: float = 0.0,
     ) -> "WordLoop":
-        """Words as characters for CTC: ``symbols[i]`` is column i, ``blank`` and ``word_end`` are two of them.
+        """Words as characters for CTC (Graves et al., 2006): ``symbols[i]`` is column i.
 
         Blanks may stand anywhere and must stand between equal characters; ``word_end`` follows each word, and may be
-        missing after the last. Weights are those of ``from_phones``. ConfigError for characters not among the symbols.
+        missing after the last.
+
+        Args:
+            words: The words.
+            symbols: All symbols, in the order of the columns, ``blank`` and ``word_end`` among them.
+            unigrams: Word -> natural log of its probability; a missing word gets ``FLOOR``.
+            blank: CTC's blank symbol.
+            word_end: The symbol that ends a word.
+            lm_weight: Factor of the log-probability.
+            word_penalty: Subtracted for each word.
+
+        Returns:
+            The loop.
+
+        Raises:
+            ConfigError: A character is not among the symbols, or there are no words or an empty one.
         """
         number = {symbol: i for i, symbol in enumerate(symbols)}
         if missing := [symbol for symbol in (blank, word_end) if symbol not in number]:
@@ -115,7 +144,7 @@ class WordLoop:
         def spelled(word: str) -> _Chain:
             if unknown := [letter for letter in word if letter not in letters]:
                 raise ConfigError(
-                    f"{word!r} cannot be spelled: {unknown[0]!r} is none of the letters {sorted(letters)}. Leave the "
+                    f"{word!r} cannot be spelled: {unknown[0]!r} is not among the letters {sorted(letters)}. Leave the "
                     "word out, or train with that letter."
                 )
             columns = [number[blank]] * (2 * len(word) + 1)
@@ -152,20 +181,29 @@ class WordLoop:
         scores: Float[np.ndarray, "utterances frames columns"],
         lengths: Sequence[int] | Int[np.ndarray, "utterances"],
     ) -> list[list[str]]:
-        """The words of the best path through each utterance, of which the first ``lengths`` frames count.
+        """The words of the best path through each utterance (Viterbi, without a beam).
 
-        Scores are natural logarithms, up to a constant a frame; minus infinity forbids. An utterance that no path fits
-        (too short, or all forbidden) has no words. Of words that sound alike and weigh the same, the earlier wins.
-        Time is frames times states; memory is a copy of the scores, and 8 bytes a frame. ValueError for shapes that
-        do not fit, NonFiniteError for NaN and plus infinity.
+        Of words that sound alike and have equal weights, the earlier wins. Time is frames times states; memory is a
+        copy of the scores, and 8 bytes per frame.
+
+        Args:
+            scores: Natural logarithms, up to a constant per frame; minus infinity forbids a column.
+            lengths: Frames of each utterance, 0 to the number of frames; later ones are ignored.
+
+        Returns:
+            The words of each utterance; none where no path fits: too short, or all paths forbidden.
+
+        Raises:
+            ValueError: Shapes or lengths do not fit.
+            NonFiniteError: A score is NaN or plus infinity.
         """
         scores, lengths = np.asarray(scores), np.asarray(lengths, dtype=np.int64)
         self._check(scores, lengths)
-        order = np.argsort(-lengths, kind="stable")  # the longest first: those still running are a slice
-        found: list[list[str]] = [[] for _ in order]
+        order = np.argsort(-lengths, kind="stable")  # longest first, so that unfinished utterances are a slice
+        decoded: list[list[str]] = [[] for _ in order]
         for utterance, words in zip(order, self._search(scores[order], lengths[order]), strict=True):
-            found[utterance] = words
-        return found
+            decoded[utterance] = words
+        return decoded
 
     def _check(self, scores: np.ndarray, lengths: np.ndarray) -> None:
         needed = int(self.columns.max()) + 1
@@ -189,10 +227,10 @@ class WordLoop:
                 )
 
     def _search(self, scores: np.ndarray, lengths: np.ndarray) -> Iterator[list[str]]:
-        """Words of one utterance after another; lengths must fall."""
+        """Words of one utterance after another; lengths must not increase."""
         frames, shape = int(lengths.max(initial=0)), (len(lengths), len(self.columns))
         best = np.full(shape, -np.inf)
-        before = np.full(shape, -np.inf)  # the same of the state before, or of entering the chain
+        before = np.full(shape, -np.inf)  # the best path through the previous state, or into the chain
         entered = np.zeros(shape, np.int32)
         entered_before = np.zeros(shape, np.int32)
         ended = np.zeros(len(lengths))  # the best path that ends a word with the frame before
@@ -233,7 +271,15 @@ class WordLoop:
 
 
 def log_priors(states: Int[np.ndarray, "frames"], count: int) -> Float[np.ndarray, "count"]:
-    """Natural log of the share of the frames that each state has, one added to every count: none is zero."""
+    """Log prior of each state, from its frequency; one is added to every count, so that none is zero.
+
+    Args:
+        states: State of each training frame.
+        count: Number of states.
+
+    Returns:
+        Natural logarithms.
+    """
     counts = np.bincount(states, minlength=count) + 1.0
     return np.log(counts / counts.sum())
 
@@ -245,16 +291,34 @@ def hybrid_scores(
     prior_scale: float = 1.0,
     acoustic_scale: float = 1.0,
 ) -> Float[np.ndarray, "... states"]:
-    """What a hybrid recogniser decodes: posteriors over priors, scaled, in natural logarithms.
+    """Scores of a hybrid recogniser: posteriors over priors (Bourlard and Morgan, 1994, "Connectionist speech
+    recognition").
 
-    (Bourlard and Morgan, 1994, "Connectionist speech recognition".)
+    Args:
+        log_posteriors: Natural logarithms of the network's outputs.
+        priors: Natural logarithms of the priors.
+        prior_scale: Factor of the priors.
+        acoustic_scale: Factor of the result.
+
+    Returns:
+        ``acoustic_scale * (log_posteriors - prior_scale * priors)``.
     """
     return acoustic_scale * (np.asarray(log_posteriors) - prior_scale * priors)
 
 
 def read_dictionary(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """The words of a CMU-style dictionary with their phones, a variant ``WORD(2)`` as one more entry of ``WORD``."""
-    found: list[tuple[str, tuple[str, ...]]] = []
+    """Read a CMU-style pronunciation dictionary.
+
+    Args:
+        path: A text file with a word and its phones in each line; ``;;;`` begins a comment.
+
+    Returns:
+        (word, phones) pairs in the order of the file; a variant ``WORD(2)`` is one more entry of ``WORD``.
+
+    Raises:
+        ConfigError: The file cannot be read, a word has no phones, or there are no words.
+    """
+    entries: list[tuple[str, tuple[str, ...]]] = []
     for number, line in enumerate(_lines(path), 1):
         if not line.strip() or line.startswith(";;;"):  # a comment
             continue
@@ -263,20 +327,29 @@ def read_dictionary(path: Path) -> list[tuple[str, tuple[str, ...]]]:
             raise ConfigError(
                 f"{path}, line {number}: {name!r} has no phones. A line is a word and its phones, apart by blanks."
             )
-        found.append((re.sub(r"(?<=.)\(\d+\)$", "", name), tuple(phones)))
-    if not found:
-        raise ConfigError(f"{path} holds no word. A pronunciation dictionary has a line a word: the word, its phones.")
-    return found
+        entries.append((re.sub(r"(?<=.)\(\d+\)$", "", name), tuple(phones)))
+    if not entries:
+        raise ConfigError(
+            f"{path} holds no word. A pronunciation dictionary has one line for each word: the word, its phones."
+        )
+    return entries
 
 
 def read_unigrams(path: Path) -> dict[str, float]:
-    """Word -> natural log of its probability, from the 1-grams of an ARPA file, which writes log10.
+    """Read the 1-grams of an ARPA language model.
 
-    ConfigError where the file is no ARPA file, or holds fewer or more 1-grams than it says.
+    Args:
+        path: The file, whose probabilities are log10.
+
+    Returns:
+        Word -> natural log of its probability.
+
+    Raises:
+        ConfigError: The file cannot be read, is no ARPA file, or has another number of 1-grams than it says.
     """
     lines = list(enumerate(map(str.strip, _lines(path)), 1))
     texts = [text for _, text in lines]
-    way_out = "Fetch the file again, or write it anew with the tool that made it."
+    way_out = "Download the file again, or write it again with the tool that made it."
     try:
         data = texts.index("\\data\\")  # comments before it may look like sections
         first = texts.index("\\1-grams:", data) + 1
@@ -287,31 +360,40 @@ def read_unigrams(path: Path) -> dict[str, float]:
         )
     except (ValueError, StopIteration):
         raise ConfigError(
-            f"{path} is no complete ARPA language model: it needs \\data\\ with 'ngram 1=', \\1-grams: and \\end\\, "
+            f"{path} is not a complete ARPA language model: it needs \\data\\ with 'ngram 1=', \\1-grams: and \\end\\, "
             f"each on its line. {way_out}"
         ) from None
-    found: dict[str, float] = {}
+    log_probabilities: dict[str, float] = {}
     entries = [(number, text.split()) for number, text in lines[first:last] if text]
     for number, fields in entries:
         try:
             value = float(fields[0]) * math.log(10)
             if not -math.inf < value <= 0:
                 raise ValueError
-            found[fields[1]] = value
+            log_probabilities[fields[1]] = value
         except (ValueError, IndexError):
             raise ConfigError(
-                f"{path}, line {number}: {' '.join(fields)!r} is no 1-gram, a log10 probability of at most 0 and a "
+                f"{path}, line {number}: {' '.join(fields)!r} is not a 1-gram, a log10 probability of at most 0 and a "
                 f"word. {way_out}"
             ) from None
     if len(entries) != declared:
         raise ConfigError(f"{path} says that it has {declared} 1-grams, but has {len(entries)}. {way_out}")
-    return {word: value for word, value in found.items() if word.lower() not in NO_WORDS}
+    return {word: value for word, value in log_probabilities.items() if word.lower() not in NO_WORDS}
 
 
 def word_error_rate(references: list[str], hypotheses: list[str]) -> float:
-    """Word errors over the words of all references, in percent, by jiwer; words are apart by blanks.
+    """Word errors over the words of all references, counted by jiwer.
 
-    ConfigError without jiwer, ValueError where the lists differ in length or no reference has a word.
+    Args:
+        references: What was said: words of each utterance, separated by blanks.
+        hypotheses: What was recognised, in the same order.
+
+    Returns:
+        Percent; above 100 where there are more errors than words.
+
+    Raises:
+        ConfigError: jiwer is not installed.
+        ValueError: The lists differ in length, or no reference has a word.
     """
     try:
         import jiwer

@@ -10,14 +10,26 @@ from deepthin.lab.tasks import conv, digits
 from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training
 
-WIDTH, DEPTH = 1000, 5  # thousandths of the published units
+WIDTH, DEPTH = 1000, 5  # width in thousandths of the published units
 BATCH = 50
 
 load, rules, evaluate, example = conv.load, conv.rules, conv.evaluate, conv.example
 
 
 def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module:
-    """``width`` thousandths of the published units; ConfigError for a depth that is neither 3 nor 5."""
+    """Build LeNet-300-100 or LeNet-5.
+
+    Args:
+        data: Not used.
+        width: Thousandths of the published numbers of units, >= 1.
+        depth: 3: LeNet-300-100; 5: LeNet-5.
+
+    Returns:
+        The dense network.
+
+    Raises:
+        ConfigError: There is no LeNet of that depth.
+    """
     if depth == 3:
         return nn.Sequential(nn.Flatten(), digits.build(data, max((300 * width + 500) // 1000, 1)))
     if depth == 5:
@@ -26,7 +38,16 @@ def build(data: digits.Data | None, width: int, depth: int = DEPTH) -> nn.Module
 
 
 def fit(model: nn.Module, data: digits.Data, training: Training) -> None:
-    """The cross entropy; the last state counts."""
+    """Minimise the cross entropy of the digits; the last state stays.
+
+    Args:
+        model: The network, dense or thin; changed in place.
+        data: What ``load`` returned.
+        training: Batches, optimiser and number of steps.
+
+    Raises:
+        NonFiniteError: The training diverges.
+    """
     digits.minimise(model, data, training, BATCH)
 
 

@@ -22,19 +22,19 @@ from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training
 
 WIDTH, DEPTH = 200, 2
-BATCH, UNROLLED = 20, 20  # texts side by side; words of each in a step, through which gradients go back
+BATCH, UNROLLED = 20, 20  # parallel texts; words of each in a step, the length of back-propagation
 WARM_UP = 100  # steps
-CLIP = 0.25  # of the gradient's norm, that of a mean over words; the paper's 5 is of a sum over 20
+CLIP = 0.25  # bound on the gradient's norm, for a mean over words; the paper's 5 is for a sum over 20
 
 
 UNKNOWN = "<unk>"
-MOST_WORDS = 10_000  # of the vocabulary
-LEAST_COUNT = 3  # times that a word of the novels occurs in the training split, or it is unknown
+MOST_WORDS = 10_000  # size of the vocabulary
+LEAST_COUNT = 3  # rarer words of the novels are unknown
 SUBSET = 200_000  # training words of the novels without --data
 SPLITS = {"train": "ptb.train.txt", "dev": "ptb.valid.txt", "test": "ptb.test.txt"}
 
 State = tuple[Tensor, Tensor]
-"""Of an LSTM: h and c, layers x texts x width each."""
+"""State of an LSTM: h and c, layers x texts x width each."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,13 @@ class Data:
 
 
 class LanguageModel(nn.Module):
-    """Scores of each next word, and the state after the last one, from words and the state before."""
+    """An embedding, LSTM layers and a linear output: scores of each next word.
+
+    Args:
+        words: Size of the vocabulary.
+        width: Units of the embedding and of each layer.
+        depth: Number of layers.
+    """
 
     def __init__(self, words: int, width: int, depth: int) -> None:
         super().__init__()
@@ -62,25 +68,56 @@ class LanguageModel(nn.Module):
     def forward(
         self, words: Int[Tensor, "steps texts"], state: State | None = None
     ) -> tuple[Float[Tensor, "steps texts words"], State]:
-        """Without a state, that of the beginning of a text."""
+        """Scores of the next word at each step.
+
+        Args:
+            words: Indices of words.
+            state: The state before the first step; None: zeros, as at the beginning of a text.
+
+        Returns:
+            The scores, and the state after the last step.
+        """
         x, last = self.lstm(self.dropout(self.embedding(words)), state)
         return self.output(self.dropout(x)).float(), last
 
 
 def dropout(width: int) -> float:
-    """Zaremba's: none up to his small network's 200 units, .5 up to his medium one's 650, .65 for wider ones."""
+    """The dropout probability of a width (Zaremba, Sutskever and Vinyals, 2014, arXiv:1409.2329, section 4.1).
+
+    Args:
+        width: Units of each layer.
+
+    Returns:
+        0 up to 200 units, the paper's small network; 0.5 up to 650, its medium one; 0.65 above.
+    """
     return 0.0 if width <= 200 else 0.5 if width <= 650 else 0.65
 
 
 def spread(width: int) -> float:
-    """Of the weights' uniform start, to either side: .1 and .05 for Zaremba's small and medium network."""
+    """The bound of the weights' uniform start (Zaremba, Sutskever and Vinyals, 2014, arXiv:1409.2329, section 4.1).
+
+    Args:
+        width: Units of each layer.
+
+    Returns:
+        0.1 up to 300 units, 0.05 above; weights are drawn between minus and plus this.
+    """
     return 0.1 if width <= 300 else 0.05
 
 
 def load(folder: Path | None, most: int | None = None) -> Data:
-    """The Penn Treebank or the whole novels from ``folder``; without, the first part of the installed novels.
+    """Load the Penn Treebank or Jane Austen's novels.
 
-    ``most``: training words, a share of all splits. ConfigError where there is neither text.
+    Args:
+        folder: A folder with either; None: the first 200,000 training words of the novels that Debian's package
+            installs.
+        most: Upper bound on the training words; the other splits are shortened in proportion. None: all.
+
+    Returns:
+        The text of all splits.
+
+    Raises:
+        ConfigError: There is neither text, or a file is damaged.
     """
     if folder is not None and (treebank := _treebank(folder)) is not None:
         return data_of(treebank, "Penn Treebank", 1, most)
@@ -95,20 +132,40 @@ def load(folder: Path | None, most: int | None = None) -> Data:
 
 
 def novels(root: Path) -> dict[str, list[str]]:
-    """Words by split: the first eight tenths of each novel to train, the next for development, the last for tests."""
-    found: dict[str, list[str]] = {split: [] for split in SPLITS}
+    """Words of the novels by split: the first eight tenths of each novel, the next tenth, and the last.
+
+    Args:
+        root: The package's folder, as ``austen.find`` returns it.
+
+    Returns:
+        ``train``, ``dev`` and ``test`` -> words.
+
+    Raises:
+        ConfigError: The novels cannot be read.
+    """
+    words_by_split: dict[str, list[str]] = {split: [] for split in SPLITS}
     for lines in austen.read(root).values():
         words = austen.words(lines)
         first, second = len(words) * 8 // 10, len(words) * 9 // 10
         for split, part in zip(SPLITS, (words[:first], words[first:second], words[second:]), strict=True):
-            found[split] += part
-    return found
+            words_by_split[split] += part
+    return words_by_split
 
 
 def data_of(splits: dict[str, list[str]], name: str, least: int = 1, most: int | None = None) -> Data:
-    """Texts of words as texts of numbers; of each split the first share that leaves ``most`` words to train.
+    """Turn words into indices. The vocabulary is the 10,000 most frequent words of the training split.
 
-    The vocabulary are the 10,000 most frequent words of the training split that occur ``least`` times in it.
+    Args:
+        splits: ``train``, ``dev`` and ``test`` -> words.
+        name: Name of the text, for people.
+        least: A word that occurs less often in the training split is unknown.
+        most: Upper bound on the training words; the other splits are shortened in proportion. None: all.
+
+    Returns:
+        Texts and vocabulary.
+
+    Raises:
+        ConfigError: A split is too short.
     """
     whole = len(splits["train"])
     splits = {split: words[: len(words) * min(most or whole, whole) // whole] for split, words in splits.items()}
@@ -127,10 +184,18 @@ def data_of(splits: dict[str, list[str]], name: str, least: int = 1, most: int |
 
 
 def build(data: Data | None, width: int, depth: int = DEPTH) -> nn.Module:
-    """``depth`` layers of ``width`` units after an embedding as wide; without data, for 10,000 words.
+    """Build the language model.
 
-    With data the output's biases begin as logarithms of the words' frequencies: else Adam drives the layers into
-    saturation on the way there (docs/language.md).
+    With data, the output's biases start as the logarithms of the words' frequencies: otherwise Adam drives the layers
+    into saturation on the way there (docs/language.md).
+
+    Args:
+        data: What ``load`` returned; None: a vocabulary of 10,000 words.
+        width: Units of the embedding and of each layer.
+        depth: Number of LSTM layers.
+
+    Returns:
+        The dense network.
     """
     model = LanguageModel(len(data.words) if data else MOST_WORDS, width, depth)
     if data:
@@ -141,60 +206,124 @@ def build(data: Data | None, width: int, depth: int = DEPTH) -> nn.Module:
 
 
 def rules(rule: dict[str, object]) -> dict[str, dict[str, object]]:
-    """Every matrix: embedding, recurrent layers, output."""
+    """The table ``rules`` of a configuration that covers every matrix: embedding, recurrent layers, output.
+
+    Args:
+        rule: Method and options.
+
+    Returns:
+        The pattern ``*`` -> ``rule``.
+    """
     return {"*": rule}
 
 
 def fit(model: nn.Module, data: Data, training: Training) -> None:
-    """The cross entropy by gradients through 20 words, the state carried on through each pass; the last state counts.
+    """Minimise the cross entropy by truncated back-propagation through 20 words; the last state stays.
 
-    Products are in bfloat16 where the processor has them; everything else is in fp32.
+    The recurrent state is carried through each pass over the text. Matrix products are in bfloat16 where the processor
+    supports it; all else is in float32.
+
+    Args:
+        model: The network, dense or thin; changed in place.
+        data: What ``load`` returned.
+        training: Batches, optimiser and number of steps.
+
+    Raises:
+        NonFiniteError: The training diverges.
     """
     count = epoch_steps(data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)  # dropout draws from torch's own generator
         places = training.batches(count, 1, WARM_UP, lambda: torch.arange(count))
-        for step_loss in losses(model, data, map(int, places)):
+        for step_loss in losses(model, data, map(int, places), training.carried):
             training.minimise(step_loss, CLIP)
 
 
-def losses(model: nn.Module, data: Data, places: Iterable[int]) -> Iterator[Float[Tensor, ""]]:
-    """The mean cross entropy of the training text's steps at these places, in nats a word; at 0 the state begins."""
-    steps = list(steps_of(data.texts["train"]))
-    state: State | None = None
+def losses(
+    model: nn.Module, data: Data, places: Iterable[int], carried: dict[str, Tensor] | None = None
+) -> Iterator[Float[Tensor, ""]]:
+    """The mean cross entropy of steps of the training text, the state carried from one to the next.
+
+    Args:
+        model: The network.
+        data: What ``load`` returned.
+        places: Indices of steps, from 0 to ``epoch_steps(data) - 1``; at 0 the state is reset.
+        carried: Holds the state between two steps, so that it can be saved with a checkpoint; None: a new one.
+
+    Yields:
+        Nats per word, differentiable within the step.
+    """
+    steps, carried = list(steps_of(data.texts["train"])), {} if carried is None else carried
     for place in places:
         inputs, targets = steps[place]
         with precision():
-            scores, after = model(inputs, state if place else None)
-        state = after[0].detach().float(), after[1].detach().float()
+            scores, after = model(inputs, (carried["h"], carried["c"]) if place else None)
+        carried |= {"h": after[0].detach().float(), "c": after[1].detach().float()}
         yield F.cross_entropy(scores.flatten(0, 1), targets.flatten())
 
 
 def epoch_steps(data: Data) -> int:
-    """Steps of a pass over the training text."""
+    """Number of steps of one pass over the training text.
+
+    Args:
+        data: What ``load`` returned.
+
+    Returns:
+        Steps of 20 x 20 words.
+    """
     return -(-((len(data.texts["train"]) - 1) // BATCH) // UNROLLED)
 
 
 def loss(model: nn.Module, data: Data) -> float:
-    """The mean cross entropy of the development text, in nats a word."""
+    """The mean cross entropy of the development text.
+
+    Args:
+        model: The network.
+        data: What ``load`` returned.
+
+    Returns:
+        Nats per word.
+    """
     return _entropy(model, data.texts["dev"])
 
 
 def evaluate(model: nn.Module, data: Data, split: str) -> dict[str, float]:
-    """The perplexity: e to the mean cross entropy in nats a word; infinity from e^700 on."""
+    """Judge the network by its perplexity.
+
+    Args:
+        model: The network.
+        data: What ``load`` returned.
+        split: ``"dev"`` or ``"test"``.
+
+    Returns:
+        ``perplexity``: e to the mean cross entropy in nats per word; infinity from e^700 on.
+    """
     entropy = _entropy(model, data.texts[split])
     return {"perplexity": math.exp(entropy) if entropy < 700 else math.inf}
 
 
 def example(data: Data) -> tuple[Tensor, ...]:
-    """The first 20 words of a text."""
+    """The first 20 words of the test text.
+
+    Args:
+        data: What ``load`` returned.
+
+    Returns:
+        The network's only argument, 20 x 1.
+    """
     return (data.texts["test"][:UNROLLED, None],)
 
 
 def steps_of(text: Int[Tensor, "_"]) -> Iterator[tuple[Int[Tensor, "steps texts"], Int[Tensor, "steps texts"]]]:
-    """Words and their successors, 20 of each of 20 equal parts of the text; what is over of either comes last or not.
+    """Cut a text into steps: 20 successive words of each of 20 equal parts, and the word after each.
 
-    The last step may be shorter; up to 19 words at the end of the text are left out.
+    Up to 19 words at the end of the text are left out.
+
+    Args:
+        text: Indices of words.
+
+    Yields:
+        Inputs and targets; the last pair may have fewer steps.
     """
     length = (len(text) - 1) // BATCH
     inputs, targets = (text[i : i + BATCH * length].view(BATCH, length).T.contiguous() for i in (0, 1))
@@ -202,7 +331,7 @@ def steps_of(text: Int[Tensor, "_"]) -> Iterator[tuple[Int[Tensor, "steps texts"
 
 
 def _entropy(model: nn.Module, text: Int[Tensor, "_"]) -> float:
-    """The state is carried on; each of the 20 parts begins without one."""
+    """Mean cross entropy, the state carried from step to step; each of the 20 parts begins with a zero state."""
     model.eval()
     total, count = 0.0, 0
     state: State | None = None
@@ -215,11 +344,11 @@ def _entropy(model: nn.Module, text: Int[Tensor, "_"]) -> float:
 
 
 def _treebank(folder: Path) -> dict[str, list[str]] | None:
-    """Its words by split, the end of each line a word; None if it is not there, ConfigError if a part is missing."""
+    """Words by split, with one for the end of each line; None without Treebank, ConfigError if a part is missing."""
     root = next((place for place in (folder / "ptb", folder) if (place / SPLITS["train"]).exists()), None)
     if root is None:
         return None
-    found: dict[str, list[str]] = {}
+    words_by_split: dict[str, list[str]] = {}
     for split, name in SPLITS.items():
         try:
             lines = (root / name).read_text(encoding="utf-8").splitlines()
@@ -227,8 +356,8 @@ def _treebank(folder: Path) -> dict[str, list[str]] | None:
             raise ConfigError(
                 f"{root / name} cannot be read ({error}): give all three of {', '.join(SPLITS.values())}."
             ) from None
-        found[split] = [word for line in lines for word in (*line.split(), austen.END)]
-    return found
+        words_by_split[split] = [word for line in lines for word in (*line.split(), austen.END)]
+    return words_by_split
 
 
 TASK = ModuleTask(
@@ -245,7 +374,7 @@ TASK = ModuleTask(
     evaluate=evaluate,
     example=example,
     loss=loss,
-    # Chosen on the development text of the cut novels, for these four (docs/language.md).
+    # Chosen on the development text of the shortened novels, for these methods (docs/language.md).
     learning_rate=2e-3,
     learning_rates={"dense": 5e-3, "same-size": 2e-2, "rank": 1e-3},
 )

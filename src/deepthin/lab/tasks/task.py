@@ -18,27 +18,27 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """On the command line, and in rows."""
+        """Name of the task on the command line and in rows."""
         ...
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What `evaluate` returns, less being better; the leading one first."""
+        """Names of the values that ``evaluate`` returns, lower being better; the leading one first."""
         ...
 
     @property
     def width(self) -> int:
-        """Of the dense network."""
+        """Width of the dense network."""
         ...
 
     @property
     def depth(self) -> int | None:
-        """Of the network; None if there is none to choose, and ``build`` takes none."""
+        """Depth of the network; None if it is fixed: ``build`` then takes no depth."""
         ...
 
     @property
     def steps(self) -> int:
-        """Of a training, if the user names no number."""
+        """Number of training steps, if the user gives none."""
         ...
 
     @property
@@ -48,66 +48,119 @@ class Task(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Of the dense parameters, for methods that ``learning_rates`` does not name."""
+        """Learning rate of dense parameters, for methods that ``learning_rates`` lacks."""
         ...
 
     @property
     def learning_rates(self) -> Mapping[str, float]:
-        """By method, the rate that development data chose."""
+        """Method -> learning rate of dense parameters that development data chose."""
         ...
 
     @property
     def decays(self) -> Mapping[str, float]:
-        """By method, AdamW's weight decay, if any."""
+        """Method -> AdamW's weight decay; 0 for others."""
         ...
 
     @property
     def allocation(self) -> float | str:
-        """How bytes go to the matrices: ``[model] allocation`` of a configuration."""
+        """How bytes are allocated to the matrices: ``[model] allocation`` of a configuration."""
         ...
 
     @property
     def allocations(self) -> Mapping[str, float | str]:
-        """By method, where development data chose another allocation."""
+        """Method -> another allocation that development data chose."""
         ...
 
     @property
     def options(self) -> Mapping[str, Mapping[str, Any]]:
-        """By method, options of its rule."""
+        """Method -> options of its rule."""
         ...
 
     @property
     def loss(self) -> Callable[[nn.Module, Any], float] | None:
-        """From a network and the data, the mean loss on development data; None: the leading metric stands for it."""
+        """(network, data) -> mean loss on development data; None: the leading metric serves instead."""
         ...
 
     @property
     def calibration(self) -> Callable[[Any], tuple[Tensor, Tensor]] | None:
-        """From the data, inputs and classes for second derivatives; None if items have no loss of their own."""
+        """Data -> inputs and classes for second derivatives; None if items have no loss of their own."""
         ...
 
     def load(self, folder: Path | None, /) -> Any:
-        """Load the data; ConfigError if ``folder`` does not have them."""
+        """Load the data of all splits.
+
+        Args:
+            folder: The folder that the user gave; None without one.
+
+        Returns:
+            Data with a text ``about``, which identifies them.
+
+        Raises:
+            ConfigError: The folder lacks the data.
+        """
         ...
 
     def build(self, data: Any, width: int, /) -> nn.Module:
-        """Build the dense network; a further argument is ``depth``, where there is one to choose."""
+        """Build the dense network. Where ``depth`` is not None, it is a further keyword argument.
+
+        Args:
+            data: What ``load`` returned.
+            width: Width of the network, >= 1.
+
+        Returns:
+            The network.
+
+        Raises:
+            ConfigError: There is no network of that width or depth.
+        """
         ...
 
     def rules(self, rule: dict[str, Any], /) -> Rules:
-        """Turn the rule of a method into the table ``rules``: the matrices that it is for."""
+        """The table ``rules`` of a configuration for the matrices that this task compresses.
+
+        Args:
+            rule: Method and options.
+
+        Returns:
+            Pattern -> rule.
+        """
         ...
 
     def fit(self, model: nn.Module, data: Any, training: Training, /) -> None:
-        """Train the network: one ``training.minimise`` for each of ``training.batches``."""
+        """Train the network: call ``training.minimise`` once for each of ``training.batches``.
+
+        Args:
+            model: The network, dense or thin; changed in place.
+            data: What ``load`` returned.
+            training: Batches, optimiser and number of steps.
+
+        Raises:
+            NonFiniteError: The training diverges.
+        """
         ...
 
     def evaluate(self, model: nn.Module, data: Any, split: str, /) -> dict[str, float]:
-        """Judge the network on ``dev`` or ``test``: a number for each of ``metrics``."""
+        """Judge the network.
+
+        Args:
+            model: The network.
+            data: What ``load`` returned.
+            split: ``"dev"`` or ``"test"``.
+
+        Returns:
+            A value for each of ``metrics``, lower being better.
+        """
         ...
 
     def example(self, data: Any, /) -> tuple[Any, ...]:
-        """What the network is called with for one item."""
+        """The arguments with which the network is called for one item.
+
+        Args:
+            data: What ``load`` returned.
+
+        Returns:
+            Positional arguments.
+        """
         ...
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError, NonFiniteError
+from deepthin.lab.checkpoint import Checkpoint, restore_random
 from deepthin.torch import Distillation, Recipe, adam_importance, parameter_groups
 from deepthin.torch.weight import ThinWeight
 
@@ -18,15 +19,26 @@ WARM_UP = 50  # steps
 
 @dataclass(kw_only=True)
 class Training:
-    """One training: so many steps from a seed. Tasks differ in where batches and losses come from.
+    """One training: a number of steps from a seed. Tasks differ in their batches and losses.
 
         for chosen in training.batches(len(inputs), 128):
             training.minimise(cross_entropy(model(inputs[chosen]), targets[chosen]))
 
-    ``lr`` is the rate of what is dense; codes get their multiple of it. ``decay``: in every step, matrices and codes
-    lose their rate times that of themselves (AdamW; Loshchilov and Hutter, 2019, arXiv:1711.05101). ``recipe`` takes
-    the dense model through its stages; states are judged when it is as thin as it gets. ``distillation`` has a teacher,
-    which ``taught`` asks.
+    AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101), a linear warm-up, and half a cosine down to zero.
+
+    Attributes:
+        model: The network, dense or thin.
+        steps: Number of steps, >= 1.
+        lr: Learning rate of dense parameters, > 0; codes get a multiple of it.
+        decay: Weight decay of matrices and codes; other parameters have none.
+        seed: Seed of the batches.
+        learning_rate_multiplier: Learning rate of codes / ``lr``; None: that of each method.
+        recipe: Makes a dense model thin during the training; the model is judged only once it is thin. None: no stages.
+        distillation: A teacher's loss, which ``taught`` adds; None: no teacher.
+        progress: Called after each step with the number of steps so far.
+        step: Number of steps so far.
+        checkpoint: Saves the state of the training, from which ``batches`` continues; None: no checkpoints.
+        carried: What a task carries from step to step, such as a recurrent state.
     """
 
     model: nn.Module
@@ -34,14 +46,16 @@ class Training:
     lr: float
     decay: float = 0.0
     seed: int = 0
-    learning_rate_multiplier: float | None = None  # of codes, times ``lr``; None: that of each method
+    learning_rate_multiplier: float | None = None  # None: that of each method
     recipe: Recipe | None = None
     distillation: Distillation | None = None
-    progress: Callable[[int], None] = lambda _: None  # told after each step how many there were
+    progress: Callable[[int], None] = lambda _: None  # called with the number of steps so far
+    checkpoint: Checkpoint | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)  # for whatever a task draws
+        self.generator = torch.Generator().manual_seed(self.seed)  # for everything that a task draws
         self._judge: Callable[[], float] | None = None
         self._judgments = 0
         self._asked = False
@@ -49,7 +63,12 @@ class Training:
         self._optimizer: torch.optim.Optimizer | None = None
 
     def keep_best(self, judge: Callable[[], float], times: int) -> None:
-        """``judge`` the model so many times, evenly and at the end; the state with the lowest value stays."""
+        """Restore, at the end, the state of the model with the lowest value.
+
+        Args:
+            judge: Returns a value of the model, lower being better.
+            times: How often it is called: evenly spaced, the last time after the last step.
+        """
         self._judge, self._judgments = judge, times
 
     def batches(
@@ -59,18 +78,33 @@ class Training:
         warm_up: int = WARM_UP,
         order: Callable[[], Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """Indices below ``count``, so many at a time, in reshuffled passes, one for each step.
+        """Indices of a batch for each step, in reshuffled passes.
 
-        ``order`` draws a pass, where it is not to be any permutation; what fills no batch at its end is left out.
-        The rate rises over ``warm_up`` steps and falls to zero by half a cosine. At the end the best judged state is
-        restored.
+        The learning rate rises over ``warm_up`` steps and falls to zero by half a cosine. After the last step the best
+        judged state is restored.
+
+        Args:
+            count: Number of items; indices are below it.
+            batch: Items per batch; at most ``count`` are used.
+            warm_up: Number of steps, >= 1.
+            order: Draws the order of one pass; None: a random permutation. Items that fill no batch are left out.
+
+        Yields:
+            Indices, one batch after the other.
+
+        Raises:
+            ConfigError: ``minimise`` was not called for a batch.
         """
         self._warm_up = warm_up
-        self._prepare()
-        self.model.train()
         batch = min(batch, count)
         draw = order or (lambda: torch.randperm(count, generator=self.generator))
-        indices, at = draw(), 0
+        saved = None if self.checkpoint is None or self.step else self.checkpoint.load()
+        if saved is None:
+            self._prepare()
+            indices, at = draw(), 0
+        else:
+            indices, at = self._go_on(saved)
+        self.model.train()
         while self.step < self.steps:
             if at + batch > len(indices):
                 indices, at = draw(), 0
@@ -81,18 +115,63 @@ class Training:
                     "A batch was not used: call training.minimise(loss) once for each of training.batches(...)."
                 )
             at += batch
+            if self.checkpoint is not None and self.step % self.checkpoint.every == 0 and self.step < self.steps:
+                self.checkpoint.save(self._state(indices, at))
         if self._best_state is not None:
             self.model.load_state_dict(self._best_state)
 
+    def _state(self, indices: Tensor, at: int) -> dict[str, Any]:
+        """All that the rest of the training depends on, but for its arguments."""
+        return {
+            "step": self.step,
+            "indices": indices,
+            "at": at,
+            "generator": self.generator.get_state(),
+            "recipe": None if self.recipe is None else self.recipe.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
+            "best": self._best,
+            "best_state": self._best_state,
+            "carried": self.carried,
+        }
+
+    def _go_on(self, saved: dict[str, Any]) -> tuple[Tensor, int]:
+        """The state of a checkpoint; the pass that was under way, and how much of it is done."""
+        if self.recipe is not None:
+            self.recipe.load_state_dict(saved["recipe"])
+        self.model.load_state_dict(saved["model"])
+        self.step, self._best, self._best_state = saved["step"], saved["best"], saved["best_state"]
+        self._prepare().load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+        self.carried.clear()
+        self.carried.update(saved["carried"])
+        restore_random(saved)
+        return saved["indices"], saved["at"]
+
     def taught(self, inputs: Any, scores: Tensor, loss: Tensor) -> Tensor:
-        """The loss of a batch whose ``scores`` are logits, joined by a teacher's of ``inputs`` if there is one."""
+        """Add the teacher's loss, if there is a teacher.
+
+        Args:
+            inputs: Inputs of the batch.
+            scores: The model's logits for them.
+            loss: The task's loss.
+
+        Returns:
+            The weighted sum of both losses; ``loss`` itself without a teacher.
+        """
         self._asked = True
         return loss if self.distillation is None else self.distillation(inputs, scores, loss)
 
     def minimise(self, loss: Tensor, clip: float | None = None) -> None:
-        """One step down the gradient of ``loss``, whose norm is at most ``clip``.
+        """Take one optimiser step.
 
-        NonFiniteError names the step if the loss is no number.
+        Args:
+            loss: The loss of the batch, a scalar.
+            clip: Upper bound on the norm of the gradient; None: no bound.
+
+        Raises:
+            NonFiniteError: The loss is not finite; the message names the step.
+            ConfigError: It is not called within ``batches``, or there is a teacher and ``taught`` was not called.
         """
         if self._optimizer is None:
             raise ConfigError("training.minimise belongs into a loop: for chosen in training.batches(count, batch).")
@@ -123,11 +202,15 @@ class Training:
         self.progress(self.step)
 
     def importance(self) -> dict[str, Tensor]:
-        """Of all that is trained now, by what the optimiser keeps (``deepthin.torch.adam_importance``)."""
+        """Importance of the parameters, from Adam's second moments (``deepthin.torch.adam_importance``).
+
+        Returns:
+            Parameter name -> array of its shape; empty before the first step.
+        """
         return {} if self._optimizer is None else adam_importance(self._optimizer, self.model)
 
-    def _prepare(self) -> None:
-        """An optimiser for the parameters that there are now, and its rate from here on."""
+    def _prepare(self) -> torch.optim.Optimizer:
+        """Create an optimiser for the present parameters, with the rest of the learning-rate schedule."""
         first = self.step
 
         def rate(step: int) -> float:
@@ -137,13 +220,14 @@ class Training:
         groups = parameter_groups(self.model, self.lr, self.learning_rate_multiplier)
         if self.decay:
             groups = [part for group in groups for part in _by_decay(self.model, group, self.decay)]
-        # Fused: a third of a dense step
+        # fused AdamW saves a third of a dense step's time
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
+        return self._optimizer
 
 
 def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
-    """A group in two: matrices and codes, and all else."""
+    """Split a group into matrices and codes, which decay, and all else."""
     codes = {id(p) for module in model.modules() if isinstance(module, ThinWeight) for p in module.parameters()}
     parts: tuple[list[Tensor], list[Tensor]] = [], []
     for parameter in group["params"]:
@@ -152,12 +236,29 @@ def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dic
 
 
 def predict(model: nn.Module, inputs: Tensor, batch: int = 1000) -> Tensor:
-    """The model's outputs in evaluation, items first."""
+    """The outputs of a model in evaluation mode, computed in batches.
+
+    Args:
+        model: The network.
+        inputs: Array, items first.
+        batch: Items per batch.
+
+    Returns:
+        The outputs, items first.
+    """
     model.eval()
     with torch.no_grad():
         return torch.cat([model(part) for part in inputs.split(batch)])
 
 
 def error(scores: Tensor, targets: Tensor) -> float:
-    """Share of items whose likeliest class is wrong, in percent."""
+    """Items whose likeliest class is wrong.
+
+    Args:
+        scores: Array, items x classes.
+        targets: Class of each item.
+
+    Returns:
+        Percent.
+    """
     return 100 * (scores.argmax(1) != targets).double().mean().item()
