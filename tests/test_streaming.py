@@ -8,18 +8,18 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from crafted import resealed
-from test_storage import small_contents
 from torch import nn
 
 import deepthin
 import deepthin.torch as dt
+from crafted import resealed
 from deepthin import FormatError
 from deepthin.storage import read as reading
 from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents
 from deepthin.storage.read import from_bytes, read
 from deepthin.storage.write import to_bytes, write
+from test_storage import small_contents
 
 
 @pytest.fixture
@@ -88,7 +88,6 @@ LIES = {
     "places that are no pair": lambda index: index["a.bias"].update(data_offsets=[0]),
     "places that are no numbers": lambda index: index["a.bias"].update(data_offsets=["0", "24"]),
     "an entry that is a list": lambda index: index.update({"a.bias": []}),
-    "a further key": lambda index: index["a.bias"].update(more=1),
     "metadata that are a list": lambda index: index.update(__metadata__=[1]),
     "no header of ours": lambda index: index.update(__metadata__={}),
 }
@@ -119,8 +118,8 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, streamed):
     path.write_bytes(to_bytes(small_contents()))
     contents = read(path)
     with path.open("r+b") as file:
-        file.seek(-12, 2)
-        file.write(b"\xff" * 8)
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        file.write(b"\xff" * (path.stat().st_size - file.tell()))
     with pytest.raises(FormatError, match="changed while it was read"):
         [raw.data for raw in contents.dense.values()]
     path.write_bytes(b"short")
@@ -139,7 +138,7 @@ def test_large_tensors_are_checked_and_inspected_in_little_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert contents.dense["big"].bytes == 96 << 20
-    assert report.bytes > 96 << 20
+    assert report.total_bytes > 96 << 20
     assert peak < 24 << 20
 
 

@@ -1,7 +1,6 @@
 """Bytes to contents. Reading trusts nothing: FormatError comes before anything large is allocated (docs/format.md)."""
 
 import collections
-import functools
 import json
 import math
 import os
@@ -321,19 +320,33 @@ class _OpenFile:
             raise FormatError(f"{self.path} changed while it was read.")
         return data
 
-    def pieces(self, first: int, count: int, checksum: int | None = None) -> Iterator[bytes]:
-        """Bytes in pieces; FormatError at their end if they do not have the checksum."""
-        value = 0
+    def pieces(self, first: int, count: int) -> Iterator[bytes]:
+        """Bytes in pieces."""
         for at in range(first, first + count, PIECE_BYTES):
-            piece = self.at(at, min(PIECE_BYTES, first + count - at))
-            value = zlib.crc32(piece, value)
-            yield piece
-        if checksum is not None and value != checksum:
-            raise FormatError(f"{self.path} changed while it was read.")
+            yield self.at(at, min(PIECE_BYTES, first + count - at))
 
     def __del__(self) -> None:
         if (file := self.__dict__.get("_file")) is not None:
             file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor's bytes are in a file, and their checksum: what is read later must be what was checked."""
+
+    file: _OpenFile
+    first: int
+    count: int
+    checksum: int
+
+    def __call__(self) -> Iterator[bytes]:
+        """The bytes in pieces; FormatError at their end if they have changed."""
+        value = 0
+        for piece in self.file.pieces(self.first, self.count):
+            value = zlib.crc32(piece, value)
+            yield piece
+        if value != self.checksum:
+            raise FormatError(f"{self.file.path} changed while it was read.")
 
 
 def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, codes: bool = True) -> Contents:
@@ -351,29 +364,26 @@ def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, cod
         raise FormatError(f"{where} is damaged, or no .thin file: {error}.") from None
     if header is None:
         raise FormatError(_NO_HEADER.format(where))
-    tensors = {
-        name: Raw(kind, shape, functools.partial(file.pieces, 8 + length + start, end - start))
-        for name, (kind, shape, start, end) in places.items()
-    }
-    whole = 0
-    for piece in file.pieces(0, file.bytes - 4):
-        whole = zlib.crc32(piece, whole)
+    tensors: dict[str, Raw] = {}
+    whole = zlib.crc32(file.at(0, 8 + length))
+    for name, (kind, shape, start, end) in places.items():  # in the order of the file
+        checksum = 0
+        for piece in file.pieces(8 + length + start, end - start - (4 if name == CHECKSUM else 0)):
+            checksum, whole = zlib.crc32(piece, checksum), zlib.crc32(piece, whole)
+        tensors[name] = Raw(kind, shape, _Place(file, 8 + length + start, end - start, checksum))
     if file.at(file.bytes - 4, 4) != whole.to_bytes(4, "little"):
         raise FormatError(f"{where} is damaged: the checksum of {_damaged(header, tensors)} does not match.")
-    for name, (kind, shape, start, end) in places.items():  # what is read later must be what was checked
-        pieces = functools.partial(file.pieces, 8 + length + start, end - start, tensors[name].checksum())
-        tensors[name] = Raw(kind, shape, pieces)
     return _checked(header, tensors, where, Budget(max_bytes), finite, decoded, codes)
 
 
 def _places(index: Any, data_bytes: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Type, shape and place of each tensor; ValueError unless they fill the data, one after the other."""
+    """Type, shape and place of each tensor, in order; ValueError unless they fill the data, one after the other."""
     places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     for name, entry in index.items():
         if name == "__metadata__":
             continue
         kind, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if len(entry) != 3 or kind not in ITEM_BYTES or type(start) is not int or type(end) is not int:
+        if kind not in ITEM_BYTES or type(start) is not int or type(end) is not int:
             raise ValueError(f"{name} is described as {entry}")
         if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in cast(list[Any], shape)):
             raise ValueError(f"{name} has the shape {shape}")
@@ -382,7 +392,8 @@ def _places(index: Any, data_bytes: int) -> dict[str, tuple[str, tuple[int, ...]
             raise ValueError(f"{name} of shape {shape} and type {kind} cannot have {end - start} bytes")
         places[name] = kind, tuple(sizes), start, end
     at = 0
-    for name, (_, _, start, end) in sorted(places.items(), key=lambda item: item[1][2:]):
+    places = dict(sorted(places.items(), key=lambda item: item[1][2:]))
+    for name, (_, _, start, end) in places.items():
         if start != at:
             raise ValueError(f"{name} begins at byte {start} of the data, not at {at}")
         at = end
