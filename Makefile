@@ -68,6 +68,9 @@ arithmetic: .venv/installed  ## numeric tests with each instruction set of torch
 		DEEPTHIN_ISA=$$isa $(NUMERIC) || exit 1; \
 	done
 
+# What .ci/sanitized holds: the native sources that last passed `make sanitize`; CI repeats it for others.
+NATIVE_SOURCES = git hash-object csrc/* CMakeLists.txt | git hash-object --stdin
+
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then those with threads under ThreadSanitizer.
 sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide code too (GCC, some minutes)
 	$(BIN)/pip install --quiet --constraint constraints.txt cmake ninja nanobind
@@ -83,6 +86,7 @@ sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide co
 	OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 suppressions=$$PWD/tests/tsan.supp" LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) \
 		$(BIN)/python tests/sanitized.py build/sanitize-thread -q -p no:cacheprovider tests/test_kernels.py tests/test_recurrent_kernels.py tests/test_symbol_kernels.py \
 		-k "(threads or callers) and not forked"
+	$(NATIVE_SOURCES) > .ci/sanitized
 
 portable:  ## the kernels on 64-bit ARM, emulated (Debian: g++-aarch64-linux-gnu, qemu-user)
 	mkdir -p build
