@@ -20,6 +20,7 @@ from deepthin.torch.generated import ThinLayer
 from deepthin.torch.initialise import WithoutValues, fill_buffers
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.torch.wrapped import check_plain, gathered, plain_name, whole
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -34,8 +35,12 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
 
+    A model in DistributedDataParallel, DataParallel or FSDP, or compiled, is saved as the plain one: the same bytes. Of
+    DistributedDataParallel, one process suffices. Of FSDP (``fully_shard`` or FullyShardedDataParallel), all processes
+    must call: each gathers the tensors, the first one writes, and all return after that, or raise its exception.
+
     Args:
-        model: A dense or thin network.
+        model: A dense or thin network, also wrapped.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
 
@@ -55,7 +60,9 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
             f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} on the meta device: there "
             "are no values to save. Load a file or a state dict, or call deepthin.torch.initialise(model, seed)."
         )
-    return write(contents(model), path, max_bytes)
+    with gathered(model) as by_first:
+        held = contents(model)
+        return by_first(lambda: write(held, path, max_bytes))
 
 
 def load(
@@ -80,10 +87,12 @@ def load(
         The same model.
 
     Raises:
-        ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
+        ConfigError: Names, shapes or dtypes of the file and the model do not match, or the model is wrapped. The model
+            is unchanged.
         FormatError: The file is damaged, or is not a ``.thin`` file.
         OSError: The file cannot be read.
     """
+    check_plain(model, "load(MODEL, path)", replaces=False)
     stored = renamed(read(path), names or {}, str(path))
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
     have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
@@ -91,6 +100,8 @@ def load(
     stored = _completed(model, stored, dense_now)
     check_names(shapes_of(stored), have, str(path))
     _check_places(model, stored, thin_now, dense_now, str(path))
+    if any(_replaces(thin, thin_now, frozen) for thin in stored.thin.values()) or thin_now.keys() & stored.dense.keys():
+        check_plain(model, "load(MODEL, path)")
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
@@ -134,6 +145,14 @@ def load(
             stacklevel=2,
         )
     return model
+
+
+def _replaces(thin: Thin, now: Mapping[str, tuple[ThinWeight, int]], frozen: bool) -> bool:
+    """Whether a tensor of a file replaces the model's parameters, instead of being copied into them."""
+    if any(name not in now for name in thin.parts):
+        return True
+    weight = now[next(iter(thin.parts))][0]
+    return _plan_of(weight) != _plan_of(thin) or weight.rounds != (thin.method.trains == "through" and not frozen)
 
 
 def _plan_of(matrix: ThinWeight | Thin) -> tuple[object, ...]:
@@ -182,8 +201,9 @@ def contents(model: nn.Module) -> Contents:
     Raises:
         TypeError: A tensor has a dtype or layout that the file cannot hold.
     """
-    dense = {name: (id(tensor), _raw(name, tensor)) for name, tensor in _dense_tensors(model).items()}
-    return contents_of(thin_tensors(model), dense, as_thin)
+    named = plain_name(model)
+    dense = {named(name): (id(t), _raw(name, whole(t))) for name, t in _dense_tensors(model).items()}
+    return contents_of({named(name): place for name, place in thin_tensors(model).items()}, dense, as_thin)
 
 
 def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deepthin.errors import ConfigError
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 
@@ -49,6 +50,24 @@ class ThinLayer(nn.Module):
     """
 
     thin: dict[str, ThinWeight | ThinPart]  # an nn.ModuleDict, which cannot be annotated with the type of its values
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse to replace a generated parameter, as fusion with batch normalisation and tensor parallelism do.
+
+        Args:
+            name: Name in the layer.
+            param: The parameter.
+
+        Raises:
+            ConfigError: The parameter of this name is generated.
+        """
+        thin, own = self._modules.get("thin"), name.removeprefix("thin.").partition(".")[0]
+        if thin is not None and own in thin._modules:
+            raise ConfigError(
+                f"{own} of the {type(self).__name__} is generated from its code and cannot be replaced by a dense or "
+                "sharded parameter. Call deepthin.torch.materialize(model) first."
+            )
+        super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
         """Draw all values anew: codes as ``ThinWeight.reset_parameters`` does, dense tensors as torch's layer does."""

@@ -124,6 +124,8 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         thin = self.__dict__.get("_modules", {}).get("thin")
         return thin[name]() if thin is not None and name in thin else super().__getattr__(name)
 
+    __setattr__ = nn.Module.__setattr__  # without the list that torch's layer updates: FSDP exchanges parameters often
+
     @property
     def _flat_weights(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return [getattr(self, name) for name in self._flat_weights_names]

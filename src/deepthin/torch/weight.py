@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,8 +22,9 @@ from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
-from deepthin.torch.state import CodeState, is_sharded, smallest_type
+from deepthin.torch.state import CodeState, smallest_type
 from deepthin.torch.tracing import is_traced, is_transformed
+from deepthin.torch.wrapped import is_sharded
 
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
@@ -278,6 +279,8 @@ class ThinWeight(CodeState):
         Returns:
             Entry -> tensor; cached while the state compares equal, if no gradient is needed.
         """
+        if self.training and self._exact:
+            self._follow_first_rank()
         state = self.state()
         if self.direct:
             return state
@@ -559,11 +562,11 @@ class ThinWeight(CodeState):
         return self.parts[index].cut(flat, _TORCH)
 
     def _wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(entry.requires_grad for entry in self.state().values())
+        return torch.is_grad_enabled() and any(getattr(self, entry).requires_grad for entry in self._entries)
 
     def _keeps(self) -> bool:
         """Whether the dense weight is cached: on the CPU, in evaluation, where the code needs no gradient."""
-        on_cpu = all(entry.device.type == "cpu" for entry in self.state().values())
+        on_cpu = all(getattr(self, entry).device.type == "cpu" for entry in self._entries)
         return not self.training and not self._wants_gradient() and on_cpu
 
     def extra_repr(self) -> str:
@@ -649,6 +652,17 @@ class ThinPart(nn.Module):
     def __init__(self, weight: ThinWeight, index: int) -> None:
         super().__init__()
         self.group, self.index = weight, index
+
+    def children(self) -> Iterator[nn.Module]:
+        """The group; but none where ``fully_shard`` of another layer manages it already.
+
+        Otherwise ``fully_shard`` of a second layer would shard the shards.
+
+        Yields:
+            The group's ThinWeight.
+        """
+        if not getattr(self.group, "_is_fsdp_managed_module", False):
+            yield self.group
 
     def forward(self) -> Float[Tensor, "..."]:
         """Decode the tensor.
