@@ -7,7 +7,7 @@ refuses a wrapped one; ``save`` takes the names and whole tensors of the plain m
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -115,13 +115,28 @@ def gathered(model: nn.Module) -> "Iterator[Callable[[Callable[[], int]], int]]"
         A function that calls another one and returns its result. For a sharded model only the first process of the mesh
         calls it, and its result, or its exception, is that of every process.
     """
-    fsdp = next((module for module in model.modules() if _is_fsdp1(module)), None)
     mesh = next((cast(Any, p).device_mesh for p in model.parameters() if is_sharded(p)), None)
     groups: list[Any] = [] if mesh is None else [mesh.get_group(axis) for axis in range(mesh.ndim)]
-    with nullcontext() if fsdp is None else cast(Any, type(fsdp)).summon_full_params(model, writeback=False):
-        if fsdp is not None:
-            groups = [cast(Any, fsdp).process_group]
+    fsdp = cast(Any, next((module for module in model.modules() if _is_fsdp1(module)), None))
+    if fsdp is None:
         yield lambda write: _by_first(groups, write)
+        return
+    with fsdp.summon_full_params(model, writeback=False), _copied(model):
+        yield lambda write: _by_first([fsdp.process_group], write)
+
+
+@contextmanager
+def _copied(model: nn.Module) -> Iterator[None]:
+    """Exchange parameters for copies: FSDP frees the memory of its own, which NumPy must not hold then."""
+    held = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    copies = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters()}
+    for parameters, own in held:
+        parameters.update({name: None if p is None else copies[id(p)] for name, p in own.items()})
+    try:
+        yield
+    finally:
+        for parameters, own in held:
+            parameters.update(own)
 
 
 def _by_first(groups: list[Any], call: Callable[[], int]) -> int:
