@@ -202,7 +202,7 @@ def contents(model: nn.Module) -> Contents:
         TypeError: A tensor has a dtype or layout that the file cannot hold.
     """
     named = plain_name(model)
-    dense = {named(name): (id(t), _raw(name, whole(t))) for name, t in _dense_tensors(model).items()}
+    dense = {name: (id(tensor), _raw(name, whole(tensor))) for name, tensor in _dense_tensors(model).items()}
     return contents_of({named(name): place for name, place in thin_tensors(model).items()}, dense, as_thin)
 
 
@@ -224,9 +224,9 @@ def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What the state dict holds besides the codes of thin tensors; parameters themselves, not detached copies."""
-    layers = model.named_modules(remove_duplicate=False)
-    inside = [f"{path}.thin.".lstrip(".") for path, layer in layers if isinstance(layer, ThinLayer)]
+    """What the plain model's state dict holds besides codes; parameters themselves, not detached copies."""
+    named, layers = plain_name(model), model.named_modules(remove_duplicate=False)
+    inside = tuple(named(f"{path}.thin.".lstrip(".")) for path, layer in layers if isinstance(layer, ThinLayer))
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
@@ -235,8 +235,8 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
             )
         if name.rpartition(".")[2] == "_extra_state":
             raise TypeError(f"{name} is a module's own extra state: a file holds parameters and buffers only.")
-        if not name.startswith(tuple(inside)):
-            tensors[name] = tensor
+        if not (plain := named(name)).startswith(inside):
+            tensors[plain] = tensor
     return tensors
 
 

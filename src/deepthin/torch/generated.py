@@ -30,15 +30,25 @@ def generated(name: str) -> Any:
             return layer.thin[name]()
         if name in layer._parameters:
             return layer._parameters[name]
+        if name in layer.__dict__:
+            return layer.__dict__[name]
         raise AttributeError(f"{type(layer).__name__} has no {name!r}.")
 
-    def write(layer: "ThinLayer", value: Tensor | None) -> None:  # DataParallel sets plain tensors in its replicas
+    def write(layer: "ThinLayer", value: Tensor | None) -> None:
         if name not in layer._parameters and name in layer.thin:
             raise AttributeError(f"{name!r} is generated: train or load the thin code.")
-        layer._parameters[name] = cast(nn.Parameter, value)
+        if value is None:
+            layer._parameters[name] = None
+        else:  # a plain tensor, as DataParallel and FSDP set it; Parameters are registered instead
+            layer.__dict__[name] = value
+
+    def delete(layer: "ThinLayer") -> None:
+        if name not in layer.__dict__:
+            raise AttributeError(f"{type(layer).__name__} has no {name!r} that can be deleted.")
+        del layer.__dict__[name]
 
     return Generated(
-        read, write, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code."
+        read, write, delete, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code."
     )
 
 

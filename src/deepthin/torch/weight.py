@@ -451,7 +451,7 @@ class ThinWeight(CodeState):
         """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
-        fast, entries = self._fast[index], self._parameters
+        fast, entries = self._fast[index], self._parameters or self.state()
         if fast is None:
             return None
         if not self.direct:
@@ -495,7 +495,7 @@ class ThinWeight(CodeState):
         dense = Case(self.decoder, None, 0, False)  # the decoded weight
         if x.is_meta or x.is_nested or x.shape[-1:] != (self._matrix(index)[1:] if len(part.shape) == 2 else ()):
             return dense
-        latents = tuple(cast("dict[str, Tensor]", self._parameters).values())  # they have the factors' dtype
+        latents = tuple(cast("dict[str, Tensor]", self._parameters or self.state()).values())  # have the factors' dtype
         like, autocast = latents[0], torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point() or (x.dtype != like.dtype and not autocast):
             return dense
