@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
 from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.torch.wrapped import is_sharded
 
 
 class Generated(property):
@@ -69,13 +70,15 @@ class ThinLayer(nn.Module):
             param: The parameter.
 
         Raises:
-            ConfigError: The parameter of this name is generated.
+            ConfigError: The parameter of this name is generated, or tensor parallelism begins to divide the layer.
         """
-        thin, own = self._modules.get("thin"), name.removeprefix("thin.").partition(".")[0]
-        if thin is not None and own in thin._modules:
+        thin = self._modules.get("thin")
+        names = [] if thin is None else list(thin._modules)
+        own = name.removeprefix("thin.").partition(".")[0]
+        if names and param is not None and (own in names or is_sharded(param)):
             raise ConfigError(
-                f"{own} of the {type(self).__name__} is generated from its code and cannot be replaced by a dense or "
-                "sharded parameter. Call deepthin.torch.materialize(model) first."
+                f"{own if own in names else names[0]} of the {type(self).__name__} is generated from its code, and a "
+                "dense or sharded parameter cannot replace it. Call deepthin.torch.materialize(model) first."
             )
         super().register_parameter(name, param)
 

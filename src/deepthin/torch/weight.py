@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -654,15 +654,44 @@ class ThinPart(nn.Module):
         self.group, self.index = weight, index
 
     def children(self) -> Iterator[nn.Module]:
-        """The group; but none where ``fully_shard`` of another layer manages it already.
-
-        Otherwise ``fully_shard`` of a second layer would shard the shards.
+        """The group; but none if FSDP manages it: ``fully_shard`` of a second layer would shard the shards.
 
         Yields:
             The group's ThinWeight.
         """
         if not getattr(self.group, "_is_fsdp_managed_module", False):
             yield self.group
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ThinPart":  # these three reach the group in any case
+        if recurse:
+            self.group._apply(fn)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "ThinPart":
+        """Call a function with the group's modules, then with this one.
+
+        Args:
+            fn: The function.
+
+        Returns:
+            This module.
+        """
+        self.group.apply(fn)
+        fn(self)
+        return self
+
+    def train(self, mode: bool = True) -> "ThinPart":
+        """Set the mode of this module and of the group.
+
+        Args:
+            mode: Whether to train; otherwise, to evaluate.
+
+        Returns:
+            This module.
+        """
+        self.training = mode
+        self.group.train(mode)
+        return self
 
     def forward(self) -> Float[Tensor, "..."]:
         """Decode the tensor.
