@@ -126,7 +126,8 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         thin = self.__dict__.get("_modules", {}).get("thin")
         return thin[name]() if thin is not None and name in thin else super().__getattr__(name)
 
-    __setattr__ = nn.Module.__setattr__  # without the list that torch's layer updates: FSDP exchanges parameters often
+    # Without the list of weights that torch's layer updates: FSDP exchanges parameters often
+    __setattr__ = nn.Module.__setattr__  # pyright: ignore[reportAssignmentType] -- names of arguments differ
 
     @property
     def _flat_weights(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -118,7 +118,7 @@ class CodeState(nn.Module):
         held = [(m, entry) for m in ddp.module.modules() if isinstance(m, CodeState) for entry in m._exact]
         values = [module._moved(entry, cast(torch.device, module._device())) for module, entry in held]
         joined = torch.cat([value.contiguous().view(-1).view(torch.uint8) for value in values])
-        dist.broadcast(joined, dist.get_global_rank(ddp.process_group, 0), ddp.process_group)
+        dist.broadcast(joined, group=ddp.process_group, group_src=0)
         for (module, entry), value, sent in zip(held, values, joined.split([v.nbytes for v in values]), strict=True):
             setattr(module, entry, sent.clone().view(value.dtype).view(value.shape))
 
