@@ -84,6 +84,10 @@ WRAPPER_CALLS = CALLS | {
 
 
 def wrapped(kind, model):
+    if kind == "CheckpointWrapper":
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        return checkpoint_wrapper(model)
     return DataParallel(model) if kind == "DataParallel" else torch.compile(model, backend="eager")
 
 
@@ -101,7 +105,7 @@ def test_wrapped_models_are_refused_with_the_line_to_write(call, kind, inner):
     assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
-@pytest.mark.parametrize("kind", ["DataParallel", "OptimizedModule"])
+@pytest.mark.parametrize("kind", ["DataParallel", "OptimizedModule", "CheckpointWrapper"])
 @pytest.mark.parametrize("rules", [None, *SHARDED.values()], ids=["dense", *SHARDED])
 def test_a_wrapped_model_is_saved_as_the_plain_one(kind, rules, tmp_path):
     model = network() if rules is None else thin(rules)

@@ -60,7 +60,7 @@ def plain_name(model: nn.Module) -> Callable[[str], str]:
     prefixes = [
         (f"{path}.".lstrip("."), f"{path}.{inner}.".lstrip("."))
         for path, module in model.named_modules(remove_duplicate=False)
-        if (inner := _inner(module))
+        if (inner := _inner(module) or ("_checkpoint_wrapped_module" if _is_a(module, "CheckpointWrapper") else ""))
     ]
 
     def without(name: str) -> str:
@@ -165,7 +165,12 @@ def _inner(module: nn.Module) -> str:
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
-    return any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
+    return _is_a(module, "FullyShardedDataParallel")
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    """Whether a module is of a class of torch that need not have been imported."""
+    return any(base.__name__ == name and base.__module__.startswith("torch.") for base in type(module).__mro__)
 
 
 def _is_managed_by_fsdp(module: nn.Module) -> bool:
