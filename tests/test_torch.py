@@ -77,7 +77,7 @@ def test_compress_replaces_linear_layers_in_place(x):
 
 def test_weight_is_read_only():
     layer = thin()[0]
-    with pytest.raises(KeyError, match="weight"):
+    with pytest.raises(ConfigError, match="weight of the ThinLinear is generated"):
         layer.weight = nn.Parameter(torch.zeros(60, 40))
     with pytest.raises(AttributeError, match="weight"):
         layer.weight = torch.zeros(60, 40)

@@ -31,6 +31,7 @@ from deepthin.torch.replaced import replacing
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.tensors import Encoded, Owners, tensors_of
 from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.torch.wrapped import check_plain
 
 
 def compress(
@@ -61,7 +62,8 @@ def compress(
         Frobenius norm; and the totals of the file.
 
     Raises:
-        ConfigError: ``rules``, ``init`` or ``importance`` do not fit the model, or no target is given.
+        ConfigError: ``rules``, ``init`` or ``importance`` do not fit the model, no target is given, or the model is
+            wrapped (DistributedDataParallel, FSDP, DataParallel, ``torch.compile``).
         BudgetError: The target is smaller than the smallest plan.
         NonFiniteError: A weight to be encoded, or its importance, has a NaN or an infinity; or so has what would be
             decoded, since weights near the largest float overflow.
@@ -69,6 +71,7 @@ def compress(
     """
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
+    check_plain(model, "compress(MODEL, rules)")
     tensors, owners = tensors_of(model)
     check_importance(model, importance := importance or {})
     contents(model)  # raises TypeError for what no file can hold, before the model changes
@@ -191,7 +194,11 @@ def materialize(model: nn.Module) -> nn.Module:
     Returns:
         The same model. Each thin parameter is now a dense ``nn.Parameter`` with the decoded values; it requires a
         gradient if any float of its code did.
+
+    Raises:
+        ConfigError: The model is wrapped, as in ``compress``.
     """
+    check_plain(model, "materialize(MODEL)")
     with replacing(model, "materialize()"):
         _materialize(model)
     return model

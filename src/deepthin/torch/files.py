@@ -23,6 +23,7 @@ from deepthin.torch.initialise import WithoutValues, fill_buffers
 from deepthin.torch.replaced import replaces
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.torch.wrapped import check_plain, gathered, plain_name, whole
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -37,8 +38,12 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, fi
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
 
+    A model in DistributedDataParallel, DataParallel or FSDP, or compiled, is saved as the plain one: the same bytes. Of
+    DistributedDataParallel, one process suffices. Of FSDP (``fully_shard`` or FullyShardedDataParallel), all processes
+    must call: each gathers the tensors, the first one writes, and all return after that, or raise its exception.
+
     Args:
-        model: A dense or thin network.
+        model: A dense or thin network, also wrapped.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
         finite: Whether to refuse NaN and infinity, as ``load`` does.
@@ -60,7 +65,9 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, fi
             f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} on the meta device: there "
             "are no values to save. Load a file or a state dict, or call deepthin.torch.initialise(model, seed)."
         )
-    return write(contents(model), path, max_bytes, finite=finite)
+    with gathered(model) as by_first:
+        held = contents(model)
+        return by_first(lambda: write(held, path, max_bytes, finite=finite))
 
 
 @replaces("load()")
@@ -96,10 +103,12 @@ def load(
         The same model.
 
     Raises:
-        ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
+        ConfigError: Names, shapes or dtypes of the file and the model do not match, or the model is wrapped. The model
+            is unchanged.
         FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
+    check_plain(model, "load(MODEL, path)", replaces=False)
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
     have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
     have |= {name: tuple(tensor.shape) for name, tensor in dense_now.items()}
@@ -110,6 +119,8 @@ def load(
     _check_places(model, stored, thin_now, dense_now, str(path))
     kinds = {name: _float_of(next(iter(thin.parts)), thin_now, dense_now) for name, thin in stored.thin.items()}
     check_weights(stored, str(path), {name: torch.finfo(kind).max for name, kind in kinds.items()})
+    if any(_replaces(thin, thin_now, frozen) for thin in stored.thin.values()) or thin_now.keys() & stored.dense.keys():
+        check_plain(model, "load(MODEL, path)")
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
@@ -162,6 +173,14 @@ def _float_of(
     return next(thin_now[name][0].parameters()).dtype if name in thin_now else dense_now[name].dtype
 
 
+def _replaces(thin: Thin, now: Mapping[str, tuple[ThinWeight, int]], frozen: bool) -> bool:
+    """Whether a tensor of a file replaces the model's parameters, instead of being copied into them."""
+    if any(name not in now for name in thin.parts):
+        return True
+    weight = now[next(iter(thin.parts))][0]
+    return _plan_of(weight) != _plan_of(thin) or weight.rounds != (thin.method.trains == "through" and not frozen)
+
+
 def _plan_of(matrix: ThinWeight | Thin) -> tuple[object, ...]:
     parts = matrix.parts.values() if isinstance(matrix, Thin) else matrix.parts
     return matrix.name, matrix.method, *parts
@@ -208,8 +227,9 @@ def contents(model: nn.Module) -> Contents:
     Raises:
         TypeError: A tensor has a dtype or layout that the file cannot hold.
     """
-    dense = {name: (id(tensor), _raw(name, tensor)) for name, tensor in _dense_tensors(model).items()}
-    return contents_of(thin_tensors(model), dense, as_thin)
+    named = plain_name(model)
+    dense = {name: (id(tensor), _raw(name, whole(tensor))) for name, tensor in _dense_tensors(model).items()}
+    return contents_of({named(name): place for name, place in thin_tensors(model).items()}, dense, as_thin)
 
 
 def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
@@ -230,9 +250,9 @@ def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What the state dict holds besides the codes of thin tensors; parameters themselves, not detached copies."""
-    layers = model.named_modules(remove_duplicate=False)
-    inside = [f"{path}.thin.".lstrip(".") for path, layer in layers if isinstance(layer, ThinLayer)]
+    """What the plain model's state dict holds besides codes; parameters themselves, not detached copies."""
+    named, layers = plain_name(model), model.named_modules(remove_duplicate=False)
+    inside = tuple(named(f"{path}.thin.".lstrip(".")) for path, layer in layers if isinstance(layer, ThinLayer))
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
@@ -241,8 +261,8 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
             )
         if name.rpartition(".")[2] == "_extra_state":
             raise TypeError(f"{name} is a module's own extra state: a file holds parameters and buffers only.")
-        if not name.startswith(tuple(inside)):
-            tensors[name] = tensor
+        if not (plain := named(name)).startswith(inside):
+            tensors[plain] = tensor
     return tensors
 
 

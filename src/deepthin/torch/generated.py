@@ -5,7 +5,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deepthin.errors import ConfigError
 from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.torch.wrapped import is_sharded
 
 
 class Generated(property):
@@ -29,15 +31,25 @@ def generated(name: str) -> Any:
             return layer.thin[name]()
         if name in layer._parameters:
             return layer._parameters[name]
+        if name in layer.__dict__:
+            return layer.__dict__[name]
         raise AttributeError(f"{type(layer).__name__} has no {name!r}.")
 
-    def write(layer: "ThinLayer", value: Tensor | None) -> None:  # DataParallel sets plain tensors in its replicas
+    def write(layer: "ThinLayer", value: Tensor | None) -> None:
         if name not in layer._parameters and name in layer.thin:
             raise AttributeError(f"{name!r} is generated: train or load the thin code.")
-        layer._parameters[name] = cast(nn.Parameter, value)
+        if value is None:
+            layer._parameters[name] = None
+        else:  # a plain tensor, as DataParallel and FSDP set it; Parameters are registered instead
+            layer.__dict__[name] = value
+
+    def delete(layer: "ThinLayer") -> None:
+        if name not in layer.__dict__:
+            raise AttributeError(f"{type(layer).__name__} has no {name!r} that can be deleted.")
+        del layer.__dict__[name]
 
     return Generated(
-        read, write, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code."
+        read, write, delete, doc=f"The {name}, decoded where it is stored thin. Read-only: train or load the thin code."
     )
 
 
@@ -49,6 +61,26 @@ class ThinLayer(nn.Module):
     """
 
     thin: dict[str, ThinWeight | ThinPart]  # an nn.ModuleDict, which cannot be annotated with the type of its values
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse to replace a generated parameter, as fusion with batch normalisation and tensor parallelism do.
+
+        Args:
+            name: Name in the layer.
+            param: The parameter.
+
+        Raises:
+            ConfigError: The parameter of this name is generated, or tensor parallelism begins to divide the layer.
+        """
+        thin = self._modules.get("thin")
+        names = [] if thin is None else list(thin._modules)
+        own = name.removeprefix("thin.").partition(".")[0]
+        if names and param is not None and (own in names or is_sharded(param)):
+            raise ConfigError(
+                f"{own if own in names else names[0]} of the {type(self).__name__} is generated from its code, and a "
+                "dense or sharded parameter cannot replace it. Call deepthin.torch.materialize(model) first."
+            )
+        super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
         """Draw all values anew: codes as ``ThinWeight.reset_parameters`` does, dense tensors as torch's layer does."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deepthin.errors import ConfigError
 from deepthin.torch.exchange import thin_tensors
 from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.torch.wrapped import check_plain
 
 
 def initialise(model: nn.Module, seed: int = 0, device: torch.device | str = "cpu") -> nn.Module:
@@ -27,8 +28,10 @@ def initialise(model: nn.Module, seed: int = 0, device: torch.device | str = "cp
         The same model.
 
     Raises:
-        ConfigError: A module has parameters or buffers, but nothing that fills them: its name is given.
+        ConfigError: A module has parameters or buffers, but nothing that fills them: its name is given. Or the model is
+            wrapped; ``fully_shard`` is no wrapper.
     """
+    check_plain(model, "initialise(MODEL, seed)", replaces=False, sharded=True)
     for name, (weight, _) in reversed(thin_tensors(model).items()):  # a group is named by its first tensor
         weight.origin = (name, seed, weight.origin[2])
     _allocate(model, torch.device(device))

@@ -34,6 +34,7 @@ from deepthin.torch.sequential import make_sequential
 from deepthin.torch.tensors import Encoded, tensors_of
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.torch.wrapped import check_plain
 
 
 class Recipe:
@@ -66,6 +67,7 @@ class Recipe:
         loss: Callable[[nn.Module], float] | None = None,
         importance: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
+        check_plain(model, "Recipe(MODEL, rules, steps)", replaces=False)
         self.model, self.rules, self.loss, self.importance = model, parse_rules(rules), loss, importance
         stages = self.rules.stages or Stages()
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -92,6 +94,12 @@ class Recipe:
         """Whether all stages are finished."""
         return self.steps >= (self.quantize_from if self._quantizes else self.thin_to)
 
+    @property
+    def replaces_next(self) -> bool:
+        """Whether the next ``step`` replaces Parameter objects: delete a DistributedDataParallel wrapper before."""
+        step = self.steps + 1
+        return step == self.thin_to or (self._quantizes and step == self.quantize_from)
+
     def step(self) -> bool:
         """Count an optimiser step, and do what is due; to be called after each one.
 
@@ -101,9 +109,11 @@ class Recipe:
         Raises:
             BudgetError: The budget, or the limit of the file, cannot be met.
             ConfigError: ``rules`` or the importance do not fit the model, or the optimiser was not built anew after
-                the answer was True, so that nothing was trained.
+                the answer was True, so that nothing was trained; or parameters are to be replaced and the
+                model is wrapped, and then the step is not counted.
             NonFiniteError: A weight or its importance has a NaN or an infinity.
         """
+        check_plain(self.model, "recipe.step()", self.replaces_next)
         if self._watch and self._watch[0].stale:
             self._watch[0].refuse()
         self._watch = []
@@ -292,8 +302,9 @@ def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mappin
         One row for each matrix, with its bytes in the file; and the totals of the file.
 
     Raises:
-        ConfigError: No thin layer has floats that are stored directly, or ``then`` is invalid.
+        ConfigError: No thin layer has floats that are stored directly, ``then`` is invalid, or the model is wrapped.
     """
+    check_plain(model, "quantize_codes(MODEL, then)")
     weights = {weight for weight, _ in thin_tensors(model).values() if weight.direct}
     if not weights:
         raise ConfigError(

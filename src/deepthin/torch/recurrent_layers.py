@@ -47,8 +47,10 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
             return False
         if input.dtype is not torch.float32 and not torch.is_autocast_enabled("cpu"):
             return False
-        like = next(self.parameters())
-        return native_available and not torch.compiler.is_exporting() and like.is_cpu and like.dtype is torch.float32
+        like = next(self.parameters(), None)  # None in FullyShardedDataParallel, which sets plain tensors
+        if like is None or not native_available or torch.compiler.is_exporting():
+            return False
+        return like.is_cpu and like.dtype is torch.float32
 
     def _parts(self) -> "list[tuple[ThinWeight, int]]":
         """The ThinWeight of each matrix and the index in it; empty if a matrix is dense or must be decoded."""
@@ -123,6 +125,9 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
     def __getattr__(self, name: str) -> Any:
         thin = self.__dict__.get("_modules", {}).get("thin")
         return thin[name]() if thin is not None and name in thin else super().__getattr__(name)
+
+    # Without the list of weights that torch's layer updates: FSDP exchanges parameters often
+    __setattr__ = nn.Module.__setattr__  # pyright: ignore[reportAssignmentType] -- names of arguments differ
 
     @property
     def _flat_weights(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]

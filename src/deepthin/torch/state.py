@@ -6,17 +6,23 @@ stand in state dicts. Tables follow from the method's fields: they are computed 
 never saved.
 """
 
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from deepthin.errors import ConfigError
 from deepthin.method import Code, Integers
+from deepthin.torch.wrapped import is_sharded, whole
 
 NO_VALUES = "has no values. Load a file or a state dict, or call deepthin.torch.initialise(model, seed)"
+
+_followed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # wrappers whose processes have the same integers
 
 
 class CodeState(nn.Module):
@@ -53,6 +59,8 @@ class CodeState(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """The stored floats and integers, from which all else follows.
 
+        Floats that FSDP holds sharded at this time are gathered: then all its processes must call.
+
         Returns:
             Entry -> parameter or integer tensor, on one device.
 
@@ -62,6 +70,9 @@ class CodeState(nn.Module):
         if self._empty is not None:
             self._check_filled()
         state = {entry: getattr(self, entry) for entry in self._entries}
+        for entry, value in state.items():
+            if is_sharded(value):
+                state[entry] = whole(value)
         if self._exact and (device := self._device()) is not None:
             for entry in self._exact:
                 if state[entry].device != device:
@@ -71,9 +82,11 @@ class CodeState(nn.Module):
     def has_values(self) -> bool:
         """Whether every entry has values: none is on the meta device or freshly allocated by ``to_empty``."""
         try:
-            return not any(value.is_meta for value in self.state().values())
+            if self._empty is not None:
+                self._check_filled()
         except ConfigError:
             return False
+        return not any(getattr(self, entry).is_meta for entry in self._entries)
 
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         """Set every entry of the state: parameters in place, integers in their type and on the floats' device."""
@@ -93,6 +106,22 @@ class CodeState(nn.Module):
         """The device of the floats; None for a method without floats."""
         floats = (getattr(self, entry) for entry in self._entries if entry not in self._exact)
         return next((value.device for value in floats), None)
+
+    def _follow_first_rank(self) -> None:
+        """In the first training pass of a DistributedDataParallel model, take over the integers of its first process.
+
+        The wrapper does so with parameters when it is made. Codes of different weights also differ in their integers.
+        """
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is None or ddp in _followed or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        _followed.add(ddp)
+        held = [(m, entry) for m in ddp.module.modules() if isinstance(m, CodeState) for entry in m._exact]
+        values = [module._moved(entry, cast(torch.device, module._device())) for module, entry in held]
+        joined = torch.cat([value.contiguous().view(-1).view(torch.uint8) for value in values])
+        dist.broadcast(joined, group=ddp.process_group, group_src=0)
+        for (module, entry), value, sent in zip(held, values, joined.split([v.nbytes for v in values]), strict=True):
+            setattr(module, entry, sent.clone().view(value.dtype).view(value.shape))
 
     def _moved(self, entry: str, device: torch.device) -> Tensor:
         """An integer entry on another device; values are kept while the floats are on the meta device."""
@@ -211,8 +240,3 @@ def smallest_type(integers: Integers) -> torch.dtype:
         if info.min <= least and most <= info.max:
             return kind
     return torch.int64
-
-
-def is_sharded(value: Tensor) -> bool:
-    """Whether a tensor is a DTensor, whose values are spread over processes."""
-    return hasattr(value, "device_mesh")

@@ -17,6 +17,7 @@ from deepthin.torch.importance import (
     _items,
     _some,
 )
+from deepthin.torch.wrapped import check_plain
 
 MOST_WEIGHTS = 8192  # of one tensor: its Hessian takes 512 MiB, and its inverse as much
 
@@ -53,8 +54,10 @@ def optimal_brain_surgeon(
         The predicted rise of the loss.
 
     Raises:
-        ConfigError: An unknown name, too many weights, ``keep`` or ``damping`` out of range, or a singular H.
+        ConfigError: An unknown name, too many weights, ``keep`` or ``damping`` out of range, a singular H, or a
+            wrapped model.
     """
+    check_plain(model, "optimal_brain_surgeon(MODEL, ...)")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if name not in parameters:
         raise ConfigError(f"The model has no parameter {name!r}.{_closest(name, parameters)}")

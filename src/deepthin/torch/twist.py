@@ -26,6 +26,7 @@ from deepthin.torch.importance import check_importance, importance_for
 from deepthin.torch.replaced import replacing
 from deepthin.torch.tensors import Encoded, check_finite, tensors_of
 from deepthin.torch.weight import ThinWeight
+from deepthin.torch.wrapped import check_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Twist:
             adam_importance(optimizer, model)``.
 
     Raises:
-        ConfigError: ``every`` < 1, or rules or importance that do not fit the model.
+        ConfigError: ``every`` < 1, rules or importance that do not fit the model, or a wrapped model.
         BudgetError: The target is smaller than the smallest plan.
     """
 
@@ -109,6 +110,7 @@ class Twist:
     ) -> None:
         if every < 1:
             raise ConfigError(f"every = {every}: the interval between distortions is at least 1 step.")
+        check_plain(model, "Twist(MODEL, rules)", replaces=False)
         self.model, self.rules, self.every, self.schedule = model, rules, every, schedule
         self.importance = importance
         if not callable(importance):
@@ -125,12 +127,13 @@ class Twist:
             Whether the weights were distorted.
 
         Raises:
-            ConfigError: The importance does not fit the model.
+            ConfigError: The importance does not fit the model, or the model is sharded by FSDP.
             NonFiniteError: A weight, or its importance, has a NaN or an infinity.
         """
         self.steps += 1
         if self.steps % self.every or (self.schedule and self.steps < self.schedule.start):
             return False
+        check_plain(self.model, "Twist(MODEL, rules)", replaces=False)
         importance = self._asked()
         for planned in self._planned:
             self._distort(planned, self._method(planned), importance)
@@ -145,9 +148,10 @@ class Twist:
             One row for each matrix and the totals of the file, as ``compress`` reports them.
 
         Raises:
-            ConfigError: The importance does not fit the model.
+            ConfigError: The importance does not fit the model, or the model is wrapped.
             NonFiniteError: A weight, or its importance, has a NaN or an infinity.
         """
+        check_plain(self.model, "twist.finish()")
         importance = self._asked()
         for planned in self._planned:
             self._distort(planned, planned.method, importance)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,8 +22,9 @@ from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
-from deepthin.torch.state import CodeState, is_sharded, smallest_type
+from deepthin.torch.state import CodeState, smallest_type
 from deepthin.torch.tracing import is_traced, is_transformed
+from deepthin.torch.wrapped import is_sharded
 
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
@@ -278,6 +279,8 @@ class ThinWeight(CodeState):
         Returns:
             Entry -> tensor; cached while the state compares equal, if no gradient is needed.
         """
+        if self.training and self._exact:
+            self._follow_first_rank()
         state = self.state()
         if self.direct:
             return state
@@ -448,7 +451,7 @@ class ThinWeight(CodeState):
         """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
-        fast, entries = self._fast[index], self._parameters
+        fast, entries = self._fast[index], self._parameters or self.state()
         if fast is None:
             return None
         if not self.direct:
@@ -492,7 +495,7 @@ class ThinWeight(CodeState):
         dense = Case(self.decoder, None, 0, False)  # the decoded weight
         if x.is_meta or x.is_nested or x.shape[-1:] != (self._matrix(index)[1:] if len(part.shape) == 2 else ()):
             return dense
-        latents = tuple(cast("dict[str, Tensor]", self._parameters).values())  # they have the factors' dtype
+        latents = tuple(cast("dict[str, Tensor]", self._parameters or self.state()).values())  # have the factors' dtype
         like, autocast = latents[0], torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point() or (x.dtype != like.dtype and not autocast):
             return dense
@@ -559,11 +562,11 @@ class ThinWeight(CodeState):
         return self.parts[index].cut(flat, _TORCH)
 
     def _wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(entry.requires_grad for entry in self.state().values())
+        return torch.is_grad_enabled() and any(getattr(self, entry).requires_grad for entry in self._entries)
 
     def _keeps(self) -> bool:
         """Whether the dense weight is cached: on the CPU, in evaluation, where the code needs no gradient."""
-        on_cpu = all(entry.device.type == "cpu" for entry in self.state().values())
+        on_cpu = all(getattr(self, entry).device.type == "cpu" for entry in self._entries)
         return not self.training and not self._wants_gradient() and on_cpu
 
     def extra_repr(self) -> str:
@@ -649,6 +652,46 @@ class ThinPart(nn.Module):
     def __init__(self, weight: ThinWeight, index: int) -> None:
         super().__init__()
         self.group, self.index = weight, index
+
+    def children(self) -> Iterator[nn.Module]:
+        """The group; but none if FSDP manages it: ``fully_shard`` of a second layer would shard the shards.
+
+        Yields:
+            The group's ThinWeight.
+        """
+        if not getattr(self.group, "_is_fsdp_managed_module", False):
+            yield self.group
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ThinPart":  # these three reach the group in any case
+        if recurse:
+            self.group._apply(fn)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "ThinPart":
+        """Call a function with the group's modules, then with this one.
+
+        Args:
+            fn: The function.
+
+        Returns:
+            This module.
+        """
+        self.group.apply(fn)
+        fn(self)
+        return self
+
+    def train(self, mode: bool = True) -> "ThinPart":
+        """Set the mode of this module and of the group.
+
+        Args:
+            mode: Whether to train; otherwise, to evaluate.
+
+        Returns:
+            This module.
+        """
+        self.training = mode
+        self.group.train(mode)
+        return self
 
     def forward(self) -> Float[Tensor, "..."]:
         """Decode the tensor.

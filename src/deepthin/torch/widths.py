@@ -16,6 +16,7 @@ from deepthin.errors import BudgetError, ConfigError, NonFiniteError
 from deepthin.storage.report import table
 from deepthin.torch.replaced import replacing
 from deepthin.torch.units import Path, at_rest, inputs_of, trace, units_of
+from deepthin.torch.wrapped import check_plain
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
 """Batches of inputs of the model, alone or followed by targets: ``(inputs, targets)``."""
@@ -110,10 +111,11 @@ def trim(
 
     Raises:
         ConfigError: A layer in ``layers`` cannot be trimmed, and why: it must be dense, be followed by a ReLU, and lead
-            to ``nn.Linear`` or ``nn.Conv2d`` through only normalisation, dropout, pooling and flattening. Nothing has
-            changed then.
+            to ``nn.Linear`` or ``nn.Conv2d`` through only normalisation, dropout, pooling and flattening. Or the model
+            is wrapped. Nothing has changed then.
         NonFiniteError: An activation is NaN or infinite; nothing has changed.
     """
+    check_plain(model, "trim(MODEL, batches)")
     if not math.isfinite(above) or not 0 < most <= 1:
         raise ConfigError(f"trim: above = {above}, most = {most}: above is a number, most above 0 and at most 1.")
     graph, paths = trace(model)
