@@ -147,7 +147,9 @@ class Recipe:
 
         Raises:
             BudgetError: The file cannot be kept within ``file_bytes``.
+            ConfigError: The model is wrapped.
         """
+        check_plain(self.model, "recipe.finish()")
         with replacing(self.model, "recipe.finish()"):
             if self._twist is None and not self._plans:
                 self._begin()

@@ -226,16 +226,16 @@ class CodeState(nn.Module):
 
 
 def smallest_type(integers: Integers) -> torch.dtype:
-    """The smallest integer type that holds every value of a range.
+    """The smallest integer type that holds every value of a range; of positions, the smallest in which torch indexes.
 
     Args:
         integers: The range.
 
     Returns:
-        A type of 1, 2, 4 or 8 bytes; unsigned only for one byte, which native code reads.
+        A type of 1, 2, 4 or 8 bytes; unsigned only for one byte, which native code reads. Of positions, 4 or 8 bytes.
     """
     least, most = integers.least, integers.least + integers.count - 1
-    for kind in (torch.uint8, torch.int8, torch.int16, torch.int32):
+    for kind in (torch.int32,) if integers.rising else (torch.uint8, torch.int8, torch.int16, torch.int32):
         info = torch.iinfo(kind)
         if info.min <= least and most <= info.max:
             return kind
