@@ -595,7 +595,7 @@ def test_codes_of_a_thin_model_are_quantized_afterwards(digits, tmp_path):
         share = importance[f"{name.removesuffix('.weight')}.thin.weight.values"]
         errors = [(share * (x - before[name]).flatten()[positions] ** 2).sum() for x in (shared, other)]
         assert errors[0] < errors[1]
-    with pytest.raises(ConfigError, match="quantize_codes: the model has no thin layers whose numbers are stored"):
+    with pytest.raises(ConfigError, match="quantize_codes: no thin layer stores its floats directly"):
         dt.quantize_codes(model, {"method": "kmeans", "bits": 2})
     with pytest.raises(ConfigError, match=re.escape("quantize_codes: then = {'method': 'rank'}")):
         dt.quantize_codes(dt.load(network(), _pruned(tmp_path)), {"method": "rank"})
