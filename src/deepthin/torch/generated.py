@@ -1,10 +1,12 @@
 """The base of thin layers: parameters are properties that decode a ThinWeight."""
 
+import functools
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from deepthin.torch.tracing import as_leaf
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 
@@ -49,6 +51,20 @@ class ThinLayer(nn.Module):
     """
 
     thin: dict[str, ThinWeight | ThinPart]  # an nn.ModuleDict, which cannot be annotated with the type of its values
+
+    def __init_subclass__(cls) -> None:
+        """Make layers that run torch's code leaves for torch.fx, as torch's own layers are."""
+        super().__init_subclass__()
+        if "forward" in vars(cls):
+            return
+        plain = cls.forward
+
+        @functools.wraps(plain)
+        def forward(self: ThinLayer, *args: Any, **kwargs: Any) -> Any:
+            leaf = as_leaf(self, *args, **kwargs)
+            return plain(self, *args, **kwargs) if leaf is None else leaf
+
+        cls.forward = forward
 
     def reset_parameters(self) -> None:
         """Draw all values anew: codes as ``ThinWeight.reset_parameters`` does, dense tensors as torch's layer does."""
