@@ -142,9 +142,21 @@ class ThinEmbedding(ThinLayer, nn.Embedding):
         if not isinstance(input, Tensor):
             leaf = as_leaf(self, input)
             return super().forward(input) if leaf is None else leaf
-        part = cast(nn.Module, self._modules["thin"])._modules["weight"]
+        part = cast(nn.Module, self._modules["thin"])._modules.get("weight")
+        if part is None:
+            return super().forward(input)
         weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (cast(ThinWeight, part), 0)
-        return weight.rows(input, index) if weight.rows_pay(input, index) else super().forward(input)
+        by_rows = self._options_allow_rows(weight, index) and weight.rows_pay(input, index)
+        return weight.rows(input, index) if by_rows else super().forward(input)
+
+    def _options_allow_rows(self, weight: ThinWeight, index: int) -> bool:
+        """Whether single rows have the values and gradients of the whole table under this layer's options.
+
+        The row that has no gradient must be the one that is zero: in a table that two layers share it may be another.
+        """
+        if not (torch.is_grad_enabled() and weight.is_trained()):
+            return True
+        return not self.scale_grad_by_freq and self.padding_idx in (None, weight.parts[index].zero_row)
 
 
 class ThinEmbeddingBag(ThinLayer, nn.EmbeddingBag):

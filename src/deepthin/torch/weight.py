@@ -564,8 +564,16 @@ class ThinWeight(CodeState):
             flat = decoder.decode(code, _TORCH).reshape(-1)[start:stop]
         return self.parts[index].cut(flat, _TORCH)
 
+    def is_trained(self) -> bool:
+        """Whether any float of the state requires a gradient.
+
+        Returns:
+            False for a frozen weight.
+        """
+        return any(entry.requires_grad for entry in self.state().values())
+
     def _wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(entry.requires_grad for entry in self.state().values())
+        return torch.is_grad_enabled() and self.is_trained()
 
     def _keeps(self) -> bool:
         """Whether the dense weight is cached: on the CPU, in evaluation, where the code needs no gradient."""
