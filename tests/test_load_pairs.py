@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import deepthin
 import deepthin.torch as dt
 from deepthin.torch.exchange import THIN, thin_tensors
 from deepthin.torch.generated import ThinLayer
@@ -54,7 +53,9 @@ RULES = {
     "tables": {"rules": {"table.weight": EACH, "bag.weight": EACH}},
     "recurrent": {"rules": {"rnn.weight*": EACH, "lstm.weight_ih_l0": EACH}},
     "one of the chain": {"rules": {"chain.0.weight": EACH}},
-    "rest": {"rules": {"*conv*.weight": EACH, "turned*.weight": EACH, "attention.*weight": EACH, "chain.2.weight": EACH}},
+    "rest": {
+        "rules": {"*conv*.weight": EACH, "turned*.weight": EACH, "attention.*weight": EACH, "chain.2.weight": EACH}
+    },
     "a group": {"rules": {"*.weight": {"ratio": 0.3, "group": "flat"}}},
     "another group": {"rules": {"chain.*.weight": {"ratio": 0.3, "group": "flat"}, "*.weight": EACH}},
     "rounded": {"rules": {"*.weight": {"ratio": 0.3, "then": {"method": "uniform", "bits": 8}}}},
@@ -100,7 +101,11 @@ def test_any_file_goes_into_any_model(into, file, files, tmp_path):
     assert dt.load(network, path) is network
     torch.testing.assert_close(evaluated(network), want, rtol=0, atol=LOST * want.abs().max().item())
     held = thin_tensors(network)
-    tied = (held["table.weight"], held["out.weight"]) if held.get("table.weight") else (network.table.weight, network.out.weight)
+    tied = (
+        (held["table.weight"], held["out.weight"])
+        if held.get("table.weight")
+        else (network.table.weight, network.out.weight)
+    )
     assert tied[0] == tied[1] if isinstance(tied[0], tuple) else tied[0] is tied[1]
     assert {name for name, _ in network.named_parameters()} == set(names)
     assert all(module.thin for module in network.modules() if isinstance(module, ThinLayer))

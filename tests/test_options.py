@@ -172,7 +172,9 @@ def test_the_table_reaches_the_fast_ways(name, monkeypatch):
 
 def test_a_shared_table_keeps_the_padding_of_each_layer():
     torch.manual_seed(0)
-    model = nn.ModuleList([nn.Embedding(400, 32, padding_idx=3), nn.Embedding(400, 32, padding_idx=5), nn.Embedding(400, 32)])
+    model = nn.ModuleList(
+        [nn.Embedding(400, 32, padding_idx=3), nn.Embedding(400, 32, padding_idx=5), nn.Embedding(400, 32)]
+    )
     for layer in model[1:]:
         layer.weight = model[0].weight
     with torch.no_grad():

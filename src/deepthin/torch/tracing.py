@@ -5,6 +5,7 @@ torch.compile, ``make_fx``), modes that observe operations, and transforms (torc
 torch.fx's symbolic tracer gives proxies instead of tensors; for it a thin layer is a leaf, as torch's own layers are.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ def as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> fx.Proxy | None:
     if torch.compiler.is_compiling() or not _symbolic_trace._is_fx_tracing_flag:
         return None
     read = (getattr(owner, name) for owner in module.modules() for name in owner._parameters)
-    tracer = next((value.tracer for value in (*args, *kwargs.values(), *read) if isinstance(value, fx.Proxy)), None)
+    given = chain(args, kwargs.values(), read)
+    tracer = next((value.tracer for value in given if isinstance(value, fx.Proxy)), None)
     if tracer is None or module is getattr(tracer, "root", module):
         return None
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
