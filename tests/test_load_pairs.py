@@ -1,4 +1,4 @@
-"""``load`` of any file into any model of the architecture: thin or dense tensors on either side, mixed, tied, grouped."""
+"""``load`` of any file into any model of the architecture: tensors thin or dense on either side, tied, grouped."""
 
 import copy
 import itertools

@@ -60,7 +60,10 @@ def attention(**options):
 TABLE = {
     "Linear": (grid(nn.Linear, 256, 192, bias=(False,)), lambda: [noise(n, 256) for n in (1, 3, 40)]),
     "Conv1d": (grid(lambda **o: padded(nn.Conv1d, 24, 32, 5, **o), **WINDOW), lambda: [noise(2, 24, 20)]),
-    "Conv2d": (grid(lambda **o: padded(nn.Conv2d, 8, 16, 5, **o), **WINDOW), lambda: [noise(2, 8, 14, 13), noise(8, 9, 9)]),
+    "Conv2d": (
+        grid(lambda **o: padded(nn.Conv2d, 8, 16, 5, **o), **WINDOW),
+        lambda: [noise(2, 8, 14, 13), noise(8, 9, 9)],
+    ),
     "Conv2d by FFT": (
         grid(lambda **o: padded(nn.Conv2d, 8, 16, 17, **o), **WINDOW),
         lambda: [noise(2, 8, 72, 68), noise(8, 80, 80)],
@@ -78,20 +81,28 @@ TABLE = {
         lambda: [ids(7), ids(2, 30), ids(500)],
     ),
     "EmbeddingBag": (
-        combined(nn.EmbeddingBag, 400, 32, mode=("sum", "mean"), scale_grad_by_freq=(False, True), padding_idx=(None, 3)),
+        combined(
+            nn.EmbeddingBag, 400, 32, mode=("sum", "mean"), scale_grad_by_freq=(False, True), padding_idx=(None, 3)
+        ),
         lambda: [ids(3, 5), ids(40, 20)],
     ),
     "EmbeddingBag, max": (combined(nn.EmbeddingBag, 400, 32, mode=("max",)), lambda: [ids(3, 5)]),
     "RNN": (combined(nn.RNN, 40, 64, nonlinearity=("tanh", "relu"), **CELL), lambda: [noise(5, 3, 40), noise(4, 40)]),
     "GRU": (combined(nn.GRU, 40, 64, **CELL), lambda: [noise(5, 3, 40), noise(4, 40)]),
     "LSTM": (combined(nn.LSTM, 40, 64, **CELL), lambda: [noise(5, 3, 40), noise(4, 40)]),
-    "LSTM, projected": (combined(nn.LSTM, 40, 64, 2, proj_size=(16,), bidirectional=(True, False)), lambda: [noise(5, 3, 40)]),
+    "LSTM, projected": (
+        combined(nn.LSTM, 40, 64, 2, proj_size=(16,), bidirectional=(True, False)),
+        lambda: [noise(5, 3, 40)],
+    ),
     "dropout of everything": (
         combined(lambda kind, **o: kind(40, 64, 2, **o), kind=(nn.RNN, nn.GRU, nn.LSTM), dropout=(1.0,)),
         lambda: [noise(5, 3, 40)],
     ),
     "MultiheadAttention": (
-        grid(attention, bias=(False,), add_bias_kv=(True,), add_zero_attn=(True,), kdim=(40,), vdim=(32,), batch_first=(False,)),
+        grid(
+            attention, bias=(False,), add_bias_kv=(True,), add_zero_attn=(True,), kdim=(40,), vdim=(32,),
+            batch_first=(False,),
+        ),
         lambda: [noise(3, 6, 48), noise(6, 48)],
     ),
 }  # fmt: skip

@@ -1,12 +1,12 @@
 """Whether anyone records what is computed now: then nothing cached may be used, since it would become a constant.
 
-All code that caches, calls native kernels directly or looks at values asks here: tracers (torch.jit.trace, torch.export,
-torch.compile, ``make_fx``), modes that observe operations, and transforms (torch.func, forward-mode differentiation).
+All code that caches, calls native kernels directly or looks at values asks here. Recorders are tracers
+(torch.jit.trace, torch.export, torch.compile, ``make_fx``), modes that observe operations, and transforms (torch.func).
 torch.fx's symbolic tracer gives proxies instead of tensors; for it a thin layer is a leaf, as torch's own layers are.
 """
 
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -92,7 +92,7 @@ def as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> fx.Proxy | None:
         return None
     read = (getattr(owner, name) for owner in module.modules() for name in owner._parameters)
     given = chain(args, kwargs.values(), read)
-    tracer = next((value.tracer for value in given if isinstance(value, fx.Proxy)), None)
+    tracer = cast(Any, next((value.tracer for value in given if isinstance(value, fx.Proxy)), None))
     if tracer is None or module is getattr(tracer, "root", module):
         return None
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)

@@ -618,7 +618,7 @@ class ThinWeight(CodeState):
         if isinstance(coded, StateCache):
             self._coded = coded
         elif coded is not None:
-            self._coded.put(*coded)
+            self._given = self._coded.put(*coded)
         if "_exact" not in self.__dict__:
             self.__dict__.pop("_tables", None)
             held = {entry: self._buffers.pop(entry) for entry in list(self._buffers)}
