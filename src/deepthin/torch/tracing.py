@@ -5,6 +5,7 @@ All code that caches, calls native kernels directly or looks at values asks here
 torch.fx's symbolic tracer gives proxies instead of tensors; for it a thin layer is a leaf, as torch's own layers are.
 """
 
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ RECORDERS = (
     torch._C._len_torch_dispatch_stack,
     torch._C._are_functorch_transforms_active,
     forward_mode,
-    torch._ops._len_torch_dispatch_stack_pre_dispatch,
+    partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch),
 )
 """Functions whose result is true while someone records; native code asks them too. Compilers are not among them."""
 
