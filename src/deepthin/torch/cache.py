@@ -49,6 +49,11 @@ class StateCache(Generic[T]):
         self._held = (copies, value)
         return value
 
+    @property
+    def held(self) -> tuple[Sequence[Tensor], T] | None:
+        """The copies and the value, valid or not; None if nothing is stored."""
+        return self._held
+
     def __bool__(self) -> bool:
         """Whether a value is stored, valid or not."""
         return self._held is not None

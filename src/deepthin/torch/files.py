@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
 from deepthin.storage.read import check_weights, read
 from deepthin.storage.write import write
-from deepthin.torch.exchange import fresh_std, is_transposed, make_thin, padding_row, thin_tensors, why_not
+from deepthin.torch.exchange import fresh_std, is_transposed, make_plain, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.initialise import WithoutValues, fill_buffers
 from deepthin.torch.replaced import replaces
@@ -151,11 +152,14 @@ def load(
         for tensor_name, index in places:
             layer, parameter = _owner(model, tensor_name)
             make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})
-    make_sequential(model)
-    replaced: dict[int, Tensor] = {}
+    replaced: dict[object, Tensor] = {}
     for name in names_of(stored, stored.dense):
         tensor = _tensor(stored.dense[stored.aliases.get(name, name)])
         _put(model, name, tensor.clone() if name in stored.aliases else tensor, replaced)
+    for layer in list(model.modules()):
+        if isinstance(layer, ThinLayer) and not layer.thin:
+            make_plain(layer, {})
+    make_sequential(model)
     fill_buffers(model)
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
         model.register_forward_pre_hook(WithoutValues(left, str(path)))
@@ -319,29 +323,32 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), parameter
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[int, Tensor]) -> None:
+def _put(model: nn.Module, name: str, tensor: Tensor, replaced: dict[object, Tensor]) -> None:
     """Copy into the model's tensor; replace it if it is on the meta device or thin. Shared tensors stay shared."""
     layer, parameter = _owner(model, name)
     if isinstance(layer, ThinLayer) and parameter in layer.thin:
         weight = layer.thin[parameter]
         del layer.thin[parameter]
-        layer.register_parameter(parameter, _once(weight, tensor, replaced, next(weight.parameters())))
+        like = next(weight.parameters(), tensor)
+        key = (weight.group, weight.index) if isinstance(weight, ThinPart) else (weight, 0)
+        tensor = tensor if like.is_meta or not like.is_floating_point() else tensor.to(like.dtype)
+        layer.register_parameter(parameter, cast(nn.Parameter, _once(key, tensor, replaced, like)))
         return
     holder = layer._parameters if parameter in layer._parameters else layer._buffers
     old = holder[parameter]
     if old is None:
         raise ConfigError(f"{name} is in the file, but the model has none.")
     if old.is_meta:
-        holder[parameter] = _once(old, tensor, replaced, old)
+        holder[parameter] = _once(id(old), tensor, replaced, old)
     else:
         with torch.no_grad():
             old.copy_(tensor)
 
 
-def _once(key: object, tensor: Tensor, replaced: dict[int, Tensor], like: Tensor) -> nn.Parameter:
+def _once(key: object, tensor: Tensor, replaced: dict[object, Tensor], like: Tensor) -> nn.Parameter:
     """The replacement of a tensor or ThinWeight: the same object for every name that shares it."""
-    if id(key) not in replaced:
+    if key not in replaced:
         tensor = tensor.to("cpu" if like.is_meta else like.device)
         is_parameter = isinstance(like, nn.Parameter)
-        replaced[id(key)] = nn.Parameter(tensor, requires_grad=like.requires_grad) if is_parameter else tensor
-    return replaced[id(key)]  # pyright: ignore[reportReturnType] -- a buffer's stand-in goes back among the buffers
+        replaced[key] = nn.Parameter(tensor, requires_grad=like.requires_grad) if is_parameter else tensor
+    return replaced[key]  # pyright: ignore[reportReturnType] -- a buffer's stand-in goes back among the buffers

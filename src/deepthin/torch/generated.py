@@ -1,11 +1,13 @@
 """The base of thin layers: parameters are properties that decode a ThinWeight."""
 
+import functools
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
+from deepthin.torch.tracing import as_leaf
 from deepthin.torch.weight import ThinPart, ThinWeight
 from deepthin.torch.wrapped import is_sharded
 
@@ -81,6 +83,20 @@ class ThinLayer(nn.Module):
                 "dense or sharded parameter cannot replace it. Call deepthin.torch.materialize(model) first."
             )
         super().register_parameter(name, param)
+
+    def __init_subclass__(cls) -> None:
+        """Make layers that run torch's code leaves for torch.fx, as torch's own layers are."""
+        super().__init_subclass__()
+        if "forward" in vars(cls):
+            return
+        plain = cls.forward
+
+        @functools.wraps(plain)
+        def forward(self: ThinLayer, *args: Any, **kwargs: Any) -> Any:
+            leaf = as_leaf(self, *args, **kwargs)
+            return plain(self, *args, **kwargs) if leaf is None else leaf
+
+        cls.forward = forward
 
     def reset_parameters(self) -> None:
         """Draw all values anew: codes as ``ThinWeight.reset_parameters`` does, dense tensors as torch's layer does."""

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from deepthin.torch.generated import ThinLayer, generated
+from deepthin.torch.tracing import as_leaf
 
 
 class ThinConv1D(ThinLayer, Conv1D):
@@ -21,4 +22,6 @@ class ThinConv1D(ThinLayer, Conv1D):
         Returns:
             The outputs, with the leading dimensions of x.
         """
+        if not isinstance(x, Tensor) and (leaf := as_leaf(self, x)) is not None:
+            return leaf
         return self.thin["weight"].product(x, bias=self.bias) if "weight" in self.thin else super().forward(x)

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from deepthin.torch import spectral
 from deepthin.torch.generated import ThinLayer, generated
 from deepthin.torch.recurrent_layers import ThinGRU, ThinLSTM, ThinRNN  # noqa: F401 -- pickles of version 0.1 name them here
-from deepthin.torch.tracing import is_traced
+from deepthin.torch.tracing import as_leaf, is_plain, is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 
@@ -33,6 +33,8 @@ class ThinLinear(ThinLayer, nn.Linear):
         Returns:
             ``input @ weight.T + bias``, with the leading dimensions of the input.
         """
+        if not isinstance(input, Tensor) and (leaf := as_leaf(self, input)) is not None:
+            return leaf
         weight = cast(nn.Module, self._modules["thin"])._modules.get("weight")  # nn.Module.__getattr__ is slow
         if weight is None:
             return super().forward(input)
@@ -64,6 +66,9 @@ class ThinConv2d(ThinLayer, nn.Conv2d):
         Returns:
             The outputs, in the layout of the input. By FFT, errors are relative to the largest output of a tile.
         """
+        if not isinstance(input, Tensor):
+            leaf = as_leaf(self, input)
+            return super().forward(input) if leaf is None else leaf
         weight, images = self.weight, input if input.dim() == 4 else input[None]
         if not self._by_spectra(images, weight):
             return self._conv_forward(input, weight, self.bias)
@@ -80,7 +85,8 @@ class ThinConv2d(ThinLayer, nn.Conv2d):
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, self.bias))
         return (
             "weight" in self.thin
-            and not (self.training or weight.requires_grad or wanted or is_traced(images) or weight.is_inference())
+            and not (self.training or weight.requires_grad or wanted or is_recorded() or weight.is_inference())
+            and is_plain(images)
             and images.dtype == weight.dtype == torch.float32
             and images.device.type == weight.device.type == "cpu"
             and images.shape[1:2] == (self.in_channels,)
@@ -133,9 +139,24 @@ class ThinEmbedding(ThinLayer, nn.Embedding):
         Raises:
             IndexError: An index is out of range.
         """
-        part = cast(nn.Module, self._modules["thin"])._modules["weight"]
+        if not isinstance(input, Tensor):
+            leaf = as_leaf(self, input)
+            return super().forward(input) if leaf is None else leaf
+        part = cast(nn.Module, self._modules["thin"])._modules.get("weight")
+        if part is None:
+            return super().forward(input)
         weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (cast(ThinWeight, part), 0)
-        return weight.rows(input, index) if weight.rows_pay(input, index) else super().forward(input)
+        by_rows = self._options_allow_rows(weight, index) and weight.rows_pay(input, index)
+        return weight.rows(input, index) if by_rows else super().forward(input)
+
+    def _options_allow_rows(self, weight: ThinWeight, index: int) -> bool:
+        """Whether single rows have the values and gradients of the whole table under this layer's options.
+
+        The row that has no gradient must be the one that is zero: in a table that two layers share it may be another.
+        """
+        if not (torch.is_grad_enabled() and weight.is_trained()):
+            return True
+        return not self.scale_grad_by_freq and self.padding_idx in (None, weight.parts[index].zero_row)
 
 
 class ThinEmbeddingBag(ThinLayer, nn.EmbeddingBag):

@@ -19,6 +19,7 @@ from deepthin.method import InTurn, Method, Sparse, Symbols
 from deepthin.methods.factor import Window
 from deepthin.torch.operators import eager_linear, linear, symbol_linear
 from deepthin.torch.product import factor_linear, multiply_in_turn
+from deepthin.torch.tracing import is_recorded
 
 TYPICAL_BATCH = 32
 _DENSITY = 0.05  # a product by sparse rows is faster than a dense one up to this density, at any batch (deepthin bench)
@@ -39,17 +40,6 @@ class Weight(Protocol):
 
     def __call__(self, index: int = 0) -> Tensor:
         """Decode a tensor; the result may be cached.
-
-        Args:
-            index: Which of the weight's tensors.
-
-        Returns:
-            The dense tensor.
-        """
-        ...
-
-    def decoded(self, index: int) -> Tensor:
-        """Decode a tensor in plain operations without a cache, for tracers.
 
         Args:
             index: Which of the weight's tensors.
@@ -175,7 +165,7 @@ class DenseWeight:
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
         """As ``Way.run``, by ``F.linear``; ``x`` may be a proxy of a tracer."""
-        dense = weight(index) if isinstance(x, Tensor) else weight.decoded(index)
+        dense = weight(index)
         if weight.parts[index].transposed:
             return x @ dense if bias is None else x @ dense + bias
         return F.linear(x, dense, bias)
@@ -231,7 +221,7 @@ class NativeFactored(Factored):
         self, weight: Weight, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
     ) -> Tensor:
         outputs, offset = window.plan.shape[0], window.offset
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:
+        if is_recorded() or type(x) is not Tensor:
             return linear(x32, rows, wf, fused, rows=outputs, offset=offset, correlation="auto")
         return eager_linear(x32, rows, wf, fused, outputs, offset)
 

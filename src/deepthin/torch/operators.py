@@ -21,7 +21,7 @@ from deepthin.kernels import products
 from deepthin.kernels.costs import choose_native
 from deepthin.methods.factor import Factor
 from deepthin.torch.product import factor_linear
-from deepthin.torch.tracing import forward_mode
+from deepthin.torch.tracing import RECORDERS
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -97,14 +97,7 @@ short_ways: bool = products.native_available and products.native().use_torch(
     torch.nn.Parameter,
     torch.is_grad_enabled,
     torch.get_num_threads,
-    [
-        torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack,
-        forward_mode,
-        torch._C._are_functorch_transforms_active,
-        torch._C._get_tracing_state,
-        partial(torch.is_autocast_enabled, "cpu"),
-    ],
+    [*RECORDERS, torch._C._len_torch_function_stack, partial(torch.is_autocast_enabled, "cpu")],
 )
 
 

@@ -18,6 +18,7 @@ from deepthin.kernels.costs import NATIVE, choose_native, repeated_dense_work, w
 from deepthin.kernels.recurrent import CELLS, gates_of
 from deepthin.methods.factor import Factor
 from deepthin.torch.operators import takes
+from deepthin.torch.tracing import is_recorded
 
 _STEPS = 100  # of a typical sequence
 _INPUT_ITEMS = 32  # items assumed in products with the inputs, which always take many at a time
@@ -107,7 +108,7 @@ def recurrent(
     operands = [t for t in (x, h, c, *factors, *biases) if t is not None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     rest = list(offsets), cell, directions
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:
+    if is_recorded() or type(x) is not Tensor:
         results = torch.ops.deepthin.recurrent(x, h, c, list(factors), list(biases), *rest, keep)
     elif keep:
         results = cast(Any, _Eager.apply(len(factors), *rest, x, h, c, *factors, *biases))

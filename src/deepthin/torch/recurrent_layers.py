@@ -11,7 +11,7 @@ from deepthin.kernels.products import native_available
 from deepthin.methods.factor import Factor
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.recurrent import pays, recurrent
-from deepthin.torch.tracing import is_transformed
+from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 _TYPICAL_BATCH = 8  # of a graph, whose batch may be unknown
@@ -36,6 +36,8 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         Raises:
             RuntimeError: Shapes do not fit; raised by torch's own layer.
         """
+        if not isinstance(input, Tensor) and (leaf := as_leaf(self, input, hx)) is not None:
+            return leaf
         factors = self._factors(input) if isinstance(input, Tensor) and self._is_plain(input) else None
         return super().forward(input, hx) if factors is None else self._run(input, hx, *factors)
 
@@ -43,12 +45,12 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         """Whether the operator can take the input. In exported or transformed graphs, weights are decoded instead."""
         if input.dim() not in (2, 3) or not input.numel() or not input.is_floating_point() or input.is_meta:
             return False
-        if self.proj_size or torch._C._get_tracing_state() is not None or is_transformed():
+        if self.proj_size or is_portable():
             return False
         if input.dtype is not torch.float32 and not torch.is_autocast_enabled("cpu"):
             return False
         like = next(self.parameters(), None)  # None in FullyShardedDataParallel, which sets plain tensors
-        if like is None or not native_available or torch.compiler.is_exporting():
+        if like is None or not native_available:
             return False
         return like.is_cpu and like.dtype is torch.float32
 
@@ -70,8 +72,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         parts = self._parts()
         plans = [cast(tuple[Factor, int, int, int], weight.plans[index]) for weight, index in parts]
         alone, axis = input.dim() == 2, 0 if self.batch_first else 1
-        traced = torch.compiler.is_compiling()  # the batch may be a symbol there
-        batch = _TYPICAL_BATCH if traced else 1 if alone else input.shape[axis]
+        batch = _TYPICAL_BATCH if is_recorded() else 1 if alone else input.shape[axis]
         training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         if not parts or not pays(tuple(plan[0] for plan in plans), batch, training):
             return None

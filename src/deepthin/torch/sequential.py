@@ -96,14 +96,16 @@ def _may_join(module: nn.Module) -> bool:
 
 
 def make_sequential(model: nn.Module) -> None:
-    """Give every nn.Sequential with thin linear layers the class ``ThinSequential``, in place.
+    """Give every nn.Sequential with thin linear layers the class ``ThinSequential``, all others their own, in place.
 
     Args:
         model: The network.
     """
     for module in model.modules():
-        if type(module) is nn.Sequential and any(type(child) is ThinLinear for child in module):
-            module.__class__ = ThinSequential
+        if type(module) in (nn.Sequential, ThinSequential):
+            thin = any(type(child) is ThinLinear for child in module.children())
+            cast(Any, module).__class__ = ThinSequential if thin else nn.Sequential
+            module.__dict__.pop("_runs", None)
 
 
 def make_plain_sequential(model: nn.Module) -> None:

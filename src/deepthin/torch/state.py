@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepthin.errors import ConfigError
 from deepthin.method import Code, Integers
+from deepthin.torch.tracing import is_recorded
 from deepthin.torch.wrapped import is_sharded, whole
 
 NO_VALUES = "has no values. Load a file or a state dict, or call deepthin.torch.initialise(model, seed)"
@@ -130,8 +131,10 @@ class CodeState(nn.Module):
             return value.to(device)
         if value.is_meta:
             raise ConfigError(f"{entry} of {self.extra_repr()} {NO_VALUES}.")
-        setattr(self, entry, value.to(device))
-        return getattr(self, entry)
+        value = value.to(device)
+        if not is_recorded():
+            setattr(self, entry, value)
+        return value
 
     def _check_filled(self) -> None:
         """Raise ConfigError while a parameter is as ``to_empty`` allocated it."""
@@ -163,7 +166,9 @@ class CodeState(nn.Module):
         held = self._held_tables
         if held is None or held[0] != device:
             tables = {e: torch.from_numpy(np.asarray(t)).to(device) for e, t in self._tables_of_method().items()}
-            self._held_tables = held = device, tables
+            held = device, tables
+            if not is_recorded():  # what a tracer makes is no table
+                self._held_tables = held
         return held[1]
 
     def _prepare_tables(self) -> None:

@@ -23,7 +23,7 @@ from deepthin.torch.cache import StateCache
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
 from deepthin.torch.state import CodeState, smallest_type
-from deepthin.torch.tracing import is_traced, is_transformed
+from deepthin.torch.tracing import as_leaf, is_plain, is_portable, is_recorded
 from deepthin.torch.wrapped import is_sharded
 
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
@@ -59,6 +59,7 @@ class ThinWeight(CodeState):
 
     # Of a start from scratch: name of the first tensor, seed, and standard deviation (None: a tenth of He's variance)
     origin: tuple[str, int, float | None] = ("", 0, None)
+    _given: dict[str, Tensor] | None = None  # a code that was loaded: encoding again may give another
     _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
 
     def __init__(
@@ -83,7 +84,7 @@ class ThinWeight(CodeState):
         self._coded_entries = tuple(entry for entry in method.code_shapes() if self.rounds and entry not in state)
         self._prepare_tables()
         if self.rounds and latents is None:
-            self._coded.put(self._copies(), dict(code))
+            self._given = self._coded.put(self._copies(), dict(code))
 
     def _prepare(self) -> None:
         """Compute what follows from the method and the parts, and empty the caches."""
@@ -201,7 +202,7 @@ class ThinWeight(CodeState):
             new = {**code, **self._decode_floats(code)} if self.rounds else code
             self._fill(new)
         if self.rounds:
-            self._coded.put(self._copies(), code)
+            self._given = self._coded.put(self._copies(), code)
 
     def reset_parameters(self) -> None:
         """Draw new values, as torch's layers do; the same numbers for the same tensor name and seed.
@@ -256,7 +257,7 @@ class ThinWeight(CodeState):
             code = {entry: value.to(device) for entry, value in code.items()}
             decoded = self._decode_floats(code)
             if all(_near(decoded[entry], cast(Tensor, self._parameters[entry])) for entry in floats):
-                self._coded.put(self._copies(), code)
+                self._given = self._coded.put(self._copies(), code)
         elif self.rounds and not any(value is None or value.is_meta for value in self._parameters.values()):
             missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in floats]
             self.set_code(code)  # of a frozen weight
@@ -284,7 +285,7 @@ class ThinWeight(CodeState):
         state = self.state()
         if self.direct:
             return state
-        may_cache = not torch.compiler.is_compiling() and not is_transformed()
+        may_cache = self._may_cache()
         if may_cache and not self._wants_gradient():
             floats = self._floats.get(state.values())
             if floats is None:
@@ -298,8 +299,26 @@ class ThinWeight(CodeState):
             # Encoding again may give another code: the present one stays until a latent changes.
             code = self._coded.get(latents.values()) if may_cache else None
             rounded = self._decode_floats(self._coding.encode(latents, _TORCH) if code is None else code)
+            if not may_cache:
+                rounded = self._unless_given(latents, rounded)
         # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
         return {e: (t - t.detach()) + rounded[e] if t.is_floating_point() else t for e, t in state.items()}
+
+    def _unless_given(self, latents: Mapping[str, Tensor], rounded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rounded floats, or those of the loaded code while the latents are as they were loaded.
+
+        For graphs, which cannot look into the cache: encoding again may give another code than the loaded one.
+        """
+        copies, code = self._coded.held or ((), None)
+        if code is None or code is not self._given:
+            return rounded
+        pairs = [(latents[entry], old) for entry, old in zip(self._entries, copies, strict=True)]
+        pairs = [(now, old) for now, old in pairs if old.is_floating_point()]
+        if any(now.dtype != old.dtype or now.device != old.device for now, old in pairs):
+            return rounded
+        same = torch.stack([(now == old).all() for now, old in pairs]).all()
+        given = self._decode_floats(code)
+        return {e: torch.where(same, given[e], t) if t.is_floating_point() else t for e, t in rounded.items()}
 
     def _copies(self) -> list[Tensor]:
         with torch.inference_mode(False), torch.no_grad():
@@ -348,7 +367,9 @@ class ThinWeight(CodeState):
             The dense tensor, of its part's shape. On the CPU in evaluation, where the code needs no gradient, it is
             cached while the code compares equal, and must not be written to.
         """
-        if not self._keeps() or torch.compiler.is_compiling() or is_transformed():
+        if (leaf := as_leaf(self, index)) is not None:
+            return cast(Any, leaf)
+        if not self._keeps():
             return self._decode(index, self.floats())
         cached = self._dense.get(self.state().values())
         if cached is None:
@@ -361,18 +382,6 @@ class ThinWeight(CodeState):
                 dense = self._decode(index, self._floats_of(copies))  # of copies: another thread may write to the code
                 tensors[index] = (dense, dense._version)
         return dense
-
-    def decoded(self, index: int) -> Float[Tensor, "..."]:
-        """Decode a tensor in plain operations without a cache, for tracers.
-
-        Args:
-            index: Which of the weight's tensors.
-
-        Returns:
-            The dense tensor, of its part's shape.
-        """
-        state = self.state()
-        return self._decode(index, state if self.direct or self.rounds else self._decode_floats(state))
 
     def product(
         self, x: Float[Tensor, "*batch cols"], index: int = 0, bias: Float[Tensor, " rows"] | None = None
@@ -390,9 +399,7 @@ class ThinWeight(CodeState):
         y = self._short_way(x, index, bias)
         if y is not None:
             return y
-        if not isinstance(
-            x, Tensor
-        ):  # a tracer's proxy, which needs plain operations, or a caller's mistake, which raises
+        if not isinstance(x, Tensor):  # a tracer's proxy, or a caller's mistake, which raises
             return multiply.DENSE.run(self, x, index, bias)
         case = self._case(x, index, bias)
         way = multiply.choose(case)
@@ -420,7 +427,7 @@ class ThinWeight(CodeState):
             return False
         if places.dtype not in (torch.int32, torch.int64) or places.is_meta:
             return False
-        return is_traced(places) or places.numel() * _GATHER <= part.shape[0]
+        return is_recorded() or places.numel() * _GATHER <= part.shape[0]
 
     def rows(self, places: Int[Tensor, "*batch"], index: int = 0) -> Float[Tensor, "*batch cols"]:
         """Decode single rows of a matrix in a product of two factors.
@@ -437,7 +444,7 @@ class ThinWeight(CodeState):
         """
         part, floats, n = self.parts[index], self.floats(), cast(Window, self._windows[index]).plan.n
         count, cols = part.shape
-        if not is_traced(places) and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
+        if not is_recorded() and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
             raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
         start = self._cuts[index][0] + places.long() * cols
         blocks = (cols + n - 2) // n + 1  # rows of xf that a row of the matrix may touch; it may end before the last
@@ -455,7 +462,7 @@ class ThinWeight(CodeState):
         if fast is None:
             return None
         if not self.direct:
-            if not self._keeps() or is_transformed():
+            if not self._keeps():
                 return None
             entries = self.floats()
         return fast(x, entries.get("xf"), entries.get("wf"), bias)
@@ -499,15 +506,14 @@ class ThinWeight(CodeState):
         like, autocast = latents[0], torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point() or (x.dtype != like.dtype and not autocast):
             return dense
-        traced = is_traced(x)  # the batch may be a symbol there: one choice for all
+        recorded = is_recorded()  # the batch may be a symbol there: one choice for all
         if window is not None:
             native = takes(*latents) and (autocast or takes(x))
-            if traced:
-                compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-                pays = compiled and native and self._operator_pays[index]
+            if recorded:
+                pays = native and self._operator_pays[index] and not is_portable()
                 return Case(self.decoder, window, 0, False, native=True, traced=True) if pays else dense
             return Case(self.decoder, window, x.numel() // window.plan.shape[1], self._keeps(), native=native)
-        if traced or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
+        if recorded or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
             return dense
         gradients = torch.is_grad_enabled()
         return Case(
@@ -561,13 +567,26 @@ class ThinWeight(CodeState):
             flat = decoder.decode(code, _TORCH).reshape(-1)[start:stop]
         return self.parts[index].cut(flat, _TORCH)
 
+    def is_trained(self) -> bool:
+        """Whether any float of the state requires a gradient.
+
+        Returns:
+            False for a frozen weight.
+        """
+        return any(getattr(self, entry).requires_grad for entry in self._entries)
+
     def _wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(getattr(self, entry).requires_grad for entry in self._entries)
+        return torch.is_grad_enabled() and self.is_trained()
 
     def _keeps(self) -> bool:
         """Whether the dense weight is cached: on the CPU, in evaluation, where the code needs no gradient."""
-        on_cpu = all(getattr(self, entry).device.type == "cpu" for entry in self._entries)
-        return not self.training and not self._wants_gradient() and on_cpu
+        if self.training or self._wants_gradient() or not self._may_cache():
+            return False
+        return all(getattr(self, entry).device.type == "cpu" for entry in self._entries)
+
+    def _may_cache(self) -> bool:
+        """Whether values may be looked up and stored: nobody records, and the state is of plain tensors."""
+        return not is_recorded() and is_plain(*(getattr(self, entry) for entry in self._entries))
 
     def extra_repr(self) -> str:
         """The plan, for ``print(model)``.
@@ -602,7 +621,7 @@ class ThinWeight(CodeState):
         if isinstance(coded, StateCache):
             self._coded = coded
         elif coded is not None:
-            self._coded.put(*coded)
+            self._given = self._coded.put(*coded)
         if "_exact" not in self.__dict__:
             self.__dict__.pop("_tables", None)
             held = {entry: self._buffers.pop(entry) for entry in list(self._buffers)}
