@@ -67,10 +67,11 @@ class Encoded(EncodedOnce[np.ndarray, ThinWeight]):
             planned: A tensor or a group.
 
         Returns:
-            ``name`` and ``dtype``, those of its first tensor.
+            ``name``, ``dtype`` and ``std``, those of its first tensor.
         """
-        first = planned.tensors[0].name
-        return {"name": layer_name(first), "dtype": keras.backend.standardize_dtype(self.held[first].variable.dtype)}
+        first = planned.tensors[0]
+        kind = keras.backend.standardize_dtype(self.held[first.name].variable.dtype)
+        return {"name": layer_name(first.name), "dtype": kind, "std": first.std}
 
     def encode(self, planned: Planned, method: Method) -> tuple[ThinWeight, Thin]:
         """Encode a plan's tensors.

@@ -124,15 +124,15 @@ def tensors(model: Any) -> dict[str, Held]:
 
 
 def layer_name(name: str) -> str:
-    """A valid name for the ThinWeight of a tensor, as torch allows no dots there.
+    """A valid name for the ThinWeight of a tensor: torch allows no dots there, Keras no slashes, TensorFlow less still.
 
     Args:
         name: Dotted name of the tensor.
 
     Returns:
-        The name with underscores.
+        The name with underscores in place of all but letters, digits and hyphens.
     """
-    return name.replace(".", "_")
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
 def own_variables(layer: Any) -> dict[str, Any]:

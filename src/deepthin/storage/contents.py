@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from deepthin.method import Method, Namespace
-from deepthin.storage.arrays import ITEM_BYTES, LONGEST_NAME, Coding, Raw, packed, without_repeats
+from deepthin.storage.arrays import ITEM_BYTES, LONGEST_NAME, Coding, Raw, check_integers, packed, without_repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,13 @@ class Thin:
 
     @functools.cached_property
     def stored(self) -> Stored:
-        """Every entry as the file has it. Integers are coded once, when this is first asked for."""
-        integers = self.method.integers()
+        """Every entry as the file has it. Integers are checked and coded once, when this is first asked for."""
+        integers, shapes = self.method.integers(), self.method.code_shapes()
         if self.planned:
             return {entry: (raw, LONGEST_NAME if entry in integers else None) for entry, raw in self.code.items()}
+        for entry in integers:
+            place = f"{next(iter(self.parts))}/{entry}"
+            check_integers(place, self.code[entry].numpy(), integers[entry], tuple(shapes[entry]))
         return {
             entry: packed(raw.numpy(), integers[entry]) if entry in integers else without_repeats(entry, raw)
             for entry, raw in self.code.items()
