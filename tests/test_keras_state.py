@@ -1,4 +1,4 @@
-"""State of thin Keras models that is right whatever happens to it: names, averaging, copies, files, options of layers."""
+"""State of thin Keras models that is right whatever happens to it: names, averages, copies, files, options."""
 
 import copy
 import itertools
@@ -11,8 +11,6 @@ import pytest
 import deepthin
 from deepthin.errors import ConfigError
 from deepthin.method import Integers
-from deepthin.methods import METHODS
-from deepthin.storage.contents import Part
 from tolerance import bound
 
 pytest.importorskip("keras")
@@ -58,8 +56,7 @@ def seed():
 
 
 def network():
-    dense = [layers.Dense(40, "relu", name="first"), layers.Dense(10, name="last")]
-    return keras.Sequential([keras.Input((24,)), *dense])
+    return keras.Sequential([keras.Input((24,)), layers.Dense(40, name="first")])
 
 
 def thin(rule):
@@ -107,10 +104,6 @@ def blocks():
     model = Blocks()
     model(np.zeros((1, 6), np.float32))
     return model
-
-
-def thin_names(model):
-    return {row.name for row in dk.plan(dk.materialize(model), {"rules": {"*": {"ratio": 0.9}}}).rows}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,7 +190,7 @@ def test_averages_of_different_integers_are_refused(name):
 @pytest.mark.parametrize("name", ["pruned", "kmeans", "uniform", "binary", "hashed then binary"])
 def test_moving_averages_of_optimisers(name):
     """Of an unchanged model the average is the model: Keras's EMA, the callback that swaps it in, and both at once."""
-    x, y = np.ones((8, 24), np.float32), np.zeros((8, 10), np.float32)
+    x, y = np.ones((8, 24), np.float32), np.zeros((8, 40), np.float32)
     for callbacks, options in (
         ([], {"ema_overwrite_frequency": 1}),
         ([keras.callbacks.SwapEMAWeights(swap_on_epoch=True)], {}),
@@ -221,8 +214,6 @@ def test_rounding_happens_in_graphs_too():
         variable.assign(0.999 * ops.cast(variable.value, "float32") + 0.001 * ops.cast(variable.value, "float32"))
     assert (np.abs(variable.numpy() - np.rint(0.999 * before)) <= 1).all()
     if BACKEND == "tensorflow":
-        with tf.Graph().as_default():
-            pass
         variable.assign(before)
         tf.function(lambda: variable.assign(tf.cast(variable.value, "float32") - 0.25))()
     np.testing.assert_array_equal(variable.numpy(), before)
@@ -282,31 +273,31 @@ def form(model):
     return [(v.name, tuple(v.shape), v.dtype, v.trainable) for v in model.weights]
 
 
+@pytest.mark.parametrize("change", [moved, lambda model: model], ids=["trained", "compressed"])
 @every
-def test_variables_and_outputs_do_not_depend_on_the_way(rule, tmp_path):
-    for origin in (thin(rule), moved(thin(rule))):
-        dk.save(origin, tmp_path / "m.thin")
-        loaded = dk.load(network(), tmp_path / "m.thin")
-        again = dk.load(moved(thin(rule)), tmp_path / "m.thin")
-        ways = {
-            "loaded": loaded,
-            "loaded thin": again,
-            "cloned": cloned(loaded),
-            "keras": from_keras(loaded, tmp_path),
-            "keras of origin": from_keras(origin, tmp_path),
-            "resumed": resumed(loaded, thin(rule), tmp_path),
-            "resumed from origin": resumed(origin, again, tmp_path),
-            "pickled": pickle.loads(pickle.dumps(loaded)),
-            "copied": copy.deepcopy(loaded),
-        }
-        for name, way in ways.items():
-            assert form(way) == form(origin), name
-            assert_equal_up_to_rounding(outputs(way), outputs(origin))
-            fresh = thin(rule)
-            fresh.set_weights(way.get_weights())
-            np.testing.assert_array_equal(outputs(fresh), outputs(way), err_msg=name)
-        np.testing.assert_array_equal(outputs(ways["cloned"]), outputs(loaded))
-        np.testing.assert_array_equal(outputs(ways["keras of origin"]), outputs(origin))
+def test_variables_and_outputs_do_not_depend_on_the_way(rule, change, tmp_path):
+    origin, fresh = change(thin(rule)), thin(rule)
+    dk.save(origin, tmp_path / "m.thin")
+    loaded = dk.load(network(), tmp_path / "m.thin")
+    ways = {
+        "loaded": loaded,
+        "loaded thin": dk.load(moved(thin(rule)), tmp_path / "m.thin"),
+        "cloned": cloned(loaded),
+        "keras": from_keras(loaded, tmp_path),
+        "keras of origin": from_keras(origin, tmp_path),
+        "resumed": resumed(loaded, thin(rule), tmp_path),
+        "pickled": pickle.loads(pickle.dumps(loaded)),
+        "copied": copy.deepcopy(origin),
+    }
+    for name, way in ways.items():
+        assert form(way) == form(origin), name
+        assert_equal_up_to_rounding(outputs(way), outputs(origin))
+        fresh.set_weights(way.get_weights())
+        np.testing.assert_array_equal(outputs(fresh), outputs(way), err_msg=name)
+    resumed(origin, fresh, tmp_path)
+    np.testing.assert_array_equal(outputs(fresh), outputs(origin))
+    for same, as_in in (("cloned", loaded), ("keras of origin", origin), ("copied", origin), ("resumed", loaded)):
+        np.testing.assert_array_equal(outputs(ways[same]), outputs(as_in), err_msg=same)
 
 
 @every
@@ -351,7 +342,7 @@ RECURRENT = [
     {"return_sequences": True, "go_backwards": True},
     {"unroll": True, "use_bias": False},
     {"dropout": 0.3, "recurrent_dropout": 0.2, "seed": 3},
-    {"activation": "relu", **{**REGULAR, "recurrent_regularizer": "l2"}, "activity_regularizer": "l2"},
+    {"activation": "relu", **REGULAR, "recurrent_regularizer": "l2", "activity_regularizer": "l2"},
     {"stateful": True, "return_sequences": True},
     {"zero_output_for_mask": True, "return_sequences": True},
 ]
@@ -443,11 +434,6 @@ def inputs_of(kind):
     return x
 
 
-def matrices(kind, model):
-    held = {row.name for row in dk.plan(model, {"rules": {"*": {"ratio": 0.99}}}).rows}
-    return sorted(name for name in held if name.startswith("layer"))
-
-
 def gradients_of(model, x, variables):
     """Of the loss that training minimises: mean squares of the outputs, and the regularisers."""
     if BACKEND == "tensorflow":
@@ -471,7 +457,7 @@ def test_every_option_acts_as_in_the_dense_layer(kind, options):
     rng = np.random.default_rng(2)
     for variable in model.trainable_variables:
         variable.assign(0.3 * rng.normal(size=variable.shape))
-    dk.compress(model, {"rules": {"layer*kernel": EXACT, "layer*embeddings": EXACT}})
+    dk.compress(model, {"rules": {"layer": EXACT}})
     thin_ones = [layer for layer in model._flatten_layers() if isinstance(layer, dk.ThinLayer)]
     assert thin_ones
     twin = built(kind, options)
@@ -581,11 +567,11 @@ def test_adapters_and_constraints_are_refused_by_name():
 EXTREMES = [
     *(
         {"method": "uniform", "bits": b, "per": per, "affine": affine}
-        for b in (1, 2, 8, 15, 16)
+        for b in (2, 8, 15, 16)
         for per in ("row", "matrix")
         for affine in (False, True)
     ),
-    *({"method": "kmeans", "bits": b} for b in (1, 8, 12)),
+    *({"method": "kmeans", "bits": b} for b in (1, 8)),
     *({"method": "ecsq", "bits": b} for b in (1, 8)),
     *({"method": "binary", "bits": b, "per": per} for b in (1, 8) for per in ("row", "matrix")),
     {"method": "deepthin", "ratio": 1.0},
@@ -678,5 +664,3 @@ def test_names_of_generated_variables_are_no_patterns(tmp_path):
     again = dtf.load(dtf.Variables(outputs_first=["fc[0].kernel"]), tmp_path / "m.thin")
     np.testing.assert_array_equal(again.get("fc0/kernel", (6, 6)), made.get("fc0/kernel"))
     np.testing.assert_array_equal(again.get("fc[0]/kernel", (6, 6)), np.transpose(made.get("fc[0]/kernel")))
-    assert METHODS
-    assert Part((1, 1))

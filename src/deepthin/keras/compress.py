@@ -138,8 +138,7 @@ def compress(
         name, dense = chosen.tensors[0].name, encoded.dense(chosen)
         if init == "scratch" and dense[0].ndim > 1:
             rng = generator(steady(model, name), seed)
-            parts, std = parts_of(chosen), chosen.tensors[0].std
-            weight = ThinWeight.draw(chosen.name, chosen.method, parts, rng, std, **encoded.options(chosen))
+            weight = ThinWeight.draw(chosen.name, chosen.method, parts_of(chosen), rng, **encoded.options(chosen))
         else:
             weight = encoded(chosen)
             for index, (tensor, values) in enumerate(zip(chosen.tensors, dense, strict=True)):

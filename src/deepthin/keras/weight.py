@@ -142,7 +142,7 @@ class ThinWeight(keras.layers.Layer):
         Returns:
             The weight.
         """
-        return cls(method_name, method, parts, drawn(method, rng, std), **{"std": std, **options})
+        return cls(method_name, method, parts, drawn(method, rng, std), std=std, **options)
 
     def _variable(self, entry: str, shape: tuple[int, ...], whole: Integers | None, trainable: bool) -> Any:
         """A variable of zeros for an entry, tracked; of exact integers, if it has their range."""
@@ -172,9 +172,14 @@ class ThinWeight(keras.layers.Layer):
         code = {**_values(self.stored), **{entry: a for entry, a in latents.items() if entry in self.method.integers()}}
         if self.stored and all(_near(latents[e], a, np) for e, a in self._coding.latents(code).items() if e in latents):
             return code
-        code = self._coding.encode({entry: _wide(array) for entry, array in latents.items()}, cast(Namespace, np))
+        code = self._encoded(latents)
         kind = next(a.dtype for a in latents.values() if not np.issubdtype(a.dtype, np.integer))
         return {entry: a if entry in self.method.integers() else a.astype(kind) for entry, a in code.items()}
+
+    def _encoded(self, latents: Code) -> Code:
+        """The code of latents by the operations of ``floats``: NumPy's could break ties otherwise."""
+        code = self._coding.encode({entry: ops.convert_to_tensor(a) for entry, a in latents.items()}, _OPS)
+        return {entry: np.array(ops.convert_to_numpy(a)) for entry, a in code.items()}
 
     def set_code(self, code: Mapping[str, np.ndarray]) -> None:
         """Load another code of the same method, in place; the variables stay, and whether they are trainable.

@@ -27,8 +27,8 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
         The configuration. Without ``[rules]``, one rule stores every matrix by ``deepthin``.
 
     Raises:
-        ConfigError: The file is missing or is not TOML; or a key, method or value is invalid. The message names the
-            closest valid key or method.
+        ConfigError: The file is missing, cannot be read, or is not TOML; or ``source``, a key, method or value is
+            invalid. The message names the closest valid key or method.
     """
     if isinstance(source, Rules):
         return source
@@ -39,6 +39,13 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
             raise ConfigError(f"There is no configuration file {str(source)!r}.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{source} is not valid TOML: {error}.") from None
+        except (OSError, ValueError, RecursionError) as error:  # a folder, say, or a name with a null character
+            raise ConfigError(f"The configuration file {str(source)!r} cannot be read: {error}.") from None
+    if not isinstance(cast(object, source), Mapping):
+        raise ConfigError(
+            f"The configuration is {source!r}: give a mapping such as {{'model': {{'ratio': 0.01}}}}, the path of a "
+            "TOML file, or Rules."
+        )
     _check_keys(source, ("model", "rules", "stages"), "the configuration")
     model = _table(source, "model")
     _check_keys(model, _MODEL_KEYS, "[model]")
@@ -90,6 +97,8 @@ def _parse_stages(table: Mapping[str, Any]) -> Stages:
 
 def _parse_rule(pattern: str, table: Any) -> Rule:
     where = f'[rules."{pattern}"]'
+    if not isinstance(cast(object, pattern), str):
+        raise ConfigError(f"{where} is not a pattern: write the name of a layer or tensor as a string.")
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} must be a table such as {{ method = 'deepthin', ratio = 0.01 }}, not {table!r}.")
     matcher(pattern)

@@ -1,14 +1,14 @@
 """A thin weight whose variables are TensorFlow's."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
 
 from deepthin.keras.integers import integer_type
 from deepthin.keras.weight import ThinWeight
-from deepthin.method import Code, Integers, Method
+from deepthin.method import Code, Integers, Method, Namespace
 from deepthin.methods.float_coding import FloatCoding
 from deepthin.plan.start import Start
 from deepthin.storage.contents import Part
@@ -55,6 +55,11 @@ class Weight(ThinWeight):
             return super().code()
         finally:
             self.latents, self.stored = live
+
+    def _encoded(self, latents: Code) -> Code:
+        if tf.executing_eagerly():
+            return super()._encoded(latents)
+        return self._coding.encode(latents, cast(Namespace, np))
 
     def _set(self, code: Code, latents: Code | None) -> None:
         if tf.executing_eagerly():
