@@ -41,7 +41,7 @@ ALONE = {
     "ecsq": {"bits": 3},
     "binary": {"bits": 2, "rounds": 0},
 }
-INNER = {"uniform": {"bits": 8}, "kmeans": {"bits": 4}, "ecsq": {"bits": 3}, "binary": {"bits": 3}}
+INNER = {"uniform": {"bits": 8}, "kmeans": {"bits": 4}, "ecsq": {"bits": 3}, "binary": {"bits": 2, "rounds": 1}}
 OUTER = ("deepthin", "shuffled", "rank", "hashed", "pruned", "kronecker", "tensor-train")
 RULES = {name: {"method": name, **options} for name, options in ALONE.items()} | {
     f"{outer} then {inner}": {"method": outer, "ratio": 0.3, "then": {"method": inner, **options}}
@@ -153,7 +153,7 @@ AVERAGES = {
     "moving": lambda a, b: 0.999 * a + 0.001 * b,
     "mean": lambda a, b: np.mean([a, b, a], axis=0),
     "float32": lambda a, b: (np.float32(0.9) * a.astype("f4") + np.float32(0.1) * b.astype("f4")).astype("f4"),
-    "many": lambda a, b: sum([a] * 999, start=b) / 1000,
+    "eight": lambda a, b: sum([a] * 7, start=b) / 8,
 }
 
 
@@ -273,8 +273,13 @@ def form(model):
     return [(v.name, tuple(v.shape), v.dtype, v.trainable) for v in model.weights]
 
 
-@pytest.mark.parametrize("change", [moved, lambda model: model], ids=["trained", "compressed"])
-@every
+UNCHANGED = ("kmeans", "uniform", "deepthin then uniform", "rank then binary")  # as compressed, without training
+ORIGINS = {f"{name}, trained": (rule, moved) for name, rule in RULES.items()} | {
+    name: (RULES[name], lambda model: model) for name in UNCHANGED
+}
+
+
+@pytest.mark.parametrize(("rule", "change"), ORIGINS.values(), ids=ORIGINS)
 def test_variables_and_outputs_do_not_depend_on_the_way(rule, change, tmp_path):
     origin, fresh = change(thin(rule)), thin(rule)
     dk.save(origin, tmp_path / "m.thin")
@@ -502,6 +507,26 @@ def dk_layouts(layer, name, shape):
     from deepthin.keras.layout import layouts
 
     return layouts(layer, name, shape)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("options", OPTIONS[layers.Dense][2], ids=lambda options: " ".join(options) or "plain")
+def test_every_option_of_a_dense_layer_acts_in_the_native_product(options):
+    """The same factors, by native code and by the decoded weight."""
+    from deepthin.keras.tensorflow_product import portable, product
+
+    model = keras.Sequential([keras.Input((5, 512)), layers.Dense(512, **options, name="layer")])
+    dk.compress(model, {"rules": {"layer": {"method": "deepthin", "ratio": 0.01}}}, init="scratch")
+    x = np.random.default_rng(1).normal(size=(3, 5, 512)).astype(np.float32)
+    assert not deepthin.native_available or product(model.layers[0].thin["kernel"], x) is not None
+    loss, native = gradients_of(model, x, model.trainable_variables)
+    got = outputs(model, x)
+    with portable():
+        wanted, decoded = gradients_of(model, x, model.trainable_variables)
+        assert_equal_up_to_rounding(got, outputs(model, x))
+    assert abs(loss - wanted) <= 1e-5 * max(1, abs(wanted))
+    for a, b in zip(native, decoded, strict=True):
+        assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
 
 
 def test_all_layers_are_here():

@@ -70,7 +70,7 @@ class ThinWeight(keras.layers.Layer):
 
         super().__init__(dtype=dtype, **options)
         self.method_name, self.method, self.parts = method_name, method, tuple(parts)
-        self.std = math.sqrt(0.2 / math.prod(self.parts[0].shape[1:])) if std is None else std
+        self.std = math.sqrt(0.2 / max(math.prod(self.parts[0].shape[1:]), 1)) if std is None else std
         self._coding = FloatCoding(method)
         self.decoder = self._coding.decoder  # takes floats, however they are stored
         self.rounds = method.trains == "through"
