@@ -76,15 +76,23 @@ class Thin:
                 code[entry] = Raw.zeros(like.dtype, shape)
         return cls(name, method, parts, code, planned=True)
 
-    @functools.cached_property
-    def stored(self) -> Stored:
-        """Every entry as the file has it. Integers are checked and coded once, when this is first asked for."""
+    def check(self) -> None:
+        """Refuse integers that ``read`` would refuse.
+
+        Raises:
+            ConfigError: They have another shape, are out of range, or do not rise.
+        """
         integers, shapes = self.method.integers(), self.method.code_shapes()
-        if self.planned:
-            return {entry: (raw, LONGEST_NAME if entry in integers else None) for entry, raw in self.code.items()}
-        for entry in integers:
+        for entry in () if self.planned else integers:
             place = f"{next(iter(self.parts))}/{entry}"
             check_integers(place, self.code[entry].numpy(), integers[entry], tuple(shapes[entry]))
+
+    @functools.cached_property
+    def stored(self) -> Stored:
+        """Every entry as the file has it. Integers are coded once, when this is first asked for."""
+        integers = self.method.integers()
+        if self.planned:
+            return {entry: (raw, LONGEST_NAME if entry in integers else None) for entry, raw in self.code.items()}
         return {
             entry: packed(raw.numpy(), integers[entry]) if entry in integers else without_repeats(entry, raw)
             for entry, raw in self.code.items()

@@ -34,6 +34,7 @@ def to_bytes(contents: Contents) -> bytes:
         The whole file, as docs/format.md defines it.
 
     Raises:
+        ConfigError: Integers of a code are such that ``read`` would refuse them.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
     """
     return b"".join(stream(contents))
@@ -67,9 +68,20 @@ def stream(contents: Contents) -> Iterator[Buffer]:
         Buffers whose concatenation is the file.
 
     Raises:
+        ConfigError: Integers of a code are such that ``read`` would refuse them.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed between the two reads;
             discard what was written.
     """
+    _check(contents)
+    yield from _stream(contents)
+
+
+def _check(contents: Contents) -> None:
+    for thin in contents.thin.values():
+        thin.check()
+
+
+def _stream(contents: Contents) -> Iterator[Buffer]:
     tensors = _tensors(contents)
     checksums = {name: _checksum(raw) for name, raw in tensors.items()}
     yield (head := _head(contents, tensors, checksums))
@@ -97,9 +109,11 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None) ->
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ConfigError: Integers of a code are such that ``read`` would refuse them. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
     """
+    _check(contents)
     bytes_ = size_of(contents)
     if max_bytes is not None and bytes_ > max_bytes:
         raise BudgetError(
@@ -108,7 +122,7 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None) ->
             smallest_bits=8 * bytes_,
             smallest_ratio=bytes_ / max(contents.dense_bytes, 1),
         )
-    stream_atomically(path, stream(contents))
+    stream_atomically(path, _stream(contents))
     return bytes_
 
 

@@ -36,6 +36,7 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None)
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ConfigError: Integers of a code are such that ``load`` would refuse them. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.
     """
