@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Processes that tests start would else compile the source of every package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tensorflow check shapes slow arithmetic sanitize portable docs clean
+.PHONY: demo test test-tensorflow fuzz check shapes slow arithmetic sanitize portable docs clean
 
 demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reload the best file, write a report
 	rm -rf runs/demo
@@ -34,6 +34,12 @@ SHAPED = acoustic conv ctc decoder huffman importance layers product operators r
 
 shapes: .venv/installed  ## shapes checked at run time in tests of all that has shapes in its signatures
 	$(PYTEST) --shapes $(SHAPED:%=tests/test_%.py) -k "not compile and not export"
+
+SECONDS ?= 60
+SEED ?= $(shell date +%s)
+
+fuzz: .venv/installed  ## files changed at random and signed again, in every reader: SECONDS of it, from SEED on
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 LAWS = methods huffman importance product rules shared_values spectral
 
@@ -62,6 +68,9 @@ arithmetic: .venv/installed  ## numeric tests with each instruction set of torch
 		DEEPTHIN_ISA=$$isa $(NUMERIC) || exit 1; \
 	done
 
+# What .ci/sanitized holds: the native sources that last passed `make sanitize`; CI repeats it for others.
+NATIVE_SOURCES = git hash-object csrc/* CMakeLists.txt | git hash-object --stdin
+
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then those with threads under ThreadSanitizer.
 sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide code too (GCC, some minutes)
 	$(BIN)/pip install --quiet --constraint constraints.txt cmake ninja nanobind
@@ -77,6 +86,7 @@ sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide co
 	OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 suppressions=$$PWD/tests/tsan.supp" LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) \
 		$(BIN)/python tests/sanitized.py build/sanitize-thread -q -p no:cacheprovider tests/test_kernels.py tests/test_recurrent_kernels.py tests/test_symbol_kernels.py \
 		-k "(threads or callers) and not forked"
+	$(NATIVE_SOURCES) > .ci/sanitized
 
 portable:  ## the kernels on 64-bit ARM, emulated (Debian: g++-aarch64-linux-gnu, qemu-user)
 	mkdir -p build

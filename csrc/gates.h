@@ -5,11 +5,6 @@
 
 namespace {
 
-template <int W>
-struct Integers {
-    typedef int32_t type __attribute__((vector_size(W * sizeof(float))));
-};
-
 // Within some 2e-7 of the value, relative; below -87 as at -87, above 88 as at 88. NaN stays.
 template <int W>
 DEEPTHIN_INLINE Vec<W> exponential(Vec<W> x) {

@@ -4,6 +4,14 @@
 #include <cstdint>
 #include <utility>
 
+// What the build says for each instruction set: lanes, and accumulators that its registers hold.
+#ifndef DEEPTHIN_WIDTH
+#define DEEPTHIN_WIDTH 8
+#endif
+#ifndef DEEPTHIN_TILE
+#define DEEPTHIN_TILE 12
+#endif
+
 #define DEEPTHIN_INLINE inline __attribute__((always_inline))
 #define DEEPTHIN_INLINED __attribute__((always_inline))  // of a lambda
 #define DEEPTHIN_UNROLL _Pragma("GCC unroll 32")
@@ -16,6 +24,11 @@ struct Lanes {
 };
 template <int W>
 using Vec = typename Lanes<W>::type;
+
+template <int W>
+struct Integers {
+    typedef int32_t type __attribute__((vector_size(W * sizeof(float))));
+};
 
 template <int W>
 DEEPTHIN_INLINE Vec<W> load(const float* from) {

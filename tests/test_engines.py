@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from deepthin import ConfigError
+from deepthin import BudgetError, ConfigError
 from deepthin.errors import DeepThinError
 from deepthin.lab.compare import Settings, compare, searched_ratio
 from deepthin.lab.engines import Inline, Processes, Ray, run_chains
@@ -95,6 +96,164 @@ def test_ray_that_is_not_installed_is_told(monkeypatch):
     monkeypatch.setattr("deepthin.lab.engines.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'deepthin\[ray\]'"):
         Ray(1, 1)
+
+
+class RayError(Exception):
+    pass
+
+
+class RayTaskError(RayError):
+    def __init__(self, cause):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class OutOfMemoryError(RayError):
+    pass
+
+
+class Cluster(types.ModuleType):
+    """Ray as far as the engine knows it: calls run when they are waited for, and fail as they are told to."""
+
+    def __init__(self, cores=(4,), refuses=None, fails=()):
+        super().__init__("ray")
+        self.exceptions = types.SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+        self.cores, self.refuses, self.fails = list(cores), refuses, list(fails)
+        self.asked, self.begun, self.looks, self.stopped = {}, [], 0, 0
+
+    def init(self, **options):
+        self.asked = options
+        if self.refuses is not None:
+            raise self.refuses
+
+    def shutdown(self):
+        self.stopped += 1
+
+    def nodes(self):
+        self.looks += 1
+        return [{"Alive": True, "Resources": {"CPU": float(n)}} for n in self.cores] + [
+            {"Alive": False, "Resources": {"CPU": 99.0}}
+        ]
+
+    def remote(self, **options):
+        assert options["max_retries"] == 0  # a cluster's own retries may have no end
+
+        def begin(function):
+            def call(*arguments):
+                self.begun.append((function, arguments))
+                return len(self.begun) - 1
+
+            return types.SimpleNamespace(remote=call)
+
+        return begin
+
+    def wait(self, references, num_returns, timeout):
+        return (references[:1], references[1:]) if self.cores else ([], references)
+
+    def get(self, reference):
+        if self.fails and (failure := self.fails.pop(0)) is not None:
+            raise failure
+        function, arguments = self.begun[reference]
+        return function(*arguments)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    def installed(**how):
+        made = Cluster(**how)
+        monkeypatch.setitem(sys.modules, "ray", made)
+        monkeypatch.setattr("deepthin.lab.engines.find_spec", lambda _: True)
+        return made
+
+    return installed
+
+
+def one(*call, into):
+    into.append((yield call))
+
+
+def test_a_worker_that_dies_is_begun_again(cluster):
+    made, got = cluster(fails=[RayError("gone"), OutOfMemoryError("full")]), []
+    engine = Ray(2, 1)
+    run_chains(engine, [one(max, 1, 2, into=got), one(max, 3, 4, into=got)])
+    assert sorted(got) == [2, 4]
+    assert len(made.begun) == 4
+
+
+@pytest.mark.parametrize("kind", [OutOfMemoryError, RayError])
+def test_a_worker_that_dies_every_time_ends_with_what_to_do(cluster, kind):
+    """And what runs beside it is kept."""
+    made, got = cluster(fails=[kind("Task was killed\ndetails")] * 4), []
+    why = "for want of memory" if kind is OutOfMemoryError else "perhaps for want of memory"
+    with pytest.raises(DeepThinError) as raised:
+        run_chains(Ray(2, 1), [one(max, 1, 2, into=got), one(max, 3, 4, into=got), one(max, 5, 6, into=got)])
+    assert str(raised.value) == (
+        f"A worker of Ray died 4 times in the same trial, {why} ({kind.__name__}: Task was killed). Use fewer --jobs, "
+        "more --threads for each, or machines with more memory. What is done is kept; the same command goes on where "
+        "it stopped."
+    )
+    assert got == [4]
+    assert len(made.begun) == 5
+
+
+def test_an_exception_of_a_call_on_ray_reaches_the_caller(cluster):
+    cluster(fails=[RayTaskError(BudgetError("small", smallest_bits=8, smallest_ratio=0.1))])
+    with pytest.raises(BudgetError, match="small"):
+        run_chains(Ray(1, 1), [one(max, 1, 2, into=[])])
+
+
+def test_more_threads_than_any_machine_has_are_refused(cluster, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    made = cluster(cores=(4, 8))
+    Ray(3, 8)
+    assert made.asked == {"log_to_driver": False, "logging_level": "error"}
+    with pytest.raises(ConfigError) as raised:
+        Ray(3, 9)
+    assert str(raised.value) == (
+        "--threads 9: the largest machine of the cluster has 8 cores, so that no trial would ever begin. Use --threads "
+        "8 or fewer."
+    )
+    assert made.stopped == 1
+
+
+def test_machines_that_go_away_are_told(cluster):
+    made = cluster(cores=(4,))
+    engine = Ray(1, 4)
+    made.cores.clear()
+    with pytest.raises(DeepThinError, match=r"No machine of the cluster has 4 cores any more: .* What is done is kept"):
+        run_chains(engine, [one(max, 1, 2, into=[])])
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+@pytest.mark.parametrize("error", [TimeoutError("Timed out\nafter 30 s"), ConnectionError(""), ValueError("Malformed")])
+def test_a_start_that_fails_is_told(cluster, monkeypatch, address, error):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    made = cluster(refuses=error)
+    reason = (str(error) or "ConnectionError").splitlines()[0]
+    with pytest.raises(DeepThinError) as raised:
+        Ray(1, 1)
+    told = str(raised.value)
+    assert told.startswith(
+        f"No cluster answers at RAY_ADDRESS = {address} ({reason}): start it with `ray start --head`, or unset "
+        if address
+        else f"Ray did not start here ({reason}). Ask for fewer --jobs, or leave --engine out, "
+    )
+    assert made.stopped == 1
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_of_ray_itself_that_dies_every_time(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    engine, got = Ray(2, 1), []
+    try:
+        with pytest.raises(DeepThinError, match="A worker of Ray died 4 times in the same trial, perhaps for want of"):
+            run_chains(engine, [one(os._exit, 1, into=got), one(max, 3, 4, into=got)])
+    finally:
+        engine.close()
+    assert got == [4]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,87 @@ def test_what_is_no_use_is_said_before_the_training(here, text, message):
     setup = nets(text, here)
     with pytest.raises(ConfigError, match=message):
         Run.prepare(setup)
+
+
+CALLABLES = """
+import functools, operator
+class Judge:
+    def __init__(self, power=2):
+        self.power, self.net, self.other = power, nn.Linear(1, 1), len
+    def __call__(self, model, split):
+        return (model(X) ** self.power).mean().item()
+    def judge(self, model, split):
+        return self(model, split)
+    @staticmethod
+    def judged(model, split):
+        return Judge()(model, split)
+    def train(self, model, training):
+        fit(model, training)
+class Net(nn.Sequential):
+    def __init__(self, width=8):
+        super().__init__(nn.Linear(8, width))
+def general(power, model, split):
+    return (model(X) ** power).mean().item()
+def wide(rows, width=8):
+    return nn.Linear(rows, width)
+def outer(function):
+    @functools.wraps(function)
+    def inner(*args):
+        return function(*args)
+    return inner
+partly, object_, method = functools.partial(general, 2), Judge(4), Judge(2).judge
+nested, lambda_, static = functools.partial(partly), (lambda model, split: evaluate(model, split)), Judge.judged
+wrapped, built_in = outer(evaluate), functools.partial(operator.call, evaluate)
+builder, trainer, training_ = functools.partial(wide, 8, width=6), functools.partial(fit), Judge().train
+compiled = eval("lambda model, split: evaluate(model, split)")
+"""
+
+
+@pytest.mark.parametrize("evaluate", "partly object_ method nested lambda_ static wrapped compiled built_in".split())
+def test_every_kind_of_callable_judges(here, evaluate):
+    setup = replace(nets(CALLABLES, here), own=("nets:build", "nets:fit", f"nets:{evaluate}"))
+    abouts = []
+    for _ in range(2):
+        run = Run.prepare(setup)
+        abouts.append(run.data.about)
+        del sys.modules["nets"]
+    assert abouts[0] == abouts[1]  # the same command goes on where it stopped
+    assert " at 0x" not in abouts[0]
+
+
+@pytest.mark.parametrize(("build", "train", "width"), [("builder", "trainer", 6), ("Net", "training_", 8)])
+def test_every_kind_of_callable_builds_and_trains(here, build, train, width):
+    setup = replace(nets(CALLABLES, here), own=(f"nets:{build}", f"nets:{train}", "nets:object_"))
+    assert Run.prepare(setup).width == width
+    rows = compare(Settings(setup, ("rank",), (0.7,)), here / "out")
+    assert all(row.value is not None for row in rows if row.method == "rank"), rows
+
+
+def test_what_a_callable_was_given_tells_runs_apart(here):
+    setup = nets(CALLABLES, here)
+    about = Run.prepare(replace(setup, own=("nets:builder", "nets:fit", "nets:object_"))).data.about
+    assert about.startswith("nets:wide(8, width=6), nets:fit, nets:Judge(power=4, net=Linear, other=builtins:len), ")
+
+
+def test_a_factory_whose_arguments_cannot_be_told_is_refused(here, command_line):
+    (here / "nets.py").write_text("build = dict\ndef fit(): pass\ndef evaluate(): pass\n")
+    for words in (
+        "plan --model nets:build --ratio 0.1",
+        "compare --model nets:build --train nets:fit --evaluate nets:evaluate",
+    ):
+        code, _, said = command_line(*words.split())
+        assert code == 2
+        assert said.startswith("error: --model ")
+        assert "write a function around it" in said or "no torch.nn.Module" in said
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("text", ["def build(:", "1 / 0", "raise RuntimeError('no')", "import nothing_of_this_name"])
+def test_a_module_that_cannot_be_imported_is_told(here, command_line, text):
+    (here / "nets.py").write_text(text + "\n")
+    code, _, said = command_line("plan", "--model", "nets:build", "--ratio", "0.1")
+    assert code == 2
+    assert said.startswith("error: --model nets:build: ")
 
 
 def test_a_batch_that_is_not_used_is_told(here):

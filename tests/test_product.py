@@ -1,6 +1,11 @@
 """The product without the weight, by every way, against the dense product in float64; gradients of both orders."""
 
+import copy
+import gc
+import importlib
 import math
+import pkgutil
+import typing
 
 import numpy as np
 import pytest
@@ -8,8 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import deepthin.kernels.costs
+import deepthin.torch as dt
 from deepthin.kernels.costs import choose, costs, fft_length
 from deepthin.methods.factor import Factor
+from deepthin.torch import multiply, product
 from deepthin.torch.product import factor_linear
 from tolerance import assert_close
 
@@ -171,6 +179,51 @@ def test_tables_first_made_in_inference_mode_serve_training():
         factor_linear(method, x, xf, wf, "fft")
     factor_linear(method, x, xf, wf, "fft").sum().backward()
     assert xf.grad is not None
+
+
+def test_tables_live_as_long_as_the_weights_that_use_them():
+    """Not in a cache of the process: on a GPU they are as large as the outputs of a layer."""
+    before = len(product._alive)
+    model = torch.nn.Sequential(torch.nn.Linear(301, 203, bias=False), torch.nn.Linear(203, 151, bias=False))
+    dt.compress(model, {"model": {"ratio": 0.05}}, init="scratch")
+    model.double()  # for which there is no native code
+    x = torch.randn(2000, 301, dtype=torch.float64)
+    for layer in model:
+        weight = layer.thin["weight"]
+        window = weight.plans[0]
+        multiply.Factored("fft").run(weight, torch.randn(3, window.plan.shape[1], dtype=torch.float64), 0, None)
+    first = dict(product._alive)
+    assert len(first) == before + 2
+    del first
+    other = copy.deepcopy(model)
+    multiply.Factored("fft").run(other[0].thin["weight"], x, 0, None)
+    gc.collect()
+    assert len(product._alive) == before + 2  # shared between weights of one plan
+    del model, layer, weight
+    gc.collect()
+    assert len(product._alive) == before + 1
+    del other
+    gc.collect()
+    assert len(product._alive) == before
+    method = Factor((37, 43), 6, 1)
+    factors = [torch.randn(shape) for shape in method.code_shapes().values()]
+    factor_linear(method, torch.randn(3, 43), *factors, "direct")
+    assert len(product._alive) == before + 1
+    del factors
+    gc.collect()
+    assert len(product._alive) == before
+
+
+def test_nothing_of_torch_is_kept_by_a_cache_of_the_process():
+    """The kind: functools caches of the torch room return plain numbers and values, never tensors."""
+    found = {}
+    for info in pkgutil.iter_modules(deepthin.torch.__path__, "deepthin.torch."):
+        module = importlib.import_module(info.name)
+        found |= {f"{info.name}.{name}": f for name, f in vars(module).items() if hasattr(f, "cache_info")}
+    kinds = {name: typing.get_type_hints(f.__wrapped__)["return"] for name, f in found.items()}
+    assert kinds
+    costs_of = dict[deepthin.kernels.costs.Path, float], deepthin.kernels.costs.Path
+    assert set(kinds.values()) <= {int, bool, multiply.Way, *costs_of}, kinds
 
 
 @given(st.integers(1, 5000))

@@ -220,6 +220,237 @@ def test_codes_of_a_trained_network_may_have_a_rate_of_their_own():
     assert parse_rules({**DEEP, "stages": {"learning_rate_multiplier": 4}}).stages.learning_rate_multiplier == 4.0
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 99])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        {"thin": [0.99, 1.0], "quantize": 1.0},
+        {"thin": [0.999, 1.0]},
+        {"thin": [0.0, 0.001]},
+        {"thin": [0.0, 1.0]},
+        {"thin": [0.5, 0.50001], "quantize": 0.50002, "every": 1000},
+        {},
+    ],
+)
+def test_a_recipe_ends_thin_in_however_few_steps(stages, steps):
+    model = network()
+    recipe = dt.Recipe(model, {**DEEP, "stages": stages}, steps=steps)
+    changed = [recipe.step() for _ in range(steps)]
+    assert recipe.done
+    assert 1 <= sum(changed) <= 2
+    assert {weight.name for weight, _ in thin_tensors(model).values()} == {"pruned then kmeans"}
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True, None, float("nan")])
+def test_a_number_of_steps_that_is_none_is_refused(steps):
+    with pytest.raises(ConfigError, match="must be a whole number of optimiser steps, 1 or more"):
+        dt.Recipe(network(), DEEP, steps=steps)
+
+
+def test_a_file_that_no_plan_can_be_made_for_ends_with_an_error(digits):
+    """Every matrix has a size of its own that does not shrink: nothing to search for."""
+    rules = {
+        "model": {"file_bytes": 24_000},
+        "rules": {"*": {"method": "dense"}},
+        "stages": {"thin": [0.0, 0.5], "quantize": 0.5},
+    }
+    model = network()
+    recipe = dt.Recipe(model, rules, steps=4)
+    recipe.step()
+    model.append(nn.Linear(10, 100))  # which was not planned
+    with pytest.raises(BudgetError, match="no plan can be made smaller. Use .model. file_bytes >= "):
+        recipe.finish()
+
+
+@pytest.mark.parametrize("at", [0, 10, 25, 39, 40, 45, 60, 75])
+def test_a_recipe_that_ends_early_finishes(at, digits):
+    model = network()
+    recipe = dt.Recipe(model, DEEP, steps=80)
+    train(model, digits, at, recipe.step)
+    report = recipe.finish()
+    assert recipe.done
+    assert {row.method for row in report.rows} == {"pruned then kmeans"}
+    assert recipe.step() is False
+
+
+METHOD_STAGES = [
+    ({"method": "pruned", "then": {"method": "kmeans", "bits": 3}}, "flat"),
+    ({"method": "pruned", "then": {"method": "uniform", "bits": 4}}, "sensitivity"),
+    ({"method": "deepthin", "then": {"method": "binary", "bits": 2}}, "flat"),
+    ({"method": "hashed"}, "flat"),
+    ({"method": "pruned", "then": {"method": "ecsq", "bits": 3}, "group": "flat"}, "flat"),
+    ({"method": "uniform"}, "flat"),
+]
+
+
+@pytest.mark.parametrize(("rule", "allocation"), METHOD_STAGES)
+@pytest.mark.parametrize("at", [12, 22, 34])
+def test_a_recipe_goes_on_from_a_checkpoint_to_the_same_bytes(rule, allocation, at, digits, tmp_path):
+    """Dense, half thinned, thin, quantised: model, optimiser and recipe in one file, into new objects."""
+    rules = {"model": {"ratio": 0.3, "allocation": allocation}, "rules": {"*": rule}}
+    rules["stages"] = {"thin": [0.25, 0.5], "quantize": 0.75, "every": 2}
+    torch.manual_seed(3)
+    started = network().state_dict()
+
+    def begin():
+        model = network()
+        model.load_state_dict(started)
+        return model, dt.Recipe(model, rules, steps=40, loss=loss_of(digits))
+
+    def go_on(model, recipe, optimizer, first, last):
+        inputs, targets = digits
+        for i in range(first, last):
+            chosen = torch.arange(i * 64, i * 64 + 64) % len(inputs)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+            optimizer.step()
+            if recipe.step():
+                optimizer = torch.optim.Adam(dt.parameter_groups(model, 3e-3))
+        return optimizer
+
+    model, recipe = begin()
+    optimizer = go_on(model, recipe, torch.optim.Adam(dt.parameter_groups(model, 3e-3)), 0, at)
+    parts = {"recipe": recipe, "model": model, "optimizer": optimizer}
+    torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "checkpoint.pt")
+    go_on(model, recipe, optimizer, at, 40)
+    straight = to_bytes(contents(model))
+
+    torch.manual_seed(4)
+    fresh, again = begin()
+    fresh[0].weight.data.zero_()
+    for _ in range(2):  # into a dense model, and into one that a recipe has taken somewhere
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        again.load_state_dict(saved["recipe"])
+        fresh.load_state_dict(saved["model"])
+        optimizer = torch.optim.Adam(dt.parameter_groups(fresh, 3e-3))
+        optimizer.load_state_dict(saved["optimizer"])
+        go_on(fresh, again, optimizer, at, 40)
+        assert to_bytes(contents(fresh)) == straight
+
+
+def test_a_state_of_another_recipe_is_refused():
+    recipe = dt.Recipe(network(), DEEP, steps=80)
+    for _ in range(45):
+        recipe.step()
+    state = recipe.state_dict()
+    with pytest.raises(ConfigError, match="the state is of a schedule .20, 40, 60, 2., but this recipe has"):
+        dt.Recipe(network(), DEEP, steps=40).load_state_dict(state)
+    other = {**DEEP, "model": {"ratio": 0.3}, "rules": {"*": {"method": "deepthin"}}}
+    model = network()
+    with pytest.raises(ConfigError, match="by pruned then kmeans, which the rules of this recipe do not"):
+        dt.Recipe(model, other, steps=80).load_state_dict(state)
+    for broken in ({}, {"steps": 3}, [], {**state, "plans": [3]}, {**state, "steps": "x"}):
+        with pytest.raises(ConfigError, match="this is no state of a recipe"):
+            recipe.load_state_dict(broken)
+
+
+# ---- Optimisers that miss it ----------------------------------------------------------------------------------------
+
+
+def exchange(model, how):
+    """All that replaces parameters; what a message calls it."""
+    if how == "recipe":
+        recipe = dt.Recipe(model, {**DEEP, "stages": {"thin": [0, 0.1], "quantize": 0.5}}, steps=10)
+        assert recipe.step()
+        return "recipe.step()"
+    if how == "compress":
+        dt.compress(model, {"model": {"ratio": 0.3}})
+        return "compress()"
+    if how == "trim":
+        with torch.no_grad():
+            model[0].bias[:8] = -100
+        dt.trim(model, [torch.rand(10, 64)])
+        return "trim()"
+    if how == "twist":
+        dt.Twist(model, {"model": {"ratio": 0.3}}).finish()
+        return "twist.finish()"
+    thin = copy.deepcopy(model)
+    dt.compress(thin, {"model": {"ratio": 0.3}})
+    dt.save(thin, how)
+    dt.load(model, how)
+    return "load()"
+
+
+HOWS = ["recipe", "compress", "trim", "twist", "load"]
+
+
+def step(model, optimizer, to_none=True):
+    optimizer.zero_grad(set_to_none=to_none)
+    model(torch.rand(4, 64)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("how", HOWS)
+def test_an_optimiser_that_misses_new_parameters_is_told(how, to_none, kind, tmp_path):
+    model = network()
+    optimizer = kind(model.parameters(), lr=1e-3)
+    step(model, optimizer)
+    what = exchange(model, str(tmp_path / "x.thin") if how == "load" else how)
+    with pytest.raises(ConfigError, match=re.escape(f"{what} replaced the model's parameters, but the optimizer")):
+        for _ in range(2):
+            step(model, optimizer, to_none)
+    step(model, kind(dt.parameter_groups(model, 1e-3), lr=1e-3))  # the way out
+
+
+def test_a_recipe_whose_answer_is_ignored_is_told_at_its_next_step(digits):
+    model = network()
+    recipe = dt.Recipe(model, {**DEEP, "stages": {"thin": [0.0, 0.5], "quantize": 1.0}}, steps=10)
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(ConfigError, match=re.escape("Build a new one after recipe.step(): optimizer = torch.optim.")):
+        for _ in range(10):
+            step(model, optimizer)
+            recipe.step()
+    assert recipe.steps == 5  # and the optimiser's step after it
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_optimisers_that_are_right_are_left_alone(how, tmp_path):
+    """A new one; the old one with new groups; two in turn; a twin that shares the old parameters; evaluation."""
+    for case in ("new", "added", "two", "twin", "other", "frozen"):
+        model = network()
+        twin = nn.Sequential(*model) if case == "twin" else network()  # the same layers would become thin too
+        if case == "twin":
+            twin = network()
+            for layer, own in zip(twin, model, strict=True):
+                if isinstance(layer, nn.Linear):
+                    layer.weight, layer.bias = own.weight, own.bias
+        optimizer = torch.optim.Adam(model.parameters())
+        of_twin = torch.optim.Adam(twin.parameters())
+        step(model, optimizer)
+        exchange(model, str(tmp_path / "x.thin") if how == "load" else how)
+        new = [p for p in model.parameters() if all(p is not q for g in optimizer.param_groups for q in g["params"])]
+        fresh = torch.optim.Adam(model.parameters() if case == "new" else new)
+        if case == "added":
+            optimizer.add_param_group({"params": new})
+        for _ in range(4):
+            if case == "new":
+                step(model, fresh)
+            elif case == "added":
+                step(model, optimizer)
+            elif case == "two":
+                optimizer.zero_grad()
+                step(model, fresh)
+                optimizer.step()
+            elif case in ("twin", "other"):
+                step(twin, of_twin)
+            else:
+                model.requires_grad_(False)
+                optimizer.step()
+
+
+def test_nothing_is_watched_when_nobody_holds_old_parameters():
+    from deepthin.torch import replaced
+
+    replaced._watches.clear()
+    model = network()
+    dt.compress(model, {"model": {"ratio": 0.3}})
+    step(model, torch.optim.Adam(model.parameters()))
+    assert not replaced._watches
+    assert not replaced._hooks
+
+
 # ---- Sensitivity ----------------------------------------------------------------------------------------------------
 
 

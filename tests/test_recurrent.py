@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import deepthin.torch as dt
-from deepthin.kernels import products
+from deepthin.kernels import costs, products
 from deepthin.kernels.recurrent import CELLS, gates_of
 from deepthin.methods.factor import Factor
+from deepthin.torch import multiply
 from deepthin.torch.recurrent import pays, recurrent
 from deepthin.torch.recurrent_layers import ThinRecurrent
 from tolerance import assert_close, bound, largest
@@ -393,3 +394,34 @@ def test_the_faster_way_is_taken_whatever_the_length():
         assert pays((large, large), 1, training)
         assert pays((large, large), 32, training)
         assert not pays((thick, thick), 64, training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_refit_of_costs_reaches_every_choice(training, monkeypatch):
+    """The kind: a number of the fit that is written down a second time would not follow."""
+    method = Factor((2048, 2048), 60, 1)
+    caches = (pays, multiply._factored, multiply._least, multiply.operator_pays, costs.choose, costs.choose_native)
+    window = method.window(0, method.shape)
+    case = multiply.Case(method, window, 32, not training, native=True)
+
+    def choices():
+        for cache in caches:
+            cache.cache_clear()
+        return [
+            pays((method, method), 4, training),
+            multiply.choose(case).name != "dense",
+            costs.choose(method, 32, not training, native=True) != "dense",
+            multiply.operator_pays(window),
+        ]
+
+    try:
+        for times in (1e-6, 1e6):
+            fitted = {
+                ready: {**ways, "dense": tuple(times * number for number in ways["dense"])}
+                for ready, ways in costs._NANOSECONDS.items()
+            }
+            with monkeypatch.context() as patch:
+                patch.setattr(costs, "_NANOSECONDS", fitted)
+                assert choices() == [times > 1] * 4
+    finally:
+        choices()  # by the fit as it is

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import deepthin.torch as dt
 from deepthin import ConfigError
+from deepthin.storage.contents import Part
 from deepthin.torch.exchange import thin_tensors
 from deepthin.torch.state import smallest_type
 
@@ -150,7 +151,7 @@ def test_integers_of_a_state_dict_are_checked():
     model = thin(RULES["pruned"])
     state = model.state_dict()
     state["0.thin.weight.positions"] = state["0.thin.weight.positions"].long() + (1 << 40)
-    with pytest.raises(RuntimeError, match="positions has values outside the range"):
+    with pytest.raises(RuntimeError, match="positions holds integers from"):
         thin(RULES["pruned"]).load_state_dict(state)
     state["0.thin.weight.positions"] = state["0.thin.weight.positions"][:-1]
     with pytest.raises(RuntimeError, match="positions is .* in the state dict"):
@@ -304,3 +305,25 @@ def test_what_cannot_be_initialised_is_named():
 
     with pytest.raises(ConfigError, match="1 is a Odd with parameters or buffers of its own"):
         dt.initialise(nn.Sequential(nn.Linear(3, 3), Odd()))
+
+
+def test_an_entry_named_like_an_attribute_is_refused():
+    """A method of someone else, whose code would hide what a weight can do."""
+
+    class Odd:
+        trains, shape = "codes", (2, 3)
+
+        def integers(self):
+            return {}
+
+        def derived(self):
+            return {}
+
+        def code_shapes(self):
+            return {"rows": (2, 3)}
+
+        def decode(self, code, xp):
+            return code["rows"]
+
+    with pytest.raises(ValueError, match="has an attribute 'rows' already: the method must call this entry"):
+        dt.ThinWeight("odd", Odd(), [Part((2, 3))], {"rows": torch.ones(2, 3)})

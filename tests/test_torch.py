@@ -388,6 +388,26 @@ def test_same_size_is_the_widest_that_fits():
         dt.same_size(build, 199)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda width: nn.Linear(50, 33),
+        lambda width: nn.Linear(50, min(width, 40)),
+        lambda width: nn.Linear(50, 33 + width % 2),
+        lambda width: nn.Linear(50, max(40 - width, 1)),
+        lambda width: nn.Linear(50, width.bit_length()),
+        lambda width: nn.BatchNorm1d(3),
+    ],
+)
+def test_same_size_of_a_builder_that_ignores_width_ends(build):
+    with pytest.raises(ConfigError, match="do not grow with the width: they take .* Use the width in build"):
+        dt.same_size(build, 10_000)
+
+
+def test_same_size_of_a_builder_that_grows_in_steps():
+    assert dt.same_size(lambda width: nn.Linear(8, max(width // 1000, 1)), 4 * 8 * 3) == 3999
+
+
 # Mistakes
 
 

@@ -5,7 +5,7 @@ here imports a framework.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -596,6 +596,37 @@ class Drifting(Method, Protocol):
 
         Returns:
             True if encoding a decoded code may change it.
+        """
+        ...
+
+
+@runtime_checkable
+class Bounded(Method, Protocol):
+    """A method that says, from its fields alone, what decoding takes and how large the weights can become.
+
+    Files are untrusted: both are asked before anything is decoded. A method that does not say counts as one that takes
+    128 bytes for each weight, and its matrices are decoded to find out whether they are finite.
+    """
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """Memory of ``derived`` and ``decode`` in NumPy.
+
+        Args:
+            item_bytes: Bytes of a float of the code, 4 or 8.
+
+        Returns:
+            Upper bound on the bytes that both allocate, the tables and the result included; the code is not counted.
+        """
+        ...
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """How large weights can be, by magnitude.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight, and of every number that ``decode`` computes on its way.
         """
         ...
 

@@ -110,13 +110,17 @@ def train(
     model: OwnModel = None,
     train: OwnTrain = None,
     evaluate: OwnEvaluate = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two checkpoints  [default: a fiftieth of --steps]")
+    ] = None,
     threads: Threads = 1,
     json_file: Json = None,
 ) -> None:
     """Train one network as a configuration says, write one small file, and evaluate the model loaded from it.
 
     With a table `[stages]` in the configuration, the network starts dense, is thinned step by step and then quantised
-    (Deep Compression). Without it, the network is thin from the start.
+    (Deep Compression). Without it, the network is thin from the start. If interrupted, the same
+    command continues from the last checkpoint, a file beside --out, and writes the same file.
 
     Example: `deepthin train lenet --config deep.toml --data mnist --out lenet.thin`
     """
@@ -131,7 +135,9 @@ def train(
     if model and train and evaluate:
         setup = replace(setup, own=(model, train, evaluate))
     with Progress("training", "steps") as report_step:
-        found = train_one(setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total))
+        found = train_one(
+            setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total), checkpoint
+        )
     print(found.report)
     print(summary(found, out))
     write_json(json_file, json.dumps(found.to_dict(), indent=1))

@@ -1,6 +1,5 @@
 """The commands of the library itself: plan, compress, inspect."""
 
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ from deepthin.cli.app import app, notes, show
 from deepthin.cli.options import Config, Json, Model, Ratio
 from deepthin.errors import ConfigError
 from deepthin.storage.read import inspect as inspect_file
+from deepthin.storage.write import MAX_BYTES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,24 +58,24 @@ def compress(
 def inspect(
     file: Annotated[Path, typer.Argument(help="A .thin file.")],
     json_file: Json = None,
+    max_bytes: Annotated[
+        int, typer.Option(min=0, help="Memory that the file may take beyond a few times its size, in bytes.")
+    ] = MAX_BYTES,
 ) -> None:
     """Show the contents of a .thin file without decoding it; every checksum is verified.
 
     Example: `deepthin inspect lenet.thin`
     """
-    show(inspect_file(file), json_file)
+    show(inspect_file(file, max_bytes), json_file)
 
 
 def _build(spec: str) -> "nn.Module":
     from torch import nn
 
-    from deepthin.lab.tasks.own import function
+    from deepthin.lab.tasks.own import check_no_arguments, function
 
     factory = function(spec, "--model")
-    try:
-        signature(factory).bind()
-    except TypeError as error:
-        raise ConfigError(f"--model {spec}: the function must be callable without arguments: {error}.") from None
+    check_no_arguments(factory, f"--model {spec}")
     network = factory()
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--model {spec} returned {type(network).__name__}, not a torch.nn.Module.")

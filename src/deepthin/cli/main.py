@@ -1,5 +1,6 @@
 """The entry point: every error that a user can correct is one line on stderr, with exit code 2."""
 
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,9 @@ from deepthin.errors import DeepThinError
 
 def main() -> None:
     """Run the application; errors that a user can correct are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
+            stream.reconfigure(errors="backslashreplace")
     sys.path.insert(0, str(Path.cwd()))  # so that --model finds modules in the working directory
     warnings.showwarning = lambda message, *_: say("warning", str(message))
     try:

@@ -9,19 +9,30 @@ from jaxtyping import Int64, Integer, UInt, UInt8, UInt64
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 1 << 64
+PIECE = 1 << 18
+"""Numbers of which temporary arrays are made at once."""
 
 
-def splitmix(seed: int, count: int) -> UInt64[np.ndarray, "count"]:
-    """The first words of SplitMix64.
+def splitmix(seed: int, count: int, first: int = 0) -> UInt64[np.ndarray, " count"]:
+    """Words of SplitMix64.
 
     Args:
         seed: The state to start from, modulo 2^64.
         count: How many words.
+        first: Index of the first one, from 0.
 
     Returns:
         Words of 64 bits.
     """
-    step = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(seed % _WORD)
+    words = np.arange(first, first + count, dtype=np.uint64)
+    for at in range(0, count, PIECE):
+        words[at : at + PIECE] = _mixed(seed, words[at : at + PIECE])
+    return words
+
+
+def _mixed(seed: int, indices: UInt64[np.ndarray, " count"]) -> UInt64[np.ndarray, " count"]:
+    """The words at these indices."""
+    step = (indices + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(seed % _WORD)
     step = (step ^ (step >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     step = (step ^ (step >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return step ^ (step >> np.uint64(31))
@@ -37,7 +48,23 @@ def permutation(seed: int, count: int) -> Int64[np.ndarray, "count"]:
     Returns:
         A permutation of ``range(count)``.
     """
-    return np.argsort(splitmix(seed, count), kind="stable").astype(np.int64)
+    keys, low = splitmix(seed, count), np.uint64(width_of(count))
+    below = (np.uint64(1) << low) - np.uint64(1)
+    for at in range(0, count, PIECE):  # the position takes the place of the lowest bits, so that nothing else is sorted
+        own = keys[at : at + PIECE]
+        own |= below
+        own ^= below ^ np.arange(at, at + len(own), dtype=np.uint64)
+    keys.sort()
+    ties = [np.empty(0, np.int64)]
+    for at in range(0, count - 1, PIECE):
+        after = keys[at + 1 : at + 1 + PIECE] >> low
+        found = at + np.flatnonzero(keys[at : at + len(after)] >> low == after)
+        ties += [found, found + 1]
+    keys &= below
+    if len(alike := np.unique(np.concatenate(ties))):
+        tied = keys[alike]  # words that differ in their lowest bits only, or not at all
+        keys[alike] = tied[np.lexsort((tied, _mixed(seed, tied)))]
+    return keys.view(np.int64)
 
 
 def width_of(count: int) -> int:
@@ -52,7 +79,7 @@ def width_of(count: int) -> int:
     return max(count - 1, 0).bit_length()
 
 
-def pack(values: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
+def pack(values: Integer[np.ndarray, " count"], width: int) -> UInt8[np.ndarray, " bytes"]:
     """Pack integers, from the lowest bit of the first byte on; the last byte is padded with ones.
 
     Args:

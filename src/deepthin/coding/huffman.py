@@ -4,11 +4,13 @@ Huffman, 1952, "A method for the construction of minimum-redundancy codes". Code
 under that limit (package-merge: Larmore and Hirschberg, 1990). docs/format.md is normative for the bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt16, UInt32
+from jaxtyping import Int64, Integer, UInt8, UInt16, UInt32
+
+from deepthin.coding.bits import PIECE
 
 LONGEST, MOST_USED, WIDEST = 15, 4096, 16  # bits of a code; different symbols; bits of a symbol
 MOST_FREE = 1 << 24  # symbols of a single kind, which take no bits: bounds what a small file can declare
@@ -95,7 +97,23 @@ def usual_table_bits(symbols: int, width: int) -> int:
     return 2 * width + 4 + 3 * (symbols - 1)
 
 
-def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray, "bytes"]:
+def counts_of(symbols: Integer[np.ndarray, " count"]) -> Int64[np.ndarray, " symbols"]:
+    """How often each symbol occurs.
+
+    Args:
+        symbols: Integers from 0 on.
+
+    Returns:
+        The counts, up to that of the largest symbol.
+    """
+    counts = np.zeros(int(symbols.max()) + 1 if len(symbols) else 0, np.int64)
+    for first in range(0, len(symbols), PIECE):
+        own = np.bincount(symbols[first : first + PIECE])
+        counts[: len(own)] += own
+    return counts
+
+
+def encode(symbols: Integer[np.ndarray, " count"], width: int) -> UInt8[np.ndarray, " bytes"]:
     """Huffman-code symbols.
 
     Args:
@@ -108,7 +126,7 @@ def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray,
     Raises:
         ValueError: There are no symbols, more than 4,096 different ones, or one does not fit in ``width`` bits.
     """
-    counts = np.bincount(symbols)
+    counts = counts_of(symbols)
     if coded_bytes(counts, width) is None:
         raise ValueError(
             f"{len(symbols)} symbols, {np.count_nonzero(counts)} of them different, up to {len(counts) - 1}, cannot be "
@@ -116,24 +134,36 @@ def encode(symbols: Int64[np.ndarray, "count"], width: int) -> UInt8[np.ndarray,
         )
     counts = _listed(counts)
     lengths = lengths_of(counts)
-    values, widths = _table(lengths, counts, width)
+    items = [_table(lengths, counts, width)]
+    total = int(items[0][1].sum())
+    codes = _reversed(_codes(lengths), lengths)
     if lengths.any():
-        values = np.concatenate([values, _reversed(_codes(lengths), lengths)[symbols]])
-        widths = np.concatenate([widths, lengths[symbols]])
-    return _put(values, widths)
+        total += int((counts * lengths).sum())
+
+    def pieces() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield items[0]
+        for first in range(0, len(symbols) if lengths.any() else 0, PIECE):
+            own = symbols[first : first + PIECE]
+            yield codes[own], lengths[own]
+        yield np.array([(1 << -total % 8) - 1]), np.array([-total % 8])
+
+    return _put(pieces(), total)
 
 
-def _put(values: Int64[np.ndarray, "items"], widths: Int64[np.ndarray, "items"]) -> UInt8[np.ndarray, "bytes"]:
-    """Concatenate numbers of the given widths in bits, lowest bit first, and pad the last byte with ones."""
-    ends = np.cumsum(widths)
-    total = int(ends[-1])
-    values = np.append(values, (1 << -total % 8) - 1)
-    places = np.append(ends - widths, total)
-    shifted = values << (places & 31)  # below 2**63, since numbers have at most 31 bits
-    word = places >> 5
-    low = np.bincount(word, shifted & 0xFFFFFFFF, -(-total // 32) + 1)  # exact: no two numbers have a bit in common
-    high = np.bincount(word + 1, shifted >> 32, len(low) + 1)
-    words = (low + high[: len(low)]).astype("<u4")
+def _put(items: Iterable[tuple[np.ndarray, np.ndarray]], total: int) -> UInt8[np.ndarray, " bytes"]:
+    """Concatenate numbers, given with their widths in bits, lowest bit first; ``total`` bits, then whole bytes."""
+    words, start = np.zeros(-(-total // 32) + 2, "<u4"), 0
+    for values, widths in items:
+        ends = start + np.cumsum(widths)
+        places = ends - widths
+        shifted = values << (places & 31)  # below 2**63: numbers have 31 bits at most
+        first = start >> 5
+        word = (places >> 5) - first
+        low = np.bincount(word, shifted & 0xFFFFFFFF)  # exact: no two numbers have a bit in common
+        high = np.bincount(word + 1, shifted >> 32)
+        words[first : first + len(low)] |= low.astype("<u4")
+        words[first : first + len(high)] |= high.astype("<u4")
+        start = int(ends[-1])
     return words.view(np.uint8)[: -(-total // 8)].copy()
 
 

@@ -22,7 +22,7 @@ from deepthin.plan.file_limit import parts_of, planned_contents, projecting, wit
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors
-from deepthin.plan.start import generator
+from deepthin.plan.start import generator, pieces_of, relative_error
 from deepthin.plan.tensor import Tensor
 from deepthin.storage.contents import Thin
 from deepthin.storage.report import Report, report_of
@@ -142,9 +142,8 @@ def compress(
         else:
             weight = encoded(chosen)
             for index, (tensor, values) in enumerate(zip(chosen.tensors, dense, strict=True)):
-                norm = float(np.linalg.norm(values))
-                error = float(np.linalg.norm(ops.convert_to_numpy(weight.dense(index)).astype(np.float32) - values))
-                errors[tensor.name] = error / norm if norm > 0 else 0.0
+                decoded = ops.convert_to_numpy(weight.dense(index)).astype(np.float32)
+                errors[tensor.name] = relative_error(tensor.name, pieces_of(values, decoded))
         weights.append((chosen, weight))
     restart = Restart(model)
     for chosen, weight in weights:

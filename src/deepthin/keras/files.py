@@ -1,6 +1,7 @@
 """Keras models to ``.thin`` files and back, in torch's layouts: files cross (docs/keras.md)."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ from deepthin.keras.layout import fresh_std
 from deepthin.keras.tree import Held, layer_name, renumbered, tensors, walk
 from deepthin.keras.weight import ThinWeight
 from deepthin.storage.arrays import Buffer, Raw, dtype_name, pieces_of
+from deepthin.storage.budget import model_bytes
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
-from deepthin.storage.read import read
+from deepthin.storage.read import check_weights, read
 from deepthin.storage.write import write
 
 COUNTER = ".num_batches_tracked"  # of torch's batch normalisation; Keras has no such counter
 
 
-def save(model: keras.Model, path: str | Path, max_bytes: int | None = None) -> int:
+def save(model: keras.Model, path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
     """Write all weights to a ``.thin`` file. Seed generators, optimisers and states of recurrent layers are left out.
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
@@ -34,6 +36,7 @@ def save(model: keras.Model, path: str | Path, max_bytes: int | None = None) -> 
         model: A built model, dense or thin.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+        finite: Whether to refuse NaN and infinity, as ``load`` does.
 
     Returns:
         The size of the file in bytes.
@@ -41,13 +44,21 @@ def save(model: keras.Model, path: str | Path, max_bytes: int | None = None) -> 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
         ConfigError: Integers of a code are such that ``load`` would refuse them. Nothing is written.
+        NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.
     """
-    return write(contents(model), path, max_bytes)
+    return write(contents(model), path, max_bytes, finite=finite)
 
 
-def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None = None) -> keras.Model:
+def load(
+    model: keras.Model,
+    path: str | Path,
+    names: Mapping[str, str] | None = None,
+    *,
+    max_bytes: int | None = None,
+    finite: bool = True,
+) -> keras.Model:
     """Load a ``.thin`` file into a model, in place; layers whose matrices are stored compressed become thin.
 
     Where names differ only in the numbers that Keras appends to unnamed layers, layers are matched in order.
@@ -57,21 +68,27 @@ def load(model: keras.Model, path: str | Path, names: Mapping[str, str] | None =
         path: The file; it may have been saved by torch.
         names: Name in the file -> name in the model, for names that differ. Two biases that are mapped to one, as those
             of torch's LSTM, are added.
+        max_bytes: Upper bound on the memory that the file may take beyond a few times its size, in bytes. None: 128
+            for each number that the model has, and 64 MiB at least (docs/format.md).
+        finite: Whether to refuse NaN and infinity in tensors that are stored as they are. In compressed ones they are
+            refused in any case.
 
     Returns:
         The same model.
 
     Raises:
         ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
-        FormatError: The file is damaged, or is not a ``.thin`` file.
+        FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
     held = tensors(model)
-    stored = _fitted(read(path), names or {}, held, model, str(path))
+    limit = model_bytes(sum(math.prod(tensor.shape) for tensor in held.values())) if max_bytes is None else max_bytes
+    stored = _fitted(read(path, limit, finite=finite, decoded=True), names or {}, held, model, str(path))
     check_names(
         shapes_of(stored), {name: tensor.layout.shape(tensor.shape) for name, tensor in held.items()}, str(path)
     )
     check_places(stored, {name: _place(tensor) for name, tensor in held.items()}, str(path))
+    check_weights(stored, str(path), {name: _largest_of(held[next(iter(t.parts))]) for name, t in stored.thin.items()})
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
@@ -252,6 +269,12 @@ def _thin_weight(thin: Thin, first: Held) -> ThinWeight:
     kind, shape = keras.backend.standardize_dtype(first.variable.dtype), parts[0].shape
     std = fresh_std(first.places[0].layer, shape) if len(shape) > 1 else 1.0
     return ThinWeight(thin.name, thin.method, parts, name=name, dtype=kind, std=std)
+
+
+def _largest_of(held: Held) -> float:
+    """The largest finite number of the type in which the model has a tensor."""
+    kind = held.thin.variable_dtype if held.thin is not None else held.variable.dtype
+    return float(ml_dtypes.finfo(keras.backend.standardize_dtype(kind)).max)
 
 
 def _place(held: Held) -> Place:

@@ -150,6 +150,17 @@ def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) 
     )
 
 
+def repeated_dense_work(method: Factor, items: int, calls: int, dense_ready: bool) -> float:
+    """Predicted nanoseconds of so many products of ``items`` each by one decoded weight, made once if it is not ready.
+
+    Without what each call takes, as ``work``. Every product reads the weight, whoever made it.
+    """
+    _, multiplication, entry, summand = _NANOSECONDS[dense_ready]["dense"]
+    reading = _NANOSECONDS[True]["dense"][2]
+    made = 0.0 if dense_ready else entry + summand * method.rank
+    return math.prod(method.shape) * (calls * (multiplication * items + reading) + made)
+
+
 def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: bool) -> float:
     """Predicted time of a product by the decoded weight.
 

@@ -8,13 +8,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepthin.errors import ConfigError
+from deepthin.errors import BudgetError, ConfigError, FormatError
 from deepthin.lab.engines import ENGINES, Chain, Engine, run_chains
 from deepthin.lab.rows import Row, read_json, read_rows, write_rows
 from deepthin.lab.search import Choice, Search, open_storage, search
@@ -34,8 +35,10 @@ from deepthin.lab.trial import (
     split,
 )
 from deepthin.storage.atomic import write_atomically
+from deepthin.storage.read import inspect
 
 LATENCY_ROUNDS, LATENCY_SECONDS = 15, 120.0  # upper bounds on the timing
+_ABOUT = {"search": dict, "chosen": dict}  # types of the values in run.json
 SEARCH_SEED = 1000  # seed of the search's trainings; trials have seeds from 0
 Progress = Callable[[str, int, int], None]
 """Called with the name of what runs, the number of finished units, and of all."""
@@ -90,10 +93,12 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
         about["teacher"] = run.teacher[0].about()
     if settings.search:
         about["search"] = asdict(settings.search)
-    _check_widths(run, methods)
+    _check_widths(run, methods, settings.ratios)
     _check_same_run(about, out)
     results = out / "results.json"
-    rows = [row for row in read_rows(results) if _still_there(row, out)] if results.exists() else []
+    rows = read_rows(results) if results.exists() else []
+    gone = {row.key for row in rows if not _still_there(row, out)}
+    rows = [row for row in rows if row.key not in gone]
     engine = ENGINES[settings.engine](settings.jobs, settings.threads)
     try:
         choices = _search_all(settings, settings.search, methods, engine, out, progress) if settings.search else {}
@@ -174,7 +179,7 @@ def _search_all(
     run_chains(engine, map(chain, searched))
     chosen = {name: {**asdict(choice), "value": value} for name, (choice, value) in choices.items()}
     path = out / "run.json"
-    earlier = read_json(path, dict)
+    earlier = read_json(path, dict, _ABOUT)
     whole = {**earlier, "chosen": {**earlier.get("chosen", {}), **chosen}}
     write_atomically(path, json.dumps(whole, indent=1).encode())
     return {name: choice for name, (choice, _) in choices.items()}
@@ -232,13 +237,30 @@ def searched_ratio(out: Path) -> float | None:
         ConfigError: ``run.json`` is damaged.
     """
     path = out / "run.json"
-    return read_json(path, dict).get("search", {}).get("ratio") if path.exists() else None
+    ratio = read_json(path, dict, _ABOUT).get("search", {}).get("ratio") if path.exists() else None
+    if ratio is not None and not isinstance(ratio, float | int):
+        raise ConfigError(f"{path} is damaged (the ratio of search is no number): remove it to begin anew.")
+    return ratio
 
 
 def _still_there(row: Row, out: Path) -> bool:
-    """Whether the model file of a trial still exists; otherwise the trial runs again."""
+    """Whether the model file of a trial still exists and is whole; otherwise the trial runs again."""
+    if row.value is None:
+        return True
     model = f"models/{DENSE}-seed{row.seed}.thin" if row.method == INT8 else row.model
-    return row.value is None or (model is not None and (out / model).exists())
+    if model is None:
+        return False
+    bytes_ = None if row.method == INT8 else row.bytes
+    return _is_whole(out / model) and (bytes_ is None or (out / model).stat().st_size == bytes_)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file's checksums match."""
+    try:
+        inspect(path)
+    except (FormatError, OSError):
+        return False
+    return True
 
 
 def _check_same_run(about: dict[str, Any], out: Path) -> None:
@@ -246,7 +268,7 @@ def _check_same_run(about: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "run.json"
     begun = (out / "results.json").exists() or (out / "search.db").exists()
-    earlier = read_json(path, dict) if begun and path.exists() else {}
+    earlier = read_json(path, dict, _ABOUT) if begun and path.exists() else {}
     keys = {*about, *earlier} - {"chosen"}
     changed = [
         f"{k} = {earlier.get(k)!r}, now {about.get(k)!r}" for k in sorted(keys) if earlier.get(k) != about.get(k)
@@ -256,8 +278,12 @@ def _check_same_run(about: dict[str, Any], out: Path) -> None:
     write_atomically(path, json.dumps({**earlier, **about}, indent=1).encode())
 
 
-def _check_widths(run: Run, methods: tuple[str, ...]) -> None:
+def _check_widths(run: Run, methods: tuple[str, ...], ratios: tuple[float, ...]) -> None:
     """Said before the training, not after hours of it."""
-    if any(split(method)[0] == SAME_SIZE for method in methods):
-        with torch.device("meta"):
-            run.build(run.width + 1)
+    for method in methods:
+        if split(method)[0] == SAME_SIZE:
+            with torch.device("meta"):
+                run.build(run.width + 1)
+            for ratio in ratios:
+                with suppress(BudgetError):  # which becomes a row
+                    run.width_of(method, ratio)

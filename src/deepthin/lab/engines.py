@@ -12,10 +12,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 from deepthin.errors import ConfigError, DeepThinError
+
+RETRIES = 3  # of a call whose worker died
+_LOOK_SECONDS = 10.0  # between two looks at the cluster, while nothing ends
+_MISSING_SECONDS = 60.0  # without a machine that is large enough, until it is given up
+_GOES_ON = "What is done is kept; the same command goes on where it stopped."
 
 Call = tuple[Any, ...]
 """A function that can be pickled, and its arguments."""
@@ -147,11 +153,21 @@ class Processes:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(eq=False)
+class _Task:
+    """A call on a worker of Ray, which may have to be begun again elsewhere."""
+
+    call: Call
+    reference: Any
+    left: int = RETRIES
+
+
 class Ray:
     """Ray's workers: those of the cluster that RAY_ADDRESS names, else a local one, started here and stopped by
     ``close``.
 
-    Every worker needs the library, and the data under the same path.
+    Every worker needs the library, and the data under the same path. A call whose worker dies is started again
+    ``RETRIES`` times, whatever the cluster's own rule is, which may be without end.
 
     Args:
         jobs: Number of calls at once, >= 1.
@@ -167,46 +183,82 @@ class Ray:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
         import ray
 
-        self.jobs, self._ray = jobs, ray
+        self.jobs, self._ray, self._threads = jobs, ray, threads
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(address="local", num_cpus=jobs * threads, include_dashboard=False, **quiet)
-        self._remote = ray.remote(num_cpus=threads, max_retries=3)(_on_ray)
-        self._threads = threads
-
-    def start(self, call: Call) -> Any:
-        """Submit a call to Ray.
-
-        Args:
-            call: A function that can be pickled, and its arguments.
-
-        Returns:
-            Ray's reference to the result.
-        """
-        return self._remote.remote(self._threads, *call)
-
-    def done(self, begun: list[Any]) -> tuple[Any, Any]:
-        """Wait until one of the begun calls has ended.
-
-        Args:
-            begun: References that ``start`` returned.
-
-        Returns:
-            The reference of a call that has ended, and its result or the exception that it raised.
-        """
-        (first, *_), _ = self._ray.wait(begun, num_returns=1)
+        address = os.environ.get("RAY_ADDRESS")
         try:
-            return first, self._ray.get(first)
-        except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            cause.__cause__ = error
-            return first, cause
+            if address:
+                ray.init(**quiet)
+            else:
+                ray.init(address="local", num_cpus=jobs * threads, include_dashboard=False, **quiet)
+        except Exception as error:  # Ray has no type of its own for what keeps it from starting
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            ray.shutdown()
+            raise DeepThinError(
+                f"No cluster answers at RAY_ADDRESS = {address} ({reason}): start it with `ray start --head`, or unset "
+                "RAY_ADDRESS, so that workers are started here."
+                if address
+                else f"Ray did not start here ({reason}). Ask for fewer --jobs, or leave --engine out, which needs no "
+                "Ray. The same command goes on where it stopped."
+            ) from None
+        if (most := self._most_cores()) < threads:
+            ray.shutdown()
+            raise ConfigError(
+                f"--threads {threads}: the largest machine of the cluster has {most} cores, so that no trial would "
+                f"ever begin. Use --threads {max(most, 1)} or fewer."
+            )
+        self._remote = ray.remote(num_cpus=threads, max_retries=0)(_on_ray)
+
+    def start(self, call: Call) -> _Task:
+        """Hand it to Ray."""
+        return _Task(call, self._remote.remote(self._threads, *call))
+
+    def done(self, begun: list[_Task]) -> tuple[Any, Any]:
+        """The first that ends."""
+        missing = 0.0
+        while True:
+            ended, _ = self._ray.wait([task.reference for task in begun], num_returns=1, timeout=_LOOK_SECONDS)
+            if not ended:  # whether it ever can
+                missing = missing + _LOOK_SECONDS if self._most_cores() < self._threads else 0.0
+                if missing >= _MISSING_SECONDS:
+                    raise DeepThinError(
+                        f"No machine of the cluster has {self._threads} cores any more: add one, or use fewer "
+                        f"--threads. {_GOES_ON}"
+                    )
+                continue
+            task = next(task for task in begun if task.reference == ended[0])
+            try:
+                return task, self._ray.get(task.reference)
+            except self._ray.exceptions.RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                if cause is not error:
+                    cause.__cause__ = error
+                return task, cause
+            except self._ray.exceptions.RayError as error:
+                if task.left == 0:
+                    return task, _died(error)
+                task.left -= 1
+                task.reference = self._remote.remote(self._threads, *task.call)
 
     def close(self) -> None:
         """Leave the cluster, or stop the local one."""
         self._ray.shutdown()
+
+    def _most_cores(self) -> int:
+        """Of the largest machine of the cluster."""
+        alive = [node for node in self._ray.nodes() if node.get("Alive")]
+        return max((int(node.get("Resources", {}).get("CPU", 0)) for node in alive), default=0)
+
+
+def _died(error: Exception) -> DeepThinError:
+    """Why a worker ended each time that a call was begun."""
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    memory = "memory" in f"{type(error).__name__} {error}".lower()
+    why = "for want of memory" if memory else "perhaps for want of memory"
+    return DeepThinError(
+        f"A worker of Ray died {RETRIES + 1} times in the same trial, {why} ({type(error).__name__}: {reason}). Use "
+        f"fewer --jobs, more --threads for each, or machines with more memory. {_GOES_ON}"
+    )
 
 
 ENGINES: dict[str, Callable[[int, int], Engine]] = {

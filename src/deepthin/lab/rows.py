@@ -61,12 +61,29 @@ class Row:
         Raises:
             ConfigError: A key is missing that every row has.
         """
-        known = {field.name for field in fields(cls)}
+        if not isinstance(stored, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] -- what a file holds
+            raise ConfigError(f"A row is {type(stored).__name__}, not a mapping: remove the file to begin anew.")
+        known = {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields(cls)}
         if missing := sorted(_REQUIRED - set(stored)):
             raise ConfigError(f"A row of results.json lacks {', '.join(missing)}: remove the file to begin anew.")
+        for name, kinds in known.items():
+            if name in stored and type(stored[name]).__name__ not in _KINDS[kinds]:
+                raise ConfigError(
+                    f"A row of results.json has {name} = {str(stored[name])[:40]!r}, which must be {kinds}: remove the "
+                    "file to begin anew."
+                )
         return cls(**{name: value for name, value in stored.items() if name in known})
 
 
+_KINDS = {
+    "str": ("str",),
+    "int": ("int",),
+    "float": ("float", "int"),
+    "str | None": ("str", "NoneType"),
+    "int | None": ("int", "NoneType"),
+    "float | None": ("float", "int", "NoneType"),
+    "float | str | None": ("float", "int", "str", "NoneType"),
+}
 _REQUIRED = {"task", "method", "ratio", "bytes", "dense_bytes", "seed", "split", "metric", "value"}
 _ALWAYS = _REQUIRED | {"weight_bytes"}
 
@@ -94,15 +111,19 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ConfigError: The file is damaged.
     """
-    return [Row.from_json(stored) for stored in read_json(path, list)]
+    try:
+        return [Row.from_json(stored) for stored in read_json(path, list)]
+    except ConfigError as error:
+        raise error if str(path) in str(error) else ConfigError(f"{path} is damaged. {error}") from None
 
 
-def read_json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type, keys: Mapping[str, type] | None = None) -> Any:
     """Read a file that an earlier run wrote.
 
     Args:
         path: The file.
         kind: What it holds: ``list`` or ``dict``.
+        keys: Of a ``dict``, the types of values that are read.
 
     Returns:
         A value of that kind.
@@ -111,11 +132,14 @@ def read_json(path: Path, kind: type) -> Any:
         ConfigError: The file is damaged.
     """
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}): remove it to begin anew.") from None
     if not isinstance(content, kind):
         raise ConfigError(
             f"{path} is damaged (it holds a {type(content).__name__}, not a {kind.__name__}): remove it to begin anew."
         )
+    for key, wanted in (keys or {}).items():
+        if key in content and not isinstance(content[key], wanted):
+            raise ConfigError(f"{path} is damaged ({key} is not a {wanted.__name__}): remove it to begin anew.")
     return content

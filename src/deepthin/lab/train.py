@@ -10,12 +10,15 @@ import torch
 
 import deepthin.torch as dt
 from deepthin.errors import ConfigError, DeepThinError
+from deepthin.lab.checkpoint import Checkpoint
 from deepthin.lab.tasks.training import Training
 from deepthin.lab.trial import Run, Setup, alike, prepared, seeded
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.storage.read import inspect
 from deepthin.storage.report import Report
+
+CHECKPOINTS = 50  # in a training, at most
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ def train(
     lr: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda step, steps: None,
+    checkpoint: int | None = None,
 ) -> Trained:
     """Train the network of a task, or the user's own, by a configuration, and write it to a file.
 
     With ``[stages]`` the network is dense at first (``deepthin.torch.Recipe``), else thin from scratch. The file is
-    loaded into a new model, and that is judged.
+    loaded into a new model, and that is judged. Checkpoints are saved beside the file until it exists: the same call
+    continues from the last one, to the same bytes, however the call before ended.
 
     Args:
         setup: The task, its data, steps and sizes.
@@ -67,6 +72,7 @@ def train(
         lr: Learning rate of dense parameters, > 0; None: the task's.
         seed: Seed of the start, the batches and everything else that is drawn.
         progress: Called after each step with the number of steps so far and of all steps.
+        checkpoint: Steps between two checkpoints; None: a fiftieth of all.
 
     Returns:
         The sizes of the file, and the metrics of the network in it.
@@ -83,8 +89,25 @@ def train(
     started = time.perf_counter()
     seeded(seed)
     model = run.build(run.width)
+    about = [
+        f"torch {torch.__version__}",
+        f"task {run.task.name}",
+        f"data {run.data.about}",
+        f"steps {run.steps}",
+        f"width {run.width}",
+        f"learning rate {rate!r}",
+        f"seed {seed}",
+        f"configuration {rules!r}",
+        f"network {' '.join(str(model).split())}",
+    ]
+    kept = Checkpoint(checkpoint_of(path), checkpoint or max(run.steps // CHECKPOINTS, 1), "\n".join(about))
     training = Training(
-        model=model, steps=run.steps, lr=rate, seed=seed, progress=lambda step: progress(step, run.steps)
+        model=model,
+        steps=run.steps,
+        lr=rate,
+        seed=seed,
+        progress=lambda step: progress(step, run.steps),
+        checkpoint=kept,
     )
     if rules.stages is None:
         dt.compress(model, rules, init="scratch", seed=seed)
@@ -97,8 +120,14 @@ def train(
     loaded = dt.load(run.build(run.width), path).eval()
     if not alike(model.eval(), loaded, run.task.example(run.data)):
         raise DeepThinError(f"{path} does not hold what the trained model does: please report it.")
+    kept.remove()
     values = {split: run.task.evaluate(loaded, run.data, split) for split in ("dev", "test")}
     return Trained(inspect(path), values, rate, run.steps, round(time.perf_counter() - started, 1))
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Where the state of the training of a file is kept."""
+    return path.with_name(f"{path.name}.checkpoint")
 
 
 def _importance(kind: str, run: Run, training: Training) -> Callable[[], Mapping[str, torch.Tensor]]:

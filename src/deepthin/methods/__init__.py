@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepthin.errors import ConfigError
 from deepthin.method import Fitted, Method, as_matrix
 from deepthin.methods.binary import Binary
 from deepthin.methods.ecsq import Ecsq
@@ -65,6 +66,9 @@ class Named:
             ConfigError: An option is invalid.
             TypeError: ``cls.fit`` has no such option.
         """
+        for option, value in options.items():
+            if isinstance(value, int) and value.bit_length() > 63:
+                raise ConfigError(f"{option}: a whole number of {value.bit_length()} bits is too large.")
         return self.cls.fit(shape, max_bits, **{**self.preset, **options})
 
     def __call__(self, **fields: Any) -> Method:

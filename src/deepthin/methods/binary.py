@@ -5,6 +5,7 @@ arXiv:1802.00150, section 3.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 BITS = range(1, 9)
+_USUAL = 40  # binary orders of magnitude, above 1 and below, of weights whose squares can be added up
+_PIECE, _PIECES = 1 << 18, 16  # weights that are rounded at once, at least; pieces of a matrix, at most
 ROUNDS = 2  # "two are enough" for two bits (Xu et al.); more are better from three on
 
 
@@ -124,6 +127,28 @@ class Binary:
         """
         return True
 
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The signs of a plane, and sums.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return (8 + 4 * item_bytes) * math.prod(self.shape)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest scale, for each plane.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return self.planes * largest["scales"]
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
 
@@ -159,7 +184,23 @@ class Binary:
         if xp.finfo(kind).bits < 32:  # half precision is too coarse for sums over a row
             code = self.encode(xp.asarray(weight, dtype=xp.float32), xp)
             return {key: array if key == "symbols" else xp.asarray(array, dtype=kind) for key, array in code.items()}
-        rows = weight if self.per == "row" else xp.reshape(weight, (1, -1))
+        size = xp.amax(xp.amax(weight, 1), 0), -xp.amin(xp.amin(weight, 1), 0)
+        size = xp.where(size[0] > size[1], *size)
+        # Weights whose squares could not be added up are divided by the largest
+        unusual = xp.where(size > 2.0**_USUAL, size, xp.where(size < 2.0**-_USUAL, size, xp.ones_like(size)))
+        size = xp.where(unusual > 0, unusual, xp.ones_like(size))
+        if self.per == "matrix":
+            symbols, scales = self._rounded(xp.reshape(weight, (1, -1)) / size, xp)
+        else:
+            step = max(_PIECE // self.shape[1], -(-self.shape[0] // _PIECES), 1)  # rows do not depend on each other
+            made = [self._rounded(weight[i : i + step] / size, xp) for i in range(0, self.shape[0], step)]
+            symbols, scales = (xp.concatenate(list(each)) for each in zip(*made, strict=True))
+        return {"symbols": xp.reshape(symbols, self.shape), "scales": scales * size}
+
+    def _rounded(
+        self, rows: Float[Array, "rows cols"], xp: Namespace
+    ) -> tuple[Integer[Array, "rows cols"], Float[Array, "rows planes"]]:
+        """Symbols and scales of each row."""
         symbols, scales = _one_by_one(rows, self.planes, False, xp)
         if self.rounds:
             scales = _best_scales(rows, symbols, self.planes, xp)
@@ -170,7 +211,7 @@ class Binary:
                 other = _nearest(rows, others, xp)
             better = (_errors(rows, other, others, xp) < _errors(rows, symbols, scales, xp))[:, None]
             symbols, scales = xp.where(better, other, symbols), xp.where(better, others, scales)
-        return {"symbols": xp.asarray(xp.reshape(symbols, self.shape), dtype=xp.int16), "scales": scales}
+        return xp.asarray(symbols, dtype=xp.int16), scales
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """The signed sum of the scales: one multiplication for each sign.

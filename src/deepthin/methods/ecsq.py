@@ -5,6 +5,7 @@ drop centres that no weight uses. Lambda follows from the upper bound on the byt
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +40,7 @@ class Ecsq:
         """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.levels)
         fine = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes)
-        if not fine or self.levels > min(1 << MOST_BITS, math.prod(self.shape)):
+        if not fine or not min(2, math.prod(self.shape)) <= self.levels <= min(1 << MOST_BITS, math.prod(self.shape)):
             raise ValueError(f"Ecsq cannot have {self.shape}, levels={self.levels!r}.")
         least = min(_least_bytes(math.prod(self.shape), self.levels, 1), self._packed_bytes())
         if type(self.coded_bytes) is not int or self.coded_bytes < least:
@@ -150,6 +151,28 @@ class Ecsq:
         """
         return self.levels
 
+    def decode_bytes(self, item_bytes: int) -> int:
+        """An index of 64 bits for each weight.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return (8 + item_bytes) * math.prod(self.shape)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest centre.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return largest["centres"]
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
 
@@ -183,10 +206,9 @@ class Ecsq:
         Returns:
             ``centres`` (levels; unused ones are 0 and not trained) and ``symbols``, rows x cols in int16.
         """
-        flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
-        flat_importance = (
-            None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
-        )
+        kind = xp.float64 if xp.finfo(weight.dtype).bits == 64 else xp.float32
+        flat = np.asarray(xp.asarray(weight, dtype=kind)).reshape(-1)
+        flat_importance = None if importance is None else np.asarray(importance).reshape(-1)
 
         def fits(counts: np.ndarray) -> bool:
             if self._packed_bytes() <= self.coded_bytes:
@@ -196,8 +218,7 @@ class Ecsq:
 
         centres, symbols = within(flat, self.levels, fits, flat_importance)
         filled = np.concatenate([centres, np.zeros(self.levels - len(centres))])
-        symbols = symbols.reshape(self.shape).astype(np.int16)
-        return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols)}
+        return {"centres": xp.asarray(filled, dtype=weight.dtype), "symbols": xp.asarray(symbols.reshape(self.shape))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One table look-up for each weight.

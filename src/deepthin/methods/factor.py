@@ -5,6 +5,7 @@ Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, sections 2 and 3. The same clas
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from numpy.random import Generator
 from deepthin.coding.bits import permutation
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Method, Namespace, Trains
+from deepthin.methods.leading import leading, tame
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,29 @@ class Factor:
         """
         return {} if self.seed is None else {"order": permutation(self.seed, self.shape[0] * self.shape[1])}
 
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The product of the factors; of a shuffled matrix, the permutation too, in 64 bits, while it is sorted.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        area, product = math.prod(self.shape), item_bytes * self.m * self.n
+        return product if self.seed is None else max(32 * area, product + (8 + item_bytes) * area)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """r times the product of the largest entries of both factors.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return self.rank * largest["xf"] * largest["wf"]
+
     def init(self, rng: Generator, std: float) -> Code:
         """Both factors normal, scaled to a root mean square of exactly ``(std^2 / r)^(1/4)``.
 
@@ -164,7 +189,7 @@ class Factor:
 
         Where n does not divide ``rows * cols``, the last row is incomplete: the SVD is that of the complete rows, and
         the last row gets least-squares coefficients. Encoding a decoded weight gives that weight again. Costs one SVD
-        of m x n.
+        of m x n, of which ``rank`` vectors are computed (``deepthin.methods.leading``).
 
         Args:
             weight: Array, rows x cols, finite.
@@ -181,28 +206,30 @@ class Factor:
             if 0 < rows.size < self.shape[0]:
                 wf = type(self)((rows.size, self.n), self.n, self.rank).encode(weight[rows], xp)["wf"]
                 return {"xf": xp.matmul(weight, xp.linalg.pinv(wf)), "wf": wf}
+        weight, size = tame(weight, xp)  # each factor takes the root of what is divided out
         flat = xp.reshape(weight, (-1,))
         if self.seed is not None:
-            flat = xp.take(flat, xp.asarray(np.argsort(self.derived()["order"], kind="stable")))
+            flat, scattered = xp.zeros_like(flat), flat
+            flat[xp.asarray(self.derived()["order"])] = scattered
         complete = flat.shape[0] // self.n
         tail = flat[complete * self.n :]
         padded = tail.shape[0] > 0 and complete < self.rank  # too few complete rows to span the rank
         if padded:
             flat = xp.concatenate([flat, 0 * flat[: self.n * (complete + 1) - flat.shape[0]]])
             complete += 1
-        u, sigma, vt = xp.linalg.svd(xp.reshape(flat[: complete * self.n], (complete, self.n)), full_matrices=False)
-        root = xp.sqrt(sigma[: self.rank])
+        u, sigma, vt = leading(xp.reshape(flat[: complete * self.n], (complete, self.n)), self.rank, xp)
+        root = xp.sqrt(sigma)
         balance = (self.m / self.n) ** 0.25
-        left = (root * balance)[:, None] * u.T[: self.rank]
+        left = (root * balance)[:, None] * u.T
         # A zero term keeps its wf: with both factors at zero no gradient would reach it.
-        wf = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[: self.rank]
+        wf = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt
         for _ in range(self.rank - left.shape[0]):  # more terms than a matrix of this shape can use
             left, wf = xp.concatenate([left, 0 * left[:1]]), xp.concatenate([wf, wf[:1]])
         xf = left.T
         if tail.shape[0] > 0 and not padded:
             last = xp.matmul(tail[None, :], xp.linalg.pinv(wf[:, : tail.shape[0]]))
             xf = xp.concatenate([xf, last])
-        return {"xf": xf, "wf": wf}
+        return {"xf": xf * size, "wf": wf * size}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """The product of the factors, reshaped: ``r m n`` multiplications.

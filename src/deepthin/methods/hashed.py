@@ -5,16 +5,19 @@ the index nor the sign is stored: both follow from the seed.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy.random import Generator
 
-from deepthin.coding.bits import splitmix
+from deepthin.coding.bits import PIECE, splitmix
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+
+_PIECE = 1 << 18  # weights that are summed at once, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,8 @@ class Hashed:
             raise ValueError(
                 f"Hashed needs positive integers, got {self.shape}, buckets={self.buckets}, {self.seed!r}."
             )
-        if self.buckets > 1 << 31:
-            raise ValueError(f"Hashed has at most 2^31 buckets, not {self.buckets}.")
+        if self.buckets > min(1 << 31, math.prod(self.shape)):
+            raise ValueError(f"Hashed has at most 2^31 buckets, and one for each weight, not {self.buckets}.")
 
     @classmethod
     def fit(cls, shape: tuple[int, int], max_bits: int, *, seed: Any = 0) -> "Hashed":
@@ -102,9 +105,39 @@ class Hashed:
         Returns:
             Entry name -> NumPy array; empty if there is none.
         """
-        words = splitmix(self.seed, math.prod(self.shape))
+        index = np.empty(math.prod(self.shape), np.int64)
+        for first in range(0, len(index), PIECE):
+            index[first : first + PIECE] = self._index(first, min(PIECE, len(index) - first))
+        return {"index": index}
+
+    def _index(self, first: int, count: int) -> Int64[np.ndarray, " count"]:
+        """A range of the table."""
+        words = splitmix(self.seed, count, first)
         bucket = ((words >> np.uint64(32)) * np.uint64(self.buckets)) >> np.uint64(32)
-        return {"index": (bucket + (words & np.uint64(1)) * np.uint64(self.buckets)).astype(np.int64)}
+        return (bucket + (words & np.uint64(1)) * np.uint64(self.buckets)).astype(np.int64)
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """An index of 64 bits for each weight, and words of 64 bits from which it follows.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        area = math.prod(self.shape)
+        return 32 * area + 3 * item_bytes * self.buckets
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest value.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return largest["values"]
 
     def init(self, rng: Generator, std: float) -> Code:
         """Uniform, as in the paper, scaled to a root mean square of exactly ``std``.
@@ -132,11 +165,18 @@ class Hashed:
         Returns:
             ``values``: one float for each bucket.
         """
-        index = xp.asarray(self.derived()["index"])
         flat = xp.reshape(weight, (-1,))
-        weigh = xp.ones_like(flat) if importance is None else xp.reshape(importance, (-1,))
-        sums = xp.bincount(index, weigh * flat, 2 * self.buckets)
-        shares = xp.bincount(index, weigh, 2 * self.buckets)
+        every = None if importance is None else xp.reshape(importance, (-1,))
+        sums: Any = 0
+        shares: Any = 0
+        step = max(_PIECE, 2 * self.buckets)
+        for first in range(0, flat.shape[0], step):
+            own = flat[first : first + step]
+            index = xp.asarray(self._index(first, own.shape[0]))
+            weigh = xp.ones_like(own) if every is None else every[first : first + step]
+            # A sum of large weights has room in double precision only
+            sums = sums + xp.bincount(index, xp.asarray(weigh * own, dtype=xp.float64), 2 * self.buckets)
+            shares = shares + xp.bincount(index, xp.asarray(weigh, dtype=xp.float64), 2 * self.buckets)
         total = shares[: self.buckets] + shares[self.buckets :]
         mean = (sums[: self.buckets] - sums[self.buckets :]) / xp.where(total > 0, total, xp.ones_like(total))  # 0 / 1
         return {"values": xp.asarray(mean, dtype=flat.dtype)}

@@ -5,6 +5,7 @@ arXiv:1612.01543.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
-from deepthin.methods.lloyd import STARTS, centres_of, midpoints
+from deepthin.methods.lloyd import STARTS, centres_of, midpoints, symbols_of
 
 BITS = range(1, 9)
 
@@ -32,7 +33,11 @@ class KMeans:
         """Refuse invalid fields with ValueError."""
         sizes = (*self.shape, self.levels)
         fine = len(sizes) == 3 and all(type(size) is int and size > 0 for size in sizes) and type(self.seed) is int
-        if not fine or self.levels > min(1 << BITS[-1], math.prod(self.shape)) or self.start not in STARTS:
+        if (
+            not fine
+            or not min(2, math.prod(self.shape)) <= self.levels <= min(1 << BITS[-1], math.prod(self.shape))
+            or self.start not in STARTS
+        ):
             raise ValueError(f"KMeans cannot have {self.shape}, levels={self.levels!r}, {self.start!r}, {self.seed!r}.")
 
     @classmethod
@@ -122,6 +127,28 @@ class KMeans:
         """
         return self.levels
 
+    def decode_bytes(self, item_bytes: int) -> int:
+        """An index of 64 bits for each weight.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return (8 + item_bytes) * math.prod(self.shape)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest centre.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return largest["centres"]
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.
 
@@ -154,14 +181,12 @@ class KMeans:
         Returns:
             ``centres`` (levels, rising) and ``symbols``, rows x cols in int16.
         """
-        flat = np.asarray(xp.asarray(weight, dtype=xp.float64)).reshape(-1)
-        flat_importance = (
-            None if importance is None else np.asarray(xp.asarray(importance, dtype=xp.float64)).reshape(-1)
-        )
+        kind = xp.float64 if xp.finfo(weight.dtype).bits == 64 else xp.float32
+        flat = np.asarray(xp.asarray(weight, dtype=kind)).reshape(-1)
+        flat_importance = None if importance is None else np.asarray(importance).reshape(-1)
         centres = xp.asarray(centres_of(flat, self.levels, self.start, self.seed, flat_importance), dtype=weight.dtype)
-        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # distances to the stored centres
-        symbols = np.searchsorted(bounds, flat, side="right").reshape(self.shape)
-        return {"centres": centres, "symbols": xp.asarray(symbols.astype(np.int16))}
+        bounds = midpoints(np.asarray(xp.asarray(centres, dtype=xp.float64)))  # of the centres as they are stored
+        return {"centres": centres, "symbols": xp.asarray(symbols_of(flat, bounds).reshape(self.shape))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """One table look-up for each weight.

@@ -6,6 +6,7 @@ Kronecker products".
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.methods.leading import leading, tame
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,10 @@ class Kronecker:
         sizes = (*self.shape, *self.left, self.terms)
         if len(sizes) != 5 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"Kronecker needs positive integers, got {self.shape}, {self.left}, {self.terms}.")
+        if any(factor > side for factor, side in zip(self.left, self.shape, strict=True)):
+            raise ValueError(f"Kronecker cannot have a left factor of {self.left} in a matrix of {self.shape}.")
+        if self.terms > (most := min(math.prod(self.left), math.prod(self.right))):
+            raise ValueError(f"Kronecker has {most} terms at most with these factors, not {self.terms}.")
 
     @property
     def right(self) -> tuple[int, int]:
@@ -102,6 +108,29 @@ class Kronecker:
         """
         return {}
 
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The blocks of the matrix, as they are computed, as they lie in it, and cut to it.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        (r1, q1), (r2, q2) = self.left, self.right
+        return item_bytes * (3 * r1 * r2 * q1 * q2 + self.terms * (r1 * q1 + r2 * q2))
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The product of the largest entries of both factors, for each term.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return self.terms * largest["a"] * largest["b"]
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal factors of equal root mean square, such that the decoded weights have standard deviation ``std``.
 
@@ -133,6 +162,7 @@ class Kronecker:
             ``a``, terms x R1 x Q1, and ``b``, terms x R2 x Q2.
         """
         (r1, q1), (r2, q2) = self.left, self.right
+        weight, size = tame(weight, xp)  # each factor takes the root of what is divided out
         down, across = r1 * r2 - self.shape[0], q1 * q2 - self.shape[1]
         if down:
             weight = xp.concatenate([weight, xp.tile(xp.zeros_like(weight[:1]), (down, 1))])
@@ -140,13 +170,13 @@ class Kronecker:
             turned = weight.T
             weight = xp.concatenate([turned, xp.tile(xp.zeros_like(turned[:1]), (across, 1))]).T
         blocks = xp.moveaxis(xp.reshape(weight, (r1, r2, q1, q2)), (2,), (1,))
-        u, sigma, vt = xp.linalg.svd(xp.reshape(blocks, (r1 * q1, r2 * q2)), full_matrices=False)
-        root, terms = xp.sqrt(sigma[: self.terms]), self.terms
+        u, sigma, vt = leading(xp.reshape(blocks, (r1 * q1, r2 * q2)), self.terms, xp)
+        root, terms = xp.sqrt(sigma), self.terms
         balance = (math.prod(self.left) / math.prod(self.right)) ** 0.25
-        a = (root * balance)[:, None] * u.T[:terms]
+        a = (root * balance)[:, None] * u.T
         # A zero term keeps its b: with both factors at zero no gradient would reach it.
-        b = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt[:terms]
-        return {"a": xp.reshape(a, (terms, r1, q1)), "b": xp.reshape(b, (terms, r2, q2))}
+        b = (xp.where(root > 0, root, xp.ones_like(root)) / balance)[:, None] * vt
+        return {"a": xp.reshape(a * size, (terms, r1, q1)), "b": xp.reshape(b * size, (terms, r2, q2))}
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
         """The sum of Kronecker products: ``terms`` multiplications for each entry.

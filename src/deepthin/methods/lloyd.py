@@ -6,35 +6,37 @@ so that a round takes ``levels * log(count)`` steps.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int16, Int64, UInt
 
-from deepthin.coding.bits import permutation
+from deepthin.coding.bits import PIECE, permutation
 
 STARTS = ("linear", "density", "random")
-ROUNDS, PRICED_ROUNDS = 10_000, 100  # upper bounds
-_FEW = 64  # distinct importances, at most, that are searched one by one
-_FINENESS, _OCTAVES = 3, 20  # classes of importance: so many per doubling, and so many doublings
-_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # growth of lambda until the entropy is low enough, then bisections
+_PIECE = 1 << 15  # numbers that are widened at once, where there are many
+ROUNDS, PRICED_ROUNDS = 10_000, 100  # at most
+_FEW = 64  # different importance, at most, each of which is searched on its own
+_FINENESS, _OCTAVES = 3, 20  # classes of importance: so many for each doubling, and so many doublings
+_GROWTH, _MOST_GROWTHS, _NARROWING = 4.0, 30, 8  # of the price of a bit, until the entropy is low enough; and then
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers in rising order, and the weight of each one's squared error: its importance, 1 if ``unweighted``."""
+    """Numbers in rising order, each with the weight of its squared error: its importance, 1 for all if ``unweighted``.
 
-    values: Float64[np.ndarray, "count"]
-    importance: Float64[np.ndarray, "count"]
-    order: Int64[np.ndarray, "count"]  # index of each number in the input
+    They are held in the precision in which they were given, and computed with in double precision.
+    """
+
+    values: Float[np.ndarray, " count"]
+    importance: Float[np.ndarray, " count"]
+    order: UInt[np.ndarray, " count"] | None  # where each of them stands in what was given; None if ``unweighted``
     unweighted: bool
 
     @classmethod
-    def of(
-        cls, flat: Float64[np.ndarray, "count"], importance: Float64[np.ndarray, "count"] | None = None
-    ) -> "Numbers":
+    def of(cls, flat: Float[np.ndarray, " count"], importance: Float[np.ndarray, " count"] | None = None) -> "Numbers":
         """Sort the numbers.
 
         Args:
@@ -44,42 +46,54 @@ class Numbers:
         Returns:
             The sorted numbers; equal ones keep their order.
         """
-        order = np.argsort(flat, kind="stable")
-        unweighted = importance is None or not (importance > 0).any()
-        sorted_importance = np.ones(len(flat)) if importance is None or unweighted else importance[order]
-        return cls(flat[order], sorted_importance, order, unweighted)
+        if importance is None or not (importance > 0).any():
+            return cls(np.sort(flat, kind="stable"), np.broadcast_to(1.0, len(flat)), None, True)
+        order = np.argsort(flat, kind="stable").astype(np.uint32 if len(flat) >> 32 == 0 else np.uint64)
+        return cls(flat[order], importance[order], order, False)
 
     @cached_property
     def classes(self) -> "list[Numbers]":
         """The numbers of each distinct importance, ``order`` indexing into these; empty above 64 distinct ones."""
         if self.unweighted:
-            return [Numbers(self.values, self.importance, np.arange(len(self.values)), True)]
+            return [self]
         if len(different := np.unique(self.importance)) > _FEW:
             return []
         places = [np.flatnonzero(self.importance == value) for value in different]
-        return [Numbers(self.values[p], self.importance[p], p, True) for p in places]
+        return [Numbers(self.values[p], self.importance[p], p.astype(np.uint64), True) for p in places]
 
     def coarse(self) -> "Numbers":
-        """Replace importances that differ by less than about a quarter by the mean of their class.
+        """Merge importance that differ by less than about a quarter, each class by its mean.
 
         Returns:
-            The same numbers, with some 60 distinct importances at most; those below a millionth of the largest form
-            one class.
+            The same numbers, with at most some 60 distinct importance; those below a millionth of the largest are one
+            class.
         """
         top = float(self.importance.max())
         near = np.ones(len(self.importance))
         there = self.importance > 0
-        near[there] = np.round(_FINENESS * np.maximum(np.log2(self.importance[there] / top), -_OCTAVES))
-        _, class_of = np.unique(near, return_inverse=True)
-        means = np.bincount(class_of, self.importance) / np.bincount(class_of)
-        return Numbers(self.values, means[class_of], self.order, self.unweighted)
+        wide = self.importance[there].astype(np.float64)
+        near[there] = np.round(_FINENESS * np.maximum(np.log2(wide / top), -_OCTAVES))
+        _, own = np.unique(near, return_inverse=True)
+        means = np.bincount(own, self.importance) / np.bincount(own)
+        return Numbers(self.values, means[own], self.order, self.unweighted)
 
     @cached_property
-    def sums(self) -> Float64[np.ndarray, "2 ends"]:
-        """Cumulative sums, up to each index, of importance and of importance times values."""
-        return np.stack(
-            [np.concatenate([[0.0], np.cumsum(t)]) for t in (self.importance, self.importance * self.values)]
-        )
+    def _sums(self) -> tuple[Float64[np.ndarray, " ends"] | None, Float64[np.ndarray, " ends"]]:
+        """Cumulative sums, before each index, of importance (None where that counts) and of importance times values."""
+        counts = self.unweighted and self.importance[0] == 1
+        made = [np.zeros(len(self.values) + 1) for _ in range(1 if counts else 2)]
+        for own, values, importance in self.pieces():
+            for sums, terms in zip(made, (importance * values, importance), strict=False):
+                terms[0] += sums[own.start]
+                np.cumsum(terms, out=sums[own.start + 1 : own.start + 1 + len(terms)])
+        return None if counts else made[1], made[0]
+
+    def pieces(self) -> Iterator[tuple[slice, Float64[np.ndarray, " own"], Float64[np.ndarray, " own"]]]:
+        """Ranges of the numbers, with the values and importance there in double precision."""
+        size = PIECE if len(self.values) <= PIECE else _PIECE
+        for first in range(0, len(self.values), size):
+            own = slice(first, first + size)
+            yield own, self.values[own].astype(np.float64), self.importance[own].astype(np.float64)
 
     def ends(self, bounds: Float64[np.ndarray, "inner"]) -> Int64[np.ndarray, "ends"]:
         """The cells between bounds, as indices.
@@ -90,7 +104,7 @@ class Numbers:
         Returns:
             The first index of each cell, then the number of numbers.
         """
-        inner = np.searchsorted(self.values, bounds, side="left")
+        inner = np.searchsorted(self.values, _at_least(bounds, self.values.dtype), side="left")
         return np.concatenate([[0], inner, [len(self.values)]])
 
     def means(
@@ -100,7 +114,7 @@ class Numbers:
 
         Args:
             ends: Cell bounds, as ``ends`` returns them.
-            empty: For each cell, the value to use where its importance sums to 0.
+            empty: For each cell, the value to use where its importance sum to 0.
 
         Returns:
             The means, rising.
@@ -118,9 +132,11 @@ class Numbers:
             stops: Index after the last of each cell.
 
         Returns:
-            Importance, and importance times values, summed over each cell: 2 x cells.
+            The importance, and the importance times values, summed over each cell: 2 x cells.
         """
-        return self.sums[:, stops] - self.sums[:, starts]
+        mass, first = self._sums
+        many = (stops - starts).astype(np.float64) if mass is None else mass[stops] - mass[starts]
+        return np.stack([many, first[stops] - first[starts]])
 
     def error(self, centres: Float64[np.ndarray, "cells"]) -> float:
         """The weighted squared error.
@@ -131,17 +147,49 @@ class Numbers:
         Returns:
             The sum of importance times squared distances to the nearest centre.
         """
-        nearest = np.searchsorted(midpoints(centres), self.values, side="right")
-        return float(np.sum(self.importance * (self.values - centres[nearest]) ** 2))
+        nearest, total = _bounded(midpoints(centres)), 0.0
+        for _, values, importance in self.pieces():
+            total += float(np.sum(importance * (values - centres[nearest(values)]) ** 2))
+        return total
 
-    def distinct(self) -> Float64[np.ndarray, "distinct"]:
-        """The distinct values.
+    def distinct(self, most: int) -> Float64[np.ndarray, " distinct"] | None:
+        """The distinct values, if they are few.
+
+        Args:
+            most: How many there may be.
 
         Returns:
-            The values without repetitions, rising.
+            The values without repetitions, rising; None if there are more than ``most``.
         """
         new: np.ndarray = np.concatenate([[True], self.values[1:] > self.values[:-1]])
-        return self.values[new]
+        return None if np.count_nonzero(new) > most else self.values[new].astype(np.float64)
+
+
+def _at_least(bounds: Float64[np.ndarray, " inner"], kind: np.dtype) -> Float[np.ndarray, " inner"]:
+    """The least numbers of a type that are not below the bounds; to compare with them is to compare with the bounds."""
+    with np.errstate(over="ignore"):
+        near = bounds.astype(kind)
+    return np.where(near < bounds, np.nextafter(near, np.inf), near)
+
+
+def _bounded(bounds: Float64[np.ndarray, " inner"]) -> Callable[[Float[np.ndarray, " own"]], Int64[np.ndarray, " own"]]:
+    return lambda own: np.searchsorted(_at_least(bounds, own.dtype), own, side="right")
+
+
+def symbols_of(flat: Float[np.ndarray, " count"], bounds: Float64[np.ndarray, " inner"]) -> Int16[np.ndarray, " count"]:
+    """The cell of each number.
+
+    Args:
+        flat: The numbers.
+        bounds: Upper bounds of all cells but the last, rising; a number on a bound belongs to the upper cell.
+
+    Returns:
+        Indices of cells, from 0.
+    """
+    symbols, cell = np.empty(len(flat), np.int16), _bounded(bounds)
+    for first in range(0, len(flat), PIECE):
+        symbols[first : first + PIECE] = cell(flat[first : first + PIECE])
+    return symbols
 
 
 def midpoints(centres: Float64[np.ndarray, "cells"]) -> Float64[np.ndarray, "inner"]:
@@ -173,8 +221,8 @@ def first_centres(numbers: Numbers, levels: int, start: str, seed: int) -> Float
     if start == "linear":
         return np.linspace(float(values[0]), float(values[-1]), levels)
     if start == "density":
-        return values[(2 * np.arange(levels) + 1) * count // (2 * levels)]
-    return values[np.sort(permutation(seed, count)[np.arange(levels) % count])]
+        return values[(2 * np.arange(levels) + 1) * count // (2 * levels)].astype(np.float64)
+    return values[np.sort(permutation(seed, count)[np.arange(levels) % count])].astype(np.float64)
 
 
 def refined(
@@ -214,12 +262,12 @@ def _moved(
     Merging centres c and d of masses m and n raises the error by ``(c - d)^2 m n / (m + n)``.
     """
     full = np.diff(ends) > 0
-    starts, stops, means = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
-    middles = np.clip(np.searchsorted(numbers.values, means, side="left"), starts, stops)
+    starts, stops, own = ends[:-1][full], ends[1:][full], numbers.means(ends, centres)[full]
+    middles = np.clip(numbers.ends(own)[1:-1], starts, stops)
     below, above = numbers.masses(starts, middles), numbers.masses(middles, stops)
     gains, costs = _worth(below, above), _worth(*(numbers.masses(starts, stops)[:, part] for part in _NEIGHBOURS))
     splits, joins = np.argsort(-gains, kind="stable"), iter(np.argsort(costs, kind="stable").tolist())
-    spare, taken = len(centres) - len(means), set[int]()
+    spare, taken = len(centres) - len(own), set[int]()
     made, gone = list[float](), set[int]()
     for cell in splits.tolist()[: max(spare, len(centres) // 8, 1)]:
         if gains[cell] <= 0 or cell in taken:
@@ -232,15 +280,15 @@ def _moved(
                 break
             taken |= {pair, pair + 1}
             gone |= {pair, pair + 1}
-            mass, first = (numbers.sums[:, stops[pair + 1]] - numbers.sums[:, starts[pair]]).tolist()
-            made.append(first / mass if mass > 0 else float(means[pair]))
+            mass, first = numbers.masses(starts[pair : pair + 1], stops[pair + 1 : pair + 2])[:, 0].tolist()
+            made.append(first / mass if mass > 0 else float(own[pair]))
         taken.add(cell)
         gone.add(cell)
         made += [below[1, cell] / below[0, cell], above[1, cell] / above[0, cell]]
     if not made:
         return None
-    unchanged = [means[cell] for cell in range(len(means)) if cell not in gone]
-    return np.sort(np.concatenate([unchanged, made, centres[~full][:spare]]))
+    kept = [own[cell] for cell in range(len(own)) if cell not in gone]
+    return np.sort(np.concatenate([kept, made, centres[~full][:spare]]))
 
 
 _NEIGHBOURS = slice(None, -1), slice(1, None)
@@ -258,12 +306,13 @@ def centres_of(
     levels: int,
     start: str = "linear",
     seed: int = 0,
-    importance: Float64[np.ndarray, "count"] | None = None,
+    importance: Float[np.ndarray, " count"] | None = None,
+    plain: Numbers | None = None,
 ) -> Float64[np.ndarray, "levels"]:
     """K-means for scalars.
 
-    With ``importance``, the weighted algorithm starts at the unweighted solution, and the better of the two is
-    returned: from other starts it often ends at a larger error.
+    With ``importance``, the weighted algorithm starts at the unweighted solution, and the better of both is returned:
+    from other starts it often ends at a larger error.
 
     Args:
         flat: The numbers, finite.
@@ -271,13 +320,14 @@ def centres_of(
         start: ``"linear"``, ``"density"`` or ``"random"``, as for ``first_centres``.
         seed: Seed of a random start.
         importance: Weight of each squared error, >= 0; None weighs all equally.
+        plain: ``Numbers.of(flat)``, if it is there.
 
     Returns:
         The centres, rising. With at most ``levels`` distinct numbers these are the numbers, the last one repeated.
     """
-    plain = Numbers.of(flat)
-    if len(values := plain.distinct()) <= levels:
-        return np.concatenate([values, np.full(levels - len(values), values[-1])])
+    plain = plain or Numbers.of(flat)
+    if (found := plain.distinct(levels)) is not None:
+        return np.concatenate([found, np.full(levels - len(found), found[-1])])
     centres = refined(plain, first_centres(plain, levels, start, seed))
     weighted = plain if importance is None else Numbers.of(flat, importance)
     if weighted.unweighted:
@@ -294,11 +344,11 @@ class Cells:
 
     centres: Float64[np.ndarray, "cells"]
     counts: Int64[np.ndarray, "cells"]
-    assign: Callable[[], Int64[np.ndarray, "count"]]
-    price: float = 0.0  # lambda with which the cells were found
+    assign: Callable[[], Int16[np.ndarray, " count"]]
+    price: float = 0.0  # of a bit, at which they were found
 
     @cached_property
-    def symbols(self) -> Int64[np.ndarray, "count"]:
+    def symbols(self) -> Int16[np.ndarray, " count"]:
         """The cell of each number, in sorted order."""
         return self.assign()
 
@@ -311,7 +361,7 @@ class Cells:
         return entropy_bits(self.counts)
 
     def lengths(self, price: float) -> Float64[np.ndarray, "cells"]:
-        """The cost of each cell's code.
+        """What the code of a number adds to its cost, by cell.
 
         Args:
             price: Lambda: squared error per bit, >= 0.
@@ -330,7 +380,12 @@ class Cells:
         Returns:
             The sum of importance times squared distances, each number to the centre of its cell.
         """
-        return float(np.sum(numbers.importance * (numbers.values - self.centres[self.symbols]) ** 2))
+        ends, total = np.cumsum(self.counts), 0.0
+        for own, values, importance in numbers.pieces():
+            places: np.ndarray = own.start + np.arange(len(values))  # cells are ranges where numbers are unweighted
+            cells = np.searchsorted(ends, places, side="right") if numbers.unweighted else self.symbols[own]
+            total += float(np.sum(importance * (values - self.centres[cells]) ** 2))
+        return total
 
     def centred(self, numbers: Numbers) -> "Cells":
         """Recompute the centres for other weights.
@@ -342,7 +397,7 @@ class Cells:
             The same cells, with the weighted means as centres.
         """
         mass = np.bincount(self.symbols, numbers.importance, len(self.counts))
-        first = np.bincount(self.symbols, numbers.importance * numbers.values, len(self.counts))
+        first = np.bincount(self.symbols, numbers.importance.astype(np.float64) * numbers.values, len(self.counts))
         return replace(self, centres=_means(mass, first, self.centres))
 
 
@@ -369,8 +424,8 @@ def entropy_bits(counts: Int64[np.ndarray, "symbols"]) -> float:
 def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]) -> Cells:
     """Assign each number to the centre where importance times squared distance plus code length is least.
 
-    Takes ``levels * log(count)`` steps for each distinct importance; with more than 64 distinct ones, ``levels``
-    passes over the numbers.
+    Takes ``levels * log(count)`` steps for each distinct importance; with more than 64 of these, ``levels`` passes over
+    the numbers.
 
     Args:
         numbers: The numbers.
@@ -383,27 +438,27 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
     if not numbers.classes:
         return _cells_by_passes(numbers, centres, lengths)
     counts, sums = np.zeros(len(centres), np.int64), np.zeros((2, len(centres)))
-    partitions: list[tuple[Numbers, np.ndarray, np.ndarray]] = []
-    for part in numbers.classes:
-        importance = float(part.importance[0])
+    found: list[tuple[Numbers, np.ndarray, np.ndarray]] = []
+    for own in numbers.classes:
+        importance = float(own.importance[0])
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            scaled_lengths = lengths / importance
-        if np.isfinite(scaled_lengths).all():
-            live, bounds = _hull(centres, scaled_lengths)
-        else:  # importance 0, or nearly: only the code length counts
+            own_lengths = lengths / importance
+        if np.isfinite(own_lengths).all():
+            live, bounds = _hull(centres, own_lengths)
+        else:  # no distance counts
             live, bounds = np.array([int(lengths.argmin())], np.int64), np.empty(0)
-        ends = part.ends(bounds)
+        ends = own.ends(bounds)
         many = ends[1:] - ends[:-1]
         counts[live] += many
-        sums[:, live] += part.masses(ends[:-1], ends[1:])
-        partitions.append((part, live, many))
+        sums[:, live] += own.masses(ends[:-1], ends[1:])
+        found.append((own, live, many))
     full = counts > 0
     names = np.cumsum(full) - 1
 
-    def assign() -> Int64[np.ndarray, "count"]:
-        symbols = np.empty(len(numbers.values), np.int64)
-        for part, live, many in partitions:
-            symbols[part.order] = np.repeat(names[live], many)
+    def assign() -> Int16[np.ndarray, " count"]:
+        symbols = np.empty(len(numbers.values), np.int16)
+        for own, live, many in found:
+            symbols[slice(None) if own.order is None else own.order] = np.repeat(names[live].astype(np.int16), many)
         return symbols
 
     return Cells(_means(sums[0], sums[1], centres)[full], counts[full], assign)
@@ -412,14 +467,14 @@ def cells_of(numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: 
 def _cells_by_passes(
     numbers: Numbers, centres: Float64[np.ndarray, "levels"], lengths: Float64[np.ndarray, "levels"]
 ) -> Cells:
-    symbols, least = np.zeros(len(numbers.values), np.int64), np.full(len(numbers.values), math.inf)
+    symbols, least = np.zeros(len(numbers.values), np.int16), np.full(len(numbers.values), math.inf)
     for cell, (centre, length) in enumerate(zip(centres, lengths, strict=True)):
         cost = numbers.importance * (numbers.values - centre) ** 2 + length
         better = cost < least
         symbols[better], least[better] = cell, cost[better]
     counts = np.bincount(symbols, minlength=len(centres))
     full = counts > 0
-    names = (np.cumsum(full) - 1)[symbols]
+    names = (np.cumsum(full) - 1).astype(np.int16)[symbols]
     return Cells(centres[full], counts[full], lambda: names).centred(numbers)
 
 
@@ -436,7 +491,7 @@ def _hull(
     heights = centres**2 + lengths
     order = np.lexsort((heights, centres))
     rising = centres[order]
-    order = order[np.concatenate([_FIRST, rising[1:] > rising[:-1]])]  # the cheapest of equal centres
+    order = order[np.concatenate([_FIRST, rising[1:] > rising[:-1]])]  # of equal centres the cheapest
     live: list[int] = []
     bounds: list[float] = []
     slopes, levels = centres.tolist(), heights.tolist()
@@ -467,30 +522,30 @@ def settled(numbers: Numbers, cells: Cells, price: float, rounds: int = PRICED_R
         The partition; it may have fewer cells.
     """
     for _ in range(rounds):
-        updated = cells_of(numbers, cells.centres, cells.lengths(price))
-        same = len(updated.counts) == len(cells.counts) and (updated.counts == cells.counts).all()
-        if same and (updated.centres == cells.centres).all():
-            return replace(updated, price=price)
-        cells = updated
+        found = cells_of(numbers, cells.centres, cells.lengths(price))
+        same = len(found.counts) == len(cells.counts) and (found.counts == cells.counts).all()
+        if same and (found.centres == cells.centres).all():
+            return replace(found, price=price)
+        cells = found
     return replace(cells, price=price)
 
 
 Fits = Callable[[Int64[np.ndarray, "cells"]], bool]
-"""Whether symbols with these counts fit the upper bound on their bytes."""
+"""Whether symbols that are there so often can be stored in the room that there is."""
 
 
 def within(
-    flat: Float64[np.ndarray, "count"],
+    flat: Float[np.ndarray, " count"],
     levels: int,
     fits: Fits,
-    importance: Float64[np.ndarray, "count"] | None = None,
-) -> tuple[Float64[np.ndarray, "live"], Int64[np.ndarray, "count"]]:
+    importance: Float[np.ndarray, " count"] | None = None,
+) -> tuple[Float64[np.ndarray, " live"], Int16[np.ndarray, " count"]]:
     """Entropy-coded scalar quantisation: centres and symbols of small error whose coded symbols fit.
 
     Choi, El-Khamy and Lee, 2017, arXiv:1612.01543. Starts from k-means with ``levels`` centres, with each smaller power
     of two, and with each number below eight, until one fits without lambda: entropy coding alone never drops equally
     likely cells. The result is thus at most as bad as that k-means. With more than 64 distinct importances the search
-    uses classes of them, and the final assignment the exact ones.
+    uses classes of importance, and the final assignment the importances themselves.
 
     Args:
         flat: The numbers, finite.
@@ -501,20 +556,24 @@ def within(
     Returns:
         The centres that are used, and the index of a centre for each number, in the order of ``flat``.
     """
-    numbers, candidates = Numbers.of(flat, importance), list[Cells]()
+    numbers, found = Numbers.of(flat, importance), list[Cells]()
     searched = numbers if numbers.classes else numbers.coarse()
     while levels:
-        centres = np.unique(centres_of(flat, levels, importance=importance))
+        centres = np.unique(
+            centres_of(flat, levels, importance=importance, plain=numbers if numbers.unweighted else None)
+        )
         start = cells_of(searched, centres, np.zeros(len(centres)))
-        candidates += [start] if fits(start.counts) else _priced(searched, start, fits)
+        found += [start] if fits(start.counts) else _priced(searched, start, fits)
         levels = 0 if fits(start.counts) else levels - 1 if levels <= 8 else 1 << ((levels - 1).bit_length() - 1)
     if searched is not numbers:
-        candidates = [cells.centred(numbers) for cells in candidates]
-    best = min(candidates, key=lambda cells: cells.error(numbers))
+        found = [cells.centred(numbers) for cells in found]
+    best = min(found, key=lambda cells: cells.error(numbers))
     if searched is not numbers:
         exact = cells_of(numbers, best.centres, best.lengths(best.price))
         best = min((c for c in (exact, best) if fits(c.counts)), key=lambda cells: cells.error(numbers))
-    symbols = np.empty(len(flat), np.int64)
+    if numbers.order is None:
+        return best.centres, symbols_of(flat, numbers.values[np.cumsum(best.counts)[:-1]].astype(np.float64))
+    symbols = np.empty(len(flat), np.int16)
     symbols[numbers.order] = best.symbols
     return best.centres, symbols
 
@@ -524,22 +583,23 @@ def _priced(numbers: Numbers, start: Cells, fits: Fits) -> list[Cells]:
 
     Each search starts from the result of a lower lambda, from which cells can only be lost.
     """
-    mean = float(np.average(numbers.values, weights=numbers.importance))
-    low, below = start, 0.0
-    price = 1e-6 * float(np.mean(numbers.importance * (numbers.values - mean) ** 2))
-    cells = settled(numbers, low, price)
+    sums = np.sum([[np.sum(values * importance), np.sum(importance)] for _, values, importance in numbers.pieces()], 0)
+    mean, low, below = float(sums[0] / sums[1]), start, 0.0
+    spread = math.fsum(float(np.sum(importance * (values - mean) ** 2)) for _, values, importance in numbers.pieces())
+    price = 1e-6 * spread / len(numbers.values)
+    found = settled(numbers, low, price)
     for _ in range(_MOST_GROWTHS):
-        if fits(cells.counts):
+        if fits(found.counts):
             break
-        low, below, price = cells, price, price * _GROWTH
-        cells = settled(numbers, low, price)
-    fitting = [cells] if fits(cells.counts) else []
+        low, below, price = found, price, price * _GROWTH
+        found = settled(numbers, low, price)
+    fitting = [found] if fits(found.counts) else []
     for _ in range(_NARROWING if fitting else 0):
         middle = math.sqrt(below * price) if below else price / _GROWTH
-        cells = settled(numbers, low, middle)
-        if fits(cells.counts):
+        found = settled(numbers, low, middle)
+        if fits(found.counts):
             price = middle
-            fitting.append(cells)
+            fitting.append(found)
         else:
-            low, below = cells, middle
+            low, below = found, middle
     return fitting

@@ -6,17 +6,19 @@ al., 2017, arXiv:1612.00694, section 3.1).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 INDEXES = ("gaps", "csr")
+_USUAL = 16  # binary orders of magnitude of weights and importance whose products are taken as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,28 @@ class Pruned:
         """
         return replace(self, kept=kept)
 
+    def decode_bytes(self, item_bytes: int) -> int:
+        """Zeros for all weights, made once and repeated.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return 2 * item_bytes * math.prod(self.shape)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest value.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return largest["values"]
+
     def init(self, rng: Generator, std: float) -> Code:
         """Random positions; values with ``rows * cols / kept`` times the variance, so that the weights have ``std``.
 
@@ -171,14 +195,14 @@ class Pruned:
             ``values`` and ``positions``, strictly increasing, in the flattened matrix.
         """
         flat = xp.reshape(weight, (-1,))
-        size = abs(flat) if importance is None else xp.reshape(importance, (-1,)) * flat * flat
-        rows = xp.reshape(size, self.shape)
-        chosen: list[Any] = []
+        host: Any = np.asarray(flat)
+        size: Any = abs(host) if importance is None else _damage(host, np.asarray(importance))
+        rows, chosen = size.reshape(self.shape), list[Any]()
         for first, _, stored in self._elements():
-            largest = xp.argsort(-xp.reshape(rows[first :: self.balance], (-1,)), stable=True)[:stored]
+            largest = _largest(rows[first :: self.balance].reshape(-1), stored)
             chosen.append(_place(largest, first, self.balance, self.shape[1]))
-        places = xp.concatenate(chosen)
-        positions = xp.take(places, xp.argsort(places))
+        positions = chosen[0] if len(chosen) == 1 else np.sort(np.concatenate(chosen))
+        positions = xp.asarray(positions)
         return {"values": xp.take(flat, positions), "positions": positions}
 
     def _elements(self) -> list[tuple[int, int, int]]:
@@ -219,6 +243,27 @@ class Pruned:
         flat = xp.tile(xp.zeros_like(code["values"][:1]), (math.prod(self.shape),))
         flat[code["positions"]] = code["values"]
         return xp.reshape(flat, self.shape)
+
+
+def _largest(size: Float[np.ndarray, " count"], kept: int) -> Int64[np.ndarray, " kept"]:
+    """The positions of so many largest entries, rising; of equal ones the first."""
+    if kept == 0:
+        return np.empty(0, np.int64)
+    least = np.partition(size, len(size) - kept)[len(size) - kept]
+    above = size > least
+    above[np.flatnonzero(size == least)[: kept - int(np.count_nonzero(above))]] = True
+    return np.flatnonzero(above)
+
+
+def _damage(
+    flat: Float[np.ndarray, " count"], importance: Float[np.ndarray, "rows cols"]
+) -> Float[np.ndarray, " count"]:
+    """``importance * w^2``; in double precision, and up to a factor, where it could overflow or vanish."""
+    own = importance.reshape(-1)
+    exponents = [math.frexp(max(float(a.max()), -float(a.min())))[1] for a in (flat, own)]
+    if max(map(abs, exponents)) > _USUAL:
+        own, flat = (a.astype(np.float64) / 2.0**e for a, e in zip((own, flat), exponents[::-1], strict=True))
+    return own * flat * flat
 
 
 def _place(flat: Any, first: int, balance: int, cols: int) -> Any:

@@ -5,6 +5,7 @@ row.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,28 @@ class Uniform:
 
     def table_levels(self) -> None:
         """None: symbols are multiplied by the step."""
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The symbols as floats, and their products.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return 3 * item_bytes * math.prod(self.shape)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest symbol times the largest step; if affine, plus the least value.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return self.top() * largest["step"] + largest.get("least", 0.0)
 
     def init(self, rng: Generator, std: float) -> Code:
         """Normal weights, encoded, then scaled to a root mean square of exactly ``std``.

@@ -5,6 +5,7 @@ Novikov, Podoprikhin, Osokin and Vetrov, 2015, "Tensorizing neural networks"; co
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.methods.leading import leading, tame
 
 ORDERS = (2, 3, 4)
 
@@ -40,6 +42,11 @@ class TensorTrain:
             raise ValueError(f"TensorTrain cannot have {self.shape}, {self.rows}, {self.cols}, rank {self.rank}.")
         if any(math.prod(f) < d for f, d in zip((self.rows, self.cols), self.shape, strict=True)):
             raise ValueError(f"{self.rows} and {self.cols} are too small for a matrix of {self.shape}.")
+        if any(math.prod(f) >= 2 * d for f, d in zip((self.rows, self.cols), self.shape, strict=True)):
+            raise ValueError(f"{self.rows} and {self.cols} are too large for a matrix of {self.shape}.")
+        sides, half = [r * q for r, q in zip(self.rows, self.cols, strict=True)], len(self.rows) // 2
+        if self.rank > (most := max(math.prod(sides[:half]), math.prod(sides[half:]))):
+            raise ValueError(f"TensorTrain has a rank of {most} at most with these factors, not {self.rank}.")
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -124,6 +131,30 @@ class TensorTrain:
         """
         return {}
 
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The products of the first cores, two at a time, or the whole, its copy in another order, and that cut.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        sides = [r * q for r, q in zip(self.rows, self.cols, strict=True)]
+        products = [math.prod(sides[: k + 1]) * rank for k, rank in enumerate(self.ranks[1:])]
+        return 3 * item_bytes * max(products)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The product of the largest entries of the cores, times the inner ranks.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        return math.prod((*self.ranks, *(largest[core] for core in self.code_shapes())))
+
     def init(self, rng: Generator, std: float) -> Code:
         """Normal cores of equal root mean square, such that the decoded weights have standard deviation ``std``.
 
@@ -153,6 +184,7 @@ class TensorTrain:
         Returns:
             ``core0`` to ``core{d-1}``, scaled to equal root mean squares unless the weight is zero.
         """
+        weight, root = tame(weight, xp)
         down, across = math.prod(self.rows) - self.shape[0], math.prod(self.cols) - self.shape[1]
         if down:
             weight = xp.concatenate([weight, xp.tile(xp.zeros_like(weight[:1]), (down, 1))])
@@ -168,14 +200,14 @@ class TensorTrain:
         code: Code = {}
         for k in range(order - 1):
             rest = xp.reshape(rest, (ranks[k] * self.rows[k] * self.cols[k], -1))
-            u, sigma, vt = xp.linalg.svd(rest, full_matrices=False)
-            code[f"core{k}"] = xp.reshape(u[:, : ranks[k + 1]], self.code_shapes()[f"core{k}"])
-            rest = sigma[: ranks[k + 1], None] * vt[: ranks[k + 1]]
+            u, sigma, vt = leading(rest, ranks[k + 1], xp)
+            code[f"core{k}"] = xp.reshape(u, self.code_shapes()[f"core{k}"])
+            rest = sigma[:, None] * vt
         last = f"core{order - 1}"
         code[last] = xp.reshape(rest, self.code_shapes()[last])
         # Equal norms of all cores, so that one learning rate suits them; a last core of zeros is left as it is.
         size = {entry: xp.sqrt((a * a).mean()) for entry, a in code.items()}
-        whole = math.prod(float(s) for s in size.values()) ** (1 / order)
+        whole = math.prod(float(s) for s in size.values()) ** (1 / order) * root ** (2 / order)
         return {entry: a * (whole / size[entry]) for entry, a in code.items()} if whole > 0 else code
 
     def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:

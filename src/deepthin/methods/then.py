@@ -11,7 +11,19 @@ from numpy.random import Generator
 
 from deepthin import method as base
 from deepthin.errors import BudgetError
-from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, Separable, Trains, as_matrix
+from deepthin.method import (
+    FLOAT_BITS,
+    Array,
+    Bounded,
+    Code,
+    Drifting,
+    Integers,
+    Method,
+    Namespace,
+    Separable,
+    Trains,
+    as_matrix,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +133,33 @@ class Then:
             Entry name -> NumPy array; empty if there is none.
         """
         return self.outer.derived() | {f"{e}_{k}": a for e, method in self.inner for k, a in method.derived().items()}
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """What both methods take; of a method that does not say, 128 bytes for each number.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        both = (self.outer, *(method for _, method in self.inner))
+        return sum(m.decode_bytes(item_bytes) if isinstance(m, Bounded) else 128 * math.prod(m.shape) for m in both)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """That of the outer method, for the largest floats of the inner ones; infinity where one does not say.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every weight.
+        """
+        floats: dict[str, float] = {}
+        for entry, method in self.inner:
+            own = {key: largest[f"{entry}_{key}"] for key in method.code_shapes() if f"{entry}_{key}" in largest}
+            floats[entry] = method.largest_weight(own) if isinstance(method, Bounded) else math.inf
+        return self.outer.largest_weight(floats) if isinstance(self.outer, Bounded) else math.inf
 
     def init(self, rng: Generator, std: float) -> Code:
         """The outer method's random code, encoded.

@@ -27,25 +27,19 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
         The configuration. Without ``[rules]``, one rule stores every matrix by ``deepthin``.
 
     Raises:
-        ConfigError: The file is missing, cannot be read, or is not TOML; or ``source``, a key, method or value is
-            invalid. The message names the closest valid key or method.
+        ConfigError: The file is missing or is not TOML; or a key, method or value is invalid. The message names the
+            closest valid key or method.
     """
     if isinstance(source, Rules):
         return source
     if isinstance(source, str | Path):
-        try:
-            source = tomllib.loads(Path(source).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"There is no configuration file {str(source)!r}.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source} is not valid TOML: {error}.") from None
-        except (OSError, ValueError, RecursionError) as error:  # a folder, say, or a name with a null character
-            raise ConfigError(f"The configuration file {str(source)!r} cannot be read: {error}.") from None
-    if not isinstance(cast(object, source), Mapping):
+        source = _read(Path(source))
+    if not isinstance(source, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] -- what users give
         raise ConfigError(
-            f"The configuration is {source!r}: give a mapping such as {{'model': {{'ratio': 0.01}}}}, the path of a "
-            "TOML file, or Rules."
+            f"The configuration is {type(source).__name__}: give a mapping such as {{'model': {{'ratio': 0.02}}}}, the "
+            "path of a TOML file, or Rules."
         )
+    _check_whole_numbers(source, "the configuration")
     _check_keys(source, ("model", "rules", "stages"), "the configuration")
     model = _table(source, "model")
     _check_keys(model, _MODEL_KEYS, "[model]")
@@ -60,6 +54,29 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
     stages = _parse_stages(_table(source, "stages")) if "stages" in source else None
     allocation = _parse_allocation(model.get("allocation", "flat"))
     return Rules(rules or (Rule("*"),), ratio, file_bytes, tuple(cast(list[str], ignore)), allocation, stages)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no configuration file {str(path)!r}.") from None
+    except OSError as error:
+        raise ConfigError(f"The configuration file {str(path)!r} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:  # also a path with a null byte, and numbers of too many digits
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+
+
+def _check_whole_numbers(value: Any, where: str, depth: int = 8) -> None:
+    """ConfigError for whole numbers that nothing can be as large as, wherever they are; floats hold no such ones."""
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(f"{where}: a whole number of {value.bit_length()} bits is too large: stay below 2**63.")
+    if isinstance(value, Mapping) and depth:
+        for key, entry in cast(Mapping[object, Any], value).items():
+            _check_whole_numbers(entry, f"{where}, {key}", depth - 1)
+    if isinstance(value, list | tuple) and depth:
+        for entry in cast(Sequence[Any], value):
+            _check_whole_numbers(entry, where, depth - 1)
 
 
 def _parse_allocation(allocation: Any) -> float | None:
@@ -95,10 +112,10 @@ def _parse_stages(table: Mapping[str, Any]) -> Stages:
     return Stages((float(pair[0]), float(pair[1])), float(quantize), every, importance, multiplier)
 
 
-def _parse_rule(pattern: str, table: Any) -> Rule:
+def _parse_rule(pattern: Any, table: Any) -> Rule:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"[rules] has the key {pattern!r}: patterns are texts, such as 'fc1*'.")
     where = f'[rules."{pattern}"]'
-    if not isinstance(cast(object, pattern), str):
-        raise ConfigError(f"{where} is not a pattern: write the name of a layer or tensor as a string.")
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} must be a table such as {{ method = 'deepthin', ratio = 0.01 }}, not {table!r}.")
     matcher(pattern)

@@ -82,7 +82,9 @@ class Unit:
         named = METHODS[self.rule.method]
         options = dict(self.rule.options)
         if "seed" in named.preset:
-            options.setdefault("seed", zlib.crc32(self.name.encode()))  # no two matrices share a table
+            options.setdefault(
+                "seed", zlib.crc32(self.name.encode(errors="surrogatepass"))
+            )  # no two matrices share a table
         then = self.rule.then
 
         def outer(bits: int) -> Method:
@@ -241,11 +243,15 @@ def split_units(
     units = units_of(rules.match(tensors))
     methods: dict[str, Method | None] = {}
     shared: list[Unit] = []
+    failed: list[tuple[Unit, BudgetError]] = []
     for unit in units:
         if unit.rule.method == DENSE or unit.dense_bits == 0:
             methods[unit.name] = None
         elif unit.rule.own_target:
-            methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
+            try:
+                methods[unit.name] = unit.fit(unit.rule.max_bits(unit.dense_bits))
+            except BudgetError as error:
+                failed.append((unit, error))
         elif rules.ratio is None and rules.file_bytes is None and not limited:
             pattern = unit.rule.pattern
             raise ConfigError(
@@ -255,7 +261,23 @@ def split_units(
             shared.append(unit)
         else:
             methods[unit.name] = None
+    if failed:
+        raise _smallest_of_all(failed)
     return units, methods, shared
+
+
+def _smallest_of_all(failed: Sequence[tuple[Unit, BudgetError]]) -> BudgetError:
+    """One error for all matrices that their rules' targets are too small for: with what it names, none fails again."""
+    unit, worst = max(failed, key=lambda pair: pair[1].smallest_bits / pair[0].dense_bits)
+    bits, ratio = max(error.smallest_bits for _, error in failed), worst.smallest_bits / unit.dense_bits
+    message = str(worst)
+    if len(failed) > 1 or len(unit.tensors) > 1 or unit.rule.then:
+        way = f"ratio >= {round_up(ratio)}" if ratio <= 1 else "method = 'dense'"
+        message += (
+            f" All {len(failed)} matrices whose own targets are too small can be stored with {way}, or with bytes >= "
+            f"{-(-bits // 8)}."
+        )
+    return BudgetError(message, smallest_bits=bits, smallest_ratio=ratio)
 
 
 def shared_budget(

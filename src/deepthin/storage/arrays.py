@@ -5,6 +5,7 @@ docs/format.md is normative for the codings. Bytes that are read are untrusted: 
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -98,8 +99,23 @@ class Raw:
 
     @property
     def data(self) -> Buffer:
-        """All bytes at once."""
-        return self.source if isinstance(self.source, Buffer) else b"".join(self.pieces())
+        """All bytes at once: where they lie, or else a copy, which may be written to."""
+        if isinstance(self.source, Buffer):
+            return self.source
+        copy, at = bytearray(self.bytes), 0
+        for piece in self.pieces():
+            copy[at : at + len(piece)] = piece
+            at += len(piece)
+        return copy
+
+    def checksum(self) -> int:
+        """CRC-32 of the bytes, piece by piece; of a file's tensor, that which was computed when it was checked."""
+        if (known := getattr(self.source, "checksum", None)) is not None:
+            return known
+        value = 0
+        for piece in self.pieces():
+            value = zlib.crc32(piece, value)
+        return value
 
     def pieces(self) -> Iterator[Buffer]:
         """The bytes, one piece after the other.
@@ -119,6 +135,35 @@ class Raw:
             wide = np.frombuffer(self.data, "<u2").astype("<u4") << np.uint32(16)
             return wide.view("<f4").reshape(self.shape)
         return np.frombuffer(self.data, _NUMPY[self.dtype]).reshape(self.shape)
+
+
+def fits(raw: Raw) -> bool:
+    """Whether the bytes have the shape and the type that are declared, which NumPy can hold."""
+    if raw.bytes != ITEM_BYTES[raw.dtype] * math.prod(raw.shape):
+        return False
+    try:
+        np.broadcast_to(np.zeros((), "<u2" if raw.dtype == "BF16" else _NUMPY[raw.dtype]), raw.shape)
+    except ValueError:
+        return False
+    return True
+
+
+def largest(raw: Raw) -> float:
+    """The largest magnitude of floating numbers, piece by piece: NaN if one is; 0 for numbers of other types."""
+    if raw.dtype not in (*FLOATS, "C64") or not raw.bytes:
+        return 0.0
+    kind, magnitude = _NUMPY.get(raw.dtype, "<u2").replace("c8", "f4"), 0.0
+    for buffer in raw.pieces():
+        numbers = np.frombuffer(buffer, kind)
+        for first in range(0, len(numbers), PIECE_BYTES // 8):
+            piece = numbers[first : first + PIECE_BYTES // 8]
+            if raw.dtype == "BF16":
+                piece = (piece.astype("<u4") << np.uint32(16)).view("<f4")
+            most = float(max(piece.max(), -piece.min()))
+            if not math.isfinite(most):
+                return most
+            magnitude = max(magnitude, most)
+    return magnitude
 
 
 def dtype_name(dtype: np.dtype) -> str:
@@ -173,7 +218,8 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
     Returns:
         The bytes as a tensor of type U8, and the coding.
     """
-    flat = values.reshape(-1).astype(np.int64) - kind.least
+    flat = values.reshape(-1).astype(np.int64 if kind.rising or kind.count > 1 << 30 else np.int32)
+    flat -= kind.least
     width = width_of(kind.count)
     sizes: dict[Coding, int | None] = {("packed", width): packed_bytes(len(flat), width)}
     if kind.rising:
@@ -186,7 +232,7 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
         narrow = best_gap_width(flat)
         sizes["gaps", narrow] = len(pack_gaps(flat, narrow))
     else:
-        sizes["huffman", width] = huffman.coded_bytes(np.bincount(flat), width)
+        sizes["huffman", width] = huffman.coded_bytes(huffman.counts_of(flat), width)
     known = {coding: size for coding, size in sizes.items() if size is not None}
     most = kind.bytes(len(flat))
     way, width = min(known, key=lambda coding: (known[coding] > most, known[coding] + len(json.dumps(coding))))

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -41,13 +42,18 @@ def stream_atomically(path: str | Path, pieces: Iterable[Buffer]) -> None:
     Raises:
         OSError: The file cannot be written; the error names the path, and the old file is unchanged.
     """
-    path = Path(path).resolve()
+    try:
+        path = Path(path).resolve()
+    except RuntimeError:  # of Python before 3.13; later ones raise when they open it
+        raise OSError(errno.ELOOP, f"could not write: {os.strerror(errno.ELOOP)}", str(path)) from None
+    except ValueError:
+        raise ValueError(f"{str(path)!r} is no name of a file: it has a null byte.") from None
     try:
         if path.exists() and not path.is_file():
             with path.open("wb") as file:
                 file.writelines(_joined(pieces))
             return
-        prefix = f".deepthin-{zlib.crc32(path.name.encode()):08x}-"
+        prefix = f".deepthin-{zlib.crc32(os.fsencode(path.name)):08x}-"
         for stale in path.parent.glob(f"{prefix}*.tmp"):
             with contextlib.suppress(FileNotFoundError):  # another process may clean up at the same time
                 if time.time() - stale.stat().st_mtime > _STALE_SECONDS:

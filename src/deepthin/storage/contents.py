@@ -10,7 +10,17 @@ from typing import Any, cast
 import numpy as np
 
 from deepthin.method import Method, Namespace
-from deepthin.storage.arrays import ITEM_BYTES, LONGEST_NAME, Coding, Raw, check_integers, packed, without_repeats
+from deepthin.storage.arrays import (
+    ITEM_BYTES,
+    LONGEST_NAME,
+    Coding,
+    Raw,
+    check_integers,
+    largest,
+    packed,
+    without_repeats,
+)
+from deepthin.storage.budget import largest_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,7 @@ class Thin:
     parts: Mapping[str, Part]  # by the tensor's name, in order
     code: Mapping[str, Raw]  # integers as they are, not packed
     planned: bool = False  # whether there is no code yet: integers are then so many bytes, the most that they can take
+    read: Stored | None = field(default=None, compare=False)  # of a file: the entries as they are in it
 
     @classmethod
     def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":
@@ -91,6 +102,8 @@ class Thin:
     def stored(self) -> Stored:
         """Every entry as the file has it. Integers are coded once, when this is first asked for."""
         integers = self.method.integers()
+        if self.read is not None:
+            return self.read
         if self.planned:
             return {entry: (raw, LONGEST_NAME if entry in integers else None) for entry, raw in self.code.items()}
         return {
@@ -113,6 +126,15 @@ class Thin:
         """Bytes of one float of the code."""
         integers = self.method.integers()
         return ITEM_BYTES[next(raw.dtype for entry, raw in self.code.items() if entry not in integers)]
+
+    def surely_within(self, limit: float) -> bool:
+        """Whether all weights are finite and at most ``limit``, however they are computed; False if unsure."""
+        most = {entry: largest(raw) for entry, raw in self.code.items()}  # 0 for integers
+        kind = np.float64 if self.item_bytes == 8 else np.float32
+        scale = max(1.0, *(part.scale for part in self.parts.values()))
+        return 2 * max(*most.values(), scale * largest_weight(self.method, most)) < min(
+            limit, float(np.finfo(kind).max)
+        )
 
     def decode(self) -> dict[str, np.ndarray]:
         """Decode the tensors of the matrix with NumPy; codes in half precision are decoded in float32.

@@ -24,6 +24,14 @@ class Parted(Protocol):
 Matrix = TypeVar("Matrix", bound=Parted)
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def contents_of(
     thin: Mapping[str, tuple[Matrix, int]],
     dense: Mapping[str, tuple[Hashable, Raw]],
@@ -41,7 +49,11 @@ def contents_of(
 
     Raises:
         ConfigError: Only some of the tensors that share a code are in the model.
+        ValueError: A name is not valid UTF-8.
     """
+    for name in (*thin, *dense):
+        if not _is_text(name):
+            raise ValueError(f"The name {name!r} is no UTF-8 text, which a file's names must be: rename the module.")
     aliases: dict[str, str] = {}
     matrices: dict[int, Matrix] = {}
     names: dict[int, dict[int, str]] = {}  # names of each matrix's tensors

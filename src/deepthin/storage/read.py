@@ -1,9 +1,12 @@
 """Bytes to contents. Reading trusts nothing: FormatError comes before anything large is allocated (docs/format.md)."""
 
+import collections
 import json
 import math
+import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +14,21 @@ import numpy as np
 import safetensors
 
 from deepthin.errors import FormatError
-from deepthin.method import matrix_shape
+from deepthin.method import Method, matrix_shape
 from deepthin.methods import METHODS, THEN, with_fields
-from deepthin.storage.arrays import FLOATS, ITEM_BYTES, Raw, repeated, unpacked
+from deepthin.storage.arrays import FLOATS, ITEM_BYTES, PIECE_BYTES, Coding, Raw, fits, largest, repeated, unpacked
+from deepthin.storage.budget import Budget, count_integers, decode_bytes, named
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.report import Report, report_of
 from deepthin.storage.write import CHECKSUM, MAX_BYTES, VERSION
 
+IN_MEMORY_BYTES = 64 << 20
+"""Larger files are not read as a whole: their tensors are read when they are asked for."""
+_MOST_HEADER_BYTES = 100_000_000  # as safetensors
+_NO_HEADER = (
+    "{} is a safetensors file, but no .thin file: it has no deepthin header. "
+    "To compress such weights, run: deepthin compress --weights FILE."
+)
 _MOST_DIMENSIONS = 64  # what NumPy and torch can hold
 
 
@@ -31,50 +42,87 @@ def _possible_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
     return [flat, stacked] if len({cols for _, cols in own}) == 1 else [flat]
 
 
-def from_bytes(data: bytes, where: str = "the file") -> Contents:
-    """Parse a ``.thin`` file (docs/format.md). Nothing large is allocated before it has been checked.
+def from_bytes(
+    data: bytes,
+    where: str = "the file",
+    max_bytes: int = MAX_BYTES,
+    *,
+    finite: bool = True,
+    decoded: bool = False,
+) -> Contents:
+    """Parse a ``.thin`` file (docs/format.md). Nothing large is allocated before it has been checked and counted.
 
     Args:
         data: The whole file.
         where: What messages call the file.
+        max_bytes: Upper bound on the memory that reading takes beyond a few times the file, in bytes.
+        finite: Whether tensors that are stored as they are must be finite. Codes must be, in any case.
+        decoded: Whether to count what decoding takes: the dense tensors, derived tables and work space.
 
     Returns:
         The contents, which refer to ``data``.
 
     Raises:
-        FormatError: Anything but an intact file of this format version.
+        FormatError: Anything but an intact file of this format version, or one that takes more than ``max_bytes``.
     """
     try:
         views: list[tuple[str, Any]] = cast(Any, safetensors).deserialize(data)
         tensors = {name: Raw(view["dtype"], tuple(view["shape"]), view["data"]) for name, view in views}
-        metadata: Any = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-        header: Any = json.loads(metadata["deepthin"]) if "deepthin" in metadata else None
+        index = _parsed(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata: Any = index.get("__metadata__") or {}
+        header: Any = _parsed(metadata["deepthin"]) if "deepthin" in metadata else None
     except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise FormatError(f"{where} is damaged, or no .thin file: {error}.") from None
+    except MemoryError:
+        raise FormatError(f"{where}: its header takes more memory than there is.") from None
     if header is None:
-        raise FormatError(
-            f"{where} is a safetensors file, but no .thin file: it has no deepthin header. "
-            "To compress such weights, run: deepthin compress --weights FILE."
-        )
+        raise FormatError(_NO_HEADER.format(where))
     if data[-4:] != zlib.crc32(memoryview(data)[:-4]).to_bytes(4, "little"):
         raise FormatError(f"{where} is damaged: the checksum of {_damaged(header, tensors)} does not match.")
+    return _checked(header, tensors, where, Budget(max_bytes), finite, decoded)
+
+
+def _checked(
+    header: Any, tensors: dict[str, Raw], where: str, budget: Budget, finite: bool, decoded: bool, codes: bool = True
+) -> Contents:
+    """Contents of a file whose structure and checksum are right; FormatError, which names the file, if they are not."""
     try:
-        return _contents(header, tensors)
+        return _contents(header, tensors, budget, finite, decoded, codes)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{where}: its header does not describe a model ({type(error).__name__}: {error}).") from None
+    except MemoryError:
+        raise FormatError(f"{where} takes more memory than there is.") from None
+
+
+def _parsed(text: bytes | str) -> Any:
+    """JSON, in which no key may stand twice; ValueError if one does, or if a number is none of JSON's."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"{twice!r} stands twice in its header")
+        return found
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"its header has a number {name}")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
 
 
 def _damaged(header: Any, tensors: Mapping[str, Raw]) -> str:
     """Names of the tensors whose checksums do not match, as far as the header can still be read."""
     sums: Any = cast(Any, header).get("crc32") if isinstance(header, dict) else None
     sums = cast(Any, sums) if isinstance(sums, dict) else {}
-    wrong = [name for name, raw in tensors.items() if name in sums and sums[name] != f"{zlib.crc32(raw.data):08x}"]
+    wrong = [name for name, raw in tensors.items() if name in sums and sums[name] != f"{raw.checksum():08x}"]
     return ", ".join(wrong) or "its header"
 
 
-def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
+def _contents(
+    header: Any, tensors: dict[str, Raw], budget: Budget, finite: bool, decoded: bool, codes: bool
+) -> Contents:
     """Check the header, which is untrusted, against the tensors that are present."""
     if header["version"] != VERSION or type(header["version"]) is not int:
         raise FormatError(f"it is of format version {header['version']!r}; this deepthin reads version {VERSION}.")
@@ -82,45 +130,29 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
         raise FormatError(f"its header has the keys {sorted(header)}.")
     if (checksum := tensors.pop(CHECKSUM, None)) is None or (checksum.dtype, checksum.shape) != ("U8", (4,)):
         raise FormatError("it has no checksum.")
-    if header["crc32"] != {name: f"{zlib.crc32(raw.data):08x}" for name, raw in tensors.items()}:
+    if header["crc32"] != {name: f"{raw.checksum():08x}" for name, raw in tensors.items()}:
         raise FormatError("the checksums in its header are not those of its tensors.")
     for name, raw in tensors.items():
         if raw.dtype not in ITEM_BYTES:
             raise FormatError(f"{name} is of type {raw.dtype}; known are {', '.join(ITEM_BYTES)}.")
-        raw.numpy()  # a shape that NumPy cannot hold raises here
+        if not fits(raw):
+            raise FormatError(f"{name} has the shape {raw.shape}, which no array can have.")
+    plans = {name: _plan(name, entry) for name, entry in header["thin"].items()}
+    dense = [plan.dense_bytes(name, tensors) for name, plan in plans.items() if decoded]
+    if sum(dense) > budget.limit:
+        raise FormatError(
+            f"it decodes to {sum(dense)} bytes, above the limit of {budget.limit}. "
+            "If you trust the file, pass a larger max_bytes."
+        )
+    for name, plan in plans.items():
+        _count(name, plan, tensors, budget, decoded, codes)
     thin: dict[str, Thin] = {}
-    for name, entry in header["thin"].items():
-        if set(entry) - {"parts", "codings"} != {"method", "fields"}:
-            raise FormatError(f"the entry of {name} has the keys {sorted(entry)}.")
-        if not isinstance(entry["method"], str) or any(n not in METHODS for n in entry["method"].split(THEN, 1)):
-            raise FormatError(f"{name} is stored by method {entry['method']!r}; known are {', '.join(METHODS)}.")
-        method = with_fields(entry["method"], entry["fields"])
-        listed = entry.get("parts", [[name, {"shape": list(method.shape)}]])
-        parts = {own: _part(own, written) for own, written in listed}
-        if len(parts) < len(listed) or next(iter(parts), None) != name:
-            raise FormatError(f"the tensors of {name} are {[own for own, _ in listed]}.")
-        if method.shape not in _possible_shapes(list(parts.values())):
-            shapes = " + ".join(str(part.shape) for part in parts.values())
-            raise FormatError(f"{name} holds tensors of shape {shapes}, but its plan stores a {method.shape} matrix.")
-        code: dict[str, Raw] = {}
-        integers, codings = method.integers(), entry.get("codings", {})
-        if not set(integers) <= set(codings) <= set(method.code_shapes()):
-            raise FormatError(f"{name} has integers in {sorted(integers)}, but tells how to read {sorted(codings)}.")
-        for key, expected in method.code_shapes().items():
-            raw = tensors.pop(f"{name}/{key}", None)
-            if key in integers:
-                code[key] = unpacked(f"{name}/{key}", raw, codings[key], integers[key], expected)
-                continue
-            if key in codings:
-                code[key] = repeated(f"{name}/{key}", raw, codings[key], expected)
-                continue
-            if raw is None or raw.shape != expected or raw.dtype not in FLOATS:
-                found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
-                raise FormatError(f"{name}/{key} must be floating numbers of shape {expected}, but {found}.")
-            code[key] = raw
-        if len(kinds := {raw.dtype for key, raw in code.items() if key not in integers}) > 1:
-            raise FormatError(f"the code of {name} mixes the types {', '.join(sorted(kinds))}.")
-        thin[name] = Thin(entry["method"], method, parts, code)
+    for name, plan in plans.items():
+        with named(name):
+            thin[name] = _thin(name, plan, tensors, codes)
+    for name, raw in tensors.items():
+        if finite and not math.isfinite(largest(raw)):
+            raise FormatError(f"{name} holds NaN or infinity. If that is as it should be, pass finite=False.")
     known = set(tensors)
     for own in (own for entry in thin.values() for own in entry.parts):
         if own in known:
@@ -133,6 +165,100 @@ def _contents(header: Any, tensors: dict[str, Raw]) -> Contents:
         if name in known or target not in known:
             raise FormatError(f"the name {name} is declared to share {target!r}, which cannot be.")
     return Contents(thin, tensors, aliases)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the header says of a compressed matrix."""
+
+    name: str  # of the method
+    method: Method
+    parts: dict[str, Part]
+    codings: dict[str, Any]
+
+    def item_bytes(self, name: str, tensors: Mapping[str, Raw]) -> int:
+        """Of a decoded number."""
+        kinds = {raw.dtype for key in self.method.code_shapes() if (raw := tensors.get(f"{name}/{key}"))}
+        return 8 if "F64" in kinds else 4
+
+    def dense_bytes(self, name: str, tensors: Mapping[str, Raw]) -> int:
+        """Of the decoded tensors."""
+        return self.item_bytes(name, tensors) * sum(math.prod(part.shape) for part in self.parts.values())
+
+
+def _plan(name: str, entry: Any) -> _Plan:
+    """What the header says of a compressed matrix; FormatError where that cannot be."""
+    if set(entry) - {"parts", "codings"} != {"method", "fields"}:
+        raise FormatError(f"the entry of {name} has the keys {sorted(entry)}.")
+    if not isinstance(entry["method"], str) or any(n not in METHODS for n in entry["method"].split(THEN, 1)):
+        raise FormatError(f"{name} is stored by method {entry['method']!r}; known are {', '.join(METHODS)}.")
+    try:
+        method = with_fields(entry["method"], entry["fields"])
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise FormatError(
+            f"its header does not describe a model: {name} has fields that {entry['method']} cannot have "
+            f"({type(error).__name__}: {error})."
+        ) from None
+    listed = entry.get("parts", [[name, {"shape": list(method.shape)}]])
+    parts = {own: _part(own, written) for own, written in listed}
+    if len(parts) < len(listed) or next(iter(parts), None) != name:
+        raise FormatError(f"the tensors of {name} are {[own for own, _ in listed]}.")
+    if method.shape not in _possible_shapes(list(parts.values())):
+        shapes = " + ".join(str(part.shape) for part in parts.values())
+        raise FormatError(f"{name} holds tensors of shape {shapes}, but its plan stores a {method.shape} matrix.")
+    integers, codings = method.integers(), entry.get("codings", {})
+    if not set(integers) <= set(codings) <= set(method.code_shapes()):
+        raise FormatError(f"{name} has integers in {sorted(integers)}, but tells how to read {sorted(codings)}.")
+    return _Plan(entry["method"], method, parts, codings)
+
+
+def _count(name: str, plan: _Plan, tensors: Mapping[str, Raw], budget: Budget, decoded: bool, codes: bool) -> None:
+    """Count what a matrix takes; FormatError if that is too much."""
+    method, integers, item_bytes = plan.method, plan.method.integers(), plan.item_bytes(name, tensors)
+    for key, shape in method.code_shapes().items():
+        own, numbers, raw = f"{name}/{key}", math.prod(shape), tensors.get(f"{name}/{key}")
+        stored_bytes = 0 if raw is None else raw.bytes
+        if key in integers and codes:
+            count_integers(budget, own, plan.codings[key], integers[key], numbers, stored_bytes)
+            continue
+        if key in plan.codings:
+            budget.count(own, 2 * item_bytes * numbers)
+    if decoded:
+        copied = [math.prod(part.shape) for part in plan.parts.values() if part != Part(part.shape)]
+        work = decode_bytes(method, item_bytes)
+        # The result of decode is what is kept, unless a tensor is scaled or turned.
+        work += item_bytes * (2 * max(copied) if copied else -math.prod(method.shape))
+        budget.count(name, plan.dense_bytes(name, tensors), work)
+
+
+def _thin(name: str, plan: _Plan, tensors: dict[str, Raw], codes: bool) -> Thin:
+    """A compressed matrix, taken from the tensors; FormatError if these are not what its plan demands.
+
+    Without ``codes``, integers stay as the file has them, unread, and placeholders stand for them.
+    """
+    method, integers, codings = plan.method, plan.method.integers(), plan.codings
+    code: dict[str, Raw] = {}
+    stored: dict[str, tuple[Raw, Coding | None]] = {}
+    for key, expected in method.code_shapes().items():
+        raw = tensors.pop(f"{name}/{key}", None)
+        if key in integers and not codes and raw is not None:
+            code[key] = Raw.zeros("I64", expected)
+        elif key in integers:
+            code[key] = unpacked(f"{name}/{key}", raw, codings[key], integers[key], expected)
+        elif key in codings:
+            code[key] = repeated(f"{name}/{key}", raw, codings[key], expected)
+        elif raw is None or raw.shape != expected or raw.dtype not in FLOATS:
+            found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
+            raise FormatError(f"{name}/{key} must be floating numbers of shape {expected}, but {found}.")
+        else:
+            code[key] = raw
+        if raw is not None:
+            stored[key] = raw, tuple(codings[key]) if key in codings else None
+        if key not in integers and not math.isfinite(largest(code[key])):
+            raise FormatError(f"{name}/{key} holds NaN or infinity: a code must be finite.")
+    if len(kinds := {raw.dtype for key, raw in code.items() if key not in integers}) > 1:
+        raise FormatError(f"the code of {name} mixes the types {', '.join(sorted(kinds))}.")
+    return Thin(plan.name, method, plan.parts, code, read=stored)
 
 
 def _part(name: str, written: dict[str, Any]) -> Part:
@@ -159,65 +285,198 @@ def _part(name: str, written: dict[str, Any]) -> Part:
     return Part(tuple(cast(list[int], shape)), scale, transposed, zero_row)
 
 
-def read(path: str | Path) -> Contents:
+def read(path: str | Path, max_bytes: int = MAX_BYTES, *, finite: bool = True, decoded: bool = False) -> Contents:
     """Read and check a ``.thin`` file, without decoding it.
 
     Args:
         path: The file.
+        max_bytes: Upper bound on the memory that reading takes beyond a few times the file, in bytes.
+        finite: Whether tensors that are stored as they are must be finite. Codes must be, in any case.
+        decoded: Whether to count what decoding takes, too.
 
     Returns:
         The contents: thin tensors, dense tensors and shared names.
 
     Raises:
-        FormatError: The file is damaged, or is no ``.thin`` file.
+        FormatError: The file is damaged, is no ``.thin`` file, or takes more than ``max_bytes``.
         OSError: The file cannot be read.
     """
-    return from_bytes(Path(path).read_bytes(), str(path))
+    if Path(path).stat().st_size > IN_MEMORY_BYTES:
+        return _streamed(path, max_bytes, finite, decoded)
+    return from_bytes(Path(path).read_bytes(), str(path), max_bytes, finite=finite, decoded=decoded)
 
 
-def load(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
+class _OpenFile:
+    """A file whose bytes are read in pieces, whenever they are asked for; closed when nothing refers to it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self._file = str(path), Path(path).open("rb")  # noqa: SIM115 -- closed with the object
+        self.bytes = os.fstat(self._file.fileno()).st_size
+
+    def at(self, first: int, count: int) -> bytes:
+        """Bytes from a place on; FormatError if the file has become shorter."""
+        data = os.pread(self._file.fileno(), count, first)
+        if len(data) < count:
+            raise FormatError(f"{self.path} changed while it was read.")
+        return data
+
+    def pieces(self, first: int, count: int) -> Iterator[bytes]:
+        """Bytes in pieces."""
+        for at in range(first, first + count, PIECE_BYTES):
+            yield self.at(at, min(PIECE_BYTES, first + count - at))
+
+    def __del__(self) -> None:
+        if (file := self.__dict__.get("_file")) is not None:
+            file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor's bytes are in a file, and their checksum: what is read later must be what was checked."""
+
+    file: _OpenFile
+    first: int
+    count: int
+    checksum: int
+
+    def __call__(self) -> Iterator[bytes]:
+        """The bytes in pieces; FormatError at their end if they have changed."""
+        value = 0
+        for piece in self.file.pieces(self.first, self.count):
+            value = zlib.crc32(piece, value)
+            yield piece
+        if value != self.checksum:
+            raise FormatError(f"{self.file.path} changed while it was read.")
+
+
+def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, codes: bool = True) -> Contents:
+    """As ``from_bytes``, of a file that need not fit into memory: its tensors are read when they are asked for."""
+    file, where = _OpenFile(path), str(path)
+    try:
+        length = int.from_bytes(file.at(0, 8), "little")
+        if length > min(_MOST_HEADER_BYTES, file.bytes - 8):
+            raise ValueError(f"its header would take {length} bytes")
+        index = _parsed(file.at(8, length).decode())
+        places = _places(index, file.bytes - 8 - length)
+        metadata: Any = index.get("__metadata__") or {}
+        header: Any = _parsed(metadata["deepthin"]) if "deepthin" in metadata else None
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise FormatError(f"{where} is damaged, or no .thin file: {error}.") from None
+    if header is None:
+        raise FormatError(_NO_HEADER.format(where))
+    tensors: dict[str, Raw] = {}
+    whole = zlib.crc32(file.at(0, 8 + length))
+    for name, (kind, shape, start, end) in places.items():  # in the order of the file
+        checksum = 0
+        for piece in file.pieces(8 + length + start, end - start - (4 if name == CHECKSUM else 0)):
+            checksum, whole = zlib.crc32(piece, checksum), zlib.crc32(piece, whole)
+        tensors[name] = Raw(kind, shape, _Place(file, 8 + length + start, end - start, checksum))
+    if file.at(file.bytes - 4, 4) != whole.to_bytes(4, "little"):
+        raise FormatError(f"{where} is damaged: the checksum of {_damaged(header, tensors)} does not match.")
+    return _checked(header, tensors, where, Budget(max_bytes), finite, decoded, codes)
+
+
+def _places(index: Any, data_bytes: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Type, shape and place of each tensor, in order; ValueError unless they fill the data, one after the other."""
+    places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    for name, entry in index.items():
+        if name == "__metadata__":
+            continue
+        kind, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if kind not in ITEM_BYTES or type(start) is not int or type(end) is not int:
+            raise ValueError(f"{name} is described as {entry}")
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in cast(list[Any], shape)):
+            raise ValueError(f"{name} has the shape {shape}")
+        sizes = cast(list[int], shape)
+        if not 0 <= start <= end or end - start != ITEM_BYTES[kind] * math.prod(sizes):
+            raise ValueError(f"{name} of shape {shape} and type {kind} cannot have {end - start} bytes")
+        places[name] = kind, tuple(sizes), start, end
+    at = 0
+    places = dict(sorted(places.items(), key=lambda item: item[1][2:]))
+    for name, (_, _, start, end) in places.items():
+        if start != at:
+            raise ValueError(f"{name} begins at byte {start} of the data, not at {at}")
+        at = end
+    if at != data_bytes:
+        raise ValueError(f"its tensors have {at} bytes, but the data {data_bytes}")
+    return places
+
+
+def check_weights(contents: Contents, where: str, most: Mapping[str, float]) -> None:
+    """Refuse matrices that do not decode to finite numbers. Most follow from the largest numbers of their codes.
+
+    Args:
+        contents: What was read.
+        where: What the message calls the file.
+        most: Name of a matrix -> the largest finite number of the type that it is decoded in.
+
+    Raises:
+        FormatError: A weight is NaN or infinite, or would be in that type.
+    """
+    for name, thin in contents.thin.items():
+        if not thin.surely_within(most[name]):
+            with named(name):
+                _decoded(name, thin, where, most[name])
+
+
+def _decoded(name: str, thin: Thin, where: str, most: float = math.inf) -> dict[str, np.ndarray]:
+    """The dense tensors of a matrix; FormatError if a number is not finite, or above ``most``."""
+    if thin.surely_within(most):
+        return thin.decode()
+    with np.errstate(all="ignore"):
+        arrays = thin.decode()
+    found = {f"{name}/{entry}": largest(raw) for entry, raw in thin.code.items() if most < math.inf}
+    found |= {own: largest(Raw.of(array)) for own, array in arrays.items()}
+    for own, value in found.items():
+        if not (math.isfinite(value) and value <= most):
+            raise FormatError(
+                f"{where}: the code of {name} decodes to NaN or infinity: {own} has numbers up to {value}."
+            )
+    return arrays
+
+
+def load(path: str | Path, max_bytes: int = MAX_BYTES, *, finite: bool = True) -> dict[str, np.ndarray]:
     """Read a ``.thin`` file as a dense state dict, decoded by NumPy; no framework is needed.
-
-    Decoding a matrix temporarily takes up to twice its size, a shuffled one up to eight times (its permutation).
 
     Args:
         path: The file.
-        max_bytes: Upper bound on the decoded bytes of all compressed matrices together (default 4 GiB), since a small
-            file may declare huge matrices.
+        max_bytes: Upper bound on the memory that reading takes beyond a few times the file (default 4 GiB), in bytes:
+            the decoded tensors, and the work space of the one that needs most. It is counted before anything is
+            allocated, since a small file may declare huge matrices (docs/format.md).
+        finite: Whether to refuse NaN and infinity in tensors that are stored as they are. In compressed ones they are
+            refused in any case.
 
     Returns:
         Name -> array of the dense shape, sorted by name: every saved parameter and buffer, shared ones under each of
         their names.
 
     Raises:
-        FormatError: The file is damaged or no ``.thin`` file, or decodes to more than ``max_bytes``.
+        FormatError: The file is damaged or no ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
-    contents = read(path)
-    declared = sum(thin.dense_bytes for thin in contents.thin.values())
-    if declared > max_bytes:
-        raise FormatError(
-            f"{path} decodes to {declared} bytes, above the limit of {max_bytes}. "
-            "If you trust the file, pass a larger max_bytes."
-        )
+    contents = read(path, max_bytes, finite=finite, decoded=True)
     arrays = {name: raw.numpy() for name, raw in contents.dense.items()}
-    for thin in contents.thin.values():
-        arrays |= thin.decode()
+    for name, thin in contents.thin.items():
+        with named(name):
+            arrays |= _decoded(name, thin, str(path))
     arrays |= {name: arrays[target] for name, target in contents.aliases.items()}
     return dict(sorted(arrays.items()))
 
 
-def inspect(path: str | Path) -> Report:
+def inspect(path: str | Path, max_bytes: int = MAX_BYTES) -> Report:
     """Report what a ``.thin`` file stores, without decoding it.
 
     Args:
         path: The file.
+        max_bytes: Upper bound on the memory that this takes beyond a few times the file (default 4 GiB), in bytes.
 
     Returns:
         One row for each matrix and the totals in bytes. Errors are NaN: the file does not have the dense weights.
 
     Raises:
-        FormatError: The file is damaged, or is no ``.thin`` file.
+        FormatError: The file is damaged, is no ``.thin`` file, or takes more than ``max_bytes``.
         OSError: The file cannot be read.
     """
-    return report_of(read(path))
+    if Path(path).stat().st_size > IN_MEMORY_BYTES:
+        return report_of(_streamed(path, max_bytes, finite=False, decoded=False, codes=False))
+    return report_of(read(path, max_bytes, finite=False))

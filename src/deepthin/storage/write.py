@@ -5,16 +5,16 @@ the file is written, once for the checksums in its header and once for what foll
 """
 
 import dataclasses
-import functools
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepthin.errors import BudgetError
+from deepthin.errors import BudgetError, NonFiniteError
 from deepthin.methods import fields
-from deepthin.storage.arrays import ITEM_BYTES, Buffer, Raw
+from deepthin.storage.arrays import ITEM_BYTES, Buffer, Raw, largest
 from deepthin.storage.atomic import stream_atomically
 from deepthin.storage.contents import Contents, Part, Thin
 
@@ -57,23 +57,25 @@ def size_of(contents: Contents) -> int:
     return len(head) + sum(raw.bytes for raw in tensors.values()) + CHECKSUM_BYTES
 
 
-def stream(contents: Contents) -> Iterator[Buffer]:
+def stream(contents: Contents, finite: bool = False) -> Iterator[Buffer]:
     """Serialise a model piece by piece, so that no copy of the whole is held in memory.
 
     Args:
         contents: Thin tensors, dense tensors and shared names. Every tensor is read twice: for the checksums in the
             header, and to be written.
+        finite: Whether to refuse NaN and infinity, which readers refuse.
 
     Yields:
         Buffers whose concatenation is the file.
 
     Raises:
         ConfigError: Integers of a code are such that ``read`` would refuse them.
+        NonFiniteError: A tensor holds NaN or infinity, and ``finite``.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed between the two reads;
             discard what was written.
     """
     _check(contents)
-    yield from _stream(contents)
+    yield from _stream(contents, finite)
 
 
 def _check(contents: Contents) -> None:
@@ -81,9 +83,9 @@ def _check(contents: Contents) -> None:
         thin.check()
 
 
-def _stream(contents: Contents) -> Iterator[Buffer]:
+def _stream(contents: Contents, finite: bool) -> Iterator[Buffer]:
     tensors = _tensors(contents)
-    checksums = {name: _checksum(raw) for name, raw in tensors.items()}
+    checksums = {name: _checksum(name, raw, finite) for name, raw in tensors.items()}
     yield (head := _head(contents, tensors, checksums))
     whole = zlib.crc32(head)
     for name, raw in tensors.items():
@@ -96,13 +98,14 @@ def _stream(contents: Contents) -> Iterator[Buffer]:
     yield whole.to_bytes(CHECKSUM_BYTES, "little")
 
 
-def write(contents: Contents, path: str | Path, max_bytes: int | None = None) -> int:
+def write(contents: Contents, path: str | Path, max_bytes: int | None = None, *, finite: bool = False) -> int:
     """Write a ``.thin`` file atomically: to a temporary name, which is then renamed.
 
     Args:
         contents: Thin tensors, dense tensors and shared names.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+        finite: Whether to refuse NaN and infinity, which readers refuse.
 
     Returns:
         The size of the file in bytes.
@@ -110,6 +113,7 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None) ->
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
         ConfigError: Integers of a code are such that ``read`` would refuse them. Nothing is written.
+        NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
     """
@@ -122,7 +126,7 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None) ->
             smallest_bits=8 * bytes_,
             smallest_ratio=bytes_ / max(contents.dense_bytes, 1),
         )
-    stream_atomically(path, _stream(contents))
+    stream_atomically(path, _stream(contents, finite))
     return bytes_
 
 
@@ -140,8 +144,16 @@ def _tensors(contents: Contents) -> dict[str, Raw]:
     return {name: tensors[name] for name in order}
 
 
-def _checksum(raw: Raw) -> int:
-    return functools.reduce(lambda value, piece: zlib.crc32(piece, value), raw.pieces(), 0)
+def _checksum(name: str, raw: Raw, finite: bool) -> int:
+    value = 0
+    for piece in raw.pieces():
+        if finite and not math.isfinite(largest(Raw(raw.dtype, (), piece))):
+            raise NonFiniteError(
+                f"{name} holds NaN or infinity: nothing was written. If that is as it should be, pass finite=False, "
+                "here and to load, which refuses it in compressed matrices in any case."
+            )
+        value = zlib.crc32(piece, value)
+    return value
 
 
 def _head(contents: Contents, tensors: Mapping[str, Raw], checksums: Mapping[str, int]) -> bytes:

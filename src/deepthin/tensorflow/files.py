@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deepthin.errors import ConfigError, closest
 from deepthin.keras.files import upright
 from deepthin.keras.weight import ThinWeight
 from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents, Thin
 from deepthin.storage.names import renamed
-from deepthin.storage.read import read
-from deepthin.storage.write import write
+from deepthin.storage.read import check_weights, read
+from deepthin.storage.write import MAX_BYTES, write
 from deepthin.tensorflow.entries import contents
 from deepthin.tensorflow.host import assign, dotted
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from deepthin.tensorflow.variables import Variables
 
 
-def save(variables: "Variables", path: str | Path, max_bytes: int | None = None) -> int:
+def save(variables: "Variables", path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
     """Write all variables of a factory to a ``.thin`` file, matrices as (outputs, inputs).
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file. Variables
@@ -30,6 +32,7 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None)
         variables: The factory.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+        finite: Whether to refuse NaN and infinity, as ``load`` does.
 
     Returns:
         The size of the file in bytes.
@@ -37,13 +40,21 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None)
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
         ConfigError: Integers of a code are such that ``load`` would refuse them. Nothing is written.
+        NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.
     """
-    return write(contents(variables._state), path, max_bytes)
+    return write(contents(variables._state), path, max_bytes, finite=finite)
 
 
-def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | None = None) -> "Variables":
+def load(
+    variables: "Variables",
+    path: str | Path,
+    names: Mapping[str, str] | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    finite: bool = True,
+) -> "Variables":
     """Load a ``.thin`` file into a factory, in place.
 
     Existing variables are assigned. Others are created from the file when they are first asked for, by the file's
@@ -53,6 +64,10 @@ def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | No
         variables: The factory.
         path: The file.
         names: Name in the file -> name in the factory, for names that differ.
+        max_bytes: Upper bound on the memory that the file may take beyond a few times its size (default 4 GiB), in
+            bytes (docs/format.md).
+        finite: Whether to refuse NaN and infinity in tensors that are stored as they are. In compressed ones they are
+            refused in any case.
 
     Returns:
         The same factory.
@@ -60,10 +75,12 @@ def load(variables: "Variables", path: str | Path, names: Mapping[str, str] | No
     Raises:
         ConfigError: The file lacks an existing variable, or stores it in another shape or by another plan. The factory
             is unchanged.
-        FormatError: The file is damaged, or is not a ``.thin`` file.
+        FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
-    stored = renamed(read(path), {name: dotted(target) for name, target in (names or {}).items()}, str(path))
+    contents = read(path, max_bytes, finite=finite, decoded=True)
+    check_weights(contents, str(path), dict.fromkeys(contents.thin, float(np.finfo(np.float32).max)))
+    stored = renamed(contents, {name: dotted(target) for name, target in (names or {}).items()}, str(path))
     state, unread = variables._state, _by_name(stored)
     if missing := sorted(state.entries.keys() - unread.keys()):
         raise ConfigError(

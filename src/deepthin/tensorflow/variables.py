@@ -24,7 +24,7 @@ from deepthin.plan.parse import parse_rules
 from deepthin.plan.patterns import matcher
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors
-from deepthin.plan.start import Start
+from deepthin.plan.start import Start, pieces_of, relative_error
 from deepthin.plan.tensor import Tensor
 from deepthin.storage.contents import Part, Thin
 from deepthin.storage.report import Report, report_of
@@ -280,11 +280,9 @@ class Variables(tf.Module):
         parts = dict(zip((tensor.name for tensor in planned.tensors), parts_of(planned), strict=True))
         begin = start_of(planned, seed, given)
         self._generate(planned.name, method_of(planned), parts, begin, dtype, trainable, asked)
-        if given is not None and (norm := float(np.linalg.norm(given))):
-            error = (
-                float(np.linalg.norm(given - layout.stored(np.asarray(self._state.entries[name].value(), np.float32))))
-                / norm
-            )
+        if given is not None:
+            decoded = layout.stored(np.asarray(self._state.entries[name].value(), np.float32))
+            error = relative_error(name, pieces_of(given, decoded))
             if error > 0.5:
                 warnings.warn(
                     f"The relative error of {name} is {error:.2f}: at this size the values given are lost. Train on "

@@ -2,13 +2,15 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepthin.coding.bits import PIECE
 from deepthin.errors import ConfigError
 from deepthin.kernels import costs, products
 from deepthin.method import Method
@@ -25,6 +27,7 @@ from deepthin.torch.exchange import make_plain, make_thin
 from deepthin.torch.files import contents
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import check_importance
+from deepthin.torch.replaced import replacing
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.tensors import Encoded, Owners, tensors_of
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -60,7 +63,8 @@ def compress(
     Raises:
         ConfigError: ``rules``, ``init`` or ``importance`` do not fit the model, or no target is given.
         BudgetError: The target is smaller than the smallest plan.
-        NonFiniteError: A weight to be encoded, or its importance, has a NaN or an infinity.
+        NonFiniteError: A weight to be encoded, or its importance, has a NaN or an infinity; or so has what would be
+            decoded, since weights near the largest float overflow.
         TypeError: The model has a tensor that a ``.thin`` file cannot hold.
     """
     if init not in ("trained", "scratch"):
@@ -70,7 +74,8 @@ def compress(
     contents(model)  # raises TypeError for what no file can hold, before the model changes
     encoded = Encoded(owners, importance)
     planned = plan_of(model, parse_rules(rules), tensors, encoded if init == "trained" else None)
-    return carry_out(model, planned, owners, init, seed, encoded)
+    with replacing(model, "compress()"):
+        return carry_out(model, planned, owners, init, seed, encoded)
 
 
 def carry_out(
@@ -96,7 +101,7 @@ def carry_out(
 
     Raises:
         ConfigError: Members of a group that cannot share a code.
-        NonFiniteError: A weight to be encoded, or its importance, has a NaN or an infinity.
+        NonFiniteError: A weight to be encoded, or its importance, has a NaN or an infinity, or what is decoded has.
     """
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
@@ -114,8 +119,7 @@ def carry_out(
             weight = encoded(planned)
             with torch.no_grad():
                 for index, (name, tensor) in enumerate(zip(names, dense, strict=True)):
-                    norm = tensor.norm().item()
-                    errors[name] = (weight(index) - tensor).norm().item() / norm if norm > 0 else 0.0
+                    errors[name] = start.relative_error(name, _compared(tensor, weight(index)))
         weight.origin = (names[0], seed, planned.tensors[0].std)
         weights.append((planned, weight.requires_grad_(dense[0].requires_grad)))
     for planned, weight in weights:
@@ -133,6 +137,14 @@ def carry_out(
             stacklevel=2,
         )
     return report_of(contents(model), errors)
+
+
+def _compared(dense: Tensor, decoded: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ranges of two tensors of one shape, on the host."""
+    flat = dense.detach().reshape(-1), decoded.detach().reshape(-1)
+    for first in range(0, dense.numel(), PIECE):
+        one, other = (tensor[first : first + PIECE].double().cpu().numpy() for tensor in flat)
+        yield one, other
 
 
 def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
@@ -180,6 +192,12 @@ def materialize(model: nn.Module) -> nn.Module:
         The same model. Each thin parameter is now a dense ``nn.Parameter`` with the decoded values; it requires a
         gradient if any float of its code did.
     """
+    with replacing(model, "materialize()"):
+        _materialize(model)
+    return model
+
+
+def _materialize(model: nn.Module) -> None:
     done: dict[tuple[int, int], nn.Parameter] = {}
     for layer in list(model.modules()):
         if isinstance(layer, ThinLayer):
@@ -193,7 +211,6 @@ def materialize(model: nn.Module) -> nn.Module:
                 dense[name] = done[key]
             make_plain(layer, dense)
     make_plain_sequential(model)
-    return model
 
 
 def plan_of(model: nn.Module, rules: Rules, tensors: list[Named], encoded: Encoded | None = None) -> list[Planned]:

@@ -1,6 +1,7 @@
 """Models to ``.thin`` files and back, under the names of the dense model's state dict."""
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
 from deepthin.storage.arrays import Buffer, Raw, pieces_of
+from deepthin.storage.budget import model_bytes
 from deepthin.storage.contents import Contents, Thin
 from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
-from deepthin.storage.read import read
+from deepthin.storage.read import check_weights, read
 from deepthin.storage.write import write
 from deepthin.torch.exchange import fresh_std, is_transposed, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.initialise import WithoutValues, fill_buffers
+from deepthin.torch.replaced import replaces
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
 
@@ -29,7 +32,7 @@ _TYPES = {
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
-def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> int:
+def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
     """Write all parameters and all saved buffers to a ``.thin`` file.
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
@@ -38,6 +41,7 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
         model: A dense or thin network.
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
+        finite: Whether to refuse NaN and infinity, as ``load`` does.
 
     Returns:
         The size of the file in bytes.
@@ -45,6 +49,7 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
         ConfigError: The model has tensors without values: on the meta device, or allocated by ``to_empty``.
+        NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         TypeError: A tensor has a dtype or layout that the file cannot hold.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
@@ -55,11 +60,18 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None) -> in
             f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} on the meta device: there "
             "are no values to save. Load a file or a state dict, or call deepthin.torch.initialise(model, seed)."
         )
-    return write(contents(model), path, max_bytes)
+    return write(contents(model), path, max_bytes, finite=finite)
 
 
+@replaces("load()")
 def load(
-    model: nn.Module, path: str | Path, names: Mapping[str, str] | None = None, *, frozen: bool = False
+    model: nn.Module,
+    path: str | Path,
+    names: Mapping[str, str] | None = None,
+    *,
+    frozen: bool = False,
+    max_bytes: int | None = None,
+    finite: bool = True,
 ) -> nn.Module:
     """Load a ``.thin`` file into a model, in place; layers whose matrices are stored compressed become thin.
 
@@ -75,22 +87,29 @@ def load(
         names: Name in the file -> name in the model, for names that differ.
         frozen: For inference only. No thin parameter requires a gradient. Methods with a straight-through estimator
             keep their code instead of float latents (1 byte a weight at 8 bits), and native code multiplies by it.
+        max_bytes: Upper bound on the memory that the file may take beyond a few times its size, in bytes. None: 128
+            for each number that the model has, and 64 MiB at least (docs/format.md).
+        finite: Whether to refuse NaN and infinity in tensors that are stored as they are. In compressed ones they are
+            refused in any case.
 
     Returns:
         The same model.
 
     Raises:
         ConfigError: Names, shapes or dtypes of the file and the model do not match. The model is unchanged.
-        FormatError: The file is damaged, or is not a ``.thin`` file.
+        FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
     """
-    stored = renamed(read(path), names or {}, str(path))
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
     have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
     have |= {name: tuple(tensor.shape) for name, tensor in dense_now.items()}
+    limit = model_bytes(sum(map(math.prod, have.values()))) if max_bytes is None else max_bytes
+    stored = renamed(read(path, limit, finite=finite, decoded=True), names or {}, str(path))
     stored = _completed(model, stored, dense_now)
     check_names(shapes_of(stored), have, str(path))
     _check_places(model, stored, thin_now, dense_now, str(path))
+    kinds = {name: _float_of(next(iter(thin.parts)), thin_now, dense_now) for name, thin in stored.thin.items()}
+    check_weights(stored, str(path), {name: torch.finfo(kind).max for name, kind in kinds.items()})
 
     sharing: dict[str, list[str]] = {}
     for alias, target in stored.aliases.items():
@@ -131,9 +150,16 @@ def load(
         model.register_forward_pre_hook(WithoutValues(left, str(path)))
         warnings.warn(
             f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
+
+
+def _float_of(
+    name: str, thin_now: Mapping[str, tuple[ThinWeight, int]], dense_now: Mapping[str, Tensor]
+) -> torch.dtype:
+    """The type in which the model has a tensor."""
+    return next(thin_now[name][0].parameters()).dtype if name in thin_now else dense_now[name].dtype
 
 
 def _plan_of(matrix: ThinWeight | Thin) -> tuple[object, ...]:
@@ -244,8 +270,10 @@ def _tensor(raw: Raw) -> Tensor:
     """A tensor that uses the stored bytes, without a copy where these are writable."""
     if not raw.bytes:
         return torch.empty(raw.shape, dtype=_TYPES[raw.dtype])
-    data = raw.data if isinstance(raw.data, bytearray) else bytearray(raw.data)
-    return torch.frombuffer(data, dtype=_TYPES[raw.dtype]).view(raw.shape)
+    data = raw.data  # of a large file, a copy that was made now
+    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=_TYPES[raw.dtype]).view(
+        raw.shape
+    )
 
 
 def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tensor]) -> Contents:

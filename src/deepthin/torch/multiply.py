@@ -209,15 +209,15 @@ class Factored:
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             x32, rows, wf = (x.float(), rows.float(), wf.float()) if autocast else (x, rows, wf)
             rows = rows if len(rows) == window.stop - window.first else rows[window.first : window.stop]
-            y = self._product(window, x32, rows, wf, fused, x)
+            y = self._product(weight, window, x32, rows, wf, fused, x)
         y = y.to(torch.get_autocast_dtype(x.device.type)) if autocast else y
         y = y if scale == 1.0 else y * scale
         return y if bias is None or fused is not None else y + bias.to(y.dtype)
 
     def _product(
-        self, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
+        self, weight: Weight, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
     ) -> Tensor:
-        return factor_linear(window.plan, x32, rows, wf, cast(Any, self.name), window.offset)
+        return factor_linear(window.plan, x32, rows, wf, cast(Any, self.name), window.offset, weight)
 
 
 class NativeFactored(Factored):
@@ -228,7 +228,7 @@ class NativeFactored(Factored):
         return case.window is not None and case.native and case.batch > 0 and self.name in _factored(case)
 
     def _product(
-        self, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
+        self, weight: Weight, window: Window, x32: Tensor, rows: Tensor, wf: Tensor, fused: Tensor | None, x: Tensor
     ) -> Tensor:
         outputs, offset = window.plan.shape[0], window.offset
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor:

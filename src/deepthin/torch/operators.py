@@ -68,6 +68,7 @@ def linear(
 
     Raises:
         ValueError: Shapes do not fit each other, or the offset or the correlation is out of range.
+        TypeError: The operands are not all of one floating type.
     """
     return torch.ops.deepthin.factor_linear(x, xf, wf, bias, rows, offset, correlation, relu)
 
@@ -212,7 +213,12 @@ def symbol_linear(
 
 
 def _method(x: Tensor, xf: Tensor, wf: Tensor, rows: int, offset: int) -> Factor:
-    """The plan, its shapes checked against each other."""
+    """The plan, its shapes and types checked against each other."""
+    if not x.is_floating_point() or not x.dtype == xf.dtype == wf.dtype:
+        raise TypeError(
+            f"x, xf and wf are {x.dtype}, {xf.dtype} and {wf.dtype}: a product needs one floating type. Convert x "
+            "with x.to(xf.dtype)."
+        )
     if wf.dim() != 2 or xf.dim() != 2 or x.dim() == 0:
         raise ValueError(f"x needs a dimension, xf and wf two; they have {x.dim()}, {xf.dim()} and {wf.dim()}.")
     if 0 in wf.shape or x.shape[-1] == 0 or rows < 1:
@@ -235,6 +241,8 @@ def _forward(
     method = _method(x, xf, wf, rows, offset)
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"The bias is {tuple(bias.shape)}: {rows} outputs need ({rows},).")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"The bias is {bias.dtype}, x is {x.dtype}: convert the bias with bias.to(x.dtype).")
     if not takes(x, xf, wf, bias):
         y = _in_torch(method, x, xf, wf, offset)
         y = y if bias is None else y + bias

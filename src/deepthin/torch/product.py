@@ -6,27 +6,36 @@ one for every phase at which an output may start. docs/theory.md derives it. Eve
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from deepthin.kernels.costs import fft_length
 from deepthin.method import InTurn
 from deepthin.methods.factor import Factor
 
 
-class _Tables(NamedTuple):
-    """Index tables of a plan."""
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """Where entries go, for one plan."""
 
     windows: Int64[Tensor, "taps"]  # n x K x S: the row of xf that each tap of each output reads
     outputs: Int64[Tensor, "rows"]  # index of each output among n x K
     readers: Int64[Tensor, "reads"]  # D x m: the taps that read each row of xf
     blocks: int  # S: consecutive rows of xf that one output reads
     depth: int  # K: outputs that share a phase
+
+
+_Key = tuple[tuple[int, int], int, int, int, torch.device]
+# Tables live as long as a weight that they were made for: weights of one plan share them.
+_alive: "WeakValueDictionary[_Key, _Tables]" = WeakValueDictionary()
+_held: "WeakIdKeyDictionary" = WeakIdKeyDictionary()  # owner -> its tables by key
 
 
 def multiply_in_turn(
@@ -53,10 +62,13 @@ def factor_linear(
     wf: Float[Tensor, "r n"],
     path: Literal["factors", "direct", "fft"],
     offset: int = 0,
+    owner: object = None,
 ) -> Float[Tensor, "*batch rows"]:
     """``x @ W.T`` by the structured way ``path``; W is the factors' product from entry ``offset`` on.
 
     Half precision is computed in single precision and rounded at the end.
+
+    Index tables are cached as long as ``owner`` lives.
 
     Args:
         method: The plan: shape of W, n and rank. ``direct`` and ``fft`` need n coprime with the fan-in.
@@ -65,6 +77,7 @@ def factor_linear(
         wf: Right factor, r x n.
         path: ``factors`` (n is the fan-in), or the correlation ``direct`` or by ``fft``.
         offset: Entry of the factors' product at which W begins, from 0 to n - 1.
+        owner: The weight that has the factors; None: ``xf``.
 
     Returns:
         The outputs, with the leading dimensions and dtype of x. The relative error is that of a dense product for
@@ -76,7 +89,7 @@ def factor_linear(
     if kind in (torch.float16, torch.bfloat16):
         x, xf, wf = x.float(), xf.float(), wf.float()
     items = x.reshape(-1, method.shape[1])
-    tables = _tables(method.shape, method.n, offset, len(xf), x.device)
+    tables = _tables_of(xf if owner is None else owner, (method.shape, method.n, offset, len(xf), x.device))
     if path == "fft":
         y = _TransformProduct.apply(items, xf, wf, tables)[0]
     else:
@@ -84,7 +97,18 @@ def factor_linear(
     return y.reshape(*x.shape[:-1], method.shape[0]).to(kind)
 
 
-@lru_cache(maxsize=256)
+def _tables_of(owner: object, key: _Key) -> _Tables:
+    """The tables of a plan, kept for an owner; one of several threads that make the same may make them in vain."""
+    held = cast("dict[_Key, _Tables]", _held.setdefault(owner, {}))
+    tables = held.get(key)
+    if tables is None:
+        tables = _alive.get(key)
+        if tables is None:
+            tables = _alive[key] = _tables(*key)
+        held[key] = tables
+    return tables
+
+
 def _tables(shape: tuple[int, int], n: int, offset: int, m: int, device: torch.device) -> _Tables:
     """The index tables of a plan whose n is coprime with the fan-in; ``m`` is the number of rows of xf.
 

@@ -11,15 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deepthin.errors import ConfigError
+from deepthin.errors import BudgetError, ConfigError
 from deepthin.method import Method, as_matrix
-from deepthin.methods import METHODS, THEN
+from deepthin.methods import METHODS, THEN, fields, with_fields
 from deepthin.methods.float_coding import inner_of, outer_of
 from deepthin.methods.then import Then
 from deepthin.plan.file_limit import coded_bytes
 from deepthin.plan.parse import parse_rules, parse_then
 from deepthin.plan.rules import NO_LIMIT, Rules, Stages
-from deepthin.plan.shares import Planned
+from deepthin.plan.shares import Planned, units_of
+from deepthin.plan.tensor import Tensor as Named
 from deepthin.storage.report import Report, report_of
 from deepthin.storage.write import size_of
 from deepthin.torch.allocation import allocate
@@ -28,6 +29,7 @@ from deepthin.torch.exchange import make_thin, thin_tensors
 from deepthin.torch.files import contents
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import check_importance
+from deepthin.torch.replaced import Watch, replacing
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.tensors import Encoded, tensors_of
 from deepthin.torch.twist import Rising, Twist
@@ -66,11 +68,12 @@ class Recipe:
     ) -> None:
         self.model, self.rules, self.loss, self.importance = model, parse_rules(rules), loss, importance
         stages = self.rules.stages or Stages()
-        self.thin_from, self.thin_to, self.quantize_from = (
-            round(fraction * steps) for fraction in (*stages.thin, stages.quantize)
-        )
-        self.thin_to = max(self.thin_to, self.thin_from + 1)
-        self.quantize_from = max(self.quantize_from, self.thin_to)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"Recipe: steps = {steps!r} must be a whole number of optimiser steps, 1 or more.")
+        begin, thin, quantize = (round(fraction * steps) for fraction in (*stages.thin, stages.quantize))
+        self.thin_from = min(begin, steps - 1)  # however few steps there are, every stage is within them
+        self.thin_to = min(max(thin, self.thin_from + 1), steps)
+        self.quantize_from = min(max(quantize, self.thin_to), steps)
         self.every, self.learning_rate_multiplier, self.steps = stages.every, stages.learning_rate_multiplier, 0
         if self.rules.allocation is None and loss is None:
             raise ConfigError(
@@ -81,7 +84,8 @@ class Recipe:
             plan_of(model, self.rules, tensors_of(model)[0])  # raises now if the rules do not fit the model
         self._plans: list[Planned] = []
         self._twist: Twist | None = None
-        self._quantizes = False
+        self._quantizes = self._quantized = False
+        self._watch: list[Watch] = []
 
     @property
     def done(self) -> bool:
@@ -96,9 +100,19 @@ class Recipe:
 
         Raises:
             BudgetError: The budget, or the limit of the file, cannot be met.
-            ConfigError: ``rules`` or the importance do not fit the model.
+            ConfigError: ``rules`` or the importance do not fit the model, or the optimiser was not built anew after
+                the answer was True, so that nothing was trained.
             NonFiniteError: A weight or its importance has a NaN or an infinity.
         """
+        if self._watch and self._watch[0].stale:
+            self._watch[0].refuse()
+        self._watch = []
+        with replacing(self.model, "recipe.step()") as watch:
+            changed = self._step()
+        self._watch = watch
+        return changed
+
+    def _step(self) -> bool:
         self.steps += 1
         if self.steps == max(self.thin_from, 1):
             self._begin()
@@ -106,13 +120,108 @@ class Recipe:
             self._twist.step()
             if self.steps == self.thin_to:
                 self._thin()
-                self._twist = None
                 if not self._quantizes or self.quantize_from > self.thin_to:
                     return True
         if self._quantizes and self.steps == self.quantize_from:
             self._quantize()
             return True
         return False
+
+    def finish(self) -> Report:
+        """Go through the stages that are left at once, where a training ends before its last step.
+
+        Parameter objects are replaced.
+
+        Returns:
+            What the file will hold.
+
+        Raises:
+            BudgetError: The file cannot be kept within ``file_bytes``.
+        """
+        with replacing(self.model, "recipe.finish()"):
+            if self._twist is None and not self._plans:
+                self._begin()
+            if self._twist is not None:
+                self._thin()
+            if self._quantizes and not self._quantized:
+                self._quantize()
+        self.steps = max(self.steps, self.quantize_from)
+        return report_of(contents(self.model))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the recipe is, for a checkpoint: numbers, texts and lists, which ``torch.load`` takes as they are.
+
+        Returns:
+            The state, for ``load_state_dict``.
+        """
+        plans = [
+            {"tensors": [t.name for t in plan.tensors], "method": plan.name, "fields": fields(plan.method)}
+            for plan in self._plans
+            if plan.method is not None
+        ]
+        stage = "quantized" if self._quantized else "dense" if self._twist is not None or not plans else "thin"
+        return {"schedule": self._schedule(), "steps": self.steps, "stage": stage, "plans": plans}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Bring the recipe, and the layers of its model, to where a checkpoint was taken.
+
+        The model becomes dense or thin as it was, with other values: load its own state afterwards, then build the
+        optimiser and load its state.
+
+            recipe.load_state_dict(saved["recipe"])
+            model.load_state_dict(saved["model"])
+            optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3, recipe.learning_rate_multiplier))
+            optimizer.load_state_dict(saved["optimizer"])
+
+        Args:
+            state: What ``state_dict`` returned, of a recipe with the same model, rules and number of steps.
+
+        Raises:
+            ConfigError: The state is that of another recipe.
+        """
+        try:
+            if (schedule := [int(number) for number in state["schedule"]]) != self._schedule():
+                raise ConfigError(
+                    f"Recipe.load_state_dict: the state is of a schedule {schedule}, but this recipe has "
+                    f"{self._schedule()}: give the same [stages] and steps."
+                )
+            steps, stage, written = int(state["steps"]), state["stage"], list(state["plans"])
+            saved = {tuple(plan["tensors"]): (plan["method"], plan["fields"]) for plan in written}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"Recipe.load_state_dict: this is no state of a recipe ({type(error).__name__}: {error}). Give what "
+                "state_dict returned."
+            ) from None
+        with replacing(self.model, "recipe.load_state_dict()"):
+            materialize(self.model)
+            found, owners = tensors_of(self.model)
+            self._plans, self._twist, self._quantized = self._planned(saved, found), None, stage == "quantized"
+            self._quantizes = any(plan.method is not None and inner_of(plan.method) for plan in self._plans)
+            self.steps = steps
+            if stage == "dense" and self._plans:
+                self._twist = self._twisting()
+                self._twist.load_state_dict({"steps": steps - max(self.thin_from, 1) + 1})
+            elif stage != "dense":
+                plans = self._plans if self._quantized else [_first(plan) for plan in self._plans]
+                carry_out(self.model, plans, owners, "scratch")
+
+    def _planned(self, saved: Mapping[tuple[str, ...], tuple[str, Any]], found: list[Named]) -> list[Planned]:
+        """The plans of a state for the tensors of this model; ConfigError if they are of other ones."""
+        units = {tuple(tensor.name for tensor in unit.tensors): unit for unit in units_of(self.rules.match(found))}
+        plans: list[Planned] = []
+        for names, (name, written) in saved.items():
+            unit = units.get(names)
+            method = None if unit is None or unit.rule.name != name else with_fields(name, written)
+            if unit is None or method is None or method.shape != unit.shape:
+                raise ConfigError(
+                    f"Recipe.load_state_dict: the state has {', '.join(names)} by {name}, which the rules of this "
+                    "recipe do not: give the same model and rules."
+                )
+            plans.append(Planned(unit.tensors, name, method, unit.fit, unit.projecting))
+        return plans
+
+    def _schedule(self) -> list[int]:
+        return [self.thin_from, self.thin_to, self.quantize_from, self.every]
 
     def _begin(self) -> None:
         """Make the plans, from measured losses if the rules ask for it, and start to thin by their first methods."""
@@ -122,13 +231,17 @@ class Recipe:
         plans = [plan for plan in plan_of(self.model, rules, tensors, Encoded(owners)) if plan.method is not None]
         self._plans = plans
         self._quantizes = any(plan.method is not None and inner_of(plan.method) for plan in plans)
+        self._twist = self._twisting()
+
+    def _twisting(self) -> Twist:
         rising = Rising(0, self.thin_to - self.thin_from)
-        self._twist = Twist(self.model, [_first(plan) for plan in plans], self.every, rising)
+        return Twist(self.model, [_first(plan) for plan in self._plans], self.every, rising)
 
     def _thin(self) -> None:
         """Make the layers thin, by the first method of each plan."""
         self._plans = self._within_the_file(self._plans)
         Twist(self.model, [_first(plan) for plan in self._plans]).finish()
+        self._twist = None
 
     def _within_the_file(self, plans: list[Planned]) -> list[Planned]:
         """The plans, made smaller until the file of the present weights keeps the configuration's limit."""
@@ -137,7 +250,15 @@ class Recipe:
             size = coded_bytes(contents(self.model), plans, encoded.thin)
             if size <= limit:
                 break
-            plans = [_smaller(plan, limit / size) for plan in plans]
+            smaller = [_smaller(plan, limit / size) for plan in plans]
+            if _bits(smaller) >= _bits(plans):
+                raise BudgetError(
+                    f"The file cannot be kept within {limit} bytes: it has {size}, and no plan can be made smaller. "
+                    f"Use [model] file_bytes >= {size}, or name more tensors.",
+                    smallest_bits=8 * size,
+                    smallest_ratio=size / contents(self.model).dense_bytes,
+                )
+            plans = smaller
         return plans
 
     def _quantize(self) -> None:
@@ -153,6 +274,7 @@ class Recipe:
             materialize(self.model)
             self._plans = self._within_the_file(self._plans)
             carry_out(self.model, self._plans, tensors_of(self.model)[1])
+        self._quantized = True
 
 
 def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mapping[str, Tensor] | None = None) -> Report:
@@ -183,7 +305,8 @@ def quantize_codes(model: nn.Module, then: Mapping[str, Any], importance: Mappin
         floats = [(e, s) for e, s in weight.method.code_shapes().items() if e not in weight.method.integers()]
         inner = tuple((e, METHODS[name].fit(as_matrix(shape), NO_LIMIT, **options)) for e, shape in floats)
         wanted[weight] = f"{weight.name}{THEN}{name}", Then(weight.method, inner)
-    _store_floats(model, wanted, importance or {})
+    with replacing(model, "quantize_codes()"):
+        _store_floats(model, wanted, importance or {})
     return report_of(contents(model))
 
 
@@ -205,6 +328,10 @@ def _store_floats(
             elif isinstance(thin, ThinWeight) and thin in made:
                 make_thin(layer, {parameter: made[thin]})
     make_sequential(model)
+
+
+def _bits(plans: list[Planned]) -> int:
+    return sum(plan.method.bits() for plan in plans if plan.method is not None)
 
 
 def _smaller(plan: Planned, fraction: float) -> Planned:

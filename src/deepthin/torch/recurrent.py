@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepthin.kernels import products
-from deepthin.kernels.costs import NATIVE, choose_native, work
+from deepthin.kernels.costs import NATIVE, choose_native, repeated_dense_work, work
 from deepthin.kernels.recurrent import CELLS, gates_of
 from deepthin.methods.factor import Factor
 from deepthin.torch.operators import takes
@@ -69,13 +69,10 @@ def pays(matrices: tuple[Factor, ...], batch: int, training: bool) -> bool:
     """
     native = dense = 0.0
     for number, method in enumerate(matrices):
-        area, calls = math.prod(method.shape), _STEPS if number % 2 else 1
+        calls = _STEPS if number % 2 else 1
         items = batch if number % 2 else _STEPS * batch
         native += calls * min(cost for path, cost in work(method, items, not training).items() if path in NATIVE)
-        if training:
-            dense += calls * (0.07 * items + 0.2) * area + (1.33 + 0.273 * method.rank) * area
-        else:
-            dense += calls * (0.024 * items + 0.16) * area
+        dense += repeated_dense_work(method, items, calls, not training)
     return native < dense
 
 

@@ -42,6 +42,7 @@ class CodeState(nn.Module):
                 "code something else."
             )
         self._entries = tuple(state)
+        self._kinds = {entry: integers[entry] for entry in state if entry in integers}
         self._exact = tuple(entry for entry, value in state.items() if not value.is_floating_point())
         for entry, value in state.items():
             if value.is_floating_point():
@@ -170,18 +171,27 @@ class CodeState(nn.Module):
         self._prepare_tables()
 
     def _load_integers(self, entry: str, given: Tensor, prefix: str, error_msgs: list[str]) -> None:
-        now = getattr(self, entry)
+        """Take over an integer entry, or say why the method cannot have it: other weights would be read from it."""
+        now, kind = getattr(self, entry), self._kinds.get(entry)
         if tuple(given.shape) != tuple(now.shape) or given.is_floating_point():
             error_msgs.append(
                 f"{prefix}{entry} is {tuple(given.shape)}, {given.dtype} in the state dict, but {tuple(now.shape)}, "
                 f"{now.dtype} in the model."
             )
             return
-        value = given.detach().to(now.dtype)
-        if not given.is_meta and not torch.equal(value.to(given.dtype), given.detach()):
-            error_msgs.append(f"{prefix}{entry} has values outside the range of the method.")
-            return
+        if kind is not None and given.numel() and not given.is_meta:
+            least, most = int(given.min()), int(given.max())
+            if not kind.least <= least <= most < kind.least + kind.count:
+                error_msgs.append(
+                    f"{prefix}{entry} holds integers from {least} to {most}; here they are from {kind.least} to "
+                    f"{kind.least + kind.count - 1}."
+                )
+                return
+            if kind.rising and bool((given.reshape(-1).long().diff() <= 0).any()):
+                error_msgs.append(f"{prefix}{entry} must rise: these are positions.")
+                return
         device = self._device()
+        value = given.detach().to(now.dtype)
         place = value.device if device is None or device.type == "meta" else device
         setattr(self, entry, value.to(place, copy=True))
 

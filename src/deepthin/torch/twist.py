@@ -23,6 +23,7 @@ from deepthin.plan.shares import Planned
 from deepthin.storage.report import Report
 from deepthin.torch.compress import carry_out, plan_of
 from deepthin.torch.importance import check_importance, importance_for
+from deepthin.torch.replaced import replacing
 from deepthin.torch.tensors import Encoded, check_finite, tensors_of
 from deepthin.torch.weight import ThinWeight
 
@@ -150,7 +151,8 @@ class Twist:
         importance = self._asked()
         for planned in self._planned:
             self._distort(planned, planned.method, importance)
-        return carry_out(self.model, self._planned, self._owners, encoded=Encoded(self._owners, importance))
+        with replacing(self.model, "twist.finish()"):
+            return carry_out(self.model, self._planned, self._owners, encoded=Encoded(self._owners, importance))
 
     def state_dict(self) -> dict[str, int]:
         """The number of steps so far, for a checkpoint; all else follows from the model and the arguments.

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from deepthin.errors import BudgetError, ConfigError, NonFiniteError
 from deepthin.storage.report import table
+from deepthin.torch.replaced import replacing
 from deepthin.torch.units import Path, at_rest, inputs_of, trace, units_of
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
@@ -120,10 +121,11 @@ def trim(
     scores = _apoz(model, graph, chosen, batches)
     before = sum(p.numel() for p in model.parameters())
     rows: list[Trimmed] = []
-    for name, score in scores.items():
-        stay = _staying(score, above, most)
-        _remove(chosen[name], stay)
-        rows.append(Trimmed(name, len(score), len(stay), score.mean().item()))
+    with replacing(model, "trim()"):
+        for name, score in scores.items():
+            stay = _staying(score, above, most)
+            _remove(chosen[name], stay)
+            rows.append(Trimmed(name, len(score), len(stay), score.mean().item()))
     skipped = {} if layers is not None else {name: path.obstacle for name, path in paths.items() if path.obstacle}
     return Trimming(tuple(rows), before, sum(p.numel() for p in model.parameters()), skipped)
 
@@ -255,6 +257,10 @@ def _apoz(model: nn.Module, graph: fx.Graph, paths: Mapping[str, Path], batches:
     return {name: zeros / counter.counts[name] for name, zeros in counter.zeros.items()}
 
 
+_DOUBLINGS = 16  # of the width, until a size that has not grown since is taken to be constant
+_WIDEST = 1 << 48
+
+
 def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
     """The largest width at which the matrices of ``build(width)`` take at most ``weight_bytes``.
 
@@ -269,6 +275,7 @@ def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
 
     Raises:
         BudgetError: Width 1 takes more.
+        ConfigError: The size does not grow with the width.
     """
 
     def taken(width: int) -> int:
@@ -281,8 +288,14 @@ def same_size(build: Callable[[int], nn.Module], weight_bytes: int) -> int:
             smallest_bits=8 * least,
             smallest_ratio=math.nan,
         )
-    high = 2
-    while taken(high) <= weight_bytes:
+    high, most, still = 2, least, 0  # ``still``: doublings of the width in a row without a larger size
+    while (size := taken(high)) <= weight_bytes:
+        most, still = max(most, size), 0 if size > most else still + 1
+        if still > _DOUBLINGS or high > _WIDEST:
+            raise ConfigError(
+                f"same_size: the matrices of build(width) do not grow with the width: they take {size} bytes at width "
+                f"{high}, which never exceeds {weight_bytes}. Use the width in build."
+            )
         high *= 2
     low = high // 2
     while high - low > 1:

@@ -376,5 +376,5 @@ def write_page(rows: Rows, out: Path, command: str) -> Path:
         if row.seed == 0 and row.value is not None and row.model
     }
     path = out / "report.html"
-    write_atomically(path, render(rows, run, plans, command).encode())
+    write_atomically(path, render(rows, run, plans, command).encode(errors="backslashreplace"))
     return path

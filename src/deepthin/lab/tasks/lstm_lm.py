@@ -235,28 +235,30 @@ def fit(model: nn.Module, data: Data, training: Training) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)  # dropout draws from torch's own generator
         places = training.batches(count, 1, WARM_UP, lambda: torch.arange(count))
-        for step_loss in losses(model, data, map(int, places)):
+        for step_loss in losses(model, data, map(int, places), training.carried):
             training.minimise(step_loss, CLIP)
 
 
-def losses(model: nn.Module, data: Data, places: Iterable[int]) -> Iterator[Float[Tensor, ""]]:
+def losses(
+    model: nn.Module, data: Data, places: Iterable[int], carried: dict[str, Tensor] | None = None
+) -> Iterator[Float[Tensor, ""]]:
     """The mean cross entropy of steps of the training text, the state carried from one to the next.
 
     Args:
         model: The network.
         data: What ``load`` returned.
         places: Indices of steps, from 0 to ``epoch_steps(data) - 1``; at 0 the state is reset.
+        carried: Holds the state between two steps, so that it can be saved with a checkpoint; None: a new one.
 
     Yields:
         Nats per word, differentiable within the step.
     """
-    steps = list(steps_of(data.texts["train"]))
-    state: State | None = None
+    steps, carried = list(steps_of(data.texts["train"])), {} if carried is None else carried
     for place in places:
         inputs, targets = steps[place]
         with precision():
-            scores, after = model(inputs, state if place else None)
-        state = after[0].detach().float(), after[1].detach().float()
+            scores, after = model(inputs, (carried["h"], carried["c"]) if place else None)
+        carried |= {"h": after[0].detach().float(), "c": after[1].detach().float()}
         yield F.cross_entropy(scores.flatten(0, 1), targets.flatten())
 
 

@@ -2,10 +2,11 @@
 
 import importlib
 import zlib
-from collections.abc import Callable, Mapping
-from inspect import Parameter, getsourcefile, signature
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from inspect import Parameter, Signature, getsourcefile, isclass, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,18 +49,16 @@ class Own:
         self.decays: dict[str, float] = {}
         self.allocations: dict[str, float | str] = {}
         self.options: dict[str, dict[str, Any]] = {}
-        width = signature(factory).parameters.get("width")
+        width = _signature(factory, f"--model {name}").parameters.get("width")
         if width is not None and width.default is Parameter.empty:
             raise ConfigError(f"--model {name}: give width a default, which is that of the dense network.")
-        try:
-            signature(factory).bind()
-        except TypeError as error:
-            raise ConfigError(f"--model {name}: the function must be callable without arguments: {error}.") from None
+        check_no_arguments(factory, f"--model {name}")
         self._has_width = width is not None
         self.width: int = width.default if width is not None else 1
         three = (factory, train, evaluate)
-        sources = "".join(Path(file).read_text() for file in sorted({str(getsourcefile(f)) for f in three}))
-        names = ", ".join(f"{f.__module__}:{f.__name__}" for f in three)
+        files = {file for f in three if (file := _source(f)) is not None}
+        sources = "".join(file.read_text(errors="replace") for file in sorted(files, key=str))
+        names = ", ".join(map(_name, three))
         self.about = f"{names}, checksum {zlib.crc32(sources.encode()):08x}"  # another source gives other results
         self._first = self._item()
         self.metrics = tuple(self.evaluate(self.build(None, self.width), None, "dev"))
@@ -214,6 +213,67 @@ def _cut(inputs: Any) -> Any:
     return type(inputs)(map(_cut, inputs)) if type(inputs) in (list, tuple) else inputs  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
+def check_no_arguments(factory: Callable[..., Any], where: str) -> None:
+    """ConfigError if what builds a network cannot be called without arguments."""
+    try:
+        _signature(factory, where).bind()
+    except TypeError as error:
+        raise ConfigError(f"{where}: the function must work without arguments, but has a {error}.") from None
+
+
+def _signature(factory: Callable[..., Any], where: str) -> Signature:
+    try:
+        return signature(factory)
+    except (ValueError, TypeError):  # something built in
+        raise ConfigError(
+            f"{where} is {type(factory).__name__}, whose arguments cannot be told: write a function around it."
+        ) from None
+
+
+def _plain_function(found: Any) -> Any:
+    """The function or class that does the work of a callable: what ``partial`` calls, the class of an object."""
+    while isinstance(found, partial):
+        found = cast(Any, found).func
+    found = getattr(found, "__func__", found)  # of a bound method
+    return found if hasattr(found, "__qualname__") else type(found)
+
+
+def _source(found: Any) -> Path | None:
+    """The file in which a callable is written; none for what is built in or typed in."""
+    try:
+        file = getsourcefile(_plain_function(found))
+    except TypeError:
+        return None
+    return Path(file) if file is not None and Path(file).is_file() else None
+
+
+def _name(found: Any) -> str:
+    """``module:function``, with the arguments of a ``partial`` and the attributes of an object where they are plain."""
+    inner = _plain_function(found)
+    name = f"{inner.__module__}:{inner.__name__}"
+    if isinstance(found, partial):
+        outer = cast(Any, found)
+        return f"{_name(outer.func)}{_told([*outer.args], outer.keywords)}"
+    owner = getattr(found, "__self__", found)
+    return name if owner is inner or isclass(owner) else f"{name}{_told([], getattr(owner, '__dict__', {}))}"
+
+
+def _told(values: Sequence[Any], named: Mapping[str, Any]) -> str:
+    """Arguments as text that is the same in every run: of what is not plain, the type."""
+
+    def text(value: Any, depth: int = 4) -> str:
+        if value is None or isinstance(value, bool | int | float | str | bytes):
+            return repr(value)
+        if type(value) in (list, tuple) and depth:
+            return f"[{', '.join(text(part, depth - 1) for part in value)}]"
+        if isinstance(value, partial) and depth:
+            return _name(value)
+        named = cast(Any, value)
+        return f"{named.__module__}:{named.__qualname__}" if hasattr(named, "__qualname__") else type(named).__name__
+
+    return f"({', '.join([*map(text, values), *(f'{key}={text(value)}' for key, value in named.items())])})"
+
+
 def function(spec: str, option: str) -> Callable[..., Any]:
     """Import a function.
 
@@ -235,6 +295,10 @@ def function(spec: str, option: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"{option} {spec}: cannot import {module_name!r} from {Path.cwd()}: {error}.") from None
+    except Exception as error:  # whatever its source makes of it
+        raise ConfigError(
+            f"{option} {spec}: importing {module_name!r} raised {type(error).__name__}: {error}."
+        ) from error
     found: Any = getattr(module, name, None)
     if found is None:
         raise ConfigError(f"{form}; {module_name!r} has no {name!r}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError, NonFiniteError
+from deepthin.lab.checkpoint import Checkpoint, restore_random
 from deepthin.torch import Distillation, Recipe, adam_importance, parameter_groups
 from deepthin.torch.weight import ThinWeight
 
@@ -36,6 +37,8 @@ class Training:
         distillation: A teacher's loss, which ``taught`` adds; None: no teacher.
         progress: Called after each step with the number of steps so far.
         step: Number of steps so far.
+        checkpoint: Saves the state of the training, from which ``batches`` continues; None: no checkpoints.
+        carried: What a task carries from step to step, such as a recurrent state.
     """
 
     model: nn.Module
@@ -47,6 +50,8 @@ class Training:
     recipe: Recipe | None = None
     distillation: Distillation | None = None
     progress: Callable[[int], None] = lambda _: None  # called with the number of steps so far
+    checkpoint: Checkpoint | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -91,11 +96,15 @@ class Training:
             ConfigError: ``minimise`` was not called for a batch.
         """
         self._warm_up = warm_up
-        self._prepare()
-        self.model.train()
         batch = min(batch, count)
         draw = order or (lambda: torch.randperm(count, generator=self.generator))
-        indices, at = draw(), 0
+        saved = None if self.checkpoint is None or self.step else self.checkpoint.load()
+        if saved is None:
+            self._prepare()
+            indices, at = draw(), 0
+        else:
+            indices, at = self._go_on(saved)
+        self.model.train()
         while self.step < self.steps:
             if at + batch > len(indices):
                 indices, at = draw(), 0
@@ -106,8 +115,38 @@ class Training:
                     "A batch was not used: call training.minimise(loss) once for each of training.batches(...)."
                 )
             at += batch
+            if self.checkpoint is not None and self.step % self.checkpoint.every == 0 and self.step < self.steps:
+                self.checkpoint.save(self._state(indices, at))
         if self._best_state is not None:
             self.model.load_state_dict(self._best_state)
+
+    def _state(self, indices: Tensor, at: int) -> dict[str, Any]:
+        """All that the rest of the training depends on, but for its arguments."""
+        return {
+            "step": self.step,
+            "indices": indices,
+            "at": at,
+            "generator": self.generator.get_state(),
+            "recipe": None if self.recipe is None else self.recipe.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
+            "best": self._best,
+            "best_state": self._best_state,
+            "carried": self.carried,
+        }
+
+    def _go_on(self, saved: dict[str, Any]) -> tuple[Tensor, int]:
+        """The state of a checkpoint; the pass that was under way, and how much of it is done."""
+        if self.recipe is not None:
+            self.recipe.load_state_dict(saved["recipe"])
+        self.model.load_state_dict(saved["model"])
+        self.step, self._best, self._best_state = saved["step"], saved["best"], saved["best_state"]
+        self._prepare().load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+        self.carried.clear()
+        self.carried.update(saved["carried"])
+        restore_random(saved)
+        return saved["indices"], saved["at"]
 
     def taught(self, inputs: Any, scores: Tensor, loss: Tensor) -> Tensor:
         """Add the teacher's loss, if there is a teacher.
@@ -170,7 +209,7 @@ class Training:
         """
         return {} if self._optimizer is None else adam_importance(self._optimizer, self.model)
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> torch.optim.Optimizer:
         """Create an optimiser for the present parameters, with the rest of the learning-rate schedule."""
         first = self.step
 
@@ -184,6 +223,7 @@ class Training:
         # fused AdamW saves a third of a dense step's time
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
+        return self._optimizer
 
 
 def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
