@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load as safetensors_load
 
 import deepthin
-from deepthin import METHODS, BudgetError, FormatError
+from deepthin import METHODS, BudgetError, ConfigError, FormatError
 from deepthin.coding import huffman
 from deepthin.coding.bits import packed_bytes
 from deepthin.method import Integers
@@ -519,3 +519,23 @@ def test_stale_temporary_files_are_cleaned(tmp_path):
         os.utime(temporary, (time.time() - 7200,) * 2)
     write(small_contents(), path)
     assert sorted(tmp_path.iterdir()) == sorted([path, fresh, other])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("pruned", lambda code: {"positions": code["positions"][::-1].copy()}, r"w/positions must rise"),
+        ("pruned", lambda code: {"positions": code["positions"] + 1200}, r"w/positions has integers from .* 0 to 1199"),
+        ("pruned", lambda code: {"positions": code["positions"].astype("f4")}, r"w/positions is float32"),
+        ("pruned", lambda code: {"positions": code["positions"][:-1]}, r"w/positions is int64 .* of shape"),
+        ("kmeans", lambda code: {"symbols": code["symbols"] - 300}, r"w/symbols has integers from -300 .* 0 to 7"),
+    ],
+)
+def test_integers_that_no_reader_accepts_are_not_written(name, change, message, tmp_path):
+    options = {"bits": 3} if name == "kmeans" else {}
+    plan = METHODS[name].fit((30, 40), 32 * 300, **options)
+    code = plan.init(np.random.default_rng(0), 0.1)
+    code = {entry: Raw.of(values) for entry, values in {**code, **change(code)}.items()}
+    with pytest.raises(ConfigError, match=message):
+        write(Contents({"w": Thin(name, plan, {"w": Part((30, 40))}, code)}), tmp_path / "m.thin")
+    assert not list(tmp_path.iterdir())

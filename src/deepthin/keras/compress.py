@@ -67,10 +67,11 @@ class Encoded(EncodedOnce[np.ndarray, ThinWeight]):
             planned: A tensor or a group.
 
         Returns:
-            ``name`` and ``dtype``, those of its first tensor.
+            ``name``, ``dtype`` and ``std``, those of its first tensor.
         """
-        first = planned.tensors[0].name
-        return {"name": layer_name(first), "dtype": keras.backend.standardize_dtype(self.held[first].variable.dtype)}
+        first = planned.tensors[0]
+        kind = keras.backend.standardize_dtype(self.held[first.name].variable.dtype)
+        return {"name": layer_name(first.name), "dtype": kind, "std": first.std}
 
     def encode(self, planned: Planned, method: Method) -> tuple[ThinWeight, Thin]:
         """Encode a plan's tensors.
@@ -137,8 +138,7 @@ def compress(
         name, dense = chosen.tensors[0].name, encoded.dense(chosen)
         if init == "scratch" and dense[0].ndim > 1:
             rng = generator(steady(model, name), seed)
-            parts, std = parts_of(chosen), chosen.tensors[0].std
-            weight = ThinWeight.draw(chosen.name, chosen.method, parts, rng, std, **encoded.options(chosen))
+            weight = ThinWeight.draw(chosen.name, chosen.method, parts_of(chosen), rng, **encoded.options(chosen))
         else:
             weight = encoded(chosen)
             for index, (tensor, values) in enumerate(zip(chosen.tensors, dense, strict=True)):

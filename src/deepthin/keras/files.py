@@ -13,6 +13,7 @@ from keras import layers, ops
 
 from deepthin.keras.exchange import exchange_recurrent, make_plain, make_thin, why_not
 from deepthin.keras.generated import ThinLayer
+from deepthin.keras.layout import fresh_std
 from deepthin.keras.tree import Held, layer_name, renumbered, tensors, walk
 from deepthin.keras.weight import ThinWeight
 from deepthin.storage.arrays import Buffer, Raw, dtype_name, pieces_of
@@ -42,6 +43,7 @@ def save(model: keras.Model, path: str | Path, max_bytes: int | None = None, *, 
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ConfigError: Integers of a code are such that ``load`` would refuse them. Nothing is written.
         NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.
@@ -263,10 +265,10 @@ def _plan_of(matrix: ThinWeight | Thin | None) -> tuple[object, ...]:
 
 def _thin_weight(thin: Thin, first: Held) -> ThinWeight:
     """A ThinWeight of zeros, in the dtype of the variable that it replaces."""
-    kind = keras.backend.standardize_dtype(first.variable.dtype)
-    return ThinWeight(
-        thin.name, thin.method, list(thin.parts.values()), name=layer_name(next(iter(thin.parts))), dtype=kind
-    )
+    name, parts = layer_name(next(iter(thin.parts))), list(thin.parts.values())
+    kind, shape = keras.backend.standardize_dtype(first.variable.dtype), parts[0].shape
+    std = fresh_std(first.places[0].layer, shape) if len(shape) > 1 else 1.0
+    return ThinWeight(thin.name, thin.method, parts, name=name, dtype=kind, std=std)
 
 
 def _largest_of(held: Held) -> float:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import keras
 from keras import ops
 
+from deepthin.errors import ConfigError
 from deepthin.keras.layout import Shape, layouts
 from deepthin.keras.weight import ThinWeight
 from deepthin.method import Array
@@ -150,6 +151,21 @@ class ThinLayer(keras.layers.Layer):
         self.shapes[name] = tuple(args[0] if args else options["shape"])
         self.penalize(name, keras.regularizers.get(options.get("regularizer")))
         return None
+
+    def enable_lora(self, *args: Any, **options: Any) -> None:
+        """Refuse Keras's adapters, which need a dense variable.
+
+        Args:
+            args: As Keras has them.
+            options: As Keras has them.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            f"{self.name} is thin: its factors train as adapters do. Call deepthin.keras.materialize(model) first, or "
+            "leave the layer out with [model] ignore."
+        )
 
     def save_own_variables(self, store: Any) -> None:
         """Save the dense variables; a ThinWeight is a layer and saves its own.

@@ -60,9 +60,12 @@ def product(weight: ThinWeight, x: tf.Tensor, index: int = 0) -> tf.Tensor | Non
         index: Which of the weight's tensors is W, (outputs, inputs).
 
     Returns:
-        The outputs; None where the decoded weight must be used or is predicted to be faster (see ``fused``).
+        The outputs; None where the decoded weight must be used (for sparse and ragged inputs too) or is predicted to be
+        faster (see ``fused``).
     """
     part, method = weight.parts[index], weight.decoder
+    if isinstance(x, tf.SparseTensor | tf.RaggedTensor):
+        return None
     if not isinstance(method, Factored) or len(part.shape) != 2 or part.transposed or part.zero_row is not None:
         return None
     window = method.window(weight.cuts[index][0], part.shape)

@@ -124,15 +124,15 @@ def tensors(model: Any) -> dict[str, Held]:
 
 
 def layer_name(name: str) -> str:
-    """A valid name for the ThinWeight of a tensor, as torch allows no dots there.
+    """A valid name for the ThinWeight of a tensor: torch allows no dots there, Keras no slashes, TensorFlow less still.
 
     Args:
         name: Dotted name of the tensor.
 
     Returns:
-        The name with underscores.
+        The name with underscores in place of all but letters, digits and hyphens.
     """
-    return name.replace(".", "_")
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
 def own_variables(layer: Any) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def is_unnamed(layer: Any) -> bool:
     Returns:
         Whether its name has that form.
     """
-    return re.fullmatch(rf"{_usual_name(layer)}(_\d+)?", layer.name) is not None
+    return re.fullmatch(rf"{re.escape(_usual_name(layer))}(_\d+)?", layer.name) is not None
 
 
 def _usual_name(layer: Any) -> str:
@@ -240,7 +240,7 @@ def renumbered(model: Any, names: Iterable[str]) -> dict[str, str]:
     def theirs(path: str, name: str, count: int) -> list[str]:
         inside = f"{path}." if path else ""
         siblings = {other[len(inside) :].partition(".")[0] for other in known if other.startswith(inside)}
-        return sorted((other for other in siblings if re.fullmatch(rf"{name}(_\d+)?", other)), key=_number)
+        return sorted((other for other in siblings if re.fullmatch(rf"{re.escape(name)}(_\d+)?", other)), key=_number)
 
     there = {theirs: ours for ours, theirs in _counterparts(model, theirs).items()}
     return {

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from keras import ops
 
+from deepthin.keras.integers import IntegerVariable
 from deepthin.keras.namespace import NAMESPACE
 from deepthin.method import Array, Code, Flat, Integers, Method, Namespace, Sparse
 from deepthin.methods import fields, learning_rate_multiplier, with_fields
@@ -49,6 +51,8 @@ class ThinWeight(keras.layers.Layer):
         parts: Shape and scale of each tensor, in the order in which they are cut from the flattened matrix.
         start: Code and latents, as ``deepthin.plan.start`` makes them; None for zeros, to be loaded.
         dtype: Dtype of the latents.
+        std: Standard deviation of the entries of a copy that begins anew (``from_config``); None for a tenth of He's
+            variance.
         options: Further arguments of ``keras.layers.Layer``.
     """
 
@@ -60,11 +64,13 @@ class ThinWeight(keras.layers.Layer):
         start: Start | None = None,
         *,
         dtype: str = "float32",
+        std: float | None = None,
         **options: Any,
     ) -> None:
 
         super().__init__(dtype=dtype, **options)
         self.method_name, self.method, self.parts = method_name, method, tuple(parts)
+        self.std = math.sqrt(0.2 / max(math.prod(self.parts[0].shape[1:]), 1)) if std is None else std
         self._coding = FloatCoding(method)
         self.decoder = self._coding.decoder  # takes floats, however they are stored
         self.rounds = method.trains == "through"
@@ -76,19 +82,14 @@ class ThinWeight(keras.layers.Layer):
         shown = self.decoder if self.rounds else method
         shapes, whole = shown.code_shapes(), shown.integers()
         for entry, shape in shapes.items():
-            kind = _integer_type(whole[entry]) if entry in whole else self.variable_dtype
-            options = {"trainable": entry not in whole, "autocast": False, "name": entry}
-            self.latents[entry] = self.add_weight(shape, "zeros", kind, **options)
+            self.latents[entry] = self._variable(entry, shape, whole.get(entry), True)
             self.latents[entry].learning_rate_multiplier = self.learning_rate_multiplier
         self.stored: dict[str, Any] = {}
         if self.rounds and drifts(method):
             whole = method.integers()
             for entry, shape in method.code_shapes().items():
-                if entry in self.latents:
-                    continue
-                kind = _integer_type(whole[entry]) if entry in whole else self.variable_dtype
-                options = {"trainable": False, "autocast": False, "name": entry}
-                self.stored[entry] = self.add_weight(shape, "zeros", kind, **options)
+                if entry not in self.latents:
+                    self.stored[entry] = self._variable(entry, shape, whole.get(entry), False)
         self.built = True
         if start is not None:
             self._set(*start)
@@ -141,7 +142,17 @@ class ThinWeight(keras.layers.Layer):
         Returns:
             The weight.
         """
-        return cls(method_name, method, parts, drawn(method, rng, std), **options)
+        return cls(method_name, method, parts, drawn(method, rng, std), std=std, **options)
+
+    def _variable(self, entry: str, shape: tuple[int, ...], whole: Integers | None, trainable: bool) -> Any:
+        """A variable of zeros for an entry, tracked; of exact integers, if it has their range."""
+        if whole is None:
+            options = {"trainable": trainable, "autocast": False, "name": entry}
+            return self.add_weight(shape, "zeros", self.variable_dtype, **options)
+        with keras.name_scope(self.name, caller=self):
+            variable = IntegerVariable(shape, whole, entry)
+        self._track_variable(variable)
+        return variable
 
     def code(self) -> Code:
         """The stored entries. A loaded code does not change until a latent changes in value.
@@ -161,9 +172,14 @@ class ThinWeight(keras.layers.Layer):
         code = {**_values(self.stored), **{entry: a for entry, a in latents.items() if entry in self.method.integers()}}
         if self.stored and all(_near(latents[e], a, np) for e, a in self._coding.latents(code).items() if e in latents):
             return code
-        code = self._coding.encode({entry: _wide(array) for entry, array in latents.items()}, cast(Namespace, np))
+        code = self._encoded(latents)
         kind = next(a.dtype for a in latents.values() if not np.issubdtype(a.dtype, np.integer))
         return {entry: a if entry in self.method.integers() else a.astype(kind) for entry, a in code.items()}
+
+    def _encoded(self, latents: Code) -> Code:
+        """The code of latents by the operations of ``floats``: NumPy's could break ties otherwise."""
+        code = self._coding.encode({entry: ops.convert_to_tensor(a) for entry, a in latents.items()}, _OPS)
+        return {entry: np.array(ops.convert_to_numpy(a)) for entry, a in code.items()}
 
     def set_code(self, code: Mapping[str, np.ndarray]) -> None:
         """Load another code of the same method, in place; the variables stay, and whether they are trainable.
@@ -232,12 +248,14 @@ class ThinWeight(keras.layers.Layer):
             A mapping that JSON can hold.
         """
         parts = [dataclasses.asdict(part) for part in self.parts]
-        added = {"method": self.method_name, "fields": fields(self.method), "parts": parts}
+        added = {"method": self.method_name, "fields": fields(self.method), "parts": parts, "std": self.std}
         return {**super().get_config(), **json.loads(json.dumps(added))}  # lists, as JSON has no tuples
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "ThinWeight":
-        """Build a weight of zeros from its configuration; its variables are loaded afterwards.
+        """Build a weight from its configuration. It begins anew, as Keras's layers do, until its variables are loaded.
+
+        Matrices are drawn, by a seed that ``keras.utils.set_random_seed`` determines; vectors are zero.
 
         Args:
             config: What ``get_config`` returned.
@@ -248,7 +266,12 @@ class ThinWeight(keras.layers.Layer):
         """
         rest = {key: value for key, value in config.items() if key not in ("method", "fields", "parts")}
         parts = [Part(**{**part, "shape": tuple(part["shape"])}) for part in config["parts"]]
-        return cls(config["method"], with_fields(config["method"], config["fields"]), parts, **rest)
+        weight = cls(config["method"], with_fields(config["method"], config["fields"]), parts, **rest)
+        if len(parts[0].shape) > 1:
+            weight._set(*drawn(weight.method, np.random.default_rng(random.getrandbits(64)), weight.std))
+        else:
+            weight._set(*encoded(weight.method, parts, [np.zeros(part.shape, np.float32) for part in parts]))
+        return weight
 
 
 def _near(a: Array, b: Array, xp: Any) -> Array:
@@ -283,11 +306,3 @@ def _cut(flat: Array, part: Part) -> Array:
 def _narrow(table: np.ndarray) -> np.ndarray:
     """Tables of indices as int32, as JAX has no int64."""
     return table.astype(np.int32) if table.dtype == np.int64 else table
-
-
-def _integer_type(kind: Integers) -> str:
-    """The narrowest dtype that can hold the integers."""
-    most = kind.least + kind.count - 1
-    if kind.least >= 0:
-        return "uint8" if most < 1 << 8 else "int16" if most < 1 << 15 else "int32"
-    return "int8" if kind.least >= -(1 << 7) and most < 1 << 7 else "int16"

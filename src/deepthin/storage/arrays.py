@@ -25,7 +25,7 @@ from deepthin.coding.bits import (
     unpack_gaps,
     width_of,
 )
-from deepthin.errors import FormatError
+from deepthin.errors import ConfigError, FormatError
 from deepthin.kernels import products
 from deepthin.method import Integers
 
@@ -239,6 +239,32 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
     if way == "huffman":
         return Raw.of(huffman.encode(gaps_of(flat, width) if kind.rising else flat, width)), (way, width)
     return Raw.of(pack_gaps(flat, width) if way == "gaps" else pack(flat, width)), (way, width)
+
+
+def check_integers(name: str, values: np.ndarray, kind: Integers, shape: tuple[int, ...]) -> None:
+    """Refuse integers that no file may hold, before they are packed: ``unpacked`` would refuse them.
+
+    Args:
+        name: The entry's name, for messages.
+        values: The integers.
+        kind: Their range, and whether they rise.
+        shape: Shape that the method's fields demand.
+
+    Raises:
+        ConfigError: The shape is another one, an integer is out of range, or they do not rise.
+    """
+    least, most = kind.least, kind.least + kind.count - 1
+    if values.shape != shape or values.dtype.kind not in "iu":
+        raise ConfigError(f"{name} is {values.dtype} {values.shape}, but the method stores integers of shape {shape}.")
+    if values.size and not least <= int(values.min()) <= int(values.max()) <= most:
+        raise ConfigError(
+            f"{name} has integers from {values.min()} to {values.max()}, but the method has those from {least} to "
+            f"{most}: something changed them, such as an average. Take the integers of one model."
+        )
+    if kind.rising and (np.diff(values.reshape(-1).astype(np.int64)) < 1).any():
+        raise ConfigError(
+            f"{name} must rise: something changed its integers, such as an average. Take the integers of one model."
+        )
 
 
 def without_repeats(entry: str, raw: Raw) -> tuple[Raw, Coding | None]:

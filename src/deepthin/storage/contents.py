@@ -10,7 +10,16 @@ from typing import Any, cast
 import numpy as np
 
 from deepthin.method import Method, Namespace
-from deepthin.storage.arrays import ITEM_BYTES, LONGEST_NAME, Coding, Raw, largest, packed, without_repeats
+from deepthin.storage.arrays import (
+    ITEM_BYTES,
+    LONGEST_NAME,
+    Coding,
+    Raw,
+    check_integers,
+    largest,
+    packed,
+    without_repeats,
+)
 from deepthin.storage.budget import largest_weight
 
 
@@ -77,6 +86,17 @@ class Thin:
             else:
                 code[entry] = Raw.zeros(like.dtype, shape)
         return cls(name, method, parts, code, planned=True)
+
+    def check(self) -> None:
+        """Refuse integers that ``read`` would refuse.
+
+        Raises:
+            ConfigError: They have another shape, are out of range, or do not rise.
+        """
+        integers, shapes = self.method.integers(), self.method.code_shapes()
+        for entry in () if self.planned else integers:
+            place = f"{next(iter(self.parts))}/{entry}"
+            check_integers(place, self.code[entry].numpy(), integers[entry], tuple(shapes[entry]))
 
     @functools.cached_property
     def stored(self) -> Stored:

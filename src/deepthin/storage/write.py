@@ -34,6 +34,7 @@ def to_bytes(contents: Contents) -> bytes:
         The whole file, as docs/format.md defines it.
 
     Raises:
+        ConfigError: Integers of a code are such that ``read`` would refuse them.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
     """
     return b"".join(stream(contents))
@@ -68,10 +69,21 @@ def stream(contents: Contents, finite: bool = False) -> Iterator[Buffer]:
         Buffers whose concatenation is the file.
 
     Raises:
+        ConfigError: Integers of a code are such that ``read`` would refuse them.
         NonFiniteError: A tensor holds NaN or infinity, and ``finite``.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed between the two reads;
             discard what was written.
     """
+    _check(contents)
+    yield from _stream(contents, finite)
+
+
+def _check(contents: Contents) -> None:
+    for thin in contents.thin.values():
+        thin.check()
+
+
+def _stream(contents: Contents, finite: bool) -> Iterator[Buffer]:
     tensors = _tensors(contents)
     checksums = {name: _checksum(name, raw, finite) for name, raw in tensors.items()}
     yield (head := _head(contents, tensors, checksums))
@@ -100,10 +112,12 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None, *,
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ConfigError: Integers of a code are such that ``read`` would refuse them. Nothing is written.
         NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
     """
+    _check(contents)
     bytes_ = size_of(contents)
     if max_bytes is not None and bytes_ > max_bytes:
         raise BudgetError(
@@ -112,7 +126,7 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None, *,
             smallest_bits=8 * bytes_,
             smallest_ratio=bytes_ / max(contents.dense_bytes, 1),
         )
-    stream_atomically(path, stream(contents, finite))
+    stream_atomically(path, _stream(contents, finite))
     return bytes_
 
 

@@ -39,6 +39,7 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None,
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
+        ConfigError: Integers of a code are such that ``load`` would refuse them. Nothing is written.
         NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.

@@ -4,6 +4,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable  # pyright: ignore[reportMissingImports]
+
+from deepthin.keras.integers import exact
+from deepthin.method import Integers
 
 
 def numpy_of(variable: Any) -> np.ndarray:
@@ -55,3 +59,31 @@ def dotted(name: str) -> str:
         The name with dots.
     """
     return name.removesuffix(":0").replace("/", ".")
+
+
+class _Exact(ResourceVariable):
+    """A variable of exact integers: ``deepthin.keras.integers.IntegerVariable``, for TensorFlow's own variables."""
+
+    kind: Integers
+
+    def numpy(self) -> np.ndarray:
+        return super().numpy().astype(np.int64)
+
+    def assign(self, value: Any, *args: Any, **options: Any) -> Any:
+        return super().assign(exact(value, self.kind, self.name), *args, **options)
+
+
+def exactly(variable: Any, kind: Integers) -> Any:
+    """Let a variable keep exact integers: assigned floats are rounded if they are integers up to rounding, or refused.
+
+    Args:
+        variable: A variable of integers. Only TensorFlow's plain eager variables change; those of TensorFlow 1 graphs
+            and of distribution strategies are left as they are.
+        kind: Range of the integers.
+
+    Returns:
+        The variable.
+    """
+    if type(variable) is ResourceVariable:
+        variable.__class__, variable.kind = _Exact, kind
+    return variable

@@ -4,7 +4,6 @@ The interface of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944, section 4: one
 variable, and one configuration says which variables are generated, and by which method.
 """
 
-import fnmatch
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from deepthin.keras.weight import ThinWeight
 from deepthin.method import Method
 from deepthin.plan.file_limit import parts_of
 from deepthin.plan.parse import parse_rules
+from deepthin.plan.patterns import matcher
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors
 from deepthin.plan.start import Start, pieces_of, relative_error
@@ -377,9 +377,9 @@ class Variables(tf.Module):
     def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
         """The permutation from the model's axes to the file's: outputs, inputs, places of the kernel."""
         patterns = [dotted(pattern) for pattern in self._state.outputs_first]
-        known = {*self._state.entries, *(self._state.planned or ())}  # exact names win over patterns
+        known = {*self._state.entries, *self._state.stored, *(self._state.planned or ())}  # these win over patterns
         globs = [pattern for pattern in patterns if pattern not in known]
-        if len(shape) < 2 or name in patterns or any(fnmatch.fnmatchcase(name, glob) for glob in globs):
+        if len(shape) < 2 or name in patterns or any(matcher(glob)(name) for glob in globs):
             return Layout()
         last = len(shape) - 1
         return Layout((last, last - 1, *range(last - 1)))

@@ -1,17 +1,18 @@
 """A thin weight whose variables are TensorFlow's."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
 
+from deepthin.keras.integers import integer_type
 from deepthin.keras.weight import ThinWeight
-from deepthin.method import Code, Method
+from deepthin.method import Code, Integers, Method, Namespace
 from deepthin.methods.float_coding import FloatCoding
 from deepthin.plan.start import Start
 from deepthin.storage.contents import Part
-from deepthin.tensorflow.host import as_type, assign
+from deepthin.tensorflow.host import as_type, assign, exactly
 
 Make = Callable[[str, np.ndarray, bool], Any]
 """From an entry's name, its initial value and whether it is trainable to a variable."""
@@ -34,19 +35,11 @@ class Weight(ThinWeight):
         self._make, self._values = make, {**code, **(FloatCoding(method).latents(code) if latents is None else latents)}
         super().__init__(name, method, parts, begin if tf.executing_eagerly() else None, dtype=dtype)
 
-    def add_weight(self, *given: Any, trainable: bool, name: str, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Make the variable of an entry; Keras's constructor calls it.
-
-        Args:
-            given: Shape, initializer and dtype, as Keras passes them; only the dtype is used.
-            trainable: Whether the variable is trained.
-            name: Name of the entry.
-
-        Returns:
-            The variable.
-        """
-        _, _, dtype = given
-        return self._make(name, as_type(self._values[name], dtype), trainable)
+    def _variable(self, entry: str, shape: tuple[int, ...], whole: Integers | None, trainable: bool) -> Any:
+        """The variable of an entry, with its initial value; Keras's constructor calls it."""
+        kind = self.variable_dtype if whole is None else integer_type(whole)
+        variable = self._make(entry, as_type(self._values[entry], kind), trainable and whole is None)
+        return variable if whole is None else exactly(variable, whole)
 
     def code(self) -> Code:
         """The stored entries, as ``ThinWeight.code``; in a TensorFlow 1 graph read in the default session.
@@ -62,6 +55,11 @@ class Weight(ThinWeight):
             return super().code()
         finally:
             self.latents, self.stored = live
+
+    def _encoded(self, latents: Code) -> Code:
+        if tf.executing_eagerly():
+            return super()._encoded(latents)
+        return self._coding.encode(latents, cast(Namespace, np))
 
     def _set(self, code: Code, latents: Code | None) -> None:
         if tf.executing_eagerly():
