@@ -156,7 +156,7 @@ def test_every_method_runs(folder, tmp_path):
     head, _, *lines = told.splitlines()[1:]
     ours = ["deepthin", "deepthin-8bit"]
     assert head.split() == [
-        *"over deepthin gap deepthin-8bit gap sizes paper: TFKaldi WER paper: DeepSpeech loss".split()
+        *"rival deepthin gap deepthin-8bit gap sizes paper: TFKaldi WER paper: DeepSpeech loss".split()
     ]
     by = {line.split()[0]: line.split()[1:] for line in lines}
     rank, *values = (1 + methods.index(name) for name in ("rank", *ours))

@@ -147,7 +147,7 @@ def test_each_matrix_is_encoded_once_by_each_plan(monkeypatch):
     )
     rules = {
         "model": {"file_bytes": 18_000},
-        "rules": {"*": {"method": "pruned"}, "4": {"method": "kmeans", "bits": 3}},
+        "rules": {"4": {"method": "kmeans", "bits": 3}, "*": {"method": "pruned"}},
     }
     warnings.simplefilter("ignore")  # that the weights are lost
     dt.compress(network(), rules)

@@ -641,3 +641,16 @@ def test_centres_that_are_not_used_cost_no_more_after_training():
         model(torch.randn(32, 64)).square().mean().backward()
         optimizer.step()
     assert len(to_bytes(contents(model))) == before
+
+
+def test_small_matrices_whose_second_method_takes_more_than_their_floats():
+    """Thinning asks for plans of the first method alone, below what both together take at least."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10))
+    rule = {"method": "deepthin", "ratio": 0.5, "then": {"method": "binary", "bits": 3}}
+    rules = {"rules": {"*": rule}, "stages": {"thin": [0.2, 0.6], "quantize": 0.8, "every": 1}}
+    recipe = dt.Recipe(model, rules, steps=10)
+    for _ in range(10):
+        recipe.step()
+    assert recipe.done
+    assert {weight.name for weight, _ in thin_tensors(model).values()} == {"deepthin then binary"}

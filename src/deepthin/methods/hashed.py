@@ -117,7 +117,7 @@ class Hashed:
         return (bucket + (words & np.uint64(1)) * np.uint64(self.buckets)).astype(np.int64)
 
     def decode_bytes(self, item_bytes: int) -> int:
-        """An index of 64 bits for each weight, and words of 64 bits from which it follows.
+        """An index of 64 bits for each weight, and the words of 64 bits from which a piece of it follows.
 
         Args:
             item_bytes: Bytes of a float of the code.
@@ -126,7 +126,7 @@ class Hashed:
             Upper bound in bytes.
         """
         area = math.prod(self.shape)
-        return 32 * area + 3 * item_bytes * self.buckets
+        return 24 * area + 24 * min(area, PIECE) + 3 * item_bytes * self.buckets
 
     def largest_weight(self, largest: Mapping[str, float]) -> float:
         """The largest value.

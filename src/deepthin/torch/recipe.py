@@ -360,7 +360,9 @@ def _first(plan: Planned) -> Planned:
         return plan
     fit = plan.fit
 
+    least = plan.method.bits()  # what the second method adds may be more than its floats take
+
     def outer(bits: int) -> Any:
-        return outer_of(fit(bits))
+        return outer_of(fit(max(bits, least)))
 
     return dataclasses.replace(plan, name=plan.name.partition(THEN)[0], method=outer_of(plan.method), fit=outer)

@@ -218,7 +218,7 @@ def check_no_arguments(factory: Callable[..., Any], where: str) -> None:
     try:
         _signature(factory, where).bind()
     except TypeError as error:
-        raise ConfigError(f"{where}: the function must work without arguments, but has a {error}.") from None
+        raise ConfigError(f"{where}: the function must be callable without arguments: {error}.") from None
 
 
 def _signature(factory: Callable[..., Any], where: str) -> Signature:
