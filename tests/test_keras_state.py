@@ -47,7 +47,15 @@ RULES = {name: {"method": name, **options} for name, options in ALONE.items()} |
     f"{outer} then {inner}": {"method": outer, "ratio": 0.3, "then": {"method": inner, **options}}
     for outer, (inner, options) in itertools.product(OUTER, INNER.items())
 }
-every = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+PAIRS = [f"{outer} then {inner}" for outer, inner in zip(OUTER, itertools.cycle(INNER), strict=False)]
+QUICK = {*ALONE, *PAIRS, "pruned then binary", "rank then binary", "deepthin then uniform"}  # the others take minutes
+
+
+def case(name, *values, id=None):
+    return pytest.param(*values, id=id or name, marks=() if name in QUICK else pytest.mark.slow)
+
+
+every = pytest.mark.parametrize("rule", [case(name, rule) for name, rule in RULES.items()])
 
 
 @pytest.fixture(autouse=True)
@@ -274,12 +282,12 @@ def form(model):
 
 
 UNCHANGED = ("kmeans", "uniform", "deepthin then uniform", "rank then binary")  # as compressed, without training
-ORIGINS = {f"{name}, trained": (rule, moved) for name, rule in RULES.items()} | {
-    name: (RULES[name], lambda model: model) for name in UNCHANGED
-}
+ORIGINS = [case(name, rule, moved, id=f"{name}, trained") for name, rule in RULES.items()] + [
+    case(name, RULES[name], lambda model: model) for name in UNCHANGED
+]
 
 
-@pytest.mark.parametrize(("rule", "change"), ORIGINS.values(), ids=ORIGINS)
+@pytest.mark.parametrize(("rule", "change"), ORIGINS)
 def test_variables_and_outputs_do_not_depend_on_the_way(rule, change, tmp_path):
     origin, fresh = change(thin(rule)), thin(rule)
     dk.save(origin, tmp_path / "m.thin")
