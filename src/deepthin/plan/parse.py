@@ -63,7 +63,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"There is no configuration file {str(path)!r}.") from None
     except OSError as error:
         raise ConfigError(f"The configuration file {str(path)!r} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:  # also a path with a null byte, and numbers of too many digits
+    except (ValueError, RecursionError) as error:  # numbers of too many digits among them
+        if "\0" in str(path):
+            raise ConfigError(f"{str(path)!r} is not the path of a configuration file: it has a null byte.") from None
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
 
 
