@@ -54,7 +54,7 @@ def test_a_configuration_file_in_any_state_is_refused_by_name(tmp_path):
     for name in ("loop.toml", "binary.toml", "digits.toml", "deep.toml", "none.toml", "\udc80.toml", ""):
         with pytest.raises(ConfigError, match="onfiguration file|is not valid TOML"):
             parse_rules(tmp_path / name)
-    with pytest.raises(ConfigError, match="is not valid TOML: embedded null byte"):
+    with pytest.raises(ConfigError, match="is not the path of a configuration file: it has a null byte"):
         parse_rules("\0")
 
 
