@@ -13,6 +13,7 @@ from deepthin.testing.laws import LAWS
 from deepthin.torch import ThinWeight
 
 EXAMPLES = 30
+SEED = 2026  # of some 300 faults, one in some thousand draws of 30 examples is missed
 
 
 def floats(method):
@@ -260,7 +261,7 @@ def planted(name, fault):
 def test_each_law_catches_its_fault_in_each_method(fault, name):
     law = FAULTS[fault][0]
     with pytest.raises(AssertionError) as caught:
-        check_method(planted(name, fault), claims=CLAIMS[name], laws=[law], examples=EXAMPLES)
+        check_method(planted(name, fault), claims=CLAIMS[name], laws=[law], examples=EXAMPLES, seed=SEED)
     assert f"breaks the law '{law}'" in str(caught.value)
     assert caught.value.__cause__ is not None
 
@@ -281,7 +282,7 @@ def test_faults_of_a_layer_are_caught_in_each_method(fault, name, then, monkeypa
     else:
         monkeypatch.setattr(ThinWeight, "product", lambda *arguments: 1.001 * product(*arguments))
     with pytest.raises(AssertionError, match=f"breaks the law '{LAYERS[fault]}'"):
-        check_method(name, then=then, laws=[LAYERS[fault]], examples=EXAMPLES)
+        check_method(name, then=then, laws=[LAYERS[fault]], examples=EXAMPLES, seed=SEED)
 
 
 def test_every_law_has_a_fault_that_it_catches_in_every_method():
