@@ -42,9 +42,8 @@ def exact(value: Any, kind: Integers, name: str) -> Any:
     Raises:
         ConfigError: A number is no integer up to the rounding of its dtype, or is outside the range.
     """
-    try:
-        array = np.asarray(ops.convert_to_numpy(value) if ops.is_tensor(value) else value)
-    except (TypeError, ValueError, NotImplementedError):  # traced: its values are not known yet
+    array = _values_of(value) if ops.is_tensor(value) else np.asarray(value)
+    if array is None:
         floats = "float" in keras.backend.standardize_dtype(value.dtype)
         return ops.cast(ops.round(value), integer_type(kind)) if floats else value
     if not np.issubdtype(array.dtype, np.integer):
@@ -65,6 +64,18 @@ def exact(value: Any, kind: Integers, name: str) -> Any:
             "assign a code of the same method."
         )
     return array
+
+
+def _values_of(tensor: Any) -> np.ndarray | None:
+    """The values of a tensor; None within a graph, where they are not known yet.
+
+    Keras does not say whether a tensor belongs to a graph. Reading one is a NotImplementedError in TensorFlow, and a
+    TypeError (TracerArrayConversionError) in JAX.
+    """
+    try:
+        return np.asarray(ops.convert_to_numpy(tensor))
+    except (NotImplementedError, TypeError):
+        return None
 
 
 class IntegerVariable(keras.Variable):

@@ -3,9 +3,8 @@
 import collections
 import json
 import math
-import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +15,10 @@ import safetensors
 from deepthin.errors import FormatError
 from deepthin.method import Method, matrix_shape
 from deepthin.methods import METHODS, THEN, with_fields
-from deepthin.storage.arrays import FLOATS, ITEM_BYTES, PIECE_BYTES, Coding, Raw, fits, largest, repeated, unpacked
+from deepthin.storage.arrays import FLOATS, ITEM_BYTES, Coding, Raw, fits, largest, repeated, unpacked
 from deepthin.storage.budget import Budget, count_integers, decode_bytes, named
 from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.pieces import OpenFile, Place, places_of
 from deepthin.storage.report import Report, report_of
 from deepthin.storage.write import CHECKSUM, MAX_BYTES, VERSION
 
@@ -306,58 +306,15 @@ def read(path: str | Path, max_bytes: int = MAX_BYTES, *, finite: bool = True, d
     return from_bytes(Path(path).read_bytes(), str(path), max_bytes, finite=finite, decoded=decoded)
 
 
-class _OpenFile:
-    """A file whose bytes are read in pieces, whenever they are asked for; closed when nothing refers to it."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path, self._file = str(path), Path(path).open("rb")  # noqa: SIM115 -- closed with the object
-        self.bytes = os.fstat(self._file.fileno()).st_size
-
-    def at(self, first: int, count: int) -> bytes:
-        """Bytes from a place on; FormatError if the file has become shorter."""
-        data = os.pread(self._file.fileno(), count, first)
-        if len(data) < count:
-            raise FormatError(f"{self.path} changed while it was read.")
-        return data
-
-    def pieces(self, first: int, count: int) -> Iterator[bytes]:
-        """Bytes in pieces."""
-        for at in range(first, first + count, PIECE_BYTES):
-            yield self.at(at, min(PIECE_BYTES, first + count - at))
-
-    def __del__(self) -> None:
-        if (file := self.__dict__.get("_file")) is not None:
-            file.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor's bytes are in a file, and their checksum: what is read later must be what was checked."""
-
-    file: _OpenFile
-    first: int
-    count: int
-    checksum: int
-
-    def __call__(self) -> Iterator[bytes]:
-        """The bytes in pieces; FormatError at their end if they have changed."""
-        value = 0
-        for piece in self.file.pieces(self.first, self.count):
-            value = zlib.crc32(piece, value)
-            yield piece
-        if value != self.checksum:
-            raise FormatError(f"{self.file.path} changed while it was read.")
-
-
 def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, codes: bool = True) -> Contents:
     """As ``from_bytes``, of a file that need not fit into memory: its tensors are read when they are asked for."""
-    file, where = _OpenFile(path), str(path)
+    file, where = OpenFile(path), str(path)
     try:
         length = int.from_bytes(file.at(0, 8), "little")
         if length > min(_MOST_HEADER_BYTES, file.bytes - 8):
             raise ValueError(f"its header would take {length} bytes")
         index = _parsed(file.at(8, length).decode())
-        places = _places(index, file.bytes - 8 - length)
+        places = places_of(index, file.bytes - 8 - length)
         metadata: Any = index.get("__metadata__") or {}
         header: Any = _parsed(metadata["deepthin"]) if "deepthin" in metadata else None
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
@@ -370,36 +327,10 @@ def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, cod
         checksum = 0
         for piece in file.pieces(8 + length + start, end - start - (4 if name == CHECKSUM else 0)):
             checksum, whole = zlib.crc32(piece, checksum), zlib.crc32(piece, whole)
-        tensors[name] = Raw(kind, shape, _Place(file, 8 + length + start, end - start, checksum))
+        tensors[name] = Raw(kind, shape, Place(file, 8 + length + start, end - start, checksum))
     if file.at(file.bytes - 4, 4) != whole.to_bytes(4, "little"):
         raise FormatError(f"{where} is damaged: the checksum of {_damaged(header, tensors)} does not match.")
     return _checked(header, tensors, where, Budget(max_bytes), finite, decoded, codes)
-
-
-def _places(index: Any, data_bytes: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Type, shape and place of each tensor, in order; ValueError unless they fill the data, one after the other."""
-    places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
-    for name, entry in index.items():
-        if name == "__metadata__":
-            continue
-        kind, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if kind not in ITEM_BYTES or type(start) is not int or type(end) is not int:
-            raise ValueError(f"{name} is described as {entry}")
-        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in cast(list[Any], shape)):
-            raise ValueError(f"{name} has the shape {shape}")
-        sizes = cast(list[int], shape)
-        if not 0 <= start <= end or end - start != ITEM_BYTES[kind] * math.prod(sizes):
-            raise ValueError(f"{name} of shape {shape} and type {kind} cannot have {end - start} bytes")
-        places[name] = kind, tuple(sizes), start, end
-    at = 0
-    places = dict(sorted(places.items(), key=lambda item: item[1][2:]))
-    for name, (_, _, start, end) in places.items():
-        if start != at:
-            raise ValueError(f"{name} begins at byte {start} of the data, not at {at}")
-        at = end
-    if at != data_bytes:
-        raise ValueError(f"its tensors have {at} bytes, but the data {data_bytes}")
-    return places
 
 
 def check_weights(contents: Contents, where: str, most: Mapping[str, float]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deepthin.errors import ConfigError
-from deepthin.method import Code, Integers
+from deepthin.method import Integers, Method
 from deepthin.torch.tracing import is_recorded
 from deepthin.torch.wrapped import is_sharded, whole
 
@@ -29,6 +29,7 @@ _followed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # wrappers whose pr
 class CodeState(nn.Module):
     """Floats, integers and tables of one generated weight, and their way through state dicts and devices."""
 
+    method: Method
     _empty: "dict[str, tuple[Tensor, int]] | None" = None  # parameters that ``to_empty`` allocated, with their versions
     _held_tables: "tuple[torch.device, dict[str, Tensor]] | None" = None
 
@@ -156,16 +157,12 @@ class CodeState(nn.Module):
         self._prepare_tables()
         return self
 
-    def _tables_of_method(self) -> Code:
-        """NumPy tables of the method, by entry."""
-        raise NotImplementedError
-
     def _derived(self) -> dict[str, Tensor]:
         """The tables, on the device of the floats."""
         device = self._device() or torch.device("cpu")
         held = self._held_tables
         if held is None or held[0] != device:
-            tables = {e: torch.from_numpy(np.asarray(t)).to(device) for e, t in self._tables_of_method().items()}
+            tables = {e: torch.from_numpy(np.asarray(t)).to(device) for e, t in self.method.derived().items()}
             held = device, tables
             if not is_recorded():  # what a tracer makes is no table
                 self._held_tables = held
@@ -194,8 +191,7 @@ class CodeState(nn.Module):
     ) -> None:
         args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        tables = self._tables_of_method()  # which some state dicts of version 0.1 hold
-        known = {prefix + entry for entry in (*self._exact, *tables)}
+        known = {prefix + entry for entry in (*self._exact, *self._derived())}  # 0.1 saved some tables
         unexpected_keys[:] = [key for key in unexpected_keys if key not in known]
         for entry in self._exact:
             if prefix + entry in state_dict:

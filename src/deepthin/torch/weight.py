@@ -354,9 +354,6 @@ class ThinWeight(CodeState):
             for entry, value in code.items()
         }
 
-    def _tables_of_method(self) -> Code:
-        return self.method.derived()
-
     def forward(self, index: int = 0) -> Float[Tensor, "..."]:
         """Decode a tensor.
 
