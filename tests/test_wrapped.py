@@ -1,9 +1,7 @@
 """Models inside torch's wrappers. Whatever needs two processes runs in one pair of them, for all tests of this file."""
 
 import datetime
-import os
 import pickle
-import socket
 import traceback
 
 import pytest
@@ -461,11 +459,11 @@ CHECKS = {
 }
 
 
-def run_checks(rank, folder, port, names):
+def run_checks(rank, folder, names):
     """Run every check in one of two processes, and write what it raised."""
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+    store = f"file://{folder / 'store'}"  # a free port could be taken by another worker of the suite meanwhile
+    dist.init_process_group("gloo", store, datetime.timedelta(seconds=180), world_size=2, rank=rank)
     raised = {}
     for name in names:
         try:
@@ -484,10 +482,7 @@ def raised(tmp_path_factory, request):
     """For each process: what each check raised, or None."""
     folder = tmp_path_factory.mktemp("two")
     wanted = {item.callspec.params["check"] for item in request.session.items if "raised" in item.fixturenames}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(run_checks, (folder, port, [name for name in CHECKS if name in wanted]), nprocs=2)
+    processes.spawn(run_checks, (folder, [name for name in CHECKS if name in wanted]), nprocs=2)
     return [pickle.loads((folder / f"raised{rank}").read_bytes()) for rank in (0, 1)]
 
 
