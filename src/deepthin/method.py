@@ -315,6 +315,28 @@ class Namespace(Protocol):
         """
         ...
 
+    def exp(self, a: Array, /) -> Array:
+        """The exponential of each entry.
+
+        Args:
+            a: Array.
+
+        Returns:
+            Array shaped as ``a``.
+        """
+        ...
+
+    def log(self, a: Array, /) -> Array:
+        """The natural logarithm of each entry.
+
+        Args:
+            a: Array, entries > 0.
+
+        Returns:
+            Array shaped as ``a``.
+        """
+        ...
+
     def ones_like(self, a: Array, /) -> Array:
         """An array of ones with the shape and type of ``a``.
 
@@ -583,6 +605,59 @@ class Sparse(Method, Protocol):
 
         Returns:
             A new method; all other fields are unchanged.
+        """
+        ...
+
+
+@runtime_checkable
+class Stepped(Method, Protocol):
+    """A method that rounds to multiples of one step, which is learned beside the latents, and limits the symbols.
+
+    Its code has the entries ``symbols`` and ``step``. Training may also minimise the code length of the symbols.
+    """
+
+    def top(self) -> int:
+        """The largest symbol.
+
+        Returns:
+            Symbols are from ``-top`` to ``top``.
+        """
+        ...
+
+    def start(self, weight: Array, xp: Namespace) -> Array:
+        """The step with which a training starts.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+
+        Returns:
+            Natural logarithm of the step, 1 x 1.
+        """
+        ...
+
+    def step(self, log_step: Array, xp: Namespace) -> Array:
+        """The step that the code has, from the latent that is learned.
+
+        Args:
+            log_step: Natural logarithm of the step, 1 x 1.
+            xp: The namespace of ``log_step``.
+
+        Returns:
+            The step, 1 x 1, > 0.
+        """
+        ...
+
+    def quantize(self, weight: Array, log_step: Array, xp: Namespace) -> Code:
+        """Round to the nearest multiple of a learned step.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            log_step: Natural logarithm of the step, 1 x 1.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Arrays of ``code_shapes``.
         """
         ...
 

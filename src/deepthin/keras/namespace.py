@@ -49,6 +49,8 @@ class KerasNamespace:
     clip = staticmethod(ops.clip)
     round = staticmethod(ops.round)
     sqrt = staticmethod(ops.sqrt)
+    exp = staticmethod(ops.exp)
+    log = staticmethod(ops.log)
     where = staticmethod(ops.where)
 
     def concatenate(self, arrays: Sequence[Array], /) -> Array:

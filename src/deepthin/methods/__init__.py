@@ -18,7 +18,7 @@ from deepthin.methods.hashed import Hashed
 from deepthin.methods.kmeans import KMeans
 from deepthin.methods.kronecker import Kronecker
 from deepthin.methods.pruned import Pruned
-from deepthin.methods.scalar import Uniform
+from deepthin.methods.scalar import Coded, Uniform
 from deepthin.methods.tensor_train import TensorTrain
 from deepthin.methods.then import Then
 
@@ -49,6 +49,11 @@ class Named:
         """Names of the options that a rule may give: the keyword-only arguments of ``cls.fit``."""
         keywords = inspect.signature(self.cls.fit).parameters.values()
         return tuple(p.name for p in keywords if p.kind is p.KEYWORD_ONLY)
+
+    @property
+    def learns_step(self) -> bool:
+        """Whether the method's step is learned, so that its size is known only after training."""
+        return hasattr(self.cls, "quantize")
 
     def fit(self, shape: tuple[int, int], max_bits: int, **options: Any) -> Method:
         """Choose the method's fields for a budget.
@@ -137,6 +142,7 @@ METHODS: dict[str, Named] = {
             learning_rate_multiplier=3.0,
             about="a sum of a few signs, with scales of each row",
         ),
+        Named("coded", Coded, about="symbols of low entropy times a learned step: rate-aware training"),
     )
 }
 

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, Trains
+from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, Stepped, Trains
 from deepthin.methods.then import Then
+
+
+LOG_STEP = "log_step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,7 @@ class FloatCoding:
 
     With ``method.trains == "codes"`` the optimiser updates the floats of the stored code. With ``"through"`` it updates
     latents, the floats that ``decoder`` takes; these are quantised (``decode`` of ``encode``) in every forward pass.
+    Where the step is learned (``Stepped``), its logarithm is a latent too: ``xf_log_step`` beside ``xf``.
 
     Attributes:
         method: Any method.
@@ -144,17 +148,55 @@ class FloatCoding:
             return self.method.outer
         return self.method if self.method.trains == "codes" else Dense(self.method.shape)
 
+    def steps(self) -> dict[str, tuple[str, Stepped]]:
+        """The floats whose step is learned.
+
+        Returns:
+            Entry of the decoder's code -> name of the latent with the logarithm of its step, and the method.
+        """
+        if isinstance(self.method, Then):
+            return {e: (f"{e}_{LOG_STEP}", m) for e, m in self.method.inner if isinstance(m, Stepped)}
+        return {"weight": (LOG_STEP, self.method)} if isinstance(self.method, Stepped) else {}
+
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of ``latents``, with ``trains == "through"``.
+
+        Returns:
+            Entry -> shape: the code of ``decoder``, and the learned steps.
+        """
+        return self.decoder.code_shapes() | {latent: (1, 1) for latent, _ in self.steps().values()}
+
+    def started(self, floats: Code, xp: Namespace) -> Code:
+        """The latents with which a training starts.
+
+        Args:
+            floats: A code of ``decoder``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            The floats, and learned steps that suit them.
+        """
+        learned = self.steps().items()
+        return floats | {latent: m.start(xp.reshape(floats[e], m.shape), xp) for e, (latent, m) in learned}
+
     def encode(self, floats: Code, xp: Namespace, importance: Mapping[str, Array] | None = None) -> Code:
         """Encode the floats.
 
         Args:
-            floats: A code of ``decoder``.
+            floats: A code of ``decoder``, or latents: then with their learned steps.
             xp: The namespace of the arrays.
             importance: Entry name -> weight of each squared error; None weighs all equally.
 
         Returns:
             The code that is stored.
         """
+        steps = self.steps()
+        if steps and all(latent in floats for latent, _ in steps.values()):
+            made = {entry: floats[entry] for entry in self.decoder.integers()}
+            for entry, (latent, method) in steps.items():
+                code = method.quantize(xp.reshape(floats[entry], method.shape), floats[latent], xp)
+                made |= {latent.removesuffix(LOG_STEP) + key: array for key, array in code.items()}
+            return made
         if isinstance(self.method, Then):
             return self.method.encode_floats(floats, xp, importance)
         if self.method.trains == "codes":
@@ -197,13 +239,26 @@ class FloatCoding:
             code: Stored entries, as NumPy arrays.
 
         Returns:
-            The code itself with ``trains == "codes"``, else the decoded floats and the integers of ``decoder``.
+            The code itself with ``trains == "codes"``, else the decoded floats, the integers of ``decoder``, and the
+            logarithms of learned steps.
         """
         if self.method.trains == "codes":
             return code
         numpy: Any = np
         floats = self.decode({**code, **self.method.derived()}, numpy)
-        return {entry: floats[entry] for entry in self.decoder.code_shapes()}
+        return {entry: floats[entry] for entry in self.decoder.code_shapes()} | self.log_steps(code, numpy)
+
+    def log_steps(self, code: Code, xp: Namespace) -> Code:
+        """The learned steps of a stored code.
+
+        Args:
+            code: Stored entries.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Name of the latent -> natural logarithm of the step, 1 x 1.
+        """
+        return {latent: xp.log(code[latent.removesuffix(LOG_STEP) + "step"]) for latent, _ in self.steps().values()}
 
 
 def outer_of(method: Method) -> Method:

@@ -1,7 +1,8 @@
-"""Uniform quantisation: one symbol of a few bits for each weight, and a step.
+"""Uniform quantisation: one symbol of a few bits for each weight, and a step that is computed or learned.
 
-Linear quantisation as in ESE (Han et al., 2017, arXiv:1612.00694, section 3): one step for the matrix, or one for each
-row.
+``Uniform``: linear quantisation as in ESE (Han et al., 2017, arXiv:1612.00694, section 3), one step for the matrix or
+one for each row. ``Coded``: one step, learned as in LSQ (Esser et al., 2020, arXiv:1902.08153), in a training that adds
+the code length of the symbols to the loss (entropy-penalised reparametrisation: Oktay et al., 2020, arXiv:1906.06624).
 """
 
 import math
@@ -17,6 +18,8 @@ from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 BITS = range(2, 17)
+STEPS_OF_SPREAD = 8  # root mean square of the numbers over the step at the start of a training
+MANTISSA_BITS = 8  # of a learned step, as in bfloat16, so that a file stores it in two bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,210 @@ class Uniform:
         """
         weight = code["step"] * xp.asarray(code["symbols"], dtype=code["step"].dtype)
         return weight + code["least"] if self.affine else weight
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """``W = step * symbol`` with one step, which is learned beside the latents: rate-aware training.
+
+    ``deepthin.torch.SizeTarget`` adds the code length of the symbols to the loss, so that the file, which codes them
+    arithmetically, ends within its size.
+
+    Attributes:
+        shape: (rows, cols).
+        width: Upper bound on the bits of a symbol, 2 to 8: symbols are from -top to top, ``top = 2^(width - 1) - 1``.
+
+    Raises:
+        ValueError: A field is out of range.
+    """
+
+    shape: tuple[int, int]
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse invalid fields with ValueError."""
+        if type(self.width) is not int or self.width > 8:
+            raise ValueError(f"Coded cannot have symbols of {self.width!r} bits.")
+        self._uniform()
+
+    def _uniform(self) -> Uniform:
+        return Uniform(self.shape, self.width)
+
+    @classmethod
+    def fit(cls, shape: tuple[int, int], max_bits: int, *, bits: Any = None) -> "Coded":
+        """The most bits for each symbol, 2 to 8, that fit before they are coded.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``.
+            bits: Upper bound on the bits of a symbol, 2 to 8; None: as many as fit.
+
+        Returns:
+            The method, with ``bits() <= max_bits``.
+
+        Raises:
+            BudgetError: Even ``bits`` bits for each number, or two, do not fit; it carries the smallest possible size.
+            ConfigError: An option is out of range.
+        """
+        limit = cls(shape).bits() if bits is None else max_bits
+        uniform = Uniform.fit(shape, min(max_bits, limit), bits=bits)
+        return cls(shape, uniform.width)
+
+    def top(self) -> int:
+        """The largest symbol.
+
+        Returns:
+            ``2^(width - 1) - 1``.
+        """
+        return self._uniform().top()
+
+    @property
+    def trains(self) -> Trains:
+        """Latents, which are rounded, and the step."""
+        return "through"
+
+    def bits(self) -> int:
+        """``width`` bits for each number and 32 for the step: what the file takes if coding saves nothing.
+
+        Returns:
+            Upper bound on the stored bits of the matrix, headers apart.
+        """
+        return self._uniform().bits()
+
+    def code_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``symbols``: one for each number; ``step``: 1 x 1.
+
+        Returns:
+            Entry name -> shape.
+        """
+        return self._uniform().code_shapes()
+
+    def integers(self) -> dict[str, Integers]:
+        """The symbols.
+
+        Returns:
+            Entry name -> range of its values.
+        """
+        return self._uniform().integers()
+
+    def derived(self) -> Code:
+        """No tables.
+
+        Returns:
+            An empty mapping.
+        """
+        return {}
+
+    def table_levels(self) -> None:
+        """None: symbols are multiplied by the step."""
+
+    def decode_bytes(self, item_bytes: int) -> int:
+        """The symbols as floats, and their products.
+
+        Args:
+            item_bytes: Bytes of a float of the code.
+
+        Returns:
+            Upper bound in bytes.
+        """
+        return self._uniform().decode_bytes(item_bytes)
+
+    def largest_weight(self, largest: Mapping[str, float]) -> float:
+        """The largest symbol times the step.
+
+        Args:
+            largest: Entry of the code -> the largest magnitude of its floats.
+
+        Returns:
+            Upper bound on the magnitude of every number.
+        """
+        return self._uniform().largest_weight(largest)
+
+    def init(self, rng: Generator, std: float) -> Code:
+        """Normal numbers, encoded, then scaled to a root mean square of exactly ``std``.
+
+        Args:
+            rng: The only source of randomness.
+            std: Standard deviation of the decoded numbers, > 0; their mean is 0.
+
+        Returns:
+            NumPy arrays of ``code_shapes``; floats are float32.
+        """
+        return self._uniform().init(rng, std)
+
+    def encode(
+        self, weight: Float[Array, "rows cols"], xp: Namespace, importance: Float[Array, "rows cols"] | None = None
+    ) -> Code:
+        """Round to the nearest symbol, ties to even; the largest number is the largest symbol.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+            importance: Not used.
+
+        Returns:
+            ``symbols``, rows x cols in int16, and ``step``.
+        """
+        return self._uniform().encode(weight, xp)
+
+    def decode(self, code: Code, xp: Namespace) -> Float[Array, "rows cols"]:
+        """One multiplication for each number.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Array, rows x cols.
+        """
+        return self._uniform().decode(code, xp)
+
+    def start(self, weight: Float[Array, "rows cols"], xp: Namespace) -> Float[Array, "1 1"]:
+        """The step with which a training starts: an eighth of the root mean square; 1 for zeros.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            xp: The namespace of ``weight``.
+
+        Returns:
+            Natural logarithm of the step, 1 x 1.
+        """
+        flat = xp.reshape(weight, (1, -1))
+        most = xp.amax(abs(flat), -1)[:, None]
+        most = xp.where(most > 0, most, xp.ones_like(most))
+        share = xp.sqrt(xp.mean((flat / most) ** 2, -1))[:, None] / STEPS_OF_SPREAD
+        return xp.log(most * xp.where(share > 0, share, xp.ones_like(share)))
+
+    def step(self, log_step: Float[Array, "1 1"], xp: Namespace) -> Float[Array, "1 1"]:
+        """The learned step, rounded to eight significant bits by Veltkamp's splitting (Dekker, 1971).
+
+        Args:
+            log_step: Its natural logarithm.
+            xp: The namespace of ``log_step``.
+
+        Returns:
+            The step, > 0, of the type of ``log_step``.
+        """
+        step, info = xp.exp(log_step), xp.finfo(log_step.dtype)
+        significant = 1 - round(math.log2(float(info.eps)))  # bits, the leading one included
+        high = step * (2.0 ** (significant - MANTISSA_BITS) + 1)
+        rounded = high - (high - step)
+        return xp.where(rounded > float(info.tiny), rounded, xp.ones_like(rounded) * float(info.tiny))
+
+    def quantize(self, weight: Float[Array, "rows cols"], log_step: Float[Array, "1 1"], xp: Namespace) -> Code:
+        """Round to multiples of a learned step, ties to even.
+
+        Args:
+            weight: Array, rows x cols, finite.
+            log_step: Natural logarithm of the step, 1 x 1.
+            xp: The namespace of the arrays.
+
+        Returns:
+            ``symbols``, rows x cols in int16, and ``step``.
+        """
+        step = self.step(log_step, xp)
+        symbols = xp.clip(xp.round(weight / step), -self.top(), self.top())
+        return {"symbols": xp.asarray(symbols, dtype=xp.int16), "step": step}
 
 
 def _integers(symbols: Array, top: int, xp: Namespace) -> Array:

@@ -1,13 +1,16 @@
 """What a model's file would hold, and which plans meet a limit for it: the same in every framework."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from deepthin.errors import BudgetError
+from deepthin.errors import BudgetError, ConfigError
+from deepthin.methods.float_coding import LOG_STEP, FloatCoding
 from deepthin.plan.rules import Rules
-from deepthin.plan.shares import Planned, plan_tensors
+from deepthin.plan.shares import Planned, plan_tensors, split_units, units_of
 from deepthin.plan.tensor import Tensor
+from deepthin.storage.arrays import Raw, packed
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.write import size_of
 
@@ -64,8 +67,10 @@ def within(
 
     Raises:
         BudgetError: Even the smallest plans need more than ``limit`` bytes; it carries the smallest possible size.
-        ConfigError: The rules do not fit the tensors.
+        ConfigError: The rules do not fit the tensors, or some matrices are trained to a size and others share it.
     """
+    if any(unit.rule.learns_step for unit in units_of(rules.match(tensors))):
+        return _trained(limit, rules, tensors, base)
     try:
         low = 0
         best = plan_tensors(rules, tensors, low)
@@ -104,6 +109,48 @@ def within(
         else:
             high = wanted
     return best
+
+
+def _trained(limit: int, rules: Rules, tensors: Sequence[Tensor], base: Contents) -> list[Planned]:
+    """Plans of a model that training brings to its size; BudgetError if the file is too large even of zeros."""
+    _, _, shared = split_units(rules, tensors)
+    if shared:
+        raise ConfigError(
+            f"{shared[0].name} shares [model] file_bytes with matrices whose size is known only after training: give "
+            f"the rule {shared[0].rule.pattern!r} a ratio or bytes, or then = {{ method = 'coded' }}."
+        )
+    planned = plan_tensors(rules, tensors)
+    smallest = of_zeros(planned_contents(base, planned))
+    if (least := size_of(smallest)) > limit:
+        dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
+        raise BudgetError(
+            f"The file cannot be trained to {limit} bytes: with every symbol zero it has {least}, of which {dense_bytes} "
+            f"are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
+            smallest_bits=8 * least,
+            smallest_ratio=least / base.dense_bytes,
+        )
+    return planned
+
+
+def of_zeros(contents: Contents) -> Contents:
+    """The contents with every symbol zero whose step is learned: no training can make the file smaller.
+
+    Args:
+        contents: Of a model, or planned.
+
+    Returns:
+        Other contents; matrices of other methods are unchanged.
+    """
+    return replace(contents, thin={name: _of_zeros(thin) for name, thin in contents.thin.items()})
+
+
+def _of_zeros(thin: Thin) -> Thin:
+    code, shapes, integers = dict(thin.code), thin.method.code_shapes(), thin.method.integers()
+    for latent, _ in FloatCoding(thin.method).steps().values():
+        entry = latent.removesuffix(LOG_STEP) + "symbols"
+        zeros = np.zeros(shapes[entry], np.int16)
+        code[entry] = packed(zeros, integers[entry])[0] if thin.planned else Raw.of(zeros)
+    return replace(thin, code=code)
 
 
 def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoder) -> int:

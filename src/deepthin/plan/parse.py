@@ -12,7 +12,7 @@ from deepthin.plan.patterns import matcher
 from deepthin.plan.rules import ALLOCATIONS, DENSE, SENSITIVITY, Rule, Rules, Stages
 
 _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
-_RULE_KEYS = ("method", "ratio", "bytes", "group", "then", "projection")
+_RULE_KEYS = ("method", "ratio", "bytes", "floats", "group", "then", "projection")
 GROUPS = ("flat", "rows")
 
 
@@ -146,7 +146,13 @@ def _parse_rule(pattern: Any, table: Any) -> Rule:
                 "group = 'rows', and without then."
             )
         matcher(projection)
-    return Rule(pattern, method, ratio, max_bytes, given, group, then, projection)
+    floats = _number(settings, "floats", float, where)
+    if floats is not None and (then is None or not METHODS[then[0]].learns_step or ratio or max_bytes):
+        raise ConfigError(
+            f"{where} floats = {floats:g}: it says how many numbers {method} gets where their bytes are known only "
+            "after training. Give it beside then = { method = 'coded' }, without ratio and bytes."
+        )
+    return Rule(pattern, method, ratio, max_bytes, given, group, then, projection, floats)
 
 
 def parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:
@@ -164,7 +170,7 @@ def parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, A
         ConfigError: The inner method is unknown or is not sized by ``bits``, ``bits`` is missing, or an option is
             invalid.
     """
-    sized = [name for name, named in METHODS.items() if "bits" in named.sized_by]
+    sized = [name for name, named in METHODS.items() if "bits" in named.options]
     if method == DENSE or not isinstance(table, Mapping) or table.get("method") not in sized:  # pyright: ignore[reportUnknownMemberType]
         raise ConfigError(
             f"{where} then = {table!r}: give a method with a fixed number of bits for the floats of {method}, "
@@ -173,7 +179,7 @@ def parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, A
     settings = dict[str, Any](table)  # pyright: ignore[reportUnknownArgumentType] -- checked key by key below
     name = settings.pop("method")
     _check_keys(settings, METHODS[name].options, f"{where} then, method {name}")
-    if settings.get("bits") is None:
+    if settings.get("bits") is None and not METHODS[name].learns_step:
         raise ConfigError(f"{where} then = {table!r} has no bits: add how many for each number, such as bits = 8.")
     METHODS[name].fit((1, 1), 1 << 20, **settings)  # refuses what makes no sense
     return name, settings

@@ -31,6 +31,7 @@ class Rule:
         group: ``"flat"`` or ``"rows"``: one code for all matched tensors; None: one code each.
         then: The method, and its options, that quantises the floats of the code.
         projection: Of a group in rows by ``rank``: a pattern for the members whose projection all share.
+        floats: With a ``then`` that learns its step: numbers of the first method's code over the weights, in (0, 1].
     """
 
     pattern: str
@@ -41,6 +42,13 @@ class Rule:
     group: str | None = None  # "flat" or "rows": one code for all that the rule covers
     then: tuple[str, Mapping[str, Any]] | None = None  # a method, and its options, that stores the code's floats
     projection: str | None = None  # a pattern: of a group in rows by rank, the members whose projection all share
+    floats: float | None = None
+
+    @property
+    def learns_step(self) -> bool:
+        """Whether the size is known only after training: symbols are coded whose step is learned."""
+        name = self.then[0] if self.then else self.method
+        return name in METHODS and METHODS[name].learns_step
 
     @property
     def name(self) -> str:

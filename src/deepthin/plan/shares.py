@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepthin.errors import BudgetError, ConfigError, round_up
-from deepthin.method import Method, matrix_shape
+from deepthin.method import FLOAT_BITS, Method, as_matrix, matrix_shape
 from deepthin.methods import METHODS
 from deepthin.methods.then import Then
 from deepthin.plan.patterns import Names
 from deepthin.plan.rules import DENSE, NO_LIMIT, Rule, Rules, bits_at
 from deepthin.plan.tensor import Tensor, matrix_of
+
+
+BITS_OF_FLOAT = 2.0  # of a file trained to its size, for each number of the codes (docs/training.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,36 @@ class Unit:
             ) from None
         except ConfigError as error:
             raise ConfigError(f"rule {self.rule.pattern!r}: {error}") from None
+
+    def trained(self, floats: float) -> "tuple[Unit, Method]":
+        """The plan of a matrix whose size is known only after training.
+
+        Args:
+            floats: Numbers of the first method's code over the weights, if the rule does not say; at least as many as
+                its smallest code has are used.
+
+        Returns:
+            The unit and its method. Where no code of the first method has fewer numbers than weights, the second one
+            codes the weights themselves, and the unit's rule says so.
+
+        Raises:
+            BudgetError: The rule's own ``floats`` are too few.
+            ConfigError: An option of the rule is invalid.
+        """
+        rule = self.rule
+        if rule.then is None:
+            return self, self.fit(NO_LIMIT)
+        first = dataclasses.replace(self, rule=dataclasses.replace(rule, then=None, floats=None))
+        wanted, least = bits_at(rule.floats or floats, self.dense_bits), first.smallest_bits()
+        if rule.floats is None:
+            wanted = max(wanted, least)
+            if wanted >= self.dense_bits:
+                alone = dataclasses.replace(rule, method=rule.then[0], options=rule.then[1], then=None)
+                return dataclasses.replace(self, rule=alone).trained(floats)
+        inner = METHODS[rule.then[0]]
+        shapes = first.fit(wanted)
+        whole = {e: s for e, s in shapes.code_shapes().items() if e not in shapes.integers()}
+        return self, Then(shapes, tuple((e, inner.fit(as_matrix(s), NO_LIMIT, **rule.then[1])) for e, s in whole.items()))
 
     def smallest_bits(self) -> int:
         """The bits of the smallest plan that the rule's method has for this matrix.
@@ -242,9 +275,16 @@ def split_units(
     """
     units = units_of(rules.match(tensors))
     methods: dict[str, Method | None] = {}
+    default = default_floats(rules, units)
+    for place, unit in enumerate(units):
+        if unit.rule.learns_step and not unit.rule.own_target and unit.dense_bits:
+            if unit.rule.floats is not None or (rules.ratio is None and (default or unit.rule.then is None)):
+                units[place], methods[unit.name] = unit.trained(default or 0.0)
     shared: list[Unit] = []
     failed: list[tuple[Unit, BudgetError]] = []
     for unit in units:
+        if unit.name in methods:
+            continue
         if unit.rule.method == DENSE or unit.dense_bits == 0:
             methods[unit.name] = None
         elif unit.rule.own_target:
@@ -264,6 +304,22 @@ def split_units(
     if failed:
         raise _smallest_of_all(failed)
     return units, methods, shared
+
+
+def default_floats(rules: Rules, units: Sequence[Unit]) -> float | None:
+    """How many numbers the first methods get where ``then`` codes them and no rule says so.
+
+    Args:
+        rules: The configuration.
+        units: All units of the model.
+
+    Returns:
+        Numbers over weights, such that the file has two bits for each of them; None without ``file_bytes``.
+    """
+    weights = sum(unit.dense_bits // FLOAT_BITS for unit in units if unit.rule.learns_step and unit.rule.then)
+    if rules.file_bytes is None or not weights:
+        return None
+    return min(8 * rules.file_bytes / BITS_OF_FLOAT / weights, 1.0)
 
 
 def _smallest_of_all(failed: Sequence[tuple[Unit, BudgetError]]) -> BudgetError:

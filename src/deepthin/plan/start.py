@@ -71,7 +71,7 @@ def encoded(
         if method.trains == "codes":
             return method.encode(weight, _NUMPY, weigh), None
         floats = FloatCoding(method)
-        latents = dict(floats.decoder.encode(weight, _NUMPY, weigh))
+        latents = floats.started(dict(floats.decoder.encode(weight, _NUMPY, weigh)), _NUMPY)
         return floats.encode(latents, _NUMPY, floats.importance_of_floats(latents, _NUMPY, weigh)), latents
 
 
@@ -137,5 +137,5 @@ def drawn(method: Method, rng: np.random.Generator, std: float) -> Start:
     if method.trains == "codes":
         return method.init(rng, std), None
     floats = FloatCoding(method)
-    latents = dict(floats.decoder.init(rng, std))  # latents are not rounded: differences below a step may grow
+    latents = floats.started(dict(floats.decoder.init(rng, std)), _NUMPY)  # latents are not rounded: differences below a step may grow
     return floats.encode(latents, _NUMPY), latents

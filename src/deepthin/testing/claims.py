@@ -208,6 +208,7 @@ CLAIMS: dict[str, Claims] = {
         lambda m: 3,
         distance=lambda m, w: 1e-6,  # the step is computed from the largest entry, which is rounded
     ),
+    "coded": Claims(({}, {"bits": 3}), lambda m: 3, distance=lambda m, w: 1e-6),  # as uniform
     "kmeans": Claims(
         ({}, {"bits": 3}, {"bits": 1}, {"start": "density"}, {"start": "random", "seed": 3}),
         lambda m: 1,

@@ -11,6 +11,7 @@ from deepthin.torch.layers import ThinLinear
 from deepthin.torch.rates import parameter_groups
 from deepthin.torch.recipe import Recipe, quantize_codes
 from deepthin.torch.schemes import allocate_pruning
+from deepthin.torch.size_target import SizeTarget
 from deepthin.torch.surgeon import optimal_brain_surgeon
 from deepthin.torch.twist import Rising, Twist
 from deepthin.torch.weight import ThinWeight
@@ -21,6 +22,7 @@ __all__ = [
     "Noise",
     "Recipe",
     "Rising",
+    "SizeTarget",
     "ThinLayer",
     "ThinLinear",
     "ThinWeight",

@@ -75,10 +75,14 @@ def compress(
     tensors, owners = tensors_of(model)
     check_importance(model, importance := importance or {})
     contents(model)  # raises TypeError for what no file can hold, before the model changes
-    encoded = Encoded(owners, importance)
-    planned = plan_of(model, parse_rules(rules), tensors, encoded if init == "trained" else None)
+    encoded, parsed = Encoded(owners, importance), parse_rules(rules)
+    planned = plan_of(model, parsed, tensors, encoded if init == "trained" else None)
     with replacing(model, "compress()"):
-        return carry_out(model, planned, owners, init, seed, encoded)
+        report = carry_out(model, planned, owners, init, seed, encoded)
+    for module in model.modules():
+        if isinstance(module, ThinWeight):
+            module.file_bytes = parsed.file_bytes
+    return report
 
 
 def carry_out(

@@ -5,8 +5,11 @@ from typing import Any
 from torch import nn
 
 from deepthin import methods
+from deepthin.methods.float_coding import LOG_STEP
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.weight import ThinPart, ThinWeight
+
+STEPS, STEP_MULTIPLIER = "learned steps", 10.0  # of logarithms: with Adam, .01 is a hundredth of the step an update
 
 
 def parameter_groups(
@@ -37,8 +40,9 @@ def parameter_groups(
         times = 1.0
         if weights:
             times = learning_rate_multiplier or methods.learning_rate_multiplier(name, weights[0].method)
-        for parameter in module.parameters(recurse=False):
+        for own, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                groups.setdefault((name, times), []).append(parameter)
+                group = (STEPS, STEP_MULTIPLIER) if own.endswith(LOG_STEP) else (name, times)
+                groups.setdefault(group, []).append(parameter)
     return [{"params": group, "lr": lr * times, "name": name} for (name, times), group in groups.items() if group]

@@ -59,6 +59,7 @@ class ThinWeight(CodeState):
 
     # Of a start from scratch: name of the first tensor, seed, and standard deviation (None: a tenth of He's variance)
     origin: tuple[str, int, float | None] = ("", 0, None)
+    file_bytes: int | None = None  # the size of the whole file that a rate-aware training is to reach
     _given: dict[str, Tensor] | None = None  # a code that was loaded: encoding again may give another
     _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
 
@@ -77,9 +78,9 @@ class ThinWeight(CodeState):
         self._prepare()
         state = dict(code)
         if self.rounds:
-            floats = latents or self._coding.decode({**code, **_placed(method.derived(), code)}, _TORCH)
+            floats = latents or self._latents_of({**code, **_placed(method.derived(), code)})
             state = {entry: code[entry] for entry in self.decoder.integers()}
-            state |= {entry: floats[entry] for entry in self.decoder.code_shapes()}
+            state |= {entry: floats[entry] for entry in self._coding.latent_shapes()}
         self._register(state, method.integers())
         self._coded_entries = tuple(entry for entry in method.code_shapes() if self.rounds and entry not in state)
         self._prepare_tables()
@@ -172,7 +173,9 @@ class ThinWeight(CodeState):
         like = next(self.parameters())
         code = _arrays(self.code())
         stored = _tensors(FloatCoding(method).encode(code, cast(Any, np), _arrays(importance)), like)
-        latents = _tensors(code, like) if method.trains == "through" else None
+        latents = _tensors(FloatCoding(method).started(code, cast(Any, np)), like) if method.trains == "through" else None
+        if latents is not None and FloatCoding(method).steps():
+            stored = FloatCoding(method).encode(latents, _TORCH)
         return type(self)(name, method, self.parts, stored, latents).requires_grad_(like.requires_grad)
 
     def code(self) -> dict[str, Tensor]:
@@ -199,7 +202,7 @@ class ThinWeight(CodeState):
         device = self._device() or next(iter(code.values())).device
         code = {entry: tensor.to(device) for entry, tensor in code.items()}
         with torch.no_grad():
-            new = {**code, **self._decode_floats(code)} if self.rounds else code
+            new = {**code, **self._latents_of({**self._wide(code), **self._derived()})} if self.rounds else code
             self._fill(new)
         if self.rounds:
             self._given = self._coded.put(self._copies(), code)
@@ -252,6 +255,7 @@ class ThinWeight(CodeState):
         if error_msgs or len(code) < len(self.method.code_shapes()) or any(t.is_meta for t in code.values()):
             return
         floats = self.decoder.code_shapes().keys() - self.decoder.integers().keys()
+        latents = self._coding.latent_shapes().keys() - self.decoder.integers().keys()
         if self.rounds and floats <= given.keys():  # a code whose floats these are, not one that has changed since
             device = self._device()
             code = {entry: value.to(device) for entry, value in code.items()}
@@ -259,12 +263,12 @@ class ThinWeight(CodeState):
             if all(_near(decoded[entry], cast(Tensor, self._parameters[entry])) for entry in floats):
                 self._given = self._coded.put(self._copies(), code)
         elif self.rounds and not any(value is None or value.is_meta for value in self._parameters.values()):
-            missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in floats]
+            missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in latents]
             self.set_code(code)  # of a frozen weight
 
     def _all_entries(self) -> set[str]:
         """Entries that a state dict of this weight may have, were it frozen or not."""
-        return {*self._entries, *self.method.code_shapes(), *self._coding.decoder.code_shapes()}
+        return {*self._entries, *self.method.code_shapes(), *self._coding.latent_shapes()}
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_coded_entries", ()):
@@ -302,7 +306,38 @@ class ThinWeight(CodeState):
             if not may_cache:
                 rounded = self._unless_given(latents, rounded)
         # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
-        return {e: (t - t.detach()) + rounded[e] if t.is_floating_point() else t for e, t in state.items()}
+        passed = {
+            e: (state[e] - state[e].detach()) + rounded[e] if state[e].is_floating_point() else state[e]
+            for e in self.decoder.code_shapes()
+        }
+        return passed | {entry: passed[entry] + self._of_step(entry, rounded[entry]) for entry in self._coding.steps()}
+
+    def _of_step(self, entry: str, rounded: Tensor) -> Tensor:
+        """Zero, with the gradient that a learned step has (Esser et al., 2020, arXiv:1902.08153, equation 3)."""
+        latent, method = self._coding.steps()[entry]
+        step = method.step(getattr(self, latent), _TORCH)
+        with torch.no_grad():
+            slope = (rounded - getattr(self, entry)) / step
+        return slope * (step - step.detach())
+
+    def unrounded(self) -> dict[str, tuple[Tensor, int]]:
+        """The symbols before rounding, of the floats whose step is learned: what a rate-aware training codes.
+
+        Returns:
+            Entry -> latents over the step, differentiable in both, and the largest symbol; empty for other methods and
+            where nothing is rounded.
+        """
+        if not self.rounds:
+            return {}
+        state = self.state()
+        return {
+            entry: (state[entry] / method.step(state[latent], _TORCH), method.top())
+            for entry, (latent, method) in self._coding.steps().items()
+        }
+
+    def _latents_of(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The latents of a code with its tables: decoded floats, and the logarithms of learned steps."""
+        return {**self._coding.decode(code, _TORCH), **self._coding.log_steps(code, _TORCH)}
 
     def _unless_given(self, latents: Mapping[str, Tensor], rounded: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rounded floats, or those of the loaded code while the latents are as they were loaded.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deepthin.errors import ConfigError, NonFiniteError
 from deepthin.lab.checkpoint import Checkpoint, restore_random
-from deepthin.torch import Distillation, Recipe, adam_importance, parameter_groups
+from deepthin.torch import Distillation, Recipe, SizeTarget, adam_importance, parameter_groups
+from deepthin.torch.size_target import coded_weights
 from deepthin.torch.weight import ThinWeight
 
 WARM_UP = 50  # steps
@@ -24,7 +25,8 @@ class Training:
         for chosen in training.batches(len(inputs), 128):
             training.minimise(cross_entropy(model(inputs[chosen]), targets[chosen]))
 
-    AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101), a linear warm-up, and half a cosine down to zero.
+    AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101), a linear warm-up, and half a cosine down to zero. Where the
+    size of the model's file is trained (``deepthin.torch.SizeTarget``), the penalty is added to every loss.
 
     Attributes:
         model: The network, dense or thin.
@@ -61,9 +63,12 @@ class Training:
         self._asked = False
         self._best, self._best_state = math.inf, None
         self._optimizer: torch.optim.Optimizer | None = None
+        self._target: SizeTarget | None = None
 
     def keep_best(self, judge: Callable[[], float], times: int) -> None:
         """Restore, at the end, the state of the model with the lowest value.
+
+        Not in a training to a size: only its last state has it.
 
         Args:
             judge: Returns a value of the model, lower being better.
@@ -130,6 +135,7 @@ class Training:
             "recipe": None if self.recipe is None else self.recipe.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
+            "target": None if self._target is None else self._target.state_dict(),
             "best": self._best,
             "best_state": self._best_state,
             "carried": self.carried,
@@ -142,6 +148,8 @@ class Training:
         self.model.load_state_dict(saved["model"])
         self.step, self._best, self._best_state = saved["step"], saved["best"], saved["best_state"]
         self._prepare().load_state_dict(saved["optimizer"])
+        if self._target is not None:
+            self._target.load_state_dict(saved["target"])
         self.generator.set_state(saved["generator"])
         self.carried.clear()
         self.carried.update(saved["carried"])
@@ -185,6 +193,8 @@ class Training:
             raise NonFiniteError(
                 f"The loss is {loss.item()} at step {self.step}: use a smaller learning rate than {self.lr:g}."
             )
+        if self._target is not None:
+            loss = loss + self._target.penalty()
         self._optimizer.zero_grad()
         loss.backward()
         if clip is not None:
@@ -192,10 +202,12 @@ class Training:
         self._optimizer.step()
         self._schedule.step()
         self.step += 1
+        if self._target is not None:
+            self._target.step()
         if self.recipe is not None and self.recipe.step():
             self._prepare()
         due = self.step * self._judgments // self.steps > (self.step - 1) * self._judgments // self.steps
-        if due and (self.recipe is None or self.recipe.done) and self._judge is not None:
+        if due and (self.recipe is None or self.recipe.done) and self._target is None and self._judge is not None:
             if (value := self._judge()) < self._best:
                 self._best, self._best_state = value, copy.deepcopy(self.model.state_dict())
             self.model.train()
@@ -223,6 +235,8 @@ class Training:
         # fused AdamW saves a third of a dense step's time
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
+        if any(weight.file_bytes for weight in coded_weights(self.model)):
+            self._target = SizeTarget(self.model, self.steps - first)
         return self._optimizer
 
 
