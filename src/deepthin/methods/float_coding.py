@@ -15,7 +15,6 @@ from numpy.random import Generator
 from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, Stepped, Trains
 from deepthin.methods.then import Then
 
-
 LOG_STEP = "log_step"
 
 

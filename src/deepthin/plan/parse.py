@@ -1,5 +1,6 @@
 """Parse a configuration: a mapping or a TOML file becomes Rules."""
 
+import dataclasses
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from deepthin.errors import ConfigError, did_you_mean
+from deepthin.method import FLOAT_BITS
 from deepthin.methods import METHODS
 from deepthin.plan.patterns import matcher
-from deepthin.plan.rules import ALLOCATIONS, DENSE, SENSITIVITY, Rule, Rules, Stages
+from deepthin.plan.rules import ALLOCATIONS, BIASES, DENSE, SENSITIVITY, Rule, Rules, Stages
 
-_MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation")
+_MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation", "biases")
 _RULE_KEYS = ("method", "ratio", "bytes", "floats", "group", "then", "projection")
 GROUPS = ("flat", "rows")
 
@@ -53,7 +55,30 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
     rules = tuple(_parse_rule(pattern, table) for pattern, table in _table(source, "rules").items())
     stages = _parse_stages(_table(source, "stages")) if "stages" in source else None
     allocation = _parse_allocation(model.get("allocation", "flat"))
-    return Rules(rules or (Rule("*"),), ratio, file_bytes, tuple(cast(list[str], ignore)), allocation, stages)
+    biases = _parse_biases(model["biases"]) if "biases" in model else "default"
+    patterns = tuple(cast(list[str], ignore))
+    return Rules(rules or (Rule("*"),), ratio, file_bytes, patterns, allocation, stages, biases)
+
+
+def _parse_biases(biases: Any) -> Rule | None:
+    """The rule of ``[model] biases``: bits, the name of a method, or a table as rules have it."""
+    if type(biases) is int and biases == FLOAT_BITS:
+        return None
+    if type(biases) is int and 2 <= biases <= 16:
+        return Rule(BIASES, "uniform", options={"bits": biases}, apart=True)
+    if type(biases) not in (str, dict):
+        raise ConfigError(
+            f"{BIASES} = {biases!r}: give their bits, 2 to 16, or 32 to store them as they are; or a method, such as "
+            "'coded' or { method = 'kmeans', bits = 4 }."
+        )
+    rule = dataclasses.replace(
+        _parse_rule(BIASES, {"method": biases} if isinstance(biases, str) else biases), apart=True
+    )
+    if rule.group or rule.floats or not (rule.method == DENSE or rule.own_target or rule.learns_step):
+        raise ConfigError(
+            f"{BIASES} = {biases!r} says no size for each vector: add ratio, bytes or bits, and no group."
+        )
+    return None if rule.method == DENSE else rule
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -117,7 +142,7 @@ def _parse_stages(table: Mapping[str, Any]) -> Stages:
 def _parse_rule(pattern: Any, table: Any) -> Rule:
     if not isinstance(pattern, str):
         raise ConfigError(f"[rules] has the key {pattern!r}: patterns are texts, such as 'fc1*'.")
-    where = f'[rules."{pattern}"]'
+    where = BIASES if pattern == BIASES else f'[rules."{pattern}"]'
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} must be a table such as {{ method = 'deepthin', ratio = 0.01 }}, not {table!r}.")
     matcher(pattern)

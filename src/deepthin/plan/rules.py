@@ -16,6 +16,8 @@ ALLOCATIONS = {"flat": 1.0, "uniform-bytes": 0.0}  # the power of its size that 
 SENSITIVITY = "sensitivity"  # the loss that each matrix costs is measured: deepthin.torch.allocate
 IMPORTANCE = ("none", "hessian", "adam")
 NO_LIMIT = 1 << 62
+BIASES = "[model] biases"
+SMALL = 0.01  # of the model: targets below it store biases in 16 bits, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Rule:
         then: The method, and its options, that quantises the floats of the code.
         projection: Of a group in rows by ``rank``: a pattern for the members whose projection all share.
         floats: With a ``then`` that learns its step: numbers of the first method's code over the weights, in (0, 1].
+        apart: Whether the tensors do not count towards the model's ratio: ``[model] biases``.
     """
 
     pattern: str
@@ -43,6 +46,7 @@ class Rule:
     then: tuple[str, Mapping[str, Any]] | None = None  # a method, and its options, that stores the code's floats
     projection: str | None = None  # a pattern: of a group in rows by rank, the members whose projection all share
     floats: float | None = None
+    apart: bool = False
 
     @property
     def learns_step(self) -> bool:
@@ -128,6 +132,8 @@ class Rules:
         allocation: Exponent, 0 to 1: the share of a matrix in the budget is proportional to (its dense size) to this
             power. 1 gives equal ratios, 0 equal bytes; None allocates by measured losses.
         stages: The schedule of ``deepthin.torch.Recipe``.
+        biases: How vectors are stored that no other rule matches: a rule; None: as they are; ``"default"``: as
+            ``bias_rule`` says.
     """
 
     rules: tuple[Rule, ...] = (Rule("*"),)
@@ -136,6 +142,7 @@ class Rules:
     ignore: tuple[str, ...] = ()
     allocation: float | None = 1.0  # the power of its size that a matrix's share goes by; None: by sensitivity
     stages: Stages | None = None
+    biases: Rule | Literal["default"] | None = "default"
 
     def match(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Rule]]:
         """Match the rules to a model's tensors; the first match wins.
@@ -170,7 +177,29 @@ class Rules:
                         f"{_to_ignore(tensor)!r} to [model] ignore to keep it dense."
                     )
                 matched[tensor.name] = rule
+        if (vectors := self.bias_rule(tensors)) is not None:
+            free = (t for t in tensors if len(t.shape) == 1 and not t.uncovered and t.name not in ignored)
+            matched = {tensor.name: vectors for tensor in free} | matched
         return {tensor.name: (tensor, matched[tensor.name]) for tensor in tensors if tensor.name in matched}
+
+    def bias_rule(self, tensors: Sequence[Tensor]) -> Rule | None:
+        """How biases, and the weights and biases of normalisation, are stored if no rule of their own matches them.
+
+        Args:
+            tensors: All tensors of the model.
+
+        Returns:
+            What ``[model] biases`` says. By default, ``coded`` where training brings the file to its size, else 16 bits
+            where the target is under one hundredth of the model; None: as they are.
+        """
+        if self.biases != "default":
+            return self.biases
+        if self.file_bytes is not None and any(rule.learns_step for rule in self.rules):
+            return Rule(BIASES, "coded", apart=True)
+        share = self.ratio or 1.0
+        if self.file_bytes is not None:
+            share = self.file_bytes / max(4 * sum(math.prod(tensor.shape) for tensor in tensors), 1)
+        return Rule(BIASES, "uniform", options={"bits": 16}, apart=True) if share < SMALL else None
 
     def for_one(self, tensor: Tensor) -> "Rules":
         """The same rules for one tensor whose model is not known, without the patterns that do not match it.

@@ -14,7 +14,6 @@ from deepthin.plan.patterns import Names
 from deepthin.plan.rules import DENSE, NO_LIMIT, Rule, Rules, bits_at
 from deepthin.plan.tensor import Tensor, matrix_of
 
-
 BITS_OF_FLOAT = 2.0  # of a file trained to its size, for each number of the codes (docs/training.md)
 
 
@@ -132,7 +131,9 @@ class Unit:
         inner = METHODS[rule.then[0]]
         shapes = first.fit(wanted)
         whole = {e: s for e, s in shapes.code_shapes().items() if e not in shapes.integers()}
-        return self, Then(shapes, tuple((e, inner.fit(as_matrix(s), NO_LIMIT, **rule.then[1])) for e, s in whole.items()))
+        return self, Then(
+            shapes, tuple((e, inner.fit(as_matrix(s), NO_LIMIT, **rule.then[1])) for e, s in whole.items())
+        )
 
     def smallest_bits(self) -> int:
         """The bits of the smallest plan that the rule's method has for this matrix.
@@ -358,6 +359,7 @@ def shared_budget(
     Raises:
         BudgetError: The smallest plans exceed the budget; it carries the smallest reachable ratio.
     """
+    units = [unit for unit in units if not unit.rule.apart]
     compared = sum(unit.dense_bits for unit in units if unit.rule.method != DENSE)
     if model_bits is None:
         model_bits = bits_at(rules.ratio or 1.0, compared)

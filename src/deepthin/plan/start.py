@@ -137,5 +137,7 @@ def drawn(method: Method, rng: np.random.Generator, std: float) -> Start:
     if method.trains == "codes":
         return method.init(rng, std), None
     floats = FloatCoding(method)
-    latents = floats.started(dict(floats.decoder.init(rng, std)), _NUMPY)  # latents are not rounded: differences below a step may grow
+    latents = floats.started(
+        dict(floats.decoder.init(rng, std)), _NUMPY
+    )  # latents are not rounded: differences below a step may grow
     return floats.encode(latents, _NUMPY), latents

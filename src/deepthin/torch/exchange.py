@@ -10,6 +10,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepthin.torch.generated import Generated, ThinLayer
 from deepthin.torch.layers import (
+    ThinBatchNorm1d,
+    ThinBatchNorm2d,
+    ThinBatchNorm3d,
     ThinConv1d,
     ThinConv2d,
     ThinConv3d,
@@ -18,9 +21,12 @@ from deepthin.torch.layers import (
     ThinConvTranspose3d,
     ThinEmbedding,
     ThinEmbeddingBag,
+    ThinGroupNorm,
+    ThinLayerNorm,
     ThinLinear,
     ThinMultiheadAttention,
     ThinOutProjection,
+    ThinRMSNorm,
 )
 from deepthin.torch.recurrent_layers import ThinGRU, ThinLSTM, ThinRNN
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -36,6 +42,12 @@ THIN: dict[type[nn.Module], type[ThinLayer]] = {
     nn.ConvTranspose3d: ThinConvTranspose3d,
     nn.Embedding: ThinEmbedding,
     nn.EmbeddingBag: ThinEmbeddingBag,
+    nn.BatchNorm1d: ThinBatchNorm1d,
+    nn.BatchNorm2d: ThinBatchNorm2d,
+    nn.BatchNorm3d: ThinBatchNorm3d,
+    nn.GroupNorm: ThinGroupNorm,
+    nn.LayerNorm: ThinLayerNorm,
+    nn.RMSNorm: ThinRMSNorm,
     nn.MultiheadAttention: ThinMultiheadAttention,
     nn.RNN: ThinRNN,
     nn.LSTM: ThinLSTM,

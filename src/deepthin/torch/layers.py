@@ -122,6 +122,42 @@ class ThinConvTranspose3d(ThinLayer, nn.ConvTranspose3d):
     weight, bias = generated("weight"), generated("bias")
 
 
+class ThinLayerNorm(ThinLayer, nn.LayerNorm):
+    """A layer normalisation with a decoded scale and bias."""
+
+    weight, bias = generated("weight"), generated("bias")
+
+
+class ThinRMSNorm(ThinLayer, nn.RMSNorm):
+    """A root-mean-square normalisation with a decoded scale."""
+
+    weight = generated("weight")
+
+
+class ThinGroupNorm(ThinLayer, nn.GroupNorm):
+    """A group normalisation with a decoded scale and bias."""
+
+    weight, bias = generated("weight"), generated("bias")
+
+
+class ThinBatchNorm1d(ThinLayer, nn.BatchNorm1d):
+    """A batch normalisation with a decoded scale and bias; its running statistics stay as they are."""
+
+    weight, bias = generated("weight"), generated("bias")
+
+
+class ThinBatchNorm2d(ThinLayer, nn.BatchNorm2d):
+    """A batch normalisation with a decoded scale and bias; its running statistics stay as they are."""
+
+    weight, bias = generated("weight"), generated("bias")
+
+
+class ThinBatchNorm3d(ThinLayer, nn.BatchNorm3d):
+    """A batch normalisation with a decoded scale and bias; its running statistics stay as they are."""
+
+    weight, bias = generated("weight"), generated("bias")
+
+
 class ThinEmbedding(ThinLayer, nn.Embedding):
     """An embedding that decodes single rows where they are few, otherwise the whole table."""
 

@@ -173,7 +173,9 @@ class ThinWeight(CodeState):
         like = next(self.parameters())
         code = _arrays(self.code())
         stored = _tensors(FloatCoding(method).encode(code, cast(Any, np), _arrays(importance)), like)
-        latents = _tensors(FloatCoding(method).started(code, cast(Any, np)), like) if method.trains == "through" else None
+        latents = (
+            _tensors(FloatCoding(method).started(code, cast(Any, np)), like) if method.trains == "through" else None
+        )
         if latents is not None and FloatCoding(method).steps():
             stored = FloatCoding(method).encode(latents, _TORCH)
         return type(self)(name, method, self.parts, stored, latents).requires_grad_(like.requires_grad)
@@ -211,11 +213,12 @@ class ThinWeight(CodeState):
         """Draw new values, as torch's layers do; the same numbers for the same tensor name and seed.
 
         For weights that were allocated without values: a model built on the meta device, then ``to_empty``. A matrix
-        has the spread of ``compress(init="scratch")``; a vector is zero.
+        has the spread of ``compress(init="scratch")``; a bias is zero, the scale of a normalisation one.
         """
         name, seed, std = self.origin
         if len(self.parts) == 1 and len(self.parts[0].shape) < 2:
-            code, latents = encoded(self.method, self.parts, [np.zeros(self.parts[0].shape, np.float32)])
+            value = np.float32(name.endswith("weight"))  # of a normalisation: ones; biases are zero
+            code, latents = encoded(self.method, self.parts, [np.full(self.parts[0].shape, value)])
         else:
             std = math.sqrt(0.2 / max(self.method.shape[1], 1)) if std is None else std
             code, latents = drawn(self.method, generator(name, seed), std)
