@@ -124,8 +124,9 @@ def _trained(limit: int, rules: Rules, tensors: Sequence[Tensor], base: Contents
     if (least := size_of(smallest)) > limit:
         dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
-            f"The file cannot be trained to {limit} bytes: with every symbol zero it has {least}, of which {dense_bytes} "
-            f"are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
+            f"The file cannot be trained to {limit} bytes: with every symbol zero it has {least}, of which "
+            f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more "
+            "tensors.",
             smallest_bits=8 * least,
             smallest_ratio=least / base.dense_bytes,
         )
