@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "arithmetic.h"
 #include "huffman.h"
 #include "kernels.h"
 #include "python.h"
@@ -48,6 +49,11 @@ struct Layers {
     std::vector<deepthin::Gate> gates;
     deepthin::Recurrent shape;
 };
+
+void check_code(int kind, int64_t bytes, int64_t count, int64_t parameter) {
+    if (kind < 0 || kind > 2 || bytes < 0 || count < 0 || parameter < 0 || (kind == 1 && (parameter < 1 || parameter > 12)))
+        throw std::invalid_argument("integers of no possible number, stride or width");
+}
 
 }  // namespace
 
@@ -138,6 +144,23 @@ NB_MODULE(_native, m) {
                                           at<uint16_t>(out), most, count, skip, &end);
         }
         return std::vector<int64_t>{read, end};
+    });
+    // Kinds: 0 levels, 1 tree, 2 numbers.
+    m.def("arithmetic_encode", [](int kind, std::uintptr_t values, int64_t count, int64_t parameter) {
+        check_code(kind, 0, count, parameter);
+        std::vector<uint8_t> data;
+        {
+            nb::gil_scoped_release unlocked;
+            data = deepthin::arithmetic_encode(deepthin::Binarisation(kind), at<const int64_t>(values), count, parameter);
+        }
+        return nb::bytes(data.data(), data.size());
+    });
+    m.def("arithmetic_decode", [](int kind, std::uintptr_t data, int64_t bytes, std::uintptr_t out, int64_t count,
+                                  int64_t parameter, int64_t most) {
+        check_code(kind, bytes, count, parameter);
+        nb::gil_scoped_release unlocked;
+        return deepthin::arithmetic_decode(deepthin::Binarisation(kind), at<const uint8_t>(data), bytes, at<int64_t>(out), count,
+                                           parameter, most);
     });
     m.def("csr", [](std::uintptr_t values, std::uintptr_t columns, std::uintptr_t starts, int64_t rows, int64_t cols,
                     int64_t entries, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t y, int64_t batch,
