@@ -73,7 +73,7 @@ def within(
         low = error.smallest_bits
         best = plan_tensors(rules, tensors, low)
     smallest = planned_contents(base, best)
-    if (least := size_of(smallest)) > limit:
+    if (least := size_of(smallest, bound=True)) > limit:
         dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
             f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which "
@@ -86,7 +86,7 @@ def within(
     while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
         middle = (low + high) // 2
         planned = plan_tensors(rules, tensors, middle)
-        if size_of(planned_contents(base, planned)) <= limit:
+        if size_of(planned_contents(base, planned), bound=True) <= limit:
             low, best = middle, planned
         else:
             high = middle
@@ -117,7 +117,7 @@ def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoder) ->
     Returns:
         Bytes.
     """
-    return size_of(planned_contents(base, planned, encoded))
+    return size_of(planned_contents(base, planned, encoded), bound=True)
 
 
 def _codable(planned: Planned) -> bool:

@@ -53,11 +53,11 @@ PIECE_BYTES = 1 << 22
 class Zeros:
     """Zeros in the place of values that are not there yet."""
 
-    bytes: int
+    count: int  # of bytes
 
-    def __call__(self) -> Iterator[bytes]:
+    def __call__(self) -> Iterator[Buffer]:
         """The zeros in pieces."""
-        return (bytes(min(PIECE_BYTES, self.bytes - at)) for at in range(0, self.bytes, PIECE_BYTES))
+        return (bytes(min(PIECE_BYTES, self.count - at)) for at in range(0, self.count, PIECE_BYTES))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from deepthin.coding import huffman
+from deepthin.coding import arithmetic, huffman
 from deepthin.coding.bits import best_gap_width, gaps_of, pack, pack_gaps, packed_bytes, width_of
+from deepthin.errors import FormatError
+from deepthin.kernels.arithmetic import decode as walk_back
+from deepthin.kernels.arithmetic import encode as walk
 from deepthin.method import Integers
 from deepthin.storage.arrays import (
     ITEM_BYTES,
@@ -14,6 +17,7 @@ from deepthin.storage.arrays import (
     Coding,
     Raw,
     coded_gap_bytes,
+    integer_array,
     kept_of,
     repeated,
     unpacked,
@@ -21,6 +25,7 @@ from deepthin.storage.arrays import (
 
 WAYS = ("packed", "gaps", "huffman", "levels", "rows", "tree", "numbers", "planned")
 """Codings of integers by their numbers; ``planned`` stands for any where there are no integers yet."""
+ARITHMETIC = ("levels", "tree", "numbers")
 FORMS = ("F32", "short", "F64", "F16", "BF16")
 """Forms of floats by their numbers; ``short``: F32 without lower halves, which are zero."""
 
@@ -64,6 +69,8 @@ def coded(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
         ways["gaps", narrow] = len(gaps), lambda: gaps
     elif (size := huffman.coded_bytes(huffman.counts_of(flat), width)) is not None:
         ways["huffman", width] = size, lambda: huffman.encode(flat, width)
+    for coding, stream in _arithmetic(flat, kind, values.shape[-1]).items():
+        ways[coding] = len(stream), lambda stream=stream: stream
     most = kind.bytes(len(flat))
 
     def cost(coding: Coding) -> tuple[bool, int]:
@@ -72,6 +79,22 @@ def coded(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
 
     coding = min(ways, key=cost)
     return Raw.of(ways[coding][1]()), coding
+
+
+def _arithmetic(flat: np.ndarray, kind: Integers, columns: int) -> dict[Coding, np.ndarray]:
+    """Integers from 0 on by each arithmetic code that there is for their kind."""
+    width = width_of(kind.count)
+    if not width or not len(flat):
+        return {}
+    if kind.rising:
+        gaps = np.diff(flat, prepend=-1) - 1
+        return {("numbers", 0): arithmetic.encode_numbers(gaps, walk)} if gaps.max() <= arithmetic.MOST_NUMBER else {}
+    if kind.least < 0:
+        signed = flat.astype(np.int64) + kind.least
+        return {("levels", stride): arithmetic.encode_levels(signed, stride, walk) for stride in (0, columns)}
+    if width > arithmetic.WIDEST_TREE:
+        return {}
+    return {("tree", width): arithmetic.encode_tree(flat, width, walk)}
 
 
 def stored_floats(floats: Mapping[str, Raw]) -> dict[str, tuple[Raw, Coding | None]]:
@@ -164,7 +187,7 @@ def widened(raw: Raw) -> Raw:
     return Raw("F32", raw.shape, lambda: (wide(piece) for piece in raw.pieces()))
 
 
-def extended(name: str, raw: Raw, coding: Coding, shape: tuple[int, ...]) -> Raw:
+def extended(name: str, raw: Raw | None, coding: Coding, shape: tuple[int, ...]) -> Raw:
     """Floats as the code has them: the inverse of ``stored_floats``, for untrusted bytes.
 
     Args:
@@ -180,11 +203,13 @@ def extended(name: str, raw: Raw, coding: Coding, shape: tuple[int, ...]) -> Raw
         FormatError: There are not so many floats.
     """
     way, kept = coding
+    if raw is None:
+        raise FormatError(f"{name} is missing.")
     own = widened(raw) if way == "short" else raw
     return own if raw.shape == shape else repeated(name, own, ["repeats", kept], shape)
 
 
-def uncoded(name: str, raw: Raw, coding: Coding, kind: Integers, shape: tuple[int, ...]) -> Raw:
+def uncoded(name: str, raw: Raw | None, coding: Coding, kind: Integers, shape: tuple[int, ...]) -> Raw:
     """The integers of a file: the inverse of ``coded``, for untrusted bytes.
 
     Args:
@@ -201,4 +226,20 @@ def uncoded(name: str, raw: Raw, coding: Coding, kind: Integers, shape: tuple[in
         FormatError: The bytes are not such integers.
         ValueError: A coded stream is damaged.
     """
-    return unpacked(name, raw, list(coding), kind, shape)
+    (way, parameter), count = coding, math.prod(shape)
+    if raw is None or way not in ARITHMETIC:
+        return unpacked(name, raw, list(coding), kind, shape)
+    data, most = np.frombuffer(raw.data, np.uint8), kind.least + kind.count - 1
+    if (way == "numbers") != kind.rising or (way == "levels") != (kind.least < 0):
+        raise FormatError(f"{name} has integers from {kind.least} to {most}, which are not coded as {way}.")
+    if way == "numbers":
+        values = np.cumsum(arithmetic.decode_numbers(data, count, most, walk_back) + 1) - 1
+        if (np.diff(values) < 1).any():
+            raise FormatError(f"{name} must rise.")
+    elif way == "levels":
+        values = arithmetic.decode_levels(data, count, parameter, max(-kind.least, most), walk_back) - kind.least
+    else:
+        values = arithmetic.decode_tree(data, count, parameter, kind.count - 1, walk_back)
+    if count and not 0 <= int(values.min()) <= int(values.max()) < kind.count:
+        raise FormatError(f"{name} holds numbers beyond those from {kind.least} to {most}.")
+    return Raw.of(integer_array(values, kind).reshape(shape))

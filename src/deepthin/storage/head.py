@@ -305,13 +305,12 @@ def _write_matrix(to: Writer, name: str, matrix: Matrix, at: Mapping[bytes, int]
 def _read_matrix(source: Reader, head: int, place: int, count: int) -> tuple[Matrix, list[int]]:
     """A matrix, its parts by their numbers instead of names, and the places of the names of all but the first."""
     first = source.byte()
-    mode, places, stacked = first >> 6, list[int](), 0
+    mode, places, parts, stacked = first >> 6, list[int](), list[Part](), 0
     if first & 0x1F:
-        parts = [_read_part(source, first & 0x1F)]
+        parts.append(_read_part(source, first & 0x1F))
     else:
         number = source.number()
         stacked = number & 1
-        parts = []
         for k in range(2 + (number >> 1)):
             if k:
                 places.append(source.below(count))

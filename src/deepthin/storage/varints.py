@@ -56,7 +56,7 @@ class Reader:
 
     def byte(self) -> int:
         """The next byte."""
-        if self.at == len(self.data):
+        if self.at >= len(self.data):
             raise ValueError("the header ends too early")
         self.at += 1
         return self.data[self.at - 1]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from deepthin.errors import BudgetError, ConfigError, NonFiniteError
 from deepthin.methods import fields
-from deepthin.storage.arrays import ITEM_BYTES, Buffer, Raw, largest
+from deepthin.storage.arrays import ITEM_BYTES, Buffer, Coding, Raw, largest
 from deepthin.storage.atomic import stream_atomically
 from deepthin.storage.codings import is_short, narrowed
 from deepthin.storage.contents import VERSIONS, Contents, Part, Thin
@@ -95,12 +95,19 @@ def head_of(contents: Contents, bound: bool = False) -> Head:
             own.name,
             own.method,
             own.parts,
-            {entry: Item(raw.dtype, coding, raw.bytes) for entry, (raw, coding) in own.stored_as(2).items()},
+            {entry: _item(own, entry, raw, coding, bound) for entry, (raw, coding) in own.stored_as(2).items()},
         )
         for name, own in contents.thin.items()
     }
     dense = {name: Tensor(raw.dtype, raw.shape, not bound and is_short(raw)) for name, raw in contents.dense.items()}
     return Head(thin, dense, contents.aliases)
+
+
+def _item(own: Thin, entry: str, raw: Raw, coding: Coding | None, bound: bool) -> Item:
+    if not bound or coding is None or coding[0] != "short":
+        return Item(raw.dtype, coding, raw.bytes)
+    cut = coding[1] != math.prod(own.code[entry].shape)
+    return Item("F32", ("repeats", coding[1]) if cut else None, ITEM_BYTES["F32"] * coding[1])
 
 
 def stream(contents: Contents, finite: bool = False, version: Version | None = None) -> Iterator[Buffer]:

@@ -281,7 +281,7 @@ class Recipe:
         _store_floats(self.model, wanted, self.importance())
         limit = self.rules.file_bytes
         if (
-            limit is not None and size_of(contents(self.model)) > limit
+            limit is not None and size_of(contents(self.model), bound=True) > limit
         ):  # the values have changed since the layers became thin
             materialize(self.model)
             self._plans = self._within_the_file(self._plans)
