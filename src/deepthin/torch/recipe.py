@@ -284,7 +284,7 @@ class Recipe:
             if isinstance(weight, ThinWeight):
                 weight.file_bytes = limit
         # The values have changed since the layers became thin
-        if limit is not None and not learned and size_of(contents(self.model)) > limit:
+        if limit is not None and not learned and size_of(contents(self.model), bound=True) > limit:
             materialize(self.model)
             self._plans = self._within_the_file(self._plans)
             carry_out(self.model, self._plans, tensors_of(self.model)[1])
