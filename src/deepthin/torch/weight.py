@@ -338,6 +338,14 @@ class ThinWeight(CodeState):
             for entry, (latent, method) in self._coding.steps().items()
         }
 
+    def log_steps(self) -> list[Tensor]:
+        """The logarithms of learned steps.
+
+        Returns:
+            Parameters of one entry each; none where nothing is rounded.
+        """
+        return [getattr(self, latent) for latent, _ in self._coding.steps().values()] if self.rounds else []
+
     def _latents_of(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The latents of a code with its tables: decoded floats, and the logarithms of learned steps."""
         return {**self._coding.decode(dict(code), _TORCH), **self._coding.log_steps(dict(code), _TORCH)}
