@@ -1,4 +1,4 @@
-"""Arithmetic coding in native code: the same bytes as the reference, `deepthin.coding.arithmetic`, some hundred times faster.
+"""Arithmetic coding in native code: the bytes of `deepthin.coding.arithmetic`, some hundred times faster.
 
 Without native code, the reference serves instead.
 """
