@@ -19,13 +19,13 @@ constexpr auto RATES = [] {
     return rates;
 }();
 
-// The probability of a zero bit is p / 2^32; n counts the bits that were seen, up to LIMIT.
+// The probability of a one is p / 2^32; n counts the bits that were seen, up to LIMIT.
 struct Context {
     uint32_t p = uint32_t(1) << 31, n = 0;
 
     DEEPTHIN_ALWAYS void update(bool bit) {
         const uint32_t rate = RATES[n];
-        p = bit ? p - ((p >> 16) - 1) * rate : p + (~p >> 16) * rate;
+        p = bit ? p + (~p >> 16) * rate : p - ((p >> 16) - 1) * rate;
         n += n < LIMIT;
     }
     DEEPTHIN_ALWAYS void inherit(const Context& from) {
@@ -38,7 +38,7 @@ public:
     static constexpr bool decodes = false;
 
     DEEPTHIN_ALWAYS bool bit(Context& context, bool bit) {
-        const uint32_t bound = (range >> 16) * (context.p >> 16);
+        const uint32_t bound = range - (range >> 16) * (context.p >> 16);
         if (bit) {
             add(bound);
             range -= bound;
@@ -97,7 +97,7 @@ public:
         for (int i = 0; i < 4; i++) take();
     }
     DEEPTHIN_ALWAYS bool bit(Context& context, bool) {
-        const uint32_t bound = (range >> 16) * (context.p >> 16);
+        const uint32_t bound = range - (range >> 16) * (context.p >> 16);
         const bool bit = code >= bound;
         if (bit) {
             code -= bound;

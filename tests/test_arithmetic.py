@@ -43,8 +43,8 @@ class Ideal:
         self.length, self.bits = 0.0, 0
 
     def bit(self, context, bit):
-        zero = (context.p >> 16) / 65536
-        self.length -= math.log2(1 - zero if bit else zero)
+        one = (context.p >> 16) / 65536
+        self.length -= math.log2(one if bit else 1 - one)
         self.bits += 1
         context.update(bit)
         return bit
@@ -146,9 +146,9 @@ def test_a_million_zeros_take_no_bytes_and_one_among_them_takes_few(stride):
     assert not decode_levels(np.zeros(0, np.uint8), len(values), stride, 9, kernels.decode).any()
     values[-1] = -3
     data = encode_levels(values, stride, kernels.encode)
-    # A zero costs 2^-16 log2(e) bits where p is at its limit, and 1.5 bits each context's first 510 beyond log2(510);
-    # the three, at its end, 16 bits and four more flags; a stride has two contexts of zeros at most.
-    assert 8 * len(data) <= 1e6 * 2.0**-16 * math.log2(math.e) + 2 * (9 + 1.5) + 16 + 4 + 8
+    # All zeros share a context. The first 510 cost log2(512) / 2 + 1 bits at most; then p falls from 1 / 1,024 by 1 / 512 of
+    # itself each time, in all to log2(e) / 2 bits, until a zero costs log2(e) / 2^16. The -3: 16 bits and four flags.
+    assert 8 * len(data) <= 4.5 + 1 + math.log2(math.e) * (0.5 + 1e6 * 2.0**-16) + 16 + 4 + 8
     assert np.array_equal(decode_levels(data, len(values), stride, 3, kernels.decode), values)
 
 
@@ -159,7 +159,7 @@ def test_streams_of_bytes_255_carry():
         coder, rng = arithmetic._Encoder(), np.random.default_rng(seed)
         context, bits = arithmetic._Context(), []
         for _ in range(200):  # stays just below a carry as long as it can, then passes it
-            bound = (coder.range >> 16) * (context.p >> 16)
+            bound = coder.range - (coder.range >> 16) * (context.p >> 16)
             bits.append(int(coder.low + bound <= 0xFFFFFFFF if rng.random() < 0.97 else rng.random() < 0.5))
             coder.bit(context, bits[-1])
         data = coder.finish()

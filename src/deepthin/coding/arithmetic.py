@@ -5,13 +5,13 @@ revisited") codes bits by adaptive probabilities; three binarisations turn integ
 Schwarz and Wiegand, 2003). docs/arithmetic.md is normative for the bits. This is the reference, whose numbers are
 unsigned and have at most 32 bits; `deepthin.kernels.arithmetic` is the same in native code.
 
-A context is a probability p / 2^32 of a zero bit, at first 1/2, and the number n of bits seen in it. After a bit, with
-``r = 65536 // (n + 2)``, a zero adds ``((2^32 - 1 - p) >> 16) * r`` to p, a one subtracts ``((p >> 16) - 1) * r``; then
+A context is a probability p / 2^32 of a one, at first 1/2, and the number n of bits seen in it. After a bit, with
+``r = 65536 // (n + 2)``, a one adds ``((2^32 - 1 - p) >> 16) * r`` to p, a zero subtracts ``((p >> 16) - 1) * r``; then
 n grows by 1, up to 510. So the first bits adapt p as the estimator of Krichevsky and Trofimov does, and later ones at
 a rate of 1/512. p stays within 2^16 and 2^32 - 1.
 
 The coder has an interval: ``low`` and ``range``, 0 and 2^32 - 1 at first. A bit splits it at
-``bound = (range >> 16) * (p >> 16)``: a zero takes the lower part, a one the upper. An even bit halves the range
+``bound = range - (range >> 16) * (p >> 16)``: a zero takes the lower part, a one the upper. An even bit halves the range
 instead, ``range >>= 1``, and a one adds it to low. While the range is below 2^24, the highest byte of low is written
 and both are multiplied by 256; a carry out of low increments what was written before.
 
@@ -192,7 +192,7 @@ def _decoded(
 
 
 class _Context:
-    """An adaptive probability of a zero bit: p / 2^32, after n bits."""
+    """An adaptive probability of a one: p / 2^32, after n bits."""
 
     __slots__ = ("n", "p")
 
@@ -202,9 +202,9 @@ class _Context:
     def update(self, bit: int) -> None:
         rate = _RATES[self.n]
         if bit:
-            self.p -= ((self.p >> 16) - 1) * rate
-        else:
             self.p += ((_WORD - self.p) >> 16) * rate
+        else:
+            self.p -= ((self.p >> 16) - 1) * rate
         if self.n < LIMIT:
             self.n += 1
 
@@ -231,7 +231,7 @@ class _Encoder:
         self.out, self.low, self.range = bytearray(), 0, _WORD
 
     def bit(self, context: _Context, bit: int) -> int:
-        bound = (self.range >> 16) * (context.p >> 16)
+        bound = self.range - (self.range >> 16) * (context.p >> 16)
         if bit:
             self._add(bound)
             self.range -= bound
@@ -284,7 +284,7 @@ class _Decoder:
         self.starts = self.code < self.range
 
     def bit(self, context: _Context, bit: int) -> int:
-        bound = (self.range >> 16) * (context.p >> 16)
+        bound = self.range - (self.range >> 16) * (context.p >> 16)
         bit = int(self.code >= bound)
         if bit:
             self.code -= bound
