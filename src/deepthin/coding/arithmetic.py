@@ -11,9 +11,9 @@ n grows by 1, up to 510. So the first bits adapt p as the estimator of Krichevsk
 a rate of 1/512. p stays within 2^16 and 2^32 - 1.
 
 The coder has an interval: ``low`` and ``range``, 0 and 2^32 - 1 at first. A bit splits it at
-``bound = range - (range >> 16) * (p >> 16)``: a zero takes the lower part, a one the upper. An even bit halves the range
-instead, ``range >>= 1``, and a one adds it to low. While the range is below 2^24, the highest byte of low is written
-and both are multiplied by 256; a carry out of low increments what was written before.
+``bound = range - (range >> 16) * (p >> 16)``: a zero takes the lower part, a one the upper. An even bit halves the
+range instead, ``range >>= 1``, and a one adds it to low. While the range is below 2^24, the highest byte of low is
+written and both are multiplied by 256; a carry out of low increments what was written before.
 
 The stream is the shortest byte string that, read as a binary fraction and continued by zeros, lies in the last
 interval; of several that are as short, the lowest. So its last byte is not zero, bytes after its end are read as zeros,
