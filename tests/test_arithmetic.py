@@ -146,8 +146,8 @@ def test_a_million_zeros_take_no_bytes_and_one_among_them_takes_few(stride):
     assert not decode_levels(np.zeros(0, np.uint8), len(values), stride, 9, kernels.decode).any()
     values[-1] = -3
     data = encode_levels(values, stride, kernels.encode)
-    # All zeros share a context. The first 510 cost log2(512) / 2 + 1 bits at most; then p falls from 1 / 1,024 by 1 / 512
-    # of itself each time, in all log2(e) / 2 bits, until a zero costs log2(e) / 2^16. The -3: 16 bits and four flags.
+    # All zeros share a context. The first 510 cost log2(512) / 2 + 1 bits at most. Then p falls from 1 / 1,024 by a
+    # part in 512 each time, in all log2(e) / 2 bits, until a zero costs log2(e) / 2^16. The -3: 16 bits and four flags.
     assert 8 * len(data) <= 4.5 + 1 + math.log2(math.e) * (0.5 + 1e6 * 2.0**-16) + 16 + 4 + 8
     assert np.array_equal(decode_levels(data, len(values), stride, 3, kernels.decode), values)
 
