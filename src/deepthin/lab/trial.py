@@ -41,7 +41,7 @@ CODED = "-coded"  # floats with learned steps, trained to the size of the file
 CODED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"deepthin": {"rank": 4}, "shuffled": {"rank": 4}}
 COMPARED = (
     *ALWAYS,
-    *METHODS,
+    *(name for name, named in METHODS.items() if not named.learns_step),
     SAME_SIZE,
     PRUNED_CSR,
     *(f"{name}-{bits}bit" for bits in (8, 4) for name in (*METHODS, SAME_SIZE) if name not in SCALAR),
