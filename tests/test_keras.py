@@ -462,6 +462,16 @@ def test_a_limit_for_the_file_is_met(tmp_path):
     assert not (tmp_path / "n.thin").exists()
 
 
+def test_layers_become_thin_without_collecting_garbage(monkeypatch):
+    """Keras's ``delattr`` of a variable collects garbage, which takes longer than the layer does."""
+    model = keras.Sequential([keras.Input((24,)), layers.Dense(16, name="a"), layers.Dense(3, name="b")])
+    dense = [model.layers[0].kernel, model.layers[1].kernel]
+    monkeypatch.setattr("gc.collect", lambda *_: pytest.fail("garbage is collected"))
+    dk.compress(model, {"model": {"ratio": 0.5}})
+    assert all(isinstance(layer, dk.ThinLayer) for layer in model.layers)
+    assert not [variable for variable in model.weights if any(variable is one for one in dense)]
+
+
 def test_frozen_layers_stay_frozen():
     model = sequential()
     model.layers[0].trainable = False
