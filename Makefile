@@ -43,6 +43,7 @@ fuzz: .venv/installed  ## files changed at random and signed again, in every rea
 
 LAWS = methods arithmetic huffman importance product rules shared_values spectral
 
+slow: EXTRAS = all,ray
 slow: .venv/installed .venv-tensorflow/installed arithmetic  ## tests that take minutes, and the laws on 1,000 examples each
 	$(PYTEST) -m slow
 	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest -n $(WORKERS) -m slow tests/test_keras_state.py

@@ -45,7 +45,9 @@ LONGEST = (
     "test_engines.py",
     "test_twist_resume.py",
     "test_distill.py",
-)  # begin first, so that no worker waits at the end
+    "test_kills.py",
+    "test_wrapped.py",
+)  # begin first, on one worker: no worker waits at the end, and what a file shares is made once
 LAWS = ("test_methods", "test_laws", "test_toy_method")  # how the names of their files begin
 
 # Random examples, each time others; what fails is printed with what repeats it. `make slow` takes many.

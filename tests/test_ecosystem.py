@@ -54,6 +54,7 @@ DISTRIBUTED = """
 """
 
 
+@pytest.mark.slow  # test_wrapped.py trains in two processes always
 def test_two_processes_train_as_one(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(DISTRIBUTED)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}

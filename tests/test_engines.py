@@ -257,10 +257,15 @@ def test_a_worker_of_ray_itself_that_dies_every_time(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("engine", "moments"), [("local", ("search", "trials")), pytest.param("ray", ("trials",), marks=needs_ray)]
+    ("engine", "moments"),
+    [
+        ("local", ("trials",)),
+        pytest.param("local", ("search", "trials"), marks=pytest.mark.slow),
+        pytest.param("ray", ("trials",), marks=[needs_ray, pytest.mark.slow]),
+    ],
 )
 def test_a_killed_comparison_goes_on_to_the_same_rows(straight, tmp_path, engine, moments):
-    """kill -9 while it searches, and again while its trials run; no process of it survives."""
+    """kill -9 while its trials run, or while it searches and again then; no process of it survives."""
     for within in moments:
         _killed(tmp_path / "out", engine, within)
     rows = compare(settings(engine=engine, jobs=1 if engine == "local" else 2), tmp_path / "out")

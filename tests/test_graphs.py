@@ -183,9 +183,21 @@ CASES = [
 ]
 CASES += [(rule, "resumed", traced) for rule in ROUNDED]
 CASES += [(rule, "loaded", recorder) for rule in ROUNDED for recorder in (traced, proxied, exported, mapped)]
+# Rules that decode in ways of their own; the others are exported by test_all_methods.py, too.
+QUICK = ("deepthin", "pruned", "deepthin then uniform", "rank then binary", "hashed then uniform")
 
 
-@pytest.mark.parametrize(("rule", "how", "recorder"), CASES, ids=lambda v: v if isinstance(v, str) else v.__name__)
+@pytest.mark.parametrize(
+    ("rule", "how", "recorder"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1]}-{case[2].__name__}",
+            marks=() if case[0] in QUICK or case[1] != "trained" or case[2] in (traced, mapped) else pytest.mark.slow,
+        )
+        for case in CASES
+    ],
+)
 def test_what_is_recorded_is_evaluation(rule, recorder, how, compiling):
     model, x = thin(rule, how), words()
     want = eager(model, x)

@@ -423,6 +423,11 @@ EXACT = {
 }  # its gradients are those of the dense weight, by the straight-through estimator
 
 
+def is_long(kind, options):
+    """Options that all recurrent layers leave to ``layers.RNN`` are tried with the simplest of them."""
+    return kind in (layers.LSTM, layers.GRU) and options in [o for o in RECURRENT if o and "dropout" not in o]
+
+
 def built(kind, options):
     """A model of one layer, with a mask before it where it is recurrent and does not unroll."""
     shape, base, _ = OPTIONS[kind]
@@ -464,7 +469,13 @@ def gradients_of(model, x, variables):
 
 
 @tensorflow_only
-@pytest.mark.parametrize(("kind", "options"), CASES, ids=[f"{k.__name__} {' '.join(o) or 'plain'}" for k, o in CASES])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(k, o, id=f"{k.__name__} {' '.join(o) or 'plain'}", marks=pytest.mark.slow if is_long(k, o) else ())
+        for k, o in CASES
+    ],
+)
 def test_every_option_acts_as_in_the_dense_layer(kind, options):
     model, x = built(kind, options), inputs_of(kind)
     rng = np.random.default_rng(2)
@@ -542,8 +553,19 @@ def test_all_layers_are_here():
     assert {*OPTIONS, *cells} == {*THIN, layers.SimpleRNN, layers.LSTM, layers.GRU}
 
 
-@pytest.mark.parametrize("method", ["deepthin", "kmeans"])
-@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param(
+            kind,
+            method,
+            id=f"{kind.__name__}-{method}",
+            marks=pytest.mark.slow if method == "kmeans" and kind is not layers.Dense else (),
+        )
+        for kind in OPTIONS
+        for method in ("deepthin", "kmeans")
+    ],
+)
 def test_thin_and_dense_files_load_into_thin_and_dense_models(kind, method, tmp_path):
     rule = {"method": method, "ratio": 0.95} if method == "deepthin" else {"method": method, "bits": 3}
     x = inputs_of(kind)
@@ -554,9 +576,10 @@ def test_thin_and_dense_files_load_into_thin_and_dense_models(kind, method, tmp_
             dk.compress(model, {"rules": {"*": rule}})
         return model
 
-    for in_file, in_model in itertools.product((True, False), repeat=2):
-        saved, model = one(in_file), one(in_model)
-        outputs(model, x)
+    files, model = {is_thin: one(is_thin) for is_thin in (True, False)}, one(False)
+    for in_file in (True, True, False, False):  # into a dense model, a thin one, a thin one, a dense one
+        saved = files[in_file]
+        outputs(moved(model), x)
         dk.save(saved, tmp_path / "m.thin")
         dk.load(model, tmp_path / "m.thin")
         assert_equal_up_to_rounding(outputs(model, x), outputs(saved, x))

@@ -24,10 +24,13 @@ SCRIPT = Path(__file__).parent / "killed.py"
 RECIPES = ("pruned+kmeans", "pruned+uniform", "deepthin+binary", "hashed+ecsq")
 
 
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
 def killed(*words):
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # it forks
     command = [sys.executable, str(SCRIPT), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **one_thread})
+    environment = {**os.environ, **ONE_THREAD}  # it forks
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -54,10 +57,6 @@ def test_kills_while_saving(tmp_path):
     check_saving(10, tmp_path)
 
 
-def test_kills_while_training(tmp_path):
-    check_training("pruned+kmeans", 2, tmp_path)
-
-
 @pytest.mark.slow
 def test_two_hundred_kills_while_saving(tmp_path):
     check_saving(200, tmp_path)
@@ -79,13 +78,15 @@ def test_the_command_goes_on_after_a_kill_to_the_same_bytes(tmp_path, monkeypatc
     )
 
     def started(out):
-        command = "train digits --config deep.toml --steps 400 --width 60 --seed 3 --checkpoint 10 --out".split()
+        """On one thread, as this process is: sums of several may round otherwise."""
+        command = "train digits --config deep.toml --steps 200 --width 60 --seed 3 --checkpoint 10 --out".split()
         command = [sys.executable, "-m", "deepthin", *command, out]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **ONE_THREAD}, **pipes)
 
-    whole, one = started("whole.thin"), started("killed.thin")
+    one = started("killed.thin")
     line = ""
-    while "240 of 400" not in line:
+    while "120 of 200" not in line:
         line = one.stderr.readline()
         assert line, "it ended before it was killed"
     one.kill()
@@ -93,11 +94,10 @@ def test_the_command_goes_on_after_a_kill_to_the_same_bytes(tmp_path, monkeypatc
     assert not (tmp_path / "killed.thin").exists()
     assert checkpoint_of(tmp_path / "killed.thin").exists()
     again = started("killed.thin")
+    train(Setup("digits", None, 200, 60), tmp_path / "deep.toml", tmp_path / "whole.thin", seed=3, checkpoint=10)
     _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
-    assert "120 of 400" not in said  # it did not begin anew
-    whole.communicate(timeout=300)
-    assert whole.returncode == 0
+    assert " 60 of 200" not in said  # it did not begin anew
     assert (tmp_path / "killed.thin").read_bytes() == (tmp_path / "whole.thin").read_bytes()
     assert not checkpoint_of(tmp_path / "killed.thin").exists()
 

@@ -20,7 +20,8 @@ from test_state import network as two_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The relative error of", "ignore:.*_init_weights")
 
-EVERY = [name for name in RULES if " then " not in name or name.startswith("pruned") or name.endswith("kmeans")]
+SINGLE = [name for name in RULES if " then " not in name]
+PAIRS = [name for name in RULES if name.startswith("pruned then") or name.endswith("then kmeans")]
 THIN = {"rules": {"*": {"ratio": 0.3}}}
 SHARDED = {
     "deepthin": THIN,
@@ -215,10 +216,18 @@ def check_replicas(model, outputs):
 
 
 def ddp_trains_every_method(rank, folder):
+    ddp_trains(rank, folder, [*SINGLE, "pruned then kmeans"])
+
+
+def ddp_trains_pairs_of_methods(rank, folder):
+    ddp_trains(rank, folder, PAIRS)
+
+
+def ddp_trains(rank, folder, names):
     """Also from codes of different weights: the wrapper sends parameters of rank 0, and integers must follow."""
     with pytest.MonkeyPatch.context() as patch:
         broadcasts = Broadcasts(patch)
-        for name in EVERY:
+        for name in names:
             model = thin({"rules": {"*": RULES[name]}}, rank, two_layers)
             integers = {id(w): w for w, _ in thin_tensors(model).values()}.values()
             integer_bytes = sum(t.nbytes for w in integers for t in w.state().values() if not t.is_floating_point())
@@ -344,11 +353,12 @@ def fully_sharded_layer_by_layer(rank, folder):
 
 
 def fully_sharded_lstms(rank, folder):
-    sharding(rank, folder, Recurrent, sequences, lambda model: [], ("deepthin", "group"))
+    sharding(rank, folder, Recurrent, sequences, lambda model: [], ("group",))
 
 
 def fully_sharded_lstms_layer_by_layer(rank, folder):
-    sharding(rank, folder, Recurrent, sequences, lambda model: [model.cells, model.outputs])
+    units = lambda model: [model.cells, model.outputs]  # noqa: E731
+    sharding(rank, folder, Recurrent, sequences, units, ("deepthin", "pruned then kmeans", "group"))
 
 
 def every_process_learns_that_saving_failed(rank, folder):
@@ -444,6 +454,7 @@ CHECKS = {
     function.__name__: function
     for function in (
         ddp_trains_every_method,
+        ddp_trains_pairs_of_methods,
         ddp_models_do_not_change,
         a_recipe_in_ddp,
         fully_sharded_linear_layers,
@@ -457,6 +468,8 @@ CHECKS = {
         sharded_models_from_the_meta_device,
     )
 }
+
+LONG = ("ddp_trains_pairs_of_methods",)  # a pair is exchanged as its methods are
 
 
 def run_checks(rank, folder, names):
@@ -487,7 +500,9 @@ def raised(tmp_path_factory, request):
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "check", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CHECKS]
+)
 def test_two_processes(check, raised):
     for rank, errors in enumerate(raised):
         assert check in errors, f"process {rank} did not get here: an earlier check failed"

@@ -43,9 +43,10 @@ def make_thin(layer: Any, weights: Mapping[str, tuple[ThinWeight, int]], variabl
         weights: Weight name -> the ThinWeight and the index of the tensor in it.
         variables: Weight name -> the dense variable; its shape, regulariser and whether it is trainable are kept.
     """
-    for variable in variables.values():
+    for variable in variables.values():  # as Keras's ``delattr``, but without its garbage collection for each variable
+        layer._untrack_variable(variable)
         for attribute in [key for key, value in vars(layer).items() if value is variable]:
-            delattr(layer, attribute)
+            super(layers.Layer, layer).__delattr__(attribute)
     if not isinstance(layer, ThinLayer):
         layer.__class__ = THIN[type(layer)]
     layer.attach(weights)
