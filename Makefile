@@ -30,7 +30,7 @@ test-tensorflow: .venv-tensorflow/installed  ## Keras on each of its backends, a
 test-tensorflow: BIN = .venv-tensorflow/bin
 
 # What has shapes in its signatures, but for the methods: the laws' tests check theirs always.
-SHAPED = acoustic conv ctc decoder huffman importance layers product operators recurrent sequential
+SHAPED = acoustic arithmetic conv ctc decoder huffman importance layers product operators recurrent sequential
 
 shapes: .venv/installed  ## shapes checked at run time in tests of all that has shapes in its signatures
 	$(PYTEST) --shapes $(SHAPED:%=tests/test_%.py) -k "not compile and not export"
@@ -41,7 +41,7 @@ SEED ?= $(shell date +%s)
 fuzz: .venv/installed  ## files changed at random and signed again, in every reader: SECONDS of it, from SEED on
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
-LAWS = methods huffman importance product rules shared_values spectral
+LAWS = methods arithmetic huffman importance product rules shared_values spectral
 
 slow: .venv/installed .venv-tensorflow/installed arithmetic  ## tests that take minutes, and the laws on 1,000 examples each
 	$(PYTEST) -m slow
@@ -82,7 +82,7 @@ sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide co
 	done
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OPENBLAS_NUM_THREADS=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		$(BIN)/python tests/sanitized.py build/sanitize-address,undefined -q -p no:cacheprovider tests/test_kernels.py tests/test_recurrent_kernels.py tests/test_huffman.py tests/test_symbol_kernels.py \
+		$(BIN)/python tests/sanitized.py build/sanitize-address,undefined -q -p no:cacheprovider tests/test_kernels.py tests/test_recurrent_kernels.py tests/test_huffman.py tests/test_arithmetic.py tests/test_symbol_kernels.py \
 		-k "not guard and not touched and not memory and not forced"
 	OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 suppressions=$$PWD/tests/tsan.supp" LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) \
 		$(BIN)/python tests/sanitized.py build/sanitize-thread -q -p no:cacheprovider tests/test_kernels.py tests/test_recurrent_kernels.py tests/test_symbol_kernels.py \

@@ -19,13 +19,13 @@ constexpr auto RATES = [] {
     return rates;
 }();
 
-// The probability of a zero bit is p / 2^32; n counts the bits that were seen, up to LIMIT.
+// The probability of a one is p / 2^32; n counts the bits that were seen, up to LIMIT.
 struct Context {
     uint32_t p = uint32_t(1) << 31, n = 0;
 
     DEEPTHIN_ALWAYS void update(bool bit) {
         const uint32_t rate = RATES[n];
-        p = bit ? p - ((p >> 16) - 1) * rate : p + (~p >> 16) * rate;
+        p = bit ? p + (~p >> 16) * rate : p - ((p >> 16) - 1) * rate;
         n += n < LIMIT;
     }
     DEEPTHIN_ALWAYS void inherit(const Context& from) {
@@ -38,7 +38,7 @@ public:
     static constexpr bool decodes = false;
 
     DEEPTHIN_ALWAYS bool bit(Context& context, bool bit) {
-        const uint32_t bound = (range >> 16) * (context.p >> 16);
+        const uint32_t bound = range - (range >> 16) * (context.p >> 16);
         if (bit) {
             add(bound);
             range -= bound;
@@ -97,7 +97,7 @@ public:
         for (int i = 0; i < 4; i++) take();
     }
     DEEPTHIN_ALWAYS bool bit(Context& context, bool) {
-        const uint32_t bound = (range >> 16) * (context.p >> 16);
+        const uint32_t bound = range - (range >> 16) * (context.p >> 16);
         const bool bit = code >= bound;
         if (bit) {
             code -= bound;
@@ -145,17 +145,10 @@ private:
     uint32_t code = 0, range = 0xFFFFFFFF;
 };
 
-// The classes of an average magnitude, in 64ths.
-DEEPTHIN_ALWAYS int column_class(int average) {
-    static constexpr auto classes = [] {
-        std::array<uint8_t, 193> result{};
-        for (int i = 0; i < 193; i++) result[i] = uint8_t(3 * ((i >= 2) + (i >= 8) + (i >= 24) + (i >= 48) + (i >= 96)));
-        return result;
-    }();
-    return classes[average];
-}
-
-DEEPTHIN_ALWAYS int row_class(int average) { return (average >= 16) + (average >= 48); }
+// The class of the average magnitude in a column or before in the stream; a magnitude counts 3 at most, in 4096ths.
+DEEPTHIN_ALWAYS int column_class(int average) { return (average >= 1) + (average >= 128) + (average >= 512) + (average >= 2048); }
+DEEPTHIN_ALWAYS int recent_class(int average) { return (average >= 1) + (average >= 256); }
+constexpr int COLUMN_CLASSES = 5, RECENT_CLASSES = 3, CONTEXTS = COLUMN_CLASSES * RECENT_CLASSES * 4;
 
 // Non-negative integers: one more than the value, as its bits after the leading one, and how many those are.
 struct Numbers {
@@ -185,26 +178,24 @@ struct Numbers {
 
 template <class Coder>
 bool code_levels(Coder& coder, int64_t* values, int64_t count, int64_t stride, int64_t most) {
-    Context zero[18], negative, more[18][2], further[UNARY + 1];
+    Context zero[CONTEXTS], negative, more[COLUMN_CLASSES][2], further[UNARY + 1];
     Numbers rest;
-    std::vector<uint8_t> columns(std::size_t(stride ? std::min(stride, count) : 0));
-    int row = 0;
+    std::vector<uint16_t> columns(std::size_t(stride ? std::min(stride, count) : 0));
+    int recent = 0, last = 0;
     int64_t column = 0;
     for (int64_t i = 0; i < count; i++) {
-        const int context = stride ? column_class(columns[std::size_t(column)]) + row_class(row) : 0;
+        const int active = stride ? column_class(columns[std::size_t(column)]) : 0;
+        const int context = stride ? (RECENT_CLASSES * active + recent_class(recent)) * 4 + last : 0;
         const int64_t value = values[i];
         const uint64_t given = uint64_t(value < 0 ? -value : value);
         int64_t magnitude = 0;
         if (context) zero[context].inherit(zero[context - 1]);
         if (coder.bit(zero[context], given != 0)) {
             const bool below = coder.bit(negative, value < 0);
-            const Context* before = nullptr;
+            const Context* before = active ? &more[active - 1][0] : nullptr;
             for (magnitude = 1; magnitude <= UNARY; magnitude++) {
-                Context& own = magnitude <= 2 ? more[context][magnitude - 1] : further[magnitude];
-                if (before)
-                    own.inherit(*before);
-                else if (context)
-                    own.inherit(more[context - 1][0]);
+                Context& own = magnitude <= 2 ? more[active][magnitude - 1] : further[magnitude];
+                if (before) own.inherit(*before);
                 if (!coder.bit(own, given > uint64_t(magnitude))) break;
                 before = &own;
             }
@@ -219,10 +210,11 @@ bool code_levels(Coder& coder, int64_t* values, int64_t count, int64_t stride, i
             values[i] = 0;
         }
         if (stride) {
-            const int seen = 64 * int(std::min<int64_t>(magnitude, 3));
-            uint8_t& average = columns[std::size_t(column)];
-            average = uint8_t((7 * average + seen) >> 3);
-            row = (15 * row + seen) >> 4;
+            const int seen = 4096 * int(std::min<int64_t>(magnitude, 3));
+            uint16_t& average = columns[std::size_t(column)];
+            average = uint16_t((31 * average + seen) >> 5);
+            recent = (63 * recent + seen) >> 6;
+            last = (2 * last + (magnitude > 0)) & 3;
             if (++column == stride) column = 0;
         }
     }

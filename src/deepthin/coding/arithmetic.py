@@ -2,22 +2,22 @@
 
 A range coder with carries (Martin, 1979, "Range encoding"; Moffat, Neal and Witten, 1998, "Arithmetic coding
 revisited") codes bits by adaptive probabilities; three binarisations turn integers into bits, as CABAC does (Marpe,
-Schwarz and Wiegand, 2003). docs/arithmetic.md is normative for the bits; this is the reference, and
-`deepthin.kernels.arithmetic` the same in native code. All numbers are unsigned and have at most 32 bits.
+Schwarz and Wiegand, 2003). docs/arithmetic.md is normative for the bits. This is the reference, whose numbers are
+unsigned and have at most 32 bits; `deepthin.kernels.arithmetic` is the same in native code.
 
-**A context** is a probability p / 2^32 of a zero bit, from 2^31 on, and the number n of bits seen in it, from 0 on. After
-a bit, with ``r = 65536 // (n + 2)``: a zero adds ``((2^32 - 1 - p) >> 16) * r`` to p, a one subtracts
-``((p >> 16) - 1) * r``; then n grows by 1 unless it is 510. So the first bits adapt it as the estimator of Krichevsky and
-Trofimov does, and later ones at a rate of 1/512. p stays within 2^16 and 2^32 - 1.
+A context is a probability p / 2^32 of a one, at first 1/2, and the number n of bits seen in it. After a bit, with
+``r = 65536 // (n + 2)``, a one adds ``((2^32 - 1 - p) >> 16) * r`` to p, a zero subtracts ``((p >> 16) - 1) * r``; then
+n grows by 1, up to 510. So the first bits adapt p as the estimator of Krichevsky and Trofimov does, and later ones at
+a rate of 1/512. p stays within 2^16 and 2^32 - 1.
 
-**The coder** has an interval: ``low`` and ``range``, 0 and 2^32 - 1 at first. A bit splits it at
-``bound = (range >> 16) * (p >> 16)``; a zero takes the lower part, a one the upper. An even bit, of a probability of one
-half, halves the range instead: ``range >>= 1``, and a one adds it to low. While the range is below 2^24, the highest
-byte of low is written and both are multiplied by 256; a carry out of low increments the bytes written before.
+The coder has an interval: ``low`` and ``range``, 0 and 2^32 - 1 at first. A bit splits it at
+``bound = range - (range >> 16) * (p >> 16)``: a zero takes the lower part, a one the upper. An even bit halves the
+range instead, ``range >>= 1``, and a one adds it to low. While the range is below 2^24, the highest byte of low is
+written and both are multiplied by 256; a carry out of low increments what was written before.
 
-**The stream** is the shortest byte string that, read as a binary fraction and continued by zeros, lies in the last
-interval; of several that are as short, the lowest. So its last byte is no zero, bytes after its end are read as zeros,
-and exactly one stream belongs to each sequence of integers: all others are refused.
+The stream is the shortest byte string that, read as a binary fraction and continued by zeros, lies in the last
+interval; of several that are as short, the lowest. So its last byte is not zero, bytes after its end are read as zeros,
+and exactly one stream belongs to each sequence of integers: decoders refuse all others.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,9 @@ LIMIT, INHERITED = 510, 4  # bits that a context counts, and that it takes over 
 UNARY = 14  # magnitudes above it end in a number
 LONGEST = 40  # bits of a number below its leading one
 MOST_LEVEL, MOST_NUMBER, WIDEST_TREE = (1 << 31) - 1, 1 << LONGEST, 12
-COLUMN_CLASSES, ROW_CLASSES = (
-    (2, 8, 24, 48, 96),
-    (16, 48),
-)  # lowest average magnitudes of the classes from 1 on, in 64ths
-_HIGHEST, _NORMAL, _WORD = 1 << 24, 1 << 16, (1 << 32) - 1
+COLUMN_CLASSES, RECENT_CLASSES = (1, 128, 512, 2048), (1, 256)  # lowest averages of the classes from 1 on, in 4096ths
+_HIGHEST, _WORD = 1 << 24, (1 << 32) - 1
 _RATES = [65536 // (n + 2) for n in range(LIMIT + 1)]
-_COLUMN_CLASS = [3 * sum(average >= least for least in COLUMN_CLASSES) for average in range(193)]
-_ROW_CLASS = [sum(average >= least for least in ROW_CLASSES) for average in range(193)]
 
 Encode = Callable[[str, Int64[np.ndarray, " count"], int], UInt8[np.ndarray, " bytes"]]
 """``encode``, or what does the same faster."""
@@ -197,7 +192,7 @@ def _decoded(
 
 
 class _Context:
-    """An adaptive probability of a zero bit: p / 2^32, after n bits."""
+    """An adaptive probability of a one: p / 2^32, after n bits."""
 
     __slots__ = ("n", "p")
 
@@ -207,9 +202,9 @@ class _Context:
     def update(self, bit: int) -> None:
         rate = _RATES[self.n]
         if bit:
-            self.p -= ((self.p >> 16) - 1) * rate
-        else:
             self.p += ((_WORD - self.p) >> 16) * rate
+        else:
+            self.p -= ((self.p >> 16) - 1) * rate
         if self.n < LIMIT:
             self.n += 1
 
@@ -236,7 +231,7 @@ class _Encoder:
         self.out, self.low, self.range = bytearray(), 0, _WORD
 
     def bit(self, context: _Context, bit: int) -> int:
-        bound = (self.range >> 16) * (context.p >> 16)
+        bound = self.range - (self.range >> 16) * (context.p >> 16)
         if bit:
             self._add(bound)
             self.range -= bound
@@ -289,7 +284,7 @@ class _Decoder:
         self.starts = self.code < self.range
 
     def bit(self, context: _Context, bit: int) -> int:
-        bound = (self.range >> 16) * (context.p >> 16)
+        bound = self.range - (self.range >> 16) * (context.p >> 16)
         bit = int(self.code >= bound)
         if bit:
             self.code -= bound
@@ -363,28 +358,30 @@ class _Numbers:
         return number - 1
 
 
-def _code_levels(coder: _Coder, values: list[int], stride: int, most: int) -> list[int] | None:
-    """A flag for zero, the sign, the magnitude in unary up to ``UNARY``, and beyond it a number.
+def _class(average: int, least: tuple[int, ...]) -> int:
+    return sum(average >= one for one in least)
 
-    The contexts of the flags whether the magnitude is above 0, 1 and 2 depend on the averages of the magnitudes, each
-    at most 3, above in the column and before in the order of the integers.
-    """
-    zero, negative, further, rest = _contexts(18), _Context(), _contexts(UNARY + 1), _Numbers()
-    more = [_contexts(2) for _ in range(18)]
-    columns, row = [0] * min(stride, len(values)), 0
+
+def _code_levels(coder: _Coder, values: list[int], stride: int, most: int) -> list[int] | None:
+    """A flag for zero, the sign, the magnitude in unary up to ``UNARY``, and beyond it a number."""
+    columns, recent, last = [0] * min(stride, len(values)), 0, 0
+    zero = _contexts((len(COLUMN_CLASSES) + 1) * (len(RECENT_CLASSES) + 1) * 4)
+    negative, more = _Context(), [_contexts(2) for _ in range(len(COLUMN_CLASSES) + 1)]
+    further, rest = _contexts(UNARY + 1), _Numbers()
+    active = context = 0
     coded: list[int] = []
     for i, value in enumerate(values):
-        column = i % stride if stride else 0
-        context = _COLUMN_CLASS[columns[column]] + _ROW_CLASS[row] if stride else 0
-        given = magnitude = abs(value)
-        below = 0
+        if stride:
+            active = _class(columns[i % stride], COLUMN_CLASSES)
+            context = ((len(RECENT_CLASSES) + 1) * active + _class(recent, RECENT_CLASSES)) * 4 + last
+        given, magnitude, below = abs(value), 0, 0
         if context:
             zero[context].inherit(zero[context - 1])
-        if coder.bit(zero[context], int(given != 0)):
+        if coder.bit(zero[context], int(given > 0)):
             below = coder.bit(negative, int(value < 0))
-            before = more[context - 1][0] if context else None
+            before = more[active - 1][0] if active else None
             for magnitude in range(1, UNARY + 1):
-                flag = more[context][magnitude - 1] if magnitude <= 2 else further[magnitude]
+                flag = more[active][magnitude - 1] if magnitude <= 2 else further[magnitude]
                 if before:
                     flag.inherit(before)
                 if not coder.bit(flag, int(given > magnitude)):
@@ -397,13 +394,12 @@ def _code_levels(coder: _Coder, values: list[int], stride: int, most: int) -> li
                 magnitude = UNARY + 1 + beyond
             if magnitude > most:
                 return None
-        else:
-            magnitude = 0
         coded.append(-magnitude if below else magnitude)
         if stride:
-            seen = 64 * min(magnitude, 3)
-            columns[column] = (7 * columns[column] + seen) >> 3
-            row = (15 * row + seen) >> 4
+            seen = 4096 * min(magnitude, 3)
+            columns[i % stride] = (31 * columns[i % stride] + seen) >> 5
+            recent = (63 * recent + seen) >> 6
+            last = (2 * last + (magnitude > 0)) & 3
     return coded
 
 

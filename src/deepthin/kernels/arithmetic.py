@@ -1,4 +1,4 @@
-"""Arithmetic coding in native code: the same bytes as the reference, `deepthin.coding.arithmetic`, some hundred times faster.
+"""Arithmetic coding in native code: the bytes of `deepthin.coding.arithmetic`, some hundred times faster.
 
 Without native code, the reference serves instead.
 """
@@ -27,7 +27,7 @@ def encode(kind: str, values: Int64[np.ndarray, " count"], parameter: int) -> UI
         return arithmetic.encode(kind, values, parameter)
     values = np.ascontiguousarray(values, np.int64)
     data = products.native().arithmetic_encode(_KINDS.index(kind), values.ctypes.data, len(values), parameter)
-    return np.frombuffer(data, np.uint8)
+    return np.frombuffer(data, np.uint8).copy()
 
 
 def decode(
