@@ -220,7 +220,7 @@ def with_item(head, name, entry, item):
 
 
 def other_coding(rng, head, arrays):
-    number, name, entry, item = item_of(rng, head, arrays)
+    _, name, entry, item = item_of(rng, head, arrays)
     ways = ["packed", "gaps", "huffman", "levels", "tree", "numbers", "planned"]
     ways = ways if item.kind == "U8" else ["short", "repeats"]
     coding = rng.choice(ways), rng.choice([0, 1, 2, 3, 4, 6, 8, 12, 13, 16, 17, 24, 1 << 16, 1 << 40])
