@@ -12,6 +12,8 @@ from deepthin.method import as_matrix
 from deepthin.methods.then import Then
 from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.head import MAGIC, begun, places_of, read_head
+from deepthin.storage.varints import Reader, Writer
 from deepthin.storage.write import CHECKSUM, to_bytes
 
 ROWS, COLS = 12, 20  # of every matrix: small, so that thousands of files can be tried
@@ -19,7 +21,7 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "I16": 2, "I
 
 
 def taken_apart(data):
-    """The deepthin header of a file, and its tensors: name -> (type, shape, bytes)."""
+    """The deepthin header of a file of version 1, and its tensors: name -> (type, shape, bytes)."""
     length = int.from_bytes(data[:8], "little")
     index, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     header = json.loads(index.pop("__metadata__")["deepthin"])
@@ -45,8 +47,41 @@ def signed(header, tensors):
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-VERSIONS = {1: (taken_apart, signed)}
-"""How files of each format version are taken apart and signed."""
+def taken_apart_2(data):
+    """The header of a file of version 2 as ``Head``, and its arrays, bytes in order."""
+    source = Reader(data, len(MAGIC))
+    length = source.number()
+    head = read_head(data[source.at : source.at + length])
+    places, _ = places_of(head, source.at + length)
+    return head, [data[first : first + item.bytes] for _, _, item, first in places]
+
+
+def signed_2(head, arrays, header=None):
+    """A file of version 2 with this header, or these bytes in its place, and these arrays; its checksum is right."""
+    start = begun(head)
+    aligned = [item.aligned for _, _, item in head.items()]
+    if header is not None:
+        start = with_header(header)
+    return closed(joined(start, arrays, aligned))
+
+
+def with_header(header):
+    """What a file begins with that has this header."""
+    length = Writer(bytearray(MAGIC))
+    length.number(len(header))
+    return bytes(length.data) + header
+
+
+def joined(start, arrays, aligned=()):
+    """A file without its checksum: arrays one after the other, where they must be aligned after zeros."""
+    for array, is_aligned in itertools.zip_longest(arrays, aligned, fillvalue=False):
+        start += bytes(-len(start) % 8 if is_aligned else 0) + (array or b"")
+    return start
+
+
+def closed(body):
+    """A file whose checksum is right."""
+    return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def sealed(header, **tensors):
@@ -95,7 +130,13 @@ def raws(code):
 
 @functools.cache
 def files():
-    """Small files by name: of every method, group, type of floats, layout and coding; what they hold is a model's.
+    """Small files by name, each in both versions."""
+    return {f"version {v}, {name}": to_bytes(own, v) for name, own in models().items() for v in (1, 2)}
+
+
+@functools.cache
+def models():
+    """What small files hold, by name: every method, group, type of floats, layout and coding.
 
     Each has the tensors of ``model`` in test_fuzz: weights ``0.weight`` (and ``1.weight`` in a group), and biases.
     """
@@ -107,26 +148,24 @@ def files():
         kind = next(kinds)
         part = Part((ROWS, COLS), scale=0.5 if number % 3 == 1 else 1.0)
         thin = Thin(name, method, {"0.weight": part}, raws(stored(method, kind)))
-        made[f"{name}, {method}, {kind}"] = to_bytes(Contents({"0.weight": thin}, biases | second))
+        made[f"{name}, {method}, {kind}"] = Contents({"0.weight": thin}, biases | second)
     flat = (22, 22)
     for name, method in plans(flat):
         parts = {"0.weight": Part((ROWS, COLS), 2.0), "1.weight": Part((COLS, ROWS))}
         thin = Thin(name, method, parts, raws(stored(method, "f4")))
-        made[f"group, {name}, {method}"] = to_bytes(Contents({"0.weight": thin}, biases))
+        made[f"group, {name}, {method}"] = Contents({"0.weight": thin}, biases)
     constant = {"centres": Raw.of(np.linspace(-1, 1, 4, dtype="f4")), "symbols": Raw.of(np.zeros((ROWS, COLS), "i2"))}
     method = METHODS["kmeans"](shape=(ROWS, COLS), levels=4)
     thin = Thin("kmeans", method, {"0.weight": Part((ROWS, COLS))}, constant)
-    made["one symbol, no bits"] = to_bytes(Contents({"0.weight": thin}, biases | second))
+    made["one symbol, no bits"] = Contents({"0.weight": thin}, biases | second)
     hashed = METHODS["hashed"](shape=(ROWS, COLS), buckets=200)
     thin = Thin("hashed", hashed, {"0.weight": Part((ROWS, COLS))}, {"values": Raw.of(np.ones(200, "f4"))})
-    made["repeats"] = to_bytes(Contents({"0.weight": thin}, biases | second))
-    made["shared"] = to_bytes(
-        Contents(
-            {"0.weight": thin}, {"0.bias": biases["0.bias"], **second, "1.bias": biases["1.bias"]}, {"tied": "0.weight"}
-        )
+    made["repeats"] = Contents({"0.weight": thin}, biases | second)
+    made["shared"] = Contents(
+        {"0.weight": thin}, {"0.bias": biases["0.bias"], **second, "1.bias": biases["1.bias"]}, {"tied": "0.weight"}
     )
     dense = {"0.weight": Raw.of(np.ones((ROWS, COLS), "f4"))}
-    made["dense"] = to_bytes(Contents({}, {**biases, **second, **dense}))
+    made["dense"] = Contents({}, {**biases, **second, **dense})
     return made
 
 

@@ -8,6 +8,7 @@ as well. Findings are written to ``--findings``; those in tests/corpus are tests
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -26,6 +27,8 @@ import numpy as np
 
 import crafted
 from deepthin import METHODS, DeepThinError
+from deepthin.storage.head import MAGIC, begun
+from deepthin.storage.varints import Reader
 from limited import limit
 
 MAX_BYTES = 64 << 20
@@ -182,11 +185,11 @@ CHANGES += [set_floats, set_floats, resize, retype, remove, exchange, empty]
 
 def changed(rng):
     """A file with one to three changes, each checksum right, and what was done."""
-    version = rng.choice(list(crafted.VERSIONS))
-    take_apart, sign = crafted.VERSIONS[version]
     name = rng.choice(list(crafted.files()))
-    header, tensors = copy.deepcopy(take_apart(crafted.files()[name]))
-    done = [name]
+    data, done = crafted.files()[name], [name]
+    if name.startswith("version 2"):
+        return changed_2(rng, data, done)
+    header, tensors = copy.deepcopy(crafted.taken_apart(data))
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         change = rng.choice(CHANGES)
         try:
@@ -195,9 +198,153 @@ def changed(rng):
             continue
         done.append(change.__name__)
     try:
-        return sign(header, tensors), done
+        return crafted.signed(header, tensors), done
     except (UnicodeEncodeError, KeyError, TypeError, AttributeError):
-        return crafted.files()[name], [name]
+        return data, [name]
+
+
+# Changes of version 2: of what the header says, of its bytes, and of arrays
+
+
+def item_of(rng, head, arrays):
+    """An array of the file, compressed if there is one: its number, its place in the header, and what is said of it."""
+    whole = list(head.items())
+    number = rng.choice([k for k, (_, entry, _) in enumerate(whole) if entry] or [0])
+    return number, *whole[number]
+
+
+def with_item(head, name, entry, item):
+    matrix = head.thin[name]
+    own = dataclasses.replace(matrix, items={**matrix.items, entry: item})
+    return dataclasses.replace(head, thin={**head.thin, name: own})
+
+
+def other_coding(rng, head, arrays):
+    _, name, entry, item = item_of(rng, head, arrays)
+    ways = ["packed", "gaps", "huffman", "levels", "tree", "numbers", "planned"]
+    ways = ways if item.kind == "U8" else ["short", "repeats"]
+    coding = rng.choice(ways), rng.choice([0, 1, 2, 3, 4, 6, 8, 12, 13, 16, 17, 24, 1 << 16, 1 << 40])
+    return with_item(head, name, entry, dataclasses.replace(item, coding=coding)), arrays
+
+
+def other_length(rng, head, arrays):
+    number, name, entry, item = item_of(rng, head, arrays)
+    count = rng.choice([0, 1, item.bytes + 1, max(item.bytes - 1, 0), 4 * item.bytes, 5000])
+    data = (arrays[number] * (count // max(item.bytes, 1) + 1) + bytes(count))[:count]
+    kept = count // crafted.SIZES[item.kind]
+    coding = item.coding and (item.coding[0], kept if item.kind != "U8" else item.coding[1])
+    head = with_item(head, name, entry, dataclasses.replace(item, coding=coding, bytes=count))
+    return head, [*arrays[:number], data, *arrays[number + 1 :]]
+
+
+def other_parts(rng, head, arrays):
+    name, matrix = rng.choice(list(head.thin.items()))
+    own = rng.choice(list(matrix.parts))
+    change = rng.choice(
+        [
+            {"scale": rng.choice([1e308, 1e-308, 2.0, 1e38, 0.0, -1.0, math.nan])},
+            {"transposed": True},
+            {"zero_row": rng.choice([0, 1, 11, 12, 1 << 40])},
+            {"shape": rng.choice([(20, 12), (240,), (12, 4, 5), (1,) * 60 + (240,), (1,) * 70 + (240,), (12, 20)])},
+        ]
+    )
+    parts = {**matrix.parts, own: dataclasses.replace(matrix.parts[own], **change)}
+    return dataclasses.replace(head, thin={**head.thin, name: dataclasses.replace(matrix, parts=parts)}), arrays
+
+
+def other_fields(rng, head, arrays):
+    """Of a method; its entries remain as they are."""
+    name, matrix = rng.choice(list(head.thin.items()))
+    method = matrix.method
+    key = rng.choice([f.name for f in dataclasses.fields(method)])
+    old = getattr(method, key)
+    new = rng.choice([old + 1, max(old - 1, 1), 2 * old, 1 << 31]) if type(old) is int else rng.choice([0, 1, "row"])
+    made = dataclasses.replace(method, **{key: new})
+    own = dataclasses.replace(matrix, method=made)
+    return dataclasses.replace(head, thin={**head.thin, name: own}), arrays
+
+
+def other_names(rng, head, arrays):
+    names = [*head.dense, *head.thin, "0.weight", "../../x", "/etc/passwd", "\0", "a/b", "", "weightbias" * 40]
+    return dataclasses.replace(head, aliases={**head.aliases, rng.choice(names): rng.choice(names)}), arrays
+
+
+def other_tensor(rng, head, arrays):
+    name = rng.choice(list(head.dense))
+    tensor = head.dense[name]
+    other = rng.choice(
+        [
+            {"kind": rng.choice(list(crafted.SIZES))},
+            {"shape": rng.choice([(), (0,), (0, 1 << 62), (1 << 40, 0), (*tensor.shape, 1), (1,) * 66])},
+            {"short": not tensor.short},
+        ]
+    )
+    return dataclasses.replace(head, dense={**head.dense, name: dataclasses.replace(tensor, **other)}), arrays
+
+
+def other_bytes(rng, head, arrays):
+    number = rng.choice([k for k, array in enumerate(arrays) if array])
+    data = bytearray(arrays[number])
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        data[rng.randrange(len(data))] = rng.choice([0, 255, rng.randrange(256)])
+    return head, [*arrays[:number], bytes(data), *arrays[number + 1 :]]
+
+
+def other_floats(rng, head, arrays):
+    kinds = [item.kind for _, _, item in head.items()]
+    number = rng.choice([k for k, kind in enumerate(kinds) if kind in LIKE and arrays[k]])
+    with np.errstate(all="ignore"):
+        numbers = np.frombuffer(arrays[number], LIKE[kinds[number]]).copy()
+        value = rng.choice(FLOATS)
+        if rng.random() < 0.5:
+            numbers[:] = value
+        numbers[rng.randrange(len(numbers))] = value
+    return head, [*arrays[:number], numbers.tobytes(), *arrays[number + 1 :]]
+
+
+CHANGES_2 = [other_coding, other_length, other_parts, other_fields, other_names, other_tensor, other_bytes, other_bytes]
+CHANGES_2 += [other_floats, other_floats]
+
+
+def other_header(rng, header):
+    """Bytes of a header changed, put in, or taken out."""
+    header, at = bytearray(header), rng.randrange(len(header))
+    way = rng.choice(["flip", "set", "insert", "delete", "longer", "twice", "wide"])
+    if way == "flip":
+        header[at] ^= 1 << rng.randrange(8)
+    elif way == "set":
+        header[at] = rng.choice([0, 1, 127, 128, 255, header[at] ^ 1, rng.randrange(256)])
+    elif way == "insert":
+        header[at:at] = rng.choice([b"\0", b"\x80\x80", b"\xff" * 9 + b"\1", rng.randbytes(3)])
+    elif way == "delete":
+        del header[at : at + rng.choice([1, 1, 2, 5])]
+    elif way == "longer":  # a number that is not in its shortest form
+        header[at : at + 1] = bytes([header[at] | 128, 0])
+    elif way == "wide":
+        header[at : at + 1] = b"\xff" * rng.choice([1, 3, 5, 8, 9]) + b"\1"
+    else:
+        header[at:at] = header[at : at + rng.randrange(1, 20)]
+    return bytes(header), f"{way} a byte of the header"
+
+
+def changed_2(rng, data, done):
+    head, arrays = crafted.taken_apart_2(data)
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+        change = rng.choice(CHANGES_2)
+        try:
+            made = change(rng, head, arrays)
+            crafted.signed_2(*made)  # whether such a header can be written at all
+        except (IndexError, KeyError, TypeError, AttributeError, ValueError, DeepThinError):
+            continue
+        head, arrays = made
+        done.append(change.__name__)
+    header = None
+    if rng.random() < 0.4:
+        whole = Reader(start := begun(head), len(MAGIC))
+        whole.number()
+        header, what = other_header(rng, start[whole.at :])
+        done.append(what)
+    return crafted.signed_2(head, arrays, header), done
 
 
 # Readers

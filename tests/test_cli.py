@@ -76,6 +76,18 @@ def test_compress_then_inspect(run, here):
     assert "n=40 rank=" in out
     assert json.loads((here / "report.json").read_text())["total_bytes"] == (here / "dense.pt.thin").stat().st_size
     assert set(deepthin.load(here / "dense.pt.thin")) == set(network.state_dict())
+    code, out, _ = run("convert", "dense.pt.thin", "first.thin", "--format", "1")
+    assert code == 0
+    assert f"wrote first.thin: {(here / 'first.thin').stat().st_size:,} bytes, version 1" in out
+    code, out, _ = run("convert", "first.thin", "second.thin")
+    assert code == 0
+    assert (here / "second.thin").read_bytes() == (here / "dense.pt.thin").read_bytes()
+
+
+def test_convert_shows_an_example(run):
+    code, out, _ = run("convert", "--help")
+    assert code == 0
+    assert "Example: deepthin convert old.thin new.thin" in out.replace("`", "")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +104,8 @@ def test_compress_then_inspect(run, here):
         (["plan", "--model", "factories:net", "--config", "none.toml"], "There is no configuration file 'none.toml'"),
         (["inspect", "none.thin"], "No such file or directory: 'none.thin'"),
         (["inspect", "factories.py"], "factories.py is damaged, or no .thin file"),
+        (["convert", "factories.py", "o"], "factories.py is damaged, or no .thin file"),
+        (["convert", "none.thin", "o"], "No such file or directory: 'none.thin'"),
         (["compare", "digit"], "There is no task 'digit'. Did you mean 'digits'?"),
         (["compare", "digits", "--methods", "depthin"], "There is no method 'depthin'. Did you mean 'deepthin'?"),
         (["compare", "digits", "--ratios", "a"], "--ratios 'a' must be numbers separated by commas"),

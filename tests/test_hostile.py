@@ -53,7 +53,7 @@ def code(method, kind="f4"):
 
 def test_a_group_cannot_hide_a_huge_matrix(tmp_path):
     method = Factor((1, 10**7), 3163, 1)
-    data = to_bytes(Contents({"a": Thin("deepthin", method, {"a": Part((1,)), "b": Part((1,))}, code(method))}))
+    data = to_bytes(Contents({"a": Thin("deepthin", method, {"a": Part((1,)), "b": Part((1,))}, code(method))}), 1)
     with pytest.raises(FormatError, match="its plan stores a"):
         from_bytes(data)
 
@@ -69,7 +69,7 @@ def test_the_cap_counts_the_type_of_the_result(tmp_path):
 def test_a_name_stored_twice_is_found_in_linear_time():
     dense = {f"n{i}": Raw.of(np.zeros(1, "f4")) for i in range(30_000)}
     method = Factor((2, 2), 3, 1)
-    data = to_bytes(Contents({"w": Thin("deepthin", method, {"w": Part((2, 2))}, code(method))}, dense))
+    data = to_bytes(Contents({"w": Thin("deepthin", method, {"w": Part((2, 2))}, code(method))}, dense), 1)
     header = header_of(data)
     header["thin"]["w"]["parts"] = [["w", {"shape": [1, 2]}], ["n7", {"shape": [1, 2]}]]
     start = time.process_time()
@@ -80,7 +80,7 @@ def test_a_name_stored_twice_is_found_in_linear_time():
 
 @pytest.mark.parametrize("sums", [None, 3, True, ["a.bias"]])
 def test_checksums_of_another_kind_are_damage(sums):
-    data = to_bytes(small_contents())
+    data = to_bytes(small_contents(), 1)
     header = header_of(data)
     header["crc32"] = sums
     signed = resign(data, header)
@@ -99,7 +99,7 @@ def test_a_code_of_mixed_types_is_refused():
 
 def test_names_that_the_header_needs_are_refused():
     with pytest.raises(ValueError, match="No tensor may be called"):
-        to_bytes(Contents({}, {"__metadata__": Raw.of(np.zeros(1, "f4"))}))
+        to_bytes(Contents({}, {"__metadata__": Raw.of(np.zeros(1, "f4"))}), 1)
 
 
 def test_saving_follows_links_keeps_the_mode_and_takes_long_names(tmp_path):
@@ -141,7 +141,7 @@ def coded_file():
     made["values_centres"][20:] = made["values_centres"][20]
     made["values_symbols"] = np.minimum(made["values_symbols"], 20)
     entries = {k: Raw.of(v) for k, v in made.items()}
-    return to_bytes(Contents({"w": Thin("pruned then kmeans", plan, {"w": Part((60, 80))}, entries)}))
+    return to_bytes(Contents({"w": Thin("pruned then kmeans", plan, {"w": Part((60, 80))}, entries)}), 1)
 
 
 def test_what_is_coded_comes_back():
@@ -233,7 +233,7 @@ def test_numbers_that_take_no_bits_are_not_too_many(side, coding):
     levels, shape = 1 << coding[1], (4, 5) if coding[1] else (1, 1)
     small = KMeans(shape, levels)
     entries = {"centres": Raw.of(np.ones(levels, "f4")), "symbols": Raw.of(np.zeros(shape, np.int16))}
-    data = to_bytes(Contents({"w": Thin("kmeans", small, {"w": Part(shape)}, entries)}))
+    data = to_bytes(Contents({"w": Thin("kmeans", small, {"w": Part(shape)}, entries)}), 1)
     header = header_of(data)
     header["thin"]["w"]["fields"]["shape"] = [side, side]
     header["thin"]["w"]["codings"]["symbols"] = coding

@@ -131,7 +131,7 @@ def test_symbols_that_do_not_count(drawing, skip):
 
 @each_walk
 def test_the_example_of_the_format(walk):
-    """docs/format.md works it out bit by bit."""
+    """docs/format-1.md works it out bit by bit."""
     data = encode(np.array([0, 1, 1, 2, 1]), 2)
     assert data.tolist() == [0x28, 0x69, 0xEC]
     assert decode(data, 2, 5, walk=walk).tolist() == [0, 1, 1, 2, 1]

@@ -1,7 +1,7 @@
 """Entropy coding of integers: a canonical Huffman code, its table of code lengths, and its bit stream.
 
 Huffman, 1952, "A method for the construction of minimum-redundancy codes". Codes have at most 15 bits and are optimal
-under that limit (package-merge: Larmore and Hirschberg, 1990). docs/format.md is normative for the bits.
+under that limit (package-merge: Larmore and Hirschberg, 1990). docs/format-1.md is normative for the bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator

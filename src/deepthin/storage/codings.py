@@ -23,8 +23,8 @@ from deepthin.storage.arrays import (
     unpacked,
 )
 
-WAYS = ("packed", "gaps", "huffman", "levels", "rows", "tree", "numbers", "planned")
-"""Codings of integers by their numbers; ``planned`` stands for any where there are no integers yet."""
+WAYS = ("packed", "gaps", "huffman", "levels", "rows", "tree", "numbers", "line")
+"""Codings of integers by their numbers; ``rows`` and ``line``: levels whose stride is the last dimension, or 1."""
 ARITHMETIC = ("levels", "tree", "numbers")
 FORMS = ("F32", "short", "F64", "F16", "BF16")
 """Forms of floats by their numbers; ``short``: F32 without lower halves, which are zero."""
@@ -91,7 +91,7 @@ def _arithmetic(flat: np.ndarray, kind: Integers, columns: int) -> dict[Coding, 
         return {("numbers", 0): arithmetic.encode_numbers(gaps, walk)} if gaps.max() <= arithmetic.MOST_NUMBER else {}
     if kind.least < 0:
         signed = flat.astype(np.int64) + kind.least
-        return {("levels", stride): arithmetic.encode_levels(signed, stride, walk) for stride in (0, columns)}
+        return {("levels", stride): arithmetic.encode_levels(signed, stride, walk) for stride in (0, 1, columns)}
     if width > arithmetic.WIDEST_TREE:
         return {}
     return {("tree", width): arithmetic.encode_tree(flat, width, walk)}
@@ -107,28 +107,31 @@ def stored_floats(floats: Mapping[str, Raw]) -> dict[str, tuple[Raw, Coding | No
         Entry -> the tensor as it is stored, and its coding; None where it is stored as it is.
     """
     plain: dict[str, tuple[Raw, Coding | None]] = {entry: (raw, None) for entry, raw in floats.items()}
-    shortest = {entry: _shortest(raw) for entry, raw in floats.items()}
+    short = {entry: _short(raw) for entry, raw in floats.items()}
+    cut = {entry: _without_repeats(*stored) for entry, stored in short.items()}
 
     def cost(chosen: dict[str, tuple[Raw, Coding | None]]) -> int:
         size = sum(raw.bytes for raw, _ in chosen.values())
         forms = {(raw.dtype, coding and coding[0]) for raw, coding in chosen.values()}
-        cut = [coding[1] for entry, (raw, coding) in chosen.items() if coding and raw.shape != floats[entry].shape]
-        if len(forms) > 1 or cut:
-            return size + len(chosen) + sum(map(_number_bytes, cut))
+        kept = [coding[1] for entry, (raw, coding) in chosen.items() if coding and raw.shape != floats[entry].shape]
+        if len(forms) > 1 or kept:
+            return size + len(chosen) + sum(map(_number_bytes, kept))
         return size + (not forms <= {("F32", None), ("BF16", "short")})
 
-    return min((plain, shortest), key=cost)
+    return min((plain, short, cut), key=cost)
 
 
-def _shortest(raw: Raw) -> tuple[Raw, Coding | None]:
-    """Floats without lower halves of zeros, and without repeats that take more than what tells of them."""
-    own, coding = raw, None
-    if is_short(raw):
-        own, coding = narrowed(raw), ("short", math.prod(raw.shape))
-    if (kept := kept_of(own)) is None or ITEM_BYTES[own.dtype] * (raw.shape[0] - kept) <= _number_bytes(kept) + 1:
-        return own, coding
-    data = memoryview(own.data)[: kept * ITEM_BYTES[own.dtype]]
-    return Raw(own.dtype, (kept,), data), ("short" if coding else "repeats", kept)
+def _short(raw: Raw) -> tuple[Raw, Coding | None]:
+    """Floats without lower halves, if these are zeros."""
+    return (narrowed(raw), ("short", math.prod(raw.shape))) if is_short(raw) else (raw, None)
+
+
+def _without_repeats(raw: Raw, coding: Coding | None) -> tuple[Raw, Coding | None]:
+    """Floats without repeats of the last one that take more than what tells of them."""
+    if (kept := kept_of(raw)) is None or ITEM_BYTES[raw.dtype] * (raw.shape[0] - kept) <= _number_bytes(kept) + 1:
+        return raw, coding
+    data = memoryview(raw.data)[: kept * ITEM_BYTES[raw.dtype]]
+    return Raw(raw.dtype, (kept,), data), ("short" if coding else "repeats", kept)
 
 
 def _number_bytes(number: int) -> int:

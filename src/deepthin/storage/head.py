@@ -295,7 +295,7 @@ def _write_matrix(to: Writer, name: str, matrix: Matrix, at: Mapping[bytes, int]
     for entry in shapes:
         item = matrix.items[entry]
         if entry in integers:
-            _write_way(to, item, integers[entry].rising)
+            _write_way(to, item, shapes[entry], integers[entry].rising)
         elif mode == 3:
             to.byte(form := _form_of(item, shapes[entry]))
             if form & 8:
@@ -395,12 +395,12 @@ def _read_form(source: Reader, form: int, shape: tuple[int, ...]) -> Item:
     return Item(kind, coding, ITEM_BYTES[kind] * kept)
 
 
-def _write_way(to: Writer, item: Item, rising: bool) -> None:
+def _write_way(to: Writer, item: Item, shape: tuple[int, ...], rising: bool) -> None:
     way, width = cast(Coding, item.coding)
     if way == "levels" and width:
-        way = "rows"
+        way = "rows" if width == shape[-1] else "line"
     length = 0 if way == "packed" else item.bytes
-    to.number(length << 3 | WAYS.index(way))
+    to.number(length << 3 | (len(WAYS) - 1 if way == "planned" else WAYS.index(way)))
     if rising and way in ("gaps", "huffman", "planned"):
         to.byte(width)
 
@@ -412,8 +412,8 @@ def _read_way(source: Reader, shape: tuple[int, ...], rising: bool, width: int) 
         if length:
             raise ValueError(f"packed integers of {length} bytes, whose number follows from the method")
         return Item("U8", (way, width), packed_bytes(math.prod(shape), width))
-    if way == "rows":
-        return Item("U8", ("levels", shape[-1]), length)
+    if way in ("rows", "line"):
+        return Item("U8", ("levels", shape[-1] if way == "rows" else 1), length)
     if way in ("gaps", "huffman"):
         width = source.byte() if rising else width
     return Item("U8", (way, width if way in ("gaps", "huffman", "tree") else 0), length)

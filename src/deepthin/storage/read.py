@@ -225,7 +225,7 @@ def _compact_places(head: compact.Head, start: int, end: int, where: str) -> lis
     """Where the arrays of a file are; FormatError if they do not fill it."""
     places, after = compact.places_of(head, start)
     if after != end:
-        raise FormatError(f"{where}: its arrays end at byte {after}, and the file, without its checksum, at {end}.")
+        raise FormatError(f"{where}: its arrays end at byte {after}, which should be {end}.")
     return places
 
 
