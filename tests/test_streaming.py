@@ -40,8 +40,9 @@ def same(one, other):
         assert (raw.dtype, raw.shape, bytes(raw.data)) == (twin.dtype, twin.shape, bytes(twin.data))
 
 
-def test_a_streamed_file_is_the_same_as_one_in_memory(tmp_path, streamed):
-    data = to_bytes(small_contents())
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_streamed_file_is_the_same_as_one_in_memory(tmp_path, streamed, version):
+    data = to_bytes(small_contents(), version)
     (tmp_path / "m.thin").write_bytes(data)
     same(read(tmp_path / "m.thin"), from_bytes(data))
     assert to_bytes(read(tmp_path / "m.thin")) == data
@@ -61,8 +62,9 @@ def test_models_load_from_streamed_files(tmp_path, streamed):
     assert np.array_equal(state["2.weight"], model[2].weight.detach().numpy())
 
 
-def test_every_changed_byte_of_a_streamed_file_is_noticed(tmp_path, streamed):
-    data = to_bytes(small_contents())
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_changed_byte_of_a_streamed_file_is_noticed(tmp_path, streamed, version):
+    data = to_bytes(small_contents(), version)
     path = tmp_path / "m.thin"
     for at in range(0, len(data), 3):
         path.write_bytes(data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :])
@@ -101,7 +103,7 @@ def shifted(index, by):
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
 def test_lies_about_places_are_refused(tmp_path, streamed, lie):
     """With a checksum that fits: the same files are refused in memory, by safetensors."""
-    (tmp_path / "m.thin").write_bytes(data := resealed(to_bytes(small_contents()), lie))
+    (tmp_path / "m.thin").write_bytes(data := resealed(to_bytes(small_contents(), 1), lie))
     for reader in (lambda: read(tmp_path / "m.thin"), lambda: from_bytes(data)):
         with pytest.raises(FormatError):
             reader()
@@ -113,12 +115,13 @@ def test_a_header_longer_than_the_file_is_refused_before_it_is_read(tmp_path, st
         read(tmp_path / "m.thin")
 
 
-def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, streamed):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, streamed, version):
     path = tmp_path / "m.thin"
-    path.write_bytes(to_bytes(small_contents()))
+    path.write_bytes(to_bytes(small_contents(), version))
     contents = read(path)
     with path.open("r+b") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        file.seek(8 + int.from_bytes(file.read(8), "little") if version == 1 else 60)
         file.write(b"\xff" * (path.stat().st_size - file.tell()))
     with pytest.raises(FormatError, match="changed while it was read"):
         [raw.data for raw in contents.dense.values()]
@@ -127,11 +130,12 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, streamed):
         [raw.data for raw in contents.dense.values()]
 
 
-def test_large_tensors_are_checked_and_inspected_in_little_memory(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_large_tensors_are_checked_and_inspected_in_little_memory(tmp_path, version):
     """96 MB in a file: what is allocated is a piece of some MB."""
-    ones = np.ones(1 << 20, "f4").tobytes()
-    big = Raw("F32", (24, 1 << 20), lambda: iter([ones] * 24))
-    write(Contents(small_contents().thin, {"big": big}), tmp_path / "m.thin")
+    tenths = np.full(1 << 20, 0.1, "f4").tobytes()
+    big = Raw("F32", (24, 1 << 20), lambda: iter([tenths] * 24))
+    write(Contents(small_contents().thin, {"big": big}), tmp_path / "m.thin", version=version)
     tracemalloc.start()
     contents = read(tmp_path / "m.thin")
     report = deepthin.inspect(tmp_path / "m.thin")

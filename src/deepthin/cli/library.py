@@ -1,7 +1,7 @@
-"""The commands of the library itself: plan, compress, inspect."""
+"""The commands of the library itself: plan, compress, inspect, convert."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -9,7 +9,8 @@ from deepthin.cli.app import app, notes, show
 from deepthin.cli.options import Config, Json, Model, Ratio
 from deepthin.errors import ConfigError
 from deepthin.storage.read import inspect as inspect_file
-from deepthin.storage.write import MAX_BYTES
+from deepthin.storage.read import read
+from deepthin.storage.write import MAX_BYTES, Version, write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,6 +68,28 @@ def inspect(
     Example: `deepthin inspect lenet.thin`
     """
     show(inspect_file(file, max_bytes), json_file)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A .thin file of any version.")],
+    out: Annotated[Path, typer.Argument(help="The .thin file to write.")],
+    version: Annotated[
+        int, typer.Option("--format", min=1, max=2, help="Version of the format: 2, or 1 for earlier readers.")
+    ] = 2,
+    max_bytes: Annotated[
+        int, typer.Option(min=0, help="Memory that the file may take beyond a few times its size, in bytes.")
+    ] = MAX_BYTES,
+) -> None:
+    """Write the contents of a .thin file in another version of the format; no number changes.
+
+    Example: `deepthin convert old.thin new.thin`
+    """
+    contents = read(file, max_bytes, finite=False)
+    before = file.stat().st_size
+    written = write(contents, out, version=cast(Version, version))
+    print(f"read  {file}: {before:,} bytes, version {contents.version}")
+    print(f"wrote {out}: {written:,} bytes, version {version}")
 
 
 def _build(spec: str) -> "nn.Module":

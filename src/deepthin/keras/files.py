@@ -22,12 +22,19 @@ from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
 from deepthin.storage.read import check_weights, read
-from deepthin.storage.write import write
+from deepthin.storage.write import Version, write
 
 COUNTER = ".num_batches_tracked"  # of torch's batch normalisation; Keras has no such counter
 
 
-def save(model: keras.Model, path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
+def save(
+    model: keras.Model,
+    path: str | Path,
+    max_bytes: int | None = None,
+    *,
+    finite: bool = True,
+    format: Version = 2,
+) -> int:
     """Write all weights to a ``.thin`` file. Seed generators, optimisers and states of recurrent layers are left out.
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
@@ -37,6 +44,7 @@ def save(model: keras.Model, path: str | Path, max_bytes: int | None = None, *, 
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
         finite: Whether to refuse NaN and infinity, as ``load`` does.
+        format: Version of the file's format. Version 1, which is larger, is for readers that know no other.
 
     Returns:
         The size of the file in bytes.
@@ -48,7 +56,7 @@ def save(model: keras.Model, path: str | Path, max_bytes: int | None = None, *, 
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.
     """
-    return write(contents(model), path, max_bytes, finite=finite)
+    return write(contents(model), path, max_bytes, finite=finite, version=format)
 
 
 def load(

@@ -27,21 +27,25 @@ from deepthin.lab.tasks.training import Training
 from deepthin.lab.teacher import Teacher
 from deepthin.methods import METHODS
 from deepthin.plan.rules import ALLOCATIONS
+from deepthin.plan.shares import BITS_OF_FLOAT
 from deepthin.storage.read import inspect
 from deepthin.torch.exchange import thin_tensors
 from deepthin.torch.tensors import tensors_of
 
 DENSE, INT8, SAME_SIZE = "dense", "int8", "same-size"
 ALWAYS = (DENSE, INT8)
-SCALAR = [name for name, named in METHODS.items() if "bits" in named.sized_by]  # they quantise the weights already
+SCALAR = [name for name, named in METHODS.items() if "bits" in named.options]  # they quantise the weights already
 PRUNED_CSR = "pruned-csr"
 ROUNDED = re.compile(r"(.+)-(\d+)bit")  # quantised floats: deepthin-8bit
+CODED = "-coded"  # floats with learned steps, trained to the size of the file
+CODED_OPTIONS: Mapping[str, Mapping[str, Any]] = {"deepthin": {"rank": 4}, "shuffled": {"rank": 4}}
 COMPARED = (
     *ALWAYS,
     *METHODS,
     SAME_SIZE,
     PRUNED_CSR,
     *(f"{name}-{bits}bit" for bits in (8, 4) for name in (*METHODS, SAME_SIZE) if name not in SCALAR),
+    *(f"{name}{CODED}" for name in (DENSE, *METHODS, SAME_SIZE) if name not in SCALAR),
 )
 
 
@@ -96,7 +100,8 @@ class Trial:
 
     Attributes:
         method: Name of the method, one of ``COMPARED``.
-        ratio: Bytes of the weight matrices over those of the dense network.
+        ratio: Bytes of the weight matrices over those of the dense network; of coded methods, bytes of the file over
+            those of all parameters of the dense network.
         seed: Seed of the training.
         choice: Learning rate and allocation that a search chose; None: the task's.
     """
@@ -199,6 +204,8 @@ class Run:
         outer, bits = split(method)
         if outer != SAME_SIZE:
             return self.width
+        if is_coded(method):
+            return dt.same_size(self.build, int(4 * self.file_bytes(ratio) * 8 / BITS_OF_FLOAT))
         budget = int(ratio * self.weight_bytes())
         if bits is None:
             return dt.same_size(self.build, budget)
@@ -209,6 +216,17 @@ class Run:
         except BudgetError as error:
             smallest = error.smallest_bits * bits // 32 + 8 * apart
             raise BudgetError(str(error), smallest_bits=smallest, smallest_ratio=error.smallest_ratio) from None
+
+    def file_bytes(self, ratio: float) -> int:
+        """The size to which a coded network is trained.
+
+        Args:
+            ratio: Bytes of the file over those of the dense network.
+
+        Returns:
+            Bytes.
+        """
+        return int(ratio * self.dense_bytes())
 
     def _never_thin(self) -> tuple[int, int]:
         """Bytes of the dense network's matrices that have no thin version, and how many matrices have one."""
@@ -283,9 +301,17 @@ class Run:
             A mapping as ``compress`` takes it.
         """
         outer, bits = split(method)
-        if outer == SAME_SIZE:
+        if outer == SAME_SIZE and not is_coded(method):
             return {"model": {}, "rules": self.task.rules({"method": "uniform", "bits": bits})}
-        rule = {"method": outer, **self.task.options.get(method, self.task.options.get(outer, {}))}
+        options = self.task.options.get(method, self.task.options.get(outer, {}))
+        if is_coded(method):
+            plain = outer in (DENSE, SAME_SIZE)
+            first = {} if plain else {"method": outer, **CODED_OPTIONS.get(outer, options), "then": {"method": "coded"}}
+            return {
+                "model": {"file_bytes": self.file_bytes(ratio)},
+                "rules": self.task.rules(first or {"method": "coded"}),
+            }
+        rule = {"method": outer, **options}
         if outer == PRUNED_CSR:
             rule |= {"method": "pruned", "index": "csr"}
         if bits:
@@ -390,10 +416,22 @@ def split(method: str) -> tuple[str, int | None]:
         method: The name, such as ``deepthin-8bit``.
 
     Returns:
-        The method, and the bits of its quantised floats; None without quantisation.
+        The method, and the bits of its quantised floats; None without quantisation, or where they are coded.
     """
     rounded = ROUNDED.fullmatch(method)
-    return (rounded[1], int(rounded[2])) if rounded else (method, None)
+    return (rounded[1], int(rounded[2])) if rounded else (method.removesuffix(CODED), None)
+
+
+def is_coded(method: str) -> bool:
+    """Whether a compared method is trained to the size of its file.
+
+    Args:
+        method: The name, such as ``deepthin-coded``.
+
+    Returns:
+        True if it is.
+    """
+    return method.endswith(CODED)
 
 
 def prepared(setup: Setup) -> Run:

@@ -175,15 +175,17 @@ def learning_rate_multiplier(name: str, method: Method) -> float:
         method: The method of that name.
 
     Returns:
-        The multiplier of the (outer) method, > 0; at most 10 for factors of rank 8 or more whose floats are quantised,
-        which diverge at a larger one.
+        The multiplier of the (outer) method, > 0; at most 10 for factors whose steps are learned, and for factors of
+        rank 8 or more whose floats are quantised, which diverge at a larger one.
 
     Raises:
         KeyError: There is no such method.
     """
     rate = named(name)[0].learning_rate_multiplier
-    many = isinstance(method, Then) and isinstance(method.outer, Factor) and method.outer.rank >= HIGH_RANK
-    return min(rate, 10.0) if many else rate
+    if not isinstance(method, Then) or not isinstance(method.outer, Factor):
+        return rate
+    learned = any(isinstance(inner, Coded) for _, inner in method.inner)
+    return min(rate, 10.0) if learned or method.outer.rank >= HIGH_RANK else rate
 
 
 def fields(method: Method) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
 
 BITS = range(2, 17)
-STEPS_OF_SPREAD = 8  # root mean square of the numbers over the step at the start of a training
+STEPS_OF_SPREAD = 4  # root mean square of the numbers over the step at the start of a training
 MANTISSA_BITS = 8  # of a learned step, as in bfloat16, so that a file stores it in two bytes
 
 
@@ -373,7 +373,7 @@ class Coded:
         return self._uniform().decode(code, xp)
 
     def start(self, weight: Float[Array, "rows cols"], xp: Namespace) -> Float[Array, "1 1"]:
-        """The step with which a training starts: an eighth of the root mean square; 1 for zeros.
+        """The step with which a training starts: a quarter of the root mean square; 1 for zeros.
 
         Args:
             weight: Array, rows x cols, finite.

@@ -10,7 +10,8 @@ from deepthin.methods.float_coding import LOG_STEP, FloatCoding
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, plan_tensors, split_units, units_of
 from deepthin.plan.tensor import Tensor
-from deepthin.storage.arrays import Raw, packed
+from deepthin.storage.arrays import Raw
+from deepthin.storage.codings import coded
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.write import size_of
 
@@ -78,7 +79,7 @@ def within(
         low = error.smallest_bits
         best = plan_tensors(rules, tensors, low)
     smallest = planned_contents(base, best)
-    if (least := size_of(smallest)) > limit:
+    if (least := size_of(smallest, bound=True)) > limit:
         dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
             f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which "
@@ -91,7 +92,7 @@ def within(
     while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
         middle = (low + high) // 2
         planned = plan_tensors(rules, tensors, middle)
-        if size_of(planned_contents(base, planned)) <= limit:
+        if size_of(planned_contents(base, planned), bound=True) <= limit:
             low, best = middle, planned
         else:
             high = middle
@@ -124,8 +125,9 @@ def _trained(limit: int, rules: Rules, tensors: Sequence[Tensor], base: Contents
     if (least := size_of(smallest)) > limit:
         dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
-            f"The file cannot be trained to {limit} bytes: with every symbol zero it has {least}, of which {dense_bytes} "
-            f"are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more tensors.",
+            f"The file cannot be trained to {limit} bytes: with every symbol zero it has {least}, of which "
+            f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more "
+            "tensors.",
             smallest_bits=8 * least,
             smallest_ratio=least / base.dense_bytes,
         )
@@ -149,7 +151,7 @@ def _of_zeros(thin: Thin) -> Thin:
     for latent, _ in FloatCoding(thin.method).steps().values():
         entry = latent.removesuffix(LOG_STEP) + "symbols"
         zeros = np.zeros(shapes[entry], np.int16)
-        code[entry] = packed(zeros, integers[entry])[0] if thin.planned else Raw.of(zeros)
+        code[entry] = coded(zeros, integers[entry])[0] if thin.planned else Raw.of(zeros)
     return replace(thin, code=code)
 
 
@@ -164,7 +166,7 @@ def coded_bytes(base: Contents, planned: Sequence[Planned], encoded: Encoder) ->
     Returns:
         Bytes.
     """
-    return size_of(planned_contents(base, planned, encoded))
+    return size_of(planned_contents(base, planned, encoded), bound=True)
 
 
 def _codable(planned: Planned) -> bool:

@@ -278,9 +278,9 @@ def split_units(
     methods: dict[str, Method | None] = {}
     default = default_floats(rules, units)
     for place, unit in enumerate(units):
-        if unit.rule.learns_step and not unit.rule.own_target and unit.dense_bits:
-            if unit.rule.floats is not None or (rules.ratio is None and (default or unit.rule.then is None)):
-                units[place], methods[unit.name] = unit.trained(default or 0.0)
+        known = unit.rule.floats is not None or (rules.ratio is None and (default or unit.rule.then is None))
+        if unit.rule.learns_step and not unit.rule.own_target and unit.dense_bits and known:
+            units[place], methods[unit.name] = unit.trained(default or 0.0)
     shared: list[Unit] = []
     failed: list[tuple[Unit, BudgetError]] = []
     for unit in units:
@@ -315,12 +315,28 @@ def default_floats(rules: Rules, units: Sequence[Unit]) -> float | None:
         units: All units of the model.
 
     Returns:
-        Numbers over weights, such that the file has two bits for each of them; None without ``file_bytes``.
+        Numbers over weights, such that the file has two bits for each of them beside the first methods' integers; None
+        without ``file_bytes``, or where no first method gets its numbers so.
     """
-    weights = sum(unit.dense_bits // FLOAT_BITS for unit in units if unit.rule.learns_step and unit.rule.then)
-    if rules.file_bytes is None or not weights:
+    trained = [u for u in units if u.rule.learns_step and u.rule.then and not u.rule.own_target and not u.rule.floats]
+    if rules.file_bytes is None or not trained:
         return None
-    return min(8 * rules.file_bytes / BITS_OF_FLOAT / weights, 1.0)
+
+    def bits(floats: float) -> float:
+        total = 0.0
+        for unit in trained:
+            first, shapes = unit.trained(floats)[1], dict[str, tuple[int, ...]]()
+            if isinstance(first, Then):
+                shapes = first.outer.code_shapes()
+                total += sum(8 * kind.bytes(math.prod(shapes[e])) for e, kind in first.outer.integers().items())
+            total += BITS_OF_FLOAT * floats * unit.dense_bits / FLOAT_BITS
+        return total
+
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bits(middle) <= 8 * rules.file_bytes else (low, middle)
+    return max(low, 1 / 4096)
 
 
 def _smallest_of_all(failed: Sequence[tuple[Unit, BudgetError]]) -> BudgetError:

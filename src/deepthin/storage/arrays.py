@@ -37,9 +37,9 @@ ITEM_BYTES = {"BF16": 2, **{name: np.dtype(code).itemsize for name, code in _NUM
 FLOATS = ("F64", "F32", "F16", "BF16")
 Coding = tuple[str, int]
 """How an entry is coded: a name and a number, often a width."""
-_WIDEST_CODED_GAP = 12  # bits of a gap, so that one table can hold all
+WIDEST_CODED_GAP = 12  # bits of a gap, so that one table can hold all
 LONGEST_NAME: Coding = ("huffman", huffman.WIDEST)
-_MOST_REPEATED = 1 << 16  # longest vector stored without its repeats: bounds what a small file can declare
+MOST_REPEATED = 1 << 16  # longest vector stored without its repeats: bounds what a small file can declare
 
 
 Buffer = bytes | bytearray | memoryview
@@ -47,6 +47,17 @@ Buffer = bytes | bytearray | memoryview
 
 PIECE_BYTES = 1 << 22
 """Upper bound on a copy of a tensor that is not contiguous in main memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Zeros in the place of values that are not there yet."""
+
+    count: int  # of bytes
+
+    def __call__(self) -> Iterator[Buffer]:
+        """The zeros in pieces."""
+        return (bytes(min(PIECE_BYTES, self.count - at)) for at in range(0, self.count, PIECE_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +100,12 @@ class Raw:
         Returns:
             The tensor, whose bytes are made when they are read.
         """
-        count = ITEM_BYTES[dtype] * math.prod(shape)
-        return cls(dtype, shape, lambda: (bytes(min(PIECE_BYTES, count - at)) for at in range(0, count, PIECE_BYTES)))
+        return cls(dtype, shape, Zeros(ITEM_BYTES[dtype] * math.prod(shape)))
+
+    @property
+    def planned(self) -> bool:
+        """Whether it is a placeholder, which has no values yet."""
+        return isinstance(self.source, Zeros)
 
     @property
     def bytes(self) -> int:
@@ -223,12 +238,7 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
     width = width_of(kind.count)
     sizes: dict[Coding, int | None] = {("packed", width): packed_bytes(len(flat), width)}
     if kind.rising:
-        gaps = np.diff(flat, prepend=-1) - 1
-        for narrow in range(1, _WIDEST_CODED_GAP + 1):
-            skip = (1 << narrow) - 1
-            counts = np.bincount(gaps % skip, minlength=skip + 1)
-            counts[skip] += int((gaps // skip).sum())
-            sizes["huffman", narrow] = huffman.coded_bytes(counts, narrow)
+        sizes |= {("huffman", narrow): size for narrow, size in coded_gap_bytes(flat).items()}
         narrow = best_gap_width(flat)
         sizes["gaps", narrow] = len(pack_gaps(flat, narrow))
     else:
@@ -239,6 +249,25 @@ def packed(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
     if way == "huffman":
         return Raw.of(huffman.encode(gaps_of(flat, width) if kind.rising else flat, width)), (way, width)
     return Raw.of(pack_gaps(flat, width) if way == "gaps" else pack(flat, width)), (way, width)
+
+
+def coded_gap_bytes(positions: np.ndarray) -> dict[int, int]:
+    """Sizes of positions as gaps by a Huffman code.
+
+    Args:
+        positions: Strictly increasing integers from 0 on.
+
+    Returns:
+        Bits of a gap -> bytes, for each width that can be coded.
+    """
+    gaps, sizes = np.diff(positions, prepend=-1) - 1, dict[int, int]()
+    for narrow in range(1, WIDEST_CODED_GAP + 1):
+        skip = (1 << narrow) - 1
+        counts = np.bincount(gaps % skip, minlength=skip + 1)
+        counts[skip] += int((gaps // skip).sum())
+        if (size := huffman.coded_bytes(counts, narrow)) is not None:
+            sizes[narrow] = size
+    return sizes
 
 
 def check_integers(name: str, values: np.ndarray, kind: Integers, shape: tuple[int, ...]) -> None:
@@ -278,14 +307,28 @@ def without_repeats(entry: str, raw: Raw) -> tuple[Raw, Coding | None]:
     Returns:
         The stored tensor, and the coding; None where all entries are stored.
     """
-    if len(raw.shape) != 1 or not 1 < raw.shape[0] <= _MOST_REPEATED:
+    if (kept := kept_of(raw)) is None:
         return raw, None
+    coding, size = ("repeats", kept), ITEM_BYTES[raw.dtype]
+    if (raw.shape[0] - kept) * size <= len(json.dumps({"codings": {entry: coding}})):
+        return raw, None
+    return Raw(raw.dtype, (kept,), memoryview(raw.data)[: kept * size]), coding
+
+
+def kept_of(raw: Raw) -> int | None:
+    """How many entries of a vector of floats remain without the repeats of its last one.
+
+    Args:
+        raw: The floats.
+
+    Returns:
+        At least one and less than all; None if there are no repeats, or for what is no vector of 2 to 65,536 entries.
+    """
+    if len(raw.shape) != 1 or not 1 < raw.shape[0] <= MOST_REPEATED or raw.planned:
+        return None
     items = np.frombuffer(raw.data, np.uint8).reshape(raw.shape[0], -1)
     kept = int(np.flatnonzero((items != items[-1]).any(1)).max(initial=-1)) + 2
-    coding = ("repeats", kept)
-    if (len(items) - kept) * items.shape[1] <= len(json.dumps({"codings": {entry: coding}})):
-        return raw, None
-    return Raw(raw.dtype, (kept,), memoryview(raw.data)[: kept * items.shape[1]]), coding
+    return kept if kept < len(items) else None
 
 
 def unpacked(name: str, raw: Raw | None, coding: Any, kind: Integers, shape: tuple[int, ...]) -> Raw:
@@ -312,7 +355,7 @@ def unpacked(name: str, raw: Raw | None, coding: Any, kind: Integers, shape: tup
     data = np.frombuffer(raw.data, np.uint8)
     if way == "gaps" and kind.rising and 1 <= width <= WIDEST_GAP:
         values = unpack_gaps(data, width, count, kind.count)
-    elif way == "huffman" and kind.rising and 1 <= width <= _WIDEST_CODED_GAP:
+    elif way == "huffman" and kind.rising and 1 <= width <= WIDEST_CODED_GAP:
         skip = (1 << width) - 1
         most = count + max(kind.count - count, 0) // skip
         found = huffman.decode(data, width, count, skip, most, products.huffman_walk)
@@ -348,7 +391,7 @@ def repeated(name: str, raw: Raw | None, coding: Any, shape: tuple[int, ...]) ->
         FormatError: The bytes are not such floats.
     """
     (way, kept), length = _pair(coding), shape[0] if len(shape) == 1 else 0
-    fine = way == "repeats" and kept is not None and 0 < kept < length <= _MOST_REPEATED
+    fine = way == "repeats" and kept is not None and 0 < kept < length <= MOST_REPEATED
     if raw is None or kept is None or not fine or raw.shape != (kept,) or raw.dtype not in FLOATS:
         found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
         raise FormatError(f"{name} must be floating numbers of shape {shape}, as {coding!r}, but {found}.")

@@ -14,6 +14,9 @@ from deepthin.method import Bounded, Integers, Method
 BYTES_A_NUMBER = 128  # what loading into a model may take for each number that the model has
 LEAST_BYTES = 64 << 20  # what loading into a model may take, however small the model is
 WALK_BYTES = 640  # for each byte of a Huffman code, without native code
+_ARITHMETIC = ("levels", "tree", "numbers")
+_DENSEST = 19  # log2 of the most numbers that a byte of an arithmetic code can hold: a zero takes 2^-15.5 bits or more
+_CODED_BYTES = 100  # for each number of an arithmetic code, without native code
 _UNKNOWN_BYTES = 128  # for each weight, of a method that does not say what its decode takes
 
 
@@ -95,14 +98,16 @@ def count_integers(budget: Budget, name: str, coding: Any, kind: Integers, numbe
     """
     if not width_of(kind.count) and numbers > huffman.MOST_FREE:
         raise FormatError(f"{name} declares {numbers} numbers that take no bits; at most {huffman.MOST_FREE} may.")
+    way = cast(list[Any], coding)[0] if isinstance(coding, list | tuple) and coding else None
+    if way in _ARITHMETIC and numbers > huffman.MOST_FREE + (stored_bytes << _DENSEST):
+        raise FormatError(f"{name} declares {numbers} numbers in {stored_bytes} bytes, which cannot be.")
     wide = kind.rising or kind.least + kind.count > 1 << 15
-    way = cast(list[Any], coding)[0] if isinstance(coding, list) and coding else None
     read = numbers
     if kind.rising and way in ("gaps", "huffman"):  # fillers too: each takes a bit at least
         read = max(numbers, min(numbers + kind.count, 8 * stored_bytes))
     work = 12 * read + (64 if wide else 20) * numbers
-    if way == "huffman" and not products.native_available:
-        work += WALK_BYTES * stored_bytes
+    if not products.native_available:
+        work += WALK_BYTES * stored_bytes * (way == "huffman") + _CODED_BYTES * numbers * (way in _ARITHMETIC)
     budget.count(name, (8 if wide else 2) * numbers, work)
 
 

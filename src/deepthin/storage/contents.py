@@ -3,13 +3,13 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 
-from deepthin.method import Method, Namespace
+from deepthin.method import Method, Namespace, matrix_shape
 from deepthin.storage.arrays import (
     ITEM_BYTES,
     LONGEST_NAME,
@@ -21,6 +21,11 @@ from deepthin.storage.arrays import (
     without_repeats,
 )
 from deepthin.storage.budget import largest_weight
+from deepthin.storage.codings import coded, stored_floats
+
+VERSION = 2
+"""The format version that is written unless another is asked for."""
+VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,37 @@ class Part:
         return xp.concatenate([tensor[:row], 0 * tensor[row:after], tensor[after:]])
 
 
+def flat_shape(parts: Sequence[Part]) -> tuple[int, int]:
+    """The shape of the matrix that holds tensors, one after the other.
+
+    Args:
+        parts: The tensors.
+
+    Returns:
+        That of one tensor as a matrix; near-square for several.
+    """
+    if len(parts) == 1:
+        return _own_shape(parts[0])
+    return matrix_shape((sum(math.prod(part.shape) for part in parts),))
+
+
+def stacked_shape(parts: Sequence[Part]) -> tuple[int, int] | None:
+    """The shape of the matrix that holds tensors, one below the other.
+
+    Args:
+        parts: The tensors.
+
+    Returns:
+        The sum of their rows, and their columns; None if they have different columns.
+    """
+    own = [_own_shape(part) for part in parts]
+    return (sum(rows for rows, _ in own), own[0][1]) if len({cols for _, cols in own}) == 1 else None
+
+
+def _own_shape(part: Part) -> tuple[int, int]:
+    return matrix_shape(part.shape[::-1] if part.transposed else part.shape)
+
+
 Stored = Mapping[str, tuple[Raw, Coding | None]]
 """The entries of a matrix as the file has them: floats, and integers as bytes; with how these are to be read."""
 
@@ -64,7 +100,9 @@ class Thin:
     parts: Mapping[str, Part]  # by the tensor's name, in order
     code: Mapping[str, Raw]  # integers as they are, not packed
     planned: bool = False  # whether there is no code yet: integers are then so many bytes, the most that they can take
-    read: Stored | None = field(default=None, compare=False)  # of a file: the entries as they are in it
+    read: tuple[int, Stored] | None = field(
+        default=None, compare=False
+    )  # of a file: its version, and the entries in it
 
     @classmethod
     def plan(cls, name: str, method: Method, parts: Mapping[str, Part], like: Raw) -> "Thin":
@@ -98,12 +136,34 @@ class Thin:
             place = f"{next(iter(self.parts))}/{entry}"
             check_integers(place, self.code[entry].numpy(), integers[entry], tuple(shapes[entry]))
 
+    def stored_as(self, version: int) -> Stored:
+        """Every entry as a file of a format version has it. Integers are coded once, when this is first asked for.
+
+        Args:
+            version: 1 or 2.
+
+        Returns:
+            Entry -> the stored tensor, and how it is to be read.
+        """
+        if self.read is not None and self.read[0] == version:
+            return self.read[1]
+        return self.stored if version == VERSION else self._stored_before
+
     @functools.cached_property
     def stored(self) -> Stored:
-        """Every entry as the file has it. Integers are coded once, when this is first asked for."""
+        """Every entry as a file of version 2 has it."""
         integers = self.method.integers()
-        if self.read is not None:
-            return self.read
+        if self.planned:
+            return {entry: (raw, ("planned", 0) if entry in integers else None) for entry, raw in self.code.items()}
+        floats = stored_floats({entry: raw for entry, raw in self.code.items() if entry not in integers})
+        return {
+            entry: coded(raw.numpy(), integers[entry]) if entry in integers else floats[entry]
+            for entry, raw in self.code.items()
+        }
+
+    @functools.cached_property
+    def _stored_before(self) -> Stored:
+        integers = self.method.integers()
         if self.planned:
             return {entry: (raw, LONGEST_NAME if entry in integers else None) for entry, raw in self.code.items()}
         return {
@@ -113,8 +173,8 @@ class Thin:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the stored entries."""
-        return sum(raw.bytes for raw, _ in self.stored.values())
+        """Bytes of the entries in a file of the version that this was read from, or that is written."""
+        return sum(raw.bytes for raw, _ in self.stored_as(self.read[0] if self.read else VERSION).values())
 
     @property
     def dense_bytes(self) -> int:
@@ -163,6 +223,7 @@ class Contents:
     thin: Mapping[str, Thin]
     dense: Mapping[str, Raw] = field(default_factory=dict[str, Raw])
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    version: int = VERSION  # of the format: that of the file, or that is written
 
     @property
     def dense_bytes(self) -> int:

@@ -4,42 +4,36 @@ import collections
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import safetensors
 
-from deepthin.errors import FormatError
-from deepthin.method import Method, matrix_shape
+from deepthin.errors import ConfigError, FormatError
+from deepthin.method import Method
 from deepthin.methods import METHODS, THEN, with_fields
-from deepthin.storage.arrays import FLOATS, ITEM_BYTES, Coding, Raw, fits, largest, repeated, unpacked
+from deepthin.storage import head as compact
+from deepthin.storage.arrays import FLOATS, ITEM_BYTES, Buffer, Coding, Raw, fits, largest, repeated, unpacked
 from deepthin.storage.budget import Budget, count_integers, decode_bytes, named
-from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.codings import extended, uncoded, widened
+from deepthin.storage.contents import Contents, Part, Thin, flat_shape, stacked_shape
 from deepthin.storage.pieces import OpenFile, Place, places_of
 from deepthin.storage.report import Report, report_of
-from deepthin.storage.write import CHECKSUM, MAX_BYTES, VERSION
+from deepthin.storage.varints import Reader
+from deepthin.storage.write import CHECKSUM, CHECKSUM_BYTES, MAX_BYTES
 
 IN_MEMORY_BYTES = 64 << 20
 """Larger files are not read as a whole: their tensors are read when they are asked for."""
 _MOST_HEADER_BYTES = 100_000_000  # as safetensors
+_MAGIC = compact.MAGIC[:-1]  # of versions from 2 on; the number of the version follows
 _NO_HEADER = (
     "{} is a safetensors file, but no .thin file: it has no deepthin header. "
     "To compress such weights, run: deepthin compress --weights FILE."
 )
 _MOST_DIMENSIONS = 64  # what NumPy and torch can hold
-
-
-def _possible_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
-    """Shapes of a matrix that can hold these tensors: one tensor's own; several flattened near-square, or stacked."""
-    own = [matrix_shape(part.shape[::-1] if part.transposed else part.shape) for part in parts]
-    if len(own) == 1:
-        return own
-    flat = matrix_shape((sum(math.prod(part.shape) for part in parts),))
-    stacked = (sum(rows for rows, _ in own), own[0][1])
-    return [flat, stacked] if len({cols for _, cols in own}) == 1 else [flat]
 
 
 def from_bytes(
@@ -63,8 +57,10 @@ def from_bytes(
         The contents, which refer to ``data``.
 
     Raises:
-        FormatError: Anything but an intact file of this format version, or one that takes more than ``max_bytes``.
+        FormatError: Anything but an intact file of a known format version, or one that takes more than ``max_bytes``.
     """
+    if data[: len(_MAGIC)] == _MAGIC:
+        return _compact(data, where, Budget(max_bytes), finite, decoded)
     try:
         views: list[tuple[str, Any]] = cast(Any, safetensors).deserialize(data)
         tensors = {name: Raw(view["dtype"], tuple(view["shape"]), view["data"]) for name, view in views}
@@ -123,9 +119,9 @@ def _damaged(header: Any, tensors: Mapping[str, Raw]) -> str:
 def _contents(
     header: Any, tensors: dict[str, Raw], budget: Budget, finite: bool, decoded: bool, codes: bool
 ) -> Contents:
-    """Check the header, which is untrusted, against the tensors that are present."""
-    if header["version"] != VERSION or type(header["version"]) is not int:
-        raise FormatError(f"it is of format version {header['version']!r}; this deepthin reads version {VERSION}.")
+    """Check the header of version 1, which is untrusted, against the tensors that are present."""
+    if header["version"] != 1 or type(header["version"]) is not int:
+        raise FormatError(f"it is of format version {header['version']!r}; this deepthin reads versions 1 and 2.")
     if set(header) != {"version", "thin", "aliases", "crc32"}:
         raise FormatError(f"its header has the keys {sorted(header)}.")
     if (checksum := tensors.pop(CHECKSUM, None)) is None or (checksum.dtype, checksum.shape) != ("U8", (4,)):
@@ -138,18 +134,36 @@ def _contents(
         if not fits(raw):
             raise FormatError(f"{name} has the shape {raw.shape}, which no array can have.")
     plans = {name: _plan(name, entry) for name, entry in header["thin"].items()}
-    dense = [plan.dense_bytes(name, tensors) for name, plan in plans.items() if decoded]
+    for name, plan in plans.items():
+        for key in plan.method.code_shapes():
+            if (raw := tensors.pop(f"{name}/{key}", None)) is not None:
+                plan.entries[key] = raw
+    return _read(plans, tensors, header["aliases"], 1, budget, finite, decoded, codes)
+
+
+def _read(
+    plans: Mapping[str, "_Plan"],
+    tensors: dict[str, Raw],
+    aliases: Any,
+    version: Literal[1, 2],
+    budget: Budget,
+    finite: bool,
+    decoded: bool,
+    codes: bool,
+) -> Contents:
+    """Contents of what a header of any version says; FormatError where that cannot be."""
+    dense = [plan.dense_bytes() for plan in plans.values() if decoded]
     if sum(dense) > budget.limit:
         raise FormatError(
             f"it decodes to {sum(dense)} bytes, above the limit of {budget.limit}. "
             "If you trust the file, pass a larger max_bytes."
         )
     for name, plan in plans.items():
-        _count(name, plan, tensors, budget, decoded, codes)
+        _count(name, plan, budget, decoded, codes)
     thin: dict[str, Thin] = {}
     for name, plan in plans.items():
         with named(name):
-            thin[name] = _thin(name, plan, tensors, codes)
+            thin[name] = _thin(name, plan, version, codes)
     for name, raw in tensors.items():
         if finite and not math.isfinite(largest(raw)):
             raise FormatError(f"{name} holds NaN or infinity. If that is as it should be, pass finite=False.")
@@ -158,32 +172,121 @@ def _contents(
         if own in known:
             raise FormatError(f"{own} is stored twice.")
         known.add(own)
-    aliases: dict[str, str] = header["aliases"]
-    if not isinstance(cast(object, aliases), dict):
+    if not isinstance(aliases, dict):
         raise FormatError(f"the shared names are {aliases!r}.")
-    for name, target in aliases.items():
+    shared = cast(dict[str, str], aliases)
+    for name, target in shared.items():
         if name in known or target not in known:
             raise FormatError(f"the name {name} is declared to share {target!r}, which cannot be.")
-    return Contents(thin, tensors, aliases)
+    return Contents(thin, tensors, shared, version)
+
+
+def _compact(data: bytes, where: str, budget: Budget, finite: bool, decoded: bool) -> Contents:
+    """A file of version 2 that is held in memory."""
+    end = len(data) - CHECKSUM_BYTES
+    head, start = _compact_head(
+        data[: len(compact.MAGIC) + 10], lambda first, count: data[first : first + count], end, where
+    )
+    if data[end:] != zlib.crc32(memoryview(data)[:end]).to_bytes(CHECKSUM_BYTES, "little"):
+        raise FormatError(f"{where} is damaged: its checksum does not match.")
+    places = _compact_places(head, start, end, where)
+    at = start
+    for _, _, item, first in places:
+        _check_zeros(data[at:first], where)
+        at = first + item.bytes
+    found = [data[first : first + item.bytes] for _, _, item, first in places]
+    return _compact_contents(head, zip(places, found, strict=True), where, budget, finite, decoded, codes=True)
+
+
+def _compact_head(begin: bytes, taken: Callable[[int, int], bytes], end: int, where: str) -> tuple[compact.Head, int]:
+    """The header of version 2, and the place after it; FormatError if there is none."""
+    version = begin[len(_MAGIC) : len(compact.MAGIC)]
+    if version and version != compact.MAGIC[-1:]:
+        raise FormatError(f"{where} is of format version {version[0]}; this deepthin reads versions 1 and 2.")
+    source = Reader(begin[: max(end, 0)], len(compact.MAGIC))
+    try:
+        if len(begin) < source.at:
+            raise ValueError("it ends within its first bytes")
+        length = source.number()
+        if length > min(_MOST_HEADER_BYTES, end - source.at):
+            raise ValueError(f"its header would take {length} bytes")
+        header = taken(source.at, length)
+        head = compact.read_head(header)
+        if compact.begun(head) != begin[: source.at] + header:
+            raise ValueError("its header is not in the shortest form")
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, ConfigError) as error:
+        raise FormatError(f"{where} is damaged, or no .thin file: {error}.") from None
+    except MemoryError:
+        raise FormatError(f"{where}: its header takes more memory than there is.") from None
+    return head, source.at + length
+
+
+def _compact_places(head: compact.Head, start: int, end: int, where: str) -> list[tuple[str, str, compact.Item, int]]:
+    """Where the arrays of a file are; FormatError if they do not fill it."""
+    places, after = compact.places_of(head, start)
+    if after != end:
+        raise FormatError(f"{where}: its arrays end at byte {after}, and the file, without its checksum, at {end}.")
+    return places
+
+
+def _check_zeros(data: bytes, where: str) -> None:
+    if data.strip(b"\0"):
+        raise FormatError(f"{where}: what precedes an aligned array is not zeros.")
+
+
+def _compact_contents(
+    head: compact.Head,
+    arrays: Iterable[tuple[tuple[str, str, compact.Item, int], Buffer | Place]],
+    where: str,
+    budget: Budget,
+    finite: bool,
+    decoded: bool,
+    codes: bool,
+) -> Contents:
+    """Contents of a file of version 2 whose structure and checksum are right; FormatError if they cannot be."""
+    plans: dict[str, _Plan] = {}
+    for name, own in head.thin.items():
+        codings = {entry: item.coding for entry, item in own.items.items() if item.coding}
+        plans[name] = _Plan(own.name, own.method, dict(own.parts), codings, {})
+    tensors: dict[str, Raw] = {}
+    try:
+        for (name, entry, item, _), source in arrays:
+            if entry:
+                shape = plans[name].method.code_shapes()[entry]
+                if item.bytes != ITEM_BYTES[item.kind] * math.prod(shape) or item.kind == "U8":
+                    shape = (item.bytes // ITEM_BYTES[item.kind],)
+                plans[name].entries[entry] = Raw(item.kind, shape, source)
+            else:
+                raw = Raw(item.kind, head.dense[name].shape, source)
+                if not fits(raw):
+                    raise FormatError(f"{name} has the shape {raw.shape}, which no array can have.")
+                tensors[name] = widened(raw) if head.dense[name].short else raw
+        return _read(plans, tensors, dict(head.aliases), 2, budget, finite, decoded, codes)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise FormatError(f"{where}: its header does not describe a model ({type(error).__name__}: {error}).") from None
+    except MemoryError:
+        raise FormatError(f"{where} takes more memory than there is.") from None
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the header says of a compressed matrix."""
+    """What the header says of a compressed matrix, and its stored entries."""
 
     name: str  # of the method
     method: Method
     parts: dict[str, Part]
-    codings: dict[str, Any]
+    codings: Mapping[str, Any]
+    entries: dict[str, Raw]
 
-    def item_bytes(self, name: str, tensors: Mapping[str, Raw]) -> int:
+    def item_bytes(self) -> int:
         """Of a decoded number."""
-        kinds = {raw.dtype for key in self.method.code_shapes() if (raw := tensors.get(f"{name}/{key}"))}
-        return 8 if "F64" in kinds else 4
+        return 8 if "F64" in {raw.dtype for raw in self.entries.values()} else 4
 
-    def dense_bytes(self, name: str, tensors: Mapping[str, Raw]) -> int:
+    def dense_bytes(self) -> int:
         """Of the decoded tensors."""
-        return self.item_bytes(name, tensors) * sum(math.prod(part.shape) for part in self.parts.values())
+        return self.item_bytes() * sum(math.prod(part.shape) for part in self.parts.values())
 
 
 def _plan(name: str, entry: Any) -> _Plan:
@@ -203,20 +306,20 @@ def _plan(name: str, entry: Any) -> _Plan:
     parts = {own: _part(own, written) for own, written in listed}
     if len(parts) < len(listed) or next(iter(parts), None) != name:
         raise FormatError(f"the tensors of {name} are {[own for own, _ in listed]}.")
-    if method.shape not in _possible_shapes(list(parts.values())):
+    if method.shape not in (flat_shape(whole := list(parts.values())), stacked_shape(whole)):
         shapes = " + ".join(str(part.shape) for part in parts.values())
         raise FormatError(f"{name} holds tensors of shape {shapes}, but its plan stores a {method.shape} matrix.")
     integers, codings = method.integers(), entry.get("codings", {})
     if not set(integers) <= set(codings) <= set(method.code_shapes()):
         raise FormatError(f"{name} has integers in {sorted(integers)}, but tells how to read {sorted(codings)}.")
-    return _Plan(entry["method"], method, parts, codings)
+    return _Plan(entry["method"], method, parts, codings, {})
 
 
-def _count(name: str, plan: _Plan, tensors: Mapping[str, Raw], budget: Budget, decoded: bool, codes: bool) -> None:
+def _count(name: str, plan: _Plan, budget: Budget, decoded: bool, codes: bool) -> None:
     """Count what a matrix takes; FormatError if that is too much."""
-    method, integers, item_bytes = plan.method, plan.method.integers(), plan.item_bytes(name, tensors)
+    method, integers, item_bytes = plan.method, plan.method.integers(), plan.item_bytes()
     for key, shape in method.code_shapes().items():
-        own, numbers, raw = f"{name}/{key}", math.prod(shape), tensors.get(f"{name}/{key}")
+        own, numbers, raw = f"{name}/{key}", math.prod(shape), plan.entries.get(key)
         stored_bytes = 0 if raw is None else raw.bytes
         if key in integers and codes:
             count_integers(budget, own, plan.codings[key], integers[key], numbers, stored_bytes)
@@ -228,25 +331,26 @@ def _count(name: str, plan: _Plan, tensors: Mapping[str, Raw], budget: Budget, d
         work = decode_bytes(method, item_bytes)
         # The result of decode is what is kept, unless a tensor is scaled or turned.
         work += item_bytes * (2 * max(copied) if copied else -math.prod(method.shape))
-        budget.count(name, plan.dense_bytes(name, tensors), work)
+        budget.count(name, plan.dense_bytes(), work)
 
 
-def _thin(name: str, plan: _Plan, tensors: dict[str, Raw], codes: bool) -> Thin:
-    """A compressed matrix, taken from the tensors; FormatError if these are not what its plan demands.
+def _thin(name: str, plan: _Plan, version: Literal[1, 2], codes: bool) -> Thin:
+    """A compressed matrix, taken from its entries; FormatError if these are not what its plan demands.
 
     Without ``codes``, integers stay as the file has them, unread, and placeholders stand for them.
     """
     method, integers, codings = plan.method, plan.method.integers(), plan.codings
+    whole, cut = (unpacked, repeated) if version == 1 else (uncoded, extended)
     code: dict[str, Raw] = {}
     stored: dict[str, tuple[Raw, Coding | None]] = {}
     for key, expected in method.code_shapes().items():
-        raw = tensors.pop(f"{name}/{key}", None)
+        raw = plan.entries.get(key)
         if key in integers and not codes and raw is not None:
             code[key] = Raw.zeros("I64", expected)
         elif key in integers:
-            code[key] = unpacked(f"{name}/{key}", raw, codings[key], integers[key], expected)
+            code[key] = whole(f"{name}/{key}", raw, codings[key], integers[key], expected)
         elif key in codings:
-            code[key] = repeated(f"{name}/{key}", raw, codings[key], expected)
+            code[key] = cut(f"{name}/{key}", raw, codings[key], expected)
         elif raw is None or raw.shape != expected or raw.dtype not in FLOATS:
             found = "is missing" if raw is None else f"is {raw.dtype} {raw.shape}"
             raise FormatError(f"{name}/{key} must be floating numbers of shape {expected}, but {found}.")
@@ -258,7 +362,7 @@ def _thin(name: str, plan: _Plan, tensors: dict[str, Raw], codes: bool) -> Thin:
             raise FormatError(f"{name}/{key} holds NaN or infinity: a code must be finite.")
     if len(kinds := {raw.dtype for key, raw in code.items() if key not in integers}) > 1:
         raise FormatError(f"the code of {name} mixes the types {', '.join(sorted(kinds))}.")
-    return Thin(plan.name, method, plan.parts, code, read=stored)
+    return Thin(plan.name, method, plan.parts, code, read=(version, stored))
 
 
 def _part(name: str, written: dict[str, Any]) -> Part:
@@ -309,6 +413,8 @@ def read(path: str | Path, max_bytes: int = MAX_BYTES, *, finite: bool = True, d
 def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, codes: bool = True) -> Contents:
     """As ``from_bytes``, of a file that need not fit into memory: its tensors are read when they are asked for."""
     file, where = OpenFile(path), str(path)
+    if file.at(0, len(_MAGIC)) == _MAGIC:
+        return _streamed_compact(file, where, Budget(max_bytes), finite, decoded, codes)
     try:
         length = int.from_bytes(file.at(0, 8), "little")
         if length > min(_MOST_HEADER_BYTES, file.bytes - 8):
@@ -331,6 +437,26 @@ def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, cod
     if file.at(file.bytes - 4, 4) != whole.to_bytes(4, "little"):
         raise FormatError(f"{where} is damaged: the checksum of {_damaged(header, tensors)} does not match.")
     return _checked(header, tensors, where, Budget(max_bytes), finite, decoded, codes)
+
+
+def _streamed_compact(file: OpenFile, where: str, budget: Budget, finite: bool, decoded: bool, codes: bool) -> Contents:
+    """As ``_streamed``, of version 2."""
+    end = file.bytes - CHECKSUM_BYTES
+    begin = file.at(0, min(len(compact.MAGIC) + 10, file.bytes))
+    head, start = _compact_head(begin, file.at, end, where)
+    places = _compact_places(head, start, end, where)
+    whole, at, found = zlib.crc32(file.at(0, start)), start, list[Place]()
+    for _, _, item, first in places:
+        zeros, checksum = file.at(at, first - at), 0
+        _check_zeros(zeros, where)
+        whole = zlib.crc32(zeros, whole)
+        for piece in file.pieces(first, item.bytes):
+            checksum, whole = zlib.crc32(piece, checksum), zlib.crc32(piece, whole)
+        found.append(Place(file, first, item.bytes, checksum))
+        at = first + item.bytes
+    if file.at(end, CHECKSUM_BYTES) != whole.to_bytes(CHECKSUM_BYTES, "little"):
+        raise FormatError(f"{where} is damaged: its checksum does not match.")
+    return _compact_contents(head, zip(places, found, strict=True), where, budget, finite, decoded, codes)
 
 
 def check_weights(contents: Contents, where: str, most: Mapping[str, float]) -> None:

@@ -9,17 +9,18 @@ from typing import Any
 
 from deepthin.method import Method
 from deepthin.methods.float_coding import inner_of, outer_of
-from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.codings import is_short
+from deepthin.storage.contents import VERSION, Contents, Thin
 from deepthin.storage.write import size_of
 
 
-def _coding_of(thin: Thin) -> dict[str, str]:
+def _coding_of(thin: Thin, version: int) -> dict[str, str]:
     """How the integers of a matrix are coded, and their bits each; empty if it has none."""
     if thin.planned or not (integers := thin.method.integers()):
         return {}
     ways: list[str] = []
     for entry in integers:
-        raw, coding = thin.stored[entry]
+        raw, coding = thin.stored_as(version)[entry]
         bits = 8 * raw.bytes / max(math.prod(thin.code[entry].shape), 1)
         ways.append(f"{entry + ' ' if len(integers) > 1 else ''}{coding[0] if coding else ''} {bits:.1f} bits")
     return {"coding": ", ".join(ways)}
@@ -91,12 +92,14 @@ class Report:
         total_bytes: Size of the written file in bytes.
         dense_bytes: Bytes of every parameter and buffer of the dense model.
         other_bytes: Bytes of stored tensors without a row: biases, normalisation, buffers.
+        version: Version of the file's format.
     """
 
     rows: tuple[Row, ...]
     total_bytes: int
     dense_bytes: int
     other_bytes: int = 0
+    version: int = VERSION
 
     @property
     def ratio(self) -> float:
@@ -112,11 +115,11 @@ class Report:
         """The report as a JSON object.
 
         Returns:
-            Text with the key ``rows``, the totals in bytes, and ``ratio``; NaN becomes null.
+            Text with the key ``rows``, the totals in bytes, ``ratio`` and ``version``; NaN becomes null.
         """
         totals = {name: getattr(self, name) for name in ("total_bytes", "dense_bytes", "other_bytes", "header_bytes")}
         rows = [row.to_dict() for row in self.rows]
-        return json.dumps({"rows": rows, **totals, "ratio": _or_none(self.ratio)}, indent=1)
+        return json.dumps({"rows": rows, **totals, "ratio": _or_none(self.ratio), "version": self.version}, indent=1)
 
     def __str__(self) -> str:
         heads = ("matrix", "method", "shape", "dense bytes", "bytes", "ratio", "error", "plan")
@@ -136,7 +139,16 @@ class Report:
         if self.other_bytes:
             body.append(("biases, buffers", "as they are", "", "", f"{self.other_bytes:,}", "", "", ""))
         body.append(("names, checksums", "", "", "", f"{self.header_bytes:,}", "", "", ""))
-        total = ("file", "", "", f"{self.dense_bytes:,}", f"{self.total_bytes:,}", f"{self.ratio:.4f}", "", "")
+        total = (
+            "file",
+            f"version {self.version}",
+            "",
+            f"{self.dense_bytes:,}",
+            f"{self.total_bytes:,}",
+            f"{self.ratio:.4f}",
+            "",
+            "",
+        )
         return table(heads, [*body, total], right=(3, 4, 5, 6))
 
 
@@ -203,8 +215,8 @@ def report_of(contents: Contents, errors: Mapping[str, float] | None = None) -> 
     """
     rows: list[Row] = []
     for key, thin in contents.thin.items():
-        left, dense_left = thin.bytes, thin.dense_bytes
-        plan = {**describe(thin.method), **_coding_of(thin)}
+        left, dense_left = sum(raw.bytes for raw, _ in thin.stored_as(contents.version).values()), thin.dense_bytes
+        plan = {**describe(thin.method), **_coding_of(thin, contents.version)}
         for name, part in thin.parts.items():
             dense = thin.item_bytes * math.prod(part.shape)
             part_bytes = left * dense // dense_left
@@ -212,12 +224,15 @@ def report_of(contents: Contents, errors: Mapping[str, float] | None = None) -> 
             group = {"group": key} if len(thin.parts) > 1 else {}
             error = (errors or {}).get(name, math.nan)
             rows.append(Row(name, thin.name, part.shape, dense, part_bytes, error, {**plan, **group}))
-    dense = {name: raw.bytes for name, raw in contents.dense.items()}
+    planned = any(thin.planned for thin in contents.thin.values())
+    short = contents.version != 1 and not planned
+    dense = {name: raw.bytes // 2 if short and is_short(raw) else raw.bytes for name, raw in contents.dense.items()}
     matrices = [name for name, raw in contents.dense.items() if len(raw.shape) > 1]
-    rows += [Row(name, "dense", contents.dense[name].shape, dense[name], dense[name]) for name in matrices]
+    rows += [Row(name, "dense", (raw := contents.dense[name]).shape, raw.bytes, dense[name]) for name in matrices]
     return Report(
         rows=tuple(sorted(rows, key=lambda row: row.name)),
         total_bytes=size_of(contents),
         dense_bytes=contents.dense_bytes,
         other_bytes=sum(bytes_ for name, bytes_ in dense.items() if name not in matrices),
+        version=contents.version,
     )

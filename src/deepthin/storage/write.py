@@ -1,7 +1,7 @@
-"""Contents to bytes: a valid safetensors file whose every byte is checked (docs/format.md is normative).
+"""Contents to bytes, every one of which is checked (docs/format.md is normative; docs/format-1.md for version 1).
 
-The bytes depend on the contents alone. Their number follows from names, shapes and codings: values are read twice when
-the file is written, once for the checksums in its header and once for what follows it, and never before.
+The bytes depend on the contents alone. Values are read twice when the file is written: once for their checksums, and
+once to be written.
 """
 
 import dataclasses
@@ -10,25 +10,31 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from deepthin.errors import BudgetError, NonFiniteError
+from deepthin.errors import BudgetError, ConfigError, NonFiniteError
 from deepthin.methods import fields
-from deepthin.storage.arrays import ITEM_BYTES, Buffer, Raw, largest
+from deepthin.storage.arrays import ITEM_BYTES, Buffer, Coding, Raw, largest
 from deepthin.storage.atomic import stream_atomically
-from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.codings import is_short, narrowed
+from deepthin.storage.contents import VERSIONS, Contents, Part, Thin
+from deepthin.storage.head import ALIGNMENT, Head, Item, Matrix, Tensor, begun, places_of
 
-VERSION = 1
 MAX_BYTES = 4 << 30
 CHECKSUM = "__crc32__"
 CHECKSUM_BYTES = 4
 
 
-def to_bytes(contents: Contents) -> bytes:
+Version = Literal[1, 2]
+"""A version of the format."""
+
+
+def to_bytes(contents: Contents, version: Version | None = None) -> bytes:
     """Serialise a model. Equal contents give equal bytes, whatever the order of the dictionaries.
 
     Args:
         contents: Thin tensors, dense tensors and shared names.
+        version: Version of the format; None: that of the contents.
 
     Returns:
         The whole file, as docs/format.md defines it.
@@ -37,33 +43,81 @@ def to_bytes(contents: Contents) -> bytes:
         ConfigError: Integers of a code are such that ``read`` would refuse them.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
     """
-    return b"".join(stream(contents))
+    return b"".join(stream(contents, version=version))
 
 
-def size_of(contents: Contents) -> int:
-    """The size of the file, computed from names, shapes and codings; no dense tensor is read.
+def size_of(contents: Contents, version: Version | None = None, *, bound: bool = False) -> int:
+    """The size of the file, computed from names, shapes and codings; of dense tensors as little is read as shows that
+    they cannot be shortened.
 
     Args:
         contents: Thin tensors, dense tensors and shared names.
+        version: Version of the format; None: that of the contents.
+        bound: Whether to count tensors that are stored as they are with the most bytes that any values need.
 
     Returns:
-        Bytes: equal to ``len(to_bytes(contents))``.
+        Bytes: equal to ``len(to_bytes(contents))``; an upper bound where codes are planned, and with ``bound``.
 
     Raises:
         ValueError: A tensor's name is reserved or ambiguous in the file.
     """
-    tensors = _tensors(contents)
-    head = _head(contents, tensors, dict.fromkeys(tensors, 0))  # placeholders of equal length
-    return len(head) + sum(raw.bytes for raw in tensors.values()) + CHECKSUM_BYTES
+    if _version(contents, version) == 1:
+        tensors = _tensors(contents)
+        head = _head(contents, tensors, dict.fromkeys(tensors, 0))  # placeholders of equal length
+        return len(head) + sum(raw.bytes for raw in tensors.values()) + CHECKSUM_BYTES
+    bound = bound or any(thin.planned for thin in contents.thin.values())
+    head = head_of(contents, bound)
+    end = len(begun(head))
+    if bound:  # zeros before an array that is aligned are as many as there can be
+        sizes = [item.bytes + (ALIGNMENT - 1) * item.aligned for _, _, item in head.items()]
+        return end + sum(sizes) + CHECKSUM_BYTES
+    return places_of(head, end)[1] + CHECKSUM_BYTES
 
 
-def stream(contents: Contents, finite: bool = False) -> Iterator[Buffer]:
+def _version(contents: Contents, version: Version | None) -> int:
+    if version not in (None, *VERSIONS):
+        raise ConfigError(f"format = {version!r}: a .thin file is of version {' or '.join(map(str, VERSIONS))}.")
+    return version or contents.version
+
+
+def head_of(contents: Contents, bound: bool = False) -> Head:
+    """What the header of version 2 says of contents.
+
+    Args:
+        contents: Thin tensors, dense tensors and shared names.
+        bound: Whether tensors that are stored as they are take the most bytes that any values need.
+
+    Returns:
+        The header.
+    """
+    thin = {
+        name: Matrix(
+            own.name,
+            own.method,
+            own.parts,
+            {entry: _item(own, entry, raw, coding, bound) for entry, (raw, coding) in own.stored_as(2).items()},
+        )
+        for name, own in contents.thin.items()
+    }
+    dense = {name: Tensor(raw.dtype, raw.shape, not bound and is_short(raw)) for name, raw in contents.dense.items()}
+    return Head(thin, dense, contents.aliases)
+
+
+def _item(own: Thin, entry: str, raw: Raw, coding: Coding | None, bound: bool) -> Item:
+    if not bound or coding is None or coding[0] != "short":
+        return Item(raw.dtype, coding, raw.bytes)
+    cut = coding[1] != math.prod(own.code[entry].shape)
+    return Item("F32", ("repeats", coding[1]) if cut else None, ITEM_BYTES["F32"] * coding[1])
+
+
+def stream(contents: Contents, finite: bool = False, version: Version | None = None) -> Iterator[Buffer]:
     """Serialise a model piece by piece, so that no copy of the whole is held in memory.
 
     Args:
-        contents: Thin tensors, dense tensors and shared names. Every tensor is read twice: for the checksums in the
-            header, and to be written.
+        contents: Thin tensors, dense tensors and shared names. Every tensor is read twice: for its checksum, and to be
+            written.
         finite: Whether to refuse NaN and infinity, which readers refuse.
+        version: Version of the format; None: that of the contents.
 
     Yields:
         Buffers whose concatenation is the file.
@@ -75,7 +129,7 @@ def stream(contents: Contents, finite: bool = False) -> Iterator[Buffer]:
             discard what was written.
     """
     _check(contents)
-    yield from _stream(contents, finite)
+    yield from _stream(contents, finite, _version(contents, version))
 
 
 def _check(contents: Contents) -> None:
@@ -83,22 +137,49 @@ def _check(contents: Contents) -> None:
         thin.check()
 
 
-def _stream(contents: Contents, finite: bool) -> Iterator[Buffer]:
-    tensors = _tensors(contents)
-    checksums = {name: _checksum(name, raw, finite) for name, raw in tensors.items()}
-    yield (head := _head(contents, tensors, checksums))
-    whole = zlib.crc32(head)
-    for name, raw in tensors.items():
+def _stream(contents: Contents, finite: bool, version: int) -> Iterator[Buffer]:
+    if version == 1:
+        tensors = _tensors(contents)
+        checksums = {name: _checksum(name, raw, finite) for name, raw in tensors.items()}
+        start = _head(contents, tensors, checksums)
+        arrays = [(name, raw, checksums[name], 0) for name, raw in tensors.items()]
+    else:
+        head = head_of(contents)
+        start, arrays = begun(head), list[tuple[str, Raw, int, int]]()
+        for name, entry, _, place in places_of(head, len(start))[0]:
+            label, raw = f"{name}/{entry}" if entry else name, _stored(contents, head, name, entry)
+            arrays.append((label, raw, _checksum(label, raw, finite), place))
+    yield start
+    whole, at = zlib.crc32(start), len(start)
+    for label, raw, known, place in arrays:
+        if zeros := bytes(max(place - at, 0)):
+            whole = zlib.crc32(zeros, whole)
+            yield zeros
         checksum = 0
         for piece in raw.pieces():
             checksum, whole = zlib.crc32(piece, checksum), zlib.crc32(piece, whole)
             yield piece
-        if checksum != checksums[name]:
-            raise ValueError(f"{name} changed while it was written. Save while nothing trains the model.")
+        at += len(zeros) + raw.bytes
+        if checksum != known:
+            raise ValueError(f"{label} changed while it was written. Save while nothing trains the model.")
     yield whole.to_bytes(CHECKSUM_BYTES, "little")
 
 
-def write(contents: Contents, path: str | Path, max_bytes: int | None = None, *, finite: bool = False) -> int:
+def _stored(contents: Contents, head: Head, name: str, entry: str) -> Raw:
+    if entry:
+        return contents.thin[name].stored_as(2)[entry][0]
+    raw = contents.dense[name]
+    return narrowed(raw) if head.dense[name].short else raw
+
+
+def write(
+    contents: Contents,
+    path: str | Path,
+    max_bytes: int | None = None,
+    *,
+    finite: bool = False,
+    version: Version | None = None,
+) -> int:
     """Write a ``.thin`` file atomically: to a temporary name, which is then renamed.
 
     Args:
@@ -106,6 +187,7 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None, *,
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
         finite: Whether to refuse NaN and infinity, which readers refuse.
+        version: Version of the format; None: that of the contents.
 
     Returns:
         The size of the file in bytes.
@@ -118,7 +200,7 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None, *,
         OSError: The file cannot be written.
     """
     _check(contents)
-    bytes_ = size_of(contents)
+    bytes_ = size_of(contents, version)
     if max_bytes is not None and bytes_ > max_bytes:
         raise BudgetError(
             f"The file would have {bytes_} bytes, above the limit of {max_bytes}: nothing was written. "
@@ -126,7 +208,7 @@ def write(contents: Contents, path: str | Path, max_bytes: int | None = None, *,
             smallest_bits=8 * bytes_,
             smallest_ratio=bytes_ / max(contents.dense_bytes, 1),
         )
-    stream_atomically(path, _stream(contents, finite))
+    stream_atomically(path, _stream(contents, finite, _version(contents, version)))
     return bytes_
 
 
@@ -134,8 +216,8 @@ def _tensors(contents: Contents) -> dict[str, Raw]:
     """All stored tensors in the order of the file; ValueError for reserved or ambiguous names."""
     tensors, count = dict(contents.dense), len(contents.dense)
     for name, thin in contents.thin.items():
-        tensors |= {f"{name}/{entry}": raw for entry, (raw, _) in thin.stored.items()}
-        count += len(thin.stored)
+        tensors |= {f"{name}/{entry}": raw for entry, (raw, _) in thin.stored_as(1).items()}
+        count += len(thin.code)
     if {CHECKSUM, "__metadata__"} & tensors.keys():
         raise ValueError(f"No tensor may be called {CHECKSUM} or __metadata__: rename it.")
     if len(tensors) < count:
@@ -159,7 +241,7 @@ def _checksum(name: str, raw: Raw, finite: bool) -> int:
 def _head(contents: Contents, tensors: Mapping[str, Raw], checksums: Mapping[str, int]) -> bytes:
     """The bytes before the tensors: the length of the header, and the header."""
     header = {
-        "version": VERSION,
+        "version": 1,
         "thin": {key: _entry(key, thin) for key, thin in contents.thin.items()},
         "aliases": dict(contents.aliases),
         "crc32": {name: f"{checksum:08x}" for name, checksum in checksums.items()},
@@ -178,7 +260,7 @@ def _head(contents: Contents, tensors: Mapping[str, Raw], checksums: Mapping[str
 def _entry(key: str, thin: Thin) -> dict[str, Any]:
     """The header's entry of a compressed matrix; fields with default values are left out."""
     entry: dict[str, Any] = {"method": thin.name, "fields": fields(thin.method)}
-    if codings := {name: coding for name, (_, coding) in thin.stored.items() if coding}:
+    if codings := {name: coding for name, (_, coding) in thin.stored_as(1).items() if coding}:
         entry["codings"] = codings
     if dict(thin.parts) != {key: Part(thin.method.shape)}:
         usual = dataclasses.asdict(Part(()))

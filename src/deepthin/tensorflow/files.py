@@ -13,7 +13,7 @@ from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents, Thin
 from deepthin.storage.names import renamed
 from deepthin.storage.read import check_weights, read
-from deepthin.storage.write import MAX_BYTES, write
+from deepthin.storage.write import MAX_BYTES, Version, write
 from deepthin.tensorflow.entries import contents
 from deepthin.tensorflow.host import assign, dotted
 
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from deepthin.tensorflow.variables import Variables
 
 
-def save(variables: "Variables", path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
+def save(
+    variables: "Variables",
+    path: str | Path,
+    max_bytes: int | None = None,
+    *,
+    finite: bool = True,
+    format: Version = 2,
+) -> int:
     """Write all variables of a factory to a ``.thin`` file, matrices as (outputs, inputs).
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file. Variables
@@ -33,6 +40,7 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None,
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
         finite: Whether to refuse NaN and infinity, as ``load`` does.
+        format: Version of the file's format. Version 1, which is larger, is for readers that know no other.
 
     Returns:
         The size of the file in bytes.
@@ -44,7 +52,7 @@ def save(variables: "Variables", path: str | Path, max_bytes: int | None = None,
         ValueError: A tensor's name is reserved or ambiguous in the file, or a variable changed during the call.
         OSError: The file cannot be written.
     """
-    return write(contents(variables._state), path, max_bytes, finite=finite)
+    return write(contents(variables._state), path, max_bytes, finite=finite, version=format)
 
 
 def load(

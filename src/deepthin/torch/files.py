@@ -17,7 +17,7 @@ from deepthin.storage.contents import Contents, Thin
 from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
 from deepthin.storage.read import check_weights, read
-from deepthin.storage.write import write
+from deepthin.storage.write import Version, write
 from deepthin.torch.exchange import fresh_std, is_transposed, make_plain, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.initialise import WithoutValues, fill_buffers
@@ -34,7 +34,14 @@ _TYPES = {
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
-def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, finite: bool = True) -> int:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    max_bytes: int | None = None,
+    *,
+    finite: bool = True,
+    format: Version = 2,
+) -> int:
     """Write all parameters and all saved buffers to a ``.thin`` file.
 
     The file is written to a temporary name and renamed, so that an interrupted call leaves no partial file.
@@ -48,6 +55,7 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, fi
         path: The file to write; an existing one is replaced.
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
         finite: Whether to refuse NaN and infinity, as ``load`` does.
+        format: Version of the file's format. Version 1, which is larger, is for readers that know no other.
 
     Returns:
         The size of the file in bytes.
@@ -68,7 +76,7 @@ def save(model: nn.Module, path: str | Path, max_bytes: int | None = None, *, fi
         )
     with gathered(model) as by_first:
         held = contents(model)
-        return by_first(lambda: write(held, path, max_bytes, finite=finite))
+        return by_first(lambda: write(held, path, max_bytes, finite=finite, version=format))
 
 
 @replaces("load()")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deepthin.errors import BudgetError, ConfigError
 from deepthin.method import Method, as_matrix
 from deepthin.methods import METHODS, THEN, fields, with_fields
-from deepthin.methods.float_coding import inner_of, outer_of
+from deepthin.methods.float_coding import FloatCoding, inner_of, outer_of
 from deepthin.methods.then import Then
 from deepthin.plan.file_limit import coded_bytes
 from deepthin.plan.parse import parse_rules, parse_then
@@ -258,7 +258,7 @@ class Recipe:
     def _within_the_file(self, plans: list[Planned]) -> list[Planned]:
         """The plans, made smaller until the file of the present weights keeps the configuration's limit."""
         limit, encoded = self.rules.file_bytes, Encoded(tensors_of(self.model)[1])
-        while limit is not None:
+        while limit is not None and not _learn_steps(plans):
             size = coded_bytes(contents(self.model), plans, encoded.thin)
             if size <= limit:
                 break
@@ -279,10 +279,12 @@ class Recipe:
         plans = [(named[plan.tensors[0].name][0], plan) for plan in self._plans]
         wanted = {weight: (plan.name, plan.method) for weight, plan in plans if plan.method and inner_of(plan.method)}
         _store_floats(self.model, wanted, self.importance())
-        limit = self.rules.file_bytes
-        if (
-            limit is not None and size_of(contents(self.model)) > limit
-        ):  # the values have changed since the layers became thin
+        limit, learned = self.rules.file_bytes, _learn_steps(self._plans)
+        for weight in self.model.modules():
+            if isinstance(weight, ThinWeight):
+                weight.file_bytes = limit
+        # The values have changed since the layers became thin
+        if limit is not None and not learned and size_of(contents(self.model), bound=True) > limit:
             materialize(self.model)
             self._plans = self._within_the_file(self._plans)
             carry_out(self.model, self._plans, tensors_of(self.model)[1])
@@ -341,6 +343,11 @@ def _store_floats(
             elif isinstance(thin, ThinWeight) and thin in made:
                 make_thin(layer, {parameter: made[thin]})
     make_sequential(model)
+
+
+def _learn_steps(plans: list[Planned]) -> bool:
+    """Whether training brings the file to its size, so that plans need not."""
+    return any(plan.method is not None and FloatCoding(plan.method).steps() for plan in plans)
 
 
 def _bits(plans: list[Planned]) -> int:

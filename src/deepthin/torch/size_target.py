@@ -13,12 +13,15 @@ from deepthin.torch.code_length import code_length, symbol_lengths
 from deepthin.torch.files import contents
 from deepthin.torch.weight import ThinWeight
 
-RAMP = 0.4  # fraction of the steps in which the size falls to the target
+RAMP = 0.25  # fraction of the steps in which the size falls to the target
 AIM = 0.985  # of the target, so that what the last steps change stays within it
 FIRST_PENALTY = 0.01  # nats: the first weight is this over the first bits
-GAIN = 30.0  # of the integral part: change of log(weight) over all steps, for an error of 1 in log(size)
-DELAY = 200  # steps by which the size follows the weight, about: proportional part / integral part
+# A controller with an integral and a proportional part, of the error in log(size)
+INTEGRAL, PROPORTIONAL = 30.0, 6.0  # change of log(weight) for an error of 1: over all steps, and at once
+BELOW = 4.0  # an error below the intended size counts so many times: what is lost comes back slowly, if at all
 MOST_CHANGE, MOST_FACTOR = 0.1, 20.0  # upper bounds on these parts: of log(weight) in a step, and as a factor
+FINER, MOST_FINER = 0.2, 0.02  # decrease of log(step) in a step of the training, for an error of -1, and at most
+LEAST_SAVED = 1e-3  # bits that moving a symbol counts as saving
 MEASUREMENTS = 100  # at most: how often the true size is measured in a training
 
 
@@ -89,7 +92,7 @@ class SizeTarget:
         """The weight of a bit, in units of the loss."""
         if self._log_weight is None:
             return 0.0
-        ahead = min(GAIN / self.steps, MOST_CHANGE) * DELAY * self._error()
+        ahead = PROPORTIONAL * self._error()
         return math.exp(self._log_weight) * min(max(math.exp(ahead), 1 / MOST_FACTOR), MOST_FACTOR)
 
     @property
@@ -119,8 +122,13 @@ class SizeTarget:
         self.steps_done += 1
         if self.steps_done % self._every == 0 or self.steps_done >= self.steps:
             self._measure()
-        change = min(GAIN / self.steps, MOST_CHANGE) * self._error()
+        error = self._error()
+        change = min(INTEGRAL / self.steps, MOST_CHANGE) * error
         self._log_weight += min(max(change, -MOST_CHANGE), MOST_CHANGE)
+        if error < 0 and self.steps_done > RAMP * self.steps:
+            with torch.no_grad():
+                for latent in (latent for weight in self._weights for latent in weight.log_steps()):
+                    latent.sub_(min(-FINER * error, MOST_FINER))
         if self.steps_done == self.steps:
             fit_to(self.model, self.file_bytes)
 
@@ -130,8 +138,9 @@ class SizeTarget:
         return aim if self._first <= aim else math.exp((1 - done) * math.log(self._first) + done * math.log(aim))
 
     def _error(self) -> float:
-        """Logarithm of the size over the intended one."""
-        return math.log(self.bytes / self._goal()) if self._first else 0.0
+        """Logarithm of the size over the intended one; several times this where it is smaller."""
+        error = math.log(self.bytes / self._goal()) if self._first else 0.0
+        return error if error > 0 else BELOW * error
 
     def _measure(self) -> None:
         with torch.no_grad():
@@ -196,8 +205,14 @@ def fit_to(model: nn.Module, file_bytes: int) -> int:
     with torch.no_grad():
         while now > file_bytes:
             moves = [move for weight in coded_weights(model) for move in _moves(weight)]
-            costs = torch.cat([cost for _, _, cost in moves])
-            order = costs[costs.isfinite()].sort().values
+            order = torch.cat([cost for _, _, cost in moves])
+            order = order[order.isfinite()].sort().values
+            if not len(order):
+                raise BudgetError(
+                    f"The file has {now} bytes with every symbol zero, above the limit of {file_bytes}.",
+                    smallest_bits=8 * now,
+                    smallest_ratio=now / max(contents(model).dense_bytes, 1),
+                )
             before = [latent.clone() for latent, _, _ in moves]
             low, high = 0, len(order)  # moves: too few, and enough or all
             while high - low > max(high >> 5, 1):
@@ -219,14 +234,13 @@ def _moves(weight: ThinWeight) -> list[Move]:
     moves: list[Move] = []
     for entry, (symbols, top) in weight.unrounded().items():
         latent = getattr(weight, entry)
-        symbols = symbols.reshape(latent.shape)
         size, nearest = symbols.abs(), symbols.abs().round().clamp(max=top)
         step = latent.abs().max() / size.max()
         lengths = symbol_lengths(symbols, top)
         signed = (symbols.sign() * nearest).long() + top
         saved = lengths[signed] - lengths[signed - symbols.sign().long()]
         grown = ((size - nearest + 1) ** 2 - (size - nearest) ** 2) / (size**2).mean()
-        cost = torch.where((nearest > 0) & (saved > 0), grown / saved, math.inf)
+        cost = torch.where(nearest > 0, grown / saved.clamp(min=LEAST_SAVED), math.inf)
         moves.append((latent, symbols.sign() * step * (nearest - 1), cost.reshape(-1).cpu()))
     return moves
 

@@ -318,7 +318,7 @@ class ThinWeight(CodeState):
     def _of_step(self, entry: str, rounded: Tensor) -> Tensor:
         """Zero, with the gradient that a learned step has (Esser et al., 2020, arXiv:1902.08153, equation 3)."""
         latent, method = self._coding.steps()[entry]
-        step = method.step(getattr(self, latent), _TORCH)
+        step = method.step(getattr(self, latent), _TORCH).reshape(())
         with torch.no_grad():
             slope = (rounded - getattr(self, entry)) / step
         return slope * (step - step.detach())
@@ -334,13 +334,21 @@ class ThinWeight(CodeState):
             return {}
         state = self.state()
         return {
-            entry: (state[entry] / method.step(state[latent], _TORCH), method.top())
+            entry: (state[entry] / method.step(state[latent], _TORCH).reshape(()), method.top())
             for entry, (latent, method) in self._coding.steps().items()
         }
 
+    def log_steps(self) -> list[Tensor]:
+        """The logarithms of learned steps.
+
+        Returns:
+            Parameters of one entry each; none where nothing is rounded.
+        """
+        return [getattr(self, latent) for latent, _ in self._coding.steps().values()] if self.rounds else []
+
     def _latents_of(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The latents of a code with its tables: decoded floats, and the logarithms of learned steps."""
-        return {**self._coding.decode(code, _TORCH), **self._coding.log_steps(code, _TORCH)}
+        return {**self._coding.decode(dict(code), _TORCH), **self._coding.log_steps(dict(code), _TORCH)}
 
     def _unless_given(self, latents: Mapping[str, Tensor], rounded: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rounded floats, or those of the loaded code while the latents are as they were loaded.
