@@ -91,6 +91,7 @@ class ThinWeight(keras.layers.Layer):
         self.steps = self._coding.steps() if self.rounds else {}  # of each float: name of its learned step, and method
         for latent, _ in self.steps.values():
             self.latents[latent].learning_rate_multiplier = STEP_MULTIPLIER
+        self._add_rate()
         self.stored: dict[str, Any] = {}
         if self.rounds and drifts(method):
             whole = method.integers()
@@ -160,6 +161,13 @@ class ThinWeight(keras.layers.Layer):
             variable = IntegerVariable(shape, whole, entry)
         self._track_variable(variable)
         return variable
+
+    def _add_rate(self) -> None:
+        """Variables for ``SizeTarget``, always there, so that weights' files fit: one weight's serve the whole model."""
+        options = {"dtype": "float32", "trainable": False, "autocast": False, "aggregation": "only_first_replica"}
+        if self.steps:
+            self.bit_weight = self.add_weight((), "zeros", name="bit_weight", **options)  # 0 but in a training step
+            self.code_bits = self.add_weight((), "zeros", name="code_bits", **options)  # as the last step saw them
 
     def _type(self, entry: str) -> str:
         """The dtype of a floating variable; logarithms of steps need more than half precision."""

@@ -41,6 +41,9 @@ class Weight(ThinWeight):
         variable = self._make(entry, as_type(self._values[entry], kind), trainable and whole is None)
         return variable if whole is None else exactly(variable, whole)
 
+    def _add_rate(self) -> None:
+        """No variables: no target is trained to here."""
+
     def code(self) -> Code:
         """The stored entries, as ``ThinWeight.code``; in a TensorFlow 1 graph read in the default session.
 
