@@ -55,7 +55,9 @@ ALL = {
     "kmeans": fitted("kmeans", bits=3),
     "ecsq": fitted("ecsq", bits=2),
     "binary": fitted("binary", bits=3, rounds=0),
+    "coded": fitted("coded", bits=8),
     "deepthin then uniform": fitted("deepthin", "uniform", bits=8),
+    "deepthin then coded": fitted("deepthin", "coded", bits=8),
     "pruned then kmeans": fitted("pruned", "kmeans", bits=3),
     "shuffled then binary": fitted("shuffled", "binary", bits=2),
 }

@@ -133,6 +133,7 @@ METHODS = [
     {"method": "deepthin", "ratio": 0.6},
     {"method": "kmeans", "bits": 3},
     {"method": "uniform", "bits": 6},
+    {"method": "coded", "bits": 8},
     {"method": "pruned", "ratio": 0.5},
 ]
 

@@ -40,15 +40,29 @@ ALONE = {
     "kmeans": {"bits": 8},
     "ecsq": {"bits": 3},
     "binary": {"bits": 2, "rounds": 0},
+    "coded": {"bits": 8},
 }
-INNER = {"uniform": {"bits": 8}, "kmeans": {"bits": 4}, "ecsq": {"bits": 3}, "binary": {"bits": 2, "rounds": 1}}
+INNER = {
+    "uniform": {"bits": 8},
+    "kmeans": {"bits": 4},
+    "ecsq": {"bits": 3},
+    "binary": {"bits": 2, "rounds": 1},
+    "coded": {},
+}
 OUTER = ("deepthin", "shuffled", "rank", "hashed", "pruned", "kronecker", "tensor-train")
 RULES = {name: {"method": name, **options} for name, options in ALONE.items()} | {
     f"{outer} then {inner}": {"method": outer, "ratio": 0.3, "then": {"method": inner, **options}}
     for outer, (inner, options) in itertools.product(OUTER, INNER.items())
 }
 PAIRS = [f"{outer} then {inner}" for outer, inner in zip(OUTER, itertools.cycle(INNER), strict=False)]
-QUICK = {*ALONE, *PAIRS, "pruned then binary", "rank then binary", "deepthin then uniform"}  # the others take minutes
+QUICK = {
+    *ALONE,
+    *PAIRS,
+    "pruned then binary",
+    "rank then binary",
+    "deepthin then uniform",
+    "deepthin then coded",
+}  # the others take minutes
 
 
 def case(name, *values, id=None):

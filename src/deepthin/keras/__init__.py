@@ -4,6 +4,19 @@ from deepthin.keras.compress import compress, materialize, plan
 from deepthin.keras.files import load, save
 from deepthin.keras.generated import ThinLayer
 from deepthin.keras.optimizers import SGD, Adam, AdamW
+from deepthin.keras.size_target import SizeTarget
 from deepthin.keras.weight import ThinWeight
 
-__all__ = ["SGD", "Adam", "AdamW", "ThinLayer", "ThinWeight", "compress", "load", "materialize", "plan", "save"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "SizeTarget",
+    "ThinLayer",
+    "ThinWeight",
+    "compress",
+    "load",
+    "materialize",
+    "plan",
+    "save",
+]

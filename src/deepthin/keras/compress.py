@@ -129,7 +129,8 @@ def compress(
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     held = tensors(model)
     encoded = Encoded(held)
-    planned = plan_of(model, parse_rules(rules), held, encoded if init == "trained" else None)
+    rules = parse_rules(rules)
+    planned = plan_of(model, rules, held, encoded if init == "trained" else None)
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
     for chosen in planned:
@@ -147,6 +148,7 @@ def compress(
         weights.append((chosen, weight))
     restart = Restart(model)
     for chosen, weight in weights:
+        weight.file_bytes = rules.file_bytes
         for index, tensor in enumerate(chosen.tensors):
             for place in held[tensor.name].places:
                 variables = {place.weight: held[tensor.name].variable}

@@ -15,10 +15,10 @@ from jaxtyping import Float
 from keras import ops
 
 from deepthin.keras.integers import IntegerVariable
-from deepthin.keras.namespace import NAMESPACE
+from deepthin.keras.namespace import HALF, NAMESPACE
 from deepthin.method import Array, Code, Flat, Integers, Method, Namespace, Sparse
 from deepthin.methods import fields, learning_rate_multiplier, with_fields
-from deepthin.methods.float_coding import FloatCoding, drifts
+from deepthin.methods.float_coding import LOG_STEP, STEP_MULTIPLIER, FloatCoding, drifts
 from deepthin.plan.start import Start, drawn, encoded
 from deepthin.storage.contents import Part
 
@@ -40,7 +40,7 @@ class ThinWeight(keras.layers.Layer):
 
     Trainable variables are the latent floats: those of the code or, where the method trains ``through`` its rounding,
     the floats before rounding. Integers that do not follow from these are variables too, not trainable. Tables that
-    follow from the method's fields are constants.
+    follow from the method's fields are constants. A learned step (``coded``) is trained by its logarithm.
 
     A loaded code does not change until a latent changes in value. ``binary`` stores its code beside the latents, since
     encoding the decoded weight again may give another code.
@@ -53,6 +53,7 @@ class ThinWeight(keras.layers.Layer):
         dtype: Dtype of the latents.
         std: Standard deviation of the entries of a copy that begins anew (``from_config``); None for a tenth of He's
             variance.
+        file_bytes: The size of the whole file that a rate-aware training is to reach (``SizeTarget``).
         options: Further arguments of ``keras.layers.Layer``.
     """
 
@@ -65,10 +66,12 @@ class ThinWeight(keras.layers.Layer):
         *,
         dtype: str = "float32",
         std: float | None = None,
+        file_bytes: int | None = None,
         **options: Any,
     ) -> None:
 
         super().__init__(dtype=dtype, **options)
+        self.file_bytes = file_bytes
         self.method_name, self.method, self.parts = method_name, method, tuple(parts)
         self.std = math.sqrt(0.2 / max(math.prod(self.parts[0].shape[1:]), 1)) if std is None else std
         self._coding = FloatCoding(method)
@@ -79,11 +82,16 @@ class ThinWeight(keras.layers.Layer):
         self.cuts = tuple(zip([0, *ends], ends, strict=False))
         self._coded: _Coded | None = None
         self.latents: dict[str, Any] = {}
-        shown = self.decoder if self.rounds else method
-        shapes, whole = shown.code_shapes(), shown.integers()
+        shapes, whole = method.code_shapes(), method.integers()
+        if self.rounds:
+            shapes, whole = self._coding.latent_shapes(), self.decoder.integers()
         for entry, shape in shapes.items():
             self.latents[entry] = self._variable(entry, shape, whole.get(entry), True)
             self.latents[entry].learning_rate_multiplier = self.learning_rate_multiplier
+        self.steps = self._coding.steps() if self.rounds else {}  # of each float: name of its learned step, and method
+        for latent, _ in self.steps.values():
+            self.latents[latent].learning_rate_multiplier = STEP_MULTIPLIER
+        self._add_rate()
         self.stored: dict[str, Any] = {}
         if self.rounds and drifts(method):
             whole = method.integers()
@@ -148,11 +156,22 @@ class ThinWeight(keras.layers.Layer):
         """A variable of zeros for an entry, tracked; of exact integers, if it has their range."""
         if whole is None:
             options = {"trainable": trainable, "autocast": False, "name": entry}
-            return self.add_weight(shape, "zeros", self.variable_dtype, **options)
+            return self.add_weight(shape, "zeros", self._type(entry), **options)
         with keras.name_scope(self.name, caller=self):
             variable = IntegerVariable(shape, whole, entry)
         self._track_variable(variable)
         return variable
+
+    def _add_rate(self) -> None:
+        """Variables for ``SizeTarget``, always there, so that weights' files fit: one weight's serve the whole model."""
+        options = {"dtype": "float32", "trainable": False, "autocast": False, "aggregation": "only_first_replica"}
+        if self.steps:
+            self.bit_weight = self.add_weight((), "zeros", name="bit_weight", **options)  # 0 but in a training step
+            self.code_bits = self.add_weight((), "zeros", name="code_bits", **options)  # as the last step saw them
+
+    def _type(self, entry: str) -> str:
+        """The dtype of a floating variable; logarithms of steps need more than half precision."""
+        return "float32" if entry.endswith(LOG_STEP) and self.variable_dtype in HALF else self.variable_dtype
 
     def code(self) -> Code:
         """The stored entries. A loaded code does not change until a latent changes in value.
@@ -213,7 +232,8 @@ class ThinWeight(keras.layers.Layer):
         """The code that ``decoder`` takes: floats, rounded where the method rounds, and integers.
 
         Gradients pass the rounding unchanged (straight-through estimator; Bengio, Leonard and Courville, 2013,
-        arXiv:1308.3432).
+        arXiv:1308.3432); that of a learned step is the difference in steps (Esser et al., 2020, arXiv:1902.08153,
+        equation 3).
 
         Returns:
             Entry -> tensor of the backend.
@@ -226,10 +246,28 @@ class ThinWeight(keras.layers.Layer):
         whole = self.decoder.integers()
         if self.stored:
             loaded = self._coding.decode({**_tensors(self.stored), **{entry: fixed[entry] for entry in whole}}, _OPS)
-            near = ops.all(ops.stack([_near(t, loaded[e], ops) for e, t in fixed.items() if e not in whole]))
+            near = ops.all(ops.stack([_near(fixed[e], t, ops) for e, t in loaded.items() if e not in whole]))
             rounded = {e: t if e in whole else ops.where(near, loaded[e], t) for e, t in rounded.items()}
+        rounded = {e: ops.stop_gradient(ops.cast(t, fixed[e].dtype)) for e, t in rounded.items()}
+        floats = {entry: state[entry] for entry in self.decoder.code_shapes()}
         # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
-        return {e: t if e in whole else (t - fixed[e]) + ops.stop_gradient(rounded[e]) for e, t in state.items()}
+        floats = {e: t if e in whole else (t - fixed[e]) + rounded[e] for e, t in floats.items()}
+        for entry, (latent, method) in self.steps.items():
+            step = method.step(state[latent], _OPS)
+            slope = ops.stop_gradient((rounded[entry] - fixed[entry]) / step)
+            floats[entry] = floats[entry] + ops.cast(slope * (step - ops.stop_gradient(step)), floats[entry].dtype)
+        return floats
+
+    def unrounded(self) -> dict[str, tuple[Array, int]]:
+        """The symbols before rounding, of the floats whose step is learned: what a rate-aware training codes.
+
+        Returns:
+            Entry -> latents over the step, differentiable in both, and the largest symbol; empty for other methods.
+        """
+        return {
+            entry: (self.latents[entry] / method.step(ops.convert_to_tensor(self.latents[latent]), _OPS), method.top())
+            for entry, (latent, method) in self.steps.items()
+        }
 
     def _set(self, code: Code, latents: Code | None) -> None:
         whole, kind = self.method.integers(), np.dtype(self.variable_dtype)
@@ -249,6 +287,8 @@ class ThinWeight(keras.layers.Layer):
         """
         parts = [dataclasses.asdict(part) for part in self.parts]
         added = {"method": self.method_name, "fields": fields(self.method), "parts": parts, "std": self.std}
+        if self.file_bytes is not None:
+            added["file_bytes"] = self.file_bytes
         return {**super().get_config(), **json.loads(json.dumps(added))}  # lists, as JSON has no tuples
 
     @classmethod

@@ -16,6 +16,7 @@ from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method,
 from deepthin.methods.then import Then
 
 LOG_STEP = "log_step"
+STEP_MULTIPLIER = 10.0  # learning rate of its latents: with Adam, .01 is a hundredth of the step an update
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,12 @@ class Weight(ThinWeight):
 
     def _variable(self, entry: str, shape: tuple[int, ...], whole: Integers | None, trainable: bool) -> Any:
         """The variable of an entry, with its initial value; Keras's constructor calls it."""
-        kind = self.variable_dtype if whole is None else integer_type(whole)
+        kind = self._type(entry) if whole is None else integer_type(whole)
         variable = self._make(entry, as_type(self._values[entry], kind), trainable and whole is None)
         return variable if whole is None else exactly(variable, whole)
+
+    def _add_rate(self) -> None:
+        """No variables: no target is trained to here."""
 
     def code(self) -> Code:
         """The stored entries, as ``ThinWeight.code``; in a TensorFlow 1 graph read in the default session.

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-_PRIOR = 0.5  # added to the count of each symbol, as Krichevsky and Trofimov do
+from deepthin.plan.steering import PRIOR
 
 
 class _CodeLength(torch.autograd.Function):
@@ -42,20 +42,7 @@ def code_length(symbols: Tensor, top: int) -> Tensor:
     return cast(Tensor, _CodeLength.apply(symbols, top))
 
 
-def symbol_lengths(symbols: Tensor, top: int) -> Tensor:
-    """The bits of each symbol.
-
-    Args:
-        symbols: Unrounded symbols, of any shape.
-        top: The largest symbol, >= 1.
-
-    Returns:
-        2 top + 1 numbers: for the symbols from -top to top.
-    """
-    return _counted(symbols.detach().reshape(-1).clamp(-top, top), top)[1].to(symbols.dtype)
-
-
 def _counted(symbols: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """How often each symbol occurs, and its length in bits."""
     counts = torch.bincount((symbols.round() + top).long(), minlength=2 * top + 1).double()
-    return counts, torch.log2(counts.sum() + _PRIOR * len(counts)) - torch.log2(counts + _PRIOR)
+    return counts, torch.log2(counts.sum() + PRIOR * len(counts)) - torch.log2(counts + PRIOR)

@@ -5,11 +5,11 @@ from typing import Any
 from torch import nn
 
 from deepthin import methods
-from deepthin.methods.float_coding import LOG_STEP
+from deepthin.methods.float_coding import LOG_STEP, STEP_MULTIPLIER
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.weight import ThinPart, ThinWeight
 
-STEPS, STEP_MULTIPLIER = "learned steps", 10.0  # of logarithms: with Adam, .01 is a hundredth of the step an update
+STEPS = "learned steps"
 
 
 def parameter_groups(

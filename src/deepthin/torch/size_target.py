@@ -1,28 +1,20 @@
 """Training to a file of a given size: the penalty on the bits of the symbols, and the weight that it has."""
 
-import math
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepthin.errors import BudgetError, ConfigError
+from deepthin.plan import steering
 from deepthin.plan.file_limit import of_zeros
+from deepthin.plan.steering import Rounded, Steering
 from deepthin.storage.write import size_of
-from deepthin.torch.code_length import code_length, symbol_lengths
+from deepthin.torch.code_length import code_length
 from deepthin.torch.files import contents
 from deepthin.torch.weight import ThinWeight
-
-RAMP = 0.25  # fraction of the steps in which the size falls to the target
-AIM = 0.985  # of the target, so that what the last steps change stays within it
-FIRST_PENALTY = 0.01  # nats: the first weight is this over the first bits
-# A controller with an integral and a proportional part, of the error in log(size)
-INTEGRAL, PROPORTIONAL = 30.0, 6.0  # change of log(weight) for an error of 1: over all steps, and at once
-BELOW = 4.0  # an error below the intended size counts so many times: what is lost comes back slowly, if at all
-MOST_CHANGE, MOST_FACTOR = 0.1, 20.0  # upper bounds on these parts: of log(weight) in a step, and as a factor
-FINER, MOST_FINER = 0.2, 0.02  # decrease of log(step) in a step of the training, for an error of -1, and at most
-LEAST_SAVED = 1e-3  # bits that moving a symbol counts as saving
-MEASUREMENTS = 100  # at most: how often the true size is measured in a training
 
 
 class SizeTarget:
@@ -61,44 +53,33 @@ class SizeTarget:
     """
 
     def __init__(self, model: nn.Module, steps: int, file_bytes: int | None = None) -> None:
-        self.model, self.steps, self.steps_done = model, steps, 0
-        self._weights = coded_weights(model)
-        if not self._weights:
-            raise ConfigError(
-                "The model has no coded weights: compress it with method = 'coded', or then = { method = 'coded' }."
-            )
-        if type(steps) is not int or steps < 1:
-            raise ConfigError(f"steps = {steps!r} must be a whole number from 1 on.")
-        given = file_bytes or next((w.file_bytes for w in self._weights if w.file_bytes), None)
-        if given is None:
-            raise ConfigError("There is no target: give file_bytes, or compress with [model] file_bytes.")
-        self.file_bytes = given
-        self._fixed = smallest_bytes(self.model)
-        if self._fixed > given:
-            raise BudgetError(
-                f"The file cannot be trained to {given} bytes: with every symbol zero it has {self._fixed}. Use "
-                f"file_bytes >= {self._fixed}, or code more of the tensors ([model] biases).",
-                smallest_bits=8 * self._fixed,
-                smallest_ratio=self._fixed / max(contents(self.model).dense_bytes, 1),
-            )
-        self._log_weight: float | None = None
-        self._first = 0.0
-        self._ratio = 1.0  # coded bits in the file / code length
-        self._bits = 0.0  # code length at the last penalty
-        self._every = max(steps // MEASUREMENTS, 1)
+        self.model, self._weights = model, coded_weights(model)
+        self._steering = Steering(steps, file_bytes, [w.file_bytes for w in self._weights], contents(model))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return self._steering.steps
+
+    @property
+    def file_bytes(self) -> int:
+        """The target in bytes."""
+        return self._steering.file_bytes
+
+    @property
+    def steps_done(self) -> int:
+        """Number of steps so far."""
+        return self._steering.steps_done
 
     @property
     def weight(self) -> float:
         """The weight of a bit, in units of the loss."""
-        if self._log_weight is None:
-            return 0.0
-        ahead = PROPORTIONAL * self._error()
-        return math.exp(self._log_weight) * min(max(math.exp(ahead), 1 / MOST_FACTOR), MOST_FACTOR)
+        return self._steering.weight
 
     @property
     def bytes(self) -> float:
         """Predicted size of the file in bytes, from the code length at the last penalty."""
-        return self._fixed + self._ratio * self._bits / 8
+        return self._steering.bytes
 
     def penalty(self) -> Tensor:
         """The code length of the present symbols times the weight, to be added to the loss. Call it once a step.
@@ -108,46 +89,28 @@ class SizeTarget:
         """
         lengths = [code_length(*pair).float() for weight in self._weights for pair in weight.unrounded().values()]
         total = torch.stack([length.to(lengths[0].device) for length in lengths]).sum()
-        self._bits = float(total.detach())
-        if self._log_weight is None:
-            self._log_weight = math.log(FIRST_PENALTY / max(self._bits, 1.0))
-            self._measure()
-            self._first = self.bytes
+        self._steering.bits = float(total.detach())
+        if not self._steering.begun:
+            self._steering.begin(*self._measured())
         return self.weight * total
 
     def step(self) -> None:
         """Steer; after the last step, fix the symbols. Call it after each step of the optimiser."""
-        if self._log_weight is None:
-            raise ConfigError("Call target.penalty() before target.step(), and add it to the loss.")
-        self.steps_done += 1
-        if self.steps_done % self._every == 0 or self.steps_done >= self.steps:
-            self._measure()
-        error = self._error()
-        change = min(INTEGRAL / self.steps, MOST_CHANGE) * error
-        self._log_weight += min(max(change, -MOST_CHANGE), MOST_CHANGE)
-        if error < 0 and self.steps_done > RAMP * self.steps:
+        if self._steering.begun and self._steering.due():
+            self._steering.measured(*self._measured())
+        finer = self._steering.advance()
+        if finer > 0:
             with torch.no_grad():
                 for latent in (latent for weight in self._weights for latent in weight.log_steps()):
-                    latent.sub_(min(-FINER * error, MOST_FINER))
+                    latent.sub_(finer)
         if self.steps_done == self.steps:
             fit_to(self.model, self.file_bytes)
 
-    def _goal(self) -> float:
-        """The size in bytes that the file is to have now."""
-        aim, done = AIM * self.file_bytes, min(self.steps_done / (RAMP * self.steps), 1.0)
-        return aim if self._first <= aim else math.exp((1 - done) * math.log(self._first) + done * math.log(aim))
-
-    def _error(self) -> float:
-        """Logarithm of the size over the intended one; several times this where it is smaller."""
-        error = math.log(self.bytes / self._goal()) if self._first else 0.0
-        return error if error > 0 else BELOW * error
-
-    def _measure(self) -> None:
+    def _measured(self) -> tuple[float, int]:
+        """The code length in bits, and the size of the file in bytes."""
         with torch.no_grad():
             lengths = [code_length(*pair) for weight in self._weights for pair in weight.unrounded().values()]
-            self._bits = float(sum(map(float, lengths)))
-            coded = size_of(contents(self.model)) - self._fixed
-        self._ratio = 8 * coded / max(self._bits, 1.0)
+            return float(sum(map(float, lengths))), size_of(contents(self.model))
 
     def state_dict(self) -> dict[str, Any]:
         """What steering depends on.
@@ -155,7 +118,7 @@ class SizeTarget:
         Returns:
             Name -> number; for ``load_state_dict`` of a target with the same model and number of steps.
         """
-        return {name: getattr(self, name) for name in ("steps_done", "_log_weight", "_first", "_ratio", "_bits")}
+        return self._steering.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
@@ -163,8 +126,7 @@ class SizeTarget:
         Args:
             state: What ``state_dict`` returned.
         """
-        for name, value in state.items():
-            setattr(self, name, value)
+        self._steering.load_state_dict(state)
 
 
 def coded_weights(model: nn.Module) -> list[ThinWeight]:
@@ -201,52 +163,24 @@ def fit_to(model: nn.Module, file_bytes: int) -> int:
     Returns:
         The size of the file in bytes.
     """
-    now = size_of(contents(model))
+    coded = [pair for weight in coded_weights(model) for pair in _coded(weight)]
+
+    def put(arrays: Sequence[np.ndarray]) -> None:
+        for (latent, _), array in zip(coded, arrays, strict=True):
+            latent.copy_(torch.from_numpy(array))
+
     with torch.no_grad():
-        while now > file_bytes:
-            moves = [move for weight in coded_weights(model) for move in _moves(weight)]
-            order = torch.cat([cost for _, _, cost in moves])
-            order = order[order.isfinite()].sort().values
-            if not len(order):
-                raise BudgetError(
-                    f"The file has {now} bytes with every symbol zero, above the limit of {file_bytes}.",
-                    smallest_bits=8 * now,
-                    smallest_ratio=now / max(contents(model).dense_bytes, 1),
-                )
-            before = [latent.clone() for latent, _, _ in moves]
-            low, high = 0, len(order)  # moves: too few, and enough or all
-            while high - low > max(high >> 5, 1):
-                middle = (low + high) // 2
-                if _moved(model, moves, before, float(order[middle - 1])) <= file_bytes:
-                    high = middle
-                else:
-                    low = middle
-            now = _moved(model, moves, before, float(order[high - 1]))
-    return now
+        return steering.fit_to(file_bytes, lambda: contents(model), lambda: [now() for _, now in coded], put)
 
 
-Move = tuple[Tensor, Tensor, Tensor]
-"""Latents, what they would be one symbol nearer to zero, and what each of these moves costs; infinity for zeros."""
+def _coded(weight: ThinWeight) -> Iterator[tuple[Tensor, Callable[[], Rounded]]]:
+    """The latents of a weight that are rounded to a learned step, and how they are read."""
 
+    def read(entry: str) -> Rounded:
+        symbols, top = weight.unrounded()[entry]
+        latent, largest = getattr(weight, entry), float(symbols.abs().max())
+        step = float(latent.abs().max()) / largest if largest else 1.0
+        return Rounded(latent.double().cpu().numpy(), step, top)
 
-def _moves(weight: ThinWeight) -> list[Move]:
-    """Each symbol one nearer to zero. A move costs what the squared error grows by, over the bits that it saves."""
-    moves: list[Move] = []
-    for entry, (symbols, top) in weight.unrounded().items():
-        latent = getattr(weight, entry)
-        size, nearest = symbols.abs(), symbols.abs().round().clamp(max=top)
-        step = latent.abs().max() / size.max()
-        lengths = symbol_lengths(symbols, top)
-        signed = (symbols.sign() * nearest).long() + top
-        saved = lengths[signed] - lengths[signed - symbols.sign().long()]
-        grown = ((size - nearest + 1) ** 2 - (size - nearest) ** 2) / (size**2).mean()
-        cost = torch.where(nearest > 0, grown / saved.clamp(min=LEAST_SAVED), math.inf)
-        moves.append((latent, symbols.sign() * step * (nearest - 1), cost.reshape(-1).cpu()))
-    return moves
-
-
-def _moved(model: nn.Module, moves: list[Move], before: list[Tensor], limit: float) -> int:
-    """The size of the file with all moves that cost ``limit`` at most."""
-    for (latent, smaller, cost), was in zip(moves, before, strict=True):
-        latent.copy_(torch.where((cost <= limit).to(latent.device).reshape(latent.shape), smaller, was))
-    return size_of(contents(model))
+    for entry in weight.unrounded():
+        yield getattr(weight, entry), functools.partial(read, entry)
