@@ -440,7 +440,10 @@ class ThinWeight(CodeState):
                 return self._decode(index, self.floats())
             held = self._now()
         dense, version = held.dense.get(index, (None, 0))
-        if dense is None or dense._version != version:  # a caller wrote to the cached tensor
+        if dense is not None and dense._version != version:  # a caller wrote to it, and so perhaps to the floats
+            self._forget()
+            held, dense = self._now(), None
+        if dense is None:
             with torch.inference_mode(False), torch.no_grad():  # a gradient of the input may need it later
                 dense = self._decode(index, held.floats)  # of copies: another thread may write to the code
                 held.dense[index] = (dense, dense._version)
