@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rounded.py [--ratio 0.0099] [--batch 1] [--repeats 201]
 
-In evaluation, in `torch.inference_mode`: a layer of 2048 x 2048, and the network 440-6x2048-1952 as one `nn.Sequential`.
-`fp32` has its factors in so many bytes; `uniform` and `coded` have factors of the same shapes, rounded to 8 bits and to
-the symbols of a learned step; `thin biases` are 8-bit `uniform` as well; `same bytes` are 8-bit factors in as many bytes
-as fp32, four times as many. Runs of all are interleaved; medians, one thread. Prints microseconds and speed-ups.
+In evaluation, in `torch.inference_mode`: a layer of 2048 x 2048, and the network 440-6x2048-1952 as a `nn.Sequential`.
+`fp32` has its factors in so many bytes; `uniform` and `coded` have factors of the same shapes, rounded to 8 bits and
+to the symbols of a learned step; `thin biases` are 8-bit `uniform` as well; `same bytes` are 8-bit factors in as many
+bytes as fp32, four times as many. Runs of all are interleaved; medians, one thread. Prints microseconds and speed-ups.
 """
 
 import argparse
@@ -68,8 +68,8 @@ def main() -> None:
         for name, median in medians.items():
             floats = sum(p.numel() for n, p in models[name].named_parameters() if "bias" not in n)
             print(
-                f"{title:16} {name:21} {floats:9} floats {median:8.1f} us, {medians['dense'] / median:5.1f} times dense, "
-                f"{median / medians['fp32']:.2f} of fp32"
+                f"{title:16} {name:21} {floats:9} floats {median:8.1f} us, "
+                f"{medians['dense'] / median:5.1f} times dense, {median / medians['fp32']:.2f} of fp32"
             )
 
 

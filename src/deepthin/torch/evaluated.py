@@ -126,14 +126,17 @@ if short_ways:
 
 
 def is_trusted(module: nn.Module, name: str) -> bool:
-    """Whether an entry is a parameter or a plain attribute that only its owner replaces.
+    """Whether versions tell when an entry changes.
 
     Args:
         module: The weight.
         name: Name of the entry.
 
     Returns:
-        False for what FullyShardedDataParallel sets in a parameter's place: another tensor at each call.
+        False for what is computed or gathered before each call, in a parameter's place: FSDP writes to such tensors
+        without counting a version.
     """
+    if getattr(module, "_is_fsdp_managed_module", False):
+        return False
     value = module._parameters.get(name)
     return value is not None or not getattr(module, name).is_floating_point()
