@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -19,8 +20,9 @@ namespace {
 struct Torch {
     const deepthin::dlpack::ExchangeApi* api = nullptr;
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
-    nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach;
+    nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach, version;
     nb::list watchers;  // functions that return 0, False or None while no mode or hook intercepts operations
+    nb::list steps;     // one object, another one after each step of an optimiser
 } *torch_of_process = nullptr;
 
 nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
@@ -42,6 +44,7 @@ bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabl
     torch->requires_grad = intern("requires_grad");
     torch->is_neg = intern("is_neg");
     torch->detach = intern("detach");
+    torch->version = intern("_version");
     torch->watchers = watchers;
     torch_of_process = torch;
     return true;
@@ -85,6 +88,87 @@ bool is_negated(const Torch& torch, PyObject* object) {
 bool read_input(const Torch& torch, nb::handle x, bool grad, deepthin::dlpack::Tensor& tensor) {
     return Py_TYPE(x.ptr()) == torch.tensor && read_tensor(torch, x.ptr(), grad, tensor) && tensor.ndim > 0 &&
            !is_negated(torch, x.ptr());
+}
+
+struct Names {
+    nb::object forward = intern("forward"), hooks = intern("_forward_hooks"), pre_hooks = intern("_forward_pre_hooks"),
+               training = intern("training"), modules = intern("_modules"), parameters = intern("_parameters"),
+               thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
+               product = intern("product"), xf = intern("xf"), wf = intern("wf"), direct = intern("direct"),
+               evaluated = intern("_evaluated"), all_hooks = intern("_global_forward_hooks"),
+               all_pre_hooks = intern("_global_forward_pre_hooks");
+};
+
+const Names& names() {
+    static const Names& all = *new Names;
+    return all;
+}
+
+nb::object dictionary(PyObject* object) { return call(PyObject_GenericGetDict(object, nullptr)); }
+
+// Null where there is no such entry; borrowed, while the GIL is held.
+PyObject* get(nb::handle dictionary, const nb::object& key) {
+    return dictionary && PyDict_Check(dictionary.ptr()) ? PyDict_GetItemWithError(dictionary.ptr(), key.ptr()) : nullptr;
+}
+
+// Whether a tensor was written to as often as when its version was noted.
+bool is_version(const Torch& torch, PyObject* tensor, PyObject* noted) {
+    PyObject* version = PyObject_GetAttr(tensor, torch.version.ptr());
+    if (!version) {  // a tensor of inference mode
+        PyErr_Clear();
+        return false;
+    }
+    const nb::object now = nb::steal(version);
+    return PyLong_Check(noted) && PyLong_AsLongLong(now.ptr()) == PyLong_AsLongLong(noted);
+}
+
+// Whether an entry of a state is as it was noted (Source: name, tensor, alias, version, copy).
+bool is_unchanged(const Torch& torch, PyObject* source, PyObject* now, bool grad) {
+    if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != 5) return false;
+    PyObject *tensor = PyTuple_GET_ITEM(source, 1), *alias = PyTuple_GET_ITEM(source, 2), *copy = PyTuple_GET_ITEM(source, 4);
+    if (!now || (Py_TYPE(now) != torch.tensor && Py_TYPE(now) != torch.parameter)) return false;
+    if (grad && call(PyObject_GetAttr(now, torch.requires_grad.ptr())).ptr() != Py_False) return false;
+    deepthin::dlpack::Tensor old, read;
+    if (torch.api->from_python(now, &read) != 0 || torch.api->from_python(copy == Py_None ? alias : copy, &old) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    if (copy == Py_None) return now == tensor && read.data == old.data && is_version(torch, now, PyTuple_GET_ITEM(source, 3));
+    if (read.device.type != deepthin::dlpack::CPU || old.device.type != deepthin::dlpack::CPU || read.ndim != old.ndim ||
+        !read.is_row_major() || !old.is_row_major() || read.dtype.code != old.dtype.code ||
+        read.dtype.bits != old.dtype.bits || read.dtype.lanes != old.dtype.lanes || is_negated(torch, now))
+        return false;
+    int64_t bytes = read.dtype.bits * read.dtype.lanes / 8;
+    for (int32_t i = 0; i < read.ndim; i++) {
+        if (read.shape[i] != old.shape[i]) return false;
+        bytes *= read.shape[i];
+    }
+    return bytes == 0 || std::memcmp(read.floats(), old.floats(), bytes) == 0;
+}
+
+// What a ThinWeight holds for evaluation (Evaluated: sources, step, floats, dense); null where it may not be current.
+nb::object current(const Torch& torch, nb::handle attributes, bool grad) {
+    if (get(attributes, names().training) != Py_False || nb::len(torch.steps) != 1) return {};
+    const nb::object held = nb::borrow(get(attributes, names().evaluated));
+    if (!held || !PyTuple_Check(held.ptr()) || PyTuple_GET_SIZE(held.ptr()) != 4) return {};
+    PyObject* sources = PyTuple_GET_ITEM(held.ptr(), 0);
+    if (!PyTuple_Check(sources) || PyTuple_GET_ITEM(held.ptr(), 1) != PyList_GET_ITEM(torch.steps.ptr(), 0)) return {};
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources); i++) {
+        PyObject* source = PyTuple_GET_ITEM(sources, i);
+        const nb::object name = nb::borrow(PyTuple_GET_ITEM(source, 0));
+        PyObject* now = get(attributes, name);
+        const nb::object entry = nb::borrow(now ? now : get(get(attributes, names().parameters), name));
+        if (!is_unchanged(torch, source, entry.ptr(), grad)) return {};
+    }
+    return held;
+}
+
+// As above for Python, or None; None too while a mode or hook intercepts operations.
+nb::object current_of(nb::dict attributes) {
+    const Torch* torch = torch_of_process;
+    if (!torch || !is_quiet(*torch)) return nb::none();
+    nb::object held = current(*torch, attributes, is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr()))));
+    return held ? held : nb::none();
 }
 
 int64_t items(const deepthin::dlpack::Tensor& x) {
@@ -218,13 +302,15 @@ class Product {
 // Several products in a row, each rectified or not, in one call, as long as the modules that they replace are unchanged.
 class Chain {
   public:
-    // Links: (module, Product, group, part, thin) of a linear layer, whose `thin` holds under "weight" the part, or the
-    // group itself where that is the same; (module,) of a rectifier; (module, None) of what does nothing outside training.
+    // Links: (module, Product, group, part, thin, bias group, bias part, its index) of a linear layer, whose `thin` holds
+    // under "weight" the part, or the group itself where that is the same, and likewise under "bias", or there is None;
+    // (module,) of a rectifier; (module, None) of what does nothing outside training.
     // Globals: those of the module that has the hooks of all modules.
     Chain(nb::list links, nb::dict globals) : links_(links), globals_(globals) {
         for (nb::handle link : links) {
             seen_.push_back(Py_TYPE(at(link, 0)));
             group_types_.push_back(size(link) > 2 ? Py_TYPE(at(link, 2)) : nullptr);
+            bias_types_.push_back(size(link) > 2 ? Py_TYPE(at(link, 5)) : nullptr);
         }
     }
 
@@ -238,16 +324,14 @@ class Chain {
         std::vector<Step> steps;
         int64_t width = in.shape[in.ndim - 1], widest = 0;
         const int64_t batch = items(in);
-        static const Names& names = *new Names;
+        const Names& names = ::names();
         if (!is_empty(globals_, names.all_hooks) || !is_empty(globals_, names.all_pre_hooks)) return nb::none();
         for (std::size_t i = 0; i < nb::len(links_); i++) {
             nb::handle link = PyList_GET_ITEM(links_.ptr(), i);
             PyObject* module = at(link, 0);
             if (Py_TYPE(module) != seen_[i]) return changed();
             nb::object attributes = dictionary(module);
-            if (get(attributes, names.forward) || !is_empty(attributes, names.hooks) ||
-                !is_empty(attributes, names.pre_hooks))
-                return nb::none();
+            if (!is_plain(attributes)) return nb::none();
             if (size(link) == 1) {
                 steps.back().relu = true;
                 continue;
@@ -261,14 +345,29 @@ class Chain {
             nb::object within = dictionary(thin), state = dictionary(group);
             PyObject* parts = get(within, names.modules);
             if (get(parts, names.weight) != part || get(state, names.training) != Py_False) return changed();
-            if (part != group && get(get(dictionary(part), names.modules), names.group) != group) return changed();
-            if (get(parts, names.bias) || get(state, names.product)) return nb::none();
-            PyObject* code = get(state, names.parameters);
+            if (!is_part(part, group)) return changed();
+            if (get(state, names.product)) return nb::none();
+            nb::object code, shift = nb::borrow(get(get(attributes, names.parameters), names.bias));
+            if (get(state, names.direct) == Py_True) {
+                code = nb::borrow(get(state, names.parameters));
+            } else if (nb::object held = current(*torch, state, grad)) {
+                code = nb::borrow(PyTuple_GET_ITEM(held.ptr(), 2));
+            } else {
+                return nb::none();
+            }
+            PyObject* bias = get(parts, names.bias);
+            if (bias || at(link, 6) != Py_None) {
+                PyObject* owner = at(link, 5);
+                if (bias != at(link, 6) || Py_TYPE(owner) != bias_types_[i] || !is_part(bias, owner)) return changed();
+                nb::object of_bias = dictionary(owner);
+                if (!is_plain(of_bias) || !is_plain(dictionary(bias))) return nb::none();
+                shift = decoded(*torch, current(*torch, of_bias, grad), at(link, 7));
+                if (!shift) return nb::none();
+            }
             Product& product = *nb::inst_ptr<Product>(nb::handle(at(link, 1)));
             steps.push_back({nb::borrow(at(link, 1)), &product, {}, product.way(batch), false});
             if (steps.back().way == 0 || product.plan.cols != width ||
-                !product.read(*torch, get(code, names.xf), get(code, names.wf),
-                              get(get(attributes, names.parameters), names.bias), grad, steps.back().operands))
+                !product.read(*torch, get(code, names.xf), get(code, names.wf), shift.ptr(), grad, steps.back().operands))
                 return nb::none();
             width = product.plan.rows;
             widest = std::max(widest, width);
@@ -315,21 +414,26 @@ class Chain {
         int way;
         bool relu;
     };
-    struct Names {
-        nb::object forward = intern("forward"), hooks = intern("_forward_hooks"), pre_hooks = intern("_forward_pre_hooks"),
-                   training = intern("training"), modules = intern("_modules"), parameters = intern("_parameters"),
-                   thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
-                   product = intern("product"), xf = intern("xf"), wf = intern("wf"),
-                   all_hooks = intern("_global_forward_hooks"), all_pre_hooks = intern("_global_forward_pre_hooks");
-    };
-
+    // Whether calling a module with these attributes runs the forward of its class and nothing else.
+    static bool is_plain(nb::handle attributes) {
+        return !get(attributes, names().forward) && is_empty(attributes, names().hooks) &&
+               is_empty(attributes, names().pre_hooks);
+    }
+    // Whether a part is the group itself, or refers to it.
+    static bool is_part(PyObject* part, PyObject* group) {
+        return part == group || get(get(dictionary(part), names().modules), names().group) == group;
+    }
+    // A tensor that was decoded for evaluation; null where there is none, or someone has written to it.
+    static nb::object decoded(const Torch& torch, const nb::object& held, PyObject* index) {
+        if (!held) return {};
+        PyObject* dense = PyTuple_GET_ITEM(held.ptr(), 3);
+        const nb::object pair = nb::borrow(PyDict_Check(dense) ? PyDict_GetItemWithError(dense, index) : nullptr);
+        if (!pair || !PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2) return {};
+        const nb::object tensor = nb::borrow(PyTuple_GET_ITEM(pair.ptr(), 0));
+        return is_version(torch, tensor.ptr(), PyTuple_GET_ITEM(pair.ptr(), 1)) ? tensor : nb::object();
+    }
     static PyObject* at(nb::handle tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
     static Py_ssize_t size(nb::handle tuple) { return PyTuple_GET_SIZE(tuple.ptr()); }
-    static nb::object dictionary(PyObject* object) { return call(PyObject_GenericGetDict(object, nullptr)); }
-    // Null where there is no such entry; borrowed, while the GIL is held.
-    static PyObject* get(nb::handle dictionary, const nb::object& key) {
-        return dictionary && PyDict_Check(dictionary.ptr()) ? PyDict_GetItemWithError(dictionary.ptr(), key.ptr()) : nullptr;
-    }
     static bool is_empty(nb::handle dictionary, const nb::object& key) {
         PyObject* hooks = get(dictionary, key);
         return hooks && PyDict_Check(hooks) && PyDict_Size(hooks) == 0;
@@ -338,7 +442,7 @@ class Chain {
 
     nb::list links_;
     nb::dict globals_;
-    std::vector<PyTypeObject*> seen_, group_types_;
+    std::vector<PyTypeObject*> seen_, group_types_, bias_types_;
 };
 
 PyType_Slot chain_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Chain::traverse)},
@@ -349,6 +453,8 @@ PyType_Slot chain_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Chain::tr
 
 void deepthin::python::bind_torch(nb::module_& m) {
     m.def("use_torch", &use_torch);
+    m.def("use_steps", [](nb::list steps) { torch_of_process->steps = steps; });
+    m.def("current", &current_of);
     nb::class_<Product>(m, "Product")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("choose", &Product::choose)

@@ -66,7 +66,7 @@ def test_the_product_is_that_of_the_decoded_weight(rule, bias, tmp_path):
         assert layer.thin["weight"].path(x) == "symbols"
         assert_close(layer, x)
         assert layer(x).shape == (*shape[:-1], 30)
-    assert layer.thin["weight"]._dense  # made by the test alone
+    assert layer.thin["weight"]._evaluated.dense  # made by the test alone
     assert_close(layer, torch.randn(53, 5).T)
 
 

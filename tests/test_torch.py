@@ -544,7 +544,7 @@ def test_the_kept_dense_weight_is_never_stale(mode, x):
     with mode():
         before = model(x)
         assert weight() is weight()
-        assert weight._dense
+        assert weight._evaluated.dense
     changes = [
         lambda: weight.xf.data.mul_(2),
         lambda: model.load_state_dict(thin(seed=5).state_dict()),
@@ -575,7 +575,7 @@ def test_a_weight_kept_in_inference_mode_serves_gradients_of_the_input(x):
 def test_training_keeps_no_dense_weight(x):
     model = thin().train()
     model(x).sum().backward()
-    assert not model[0].thin["weight"]._dense
+    assert model[0].thin["weight"]._evaluated is None
 
 
 def test_compressing_twice_takes_what_is_left(tmp_path):

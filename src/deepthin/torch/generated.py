@@ -30,7 +30,7 @@ def generated(name: str) -> Any:
     def read(layer: "ThinLayer") -> Tensor | None:
         thin = layer._modules.get("thin")
         if thin is not None and name in thin._modules:
-            return layer.thin[name]()
+            return cast(nn.Module, thin._modules[name])()
         if name in layer._parameters:
             return layer._parameters[name]
         if name in layer.__dict__:

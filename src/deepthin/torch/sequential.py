@@ -62,7 +62,7 @@ class ThinSequential(nn.Sequential):
         return runs
 
     def _chain(self, modules: list[nn.Module]) -> Any:
-        """A native call for all modules; None for a single module, or if a layer has no native product."""
+        """A native call for all modules; None for a single module."""
         links: list[tuple[Any, ...]] = []
         for module in modules:
             if isinstance(module, nn.ReLU):
@@ -71,24 +71,28 @@ class ThinSequential(nn.Sequential):
                 links.append((module, None))
             else:
                 thin = cast(Any, module).thin
-                part = thin["weight"]
-                group, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
-                product = cast(ThinWeight, group).short_way(index)
-                if product is None:
-                    return None
-                links.append((module, product, group, part, thin))
+                group, part, index = _owner(thin["weight"])
+                bias = _owner(thin["bias"]) if "bias" in thin else (None, None, 0)
+                links.append((module, group.short_way(index), group, part, thin, *bias))
         return products.native().Chain(links, vars(module_globals)) if len(modules) > 1 else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_runs"}
 
 
+def _owner(part: nn.Module) -> tuple[Any, nn.Module, int]:
+    """The group that a thin parameter belongs to, the parameter's module, and its index."""
+    return (part.group, part, part.index) if type(part) is ThinPart else (part, part, 0)
+
+
 def _begins(module: nn.Module) -> bool:
-    if type(module) is not ThinLinear or "weight" not in module.thin or "bias" in module.thin:
+    if type(module) is not ThinLinear or "weight" not in module.thin:
         return False
-    weight: nn.Module = module.thin["weight"]
-    group = weight.group if type(weight) is ThinPart else weight
-    return type(group) is ThinWeight and group.direct  # the chain reads the parameters as they are
+    owners = [_owner(cast(nn.Module, part)) for part in module.thin.values()]
+    if any(type(group) is not ThinWeight for group, _, _ in owners):
+        return False
+    group, _, index = _owner(cast(nn.Module, module.thin["weight"]))
+    return group.short_way(index) is not None  # a product of two factors, in native code
 
 
 def _may_join(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from deepthin.plan.start import Start, drawn, encoded, generator
 from deepthin.storage.contents import Part
 from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
+from deepthin.torch.evaluated import Evaluated, current, is_current, is_trusted, last_step, source
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
 from deepthin.torch.state import CodeState, smallest_type
@@ -62,6 +63,7 @@ class ThinWeight(CodeState):
     file_bytes: int | None = None  # the size of the whole file that a rate-aware training is to reach
     _given: dict[str, Tensor] | None = None  # a code that was loaded: encoding again may give another
     _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
+    _evaluated: Evaluated | None = None
 
     def __init__(
         self,
@@ -103,9 +105,7 @@ class ThinWeight(CodeState):
         self._has_symbols = self.direct and isinstance(self.decoder, Symbols)
         self._indices = frozenset(entry for entry in self.method.integers() if not entry.endswith("symbols"))
         self._coded: StateCache[dict[str, Tensor]] = StateCache()
-        self._floats: StateCache[dict[str, Tensor]] = StateCache()
-        # Copies of the state, and index -> dense tensor with its version
-        self._dense: StateCache[tuple[list[Tensor], dict[int, tuple[Tensor, int]]]] = StateCache()
+        self._forget()
         self._sparse: StateCache[tuple[np.ndarray, np.ndarray]] = StateCache()
 
     @classmethod
@@ -208,6 +208,7 @@ class ThinWeight(CodeState):
             self._fill(new)
         if self.rounds:
             self._given = self._coded.put(self._copies(), code)
+        self._forget()
 
     def reset_parameters(self) -> None:
         """Draw new values, as torch's layers do; the same numbers for the same tensor name and seed.
@@ -226,6 +227,7 @@ class ThinWeight(CodeState):
         with torch.no_grad():
             self._fill({entry: torch.from_numpy(np.ascontiguousarray(array)) for entry, array in shown.items()})
         self._empty = None
+        self._forget()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -269,6 +271,39 @@ class ThinWeight(CodeState):
             missing_keys[:] = [key for key in missing_keys if key.removeprefix(prefix) not in latents]
             self.set_code(code)  # of a frozen weight
 
+    def train(self, mode: bool = True) -> "ThinWeight":
+        """Set the mode. What evaluation has computed is computed anew at the next call.
+
+        Args:
+            mode: Whether to train; otherwise, to evaluate.
+
+        Returns:
+            This weight.
+        """
+        super().train(mode)
+        self._forget()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ThinWeight":
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
+
+    def _forget(self) -> None:
+        self.__dict__.pop("_evaluated", None)
+
+    def _now(self) -> Evaluated:
+        """What follows from the present state, computed if need be; where it may be cached and needs no gradient."""
+        held, state = self._evaluated, self.state()
+        if held is not None and is_current(held, state, self.training):
+            return held
+        step, by_value = last_step(), self.direct or self.training
+        sources = tuple(source(e, t, by_value or not is_trusted(self, e)) for e, t in state.items())
+        with torch.inference_mode(False), torch.no_grad():
+            floats = self._floats_of([one.alias.clone() if one.copy is None else one.copy for one in sources])
+        self.__dict__["_evaluated"] = held = Evaluated(sources, step, floats, {})
+        return held
+
     def _all_entries(self) -> set[str]:
         """Entries that a state dict of this weight may have, were it frozen or not."""
         return {*self._entries, *self.method.code_shapes(), *self._coding.latent_shapes()}
@@ -285,8 +320,10 @@ class ThinWeight(CodeState):
         arXiv:1308.3432).
 
         Returns:
-            Entry -> tensor; cached while the state compares equal, if no gradient is needed.
+            Entry -> tensor; cached while the state is unchanged, if no gradient is needed.
         """
+        if not self.direct and not torch.compiler.is_compiling() and (held := current(self.__dict__)) is not None:
+            return held.floats
         if self.training and self._exact:
             self._follow_first_rank()
         state = self.state()
@@ -294,11 +331,7 @@ class ThinWeight(CodeState):
             return state
         may_cache = self._may_cache()
         if may_cache and not self._wants_gradient():
-            floats = self._floats.get(state.values())
-            if floats is None:
-                copies = self._copies()
-                floats = self._floats.put(copies, self._floats_of(copies))
-            return floats
+            return self._now().floats
         if not self.rounds:
             return self._decode_floats(state)
         with torch.no_grad():
@@ -408,22 +441,23 @@ class ThinWeight(CodeState):
 
         Returns:
             The dense tensor, of its part's shape. On the CPU in evaluation, where the code needs no gradient, it is
-            cached while the code compares equal, and must not be written to.
+            cached while the code is unchanged, and must not be written to.
         """
         if (leaf := as_leaf(self, index)) is not None:
             return cast(Any, leaf)
-        if not self._keeps():
-            return self._decode(index, self.floats())
-        cached = self._dense.get(self.state().values())
-        if cached is None:
-            copies = self._copies()
-            cached = self._dense.put(copies, (copies, {}))
-        copies, tensors = cached
-        dense, version = tensors.get(index, (None, 0))
-        if dense is None or dense._version != version:  # a caller wrote to the cached tensor
+        held = None if torch.compiler.is_compiling() else current(self.__dict__)
+        if held is None:
+            if not self._keeps():
+                return self._decode(index, self.floats())
+            held = self._now()
+        dense, version = held.dense.get(index, (None, 0))
+        if dense is not None and dense._version != version:  # a caller wrote to it, and so perhaps to the floats
+            self._forget()
+            held, dense = self._now(), None
+        if dense is None:
             with torch.inference_mode(False), torch.no_grad():  # a gradient of the input may need it later
-                dense = self._decode(index, self._floats_of(copies))  # of copies: another thread may write to the code
-                tensors[index] = (dense, dense._version)
+                dense = self._decode(index, held.floats)  # of copies: another thread may write to the code
+                held.dense[index] = (dense, dense._version)
         return dense
 
     def product(
@@ -449,6 +483,7 @@ class ThinWeight(CodeState):
         if way.name in _WAYS and not torch.compiler.is_compiling() and self._keeps():
             if (fast := self.short_way(index)) is not None:
                 fast.choose(case.batch, _WAYS[way.name])
+                self.floats()  # so that they are current
             y = self._short_way(x, index, bias)
             if y is not None:
                 return y
@@ -505,9 +540,10 @@ class ThinWeight(CodeState):
         if fast is None:
             return None
         if not self.direct:
-            if not self._keeps():
+            held = current(self.__dict__)
+            if held is None:
                 return None
-            entries = self.floats()
+            entries = held.floats
         return fast(x, entries.get("xf"), entries.get("wf"), bias)
 
     def short_way(self, index: int) -> Any:
@@ -582,7 +618,7 @@ class ThinWeight(CodeState):
         csr = self._sparse.get([positions])
         if csr is None:
             with torch.inference_mode(False), torch.no_grad():
-                positions = positions.clone()
+                positions = positions.clone() if self.direct else positions  # nobody writes to decoded ones
                 wide = positions.long()
                 starts = torch.searchsorted(wide, torch.arange(rows + 1) * cols)
                 columns = (wide % cols).numpy().astype(np.int32)
@@ -642,8 +678,7 @@ class ThinWeight(CodeState):
     def __getstate__(self) -> dict[str, Any]:
         """Without caches and what ``_prepare`` computes; but with a loaded code, which may not be reproducible."""
         derived = (
-            "_dense",
-            "_floats",
+            "_evaluated",
             "_fast",
             "_sparse",
             "_windows",
