@@ -50,7 +50,7 @@ class Steering:
         BudgetError: The target is below the size of the file if all symbols were zero.
     """
 
-    _STATE = ("steps_done", "bits", "_log_weight", "_first", "_ratio")
+    _STATE = ("steps", "steps_done", "bits", "_log_weight", "_first", "_ratio")
 
     def __init__(self, steps: int, file_bytes: int | None, given: Sequence[int | None], contents: Contents) -> None:
         if not given:
@@ -162,7 +162,7 @@ class Steering:
         """What steering depends on.
 
         Returns:
-            Name -> number; for ``load_state_dict`` of a controller of the same model and number of steps.
+            Name -> number, the number of steps included; for ``load_state_dict`` of a controller of the same model.
         """
         return {name: getattr(self, name) for name in self._STATE}
 

@@ -32,14 +32,21 @@ def parameter_groups(
     """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {("dense", 1.0): []}
     seen: set[int] = set()
+    leading: dict[ThinWeight, ThinWeight] = {}  # the matrix of a thin bias's layer
+    for layer in model.modules():
+        if isinstance(layer, ThinLayer):
+            weights = [t.group if isinstance(t, ThinPart) else t for t in layer.thin.values()]
+            matrix = next((weight for weight in weights if len(weight.parts[0].shape) > 1), None)
+            leading |= {weight: matrix or weight for weight in weights if len(weight.parts[0].shape) == 1}
     for module in model.modules():
         weights = [module] if isinstance(module, ThinWeight) else []
         if isinstance(module, ThinLayer):
             weights = [t.group if isinstance(t, ThinPart) else t for t in module.thin.values()]
-        name = weights[0].name if weights else "dense"
-        times = 1.0
+        name, times = "dense", 1.0
         if weights:
-            times = learning_rate_multiplier or methods.learning_rate_multiplier(name, weights[0].method)
+            first = leading.get(weights[0], weights[0])
+            name = first.name
+            times = learning_rate_multiplier or methods.learning_rate_multiplier(name, first.method)
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -12,6 +12,7 @@ from deepthin.plan import steering
 from deepthin.plan.file_limit import of_zeros
 from deepthin.plan.steering import Rounded, Steering
 from deepthin.storage.write import size_of
+from deepthin.torch import callbacks
 from deepthin.torch.code_length import code_length
 from deepthin.torch.files import contents
 from deepthin.torch.weight import ThinWeight
@@ -93,6 +94,38 @@ class SizeTarget:
         if not self._steering.begun:
             self._steering.begin(*self._measured())
         return self.weight * total
+
+    def add_gradient(self) -> None:
+        """Add the gradient of ``penalty()`` to the gradients that the parameters have.
+
+        Instead of adding the penalty to the loss, where that is out of reach: call it between the backward pass and the
+        step of the optimiser. Under DistributedDataParallel it adds the same on all processes.
+        """
+        held = [p for weight in self._weights for p in weight.parameters() if p.requires_grad]
+        slopes = torch.autograd.grad(self.penalty(), held, allow_unused=True)
+        for parameter, slope in zip(held, slopes, strict=True):
+            if slope is not None:
+                parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+
+    def lightning_callback(self) -> Any:
+        """A callback with which Lightning trains to the size.
+
+            trainer = lightning.Trainer(callbacks=[target.lightning_callback()])
+
+        Returns:
+            A ``lightning.pytorch.Callback``.
+        """
+        return callbacks.lightning_callback(self)
+
+    def trainer_callback(self) -> Any:
+        """A callback with which the Trainer of Hugging Face trains to the size.
+
+            trainer = transformers.Trainer(model, arguments, callbacks=[target.trainer_callback()])
+
+        Returns:
+            A ``transformers.TrainerCallback``.
+        """
+        return callbacks.trainer_callback(self)
 
     def step(self) -> None:
         """Steer; after the last step, fix the symbols. Call it after each step of the optimiser."""
