@@ -1,6 +1,7 @@
 """Rounded weights in evaluation: which changes are seen, what is not computed again, and which way is taken."""
 
 import copy
+import itertools
 import pickle
 import threading
 
@@ -29,7 +30,7 @@ SIZES = (60, 256, 256, 200)
 def network(rounding=ROUNDINGS["uniform"], bias=None, **options):
     """Three thin layers with rectifiers, in evaluation; with thin biases of a method, or dense ones."""
     torch.manual_seed(0)
-    layers = [m for a, b in zip(SIZES, SIZES[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in itertools.pairwise(SIZES) for m in (nn.Linear(a, b), nn.ReLU())]
     model = nn.Sequential(*layers[:-1])
     rules = {"*weight": {"rank": 1, "ratio": 0.05, **rounding, **options}}
     dt.compress(model, {"rules": rules | ({"*bias": bias} if bias else {})}, init="scratch")
@@ -214,7 +215,7 @@ def test_copies_pickles_and_types(ready, tmp_path):
 def test_a_loaded_model_evaluates_and_trains(ready, tmp_path):
     model, x = ready
     dt.save(model, tmp_path / "m.thin")
-    layers = [m for a, b in zip(SIZES, SIZES[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in itertools.pairwise(SIZES) for m in (nn.Linear(a, b), nn.ReLU())]
     loaded = dt.load(nn.Sequential(*layers[:-1]), tmp_path / "m.thin").eval()
     with torch.no_grad():
         want = model(x)
@@ -321,7 +322,7 @@ def test_nothing_is_compared_or_decoded_at_each_call(kind, rounding, monkeypatch
 
 @native
 def test_the_check_in_native_code_is_the_one_in_python(ready):
-    model, x = ready
+    model, _ = ready
     weight = weight_of(model)
     with torch.no_grad():
         held = weight._now()
@@ -343,7 +344,7 @@ def test_the_check_in_native_code_is_the_one_in_python(ready):
 
 
 def test_without_native_code_the_same(ready, monkeypatch):
-    model, x = ready
+    model, _ = ready
     monkeypatch.setattr("deepthin.torch.weight.current", evaluated._unknown)
     with torch.no_grad():
         before = weight_of(model)(0)
