@@ -57,14 +57,15 @@ def compiled(model, **options):
     return model
 
 
-def trained(file_bytes, rule, **options):
+def trained(file_bytes, rule, steps=STEPS, **options):
     """A model after its training to a size, and the target."""
     model = network()
     dk.compress(model, {"model": {"file_bytes": file_bytes}, "rules": {"*.kernel": rule}})
     compiled(model, **options)
-    target = dk.SizeTarget(model, steps=STEPS)
-    model.fit(*data(), batch_size=BATCH, epochs=4, verbose=0, shuffle=False, callbacks=[target])
-    assert target.steps_done == STEPS
+    target = dk.SizeTarget(model, steps=steps)
+    epochs = 4 * steps // STEPS
+    model.fit(*data(), batch_size=BATCH, epochs=epochs, verbose=0, shuffle=False, callbacks=[target])
+    assert target.steps_done == steps
     return model, target
 
 
@@ -186,7 +187,7 @@ def test_a_training_ends_within_its_size_and_files_cross(file_bytes, rule, optio
 
 
 def test_without_a_graph_the_same_holds(tmp_path):
-    model, target = trained(1100, CODED, run_eagerly=True)
+    model, target = trained(1100, CODED, steps=STEPS // 2, run_eagerly=True)
     assert 0.97 * 1100 <= dk.save(model, tmp_path / "m.thin") <= 1100
     assert target.weight > 0
 

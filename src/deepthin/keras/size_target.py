@@ -13,6 +13,7 @@ from deepthin.keras.namespace import NAMESPACE
 from deepthin.keras.tree import walk
 from deepthin.keras.weight import ThinWeight
 from deepthin.method import Array
+from deepthin.methods.float_coding import LOG_STEP
 from deepthin.plan import steering
 from deepthin.plan.steering import Rounded, Steering
 from deepthin.storage.write import size_of
@@ -200,8 +201,13 @@ class SizeTarget(keras.callbacks.Callback):
 
     def _measured(self) -> tuple[float, int]:
         """The code length in bits, and the size of the file in bytes."""
-        lengths = [code_length(*pair) for weight in self._weights for pair in weight.unrounded().values()]
-        return float(sum(float(ops.convert_to_numpy(length)) for length in lengths)), size_of(contents(self._target))
+        bits = 0.0
+        for weight in self._weights:
+            code = weight.code()
+            for latent, method in weight.steps.values():
+                symbols = code[latent.removesuffix(LOG_STEP) + "symbols"].astype(np.int64)
+                bits += float(steering.symbol_lengths(symbols, method.top())[symbols + method.top()].sum())
+        return bits, size_of(contents(self._target))
 
     def state_dict(self) -> dict[str, Any]:
         """What steering depends on.
