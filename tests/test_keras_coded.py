@@ -1,4 +1,4 @@
-"""Learned steps, and training to the size of a file, in Keras on the backend of KERAS_BACKEND; torch to compare with."""
+"""Learned steps, and training to the size of a file, in Keras on the backend of KERAS_BACKEND."""
 
 import warnings
 
@@ -164,7 +164,7 @@ def test_a_training_ends_within_its_size_and_files_cross(file_bytes, rule, optio
     size = dk.save(model, tmp_path / "m.thin", max_bytes=file_bytes)
     assert 0.97 * file_bytes <= size <= file_bytes == target.file_bytes
     x, y = data()
-    loss, accuracy = model.evaluate(x, y, verbose=0)
+    _, accuracy = model.evaluate(x, y, verbose=0)
     assert accuracy > 2 / CLASSES
 
     wanted = ops.convert_to_numpy(model(x[:9]))
