@@ -1,4 +1,4 @@
-"""The two whole examples of docs/keras.md run, in small."""
+"""The whole examples of docs/keras.md run, in small."""
 
 import importlib.util
 import warnings
@@ -34,3 +34,9 @@ def test_an_lstm_and_the_same_file_in_torch(tmp_path):
     assert right > 0.7  # a quarter by chance
     # Each step sums inputs and 64 units, then a score sums 64 units below one times weights below a tenth on average.
     assert far <= 2 * bound(lstm.STEPS * (lstm.FEATURES + 64 + 8) + 64, 6.4)
+
+
+def test_a_training_to_a_size(tmp_path):
+    right, n_bytes = example("keras_size").main(str(tmp_path / "m.thin"))
+    assert 0.97 * 1500 <= n_bytes <= 1500
+    assert right > 0.5  # an eighth by chance

@@ -1,7 +1,8 @@
 """How many bits symbols will take in a file, differentiable in the numbers that are rounded to them.
 
-The same as ``deepthin.torch.code_length``, in keras.ops: frequencies are counted, and the gradient is that of the linear
-interpolation between the lengths of the two symbols beside a number (after Oktay et al., 2020, arXiv:1906.06624).
+The same as ``deepthin.torch.code_length``, in keras.ops: frequencies are counted, and the gradient is that of the
+linear interpolation between the lengths of the two symbols beside a number (after Oktay et al., 2020,
+arXiv:1906.06624).
 """
 
 import math
@@ -20,8 +21,8 @@ def code_length(symbols: Array, top: int) -> Array:
         top: The largest symbol, >= 1; larger numbers count as this one.
 
     Returns:
-        Bits, a float32 scalar, differentiable in ``symbols``: for each the difference of the lengths of the symbols above
-        and below it; 0 beyond the largest.
+        Bits, a float32 scalar, differentiable in ``symbols``: for each the difference of the lengths of the symbols
+        above and below it; 0 beyond the largest.
     """
     flat, count = ops.cast(ops.reshape(symbols, (-1,)), "float32"), 2 * top + 1
     fixed = ops.stop_gradient(flat)

@@ -13,6 +13,7 @@ from deepthin.keras.namespace import NAMESPACE
 from deepthin.keras.tree import walk
 from deepthin.keras.weight import ThinWeight
 from deepthin.method import Array
+from deepthin.methods.float_coding import LOG_STEP
 from deepthin.plan import steering
 from deepthin.plan.steering import Rounded, Steering
 from deepthin.storage.write import size_of
@@ -44,14 +45,15 @@ class SizeTarget(keras.callbacks.Callback):
         model.fit(x, y, epochs=epochs, callbacks=[target])
 
     The penalty is the code length of all symbols of methods that learn their step (``coded``), times a weight that is
-    the same for the whole model: bits go where they help the loss most. It is one of ``model.losses``, and 0 outside of
-    training steps. The weight is raised while the file is above its intended size and lowered while it is below: in the
-    first quarter of the steps this falls from the present size to the target. What is steered by is the size of the file
-    as it would be written, measured up to a hundred times, and the code length in between.
+    the same for the whole model: bits go where they help the loss most. It is one of ``model.losses``, and 0 outside
+    of training steps. The weight is raised while the file is above its intended size and lowered while it is below: in
+    the first quarter of the steps this falls from the present size to the target. What is steered by is the size of the
+    file as it would be written, measured up to a hundred times, and the code length in between.
 
     In the last step the symbols are fixed: should the file still be too large, the symbols that are nearest to the next
     smaller one are moved there. Save the model before it trains any further. In a training loop of your own, add
-    ``sum(model.losses)`` to the loss, and call ``on_train_batch_begin(0)`` and ``on_train_batch_end(0)`` around each step.
+    ``sum(model.losses)`` to the loss, and call ``on_train_batch_begin(0)`` and ``on_train_batch_end(0)`` around each
+    step.
 
     Args:
         model: A model with coded weights, as ``compress`` makes it.
@@ -199,8 +201,13 @@ class SizeTarget(keras.callbacks.Callback):
 
     def _measured(self) -> tuple[float, int]:
         """The code length in bits, and the size of the file in bytes."""
-        lengths = [code_length(*pair) for weight in self._weights for pair in weight.unrounded().values()]
-        return float(sum(float(ops.convert_to_numpy(length)) for length in lengths)), size_of(contents(self._target))
+        bits = 0.0
+        for weight in self._weights:
+            code = weight.code()
+            for latent, method in weight.steps.values():
+                symbols = code[latent.removesuffix(LOG_STEP) + "symbols"].astype(np.int64)
+                bits += float(steering.symbol_lengths(symbols, method.top())[symbols + method.top()].sum())
+        return bits, size_of(contents(self._target))
 
     def state_dict(self) -> dict[str, Any]:
         """What steering depends on.

@@ -163,7 +163,7 @@ class ThinWeight(keras.layers.Layer):
         return variable
 
     def _add_rate(self) -> None:
-        """Variables for ``SizeTarget``, always there, so that weights' files fit: one weight's serve the whole model."""
+        """Variables for ``SizeTarget``, always there, so that files of weights fit. One weight's serve the model."""
         options = {"dtype": "float32", "trainable": False, "autocast": False, "aggregation": "only_first_replica"}
         if self.steps:
             self.bit_weight = self.add_weight((), "zeros", name="bit_weight", **options)  # 0 but in a training step
@@ -197,7 +197,7 @@ class ThinWeight(keras.layers.Layer):
 
     def _encoded(self, latents: Code) -> Code:
         """The code of latents by the operations of ``floats``: NumPy's could break ties otherwise."""
-        code = self._coding.encode({entry: ops.convert_to_tensor(a) for entry, a in latents.items()}, _OPS)
+        code = self._coding.encode(self._widened(latents), _OPS)
         return {entry: np.array(ops.convert_to_numpy(a)) for entry, a in code.items()}
 
     def set_code(self, code: Mapping[str, np.ndarray]) -> None:
@@ -238,9 +238,9 @@ class ThinWeight(keras.layers.Layer):
         Returns:
             Entry -> tensor of the backend.
         """
-        state = _tensors(self.latents)
         if not self.rounds:
-            return self._coding.decode(state, _OPS)
+            return self._coding.decode(_tensors(self.latents), _OPS)
+        state = self._widened(self.latents)
         fixed = {entry: ops.stop_gradient(tensor) for entry, tensor in state.items()}
         rounded = self._coding.decode(self._coding.encode(fixed, _OPS), _OPS)
         whole = self.decoder.integers()
@@ -255,8 +255,15 @@ class ThinWeight(keras.layers.Layer):
         for entry, (latent, method) in self.steps.items():
             step = method.step(state[latent], _OPS)
             slope = ops.stop_gradient((rounded[entry] - fixed[entry]) / step)
-            floats[entry] = floats[entry] + ops.cast(slope * (step - ops.stop_gradient(step)), floats[entry].dtype)
-        return floats
+            floats[entry] = floats[entry] + slope * (step - ops.stop_gradient(step))
+        return {e: t if e in whole else ops.cast(t, self.variable_dtype) for e, t in floats.items()}
+
+    def _widened(self, latents: Mapping[str, Any]) -> Code:
+        """Latents as tensors; beside a learned step in single precision at least."""
+        tensors, whole = _tensors(latents), self.decoder.integers()
+        if not self.steps or self.variable_dtype not in HALF:
+            return tensors
+        return {entry: t if entry in whole else ops.cast(t, "float32") for entry, t in tensors.items()}
 
     def unrounded(self) -> dict[str, tuple[Array, int]]:
         """The symbols before rounding, of the floats whose step is learned: what a rate-aware training codes.
@@ -264,8 +271,9 @@ class ThinWeight(keras.layers.Layer):
         Returns:
             Entry -> latents over the step, differentiable in both, and the largest symbol; empty for other methods.
         """
+        state = self._widened(self.latents) if self.steps else {}
         return {
-            entry: (self.latents[entry] / method.step(ops.convert_to_tensor(self.latents[latent]), _OPS), method.top())
+            entry: (state[entry] / method.step(state[latent], _OPS), method.top())
             for entry, (latent, method) in self.steps.items()
         }
 
