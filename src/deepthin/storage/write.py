@@ -66,7 +66,11 @@ def size_of(contents: Contents, version: Version | None = None, *, bound: bool =
         head = _head(contents, tensors, dict.fromkeys(tensors, 0))  # placeholders of equal length
         return len(head) + sum(raw.bytes for raw in tensors.values()) + CHECKSUM_BYTES
     bound = bound or any(thin.planned for thin in contents.thin.values())
-    head = head_of(contents, bound)
+    return _bytes(head_of(contents, bound), bound)
+
+
+def _bytes(head: Head, bound: bool) -> int:
+    """The size of a file of version 2."""
     end = len(begun(head))
     if bound:  # zeros before an array that is aligned are as many as there can be
         sizes = [item.bytes + (ALIGNMENT - 1) * item.aligned for _, _, item in head.items()]
@@ -137,14 +141,14 @@ def _check(contents: Contents) -> None:
         thin.check()
 
 
-def _stream(contents: Contents, finite: bool, version: int) -> Iterator[Buffer]:
+def _stream(contents: Contents, finite: bool, version: int, head: Head | None = None) -> Iterator[Buffer]:
     if version == 1:
         tensors = _tensors(contents)
         checksums = {name: _checksum(name, raw, finite) for name, raw in tensors.items()}
         start = _head(contents, tensors, checksums)
         arrays = [(name, raw, checksums[name], 0) for name, raw in tensors.items()]
     else:
-        head = head_of(contents)
+        head = head or head_of(contents)
         start, arrays = begun(head), list[tuple[str, Raw, int, int]]()
         for name, entry, _, place in places_of(head, len(start))[0]:
             label, raw = f"{name}/{entry}" if entry else name, _stored(contents, head, name, entry)
@@ -200,7 +204,9 @@ def write(
         OSError: The file cannot be written.
     """
     _check(contents)
-    bytes_ = size_of(contents, version)
+    number = _version(contents, version)
+    head = head_of(contents) if number != 1 else None
+    bytes_ = size_of(contents, 1) if head is None else _bytes(head, bound=False)
     if max_bytes is not None and bytes_ > max_bytes:
         raise BudgetError(
             f"The file would have {bytes_} bytes, above the limit of {max_bytes}: nothing was written. "
@@ -208,7 +214,7 @@ def write(
             smallest_bits=8 * bytes_,
             smallest_ratio=bytes_ / max(contents.dense_bytes, 1),
         )
-    stream_atomically(path, _stream(contents, finite, _version(contents, version)))
+    stream_atomically(path, _stream(contents, finite, number, head))
     return bytes_
 
 
