@@ -131,6 +131,9 @@ def contents():
     add("kronecker then kmeans", uneven)
     add("rank then ecsq", then(METHODS["rank"](shape=shape, n=40, rank=2), "ecsq", levels=4, coded_bytes=200))
     add("tensor-train then binary", then(train, "binary", planes=3))
+    add("coded", METHODS["coded"](shape=shape), kind="short", way="peaked")
+    add("coded", METHODS["coded"](shape=shape, width=3))
+    add("deepthin then coded", then(factor, "coded"), kind="short", way="peaked")
     add("deepthin then hashed", then(factor, "hashed", buckets=5))  # a pair without a number
     flat, rows = METHODS["deepthin"](shape=(15, 16), n=5, rank=1), METHODS["uniform"](shape=(12, 8), width=4)
     add("deepthin", flat, {"group.a": Part((6, 20), 2.0), "group.b": Part((8, 5, 3), 0.1, transposed=True)})

@@ -115,9 +115,10 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "ecsq": Schema(10, "levels", more=(Field("coded_bytes"),)),
     "binary": Schema(11, "planes", options=(Field("rounds", usual=2), Field("per", "words", "row", _PER))),
+    "coded": Schema(12, "width"),
 }
 """The methods that have a number, 1 to 15."""
-SECONDS = {"uniform": 1, "kmeans": 2, "ecsq": 3, "binary": 4}
+SECONDS = {"uniform": 1, "kmeans": 2, "ecsq": 3, "binary": 4, "coded": 5}
 """Numbers of the methods that may store the floats of another, 1 to 7; 0: none does."""
 _NAMES = {schema.number: name for name, schema in SCHEMAS.items()}
 _SECOND_NAMES = {number: name for name, number in SECONDS.items()}
