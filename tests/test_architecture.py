@@ -21,7 +21,7 @@ OUTSIDE = {
     "storage": CORE | {"safetensors"},
     "keras": CORE | {"keras", "ml_dtypes", "tensorflow"},
     "tensorflow": CORE | {"keras", "tensorflow"},
-    "torch": CORE | {"torch", "transformers"},
+    "torch": CORE | {"torch", "transformers", "lightning"},
     "testing": CORE | {"torch"},
     "lab": CORE
     | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"},

@@ -96,7 +96,9 @@ def test_every_method_trains_with_the_penalty(rule):
     for weight in coded_weights(model):
         for name in weight.unrounded():
             symbols = weight.unrounded()[name][0]
-            assert (getattr(weight, name).grad is not None) and (symbols.abs().max() == 0 or getattr(weight, name).grad.any())
+            assert (getattr(weight, name).grad is not None) and (
+                symbols.abs().max() == 0 or getattr(weight, name).grad.any()
+            )
         assert all(latent.grad is not None for latent in weight.log_steps())
 
 
@@ -265,7 +267,9 @@ def test_hugging_face(tmp_path):
         optimizer = torch.optim.Adam(dt.parameter_groups(model, 2e-3))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
         callbacks = [target.trainer_callback()]
-        return transformers.Trainer(model, arguments, train_dataset=items, optimizers=(optimizer, schedule), callbacks=callbacks)
+        return transformers.Trainer(
+            model, arguments, train_dataset=items, optimizers=(optimizer, schedule), callbacks=callbacks
+        )
 
     model = Model()
     target = SizeTarget(model.net, steps=300)

@@ -5,15 +5,41 @@ Both add the gradient of the penalty to the gradients of the loss just before th
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from deepthin.torch.size_target import SizeTarget
+
+class Target(Protocol):
+    """What a callback asks of ``SizeTarget``."""
+
+    def add_gradient(self) -> None:
+        """Add the penalty's gradient."""
+        ...
+
+    def step(self) -> None:
+        """Steer."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What steering depends on.
+
+        Returns:
+            Name -> number.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Args:
+            state: What ``state_dict`` returned.
+        """
+        ...
+
 
 STATE = "size_target.json"
 
 
-def lightning_callback(target: "SizeTarget") -> Any:
+def lightning_callback(target: Target) -> Any:
     """A callback for ``lightning.Trainer``.
 
     Args:
@@ -25,10 +51,7 @@ def lightning_callback(target: "SizeTarget") -> Any:
     Raises:
         ImportError: Lightning is not installed.
     """
-    try:
-        from lightning.pytorch import Callback
-    except ImportError:
-        from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports] -- its former name
+    from lightning.pytorch import Callback
 
     class SizeTargetCallback(Callback):
         """Adds the penalty's gradient before each step of the optimiser, and steers after it."""
@@ -54,7 +77,7 @@ def lightning_callback(target: "SizeTarget") -> Any:
     return SizeTargetCallback()
 
 
-def trainer_callback(target: "SizeTarget") -> Any:
+def trainer_callback(target: Target) -> Any:
     """A callback for ``transformers.Trainer``.
 
     Args:
