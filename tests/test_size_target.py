@@ -96,9 +96,9 @@ def test_every_method_trains_with_the_penalty(rule):
     for weight in coded_weights(model):
         for name in weight.unrounded():
             symbols = weight.unrounded()[name][0]
-            assert (getattr(weight, name).grad is not None) and (
-                symbols.abs().max() == 0 or getattr(weight, name).grad.any()
-            )
+            gradient = getattr(weight, name).grad
+            assert gradient is not None
+            assert symbols.abs().max() == 0 or gradient.any()
         assert all(latent.grad is not None for latent in weight.log_steps())
 
 
