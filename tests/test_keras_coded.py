@@ -187,7 +187,7 @@ def test_a_training_ends_within_its_size_and_files_cross(file_bytes, rule, optio
 
 
 def test_without_a_graph_the_same_holds(tmp_path):
-    model, target = trained(1100, CODED, steps=STEPS // 2, run_eagerly=True)
+    model, target = trained(1100, CODED, steps=STEPS // 4, run_eagerly=True)
     assert 0.97 * 1100 <= dk.save(model, tmp_path / "m.thin") <= 1100
     assert target.weight > 0
 
