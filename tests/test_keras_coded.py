@@ -120,7 +120,7 @@ def test_latents_and_the_step_get_torchs_gradients():
 
         def loss(value, variable=variable):
             with keras.StatelessScope(state_mapping=[(variable, value)]):
-                return ops.sum(mine.dense() * grad)
+                return ops.sum(mine.dense() * tensor(grad))
 
         got = gradient(loss, np.array(ops.convert_to_numpy(variable)))
         assert np.abs(got - wanted.numpy()).max() <= 4 * 120 * EPS * np.abs(wanted.numpy()).max()
@@ -154,7 +154,7 @@ class Torch(nn.Module):
     ("file_bytes", "rule", "options"),
     [
         (1400, CODED, {}),
-        (900, CODED, {"steps_per_execution": 4}),
+        (900, CODED, {} if BACKEND == "torch" else {"steps_per_execution": 4}),
         (1000, THEN, {}),
     ],
     ids=["dense", "dense, small", "factors"],
@@ -187,7 +187,7 @@ def test_a_training_ends_within_its_size_and_files_cross(file_bytes, rule, optio
 
 
 def test_without_a_graph_the_same_holds(tmp_path):
-    model, target = trained(1100, CODED, steps=STEPS // 2, run_eagerly=True)
+    model, target = trained(1100, CODED, steps=STEPS // 4, run_eagerly=True)
     assert 0.97 * 1100 <= dk.save(model, tmp_path / "m.thin") <= 1100
     assert target.weight > 0
 
