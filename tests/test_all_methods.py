@@ -418,7 +418,7 @@ def stored(rule, tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 30, bias=False))
     dt.compress(network, {"model": {"ratio": 0.3}, "rules": {"*": rule}}, init="scratch")
-    dt.save(network, tmp_path / "a.thin")
+    dt.save(network, tmp_path / "a.thin", format=1)
     return (tmp_path / "a.thin").read_bytes()
 
 

@@ -644,7 +644,7 @@ def test_a_small_matrix_has_no_more_centres_than_weights():
 def test_headers_that_lie(rule, change, tmp_path):
     network = nn.Sequential(nn.Linear(20, 30, bias=False))
     dt.compress(network, {"rules": {"*": rule}})
-    dt.save(network, tmp_path / "a.thin")
+    dt.save(network, tmp_path / "a.thin", format=1)
     data = (tmp_path / "a.thin").read_bytes()
     header = header_of(data)
     header["thin"]["0.weight"]["fields"].update(change)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from deepthin.method import Method, Namespace, matrix_shape
+from deepthin.method import Integers, Method, Namespace, matrix_shape
 from deepthin.storage.arrays import (
     ITEM_BYTES,
     LONGEST_NAME,
@@ -91,6 +91,11 @@ Stored = Mapping[str, tuple[Raw, Coding | None]]
 """The entries of a matrix as the file has them: floats, and integers as bytes; with how these are to be read."""
 
 
+def _planned(raw: Raw, kind: Integers) -> tuple[Raw, Coding] | None:
+    """The most bytes that integers can take which are not there yet, as on torch's meta device."""
+    return (Raw.zeros("U8", (kind.bytes(math.prod(raw.shape)),)), ("planned", 0)) if raw.planned else None
+
+
 @dataclass(frozen=True)
 class Thin:
     """A compressed matrix and the tensors that it holds, one after the other: several in a group, else one."""
@@ -157,7 +162,9 @@ class Thin:
             return {entry: (raw, ("planned", 0) if entry in integers else None) for entry, raw in self.code.items()}
         floats = stored_floats({entry: raw for entry, raw in self.code.items() if entry not in integers})
         return {
-            entry: coded(raw.numpy(), integers[entry]) if entry in integers else floats[entry]
+            entry: floats[entry]
+            if entry in floats
+            else _planned(raw, integers[entry]) or coded(raw.numpy(), integers[entry])
             for entry, raw in self.code.items()
         }
 
