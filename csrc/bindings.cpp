@@ -13,6 +13,7 @@
 #include "huffman.h"
 #include "kernels.h"
 #include "python.h"
+#include "quantize.h"
 
 namespace nb = nanobind;
 using deepthin::Kernels;
@@ -161,6 +162,28 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release unlocked;
         return deepthin::arithmetic_decode(deepthin::Binarisation(kind), at<const uint8_t>(data), bytes, at<int64_t>(out), count,
                                            parameter, most);
+    });
+    const auto check_symbols = [](int64_t count, float step, int top) {
+        if (count < 0 || !(step > 0) || top < 1 || top > deepthin::kMostSymbol)
+            throw std::invalid_argument("symbols need a step above 0 and go up to 127");
+    };
+    m.def("quantize", [check_symbols](std::uintptr_t latents, int64_t count, float step, int top, std::uintptr_t values,
+                                      std::uintptr_t residual) {
+        check_symbols(count, step, top);
+        nb::gil_scoped_release unlocked;
+        deepthin::quantize(at<const float>(latents), count, step, top, at<float>(values), at<float>(residual));
+    });
+    m.def("count_symbols", [check_symbols](std::uintptr_t latents, int64_t count, float step, int top, std::uintptr_t counts) {
+        check_symbols(count, step, top);
+        nb::gil_scoped_release unlocked;
+        deepthin::count_symbols(at<const float>(latents), count, step, top, at<int64_t>(counts));
+    });
+    m.def("code_slopes", [check_symbols](std::uintptr_t latents, int64_t count, float step, int top, std::uintptr_t rise,
+                                         float scale, std::uintptr_t slopes) {
+        check_symbols(count, step, top);
+        nb::gil_scoped_release unlocked;
+        return deepthin::code_slopes(at<const float>(latents), count, step, top, at<const float>(rise), scale,
+                                     at<float>(slopes));
     });
     m.def("csr", [](std::uintptr_t values, std::uintptr_t columns, std::uintptr_t starts, int64_t rows, int64_t cols,
                     int64_t entries, std::uintptr_t bias, std::uintptr_t x, std::uintptr_t y, int64_t batch,

@@ -16,7 +16,7 @@ from deepthin.lab.checkpoint import Checkpoint
 from deepthin.lab.tasks.training import Training
 from deepthin.plan import steering
 from deepthin.storage.write import size_of
-from deepthin.torch.code_length import code_length
+from deepthin.torch.code_length import code_length, quantized
 from deepthin.torch.files import contents
 from deepthin.torch.size_target import SizeTarget, coded_weights, fit_to, smallest_bytes
 
@@ -95,25 +95,52 @@ def test_every_method_trains_with_the_penalty(rule):
     assert penalty > 0
     for weight in coded_weights(model):
         for name in weight.unrounded():
-            symbols = weight.unrounded()[name][0]
             gradient = getattr(weight, name).grad
             assert gradient is not None
-            assert symbols.abs().max() == 0 or gradient.any()
+            assert getattr(weight, name).abs().max() == 0 or gradient.any()
         assert all(latent.grad is not None for latent in weight.log_steps())
 
 
 def test_the_code_length_is_that_of_frequencies():
     """Against entropy computed symbol by symbol, and central differences of the interpolation at fixed frequencies."""
-    symbols = (3 * torch.randn(400, generator=torch.Generator().manual_seed(0))).double().requires_grad_()
-    bits = code_length(symbols, 7)
+    step = torch.full((1, 1), 0.5, dtype=torch.float64, requires_grad=True)
+    latents = (1.5 * torch.randn(400, generator=torch.Generator().manual_seed(0))).double().requires_grad_()
+    bits = code_length(latents, step, 7)
+    symbols = latents / 0.5
     rounded = symbols.detach().clamp(-7, 7).round().numpy().astype(int)
     lengths = steering.symbol_lengths(rounded, 7)
     assert bits.item() == pytest.approx(sum(lengths[value + 7] for value in rounded), rel=400 * 2**-52)
     bits.backward()
-    for value, slope in zip(symbols.detach().tolist(), symbols.grad.tolist(), strict=True):
+    of_step = 0.0
+    for value, slope in zip(symbols.detach().tolist(), latents.grad.tolist(), strict=True):
         below = min(max(math.floor(value), -7), 6)
         expected = lengths[below + 8] - lengths[below + 7] if abs(value) <= 7 else 0.0
-        assert slope == pytest.approx(expected, abs=1e-12)
+        assert slope == pytest.approx(expected / 0.5, abs=1e-12)
+        of_step -= expected * value / 0.5
+    assert step.grad.item() == pytest.approx(of_step, rel=1e-12)
+
+
+@pytest.mark.skipif(not deepthin.native_available, reason="there is no native code")
+@pytest.mark.parametrize("top", [1, 7, 127])
+def test_native_code_rounds_and_counts_as_torch_does(top, monkeypatch):
+    """The multiples bit for bit; gradients up to the roundings of sums of 3,000 terms."""
+    drawn = torch.Generator().manual_seed(top)
+    latents = torch.randn(3000, generator=drawn) * top / 3
+    latents[:8] = torch.tensor([0.0, -0.0, 0.15, -0.15, 0.45, -0.45, 1e6, -1e6])
+    goal, found = torch.randn(3000, generator=drawn), []
+    for native in (True, False):
+        monkeypatch.setattr("deepthin.kernels.products.native_available", native)
+        one, step = latents.clone().requires_grad_(), torch.full((1, 1), 0.3, requires_grad=True)
+        values = quantized(one, step, top)
+        bits = code_length(one, step, top)
+        ((values * goal).sum() + 1e-3 * bits).backward()
+        found.append((values.detach(), bits.detach(), one.grad, step.grad))
+    (values, bits, gradient, of_step), (values2, bits2, gradient2, of_step2) = found
+    assert torch.equal(values, values2)
+    assert bits == bits2
+    assert torch.allclose(gradient, gradient2, rtol=8 * 2**-24, atol=8 * 2**-24 * float(goal.abs().max()))
+    terms = (goal.abs().sum() + 1e-3 * bits).item() * top / 0.3
+    assert abs(of_step - of_step2).item() <= 3000 * 2**-24 * terms
 
 
 def test_the_step_has_the_gradient_of_lsq():

@@ -7,8 +7,8 @@ import numpy as np
 
 from deepthin.errors import BudgetError, ConfigError
 from deepthin.methods.float_coding import LOG_STEP, FloatCoding
-from deepthin.plan.rules import Rules
-from deepthin.plan.shares import Planned, plan_tensors, split_units, units_of
+from deepthin.plan.rules import IN_16_BITS, Rules
+from deepthin.plan.shares import Planned, plan_tensors, split_units
 from deepthin.plan.tensor import Tensor
 from deepthin.storage.arrays import Raw
 from deepthin.storage.codings import coded
@@ -70,8 +70,20 @@ def within(
         BudgetError: Even the smallest plans need more than ``limit`` bytes; it carries the smallest possible size.
         ConfigError: The rules do not fit the tensors, or some matrices are trained to a size and others share it.
     """
-    if any(unit.rule.learns_step for unit in units_of(rules.match(tensors))):
+    if any(rule.learns_step for rule in rules.rules):
         return _trained(limit, rules, tensors, base)
+    try:
+        return _within(limit, rules, tensors, base, encoded)
+    except BudgetError:
+        if rules.biases != "default":
+            raise
+    return _within(limit, replace(rules, biases=IN_16_BITS), tensors, base, encoded)
+
+
+def _within(
+    limit: int, rules: Rules, tensors: Sequence[Tensor], base: Contents, encoded: Encoder | None
+) -> list[Planned]:
+    """The plans of ``within``, of methods whose size is known."""
     try:
         low = 0
         best = plan_tensors(rules, tensors, low)

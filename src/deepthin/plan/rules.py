@@ -81,6 +81,9 @@ class Rule:
         return bits_at(self.ratio, dense_bits) if self.ratio is not None else 32 * dense_bits
 
 
+IN_16_BITS = Rule(BIASES, "uniform", options={"bits": 16}, apart=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Stages:
     """The schedule of a training that starts dense, in fractions of its steps (Han et al., 2016, arXiv:1510.00149).
@@ -190,7 +193,7 @@ class Rules:
 
         Returns:
             What ``[model] biases`` says. By default, ``coded`` where training brings the file to its size, else 16 bits
-            where the target is under one hundredth of the model; None: as they are.
+            where the target is under one hundredth of the model (``within``: or else out of reach); None: as they are.
         """
         if self.biases != "default":
             return self.biases
@@ -199,7 +202,7 @@ class Rules:
         share = self.ratio or 1.0
         if self.file_bytes is not None:
             share = self.file_bytes / max(4 * sum(math.prod(tensor.shape) for tensor in tensors), 1)
-        return Rule(BIASES, "uniform", options={"bits": 16}, apart=True) if share < SMALL else None
+        return IN_16_BITS if share < SMALL else None
 
     def for_one(self, tensor: Tensor) -> "Rules":
         """The same rules for one tensor whose model is not known, without the patterns that do not match it.

@@ -25,7 +25,7 @@ BELOW = 4.0  # an error below the intended size counts so many times: what is lo
 MOST_CHANGE, MOST_FACTOR = 0.1, 20.0  # upper bounds on these parts: of log(weight) in a step, and as a factor
 FINER, MOST_FINER = 0.2, 0.02  # decrease of log(step) in a step of the training, for an error of -1, and at most
 LEAST_SAVED = 1e-3  # bits that moving a symbol counts as saving
-MEASUREMENTS = 100  # at most: how often the true size is measured in a training
+MEASUREMENTS = 40  # at most: how often the true size is measured in a training
 PRIOR = 0.5  # added to the count of each symbol, as Krichevsky and Trofimov do
 
 
@@ -117,7 +117,7 @@ class Steering:
         """Whether the size is to be measured before ``advance``.
 
         Returns:
-            True at most a hundred times in a training, and before its last step is counted.
+            True at most forty times in a training, and before its last step is counted.
         """
         done = self.steps_done + 1
         return done % max(self.steps // MEASUREMENTS, 1) == 0 or done >= self.steps

@@ -1,48 +1,106 @@
-"""How many bits symbols will take in a file, differentiable in the numbers that are rounded to them.
+"""Multiples of a learned step in training: the rounded numbers, and how many bits their symbols will take in a file.
 
 The code length of a symbol is minus the logarithm of its frequency in its tensor. The gradient is that of the linear
 interpolation between the two symbols beside a number, at fixed frequencies: these minimise the sum, so that it does not
 change with them to first order. Oktay et al., 2020, arXiv:1906.06624, learn a table of frequencies instead.
+
+On the CPU, in float32, native code does each in one pass over memory; the operations of torch beside it are its
+reference.
 """
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deepthin.kernels import products, rounding
 from deepthin.plan.steering import PRIOR
+
+
+def _is_native(latents: Tensor) -> bool:
+    return (
+        products.native_available
+        and latents.dtype == torch.float32
+        and latents.device.type == "cpu"
+        and latents.is_contiguous()
+    )
+
+
+class _Quantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, step: Tensor, top: int) -> Tensor:
+        if _is_native(latents):
+            values, residual = map(torch.from_numpy, rounding.quantize(latents.detach().numpy(), step.item(), top))
+        else:
+            symbols = latents / step.reshape(())
+            rounded = symbols.round().clamp(-top, top)
+            values, residual = step.reshape(()) * rounded, rounded - symbols
+        ctx.save_for_backward(residual)
+        ctx.step_shape = step.shape
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (residual,) = ctx.saved_tensors
+        return gradients[0], (gradients[0] * residual).sum().reshape(ctx.step_shape), None
+
+
+def quantized(latents: Tensor, step: Tensor, top: int) -> Tensor:
+    """Round to multiples of a step.
+
+    The gradient passes the rounding to the latents unchanged; that of the step is the rounded symbol less the unrounded
+    one (Esser et al., 2020, arXiv:1902.08153, equation 3).
+
+    Args:
+        latents: Numbers of any shape.
+        step: The step, > 0, one entry.
+        top: The largest symbol, 1 to 127.
+
+    Returns:
+        The multiples, of the shape of ``latents``.
+    """
+    return cast(Tensor, _Quantized.apply(latents, step, top))
 
 
 class _CodeLength(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, symbols: Tensor, top: int) -> Tensor:
-        flat = symbols.reshape(-1).clamp(-top, top)
-        counts, lengths = _counted(flat, top)
-        place = flat.floor_().clamp_(max=top - 1).add_(top).long()
-        ctx.save_for_backward(lengths.diff().to(symbols.dtype), place, symbols.abs() <= top)
-        return (counts * lengths).sum().to(symbols.dtype)
+    def forward(ctx: Any, latents: Tensor, step: Tensor, top: int) -> Tensor:
+        if _is_native(latents):
+            counts = torch.from_numpy(rounding.count_symbols(latents.detach().numpy(), step.item(), top)).double()
+        else:
+            symbols = (latents / step.reshape(())).reshape(-1).clamp(-top, top)
+            counts = torch.bincount((symbols.round() + top).long(), minlength=2 * top + 1).double()
+        lengths = torch.log2(counts.sum() + PRIOR * len(counts)) - torch.log2(counts + PRIOR)
+        ctx.save_for_backward(latents, step, lengths.diff())
+        ctx.top = top
+        return (counts * lengths).sum().to(latents.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        slopes, place, inside = ctx.saved_tensors
-        return (gradients[0] * slopes)[place].reshape(inside.shape).mul_(inside), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        latents, step, rises = ctx.saved_tensors
+        top = ctx.top
+        if _is_native(latents):
+            rise = rises.numpy().astype(np.float32)
+            scale = float(gradients[0])
+            slopes, total = rounding.code_slopes(latents.detach().numpy(), step.item(), top, rise, scale)
+            return torch.from_numpy(slopes), torch.full_like(step, total) / step, None
+        symbols = latents / step.reshape(())
+        below = symbols.floor().clamp(-top, top - 1)
+        rise = (gradients[0] * rises.to(latents.dtype))[(below + top).long()] * (symbols.abs() <= top)
+        return rise / step.reshape(()), -(rise * symbols).sum() / step, None
 
 
-def code_length(symbols: Tensor, top: int) -> Tensor:
-    """The bits that an adaptive code of zero order takes for rounded symbols.
+def code_length(latents: Tensor, step: Tensor, top: int) -> Tensor:
+    """The bits that an adaptive code of zero order takes for the symbols of numbers.
 
     Args:
-        symbols: Unrounded symbols, of any shape.
-        top: The largest symbol, >= 1; larger numbers count as this one.
+        latents: Numbers of any shape.
+        step: The step, > 0, one entry.
+        top: The largest symbol, 1 to 127; larger numbers count as this one.
 
     Returns:
-        Bits, a scalar, differentiable in ``symbols``: for each the difference of the lengths of the symbols above and
-        below it; 0 beyond the largest.
+        Bits, a scalar. Its gradient for a symbol is the length of the integer above less that of the one below; 0
+        beyond the largest.
     """
-    return cast(Tensor, _CodeLength.apply(symbols, top))
-
-
-def _counted(symbols: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """How often each symbol occurs, and its length in bits."""
-    counts = torch.bincount((symbols.round() + top).long(), minlength=2 * top + 1).double()
-    return counts, torch.log2(counts.sum() + PRIOR * len(counts)) - torch.log2(counts + PRIOR)
+    return cast(Tensor, _CodeLength.apply(latents, step, top))

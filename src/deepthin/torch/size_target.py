@@ -88,7 +88,7 @@ class SizeTarget:
         Returns:
             A scalar, differentiable in the latents and in the learned steps.
         """
-        lengths = [code_length(*pair).float() for weight in self._weights for pair in weight.unrounded().values()]
+        lengths = [code_length(*entry).float() for weight in self._weights for entry in weight.unrounded().values()]
         total = torch.stack([length.to(lengths[0].device) for length in lengths]).sum()
         self._steering.bits = float(total.detach())
         if not self._steering.begun:
@@ -142,7 +142,7 @@ class SizeTarget:
     def _measured(self) -> tuple[float, int]:
         """The code length in bits, and the size of the file in bytes."""
         with torch.no_grad():
-            lengths = [code_length(*pair) for weight in self._weights for pair in weight.unrounded().values()]
+            lengths = [code_length(*entry) for weight in self._weights for entry in weight.unrounded().values()]
             return float(sum(map(float, lengths))), size_of(contents(self.model))
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,10 +210,8 @@ def _coded(weight: ThinWeight) -> Iterator[tuple[Tensor, Callable[[], Rounded]]]
     """The latents of a weight that are rounded to a learned step, and how they are read."""
 
     def read(entry: str) -> Rounded:
-        symbols, top = weight.unrounded()[entry]
-        latent, largest = getattr(weight, entry), float(symbols.abs().max())
-        step = float(latent.abs().max()) / largest if largest else 1.0
-        return Rounded(latent.double().cpu().numpy(), step, top)
+        latents, step, top = weight.unrounded()[entry]
+        return Rounded(latents.double().cpu().numpy(), float(step), top)
 
     for entry in weight.unrounded():
         yield getattr(weight, entry), functools.partial(read, entry)

@@ -20,6 +20,7 @@ from deepthin.plan.start import Start, drawn, encoded, generator
 from deepthin.storage.contents import Part
 from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
+from deepthin.torch.code_length import quantized
 from deepthin.torch.evaluated import Evaluated, current, is_current, is_trusted, last_step, source
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
@@ -338,6 +339,9 @@ class ThinWeight(CodeState):
             latents = {entry: t.detach() for entry, t in state.items()}
             # Encoding again may give another code: the present one stays until a latent changes.
             code = self._coded.get(latents.values()) if may_cache else None
+        if code is None and may_cache and (coded := self.unrounded()):
+            return _entries_of(self.decoder, state) | {e: quantized(*entry) for e, entry in coded.items()}
+        with torch.no_grad():
             rounded = self._decode_floats(self._coding.encode(latents, _TORCH) if code is None else code)
             if not may_cache:
                 rounded = self._unless_given(latents, rounded)
@@ -356,18 +360,17 @@ class ThinWeight(CodeState):
             slope = (rounded - getattr(self, entry)) / step
         return slope * (step - step.detach())
 
-    def unrounded(self) -> dict[str, tuple[Tensor, int]]:
-        """The symbols before rounding, of the floats whose step is learned: what a rate-aware training codes.
+    def unrounded(self) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """The floats whose step is learned, before rounding: what a rate-aware training codes.
 
         Returns:
-            Entry -> latents over the step, differentiable in both, and the largest symbol; empty for other methods and
-            where nothing is rounded.
+            Entry -> latents, the step, and the largest symbol; empty for other methods and where nothing is rounded.
         """
-        if not self.rounds:
+        if not self.rounds or not self._coding.steps():
             return {}
         state = self.state()
         return {
-            entry: (state[entry] / method.step(state[latent], _TORCH).reshape(()), method.top())
+            entry: (state[entry], method.step(state[latent], _TORCH), method.top())
             for entry, (latent, method) in self._coding.steps().items()
         }
 
@@ -712,6 +715,11 @@ class ThinWeight(CodeState):
                 cast(Tensor, parameter).requires_grad_(entry in trainable)
             self._coded_entries = tuple(e for e in self.method.code_shapes() if self.rounds and e not in values)
         self._prepare_tables()
+
+
+def _entries_of(decoder: Method, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state that a decoder takes."""
+    return {entry: state[entry] for entry in decoder.code_shapes()}
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
