@@ -154,10 +154,13 @@ def compare(
         typer.Option(
             help="Comma-separated: deepthin, shuffled, rank, same-size, hashed, pruned, pruned-csr (as in the paper), "
             "kronecker, tensor-train, uniform, kmeans, ecsq, binary; with -8bit or -4bit appended, the method's floats "
-            "are quantised (deepthin-8bit); or all. The dense network and int8 are always compared."
+            "are quantised (deepthin-8bit); with -coded, trained to the size of the file (deepthin-coded, dense-coded, "
+            "same-size-coded); or all. The dense network and int8 are always compared."
         ),
     ] = "dense,deepthin,shuffled,rank,same-size",
-    ratios: Annotated[str, typer.Option(help="Ratios of the weight matrices, comma-separated.")] = "0.02,0.01",
+    ratios: Annotated[
+        str, typer.Option(help="Ratios of the weight matrices, comma-separated; of methods with -coded, of the file.")
+    ] = "0.02,0.01",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of every trial.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of every trial  [default: the task's]")
