@@ -62,20 +62,28 @@ def test_two_hundred_kills_while_saving(tmp_path):
     check_saving(200, tmp_path)
 
 
+STAGES = (
+    '[model]\nratio = 0.1\nallocation = "sensitivity"\n[rules."*"]\nmethod = "pruned"\n'
+    'then = { method = "kmeans", bits = 3 }\n[stages]\nthin = [0.2, 0.5]\nquantize = 0.7\nevery = 5\n'
+)
+SIZE = (
+    '[model]\nfile_bytes = 3000\n[rules."*"]\nmethod = "deepthin"\nrank = 2\n'
+    'then = { method = "coded" }\n'
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, *RECIPES])
 def test_ten_kills_of_every_method_while_training(method, tmp_path):
     check_training(method, 10, tmp_path)
 
 
-def test_the_command_goes_on_after_a_kill_to_the_same_bytes(tmp_path, monkeypatch):
-    """One kill, in the middle of the stages, of the command as users type it."""
+@pytest.mark.parametrize("rules", [STAGES, SIZE], ids=["stages", "size"])
+def test_the_command_goes_on_after_a_kill_to_the_same_bytes(rules, tmp_path, monkeypatch):
+    """One kill, in the middle of the stages or of the way to a size, of the command as users type it."""
     pytest.importorskip("mlxtend")
     monkeypatch.delenv("DEEPTHIN_DATA", raising=False)
-    (tmp_path / "deep.toml").write_text(
-        '[model]\nratio = 0.1\nallocation = "sensitivity"\n[rules."*"]\nmethod = "pruned"\n'
-        'then = { method = "kmeans", bits = 3 }\n[stages]\nthin = [0.2, 0.5]\nquantize = 0.7\nevery = 5\n'
-    )
+    (tmp_path / "deep.toml").write_text(rules)
 
     def started(out):
         """On one thread, as this process is: sums of several may round otherwise."""
