@@ -21,9 +21,12 @@ AIM = 0.985  # of the target, so that what the last steps change stays within it
 FIRST_PENALTY = 0.01  # nats: the first weight is this over the first bits
 # A controller with an integral and a proportional part, of the error in log(size)
 INTEGRAL, PROPORTIONAL = 30.0, 6.0  # change of log(weight) for an error of 1: over all steps, and at once
-BELOW = 4.0  # an error below the intended size counts so many times: what is lost comes back slowly, if at all
+BELOW = 2.0  # an error below the intended size counts so many times: what is lost comes back slowly, if at all
 MOST_CHANGE, MOST_FACTOR = 0.1, 20.0  # upper bounds on these parts: of log(weight) in a step, and as a factor
-FINER, MOST_FINER = 0.2, 0.02  # decrease of log(step) in a step of the training, for an error of -1, and at most
+# A size further below the intended one than SLACK does not come back by itself: steps become finer, slowly, as numbers
+# that lie just below one half of a step would become symbols all at once. In a step of the training, log(step) falls
+# by FINER for an error of -1, and by MOST_FINER at most.
+SLACK, FINER, MOST_FINER = 0.01, 0.1, 0.002
 LEAST_SAVED = 1e-3  # bits that moving a symbol counts as saving
 MEASUREMENTS = 40  # at most: how often the true size is measured in a training
 PRIOR = 0.5  # added to the count of each symbol, as Krichevsky and Trofimov do
@@ -135,10 +138,10 @@ class Steering:
         if self._log_weight is None:
             raise ConfigError("Call target.penalty() before target.step(), and add it to the loss.")
         self.steps_done += 1
-        error = self.error()
-        change = min(INTEGRAL / self.steps, MOST_CHANGE) * error
+        change = min(INTEGRAL / self.steps, MOST_CHANGE) * self.error()
         self._log_weight += min(max(change, -MOST_CHANGE), MOST_CHANGE)
-        return min(-FINER * error, MOST_FINER) if error < 0 and self.steps_done > RAMP * self.steps else 0.0
+        missing = math.log(self.goal() / self.bytes) - SLACK
+        return min(FINER * missing, MOST_FINER) if missing > 0 and self.steps_done > RAMP * self.steps else 0.0
 
     def goal(self) -> float:
         """The size in bytes that the file is to have now.
