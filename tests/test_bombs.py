@@ -28,6 +28,7 @@ from deepthin.storage.write import to_bytes
 MAX_BYTES = 1_000_000
 EXTRA_BYTES = 160 << 20  # of address space: allocators ask for more than they need
 MANY = 1 << 24  # symbols that take no bits
+SYMBOLS = ("uniform", "coded", "kmeans", "ecsq", "binary")
 ONE_SYMBOL = huffman.encode(np.zeros(3, np.int64), 2)
 
 
@@ -52,7 +53,7 @@ def huge(name, side):
         return {"shape": [root**2, root**2], "rows": [root] * 2, "cols": [root] * 2, "rank": 1}, cores, {}
     symbols, coding = {"symbols": ONE_SYMBOL}, {"symbols": ["huffman", 2]}
     shape = {"shape": [side, side]}
-    if name == "uniform":
+    if name in ("uniform", "coded"):
         return {**shape, "width": 2}, {"step": floats((1, 1), "f4"), **symbols}, coding
     if name == "binary":
         return {**shape, "planes": 2, "per": "matrix"}, {"scales": floats((1, 2), "f4"), **symbols}, coding
@@ -64,7 +65,7 @@ def bombs():
     """Files of some kilobytes by name, each with the tensor that its error must name."""
     made = {}
     for name in METHODS:
-        side = 1 << 12 if name in ("uniform", "kmeans", "ecsq", "binary") else 1 << 16
+        side = 1 << 12 if name in SYMBOLS else 1 << 16
         own, arrays, codings = huge(name, side)
         header = {"method": name, "fields": own, **({"codings": codings} if codings else {})}
         made[f"{name} of a huge matrix"] = crafted.sealed(header, **arrays)
@@ -162,7 +163,7 @@ def test_what_is_not_decoded_is_reported_or_refused(reader, tmp_path):
     found = outcomes(reader, bombs(), tmp_path)
     assert {kind for kind, _ in found.values()} == {error, "read"}, found
     for name, (kind, said) in found.items():
-        decoded = "symbols" in name or "repeats" in name or name.split()[0] in ("uniform", "kmeans", "ecsq", "binary")
+        decoded = "symbols" in name or "repeats" in name or name.split()[0] in SYMBOLS
         assert kind == (error if decoded else "read"), (name, said)
 
 

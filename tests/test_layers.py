@@ -42,6 +42,12 @@ def last_step(pair):
     return pair[0][:, -1]
 
 
+def norm(layer):
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)  # ones would be encoded exactly
+    return Net(layer, lambda x: (x,), torch.tanh, 128)
+
+
 CASES = {
     "Linear": lambda: (Net(nn.Linear(40, 30), lambda x: (x,), torch.relu, 30), (40,)),
     "Conv1d": lambda: (Net(nn.Conv1d(6, 12, 5, padding=2), lambda x: (x,), torch.relu, 12 * 10), (6, 10)),
@@ -78,10 +84,21 @@ CASES = {
         Net(nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True), lambda x: (x,), first, 96),
         (4, 24),
     ),
+    "LayerNorm": lambda: (norm(nn.LayerNorm(128)), (128,)),
+    "RMSNorm": lambda: (norm(nn.RMSNorm(128)), (128,)),
+    "GroupNorm": lambda: (norm(nn.GroupNorm(4, 128)), (128, 1)),
+    "BatchNorm1d": lambda: (norm(nn.BatchNorm1d(128)), (128,)),
+    "BatchNorm2d": lambda: (norm(nn.BatchNorm2d(128)), (128, 1, 1)),
+    "BatchNorm3d": lambda: (norm(nn.BatchNorm3d(128)), (128, 1, 1, 1)),
 }  # fmt: skip
 
 ALL = pytest.mark.parametrize("case", CASES)
-RULES = {"rules": {"layer": {"ratio": 0.2}}}
+
+
+def rules(case):
+    layer = CASES[case]()[0].layer
+    names = [f"layer.{name}" for name, _ in layer.named_parameters()] if "Norm" in case else ["layer"]
+    return {"rules": {name: {"ratio": 0.2} for name in names}}
 
 
 def build(case):
@@ -90,9 +107,9 @@ def build(case):
     return network, shape
 
 
-def thin(case, rules=RULES):
+def thin(case):
     network, shape = build(case)
-    dt.compress(network, rules, init="scratch")
+    dt.compress(network, rules(case), init="scratch")
     generator = torch.Generator().manual_seed(1)
     batch = 8
     x = (
@@ -140,7 +157,7 @@ def test_it_overfits_and_reloads_exactly(case, tmp_path):
 @ALL
 def test_every_matrix_is_within_its_ratio(case):
     network, _ = build(case)
-    report = dt.compress(network, RULES, init="scratch")
+    report = dt.compress(network, rules(case), init="scratch")
     rows = [row for row in report.rows if row.name.startswith("layer")]
     assert rows
     assert all(row.method == "deepthin" and 0 < row.ratio <= 0.2 for row in rows)
@@ -160,7 +177,7 @@ def test_trained_weights_are_encoded(case):
     network, _ = build(case)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     with pytest.warns(UserWarning, match="Train on before use"):
-        report = dt.compress(network, RULES)
+        report = dt.compress(network, rules(case))
     for row in report.rows:
         if row.method == "deepthin":
             weight, index = thin_tensors(network)[row.name]
@@ -209,6 +226,11 @@ def test_autocast_bfloat16(case):
     # Sums are in float32: what is rounded to bfloat16 is weights, inputs and outputs, of eight products at the most.
     assert (y - exact).abs().max() <= bound(8 * 3, largest(exact), "bfloat16")
     assert all(p.grad is not None for p in network.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        network.eval()(x)
+    fresh = copy.deepcopy(network)
+    with torch.no_grad():
+        assert torch.equal(network(x), fresh(x))  # nothing of lower precision is kept
 
 
 @ALL
@@ -258,8 +280,25 @@ def test_export_with_a_dynamic_batch(case, compiling):
         assert_close(program.module()(x[:3]), y[:3], terms(network, x), peak(network, x))
     names = {name for name in program.state_dict if ".thin." in name}
     assert names  # the factors are exported, not the matrix
-    dense = sum(t.numel() for t in build(case)[0].parameters())
+    dense = sum(t.numel() for t in build(case)[0].state_dict().values())
     assert sum(t.numel() for t in program.state_dict.values()) < dense
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "BatchNorm" in case])
+def test_running_statistics_stay_dense(case, tmp_path):
+    network, x = thin(case)
+    plain, _ = build(case)
+    plain.load_state_dict(dt.materialize(copy.deepcopy(network)).state_dict())
+    for _ in range(3):
+        assert_close(network(x), plain(x), terms(network, x), 8 * peak(network, x))  # normalised: at most sqrt(8)
+    assert network.layer.num_batches_tracked == 3
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(network.layer, name), getattr(plain.layer, name))
+    dt.save(network, tmp_path / "m.thin")
+    loaded = dt.load(build(case)[0], tmp_path / "m.thin")
+    assert set(loaded.layer.thin) == {"weight", "bias"}
+    for name, value in plain.layer.named_buffers():
+        assert torch.equal(loaded.layer.get_buffer(name), value)
 
 
 def test_packed_sequences():
@@ -352,6 +391,7 @@ def test_an_embedding_tied_to_the_output_layer(tmp_path):
     [
         (nn.Embedding(50, 20, max_norm=1.0), "changed in place"),
         (nn.EmbeddingBag(50, 20, sparse=True), "changed in place"),
+        (nn.LayerNorm((8, 8)), "drawn anew"),
         (nn.Bilinear(8, 8, 8), "Bilinear has no thin version"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(30, 30)), "has no thin version"),
     ],

@@ -80,6 +80,7 @@ def test_a_tamed_matrix_is_exact():
 LARGE = {
     "deepthin": {}, "shuffled": {}, "rank": {}, "hashed": {}, "pruned": {}, "kronecker": {}, "tensor-train": {},
     "uniform": {"bits": 8}, "kmeans": {"bits": 4}, "ecsq": {"bits": 2}, "binary": {"bits": 2},
+    "coded": {"bits": 8},
 }  # fmt: skip
 
 

@@ -15,6 +15,10 @@ from deepthin.torch.sequential import ThinSequential
 pytestmark = pytest.mark.filterwarnings("ignore:The relative error of")
 
 
+LAYERS = ("norm", "grouped", "batch1", "batch2", "batch3")
+NORMS = ["root.weight", *[f"{layer}.{name}" for layer in LAYERS for name in ("weight", "bias")]]
+
+
 class Everything(nn.Module):
     """Every layer, among them a chain, and a table that is tied to the output."""
 
@@ -35,12 +39,18 @@ class Everything(nn.Module):
         self.chain = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 24), nn.ReLU())
         self.out = nn.Linear(24, 60, bias=False)
         self.out.weight = self.table.weight
+        self.norm, self.root, self.grouped = nn.LayerNorm(24), nn.RMSNorm(24), nn.GroupNorm(2, 6)
+        self.batch1, self.batch2, self.batch3 = nn.BatchNorm1d(6), nn.BatchNorm2d(4), nn.BatchNorm3d(4)
+        for name, value in self.named_parameters():
+            if name in NORMS:
+                nn.init.normal_(value, mean=1.0, std=0.1)
 
     def forward(self, words):
         x = self.table(words) + self.bag(words)[:, None]
         x = x + self.turned1(self.conv1(x.transpose(1, 2))).transpose(1, 2)
-        x = x + self.turned2(self.conv2(x[:, None]))[:, 0]
-        x = x + self.turned3(self.conv3(x[:, None, None]))[:, 0, 0]
+        x = x + self.turned2(self.batch2(self.conv2(x[:, None])))[:, 0]
+        x = x + self.turned3(self.batch3(self.conv3(x[:, None, None])))[:, 0, 0]
+        x = self.batch1(self.grouped(self.root(self.norm(x))))
         x = self.lstm(self.gru(self.rnn(x)[0])[0])[0]
         return self.out(self.chain(self.attention(x, x, x)[0]))
 
@@ -60,6 +70,9 @@ RULES = {
     "another group": {"rules": {"chain.*.weight": {"ratio": 0.3, "group": "flat"}, "*.weight": EACH}},
     "rounded": {"rules": {"*.weight": {"ratio": 0.3, "then": {"method": "uniform", "bits": 8}}}},
     "symbols": {"rules": {"*.weight": {"method": "kmeans", "bits": 3}}},
+    "vectors": {"model": {"biases": {"method": "uniform", "bits": 16}}, "rules": {"table.weight": EACH}},
+    "normalisation": {"rules": dict.fromkeys(NORMS, {"method": "uniform", "bits": 8})},
+    "coded": {"rules": {"*.weight": {"method": "coded"}}},
 }
 LOST = 1e-4  # of the largest output: sums in another order, through all layers
 WORDS = torch.arange(18).reshape(3, 6) * 3

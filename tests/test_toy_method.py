@@ -91,6 +91,12 @@ LAYERS = {
     nn.RNN: (lambda: nn.RNN(12, 16, batch_first=True), (2, 5, 12)),
     nn.LSTM: (lambda: nn.LSTM(12, 16, batch_first=True), (2, 5, 12)),
     nn.GRU: (lambda: nn.GRU(12, 16, batch_first=True), (2, 5, 12)),
+    nn.LayerNorm: (lambda: nn.LayerNorm(16), (6, 16)),
+    nn.RMSNorm: (lambda: nn.RMSNorm(16), (6, 16)),
+    nn.GroupNorm: (lambda: nn.GroupNorm(2, 16), (6, 16)),
+    nn.BatchNorm1d: (lambda: nn.BatchNorm1d(16), (6, 16)),
+    nn.BatchNorm2d: (lambda: nn.BatchNorm2d(16), (6, 16, 2, 2)),
+    nn.BatchNorm3d: (lambda: nn.BatchNorm3d(16), (6, 16, 2, 2, 2)),
 }
 UNDER = {"NonDynamicallyQuantizableLinear", "Conv1D"}  # inside attention; Hugging Face's, once transformers is loaded
 
@@ -125,7 +131,8 @@ def test_it_trains_in_every_layer_and_comes_back_from_a_file(striped, kind, then
     make, shape = LAYERS[kind]
     network, x = Around(make()), input_of(shape)
     rule = {"method": "striped"} | ({"then": then} if then else {})
-    rules = {"model": {"ratio": 0.5}, "rules": {"*": rule}}
+    vectors = [f"layer.{name}" for name, _ in network.layer.named_parameters() if "Norm" in kind.__name__]
+    rules = {"model": {"ratio": 0.5}, "rules": dict.fromkeys(vectors or ["*"], rule)}
     planned = dt.plan(network, rules)
     report = dt.compress(network, rules, init="scratch")
     assert [row.method for row in planned.rows] == [row.method for row in report.rows]

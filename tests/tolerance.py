@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 
-UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int64": 0.0}
 
 
 def bound(terms, magnitude, dtype="float32"):

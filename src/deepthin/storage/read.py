@@ -54,7 +54,7 @@ def from_bytes(
         decoded: Whether to count what decoding takes: the dense tensors, derived tables and work space.
 
     Returns:
-        The contents, which refer to ``data``.
+        The contents; their tensors are writable.
 
     Raises:
         FormatError: Anything but an intact file of a known format version, or one that takes more than ``max_bytes``.
@@ -194,7 +194,8 @@ def _compact(data: bytes, where: str, budget: Budget, finite: bool, decoded: boo
     for _, _, item, first in places:
         _check_zeros(data[at:first], where)
         at = first + item.bytes
-    found = [data[first : first + item.bytes] for _, _, item, first in places]
+    view = memoryview(data)
+    found = [bytearray(view[first : first + item.bytes]) for _, _, item, first in places]  # writable
     return _compact_contents(head, zip(places, found, strict=True), where, budget, finite, decoded, codes=True)
 
 

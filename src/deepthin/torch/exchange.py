@@ -81,6 +81,8 @@ def why_not(layer: nn.Module, name: str) -> str:
         return "a table with max_norm or sparse gradients is changed in place, which a generated one cannot be"
     if isinstance(layer, nn.MultiheadAttention) and name in ("bias_k", "bias_v"):
         return "bias_k and bias_v are vectors"
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm) and len(layer.normalized_shape) > 1:
+        return "a scale of several dimensions is no matrix whose values may be drawn anew"
     return ""
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -642,12 +643,14 @@ class ThinWeight(CodeState):
 
     def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
         (start, stop), decoder = self._cuts[index], self.decoder
-        code = {**self._derived(), **self._wide(floats)}
-        if isinstance(decoder, Flat):
-            flat = decoder.decode_flat(code, start, stop, _TORCH)
-        else:
-            flat = decoder.decode(code, _TORCH).reshape(-1)[start:stop]
-        return self.parts[index].cut(flat, _TORCH)
+        code, device = {**self._derived(), **self._wide(floats)}, next(iter(floats.values())).device.type
+        # As a dense parameter: its type is the code's, which normalisation and the cache need, and layers cast it.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            if isinstance(decoder, Flat):
+                flat = decoder.decode_flat(code, start, stop, _TORCH)
+            else:
+                flat = decoder.decode(code, _TORCH).reshape(-1)[start:stop]
+            return self.parts[index].cut(flat, _TORCH)
 
     def is_trained(self) -> bool:
         """Whether any float of the state requires a gradient.
