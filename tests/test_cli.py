@@ -248,3 +248,20 @@ def test_bench_says_where_there_are_no_kernels(here):
 def test_the_installed_command():
     done = subprocess.run([sys.executable, "-m", "deepthin", "--help"], capture_output=True, text=True, check=True)
     assert "compare" in done.stdout
+
+
+def test_a_size_in_bytes_with_coded_rules(run, here):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 10))
+    save_file(network.state_dict(), here / "dense.safetensors")
+    (here / "coded.toml").write_text('[model]\nfile_bytes = 1500\n[rules."*"]\nmethod = "coded"\n')
+    code, out, _ = run("plan", "--model", "factories:net", "--config", "coded.toml")
+    assert code == 0
+    assert "upper bounds: a training with SizeTarget decides" in out
+    assert "1,500 bytes" in out
+    arguments = ("--weights", "dense.safetensors", "--config", "coded.toml", "--out", "m.thin")
+    code, out, _ = run("compress", "--model", "factories:net", *arguments)
+    assert code == 0
+    size = (here / "m.thin").stat().st_size
+    assert 1300 < size <= 1500
+    assert f"{size:,}" in out.splitlines()[-2]  # the report's total, of the file as it was written

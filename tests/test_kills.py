@@ -66,10 +66,7 @@ STAGES = (
     '[model]\nratio = 0.1\nallocation = "sensitivity"\n[rules."*"]\nmethod = "pruned"\n'
     'then = { method = "kmeans", bits = 3 }\n[stages]\nthin = [0.2, 0.5]\nquantize = 0.7\nevery = 5\n'
 )
-SIZE = (
-    '[model]\nfile_bytes = 3000\n[rules."*"]\nmethod = "deepthin"\nrank = 2\n'
-    'then = { method = "coded" }\n'
-)
+SIZE = '[model]\nfile_bytes = 3000\n[rules."*"]\nmethod = "deepthin"\nrank = 2\nthen = { method = "coded" }\n'
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import typer
 from deepthin.cli.app import app, notes, show
 from deepthin.cli.options import Config, Json, Model, Ratio
 from deepthin.errors import ConfigError
+from deepthin.plan.parse import parse_rules
 from deepthin.storage.read import inspect as inspect_file
 from deepthin.storage.read import read
 from deepthin.storage.write import MAX_BYTES, Version, write
@@ -24,7 +25,11 @@ def plan(model: Model, config: Config = None, ratio: Ratio = None, json_file: Js
     """
     from deepthin.torch import plan as plan_model
 
-    show(plan_model(_build(model), _rules(config, ratio)), json_file)
+    rules = parse_rules(_rules(config, ratio))
+    show(plan_model(_build(model), rules), json_file)
+    if any(rule.learns_step for rule in rules.rules):
+        aim = "Give [model] file_bytes." if rules.file_bytes is None else f"Its aim is {rules.file_bytes:,} bytes."
+        print(f"Bytes of coded matrices are upper bounds: a training with SizeTarget decides how many they take. {aim}")
 
 
 @app.command()
@@ -38,20 +43,24 @@ def compress(
 ) -> None:
     """Compress trained weights: encode the matrices that the configuration names and write one small file.
 
-    At extreme sizes the network must be trained further afterwards; a warning says so.
+    At extreme sizes the network must be trained further afterwards; a warning says so. With coded rules and file_bytes
+    the integers are made smaller until the file fits; training to the size (`deepthin train`) is far better.
 
     Example: `deepthin compress --model nets:lenet --weights dense.safetensors --ratio 0.02 --out lenet.thin`
     """
     from deepthin.torch import compress as compress_model
     from deepthin.torch import save
+    from deepthin.torch.size_target import coded_weights, fit_to
 
-    rules = _rules(config, ratio)
+    rules = parse_rules(_rules(config, ratio))
     network = _build(model)
     _load_weights(network, weights)
     with notes.status("encoding ..."):
         report = compress_model(network, rules)
+        if rules.file_bytes is not None and coded_weights(network):
+            fit_to(network, rules.file_bytes)
         written = save(network, out)
-    show(report, json_file)
+    show(report if written == report.total_bytes else inspect_file(out), json_file)
     print(f"wrote {out}: {written:,} bytes")
 
 

@@ -48,7 +48,7 @@ class SizeTarget(keras.callbacks.Callback):
     the same for the whole model: bits go where they help the loss most. It is one of ``model.losses``, and 0 outside
     of training steps. The weight is raised while the file is above its intended size and lowered while it is below: in
     the first quarter of the steps this falls from the present size to the target. What is steered by is the size of the
-    file as it would be written, measured up to a hundred times, and the code length in between.
+    file as it would be written, measured up to forty times, and the code length in between.
 
     In the last step the symbols are fixed: should the file still be too large, the symbols that are nearest to the next
     smaller one are moved there. Save the model before it trains any further. In a training loop of your own, add

@@ -29,7 +29,7 @@ class SizeTarget:
     The penalty is the code length of all symbols of methods that learn their step (``coded``), times a weight that is
     the same for the whole model: bits go where they help the loss most. The weight is raised while the file is above
     its intended size and lowered while it is below: in the first quarter of the steps this falls from the present size
-    to the target. What is steered by is the size of the file as it would be written, measured up to a hundred times,
+    to the target. What is steered by is the size of the file as it would be written, measured up to forty times,
     and the code length in between.
 
     In the last step the symbols are fixed: should the file still be too large, the symbols that are nearest to the next
