@@ -20,6 +20,7 @@ from deepthin.lab.trial import COMPARED, Run, Setup, Trial
 from deepthin.storage.read import from_bytes
 from tolerance import bound
 
+ALONE = ("dense-coded", "same-size-coded")
 PIECES = {"train": 480, "t10k": 120}
 
 
@@ -150,8 +151,15 @@ def test_every_method_runs(folder, tmp_path):
         held = sum(thin.bytes for thin in stored)
         assert held == reached[name].weight_bytes
         assert 0.6 * 0.05 < held / reached["dense"].weight_bytes <= 0.05, name
-        own = {"pruned-csr": "pruned", "same-size-8bit": "uniform"}.get(name, name.replace("-8bit", " then uniform"))
-        assert all(thin.name == own for thin in stored)
+        own = {"pruned-csr": "pruned", "same-size-8bit": "uniform", **dict.fromkeys(ALONE, "coded")}.get(
+            name, name.replace("-8bit", " then uniform").replace("-coded", " then coded")
+        )
+        for thin in stored:
+            vector = all(len(part.shape) == 1 for part in thin.parts.values())
+            assert thin.name == ("coded" if vector else own)
+            assert not vector or name.endswith("-coded")
+        if name.endswith("-coded"):
+            assert reached[name].bytes <= 0.05 * reached["dense"].bytes
     told = tables.cuts([replace(row, value=1 + methods.index(row.method)) for row in rows])
     head, _, *lines = told.splitlines()[1:]
     ours = ["deepthin", "deepthin-8bit"]

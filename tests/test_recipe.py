@@ -154,15 +154,16 @@ def test_a_recipe_thins_shared_layers_and_groups():
 @pytest.mark.parametrize("allocation", ["flat", "sensitivity"])
 def test_a_file_in_bytes_is_never_exceeded(allocation, then, digits, tmp_path):
     """What coding saves is measured before weights are taken away; the file is what training made of them."""
+    limit = 1500 if then else 4500  # in 3 bits all weights take 2800
     rules = {
-        "model": {"file_bytes": 4500, "allocation": allocation},
+        "model": {"file_bytes": limit, "allocation": allocation},
         "rules": {"*": {"method": "pruned", **then}},
         "stages": {"thin": [0.3, 0.6], "quantize": 0.8, "every": 1},
     }
     model = network()
     recipe = dt.Recipe(model, rules, steps=40, loss=loss_of(digits))
     train(model, digits, 40, recipe.step)
-    assert 0.8 * 4500 < dt.save(model, tmp_path / "x.thin") <= 4500
+    assert 0.8 * limit < dt.save(model, tmp_path / "x.thin") <= limit
 
 
 @pytest.mark.parametrize(
@@ -502,7 +503,7 @@ def test_bits_go_where_the_loss_is(digits):
 
 @pytest.mark.parametrize("allocation", ["flat", "sensitivity"])
 def test_a_file_in_bytes_is_met_as_it_is_coded(allocation, trained, digits, tmp_path):
-    limit = 4000
+    limit = 1500  # in 3 bits all weights take 2800
     model = with_state(trained)
     rules = {
         "model": {"file_bytes": limit, "allocation": allocation},
@@ -632,7 +633,7 @@ def test_centres_that_are_not_used_cost_no_more_after_training():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     with torch.no_grad():
-        model[0].weight.copy_(torch.randint(-2, 3, (64, 64)) / 4)  # five numbers for more centres
+        model[0].weight.copy_(torch.randint(-2, 3, (64, 64)) / 3.7)  # five numbers for more centres
     dt.compress(model, {"rules": {"*": {"method": "ecsq", "bits": 2.5}}})
     before = len(to_bytes(contents(model)))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

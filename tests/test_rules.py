@@ -202,7 +202,7 @@ def test_infeasible_rule_names_the_matrix():
             {"rules": {"*": {"method": "depthin", "ratio": 0.1}}},
             "[rules.\"*\"] method = 'depthin' is unknown. Did you mean 'deepthin'? "
             "Valid: deepthin, shuffled, rank, hashed, pruned, kronecker, tensor-train, uniform, kmeans, ecsq, "
-            "binary, dense.",
+            "binary, coded, dense.",
         ),
         (
             {"rules": {"*": {"metod": "rank"}}},

@@ -9,7 +9,7 @@ def did_you_mean(word: object, valid: Iterable[str]) -> str:
     """What to write instead: the closest valid word, and all of them where they are few."""
     words = list(valid)
     best = difflib.get_close_matches(str(word), words, n=1, cutoff=0.0)[0]
-    listed = f" Valid: {', '.join(words)}." if len(words) <= 12 else ""
+    listed = f" Valid: {', '.join(words)}." if len(words) <= 16 else ""
     return f"Did you mean {best!r}?{listed}"
 
 

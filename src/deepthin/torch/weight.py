@@ -645,7 +645,8 @@ class ThinWeight(CodeState):
         (start, stop), decoder = self._cuts[index], self.decoder
         code, device = {**self._derived(), **self._wide(floats)}, next(iter(floats.values())).device.type
         # As a dense parameter: its type is the code's, which normalisation and the cache need, and layers cast it.
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        cast_off = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast_off else nullcontext():
             if isinstance(decoder, Flat):
                 flat = decoder.decode_flat(code, start, stop, _TORCH)
             else:
