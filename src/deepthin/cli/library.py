@@ -43,8 +43,8 @@ def compress(
 ) -> None:
     """Compress trained weights: encode the matrices that the configuration names and write one small file.
 
-    At extreme sizes the network must be trained further afterwards; a warning says so. With coded rules and file_bytes
-    the integers are made smaller until the file fits; training to the size (`deepthin train`) is far better.
+    At extreme sizes the network must be trained further afterwards; a warning says so. With coded rules and
+    `file_bytes`, integers are made smaller until the file fits; training to the size (`deepthin train`) is better.
 
     Example: `deepthin compress --model nets:lenet --weights dense.safetensors --ratio 0.02 --out lenet.thin`
     """
