@@ -71,7 +71,7 @@ RULES = {
     "rounded": {"rules": {"*.weight": {"ratio": 0.3, "then": {"method": "uniform", "bits": 8}}}},
     "symbols": {"rules": {"*.weight": {"method": "kmeans", "bits": 3}}},
     "vectors": {"model": {"biases": {"method": "uniform", "bits": 16}}, "rules": {"table.weight": EACH}},
-    "normalisation": {"rules": dict.fromkeys(NORMS, {"method": "uniform", "bits": 8})},
+    "normalisation": {"rules": {name: {"method": "uniform", "bits": 8} for name in NORMS}},
     "coded": {"rules": {"*.weight": {"method": "coded"}}},
 }
 LOST = 1e-4  # of the largest output: sums in another order, through all layers

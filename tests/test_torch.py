@@ -369,8 +369,9 @@ def test_file_bytes_is_met_and_used(limit, tmp_path):
     written = dt.save(model, tmp_path / "m.thin", max_bytes=limit)
     assert written == report.total_bytes <= limit
     trained_anew(model)
+    written = dt.save(model, tmp_path / "m.thin", max_bytes=limit)
     if limit <= 8000:
-        assert 0.85 * limit < dt.save(model, tmp_path / "n.thin") <= limit  # n = 7, 9, 11 ... are coarse steps in so small a network
+        assert written > 0.85 * limit  # n = 7, 9, 11 ... are coarse steps in so small a network
 
 
 def test_file_bytes_that_cannot_be_met_names_the_smallest(tmp_path):

@@ -63,7 +63,7 @@ def lightning_callback(target: Target) -> Any:
             target.add_gradient()
             self._due = True
 
-        def on_train_batch_end(self, *args: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if self._due:
                 self._due = False
                 target.step()
