@@ -29,8 +29,9 @@ ALONE = {
     "kmeans": {"bits": 3},
     "ecsq": {"bits": 3},
     "binary": {"bits": 2, "rounds": 0},
+    "coded": {},
 }
-INNER = {"uniform": {"bits": 8}, "kmeans": {"bits": 4}, "ecsq": {"bits": 3}, "binary": {"bits": 3}}
+INNER = {"coded": {}, "uniform": {"bits": 8}, "kmeans": {"bits": 4}, "ecsq": {"bits": 3}, "binary": {"bits": 3}}
 OUTER = ("deepthin", "shuffled", "rank", "hashed", "pruned", "kronecker", "tensor-train")
 RULES = {name: {"method": name, **options} for name, options in ALONE.items()} | {
     f"{outer} then {inner}": {"method": outer, "ratio": 0.3, "then": {"method": inner, **options}}

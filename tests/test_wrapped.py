@@ -252,6 +252,36 @@ def ddp_trains(rank, folder, names):
             dist.barrier()
 
 
+def ddp_trains_to_a_size(rank, folder):
+    """One weight of the bits for all processes, whose batches differ; and one file. The penalty is in the loss, or its
+    gradient is added."""
+    size = {"model": {"file_bytes": 700}, "rules": {"*": RULES["coded"]}}
+    for adds in (False, True):
+        model = thin(size, rank, two_layers)
+        ddp = DistributedDataParallel(model)
+        target = dt.SizeTarget(ddp, steps=60)
+        optimizer = torch.optim.Adam(dt.parameter_groups(ddp, 1e-3))
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (ddp(inputs(rank)) - 1).square().mean()
+            if adds:
+                loss.backward()
+                target.add_gradient()
+            else:
+                (loss + target.penalty()).backward()
+            optimizer.step()
+            target.step()
+            sent = [None, None]
+            dist.all_gather_object(sent, target.state_dict())
+            assert sent[0] == sent[1]
+        with torch.no_grad():
+            check_replicas(model, ddp.eval()(inputs()))
+        dt.save(ddp, folder / f"size{rank}.thin", max_bytes=700)
+        dist.barrier()
+        assert (folder / "size0.thin").read_bytes() == (folder / "size1.thin").read_bytes()
+        dist.barrier()
+
+
 def ddp_models_do_not_change(rank, folder):
     model = thin()
     dt.save(model, folder / f"same{rank}.thin")
@@ -455,6 +485,7 @@ CHECKS = {
     for function in (
         ddp_trains_every_method,
         ddp_trains_pairs_of_methods,
+        ddp_trains_to_a_size,
         ddp_models_do_not_change,
         a_recipe_in_ddp,
         fully_sharded_linear_layers,
