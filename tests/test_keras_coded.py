@@ -153,7 +153,7 @@ class Torch(nn.Module):
 @pytest.mark.parametrize(
     ("file_bytes", "rule", "options"),
     [
-        (1400, CODED, {}),
+        pytest.param(1400, CODED, {}, marks=pytest.mark.slow),
         (900, CODED, {} if BACKEND == "torch" else {"steps_per_execution": 4}),
         (1000, THEN, {}),
     ],
@@ -186,6 +186,7 @@ def test_a_training_ends_within_its_size_and_files_cross(file_bytes, rule, optio
     assert (tmp_path / "again.thin").read_bytes() == (tmp_path / "m.thin").read_bytes()
 
 
+@pytest.mark.slow
 def test_without_a_graph_the_same_holds(tmp_path):
     model, target = trained(1100, CODED, steps=STEPS // 4, run_eagerly=True)
     assert 0.97 * 1100 <= dk.save(model, tmp_path / "m.thin") <= 1100

@@ -253,7 +253,7 @@ class ThinWeight(keras.layers.Layer):
         # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
         floats = {e: t if e in whole else (t - fixed[e]) + rounded[e] for e, t in floats.items()}
         for entry, (latent, method) in self.steps.items():
-            step = method.step(state[latent], _OPS)
+            step = ops.reshape(method.step(state[latent], _OPS), ())  # whatever the shape of the floats
             slope = ops.stop_gradient((rounded[entry] - fixed[entry]) / step)
             floats[entry] = floats[entry] + slope * (step - ops.stop_gradient(step))
         return {e: t if e in whole else ops.cast(t, self.variable_dtype) for e, t in floats.items()}
@@ -273,7 +273,7 @@ class ThinWeight(keras.layers.Layer):
         """
         state = self._widened(self.latents) if self.steps else {}
         return {
-            entry: (state[entry] / method.step(state[latent], _OPS), method.top())
+            entry: (state[entry] / ops.reshape(method.step(state[latent], _OPS), ()), method.top())
             for entry, (latent, method) in self.steps.items()
         }
 
