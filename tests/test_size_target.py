@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import deepthin
 import deepthin.torch as dt
-from deepthin import BudgetError, ConfigError
+from deepthin import METHODS, BudgetError, ConfigError
 from deepthin.lab.checkpoint import Checkpoint
 from deepthin.lab.tasks.training import Training
 from deepthin.plan import steering
@@ -103,9 +103,10 @@ def test_every_method_trains_with_the_penalty(rule):
 
 def test_the_code_length_is_that_of_frequencies():
     """Against entropy computed symbol by symbol, and central differences of the interpolation at fixed frequencies."""
-    step = torch.full((1, 1), 0.5, dtype=torch.float64, requires_grad=True)
+    method = METHODS["coded"](shape=(1, 400), width=4)
+    log_step = torch.full((1, 1), math.log(0.5), dtype=torch.float64, requires_grad=True)
     latents = (1.5 * torch.randn(400, generator=torch.Generator().manual_seed(0))).double().requires_grad_()
-    bits = code_length(latents, step, 7)
+    bits = code_length(latents, log_step, method)
     symbols = latents / 0.5
     rounded = symbols.detach().clamp(-7, 7).round().numpy().astype(int)
     lengths = steering.symbol_lengths(rounded, 7)
@@ -116,30 +117,31 @@ def test_the_code_length_is_that_of_frequencies():
         below = min(max(math.floor(value), -7), 6)
         expected = lengths[below + 8] - lengths[below + 7] if abs(value) <= 7 else 0.0
         assert slope == pytest.approx(expected / 0.5, abs=1e-12)
-        of_step -= expected * value / 0.5
-    assert step.grad.item() == pytest.approx(of_step, rel=1e-12)
+        of_step -= expected * value
+    assert log_step.grad.item() == pytest.approx(of_step, rel=1e-12)
 
 
 @pytest.mark.skipif(not deepthin.native_available, reason="there is no native code")
-@pytest.mark.parametrize("top", [1, 7, 127])
-def test_native_code_rounds_and_counts_as_torch_does(top, monkeypatch):
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_native_code_rounds_and_counts_as_torch_does(width, monkeypatch):
     """The multiples bit for bit; gradients up to the roundings of sums of 3,000 terms."""
-    drawn = torch.Generator().manual_seed(top)
+    method = METHODS["coded"](shape=(1, 3000), width=width)
+    top, drawn = method.top(), torch.Generator().manual_seed(width)
     latents = torch.randn(3000, generator=drawn) * top / 3
     latents[:8] = torch.tensor([0.0, -0.0, 0.15, -0.15, 0.45, -0.45, 1e6, -1e6])
     goal, found = torch.randn(3000, generator=drawn), []
     for native in (True, False):
         monkeypatch.setattr("deepthin.kernels.products.native_available", native)
-        one, step = latents.clone().requires_grad_(), torch.full((1, 1), 0.3, requires_grad=True)
-        values = quantized(one, step, top)
-        bits = code_length(one, step, top)
+        one, step = latents.clone().requires_grad_(), torch.full((1, 1), math.log(0.3), requires_grad=True)
+        values = quantized(one, step, method)
+        bits = code_length(one, step, method)
         ((values * goal).sum() + 1e-3 * bits).backward()
         found.append((values.detach(), bits.detach(), one.grad, step.grad))
     (values, bits, gradient, of_step), (values2, bits2, gradient2, of_step2) = found
     assert torch.equal(values, values2)
     assert bits == bits2
     assert torch.allclose(gradient, gradient2, rtol=8 * 2**-24, atol=8 * 2**-24 * float(goal.abs().max()))
-    terms = (goal.abs().sum() + 1e-3 * bits).item() * top / 0.3
+    terms = (goal.abs().sum() + 1e-3 * bits).item() * top
     assert abs(of_step - of_step2).item() <= 3000 * 2**-24 * terms
 
 
@@ -153,7 +155,7 @@ def test_the_step_has_the_gradient_of_lsq():
     (weight() * goal).sum().backward()
     step = weight.method.step(weight.log_step.detach(), torch).item()
     symbols = weight.weight.detach() / step
-    expected = (goal * (symbols.round() - symbols)).sum().item() * weight.log_step.detach().exp().item()
+    expected = (goal * (symbols.round() - symbols)).sum().item() * step
     assert weight.log_step.grad.item() == pytest.approx(expected, rel=1e-4)
     assert torch.equal(weight.weight.grad, goal)
 

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from deepthin.kernels import products, rounding
+from deepthin.method import Stepped
 from deepthin.plan.steering import PRIOR
+
+_TORCH = cast(Any, torch)
 
 
 def _is_native(latents: Tensor) -> bool:
@@ -29,43 +32,44 @@ def _is_native(latents: Tensor) -> bool:
 
 class _Quantized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, latents: Tensor, step: Tensor, top: int) -> Tensor:
+    def forward(ctx: Any, latents: Tensor, log_step: Tensor, method: Stepped) -> Tensor:
+        step, top = method.step(log_step, _TORCH), method.top()
         if _is_native(latents):
             values, residual = map(torch.from_numpy, rounding.quantize(latents.detach().numpy(), step.item(), top))
         else:
             symbols = latents / step.reshape(())
             rounded = symbols.round().clamp(-top, top)
             values, residual = step.reshape(()) * rounded, rounded - symbols
-        ctx.save_for_backward(residual)
-        ctx.step_shape = step.shape
+        ctx.save_for_backward(residual, step)
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (residual,) = ctx.saved_tensors
-        return gradients[0], (gradients[0] * residual).sum().reshape(ctx.step_shape), None
+        residual, step = ctx.saved_tensors
+        return gradients[0], (gradients[0] * residual).sum() * step, None
 
 
-def quantized(latents: Tensor, step: Tensor, top: int) -> Tensor:
-    """Round to multiples of a step.
+def quantized(latents: Tensor, log_step: Tensor, method: Stepped) -> Tensor:
+    """Round to multiples of a learned step.
 
     The gradient passes the rounding to the latents unchanged; that of the step is the rounded symbol less the unrounded
-    one (Esser et al., 2020, arXiv:1902.08153, equation 3).
+    one (Esser et al., 2020, arXiv:1902.08153, equation 3), and that of its logarithm this times the step.
 
     Args:
         latents: Numbers of any shape.
-        step: The step, > 0, one entry.
-        top: The largest symbol, 1 to 127.
+        log_step: Natural logarithm of the step, 1 x 1.
+        method: What rounds the step and limits the symbols.
 
     Returns:
         The multiples, of the shape of ``latents``.
     """
-    return cast(Tensor, _Quantized.apply(latents, step, top))
+    return cast(Tensor, _Quantized.apply(latents, log_step, method))
 
 
 class _CodeLength(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, latents: Tensor, step: Tensor, top: int) -> Tensor:
+    def forward(ctx: Any, latents: Tensor, log_step: Tensor, method: Stepped) -> Tensor:
+        step, top = method.step(log_step, _TORCH), method.top()
         if _is_native(latents):
             counts = torch.from_numpy(rounding.count_symbols(latents.detach().numpy(), step.item(), top)).double()
         else:
@@ -84,23 +88,23 @@ class _CodeLength(torch.autograd.Function):
             rise = rises.numpy().astype(np.float32)
             scale = float(gradients[0])
             slopes, total = rounding.code_slopes(latents.detach().numpy(), step.item(), top, rise, scale)
-            return torch.from_numpy(slopes), torch.full_like(step, total) / step, None
+            return torch.from_numpy(slopes), torch.full_like(step, total), None
         symbols = latents / step.reshape(())
         below = symbols.floor().clamp(-top, top - 1)
         rise = (gradients[0] * rises.to(latents.dtype))[(below + top).long()] * (symbols.abs() <= top)
-        return rise / step.reshape(()), -(rise * symbols).sum() / step, None
+        return rise / step.reshape(()), -(rise * symbols).sum() * torch.ones_like(step), None
 
 
-def code_length(latents: Tensor, step: Tensor, top: int) -> Tensor:
+def code_length(latents: Tensor, log_step: Tensor, method: Stepped) -> Tensor:
     """The bits that an adaptive code of zero order takes for the symbols of numbers.
 
     Args:
         latents: Numbers of any shape.
-        step: The step, > 0, one entry.
-        top: The largest symbol, 1 to 127; larger numbers count as this one.
+        log_step: Natural logarithm of the step, 1 x 1.
+        method: What rounds the step and limits the symbols; larger numbers count as the largest symbol.
 
     Returns:
         Bits, a scalar. Its gradient for a symbol is the length of the integer above less that of the one below; 0
         beyond the largest.
     """
-    return cast(Tensor, _CodeLength.apply(latents, step, top))
+    return cast(Tensor, _CodeLength.apply(latents, log_step, method))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from deepthin.torch import callbacks
 from deepthin.torch.code_length import code_length
 from deepthin.torch.files import contents
 from deepthin.torch.weight import ThinWeight
+
+_TORCH = cast(Any, torch)
 
 
 class SizeTarget:
@@ -210,8 +212,8 @@ def _coded(weight: ThinWeight) -> Iterator[tuple[Tensor, Callable[[], Rounded]]]
     """The latents of a weight that are rounded to a learned step, and how they are read."""
 
     def read(entry: str) -> Rounded:
-        latents, step, top = weight.unrounded()[entry]
-        return Rounded(latents.double().cpu().numpy(), float(step), top)
+        latents, log_step, method = weight.unrounded()[entry]
+        return Rounded(latents.double().cpu().numpy(), float(method.step(log_step, _TORCH)), method.top())
 
     for entry in weight.unrounded():
         yield getattr(weight, entry), functools.partial(read, entry)

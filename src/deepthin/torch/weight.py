@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from deepthin.kernels import products
 from deepthin.kernels.costs import Path
-from deepthin.method import Code, Flat, Method, Symbols
+from deepthin.method import Code, Flat, Method, Stepped, Symbols
 from deepthin.methods.factor import Factored, Window
-from deepthin.methods.float_coding import FloatCoding, inner_of
+from deepthin.methods.float_coding import LOG_STEP, FloatCoding, inner_of
 from deepthin.plan.start import Start, drawn, encoded, generator
 from deepthin.storage.contents import Part
 from deepthin.torch import multiply
@@ -340,7 +340,7 @@ class ThinWeight(CodeState):
             latents = {entry: t.detach() for entry, t in state.items()}
             # Encoding again may give another code: the present one stays until a latent changes.
             code = self._coded.get(latents.values()) if may_cache else None
-        if code is None and may_cache and (coded := self.unrounded()):
+        if may_cache and (coded := self.unrounded()) and (code is None or self._has_learned_steps(code)):
             return _entries_of(self.decoder, state) | {e: quantized(*entry) for e, entry in coded.items()}
         with torch.no_grad():
             rounded = self._decode_floats(self._coding.encode(latents, _TORCH) if code is None else code)
@@ -361,19 +361,25 @@ class ThinWeight(CodeState):
             slope = (rounded - getattr(self, entry)) / step
         return slope * (step - step.detach())
 
-    def unrounded(self) -> dict[str, tuple[Tensor, Tensor, int]]:
+    def unrounded(self) -> dict[str, tuple[Tensor, Tensor, Stepped]]:
         """The floats whose step is learned, before rounding: what a rate-aware training codes.
 
         Returns:
-            Entry -> latents, the step, and the largest symbol; empty for other methods and where nothing is rounded.
+            Entry -> latents, the logarithm of the step, and the method that rounds; empty for other methods and where nothing is rounded.
         """
         if not self.rounds or not self._coding.steps():
             return {}
         state = self.state()
         return {
-            entry: (state[entry], method.step(state[latent], _TORCH), method.top())
-            for entry, (latent, method) in self._coding.steps().items()
+            entry: (state[entry], state[latent], method) for entry, (latent, method) in self._coding.steps().items()
         }
+
+    def _has_learned_steps(self, code: Mapping[str, Tensor]) -> bool:
+        """Whether a code has just the steps that its latents give: then encoding these gives it again."""
+        return all(
+            torch.equal(code[latent.removesuffix(LOG_STEP) + "step"], method.step(getattr(self, latent), _TORCH))
+            for latent, method in self._coding.steps().values()
+        )
 
     def log_steps(self) -> list[Tensor]:
         """The logarithms of learned steps.
