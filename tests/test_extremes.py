@@ -27,6 +27,7 @@ EXTREMES = [
     ],
     *[("kmeans", {"bits": b, "start": start}) for b in (1, 8) for start in ("linear", "density", "random")],
     *[("ecsq", o) for o in ({"bits": 1}, {"bits": 8}, {"bits": 2, "levels": 256})],
+    *[("coded", {"bits": b}) for b in (2, 8)],
     *[("binary", {"bits": b, "per": p, "rounds": r}) for b in (1, 8) for p in ("row", "matrix") for r in (0, 3)],
     *[
         ("deepthin", {"ratio": 0.5, "then": {"method": "uniform", "bits": 16, "affine": True, "per": per}})

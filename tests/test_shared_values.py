@@ -323,7 +323,7 @@ def test_two_equal_halves_that_may_have_no_bit():
 def test_one_value_is_stored_in_a_few_bytes():
     plan = METHODS["ecsq"].fit((40, 50), 1 << 20, bits=1)
     code = plan.encode(np.full((40, 50), 0.25), np)
-    assert stored_bytes(plan, code) == 1
+    assert stored_bytes(plan, code) == 0  # zeros at the end of an arithmetic code are left out
     assert (plan.decode(code, np) == 0.25).all()
 
 

@@ -400,8 +400,11 @@ class Coded:
         """
         step, info = xp.exp(log_step), xp.finfo(log_step.dtype)
         significant = 1 - round(math.log2(float(info.eps)))  # bits, the leading one included
-        high = step * (2.0 ** (significant - MANTISSA_BITS) + 1)
-        rounded = high - (high - step)
+        ones, factor = xp.ones_like(step), 2.0 ** (significant - MANTISSA_BITS) + 1
+        scale = xp.where(step > 1, ones * (0.5 / (factor - 1)), ones)  # a power of two: large steps do not overflow
+        small = step * scale
+        high = small * factor
+        rounded = (high - (high - small)) / scale
         return xp.where(rounded > float(info.tiny), rounded, xp.ones_like(rounded) * float(info.tiny))
 
     def quantize(self, weight: Float[Array, "rows cols"], log_step: Float[Array, "1 1"], xp: Namespace) -> Code:
