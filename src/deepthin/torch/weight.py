@@ -365,7 +365,8 @@ class ThinWeight(CodeState):
         """The floats whose step is learned, before rounding: what a rate-aware training codes.
 
         Returns:
-            Entry -> latents, the logarithm of the step, and the method that rounds; empty for other methods and where nothing is rounded.
+            Entry -> latents, the logarithm of the step, and the method that rounds; empty for other methods and where
+            nothing is rounded.
         """
         if not self.rounds or not self._coding.steps():
             return {}
