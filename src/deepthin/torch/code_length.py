@@ -40,20 +40,21 @@ class _Quantized(torch.autograd.Function):
             symbols = latents / step.reshape(())
             rounded = symbols.round().clamp(-top, top)
             values, residual = step.reshape(()) * rounded, rounded - symbols
-        ctx.save_for_backward(residual, step)
+        ctx.save_for_backward(residual, log_step)
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        residual, step = ctx.saved_tensors
-        return gradients[0], (gradients[0] * residual).sum() * step, None
+        residual, log_step = ctx.saved_tensors
+        return gradients[0], (gradients[0] * residual).sum() * log_step.exp(), None
 
 
 def quantized(latents: Tensor, log_step: Tensor, method: Stepped) -> Tensor:
     """Round to multiples of a learned step.
 
     The gradient passes the rounding to the latents unchanged; that of the step is the rounded symbol less the unrounded
-    one (Esser et al., 2020, arXiv:1902.08153, equation 3), and that of its logarithm this times the step.
+    one (Esser et al., 2020, arXiv:1902.08153, equation 3), and that of its logarithm this times the exponential, as if
+    the step were not rounded to eight bits.
 
     Args:
         latents: Numbers of any shape.
@@ -76,23 +77,23 @@ class _CodeLength(torch.autograd.Function):
             symbols = (latents / step.reshape(())).reshape(-1).clamp(-top, top)
             counts = torch.bincount((symbols.round() + top).long(), minlength=2 * top + 1).double()
         lengths = torch.log2(counts.sum() + PRIOR * len(counts)) - torch.log2(counts + PRIOR)
-        ctx.save_for_backward(latents, step, lengths.diff())
+        ctx.save_for_backward(latents, step, log_step, lengths.diff())
         ctx.top = top
         return (counts * lengths).sum().to(latents.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        latents, step, rises = ctx.saved_tensors
+        latents, step, log_step, rises = ctx.saved_tensors
         top = ctx.top
         if _is_native(latents):
             rise = rises.numpy().astype(np.float32)
             scale = float(gradients[0])
             slopes, total = rounding.code_slopes(latents.detach().numpy(), step.item(), top, rise, scale)
-            return torch.from_numpy(slopes), torch.full_like(step, total), None
+            return torch.from_numpy(slopes), total * log_step.exp() / step, None
         symbols = latents / step.reshape(())
         below = symbols.floor().clamp(-top, top - 1)
         rise = (gradients[0] * rises.to(latents.dtype))[(below + top).long()] * (symbols.abs() <= top)
-        return rise / step.reshape(()), -(rise * symbols).sum() * torch.ones_like(step), None
+        return rise / step.reshape(()), -(rise * symbols).sum() * log_step.exp() / step, None
 
 
 def code_length(latents: Tensor, log_step: Tensor, method: Stepped) -> Tensor:
