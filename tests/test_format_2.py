@@ -551,3 +551,14 @@ def test_an_unknown_version_is_refused(tmp_path):
 def test_the_checksum_is_that_of_all_bytes_before_it():
     data = to_bytes(small_contents())
     assert int.from_bytes(data[-4:], "little") == zlib.crc32(data[:-4])
+
+
+def test_zeros_of_a_scale_that_no_float_holds_are_refused(tmp_path):
+    """Found by fuzzing: zero times infinity."""
+    method = METHODS["deepthin"](shape=(4, 4), n=3, rank=1)
+    code = {entry: Raw.zeros("F32", shape) for entry, shape in method.code_shapes().items()}
+    thin = Thin("deepthin", method, {"a": Part((2, 4), 1e300), "b": Part((2, 4))}, code)
+    for version in (1, 2):
+        (tmp_path / "a.thin").write_bytes(to_bytes(Contents({"a": thin}), version))
+        with pytest.raises(FormatError, match="decodes to NaN or infinity"):
+            deepthin.load(tmp_path / "a.thin")

@@ -198,10 +198,9 @@ class Thin:
         """Whether all weights are finite and at most ``limit``, however they are computed; False if unsure."""
         most = {entry: largest(raw) for entry, raw in self.code.items()}  # 0 for integers
         kind = np.float64 if self.item_bytes == 8 else np.float32
-        scale = max(1.0, *(part.scale for part in self.parts.values()))
-        return 2 * max(*most.values(), scale * largest_weight(self.method, most)) < min(
-            limit, float(np.finfo(kind).max)
-        )
+        scale, largest_float = max(1.0, *(part.scale for part in self.parts.values())), float(np.finfo(kind).max)
+        bound = 2 * max(*most.values(), scale * largest_weight(self.method, most))
+        return bound < min(limit, largest_float) and scale < largest_float  # zero times an infinite scale is NaN
 
     def decode(self) -> dict[str, np.ndarray]:
         """Decode the tensors of the matrix with NumPy; codes in half precision are decoded in float32.
