@@ -15,10 +15,11 @@ from deepthin import METHODS, BudgetError, ConfigError
 from deepthin.lab.checkpoint import Checkpoint
 from deepthin.lab.tasks.training import Training
 from deepthin.plan import steering
+from deepthin.plan.file_limit import of_zeros
 from deepthin.storage.write import size_of
 from deepthin.torch.code_length import code_length, quantized
 from deepthin.torch.files import contents
-from deepthin.torch.size_target import SizeTarget, coded_weights, fit_to, smallest_bytes
+from deepthin.torch.size_target import SizeTarget, coded_weights, fit_to
 
 DEEPTHIN = {"method": "deepthin", "rank": 4, "then": {"method": "coded"}}
 RULES = {
@@ -169,7 +170,7 @@ def test_too_small_a_size_is_refused_before_training():
         thin(smallest - 1)
     model = thin(smallest + 200)
     with pytest.raises(BudgetError, match="every symbol zero"):
-        SizeTarget(model, 10, file_bytes=smallest_bytes(model) - 1)
+        SizeTarget(model, 10, file_bytes=size_of(of_zeros(contents(model))) - 1)
 
 
 def test_mistakes_are_named():
@@ -319,3 +320,17 @@ def test_inspect_shows_the_bits_of_each_tensor(tmp_path):
     assert "bits" in row.fields["coding"]
     loaded = deepthin.load(tmp_path / "m.thin")
     assert all(np.isfinite(array).all() for array in loaded.values())
+
+
+def test_learned_steps_do_not_decay():
+    """Weight decay would draw the logarithm of a step to 0, which is a step of 1."""
+    model = thin(4000)
+    training = Training(model=model, steps=3, lr=2e-3, decay=0.3)
+    x, y = problem()
+    for chosen in training.batches(len(x), 64):
+        training.minimise(cross_entropy(model(x[chosen]), y[chosen]))
+    decays = {id(p): group["weight_decay"] for group in training._optimizer.param_groups for p in group["params"]}
+    steps = [step for weight in coded_weights(model) for step in weight.log_steps()]
+    latents = [p for weight in coded_weights(model) for p in weight.parameters() if all(p is not step for step in steps)]
+    assert {decays[id(p)] for p in steps} == {0.0}
+    assert {decays[id(p)] for p in latents} == {0.3}

@@ -15,7 +15,7 @@ from deepthin.keras.weight import ThinWeight
 from deepthin.method import Array
 from deepthin.methods.float_coding import LOG_STEP
 from deepthin.plan import steering
-from deepthin.plan.steering import Rounded, Steering
+from deepthin.plan.steering import Rounded, Steered, Steering
 from deepthin.storage.write import size_of
 
 _OPS: Any = NAMESPACE
@@ -38,7 +38,7 @@ class _Penalty:
         return ops.convert_to_tensor(first.bit_weight) * bits
 
 
-class SizeTarget(keras.callbacks.Callback):
+class SizeTarget(Steered, keras.callbacks.Callback):
     """Steers a training so that the written file ends within a number of bytes, and not far below.
 
         target = SizeTarget(model, steps=1200)
@@ -78,31 +78,6 @@ class SizeTarget(keras.callbacks.Callback):
         self._steering = Steering(steps, file_bytes, [w.file_bytes for w in self._weights], contents(model))
         self._penalty = _Penalty(self._weights)
         self._attach(self._penalty)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps."""
-        return self._steering.steps
-
-    @property
-    def file_bytes(self) -> int:
-        """The target in bytes."""
-        return self._steering.file_bytes
-
-    @property
-    def steps_done(self) -> int:
-        """Number of steps so far."""
-        return self._steering.steps_done
-
-    @property
-    def weight(self) -> float:
-        """The weight of a bit, in units of the loss."""
-        return self._steering.weight
-
-    @property
-    def bytes(self) -> float:
-        """Predicted size of the file in bytes, from the code length at the last step."""
-        return self._steering.bytes
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Set the weight of a bit for a training step.
@@ -208,22 +183,6 @@ class SizeTarget(keras.callbacks.Callback):
                 symbols = code[latent.removesuffix(LOG_STEP) + "symbols"].astype(np.int64)
                 bits += float(steering.symbol_lengths(symbols, method.top())[symbols + method.top()].sum())
         return bits, size_of(contents(self._target))
-
-    def state_dict(self) -> dict[str, Any]:
-        """What steering depends on.
-
-        Returns:
-            Name -> number; for ``load_state_dict`` of a target with the same model and number of steps.
-        """
-        return self._steering.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Args:
-            state: What ``state_dict`` returned.
-        """
-        self._steering.load_state_dict(state)
 
 
 def coded_weights(model: keras.Model) -> list[ThinWeight]:

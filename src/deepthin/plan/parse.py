@@ -66,7 +66,7 @@ def _parse_biases(biases: Any) -> Rule | None:
         return None
     if type(biases) is int and 2 <= biases <= 16:
         return Rule(BIASES, "uniform", options={"bits": biases}, apart=True)
-    if type(biases) not in (str, dict):
+    if not isinstance(biases, str | Mapping):
         raise ConfigError(
             f"{BIASES} = {biases!r}: give their bits, 2 to 16, or 32 to store them as they are; or a method, such as "
             "'coded' or { method = 'kmeans', bits = 4 }."

@@ -14,7 +14,7 @@ from deepthin.plan.patterns import Names
 from deepthin.plan.rules import DENSE, NO_LIMIT, Rule, Rules, bits_at
 from deepthin.plan.tensor import Tensor, matrix_of
 
-BITS_OF_FLOAT = 2.0  # of a file trained to its size, for each number of the codes (docs/training.md)
+BITS_OF_FLOAT = 2.0  # of a file trained to its size, for each number of the codes (docs/rate.md)
 
 
 @dataclass(frozen=True, slots=True)

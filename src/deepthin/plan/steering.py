@@ -179,6 +179,53 @@ class Steering:
             setattr(self, name, state[name])
 
 
+class Steered:
+    """What every framework's ``SizeTarget`` shows of its controller."""
+
+    _steering: Steering
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return self._steering.steps
+
+    @property
+    def file_bytes(self) -> int:
+        """The target in bytes."""
+        return self._steering.file_bytes
+
+    @property
+    def steps_done(self) -> int:
+        """Number of steps so far."""
+        return self._steering.steps_done
+
+    @property
+    def weight(self) -> float:
+        """The weight of a bit, in units of the loss."""
+        return self._steering.weight
+
+    @property
+    def bytes(self) -> float:
+        """Predicted size of the file in bytes, from the code length at the last penalty."""
+        return self._steering.bytes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What steering depends on.
+
+        Returns:
+            Name -> number; for ``load_state_dict`` of a target with the same model and number of steps.
+        """
+        return self._steering.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Args:
+            state: What ``state_dict`` returned.
+        """
+        self._steering.load_state_dict(state)
+
+
 def symbol_lengths(symbols: np.ndarray, top: int) -> np.ndarray:
     """The bits that an adaptive code of zero order takes for each symbol.
 

@@ -79,10 +79,20 @@ def compress(
     planned = plan_of(model, parsed, tensors, encoded if init == "trained" else None)
     with replacing(model, "compress()"):
         report = carry_out(model, planned, owners, init, seed, encoded)
+    aim(model, parsed.file_bytes)
+    return report
+
+
+def aim(model: nn.Module, file_bytes: int | None) -> None:
+    """Tell the weights of a model the size to which ``SizeTarget`` is to train its file.
+
+    Args:
+        model: A thin model, changed in place.
+        file_bytes: The target in bytes; None: none.
+    """
     for module in model.modules():
         if isinstance(module, ThinWeight):
-            module.file_bytes = parsed.file_bytes
-    return report
+            module.file_bytes = file_bytes
 
 
 def carry_out(

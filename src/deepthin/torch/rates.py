@@ -28,7 +28,8 @@ def parameter_groups(
             network needs a smaller one than fresh factors.
 
     Returns:
-        A list of ``{"params", "lr", "name"}``; parameters that need no gradient are left out.
+        A list of ``{"params", "lr", "name"}``; parameters that need no gradient are left out. Learned steps are a group
+        without weight decay, which would draw their logarithms to 0.
     """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {("dense", 1.0): []}
     seen: set[int] = set()
@@ -52,4 +53,8 @@ def parameter_groups(
                 seen.add(id(parameter))
                 group = (STEPS, STEP_MULTIPLIER) if own.endswith(LOG_STEP) else (name, times)
                 groups.setdefault(group, []).append(parameter)
-    return [{"params": group, "lr": lr * times, "name": name} for (name, times), group in groups.items() if group]
+    return [
+        {"params": group, "lr": lr * times, "name": name} | ({"weight_decay": 0.0} if name == STEPS else {})
+        for (name, times), group in groups.items()
+        if group
+    ]

@@ -24,7 +24,7 @@ from deepthin.plan.tensor import Tensor as Named
 from deepthin.storage.report import Report, report_of
 from deepthin.storage.write import size_of
 from deepthin.torch.allocation import allocate
-from deepthin.torch.compress import carry_out, materialize, plan_of
+from deepthin.torch.compress import aim, carry_out, materialize, plan_of
 from deepthin.torch.exchange import make_thin, thin_tensors
 from deepthin.torch.files import contents
 from deepthin.torch.generated import ThinLayer
@@ -280,9 +280,7 @@ class Recipe:
         wanted = {weight: (plan.name, plan.method) for weight, plan in plans if plan.method and inner_of(plan.method)}
         _store_floats(self.model, wanted, self.importance())
         limit, learned = self.rules.file_bytes, _learn_steps(self._plans)
-        for weight in self.model.modules():
-            if isinstance(weight, ThinWeight):
-                weight.file_bytes = limit
+        aim(self.model, limit)
         # The values have changed since the layers became thin
         if limit is not None and not learned and size_of(contents(self.model), bound=True) > limit:
             materialize(self.model)

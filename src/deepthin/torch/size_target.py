@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.plan import steering
-from deepthin.plan.file_limit import of_zeros
-from deepthin.plan.steering import Rounded, Steering
+from deepthin.plan.steering import Rounded, Steered, Steering
 from deepthin.storage.write import size_of
 from deepthin.torch import callbacks
 from deepthin.torch.code_length import code_length
@@ -20,7 +19,7 @@ from deepthin.torch.weight import ThinWeight
 _TORCH = cast(Any, torch)
 
 
-class SizeTarget:
+class SizeTarget(Steered):
     """Steers a training so that the written file ends within a number of bytes, and not far below.
 
         target = SizeTarget(model, steps=1200)
@@ -58,31 +57,6 @@ class SizeTarget:
     def __init__(self, model: nn.Module, steps: int, file_bytes: int | None = None) -> None:
         self.model, self._weights = model, coded_weights(model)
         self._steering = Steering(steps, file_bytes, [w.file_bytes for w in self._weights], contents(model))
-
-    @property
-    def steps(self) -> int:
-        """Number of steps."""
-        return self._steering.steps
-
-    @property
-    def file_bytes(self) -> int:
-        """The target in bytes."""
-        return self._steering.file_bytes
-
-    @property
-    def steps_done(self) -> int:
-        """Number of steps so far."""
-        return self._steering.steps_done
-
-    @property
-    def weight(self) -> float:
-        """The weight of a bit, in units of the loss."""
-        return self._steering.weight
-
-    @property
-    def bytes(self) -> float:
-        """Predicted size of the file in bytes, from the code length at the last penalty."""
-        return self._steering.bytes
 
     def penalty(self) -> Tensor:
         """The code length of the present symbols times the weight, to be added to the loss. Call it once a step.
@@ -147,22 +121,6 @@ class SizeTarget:
             lengths = [code_length(*entry) for weight in self._weights for entry in weight.unrounded().values()]
             return float(sum(map(float, lengths))), size_of(contents(self.model))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What steering depends on.
-
-        Returns:
-            Name -> number; for ``load_state_dict`` of a target with the same model and number of steps.
-        """
-        return self._steering.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Args:
-            state: What ``state_dict`` returned.
-        """
-        self._steering.load_state_dict(state)
-
 
 def coded_weights(model: nn.Module) -> list[ThinWeight]:
     """The weights whose symbols a training codes.
@@ -176,24 +134,12 @@ def coded_weights(model: nn.Module) -> list[ThinWeight]:
     return [module for module in model.modules() if isinstance(module, ThinWeight) and module.unrounded()]
 
 
-def smallest_bytes(model: nn.Module) -> int:
-    """The size of the file if every coded symbol were zero: no training can make it smaller.
-
-    Args:
-        model: A model with coded weights.
-
-    Returns:
-        Bytes.
-    """
-    return size_of(of_zeros(contents(model)))
-
-
 def fit_to(model: nn.Module, file_bytes: int) -> int:
     """Move coded symbols to the next smaller ones until the file fits: first where a saved bit costs least error.
 
     Args:
         model: A model with coded weights; changed in place if its file is too large.
-        file_bytes: Upper bound on the file in bytes; at least ``smallest_bytes``.
+        file_bytes: Upper bound on the file in bytes; at least its size with every symbol zero.
 
     Returns:
         The size of the file in bytes.

@@ -340,7 +340,7 @@ class ThinWeight(CodeState):
             latents = {entry: t.detach() for entry, t in state.items()}
             # Encoding again may give another code: the present one stays until a latent changes.
             code = self._coded.get(latents.values()) if may_cache else None
-        if may_cache and (coded := self.unrounded()) and (code is None or self._has_learned_steps(code)):
+        if may_cache and (coded := self._unrounded(state)) and (code is None or self._has_learned_steps(code)):
             return _entries_of(self.decoder, state) | {e: quantized(*entry) for e, entry in coded.items()}
         with torch.no_grad():
             rounded = self._decode_floats(self._coding.encode(latents, _TORCH) if code is None else code)
@@ -368,9 +368,9 @@ class ThinWeight(CodeState):
             Entry -> latents, the logarithm of the step, and the method that rounds; empty for other methods and where
             nothing is rounded.
         """
-        if not self.rounds or not self._coding.steps():
-            return {}
-        state = self.state()
+        return self._unrounded(self.state()) if self.rounds and self._coding.steps() else {}
+
+    def _unrounded(self, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Stepped]]:
         return {
             entry: (state[entry], state[latent], method) for entry, (latent, method) in self._coding.steps().items()
         }

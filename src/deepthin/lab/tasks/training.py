@@ -231,7 +231,7 @@ class Training:
 
         groups = parameter_groups(self.model, self.lr, self.learning_rate_multiplier)
         if self.decay:
-            groups = [part for group in groups for part in _by_decay(self.model, group, self.decay)]
+            groups = [part for group in groups for part in _by_decay(self.model, {"weight_decay": self.decay, **group})]
         # fused AdamW saves a third of a dense step's time
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
@@ -240,13 +240,14 @@ class Training:
         return self._optimizer
 
 
-def _by_decay(model: nn.Module, group: dict[str, Any], decay: float) -> list[dict[str, Any]]:
-    """Split a group into matrices and codes, which decay, and all else."""
+def _by_decay(model: nn.Module, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a group into matrices and codes, which decay as the group says, and all else."""
     codes = {id(p) for module in model.modules() if isinstance(module, ThinWeight) for p in module.parameters()}
     parts: tuple[list[Tensor], list[Tensor]] = [], []
     for parameter in group["params"]:
         parts[parameter.dim() < 2 and id(parameter) not in codes].append(parameter)
-    return [{**group, "params": part, "weight_decay": w} for part, w in zip(parts, (decay, 0.0), strict=True) if part]
+    decays = group["weight_decay"], 0.0
+    return [{**group, "params": part, "weight_decay": w} for part, w in zip(parts, decays, strict=True) if part]
 
 
 def predict(model: nn.Module, inputs: Tensor, batch: int = 1000) -> Tensor:
