@@ -47,6 +47,10 @@ class NonFiniteError(DeepThinError):
     """A NaN or an infinity where there must be none; the message names the tensor and the index."""
 
 
+class ExportError(DeepThinError):
+    """An exported file that is too large, holds a dense weight, or computes other outputs; it was not kept."""
+
+
 def round_up(ratio: float) -> str:
     """A ratio in two significant digits, rounded up so that what a message recommends can be reached."""
     digits = 1 - math.floor(math.log10(ratio))

@@ -3,11 +3,13 @@
 from deepthin.torch.allocation import allocate
 from deepthin.torch.compress import compress, materialize, plan
 from deepthin.torch.distill import Distillation, Noise
+from deepthin.torch.export.run import Exported, export
 from deepthin.torch.files import load, save
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import adam_importance, hessian_diagonal
 from deepthin.torch.initialise import initialise
 from deepthin.torch.layers import ThinLinear
+from deepthin.torch.portable import portable
 from deepthin.torch.rates import parameter_groups
 from deepthin.torch.recipe import Recipe, quantize_codes
 from deepthin.torch.schemes import allocate_pruning
@@ -19,6 +21,7 @@ from deepthin.torch.widths import Trimming, apoz, same_size, trim
 
 __all__ = [
     "Distillation",
+    "Exported",
     "Noise",
     "Recipe",
     "Rising",
@@ -33,6 +36,7 @@ __all__ = [
     "allocate_pruning",
     "apoz",
     "compress",
+    "export",
     "hessian_diagonal",
     "initialise",
     "load",
@@ -40,6 +44,7 @@ __all__ = [
     "optimal_brain_surgeon",
     "parameter_groups",
     "plan",
+    "portable",
     "quantize_codes",
     "same_size",
     "save",

@@ -86,6 +86,7 @@ class ThinConv2d(ThinLayer, nn.Conv2d):
         return (
             "weight" in self.thin
             and not (self.training or weight.requires_grad or wanted or is_recorded() or weight.is_inference())
+            and isinstance(self.thin["weight"], ThinWeight | ThinPart)
             and is_plain(images)
             and images.dtype == weight.dtype == torch.float32
             and images.device.type == weight.device.type == "cpu"

@@ -1,0 +1,576 @@
+"""A copy of a thin model in plain operations on small constants, which every exporter and every runtime takes.
+
+Runtimes compute once what follows from constants, so no product of constants may be as large as the dense weight.
+Inputs are therefore multiplied by the code: by one factor, then by windows of the other (docs/deploy.md). Integers of a
+code stay integers, of 8, 4 or 2 bits.
+"""
+
+import copy
+import math
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from deepthin.errors import ConfigError
+from deepthin.method import Flat, InTurn
+from deepthin.methods.factor import Window
+from deepthin.methods.float_coding import FloatCoding, inner_of
+from deepthin.torch.generated import ThinLayer
+from deepthin.torch.layers import ThinEmbedding, ThinMultiheadAttention
+from deepthin.torch.product import multiply_in_turn
+from deepthin.torch.sequential import make_plain_sequential
+from deepthin.torch.weight import ThinPart, ThinWeight
+from deepthin.torch.wrapped import check_plain
+
+Form = Literal["structured", "factors in turn", "single rows", "decoded in the graph", "decoded at export"]
+"""How a portable weight is computed. Only the last two ever make the dense weight."""
+Stage = Literal["band", "convolution"]
+"""How inputs are correlated with ``wf``: by a banded matrix, or by a convolution. Runtimes differ in which is faster."""
+
+_CHANNELS = 16  # outputs of the convolution at each place; its kernel is so much longer than wf
+_BAND = 1 / 8  # upper bound on the size of the banded matrix over that of the dense weight
+_COPIES = 1.25  # upper bound on the size of the stored windows over that of the factor
+_SMALL = 4096  # bytes up to which a weight is stored dense
+_TORCH = cast(Any, torch)
+
+
+def portable(model: nn.Module, stage: Stage = "convolution") -> nn.Module:
+    """Copy a model so that its thin layers consist of plain operations on constants of about the size of their codes.
+
+    Every exporter takes the copy: torch.export, torch.onnx.export, ExecuTorch, LiteRT. Its batch and its lengths may
+    vary wherever the model's may. It is for inference: it has no parameters for thin weights, and cannot be saved or
+    trained.
+
+    Products of two factors (``deepthin``, ``rank``, groups of them) multiply the input by the factors, Kronecker and
+    tensor trains by theirs. An embedding decodes the rows that it is asked for. Kernels of convolutions, gates of
+    recurrent layers, and methods without a structured form are decoded in the graph; methods whose tables are as large
+    as the weight (``hashed``, ``shuffled``) and weights of up to 4 kB are decoded now. ``forms`` tells which.
+
+    Args:
+        model: A thin network, on the CPU.
+        stage: How the input is correlated with ``wf``.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Raises:
+        ConfigError: The model is wrapped, compiled, or has no values.
+    """
+    check_plain(model, "portable(MODEL)", replaces=False)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    make_plain_sequential(model)
+    codes: dict[int, PortableCode] = {}
+    for layer in list(model.modules()):
+        if not isinstance(layer, ThinLayer):
+            continue
+        attention = isinstance(layer, ThinMultiheadAttention)
+        for name, part in list(cast(Any, layer.thin).items()):
+            weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
+            if not weight.has_values():
+                raise ConfigError("The model has no values: load a file, or call deepthin.torch.initialise(model).")
+            code = codes[id(weight)] = codes.get(id(weight)) or PortableCode(weight.eval())
+            multiplies = _multiplies(layer) or attention
+            use = "rows" if isinstance(layer, ThinEmbedding) else "product" if multiplies and name != "bias" else "all"
+            layer.thin[name] = cast(Any, PortableWeight(weight, index, code, use, stage))
+        if attention:
+            cast(Any, layer).__class__ = PortableAttention
+            cast(Any, layer)._of_one_width = layer._qkv_same_embed_dim
+            cast(Any, layer)._qkv_same_embed_dim = False  # else torch reads the dense weight for a kernel of its own
+    for module in model.modules():
+        if isinstance(module, PortableCode):
+            module.drop_unused()
+    return model
+
+
+def forms(model: nn.Module) -> dict[str, Form]:
+    """How each weight of a portable model is computed.
+
+    Args:
+        model: What ``portable`` returned.
+
+    Returns:
+        Name of the tensor, as in the dense model -> its form.
+    """
+    return {
+        f"{path}.".lstrip(".") + name: weight.form
+        for path, layer in model.named_modules()
+        if isinstance(layer, ThinLayer)
+        for name, weight in cast(Any, layer.thin).items()
+        if isinstance(weight, PortableWeight)
+    }
+
+
+def _multiplies(layer: nn.Module) -> bool:
+    """Whether a layer is a product with its matrix, however many leading dimensions the input has."""
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "ThinConv1D"
+
+
+class PackedIntegers(nn.Module):
+    """Integers as one constant of few bytes: of 8, 4 or 2 bits, or as gaps between those that are not zero.
+
+    Args:
+        values: The integers.
+        rising: Whether they are strictly increasing, as positions are.
+    """
+
+    def __init__(self, values: Int[Tensor, "..."], rising: bool = False) -> None:
+        super().__init__()
+        self.shape = tuple(values.shape)
+        flat = values.detach().cpu().long().flatten()
+        least, most = (int(flat.min()), int(flat.max())) if flat.numel() else (0, 0)
+        self.least, self.bits = 0, 0
+        if rising:
+            self.form = "rising"
+            self.register_buffer("integers", _narrow(torch.diff(flat, prepend=flat.new_tensor([-1]))))
+            return
+        self.bits = next((bits for bits in (2, 4, 8) if most - least < 1 << bits), 0)
+        packed_bytes = len(flat) * (self.bits or 8 * _narrow(flat).element_size()) / 8
+        gaps, numbers = _sparse(flat)
+        if len(gaps) * (1 + _narrow(numbers).element_size()) < 0.8 * packed_bytes:
+            self.form = "sparse"
+            self.register_buffer("gaps", gaps)
+            self.register_buffer("integers", _narrow(numbers))
+        elif self.bits:
+            self.form, self.least, each = "packed", least, 8 // self.bits
+            digits = F.pad(flat - least, (0, -len(flat) % each)).view(-1, each)
+            places = 2 ** (self.bits * torch.arange(each))
+            self.register_buffer("integers", (digits * places).sum(1).to(torch.uint8))
+        else:
+            self.form = "plain"
+            self.register_buffer("integers", _narrow(flat))
+
+    def forward(self) -> Int[Tensor, "..."]:
+        """Unpack.
+
+        Returns:
+            The integers, int64, in their shape.
+        """
+        integers, count = cast(Tensor, self.integers), math.prod(self.shape)
+        if self.form == "rising":
+            return (torch.cumsum(integers.long(), 0) - 1).view(self.shape)
+        if self.form == "sparse":
+            places = torch.cumsum(cast(Tensor, self.gaps).long(), 0) - 1
+            return torch.zeros(count, dtype=torch.long).scatter(0, places, integers.long()).view(self.shape)
+        if self.form == "plain" or self.bits == 8:
+            return integers.long().view(self.shape) + self.least
+        rest, digits = integers.float(), list[Tensor]()  # floats, since runtimes rarely shift or divide integers
+        for _ in range(8 // self.bits - 1):
+            above = torch.floor(rest / 2**self.bits)
+            digits.append(rest - above * 2**self.bits)
+            rest = above
+        return torch.stack([*digits, rest], 1).flatten()[:count].view(self.shape).long() + self.least
+
+
+def _narrow(values: Int[Tensor, " count"]) -> Tensor:
+    """The same in the smallest of the types that all runtimes have."""
+    least, most = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
+    for kind in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        if torch.iinfo(kind).min <= least and most <= torch.iinfo(kind).max:
+            return values.to(kind)
+    return values
+
+
+def _sparse(flat: Int[Tensor, " count"]) -> tuple[Tensor, Tensor]:
+    """Steps from one number that is not zero to the next, in bytes, and the numbers; zeros stand where steps are long."""
+    places = torch.nonzero(flat).flatten()
+    steps = torch.diff(places, prepend=places.new_tensor([-1]))
+    zeros = torch.div(steps - 1, 255, rounding_mode="floor")
+    ends = torch.cumsum(zeros + 1, 0) - 1
+    count = int(ends[-1]) + 1 if len(ends) else 0
+    gaps, numbers = torch.full((count,), 255, dtype=torch.uint8), torch.zeros(count, dtype=torch.long)
+    gaps[ends], numbers[ends] = (steps - 255 * zeros).to(torch.uint8), flat[places]
+    return gaps, numbers
+
+
+class PortableCode(nn.Module):
+    """The stored code of a thin weight as constants: floats, and packed integers.
+
+    Args:
+        weight: The thin weight, of one tensor or of a group.
+
+    Attributes:
+        makes_dense: Whether a dense weight is computed from the constants in the graph.
+    """
+
+    def __init__(self, weight: ThinWeight) -> None:
+        super().__init__()
+        self.coding, self.decoder = FloatCoding(weight.method), FloatCoding(weight.method).decoder
+        self.is_plain = not inner_of(weight.method) and weight.method.trains == "codes"  # stored as the decoder takes it
+        self.has_tables = bool(weight.method.derived())
+        self.floats_used, self.makes_dense = False, False
+        integers = weight.method.integers()
+        self.entries = nn.ModuleDict()
+        for entry, value in weight.code().items():
+            if entry in integers or not value.is_floating_point():
+                rising = entry in integers and integers[entry].rising
+                self.entries[entry] = PackedIntegers(value, rising)
+            else:
+                self.register_buffer(entry, value.detach().cpu().clone())
+        self.floats_of = [entry for entry in weight.code() if entry not in self.entries]
+
+    def bytes(self) -> int:
+        """Size of the constants.
+
+        Returns:
+            Bytes.
+        """
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def forward(self) -> dict[str, Tensor]:
+        """The code that ``decoder`` takes, computed from the constants.
+
+        Returns:
+            Entry -> tensor.
+        """
+        code = {entry: getattr(self, entry) for entry in self.floats_of}
+        code |= {entry: integers() for entry, integers in self.entries.items()}
+        return self.coding.decode(code, _TORCH)
+
+    def drop_unused(self) -> None:
+        """Remove the constants, if all weights hold what they need of them."""
+        if not self.floats_used:
+            for entry in self.floats_of:
+                delattr(self, entry)
+            self.entries, self.floats_of = nn.ModuleDict(), []
+
+
+class _Sizes(NamedTuple):
+    """A matrix that lies in the product of two factors: R x Q, n and r as in ``Factor``."""
+
+    rows: int
+    cols: int
+    n: int
+    rank: int
+    first: int  # row of xf in which the matrix begins
+    stop: int
+    offset: int
+
+    @property
+    def taps(self) -> int:
+        """S: consecutive rows of xf that an output reads."""
+        return -(-(self.cols + self.n - 1) // self.n)
+
+    @property
+    def depth(self) -> int:
+        """K: outputs that begin at the same phase."""
+        return -(-self.rows // self.n)
+
+    @property
+    def copies(self) -> float:
+        """Size of all windows over that of the rows of xf."""
+        return self.n * self.depth * self.taps / (self.stop - self.first)
+
+
+class PortableWeight(nn.Module):
+    """One tensor of a thin weight in plain operations; it takes the place of the ThinWeight in its layer.
+
+    Args:
+        weight: The thin weight.
+        index: Which of its tensors.
+        code: Its constants, which all its tensors share.
+        use: What the layer asks for: the product, single rows, or the whole tensor.
+        stage: How inputs are correlated with ``wf``.
+
+    Attributes:
+        form: How it is computed.
+    """
+
+    def __init__(
+        self,
+        weight: ThinWeight,
+        index: int,
+        code: PortableCode,
+        use: Literal["product", "rows", "all"],
+        stage: Stage = "convolution",
+    ) -> None:
+        super().__init__()
+        self.part, self.decoder, (self.start, self.stop) = weight.parts[index], weight.decoder, weight._cuts[index]
+        self.stage: Stage = stage
+        window, alone = weight.plans[index], len(weight.parts) == 1
+        area = math.prod(self.part.shape)
+        self.form: Form = "decoded in the graph"
+        dense_bytes = 4 * area
+        if code.has_tables or dense_bytes <= max(_SMALL, code.bytes() if alone else 0):
+            self.form = "decoded at export"
+            with torch.no_grad():
+                self.register_buffer("dense", weight(index).detach().clone())
+            return
+        if use == "product" and window is not None:
+            self.form = "structured"
+        elif use == "rows" and weight._windows[index] is not None and not self.part.transposed:
+            self.form = "single rows"
+        elif use == "product" and alone and not self.part.transposed and isinstance(self.decoder, InTurn):
+            self.form = "factors in turn"
+        own = cast(Window, weight._windows[index]) if self.form in ("structured", "single rows") else None
+        if own is not None:
+            (rows, cols), n, rank = own.plan.shape, own.plan.n, own.plan.rank
+            self.sizes = _Sizes(rows, cols, n, rank, own.first, own.stop, own.offset)
+            self.is_rank = own.is_rank
+            floats = code.is_plain and self.form == "structured" and not self.is_rank
+            if floats and self.sizes.copies <= _COPIES:
+                with torch.no_grad():
+                    xf, wf = weight.floats()["xf"].detach(), weight.floats()["wf"].detach()
+                    self.register_buffer("windows", self._windows_of(xf).contiguous())
+                    if self._by_band():
+                        self.register_buffer("wf", wf.clone())
+                    else:  # what a runtime is to convolve with must be a constant
+                        self.register_buffer("kernel", self._kernel_of(wf).contiguous())
+                        self.register_buffer("phases", self._phases().int())
+                return
+        code.floats_used = True
+        code.makes_dense |= self.form == "decoded in the graph"
+        self.code = code
+
+    def forward(self) -> Float[Tensor, "..."]:
+        """Decode the tensor.
+
+        Returns:
+            The dense tensor, of its part's shape.
+        """
+        if self.form == "decoded at export":
+            return cast(Tensor, self.dense)
+        floats = self._floats()
+        if isinstance(self.decoder, Flat):
+            flat = self.decoder.decode_flat(floats, self.start, self.stop, _TORCH)
+        else:
+            flat = self.decoder.decode(floats, _TORCH).reshape(-1)[self.start : self.stop]
+        return self.part.cut(flat, _TORCH)
+
+    def product(
+        self, x: Float[Tensor, "*batch cols"], index: int = 0, bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
+        """``x @ W.T + bias``.
+
+        Args:
+            x: Inputs, any number of leading dimensions.
+            index: Not used: this is one tensor.
+            bias: One number for each output, or None.
+
+        Returns:
+            The outputs, with the leading dimensions of x.
+        """
+        if self.form == "structured":
+            y = self._structured(x.reshape(-1, self.sizes.cols)).reshape(*x.shape[:-1], self.sizes.rows)
+        elif self.form == "factors in turn":
+            y = multiply_in_turn(cast(InTurn, self.decoder), self._floats(), x)
+        else:
+            dense = self()
+            return (x @ dense if bias is None else x @ dense + bias) if self.part.transposed else F.linear(x, dense, bias)
+        y = y if self.part.scale == 1.0 else y * self.part.scale
+        return y if bias is None else y + bias
+
+    def rows_pay(self, places: Tensor, index: int = 0) -> bool:
+        """Whether single rows are decoded.
+
+        Args:
+            places: Row indices.
+            index: Not used.
+
+        Returns:
+            True where the matrix lies in a product of two factors.
+        """
+        return self.form == "single rows"
+
+    def rows(self, places: Int[Tensor, "*batch"], index: int = 0) -> Float[Tensor, "*batch cols"]:
+        """Decode single rows.
+
+        Args:
+            places: Row indices, of any shape.
+            index: Not used.
+
+        Returns:
+            One row for each index; padding rows are 0.
+        """
+        sizes, floats = self.sizes, self._floats()
+        start = self.start + places.long() * sizes.cols
+        blocks = (sizes.cols + sizes.n - 2) // sizes.n + 1
+        first = torch.div(start, sizes.n, rounding_mode="floor")
+        touched = (first[..., None] + torch.arange(blocks)).clamp(max=floats["xf"].shape[0] - 1)
+        entries = (F.embedding(touched, floats["xf"]) @ floats["wf"]).flatten(-2)
+        made = entries.gather(-1, (start - first * sizes.n)[..., None] + torch.arange(sizes.cols)) * self.part.scale
+        zero_row = self.part.zero_row
+        return made if zero_row is None else made * (places != zero_row)[..., None]
+
+    def sizes_of_results(self) -> set[int]:
+        """Numbers of entries of what a runtime may compute from the constants when it loads them.
+
+        Returns:
+            Those of the windows and of the banded matrix.
+        """
+        if self.form != "structured":
+            return set()
+        sizes = self.sizes
+        return {sizes.n * sizes.depth * sizes.taps * sizes.rank, 2 * sizes.n**2 * sizes.rank}
+
+    def is_trained(self) -> bool:
+        """Whether anything requires a gradient.
+
+        Returns:
+            False.
+        """
+        return False
+
+    def extra_repr(self) -> str:
+        """Shape and form, for ``print(model)``.
+
+        Returns:
+            Both.
+        """
+        return f"{'x'.join(map(str, self.part.shape))}, {self.form}"
+
+    def _floats(self) -> dict[str, Tensor]:
+        return self.code()
+
+    def _windows_of(self, xf: Tensor) -> Float[Tensor, "n depth taps"]:
+        """For each phase p and each k, the rows of xf that output ``k n + p`` reads; zeros past the end."""
+        sizes = self.sizes
+        count, taps = sizes.stop - sizes.first, sizes.taps
+        output = torch.arange(sizes.depth * sizes.n)
+        base = torch.div(sizes.offset + output * sizes.cols, sizes.n, rounding_mode="floor")
+        reads = (base[:, None] + torch.arange(taps)).clamp(max=count).flatten()
+        rows = F.pad(xf[sizes.first : sizes.stop], (0, 0, 0, 1)).index_select(0, reads)
+        return rows.reshape(sizes.depth, sizes.n, taps * sizes.rank).transpose(0, 1)
+
+    def _structured(self, x: Float[Tensor, "items cols"]) -> Float[Tensor, "items rows"]:
+        """The product by both factors (docs/theory.md): a correlation, then n products, one for each phase."""
+        sizes = self.sizes
+        if hasattr(self, "windows"):
+            windows, floats = cast(Tensor, self.windows), dict[str, Tensor]()
+        else:
+            floats = self._floats()
+            if self.is_rank:
+                return F.linear(F.linear(x, floats["wf"]), floats["xf"][sizes.first : sizes.stop])
+            windows = self._windows_of(floats["xf"])
+        if self._by_band():
+            sums = self._banded(x, floats["wf"] if floats else cast(Tensor, self.wf))
+        else:
+            kernel = self._kernel_of(floats["wf"]) if floats else cast(Tensor, self.kernel)
+            sums = self._convolved(x, kernel, self._phases() if floats else cast(Tensor, self.phases))
+        y = torch.matmul(windows, sums.reshape(sizes.n, sizes.taps * sizes.rank, -1))  # n x depth x items
+        return y.permute(2, 1, 0).reshape(-1, sizes.depth * sizes.n)[:, : sizes.rows]
+
+    def _by_band(self) -> bool:
+        """Whether the correlation is a product with a banded matrix, which must be small beside the dense weight."""
+        sizes = self.sizes
+        return self.stage == "band" and 2 * sizes.n**2 * sizes.rank <= _BAND * sizes.rows * sizes.cols
+
+    def _phases(self) -> Int[Tensor, " n"]:
+        """For each phase of the outputs, which of n neighbouring entries of the correlation they read."""
+        sizes = self.sizes
+        return sizes.n - 1 - torch.remainder(sizes.offset + torch.arange(sizes.n) * sizes.cols, sizes.n)
+
+    def _banded(self, x: Tensor, wf: Tensor) -> Float[Tensor, "n taps rank items"]:
+        """Rows of n inputs, two neighbours side by side, times a matrix whose rows hold wf, one entry further each."""
+        n, rank, taps = self.sizes.n, self.sizes.rank, self.sizes.taps
+        shifted = F.pad(wf, (0, n + 1)).repeat(1, n)[:, : 2 * n * n].reshape(rank, n, 2 * n)
+        band = shifted.index_select(1, self._phases()).transpose(0, 1).reshape(n * rank, 2 * n)
+        rows = F.pad(x, (n - 1, (taps + 1) * n - (n - 1) - self.sizes.cols)).reshape(-1, taps + 1, n)
+        sums = torch.matmul(torch.cat([rows[:, :-1], rows[:, 1:]], 2), band.t())  # items x taps x (n rank)
+        return sums.permute(2, 1, 0).reshape(n, rank, taps, -1).transpose(1, 2)
+
+    def _kernel_of(self, wf: Tensor) -> Float[Tensor, "channels 1 long"]:
+        """For each row of wf, 16 channels that hold it, one entry further each."""
+        long = self.sizes.n + _CHANNELS - 1
+        repeated = F.pad(wf, (0, _CHANNELS)).repeat(1, _CHANNELS)[:, : _CHANNELS * long]
+        return repeated.reshape(self.sizes.rank * _CHANNELS, 1, long)
+
+    def _convolved(self, x: Tensor, kernel: Tensor, phases: Tensor) -> Float[Tensor, "n taps rank items"]:
+        """A convolution of stride 16."""
+        n, rank, taps, each = self.sizes.n, self.sizes.rank, self.sizes.taps, _CHANNELS
+        places, front = -(-taps * n // each), n - 1
+        whole = (places - 1) * each + kernel.shape[2]
+        sums = F.conv1d(F.pad(x, (front, whole - front - self.sizes.cols))[:, None], kernel, stride=each)
+        sums = sums.reshape(-1, rank, each, places).permute(0, 3, 2, 1).reshape(-1, places * each, rank)
+        sums = sums[:, : taps * n].reshape(-1, taps, n, rank).index_select(2, phases)
+        return sums.permute(2, 1, 3, 0)
+
+
+class PortableAttention(ThinMultiheadAttention):
+    """Attention whose input projections are products with the code."""
+
+    _of_one_width: bool  # whether queries, keys and values share one matrix
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] -- names of torch's arguments
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention``, whose arguments these are.
+
+        Args:
+            query: Queries.
+            key: Keys.
+            value: Values.
+            key_padding_mask: Which keys are left out.
+            need_weights: Whether to return the weights of attention.
+            attn_mask: Which keys each query leaves out, or what is added to its scores.
+            average_attn_weights: Whether the weights are averaged over the heads.
+            is_causal: A hint that the mask is causal.
+
+        Returns:
+            The outputs, and the weights or None.
+
+        Raises:
+            ConfigError: The layer adds a row of biases or of zeros to the keys.
+        """
+        if self.bias_k is not None or self.add_zero_attn:
+            raise ConfigError("Attention with add_bias_kv or add_zero_attn has no portable form.")
+        alone = query.dim() == 2
+        q, k, v = (t[None] if alone else t if self.batch_first else t.transpose(0, 1) for t in (query, key, value))
+        same = key is value and query is key
+        q, k, v = self._projected(q, k, v, same)
+        items, targets, heads = q.shape[0], q.shape[1], self.num_heads
+        q, k, v = (t.reshape(items, t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
+        both: Tensor | None = None
+        if attn_mask is not None:
+            both = _added(attn_mask, q.dtype)
+            both = both.reshape(items, heads, *both.shape[1:]) if both.dim() == 3 else both
+        if key_padding_mask is not None:
+            padding = _added(key_padding_mask, q.dtype).reshape(items, 1, 1, -1)
+            both = padding if both is None else both + padding
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3))
+        weights = torch.softmax(scores if both is None else scores + both, -1)
+        y = self.out_proj(torch.matmul(weights, v).transpose(1, 2).reshape(items, targets, -1))
+        y = y[0] if alone else y if self.batch_first else y.transpose(0, 1)
+        if not need_weights:
+            return y, None
+        shown = weights.mean(1) if average_attn_weights else weights
+        return y, shown[0] if alone else shown
+
+    def _projected(self, q: Tensor, k: Tensor, v: Tensor, same: bool) -> "tuple[Tensor, Tensor, Tensor]":
+        """Queries, keys and values, each by its part of the input projection."""
+        width, bias = self.embed_dim, self.in_proj_bias
+        biases = [None] * 3 if bias is None else [bias[at * width : (at + 1) * width] for at in range(3)]
+        if not self._of_one_width:
+            thin, names = cast(Any, self.thin), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            return tuple(  # pyright: ignore[reportReturnType] -- three
+                thin[name].product(x, bias=b) if name in thin else F.linear(x, getattr(self, name), b)
+                for x, name, b in zip((q, k, v), names, biases, strict=True)
+            )
+        thin = self.thin["in_proj_weight"] if "in_proj_weight" in self.thin else None
+
+        def project(x: Tensor) -> Tensor:
+            return F.linear(x, self.in_proj_weight, bias) if thin is None else thin.product(x, bias=bias)
+
+        if same:
+            y = project(q)
+            return y[..., :width], y[..., width : 2 * width], y[..., 2 * width :]
+        return tuple(  # pyright: ignore[reportReturnType] -- three
+            project(x)[..., at * width : (at + 1) * width] for at, x in enumerate((q, k, v))
+        )
+
+
+def _added(mask: Tensor, kind: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores: minus infinity where it says to leave a key out."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=kind).masked_fill(mask, float("-inf"))
