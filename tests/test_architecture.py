@@ -21,7 +21,9 @@ OUTSIDE = {
     "storage": CORE | {"safetensors"},
     "keras": CORE | {"keras", "ml_dtypes", "tensorflow"},
     "tensorflow": CORE | {"keras", "tensorflow"},
-    "torch": CORE | {"torch", "transformers", "lightning"},
+    "torch": CORE
+    | {"torch", "transformers", "lightning", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "executorch"}
+    | {"litert_torch", "ai_edge_litert"},
     "testing": CORE | {"torch"},
     "lab": CORE
     | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"},

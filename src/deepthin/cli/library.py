@@ -1,11 +1,11 @@
-"""The commands of the library itself: plan, compress, inspect, convert."""
+"""The commands of the library itself: plan, compress, inspect, convert, export."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from deepthin.cli.app import app, notes, show
+from deepthin.cli.app import app, notes, show, write_json
 from deepthin.cli.options import Config, Json, Model, Ratio
 from deepthin.errors import ConfigError
 from deepthin.plan.parse import parse_rules
@@ -99,6 +99,57 @@ def convert(
     written = write(contents, out, version=cast(Version, version))
     print(f"read  {file}: {before:,} bytes, version {contents.version}")
     print(f"wrote {out}: {written:,} bytes, version {version}")
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A .thin file.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The file to write: .onnx, .xml (OpenVINO), .pte, .tflite or .pt2.")],
+    to: Annotated[
+        str | None, typer.Option(help="onnx | openvino | executorch | litert | aoti  [default: by the suffix of --out]")
+    ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            help="The function that returns example inputs, a tuple of tensors, batch first: "
+            "`package.module:function`  "
+            "[default: made up from the first layer]"
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option(help="Export the dense network too, and measure memory and time of both.")
+    ] = True,
+    json_file: Json = None,
+) -> None:
+    """Write a model for another runtime, run it there, and keep the file only if it is small and right.
+
+    The file is at most 1.25 times the .thin file and 8 kB for each layer, holds no dense matrix, and computes what
+    torch computes within 1e-5 of the largest output, at batches of 1, 3 and 8. Otherwise nothing is written, and the
+    exit code is 1.
+
+    Example: `deepthin export lenet.thin --model nets:lenet --to onnx --out lenet.onnx`
+    """
+    from torch import nn
+
+    from deepthin.torch import export as export_model
+    from deepthin.torch import load
+    from deepthin.torch.export.targets import target_of
+
+    target_of(to, out).module()  # an unknown format, or a missing package, before the model is built
+    network: nn.Module = load(_build(model), file, frozen=True)
+    inputs = None
+    if example is not None:
+        from deepthin.lab.tasks.own import check_no_arguments, function
+
+        inputs = function(example, "--example")
+        check_no_arguments(inputs, f"--example {example}")
+        inputs = inputs()
+    with notes.status("exporting ..."):
+        written = export_model(network, out, inputs, to, compare=compare)
+    print(written)
+    write_json(json_file, written.to_json())
+    print(f"wrote {', '.join(map(str, written.files))}")
 
 
 def _build(spec: str) -> "nn.Module":

@@ -1,4 +1,4 @@
-"""The entry point: every error that a user can correct is one line on stderr, with exit code 2."""
+"""The entry point: an error that a user can correct is one line on stderr and exit code 2, a refused export 1."""
 
 import io
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deepthin.cli import laboratory, library  # noqa: F401 -- their commands register with the application
 from deepthin.cli.app import app, notes, say
-from deepthin.errors import DeepThinError
+from deepthin.errors import DeepThinError, ExportError
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         app()
     except (DeepThinError, OSError) as error:
         say("error", str(error))
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, ExportError) else 2)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's exit code after Ctrl-C
             raise

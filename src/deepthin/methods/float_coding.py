@@ -285,6 +285,19 @@ def inner_of(method: Method) -> tuple[Method, ...]:
     return tuple(stored for _, stored in method.inner) if isinstance(method, Then) else ()
 
 
+def stored_by(method: Method, entry: str) -> Method | None:
+    """The method that quantises one floating entry.
+
+    Args:
+        method: Any method.
+        entry: Entry of the code of ``outer_of(method)``.
+
+    Returns:
+        The inner method of a ``Then`` for this entry; None for any other method.
+    """
+    return dict(method.inner).get(entry) if isinstance(method, Then) else None
+
+
 def drifts(method: Method) -> bool:
     """Whether encoding a decoded code may change it by more than floating-point rounding.
 

@@ -7,6 +7,7 @@ code stay integers, of 8, 4 or 2 bits.
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from deepthin.errors import ConfigError
 from deepthin.method import Flat, InTurn
 from deepthin.methods.factor import Window
-from deepthin.methods.float_coding import FloatCoding, inner_of
+from deepthin.methods.float_coding import FloatCoding, stored_by
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.layers import ThinEmbedding, ThinMultiheadAttention
 from deepthin.torch.product import multiply_in_turn
@@ -28,11 +29,12 @@ from deepthin.torch.wrapped import check_plain
 Form = Literal["structured", "factors in turn", "single rows", "decoded in the graph", "decoded at export"]
 """How a portable weight is computed. Only the last two ever make the dense weight."""
 Stage = Literal["band", "convolution"]
-"""How inputs are correlated with ``wf``: by a banded matrix, or by a convolution. Runtimes differ in which is faster."""
+"""How inputs are correlated with ``wf``: by a banded matrix or by a convolution; runtimes differ in which is faster."""
 
 _CHANNELS = 16  # outputs of the convolution at each place; its kernel is so much longer than wf
 _BAND = 1 / 8  # upper bound on the size of the banded matrix over that of the dense weight
 _COPIES = 1.25  # upper bound on the size of the stored windows over that of the factor
+_KERNEL = 8192  # bytes up to which the convolution's kernel is stored; a longer one is computed
 _SMALL = 4096  # bytes up to which a weight is stored dense
 _TORCH = cast(Any, torch)
 
@@ -146,22 +148,22 @@ class PackedIntegers(nn.Module):
         """Unpack.
 
         Returns:
-            The integers, int64, in their shape.
+            The integers, int32 (rising ones int64), in their shape.
         """
         integers, count = cast(Tensor, self.integers), math.prod(self.shape)
         if self.form == "rising":
             return (torch.cumsum(integers.long(), 0) - 1).view(self.shape)
         if self.form == "sparse":
             places = torch.cumsum(cast(Tensor, self.gaps).long(), 0) - 1
-            return torch.zeros(count, dtype=torch.long).scatter(0, places, integers.long()).view(self.shape)
+            return torch.zeros(count, dtype=torch.int32).scatter(0, places, integers.int()).view(self.shape)
         if self.form == "plain" or self.bits == 8:
-            return integers.long().view(self.shape) + self.least
+            return integers.int().view(self.shape) + self.least
         rest, digits = integers.float(), list[Tensor]()  # floats, since runtimes rarely shift or divide integers
         for _ in range(8 // self.bits - 1):
             above = torch.floor(rest / 2**self.bits)
             digits.append(rest - above * 2**self.bits)
             rest = above
-        return torch.stack([*digits, rest], 1).flatten()[:count].view(self.shape).long() + self.least
+        return torch.stack([*digits, rest], 1).flatten()[:count].view(self.shape).int() + self.least
 
 
 def _narrow(values: Int[Tensor, " count"]) -> Tensor:
@@ -174,7 +176,7 @@ def _narrow(values: Int[Tensor, " count"]) -> Tensor:
 
 
 def _sparse(flat: Int[Tensor, " count"]) -> tuple[Tensor, Tensor]:
-    """Steps from one number that is not zero to the next, in bytes, and the numbers; zeros stand where steps are long."""
+    """Steps from one number that is not zero to the next, in bytes, and the numbers; zeros where steps are long."""
     places = torch.nonzero(flat).flatten()
     steps = torch.diff(places, prepend=places.new_tensor([-1]))
     zeros = torch.div(steps - 1, 255, rounding_mode="floor")
@@ -183,6 +185,11 @@ def _sparse(flat: Int[Tensor, " count"]) -> tuple[Tensor, Tensor]:
     gaps, numbers = torch.full((count,), 255, dtype=torch.uint8), torch.zeros(count, dtype=torch.long)
     gaps[ends], numbers[ends] = (steps - 255 * zeros).to(torch.uint8), flat[places]
     return gaps, numbers
+
+
+def _are_tables(code: Mapping[str, Tensor], shape: tuple[int, ...]) -> bool:
+    """Whether the entries beside symbols are the same for each symbol: a step, or levels, not a number a row."""
+    return all(value.numel() == 1 or value.numel() != shape[0] for value in code.values())
 
 
 class PortableCode(nn.Module):
@@ -198,7 +205,6 @@ class PortableCode(nn.Module):
     def __init__(self, weight: ThinWeight) -> None:
         super().__init__()
         self.coding, self.decoder = FloatCoding(weight.method), FloatCoding(weight.method).decoder
-        self.is_plain = not inner_of(weight.method) and weight.method.trains == "codes"  # stored as the decoder takes it
         self.has_tables = bool(weight.method.derived())
         self.floats_used, self.makes_dense = False, False
         integers = weight.method.integers()
@@ -309,17 +315,10 @@ class PortableWeight(nn.Module):
             (rows, cols), n, rank = own.plan.shape, own.plan.n, own.plan.rank
             self.sizes = _Sizes(rows, cols, n, rank, own.first, own.stop, own.offset)
             self.is_rank = own.is_rank
-            floats = code.is_plain and self.form == "structured" and not self.is_rank
-            if floats and self.sizes.copies <= _COPIES:
+            if self.form == "structured" and not self.is_rank and self.sizes.copies <= _COPIES:
                 with torch.no_grad():
-                    xf, wf = weight.floats()["xf"].detach(), weight.floats()["wf"].detach()
-                    self.register_buffer("windows", self._windows_of(xf).contiguous())
-                    if self._by_band():
-                        self.register_buffer("wf", wf.clone())
-                    else:  # what a runtime is to convolve with must be a constant
-                        self.register_buffer("kernel", self._kernel_of(wf).contiguous())
-                        self.register_buffer("phases", self._phases().int())
-                return
+                    if self._hold_windows(weight):
+                        return
         code.floats_used = True
         code.makes_dense |= self.form == "decoded in the graph"
         self.code = code
@@ -332,7 +331,7 @@ class PortableWeight(nn.Module):
         """
         if self.form == "decoded at export":
             return cast(Tensor, self.dense)
-        floats = self._floats()
+        floats = self.code()
         if isinstance(self.decoder, Flat):
             flat = self.decoder.decode_flat(floats, self.start, self.stop, _TORCH)
         else:
@@ -355,10 +354,12 @@ class PortableWeight(nn.Module):
         if self.form == "structured":
             y = self._structured(x.reshape(-1, self.sizes.cols)).reshape(*x.shape[:-1], self.sizes.rows)
         elif self.form == "factors in turn":
-            y = multiply_in_turn(cast(InTurn, self.decoder), self._floats(), x)
+            y = multiply_in_turn(cast(InTurn, self.decoder), self.code(), x)
         else:
             dense = self()
-            return (x @ dense if bias is None else x @ dense + bias) if self.part.transposed else F.linear(x, dense, bias)
+            return (
+                (x @ dense if bias is None else x @ dense + bias) if self.part.transposed else F.linear(x, dense, bias)
+            )
         y = y if self.part.scale == 1.0 else y * self.part.scale
         return y if bias is None else y + bias
 
@@ -384,7 +385,7 @@ class PortableWeight(nn.Module):
         Returns:
             One row for each index; padding rows are 0.
         """
-        sizes, floats = self.sizes, self._floats()
+        sizes, floats = self.sizes, self.code()
         start = self.start + places.long() * sizes.cols
         blocks = (sizes.cols + sizes.n - 2) // sizes.n + 1
         first = torch.div(start, sizes.n, rounding_mode="floor")
@@ -421,34 +422,66 @@ class PortableWeight(nn.Module):
         """
         return f"{'x'.join(map(str, self.part.shape))}, {self.form}"
 
-    def _floats(self) -> dict[str, Tensor]:
-        return self.code()
+    def _hold_windows(self, weight: ThinWeight) -> bool:
+        """Store windows in place of ``xf``: floats, or symbols whose values do not depend on their places."""
+        floats = {entry: value.detach() for entry, value in weight.floats().items()}
+        windows, inner = self._windows_of(floats["xf"]), stored_by(weight.method, "xf")
+        if inner is None:
+            self.register_buffer("windows", windows.contiguous())
+        else:
+            code = {
+                entry.removeprefix("xf_"): value for entry, value in weight.code().items() if entry.startswith("xf_")
+            }
+            symbols = code.pop("symbols", None)
+            if symbols is None or symbols.numel() != floats["xf"].numel() or inner.derived():
+                return False
+            shape = floats["xf"].shape
+            symbols = self._windows_of(symbols.view(shape)).reshape(windows.shape[0], -1)
+            tried = inner.decode({**code, "symbols": symbols}, _TORCH) if _are_tables(code, shape) else symbols[:0]
+            if tried.shape != symbols.shape or not torch.equal(tried.view(windows.shape), windows):
+                return False
+            self.inner, self.symbols, self.tables = inner, PackedIntegers(symbols), list(code)
+            for entry, value in code.items():
+                self.register_buffer(f"table_{entry}", value.detach().clone())
+        wf = floats["wf"]
+        if self._by_band() or 4 * wf.shape[0] * _CHANNELS * (wf.shape[1] + _CHANNELS) > _KERNEL:
+            self.register_buffer("wf", wf.clone())
+        else:  # what a runtime is to convolve with must be a constant
+            self.register_buffer("kernel", self._kernel_of(wf).contiguous())
+            self.register_buffer("phases", self._phases().int())
+        return True
+
+    def _windows(self) -> Float[Tensor, "n depth taps"]:
+        """The windows, in whichever form they are stored."""
+        if hasattr(self, "windows"):
+            return cast(Tensor, self.windows)
+        code = {entry: getattr(self, f"table_{entry}") for entry in self.tables} | {"symbols": self.symbols()}
+        return cast(Tensor, self.inner.decode(code, _TORCH)).view(self.sizes.n, self.sizes.depth, -1)
 
     def _windows_of(self, xf: Tensor) -> Float[Tensor, "n depth taps"]:
-        """For each phase p and each k, the rows of xf that output ``k n + p`` reads; zeros past the end."""
+        """For each phase p and each k, the rows of xf that output ``k n + p`` reads; past the end any rows, times 0."""
         sizes = self.sizes
         count, taps = sizes.stop - sizes.first, sizes.taps
         output = torch.arange(sizes.depth * sizes.n)
         base = torch.div(sizes.offset + output * sizes.cols, sizes.n, rounding_mode="floor")
-        reads = (base[:, None] + torch.arange(taps)).clamp(max=count).flatten()
-        rows = F.pad(xf[sizes.first : sizes.stop], (0, 0, 0, 1)).index_select(0, reads)
+        reads = (base[:, None] + torch.arange(taps)).clamp(max=count - 1).flatten()
+        rows = xf[sizes.first : sizes.stop].index_select(0, reads)
         return rows.reshape(sizes.depth, sizes.n, taps * sizes.rank).transpose(0, 1)
 
     def _structured(self, x: Float[Tensor, "items cols"]) -> Float[Tensor, "items rows"]:
         """The product by both factors (docs/theory.md): a correlation, then n products, one for each phase."""
         sizes = self.sizes
-        if hasattr(self, "windows"):
-            windows, floats = cast(Tensor, self.windows), dict[str, Tensor]()
-        else:
-            floats = self._floats()
+        if hasattr(self, "code"):
+            floats = self.code()
             if self.is_rank:
                 return F.linear(F.linear(x, floats["wf"]), floats["xf"][sizes.first : sizes.stop])
-            windows = self._windows_of(floats["xf"])
-        if self._by_band():
-            sums = self._banded(x, floats["wf"] if floats else cast(Tensor, self.wf))
+            windows, wf = self._windows_of(floats["xf"]), floats["wf"]
         else:
-            kernel = self._kernel_of(floats["wf"]) if floats else cast(Tensor, self.kernel)
-            sums = self._convolved(x, kernel, self._phases() if floats else cast(Tensor, self.phases))
+            windows, wf = self._windows(), cast("Tensor | None", getattr(self, "wf", None))
+        if wf is None:
+            sums = self._convolved(x, cast(Tensor, self.kernel), cast(Tensor, self.phases))
+        else:
+            sums = self._banded(x, wf) if self._by_band() else self._convolved(x, self._kernel_of(wf), self._phases())
         y = torch.matmul(windows, sums.reshape(sizes.n, sizes.taps * sizes.rank, -1))  # n x depth x items
         return y.permute(2, 1, 0).reshape(-1, sizes.depth * sizes.n)[:, : sizes.rows]
 
@@ -556,7 +589,8 @@ class PortableAttention(ThinMultiheadAttention):
                 thin[name].product(x, bias=b) if name in thin else F.linear(x, getattr(self, name), b)
                 for x, name, b in zip((q, k, v), names, biases, strict=True)
             )
-        thin = self.thin["in_proj_weight"] if "in_proj_weight" in self.thin else None
+        named = cast(Any, self.thin)
+        thin = named["in_proj_weight"] if "in_proj_weight" in named else None  # noqa: SIM401 -- a ModuleDict has no get
 
         def project(x: Tensor) -> Tensor:
             return F.linear(x, self.in_proj_weight, bias) if thin is None else thin.product(x, bias=bias)

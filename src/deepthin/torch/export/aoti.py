@@ -1,4 +1,4 @@
-"""A portable model as a package of AOTInductor: compiled for this kind of machine, run by torch alone, without Python."""
+"""A portable model as a package of AOTInductor: compiled for this kind of machine, run by torch's C++ library."""
 
 import io
 import zipfile

@@ -22,7 +22,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]
     Returns:
         The files that were written.
     """
-    import litert_torch
+    import litert_torch  # pyright: ignore[reportMissingImports] -- an environment of its own
 
     with quiet():
         litert_torch.convert(portable(model), tuple(example)).export(str(path))
@@ -70,7 +70,7 @@ def constants(path: Path) -> list[tuple[str, int, int]]:
 
 
 def loaded(path: Path) -> Any:
-    """An interpreter of the file, from whichever package is there.
+    """An interpreter of the file.
 
     Args:
         path: The ``.tflite`` file.
@@ -78,10 +78,8 @@ def loaded(path: Path) -> Any:
     Returns:
         The interpreter, with memory for its tensors.
     """
-    try:
-        from ai_edge_litert.interpreter import Interpreter
-    except ImportError:
-        from tensorflow.lite import Interpreter
+    from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
+
     interpreter = Interpreter(str(path), num_threads=1)
     interpreter.allocate_tensors()
     return interpreter
@@ -89,4 +87,4 @@ def loaded(path: Path) -> Any:
 
 def warm_up() -> None:
     """Load the runtime, so that the memory of a file can be told apart from its own."""
-    import ai_edge_litert.interpreter  # noqa: F401
+    import ai_edge_litert.interpreter  # noqa: F401  # pyright: ignore[reportMissingImports]

@@ -34,9 +34,7 @@ def measured(target: str, paths: Sequence[Path], inputs: Sequence[np.ndarray], f
     np.savez(given := folder / "inputs.npz", *inputs)
     apart = [_child([target, str(given), "memory", str(path)]) for path in paths]
     together = _child([target, str(given), "time", *map(str, paths)])
-    return [
-        {"megabytes": memory[0], "milliseconds": time_} for memory, time_ in zip(apart, together, strict=True)
-    ]
+    return [{"megabytes": memory[0], "milliseconds": time_} for memory, time_ in zip(apart, together, strict=True)]
 
 
 def _child(arguments: list[str]) -> list[float]:

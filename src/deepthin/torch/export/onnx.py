@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -47,13 +48,13 @@ def build(model: nn.Module, example: Sequence[Tensor], stage: Stage = "band") ->
     proto = cast(Any, made).model_proto
     _strip(proto.graph)
     del proto.metadata_props[:]
-    varying = {
-        f"{name}.{key}".lstrip(".")
-        for name, code in copied.named_modules()
-        if isinstance(code, PortableCode) and code.makes_dense
-        for key, _ in code.named_buffers()
-    }
-    _defer(proto.graph, varying)
+    codes = [
+        (name, code) for name, code in copied.named_modules() if isinstance(code, PortableCode) and code.makes_dense
+    ]
+    constants = {f"{name}.{key}".lstrip(".") for name, code in codes for key, _ in code.named_buffers()}
+    areas = {math.prod(code.decoder.shape) for _, code in codes}
+    if constants:
+        _defer(proto.graph, constants, areas)
     return proto
 
 
@@ -139,7 +140,7 @@ def exported(model: nn.Module, example: Sequence[Tensor], fixed: bool = False) -
         The program; dimensions vary where the model lets them.
     """
     auto = torch.export.Dim.AUTO
-    shapes = None if fixed else tuple({axis: auto for axis in range(tensor.dim())} for tensor in example)
+    shapes = None if fixed else tuple(dict.fromkeys(range(tensor.dim()), auto) for tensor in example)
     with quiet(), torch.no_grad():
         return torch.export.export(model, tuple(example), dynamic_shapes=shapes)
 
@@ -225,33 +226,48 @@ def _strip(graph: Any) -> None:
         value.doc_string = ""
 
 
-def _defer(graph: Any, names: "set[str]") -> None:
+def _defer(graph: Any, names: set[str], areas: set[int]) -> None:
     """Let constants depend on the shape of the input, so that no runtime computes the dense weight when it loads.
 
     A dense weight that is decoded at every run is temporary; as a constant it would stay in memory.
+
+    Args:
+        graph: The graph of a model.
+        names: The constants from which weights are decoded.
+        areas: Numbers of entries of these weights: constants of one number repeated so often depend on the input, too.
     """
     from onnx import helper, numpy_helper
 
-    constants = [tensor for tensor in graph.initializer if tensor.name in names]
-    if not constants:
-        return
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    known = dict(stored)
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            known[node.output[0]] = node.attribute[0].t
     zero = "deepthin.zero"
     added = [
         helper.make_node("Shape", [graph.input[0].name], ["deepthin.batch"], start=0, end=1),
         helper.make_node("Sub", ["deepthin.batch", "deepthin.batch"], [zero]),
     ]
-    for tensor in constants:
-        shape = f"{tensor.name}.shape"
-        graph.initializer.append(numpy_helper.from_array(np.array(list(tensor.dims) or [1], np.int64), shape))
+    for name in sorted(names & stored.keys()):
+        shape = f"{name}.shape"
+        graph.initializer.append(numpy_helper.from_array(np.array(stored[name].dims, np.int64).reshape(-1), shape))
         added += [
             helper.make_node("Add", [shape, zero], [f"{shape}.now"]),
-            helper.make_node("Reshape", [tensor.name, f"{shape}.now"], [f"{tensor.name}.now"], allowzero=1),
+            helper.make_node("Reshape", [name, f"{shape}.now"], [f"{name}.now"], allowzero=1),
         ]
+    later: list[Any] = []
     for node in graph.node:
         for at, name in enumerate(node.input):
-            if name in names:
+            if name in names and name in stored:
                 node.input[at] = f"{name}.now"
-    nodes = [*added, *graph.node]
+        repeated = {"Expand": 1, "Tile": 1, "ConstantOfShape": 0}.get(node.op_type)
+        shape = None if repeated is None else known.get(node.input[repeated])
+        if shape is not None and math.prod(numpy_helper.to_array(shape).tolist()) in areas:
+            name = f"{node.output[0]}.shape.now"
+            later.append(helper.make_node("Add", [node.input[repeated], zero], [name]))
+            node.input[repeated] = name
+        later.append(node)
+    nodes = [*added, *later]
     del graph.node[:]
     graph.node.extend(nodes)
 

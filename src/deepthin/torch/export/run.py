@@ -1,6 +1,8 @@
 """``export``: write a model for another runtime, run what was written, and keep it only if it is small and right."""
 
+import copy
 import dataclasses
+import json
 import math
 import os
 import tempfile
@@ -71,13 +73,13 @@ class Exported:
     thin: Measured | None = None
     dense: Measured | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields, for ``json.dump``.
+    def to_json(self) -> str:
+        """The fields as JSON.
 
         Returns:
-            A dictionary of plain values.
+            A JSON object.
         """
-        return dataclasses.asdict(self) | {"files": [str(file) for file in self.files]}
+        return json.dumps(dataclasses.asdict(self) | {"files": [str(file) for file in self.files]}, indent=1)
 
     def __str__(self) -> str:
         """A table of the file beside the dense one, and how many tensors have which form."""
@@ -161,8 +163,6 @@ def export(
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(model).eval()
 
 
@@ -176,7 +176,9 @@ def _written(module: Any, target: Target, model: nn.Module, given: Sequence[Tens
     except Exception as error:  # exporters raise whatever they meet
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
-        raise ExportError(f"{target.name} cannot export this model: {type(error).__name__}: {reason.strip()}") from error
+        raise ExportError(
+            f"{target.name} cannot export this model: {type(error).__name__}: {reason.strip()}"
+        ) from error
 
 
 def _size(files: Iterable[Path]) -> int:
@@ -190,7 +192,8 @@ def _check_bytes(model: nn.Module, target: Target, files: Sequence[Path], thin_b
         return
     large = [name for name, form in forms(portable(model)).items() if form == "decoded at export"]
     raise ExportError(
-        f"The {target.name} file would have {size:,} bytes, the .thin file {thin_bytes:,}; at most {most:,} are allowed. "
+        f"The {target.name} file would have {size:,} bytes, the .thin file {thin_bytes:,}; at most {most:,} are "
+        "allowed. "
         + (
             f"{', '.join(large[:3])}{f' and {len(large) - 3} more' if len(large) > 3 else ''} must be stored dense: "
             "methods whose tables are as large as the weight (hashed, shuffled) have no small form elsewhere. "

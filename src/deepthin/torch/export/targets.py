@@ -1,6 +1,6 @@
 """The formats that a model can be exported to."""
 
-import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
