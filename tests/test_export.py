@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -167,11 +168,14 @@ class Either(nn.Module):
         pytest.param(nn.LSTM, {"num_layers": 2}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("how", ["thin", "dense"])
-def test_recurrent_layers(kind, options, how, tmp_path):
+@pytest.mark.parametrize("how", ["thin", "dense", pytest.param("in loops", marks=pytest.mark.slow)])
+def test_recurrent_layers(kind, options, how, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = Either(kind, **options)
-    if how == "thin":
+    if how == "in loops":  # as layers of 384 units and more
+        monkeypatch.setattr(sys.modules["deepthin.torch.portable"], "_UNITS", 1)
+        monkeypatch.setattr(sys.modules["deepthin.torch.portable"], "_SMALL", 0)
+    if how != "dense":
         dt.compress(model, {"rules": {"*": {"method": "deepthin", "ratio": 0.3}}}, init="scratch")
     dt.export(model.eval(), path := tmp_path / "m.onnx", torch.randn(2, 5, 24))
     session, x = onnxruntime.InferenceSession(path), torch.randn(4, 9, 24)

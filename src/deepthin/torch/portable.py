@@ -7,7 +7,7 @@ code stay integers, of 8, 4 or 2 bits.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -35,11 +35,12 @@ _CHANNELS = 16  # outputs of the convolution at each place; its kernel is so muc
 _BAND = 1 / 8  # upper bound on the size of the banded matrix over that of the dense weight
 _COPIES = 1.25  # upper bound on the size of the stored windows over that of the factor
 _KERNEL = 8192  # bytes up to which the convolution's kernel is stored; a longer one is computed
+_UNITS = 384  # of a recurrent layer from which a step by its codes is faster than one by decoded matrices
 _SMALL = 4096  # bytes up to which a weight is stored dense
 _TORCH = cast(Any, torch)
 
 
-def portable(model: nn.Module, stage: Stage = "convolution") -> nn.Module:
+def portable(model: nn.Module, stage: Stage = "convolution", loops: bool = False) -> nn.Module:
     """Copy a model so that its thin layers consist of plain operations on constants of about the size of their codes.
 
     Every exporter takes the copy: torch.export, torch.onnx.export, ExecuTorch, LiteRT. Its batch and its lengths may
@@ -54,6 +55,8 @@ def portable(model: nn.Module, stage: Stage = "convolution") -> nn.Module:
     Args:
         model: A thin network, on the CPU.
         stage: How the input is correlated with ``wf``.
+        loops: Whether recurrent layers of 384 units and more are to multiply by their codes at each step, for a format
+            that has loops (``deepthin.torch.export.recurrent``); otherwise their matrices are decoded.
 
     Returns:
         The copy, in evaluation mode.
@@ -74,8 +77,14 @@ def portable(model: nn.Module, stage: Stage = "convolution") -> nn.Module:
             if not weight.has_values():
                 raise ConfigError("The model has no values: load a file, or call deepthin.torch.initialise(model).")
             code = codes[id(weight)] = codes.get(id(weight)) or PortableCode(weight.eval())
-            multiplies = _multiplies(layer) or attention
-            use = "rows" if isinstance(layer, ThinEmbedding) else "product" if multiplies and name != "bias" else "all"
+            multiplies = _multiplies(layer) or attention or (loops and _pays_in_a_loop(layer))
+            use = (
+                "rows"
+                if isinstance(layer, ThinEmbedding)
+                else "product"
+                if multiplies and not name.startswith("bias")
+                else "all"
+            )
             layer.thin[name] = cast(Any, PortableWeight(weight, index, code, use, stage))
         if attention:
             cast(Any, layer).__class__ = PortableAttention
@@ -108,6 +117,11 @@ def forms(model: nn.Module) -> dict[str, Form]:
 def _multiplies(layer: nn.Module) -> bool:
     """Whether a layer is a product with its matrix, however many leading dimensions the input has."""
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "ThinConv1D"
+
+
+def _pays_in_a_loop(layer: nn.Module) -> bool:
+    """Whether a step by the codes of the gates is faster than one by the decoded matrices (`benchmarks/export.py`)."""
+    return isinstance(layer, nn.RNNBase) and not layer.proj_size and layer.hidden_size >= _UNITS
 
 
 class PackedIntegers(nn.Module):
@@ -352,15 +366,16 @@ class PortableWeight(nn.Module):
             The outputs, with the leading dimensions of x.
         """
         if self.form == "structured":
-            y = self._structured(x.reshape(-1, self.sizes.cols)).reshape(*x.shape[:-1], self.sizes.rows)
+            y = self.multiply(x.reshape(-1, self.sizes.cols), self.operands())
+            y = y.reshape(*x.shape[:-1], self.sizes.rows)
         elif self.form == "factors in turn":
             y = multiply_in_turn(cast(InTurn, self.decoder), self.code(), x)
+            y = y if self.part.scale == 1.0 else y * self.part.scale
         else:
             dense = self()
             return (
                 (x @ dense if bias is None else x @ dense + bias) if self.part.transposed else F.linear(x, dense, bias)
             )
-        y = y if self.part.scale == 1.0 else y * self.part.scale
         return y if bias is None else y + bias
 
     def rows_pay(self, places: Tensor, index: int = 0) -> bool:
@@ -468,22 +483,42 @@ class PortableWeight(nn.Module):
         rows = xf[sizes.first : sizes.stop].index_select(0, reads)
         return rows.reshape(sizes.depth, sizes.n, taps * sizes.rank).transpose(0, 1)
 
-    def _structured(self, x: Float[Tensor, "items cols"]) -> Float[Tensor, "items rows"]:
-        """The product by both factors (docs/theory.md): a correlation, then n products, one for each phase."""
-        sizes = self.sizes
+    def operands(self) -> tuple[Tensor, ...]:
+        """What a structured product multiplies by; the same for every call, so that a loop computes it once.
+
+        Returns:
+            The windows and the banded matrix; the windows, the kernel of the convolution and the phases; or, where n is
+            the fan-in, both factors.
+        """
         if hasattr(self, "code"):
             floats = self.code()
             if self.is_rank:
-                return F.linear(F.linear(x, floats["wf"]), floats["xf"][sizes.first : sizes.stop])
+                return floats["xf"][self.sizes.first : self.sizes.stop], floats["wf"]
             windows, wf = self._windows_of(floats["xf"]), floats["wf"]
         else:
             windows, wf = self._windows(), cast("Tensor | None", getattr(self, "wf", None))
         if wf is None:
-            sums = self._convolved(x, cast(Tensor, self.kernel), cast(Tensor, self.phases))
+            return windows, cast(Tensor, self.kernel), cast(Tensor, self.phases)
+        return (windows, self._band_of(wf)) if self._by_band() else (windows, self._kernel_of(wf), self._phases())
+
+    def multiply(self, x: Float[Tensor, "items cols"], operands: Sequence[Tensor]) -> Float[Tensor, "items rows"]:
+        """The structured product (docs/theory.md): a correlation, then n products, one for each phase.
+
+        Args:
+            x: Inputs.
+            operands: What ``operands`` returned.
+
+        Returns:
+            The outputs.
+        """
+        sizes, windows = self.sizes, operands[0]
+        if self.is_rank:
+            y = F.linear(F.linear(x, operands[1]), windows)
         else:
-            sums = self._banded(x, wf) if self._by_band() else self._convolved(x, self._kernel_of(wf), self._phases())
-        y = torch.matmul(windows, sums.reshape(sizes.n, sizes.taps * sizes.rank, -1))  # n x depth x items
-        return y.permute(2, 1, 0).reshape(-1, sizes.depth * sizes.n)[:, : sizes.rows]
+            sums = self._banded(x, operands[1]) if len(operands) == 2 else self._convolved(x, *operands[1:])
+            y = torch.matmul(windows, sums.reshape(sizes.n, sizes.taps * sizes.rank, -1))  # n x depth x items
+            y = y.permute(2, 1, 0).reshape(-1, sizes.depth * sizes.n)[:, : sizes.rows]
+        return y if self.part.scale == 1.0 else y * self.part.scale
 
     def _by_band(self) -> bool:
         """Whether the correlation is a product with a banded matrix, which must be small beside the dense weight."""
@@ -495,13 +530,17 @@ class PortableWeight(nn.Module):
         sizes = self.sizes
         return sizes.n - 1 - torch.remainder(sizes.offset + torch.arange(sizes.n) * sizes.cols, sizes.n)
 
-    def _banded(self, x: Tensor, wf: Tensor) -> Float[Tensor, "n taps rank items"]:
-        """Rows of n inputs, two neighbours side by side, times a matrix whose rows hold wf, one entry further each."""
-        n, rank, taps = self.sizes.n, self.sizes.rank, self.sizes.taps
+    def _band_of(self, wf: Tensor) -> Float[Tensor, "twice_n n_rank"]:
+        """A matrix whose columns hold wf, one entry further each, in the order of the phases."""
+        n, rank = self.sizes.n, self.sizes.rank
         shifted = F.pad(wf, (0, n + 1)).repeat(1, n)[:, : 2 * n * n].reshape(rank, n, 2 * n)
-        band = shifted.index_select(1, self._phases()).transpose(0, 1).reshape(n * rank, 2 * n)
+        return shifted.index_select(1, self._phases()).transpose(0, 1).reshape(n * rank, 2 * n).t()
+
+    def _banded(self, x: Tensor, band: Tensor) -> Float[Tensor, "n taps rank items"]:
+        """Rows of n inputs, two neighbours side by side, times the banded matrix."""
+        n, rank, taps = self.sizes.n, self.sizes.rank, self.sizes.taps
         rows = F.pad(x, (n - 1, (taps + 1) * n - (n - 1) - self.sizes.cols)).reshape(-1, taps + 1, n)
-        sums = torch.matmul(torch.cat([rows[:, :-1], rows[:, 1:]], 2), band.t())  # items x taps x (n rank)
+        sums = torch.matmul(torch.cat([rows[:, :-1], rows[:, 1:]], 2), band)  # items x taps x (n rank)
         return sums.permute(2, 1, 0).reshape(n, rank, taps, -1).transpose(1, 2)
 
     def _kernel_of(self, wf: Tensor) -> Float[Tensor, "channels 1 long"]:

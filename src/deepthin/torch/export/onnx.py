@@ -1,6 +1,7 @@
 """A portable model as an ONNX file."""
 
 import contextlib
+import itertools
 import logging
 import math
 import tempfile
@@ -31,7 +32,7 @@ def build(model: nn.Module, example: Sequence[Tensor], stage: Stage = "band") ->
     Returns:
         An ``onnx.ModelProto``, opset 18, all constants within, without names of source files.
     """
-    copied = portable(model, stage)
+    copied = portable(model, stage, loops=True)
     as_operators(copied)
     program = exported(copied, example)
     with quiet():
@@ -203,12 +204,13 @@ def _simplify(model: Any) -> None:
     optimizer.optimize_ir(model, input_size_limit=_FOLDED, output_size_limit=_FOLDED, num_iterations=2)
     common.CommonSubexpressionEliminationPass()(model)
     common.DeduplicateInitializersPass(size_limit=_FOLDED)(model)
-    for graph in model.graphs():
-        for number, node in enumerate(graph):
+    numbers = itertools.count()
+    for graph in model.graphs():  # with those of loops, whose names must differ
+        for node in graph:
             node.name = None
-            for at, output in enumerate(node.outputs):
+            for output in node.outputs:
                 if not output.is_graph_output():
-                    output.name = f"{number}.{at}" if at else str(number)
+                    output.name = str(next(numbers))
 
 
 def _strip(graph: Any) -> None:

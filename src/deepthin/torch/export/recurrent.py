@@ -75,6 +75,15 @@ def _forward(layer: Any, input: Tensor, hx: Any = None) -> Any:
     ends: list[tuple[Tensor, Tensor]] = []
     for level in range(layer.num_layers):
         suffixes = [f"_l{level}{end}" for end in ("", "_reverse")[:places]]
+        starts = [tuple(state[level * places + at].clone() for state in states) for at in range(places)]
+        if _multiplies(layer, suffixes):
+            made = [
+                _loop(layer, end, x, *start, backwards=at == 1)
+                for at, (end, start) in enumerate(zip(suffixes, starts, strict=True))
+            ]
+            x = torch.cat([y for y, *_ in made], 2)
+            ends.append((torch.stack([h for _, h, _ in made]), torch.stack([c for *_, c in made])))
+            continue
         w, r = (torch.stack([getattr(layer, f"weight_{of}{end}") for end in suffixes]) for of in ("ih", "hh"))
         if layer.bias:
             b = torch.stack(
@@ -89,3 +98,39 @@ def _forward(layer: Any, input: Tensor, hx: Any = None) -> Any:
     last = [state.squeeze(1) if alone else state for state in last]
     y = x.squeeze(1) if alone else x.transpose(0, 1) if layer.batch_first else x
     return y, tuple(last) if lstm else last[0]
+
+
+def _multiplies(layer: Any, suffixes: list[str]) -> bool:
+    """Whether all matrices of a level are multiplied by their codes."""
+    thin = cast(Any, layer)._modules.get("thin")
+    names = [f"weight_{of}{end}" for of in ("ih", "hh") for end in suffixes]
+    return thin is not None and all(name in thin and thin[name].form == "structured" for name in names)
+
+
+def _loop(layer: Any, end: str, x: Tensor, h: Tensor, c: Tensor, backwards: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of a level: the products with all inputs at once, those with the states step by step."""
+    from torch._higher_order_ops.scan import scan
+
+    weight = layer.thin[f"weight_hh{end}"]
+    biases = [getattr(layer, f"bias_{of}{end}") if layer.bias else None for of in ("ih", "hh")]
+    gates = layer.thin[f"weight_ih{end}"].product(x, bias=biases[0])
+    operands, added = weight.operands(), biases[1]
+
+    def step(states: tuple[Tensor, Tensor], given: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        h, c = states
+        own = weight.multiply(h, operands)
+        own = own if added is None else own + added
+        if layer.mode == "LSTM":
+            i, f, g, o = (given + own).chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        elif layer.mode == "GRU":
+            (r, z, n), (hr, hz, hn) = given.chunk(3, 1), own.chunk(3, 1)
+            z, n = torch.sigmoid(z + hz), torch.tanh(n + torch.sigmoid(r + hr) * hn)
+            h, c = n + z * (h - n), c.clone()
+        else:
+            h, c = (torch.tanh if layer.mode == "RNN_TANH" else torch.relu)(given + own), c.clone()
+        return (h, c), h.clone()
+
+    (h, c), y = scan(step, (h, c), gates, reverse=backwards)
+    return y, h, c
