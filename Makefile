@@ -43,9 +43,10 @@ fuzz: .venv/installed  ## files changed at random and signed again, in every rea
 
 LAWS = methods arithmetic huffman importance product rules shared_values spectral
 
-slow: EXTRAS = all,ray
-slow: .venv/installed .venv-tensorflow/installed arithmetic  ## tests that take minutes, and the laws on 1,000 examples each
+slow: EXTRAS = all,ray,devices
+slow: .venv/installed .venv-tensorflow/installed .venv-litert/installed arithmetic  ## tests that take minutes, and the laws on 1,000 examples each
 	$(PYTEST) -m slow
+	.venv-litert/bin/python -m pytest -m slow -k litert tests/test_export.py
 	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest -n $(WORKERS) -m slow tests/test_keras_state.py
 	$(PYTEST) --hypothesis-profile=slow $(LAWS:%=tests/test_%.py)
 
@@ -107,6 +108,8 @@ docs: .venv/installed  ## the documentation, into site/
 	$(BIN)/mkdocs build --strict
 
 .venv-tensorflow/installed: EXTRAS = keras,tensorflow,jax,test
+.venv-litert/installed: EXTRAS = litert,export
+.venv-litert/installed: PIP_INSTALL = pip install --quiet --no-compile pytest hypothesis beartype torch==2.13.0
 
 # What the extras need, by pyproject.toml: extras that name others of deepthin's are looked up.
 define DEPENDENCIES

@@ -74,7 +74,7 @@ def assert_same(here, there):
 @pytest.mark.parametrize("rule", RULES)
 def test_outputs_are_those_of_the_thin_model(rule, stage):
     model = thin(rule)
-    copied = portable(model, stage)
+    copied = portable(model, stage, compact=stage == "band")
     with torch.no_grad():
         for shape in ((1, 1), (3, 11)):
             assert_same(model(ids(*shape)), copied(ids(*shape)))
@@ -190,23 +190,30 @@ def test_a_layer_of_an_encoder_takes_the_products():
         assert_same(model(x), portable(model)(x))
 
 
-@pytest.mark.parametrize(
-    ("values", "form", "nbytes"),
-    [
-        (torch.tensor([0, 3, 1, 2, 2]), "packed", 2),
-        (torch.tensor([-7, 8, 0, 1, 2]), "packed", 3),
-        (torch.tensor([-127, 127, 5]), "packed", 3),
-        (torch.tensor([-300, 300, 5]), "plain", 6),
-        (torch.tensor([0] * 400 + [-3] + [0] * 700 + [200]), "sparse", 3 * 5),
-        (torch.zeros(1000, dtype=torch.long), "sparse", 0),
-        (torch.tensor([[1, 2], [3, 0]]), "packed", 1),
-    ],
-)
-def test_integers_come_back(values, form, nbytes):
+MANY = torch.randint(-1, 3, (1000,), generator=torch.Generator().manual_seed(0))
+PACKED = {
+    "four levels": (torch.tensor([0, 3, 1, 2, 2]), 4, 2),
+    "three levels": (torch.tensor([-1, 1, 0, 0, 1, -1, 1]), 3, 2),
+    "six levels": (torch.tensor([-2, 3, 0, 1, 2, -1, 1]), 6, 3),
+    "sixteen levels": (torch.tensor([-7, 8, 0, 1, 2, 5]), 16, 3),
+    "8 bits": (torch.tensor([-127, 127, 5, 60, -60]), 256, 5),
+    "16 bits": (torch.tensor([-300, 300, 5] * 9), 256, 2 * 27),
+    "few": (torch.tensor([0] * 400 + [-3] + [0] * 700 + [200]), 0, 5 * 3),
+    "zeros": (torch.zeros(1000, dtype=torch.long), 0, 0),
+    "outliers": (torch.cat([MANY, torch.tensor([90, -90])]), 4, 251 + 5 * 2),
+    "two dimensions": (torch.tensor([[1, 2], [3, 0]]), 4, 1),
+    "none": (torch.zeros(0, dtype=torch.long), 0, 0),
+    "every byte": (torch.arange(3**5 * 5) % 3, 3, 3**5),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_integers_come_back(case):
+    values, base, nbytes = PACKED[case]
     packed = PackedIntegers(values)
-    assert packed.form == form
-    assert sum(buffer.nbytes for buffer in packed.buffers()) == nbytes
     assert torch.equal(packed().long(), values)
+    assert packed.base == base
+    assert sum(buffer.nbytes for buffer in packed.buffers()) == nbytes
 
 
 def test_positions_come_back():

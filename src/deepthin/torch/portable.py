@@ -7,7 +7,7 @@ code stay integers, of 8, 4 or 2 bits.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -31,6 +31,7 @@ Form = Literal["structured", "factors in turn", "single rows", "decoded in the g
 Stage = Literal["band", "convolution"]
 """How inputs are correlated with ``wf``: by a banded matrix or by a convolution; runtimes differ in which is faster."""
 
+_EACH = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2, 256: 1}  # base -> digits in a byte
 _CHANNELS = 16  # outputs of the convolution at each place; its kernel is so much longer than wf
 _BAND = 1 / 8  # upper bound on the size of the banded matrix over that of the dense weight
 _COPIES = 1.25  # upper bound on the size of the stored windows over that of the factor
@@ -40,7 +41,7 @@ _SMALL = 4096  # bytes up to which a weight is stored dense
 _TORCH = cast(Any, torch)
 
 
-def portable(model: nn.Module, stage: Stage = "convolution", loops: bool = False) -> nn.Module:
+def portable(model: nn.Module, stage: Stage = "convolution", loops: bool = False, compact: bool = False) -> nn.Module:
     """Copy a model so that its thin layers consist of plain operations on constants of about the size of their codes.
 
     Every exporter takes the copy: torch.export, torch.onnx.export, ExecuTorch, LiteRT. Its batch and its lengths may
@@ -57,6 +58,8 @@ def portable(model: nn.Module, stage: Stage = "convolution", loops: bool = False
         stage: How the input is correlated with ``wf``.
         loops: Whether recurrent layers of 384 units and more are to multiply by their codes at each step, for a format
             that has loops (``deepthin.torch.export.recurrent``); otherwise their matrices are decoded.
+        compact: Whether integers are stored once, at the cost of copying them at each run, or when the file is loaded;
+            otherwise in the order in which they are used, some 6 % more.
 
     Returns:
         The copy, in evaluation mode.
@@ -85,7 +88,7 @@ def portable(model: nn.Module, stage: Stage = "convolution", loops: bool = False
                 if multiplies and not name.startswith("bias")
                 else "all"
             )
-            layer.thin[name] = cast(Any, PortableWeight(weight, index, code, use, stage))
+            layer.thin[name] = cast(Any, PortableWeight(weight, index, code, use, stage, compact))
         if attention:
             cast(Any, layer).__class__ = PortableAttention
             cast(Any, layer)._of_one_width = layer._qkv_same_embed_dim
@@ -125,38 +128,52 @@ def _pays_in_a_loop(layer: nn.Module) -> bool:
 
 
 class PackedIntegers(nn.Module):
-    """Integers as one constant of few bytes: of 8, 4 or 2 bits, or as gaps between those that are not zero.
+    """Integers as constants of few bytes: one to eight digits in each byte, and corrections where these do not suffice.
 
     Args:
         values: The integers.
-        rising: Whether they are strictly increasing, as positions are.
+        rising: Whether they are strictly increasing, as positions are: then steps are stored.
+
+    Attributes:
+        base: Base of the digits; 0: there are corrections only, of zeros.
     """
 
     def __init__(self, values: Int[Tensor, "..."], rising: bool = False) -> None:
         super().__init__()
-        self.shape = tuple(values.shape)
+        self.shape, self.rising = tuple(values.shape), rising
         flat = values.detach().cpu().long().flatten()
-        least, most = (int(flat.min()), int(flat.max())) if flat.numel() else (0, 0)
-        self.least, self.bits = 0, 0
+        self.base, self.least, self.corrected = 0, 0, False
         if rising:
-            self.form = "rising"
-            self.register_buffer("integers", _narrow(torch.diff(flat, prepend=flat.new_tensor([-1]))))
+            self.register_buffer("digits", _narrow(torch.diff(flat, prepend=flat.new_tensor([-1]))))
             return
-        self.bits = next((bits for bits in (2, 4, 8) if most - least < 1 << bits), 0)
-        packed_bytes = len(flat) * (self.bits or 8 * _narrow(flat).element_size()) / 8
-        gaps, numbers = _sparse(flat)
-        if len(gaps) * (1 + _narrow(numbers).element_size()) < 0.8 * packed_bytes:
-            self.form = "sparse"
+        whole = _narrow(flat)
+        forms = [(0, 0), *((base, _start(flat, base)) for base in _EACH)]
+        self.base, self.least = min(forms, key=self._size(flat))
+        if self._size(flat)((self.base, self.least)) > whole.nbytes:
+            self.base, self.least = 256, 0
+            self.register_buffer("digits", whole)
+            return
+        digits, rest = _split(flat, self.base, self.least)
+        if self.base:
+            each = _EACH[self.base]
+            grouped = F.pad(digits, (0, -len(flat) % each)).view(-1, each)
+            self.register_buffer("digits", (grouped * self.base ** torch.arange(each)).sum(1).to(torch.uint8))
+        if rest.any():
+            self.corrected = True
+            gaps, numbers = _sparse(rest)
             self.register_buffer("gaps", gaps)
-            self.register_buffer("integers", _narrow(numbers))
-        elif self.bits:
-            self.form, self.least, each = "packed", least, 8 // self.bits
-            digits = F.pad(flat - least, (0, -len(flat) % each)).view(-1, each)
-            places = 2 ** (self.bits * torch.arange(each))
-            self.register_buffer("integers", (digits * places).sum(1).to(torch.uint8))
-        else:
-            self.form = "plain"
-            self.register_buffer("integers", _narrow(flat))
+            self.register_buffer("corrections", _narrow(numbers))
+
+    @staticmethod
+    def _size(flat: Int[Tensor, " count"]) -> Callable[[tuple[int, int]], float]:
+        """Bytes of integers for the base of digits and the least integer."""
+
+        def size(form: tuple[int, int]) -> float:
+            gaps, numbers = _sparse(_split(flat, *form)[1])
+            digits = math.ceil(len(flat) / _EACH[form[0]]) if form[0] else 0
+            return digits + len(gaps) * (1 + _narrow(numbers).element_size())
+
+        return size
 
     def forward(self) -> Int[Tensor, "..."]:
         """Unpack.
@@ -164,20 +181,49 @@ class PackedIntegers(nn.Module):
         Returns:
             The integers, int32 (rising ones int64), in their shape.
         """
-        integers, count = cast(Tensor, self.integers), math.prod(self.shape)
-        if self.form == "rising":
-            return (torch.cumsum(integers.long(), 0) - 1).view(self.shape)
-        if self.form == "sparse":
+        count = math.prod(self.shape)
+        if self.rising:
+            return (torch.cumsum(cast(Tensor, self.digits).long(), 0) - 1).view(self.shape)
+        base = self._digits(count) + self.least if self.base else torch.zeros(count, dtype=torch.int32)
+        if self.corrected:
+            # A gap of 255 may lead to a place without a correction; 0 is added there
             places = torch.cumsum(cast(Tensor, self.gaps).long(), 0) - 1
-            return torch.zeros(count, dtype=torch.int32).scatter(0, places, integers.int()).view(self.shape)
-        if self.form == "plain" or self.bits == 8:
-            return integers.int().view(self.shape) + self.least
-        rest, digits = integers.float(), list[Tensor]()  # floats, since runtimes rarely shift or divide integers
-        for _ in range(8 // self.bits - 1):
-            above = torch.floor(rest / 2**self.bits)
-            digits.append(rest - above * 2**self.bits)
+            corrections = cast(Tensor, self.corrections).int()
+            base = (
+                base + torch.zeros(count, dtype=torch.int32).scatter(0, places, corrections)
+                if self.base
+                else (base.scatter(0, places, corrections))
+            )
+        return base.view(self.shape)
+
+    def _digits(self, count: int) -> Int[Tensor, " count"]:
+        packed = cast(Tensor, self.digits)
+        if self.base == 256:
+            return packed.int()
+        rest, digits = packed.float(), list[Tensor]()  # floats, since runtimes rarely divide integers
+        for _ in range(_EACH[self.base] - 1):
+            above = torch.floor((rest + 0.5) / self.base)  # a half, so that rounding cannot reach the next integer
+            digits.append(rest - above * self.base)
             rest = above
-        return torch.stack([*digits, rest], 1).flatten()[:count].view(self.shape).int() + self.least
+        return torch.stack([*digits, rest], 1).flatten()[:count].int()
+
+
+def _start(flat: Int[Tensor, " count"], base: int) -> int:
+    """The least value of the range of ``base`` integers that holds most of them."""
+    if not flat.numel():
+        return 0
+    values, counts = torch.unique(flat, return_counts=True)
+    until = torch.searchsorted(values, values + base)
+    summed = F.pad(counts.cumsum(0), (1, 0))
+    return int(values[(summed[until] - summed[:-1]).argmax()])
+
+
+def _split(flat: Int[Tensor, " count"], base: int, least: int) -> tuple[Tensor, Tensor]:
+    """Digits of a range of integers, and what is to be added to them."""
+    if not base:
+        return torch.zeros_like(flat), flat
+    digits = (flat - least).clamp(0, base - 1)
+    return digits, flat - least - digits
 
 
 def _narrow(values: Int[Tensor, " count"]) -> Tensor:
@@ -293,6 +339,7 @@ class PortableWeight(nn.Module):
         code: Its constants, which all its tensors share.
         use: What the layer asks for: the product, single rows, or the whole tensor.
         stage: How inputs are correlated with ``wf``.
+        compact: Whether integers are stored once.
 
     Attributes:
         form: How it is computed.
@@ -305,6 +352,7 @@ class PortableWeight(nn.Module):
         code: PortableCode,
         use: Literal["product", "rows", "all"],
         stage: Stage = "convolution",
+        compact: bool = False,
     ) -> None:
         super().__init__()
         self.part, self.decoder, (self.start, self.stop) = weight.parts[index], weight.decoder, weight._cuts[index]
@@ -329,7 +377,8 @@ class PortableWeight(nn.Module):
             (rows, cols), n, rank = own.plan.shape, own.plan.n, own.plan.rank
             self.sizes = _Sizes(rows, cols, n, rank, own.first, own.stop, own.offset)
             self.is_rank = own.is_rank
-            if self.form == "structured" and not self.is_rank and self.sizes.copies <= _COPIES:
+            once = compact and stored_by(weight.method, "xf") is not None
+            if self.form == "structured" and not self.is_rank and self.sizes.copies <= _COPIES and not once:
                 with torch.no_grad():
                     if self._hold_windows(weight):
                         return

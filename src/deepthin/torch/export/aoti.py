@@ -14,19 +14,20 @@ from deepthin.torch.export.onnx import exported, quiet
 from deepthin.torch.portable import portable
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
     """Export a model.
 
     Args:
         model: A thin or dense network.
         example: Its inputs; batch and lengths may vary later.
         path: The ``.pt2`` file.
+        compact: Whether integers are stored once.
 
     Returns:
         The files that were written.
     """
     with quiet():
-        program = exported(portable(model), example)
+        program = exported(portable(model, compact=compact), example)
         inductor = cast(Any, torch)._inductor
         package = io.BytesIO()
         inductor.aoti_compile_and_package(program, package_path=package)

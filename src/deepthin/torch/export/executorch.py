@@ -12,13 +12,14 @@ from deepthin.torch.export.onnx import exported, quiet
 from deepthin.torch.portable import portable
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
     """Export a model.
 
     Args:
         model: A thin or dense network.
         example: Its inputs; the file takes inputs of these shapes.
         path: The ``.pte`` file.
+        compact: Whether integers are stored once.
 
     Returns:
         The files that were written.
@@ -27,7 +28,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        program = exported(portable(model), example, fixed=True)
+        program = exported(portable(model, compact=compact), example, fixed=True)
         lowered: Any = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         path.write_bytes(lowered.to_executorch().buffer)
     return [path]

@@ -11,13 +11,14 @@ from deepthin.torch.export.onnx import quiet
 from deepthin.torch.portable import portable
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
     """Export a model.
 
     Args:
         model: A thin or dense network.
         example: Its inputs; the file takes inputs of these shapes.
         path: The ``.tflite`` file.
+        compact: Whether integers are stored once.
 
     Returns:
         The files that were written.
@@ -25,7 +26,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]
     import litert_torch  # pyright: ignore[reportMissingImports] -- an environment of its own
 
     with quiet():
-        litert_torch.convert(portable(model), tuple(example)).export(str(path))
+        litert_torch.convert(portable(model, compact=compact), tuple(example)).export(str(path))
     return [path]
 
 

@@ -21,18 +21,19 @@ _OPSET = 18
 _FOLDED = 64  # bytes up to which results of constants are computed at export
 
 
-def build(model: nn.Module, example: Sequence[Tensor], stage: Stage = "band") -> Any:
+def build(model: nn.Module, example: Sequence[Tensor], stage: Stage = "band", compact: bool = False) -> Any:
     """Export a model.
 
     Args:
         model: A thin or dense network; it is copied.
         example: Its inputs. Every dimension may vary later that the model lets vary.
         stage: How inputs are correlated with the smaller factor.
+        compact: Whether integers are stored once.
 
     Returns:
         An ``onnx.ModelProto``, opset 18, all constants within, without names of source files.
     """
-    copied = portable(model, stage, loops=True)
+    copied = portable(model, stage, True, compact)
     as_operators(copied)
     program = exported(copied, example)
     with quiet():
@@ -59,18 +60,19 @@ def build(model: nn.Module, example: Sequence[Tensor], stage: Stage = "band") ->
     return proto
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
     """Export a model to a file.
 
     Args:
         model: A thin or dense network.
         example: Its inputs.
         path: The ``.onnx`` file.
+        compact: Whether integers are stored once.
 
     Returns:
         The files that were written.
     """
-    path.write_bytes(build(model, example).SerializeToString())
+    path.write_bytes(build(model, example, compact=compact).SerializeToString())
     return [path]
 
 

@@ -13,13 +13,14 @@ SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "PERF
 """Single precision: with OpenVINO's own choice, results may be off by 1e-3 of the largest."""
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
     """Export a model.
 
     Args:
         model: A thin or dense network.
         example: Its inputs; batch and lengths may vary later.
         path: The ``.xml`` file; the ``.bin`` file is beside it.
+        compact: Whether integers are stored once.
 
     Returns:
         The files that were written.
@@ -28,7 +29,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
-        source.write_bytes(build(model, example, "convolution").SerializeToString())
+        source.write_bytes(build(model, example, "convolution", compact).SerializeToString())
         openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
     return [path, path.with_suffix(".bin")]
 

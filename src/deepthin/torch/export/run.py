@@ -140,6 +140,8 @@ def export(
         try:
             model.eval()
             files = _written(module, target, model, given, folder / path.name)
+            if _size(files) > _most(model, target, thin_bytes):
+                files = _written(module, target, model, given, folder / path.name, compact=True)
             _check_bytes(model, target, files, thin_bytes)
             _check_constants(model, target, module, files[0])
             error, batches = _check_outputs(model, target, module, files[0], given)
@@ -166,11 +168,13 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval()
 
 
-def _written(module: Any, target: Target, model: nn.Module, given: Sequence[Tensor], path: Path) -> list[Path]:
+def _written(
+    module: Any, target: Target, model: nn.Module, given: Sequence[Tensor], path: Path, compact: bool = False
+) -> list[Path]:
     # A batch of two, since exporters take one for a fixed size
     shown = given if target.fixed else [torch.cat([tensor[:1], tensor[:1]]) for tensor in given]
     try:
-        return module.write(model, shown, path)
+        return module.write(model, shown, path, compact)
     except (ConfigError, OSError):
         raise
     except Exception as error:  # exporters raise whatever they meet
@@ -185,9 +189,14 @@ def _size(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _check_bytes(model: nn.Module, target: Target, files: Sequence[Path], thin_bytes: int) -> None:
+def _most(model: nn.Module, target: Target, thin_bytes: int) -> int:
+    """Upper bound on the bytes of an exported file."""
     layers = sum(isinstance(layer, ThinLayer) or bool(layer._parameters) for layer in model.modules())
-    size, most = _size(files), int(_OVER * thin_bytes) + _A_LAYER * layers + target.code_bytes
+    return int(_OVER * thin_bytes) + _A_LAYER * layers + target.code_bytes
+
+
+def _check_bytes(model: nn.Module, target: Target, files: Sequence[Path], thin_bytes: int) -> None:
+    size, most = _size(files), _most(model, target, thin_bytes)
     if size <= most:
         return
     large = [name for name, form in forms(portable(model)).items() if form == "decoded at export"]
@@ -213,8 +222,10 @@ def _check_constants(model: nn.Module, target: Target, module: Any, path: Path) 
     areas = [math.prod(weight.part.shape) for weight in weights if weight.form != "decoded at export"]
     if not areas:
         return
-    rightful = {tensor.numel() for tensor in [*copied.parameters(), *copied.buffers()]}
-    rightful |= {math.prod(part.shape) for part in copied.modules() if isinstance(part, PackedIntegers)}
+    rightful: set[int] = set()
+    for one in (copied, portable(model, "band", compact=True)):
+        rightful |= {tensor.numel() for tensor in [*one.parameters(), *one.buffers()]}
+        rightful |= {math.prod(part.shape) for part in one.modules() if isinstance(part, PackedIntegers)}
     rightful |= {size for weight in weights for size in weight.sizes_of_results()}
     large = [
         f"{name} ({count:,} entries)"
