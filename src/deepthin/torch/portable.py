@@ -34,6 +34,7 @@ Stage = Literal["band", "convolution"]
 _EACH = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2, 256: 1}  # base -> digits in a byte
 _CHANNELS = 16  # outputs of the convolution at each place; its kernel is so much longer than wf
 _BAND = 1 / 8  # upper bound on the size of the banded matrix over that of the dense weight
+_WINDOWS = 1 / 2  # upper bound on the size of the windows over that of the dense weight
 _COPIES = 1.25  # upper bound on the size of the stored windows over that of the factor
 _KERNEL = 8192  # bytes up to which the convolution's kernel is stored; a longer one is computed
 _UNITS = 384  # of a recurrent layer from which a step by its codes is faster than one by decoded matrices
@@ -325,9 +326,19 @@ class _Sizes(NamedTuple):
         return -(-self.rows // self.n)
 
     @property
+    def windows(self) -> int:
+        """Entries of all windows."""
+        return self.n * self.depth * self.taps * self.rank
+
+    @property
     def copies(self) -> float:
         """Size of all windows over that of the rows of xf."""
-        return self.n * self.depth * self.taps / (self.stop - self.first)
+        return self.windows / (self.rank * (self.stop - self.first))
+
+
+def _sizes_of(window: Window) -> _Sizes:
+    (rows, cols), n, rank = window.plan.shape, window.plan.n, window.plan.rank
+    return _Sizes(rows, cols, n, rank, window.first, window.stop, window.offset)
 
 
 class PortableWeight(nn.Module):
@@ -366,7 +377,7 @@ class PortableWeight(nn.Module):
             with torch.no_grad():
                 self.register_buffer("dense", weight(index).detach().clone())
             return
-        if use == "product" and window is not None:
+        if use == "product" and window is not None and _sizes_of(window).windows <= _WINDOWS * area:
             self.form = "structured"
         elif use == "rows" and weight._windows[index] is not None and not self.part.transposed:
             self.form = "single rows"
@@ -374,9 +385,7 @@ class PortableWeight(nn.Module):
             self.form = "factors in turn"
         own = cast(Window, weight._windows[index]) if self.form in ("structured", "single rows") else None
         if own is not None:
-            (rows, cols), n, rank = own.plan.shape, own.plan.n, own.plan.rank
-            self.sizes = _Sizes(rows, cols, n, rank, own.first, own.stop, own.offset)
-            self.is_rank = own.is_rank
+            self.sizes, self.is_rank = _sizes_of(own), own.is_rank
             once = compact and stored_by(weight.method, "xf") is not None
             if self.form == "structured" and not self.is_rank and self.sizes.copies <= _COPIES and not once:
                 with torch.no_grad():
@@ -468,7 +477,7 @@ class PortableWeight(nn.Module):
         if self.form != "structured":
             return set()
         sizes = self.sizes
-        return {sizes.n * sizes.depth * sizes.taps * sizes.rank, 2 * sizes.n**2 * sizes.rank}
+        return {sizes.windows, 2 * sizes.n**2 * sizes.rank}
 
     def is_trained(self) -> bool:
         """Whether anything requires a gradient.
