@@ -124,7 +124,7 @@ def export(
 ) -> None:
     """Write a model for another runtime, run it there, and keep the file only if it is small and right.
 
-    The file is at most 1.25 times the .thin file and 8 kB for each layer, holds no dense matrix, and computes what
+    The file is at most 1.25 times the .thin file and 8 kB for each matrix, holds no dense matrix, and computes what
     torch computes within 1e-5 of the largest output, at batches of 1, 3 and 8. Otherwise nothing is written, and the
     exit code is 1.
 

@@ -145,7 +145,7 @@ class PackedIntegers(nn.Module):
         flat = values.detach().cpu().long().flatten()
         self.base, self.least, self.corrected = 0, 0, False
         if rising:
-            self.register_buffer("digits", _narrow(torch.diff(flat, prepend=flat.new_tensor([-1]))))
+            self.steps = PackedIntegers(torch.diff(flat, prepend=flat.new_tensor([-1])))
             return
         whole = _narrow(flat)
         forms = [(0, 0), *((base, _start(flat, base)) for base in _EACH)]
@@ -184,7 +184,7 @@ class PackedIntegers(nn.Module):
         """
         count = math.prod(self.shape)
         if self.rising:
-            return (torch.cumsum(cast(Tensor, self.digits).long(), 0) - 1).view(self.shape)
+            return (torch.cumsum(self.steps().long(), 0) - 1).view(self.shape)
         base = self._digits(count) + self.least if self.base else torch.zeros(count, dtype=torch.int32)
         if self.corrected:
             # A gap of 255 may lead to a place without a correction; 0 is added there

@@ -1,5 +1,6 @@
 """A portable model for OpenVINO: an ``.xml`` with the graph and a ``.bin`` with the constants."""
 
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
         source = Path(folder) / "model.onnx"
         source.write_bytes(build(model, example, "convolution", compact).SerializeToString())
         openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
+    path.write_text(re.sub(r"\n\s*", "", path.read_text()))  # a quarter of the graph's bytes
     return [path, path.with_suffix(".bin")]
 
 

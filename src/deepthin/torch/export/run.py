@@ -22,14 +22,14 @@ from deepthin.torch.export.examples import example_of
 from deepthin.torch.export.measure import measured
 from deepthin.torch.export.targets import Target, target_of
 from deepthin.torch.files import save
-from deepthin.torch.generated import ThinLayer
 from deepthin.torch.portable import PackedIntegers, PortableWeight, forms, portable
+from deepthin.torch.weight import ThinWeight
 from deepthin.torch.wrapped import check_plain
 
 BATCHES = (1, 3, 8)
 TOLERANCE = 1e-5  # of the largest output: sums in another order
 _OVER = 1.25  # upper bound on the bytes of the file over those of the .thin file ...
-_A_LAYER = 8192  # ... beside these for each layer
+_A_MATRIX = 8192  # ... beside these for each matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def export(
 ) -> Exported:
     """Write a model for another runtime.
 
-    The file is kept only if it is at most 1.25 times the ``.thin`` file and 8 kB for each layer, if no constant in it,
+    The file is kept only if it is at most 1.25 times the ``.thin`` file and 8 kB for each matrix, if no constant in it,
     and none that the runtime computes when it loads the file, is as large as the dense matrix of a thin layer, and if
     its outputs are within 1e-5 of the largest at batches of 1, 3 and 8.
 
@@ -191,8 +191,15 @@ def _size(files: Iterable[Path]) -> int:
 
 def _most(model: nn.Module, target: Target, thin_bytes: int) -> int:
     """Upper bound on the bytes of an exported file."""
-    layers = sum(isinstance(layer, ThinLayer) or bool(layer._parameters) for layer in model.modules())
-    return int(_OVER * thin_bytes) + _A_LAYER * layers + target.code_bytes
+    thin = (parts for weight in model.modules() if isinstance(weight, ThinWeight) for parts in weight.parts)
+    plain = (
+        tensor
+        for layer in model.modules()
+        if not isinstance(layer, ThinWeight)
+        for tensor in layer._parameters.values()
+    )
+    shapes = [*(part.shape for part in thin), *(tuple(tensor.shape) for tensor in plain if tensor is not None)]
+    return int(_OVER * thin_bytes) + _A_MATRIX * sum(len(shape) > 1 for shape in shapes) + target.code_bytes
 
 
 def _check_bytes(model: nn.Module, target: Target, files: Sequence[Path], thin_bytes: int) -> None:
@@ -208,8 +215,7 @@ def _check_bytes(model: nn.Module, target: Target, files: Sequence[Path], thin_b
             "methods whose tables are as large as the weight (hashed, shuffled) have no small form elsewhere. "
             "Use deepthin, rank, kronecker, tensor-train, pruned or a quantiser."
             if large
-            else "Its integers take fewer bits in the .thin file than other formats have. Give the layers fewer bits, "
-            "or send the .thin file and decode it there."
+            else target.instead
         )
     )
 

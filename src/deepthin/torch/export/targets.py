@@ -18,6 +18,7 @@ class Target:
         packages: What writes and runs it, as modules.
         fixed: Whether a file takes inputs of one shape only.
         code_bytes: Upper bound on the compiled code that a file holds beside its constants.
+        instead: What to do where the file would be too large.
         install: What to install.
     """
 
@@ -26,6 +27,10 @@ class Target:
     packages: tuple[str, ...]
     fixed: bool = False
     code_bytes: int = 0
+    instead: str = (
+        "Its integers take fewer bits in the .thin file than other formats have: give the layers fewer bits, or send "
+        "the .thin file and load it there."
+    )
     install: str = "pip install -c constraints.txt 'deepthin[export]'"
 
     def module(self) -> Any:
@@ -47,7 +52,12 @@ TARGETS = {
     target.name: target
     for target in (
         Target("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime")),
-        Target("openvino", ".xml", ("openvino", "onnx", "onnxscript")),
+        Target(
+            "openvino",
+            ".xml",
+            ("openvino", "onnx", "onnxscript"),
+            instead="The graph takes some 10 kB a layer in this format: export to onnx, which OpenVINO reads too.",
+        ),
         Target("executorch", ".pte", ("executorch",), fixed=True, install="pip install executorch==1.5.1"),
         Target("litert", ".tflite", ("litert_torch",), fixed=True, install="pip install litert-torch==0.10.0"),
         Target("aoti", ".pt2", (), code_bytes=2_000_000),
