@@ -1,6 +1,6 @@
 """A generated weight in use: decoded as a whole or row by row, or multiplied without being decoded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -71,6 +71,16 @@ class Operand(RoundedState):
                 dense = self._decode(index, held.floats)  # of copies: another thread may write to the code
                 held.dense[index] = (dense, dense._version)
         return dense
+
+    def decoded(self) -> Iterator[Tensor]:
+        """Decode all tensors for a single use: nothing is cached, so that at most one is in memory.
+
+        Yields:
+            The dense tensors, in order. They have no gradient if the caller wants none (``torch.no_grad``).
+        """
+        floats = self.state() if self.direct else self._decode_floats(self.code())
+        for index in range(len(self.parts)):
+            yield self._decode(index, floats)
 
     def product(
         self, x: Float[Tensor, "*batch cols"], index: int = 0, bias: Float[Tensor, " rows"] | None = None
