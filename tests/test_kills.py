@@ -15,9 +15,9 @@ from torch import nn
 
 from deepthin import ConfigError
 from deepthin.lab.checkpoint import Checkpoint
+from deepthin.lab.run import Setup, seeded
 from deepthin.lab.tasks.training import Training
 from deepthin.lab.train import checkpoint_of, train
-from deepthin.lab.trial import Setup, seeded
 from deepthin.methods import METHODS
 
 SCRIPT = Path(__file__).parent / "killed.py"
