@@ -1,9 +1,9 @@
 """Singular vectors of which few are kept against LAPACK's SVD, and the memory that encoding takes."""
 
-import gc
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import torch
 from deepthin.coding import bits
 from deepthin.methods import METHODS
 from deepthin.methods.leading import SMALL, leading, tame
+from deepthin.methods.lloyd import Numbers
 
 XP = cast(Any, np)
 
@@ -95,17 +96,21 @@ def test_encoding_takes_at_most_four_times_the_matrix(name):
     weight = normal(*shape).astype("f4")
     budget = int(0.01 * 32 * weight.size) if not LARGE[name] else 64 * weight.size
     method = METHODS[name].fit(shape, budget, **LARGE[name])
-    gc.collect()
-    gc.disable()  # what is let go is freed at once: nothing large waits for the collector
     tracemalloc.start()
     try:
-        code = method.encode(weight, XP)
-        held, peak = tracemalloc.get_traced_memory()
+        method.encode(weight, XP)
+        assert tracemalloc.get_traced_memory()[1] <= 4 * weight.nbytes
     finally:
         tracemalloc.stop()
-        gc.enable()
-    assert peak <= 4 * weight.nbytes
-    assert held <= sum(array.nbytes for array in code.values()) + 0.25 * weight.nbytes
+
+
+def test_what_was_sorted_is_freed_at_once():
+    """Without a cycle of references, for which it would wait."""
+    numbers = Numbers.of(normal(40, 50).reshape(-1))
+    assert numbers.classes[0] is numbers
+    gone = weakref.ref(numbers)
+    del numbers
+    assert gone() is None
 
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "encoding.py"
