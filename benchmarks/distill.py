@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deepthin.errors import ConfigError
+from deepthin.lab.compared import DENSE
+from deepthin.lab.run import Setup, Trial
 from deepthin.lab.teacher import Teacher
-from deepthin.lab.trial import DENSE, Setup, Trial, run_trial
+from deepthin.lab.trial import run_trial
 from deepthin.storage.atomic import write_atomically
 from deepthin.storage.report import table
 from deepthin.torch import Noise

@@ -7,11 +7,13 @@ Each line is a process of its own; OMP_NUM_THREADS=1 gives steady times.
 normal numbers. ``compress``: ``deepthin.torch.compress`` of a linear layer with that weight, its report (for which the
 codes are serialised) included. ``memory``: the peak of resident memory (VmHWM) above what the process holds with the
 matrix, once a small matrix has been through the same call, over the bytes of the matrix; the matrix itself is not
-counted. Methods that store something for every weight take the smallest size that they can. Linux only.
+counted. What is freed goes back to the system at once (MALLOC_MMAP_THRESHOLD_). Methods that store something for every
+weight take the smallest size that they can. Linux only.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 from planning import resident
 
-BITS = {"uniform": 8, "kmeans": 5, "ecsq": 3, "binary": 2}
+BITS = {"uniform": 8, "kmeans": 5, "ecsq": 3, "binary": 2, "coded": 8}
 SPECIAL = {
     "rank max": ("deepthin", {"rank": "max"}),
     "tensor-train 2": ("tensor-train", {"order": 2}),
@@ -90,7 +92,12 @@ def main() -> None:
         for call in given.calls.split(","):
             for size in map(int, given.sizes.split(",")):
                 arguments = ["--ratio", str(given.ratio), "--case", json.dumps([case, call, size])]
-                found = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE)
+                found = subprocess.run(
+                    [sys.executable, __file__, *arguments],
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+                )
                 seconds, memory, error = json.loads(found.stdout)
                 print(f"{case:<20}{call:<10}{size:>6}{seconds:>9.2f}{memory:>8.1f}{error:>9.4f}", flush=True)
 

@@ -21,9 +21,9 @@ import torch
 
 import deepthin.keras as dk
 import deepthin.torch as dt
+from deepthin.lab.run import seeded
 from deepthin.lab.tasks import digits
 from deepthin.lab.tasks.training import WARM_UP, Training, error, predict
-from deepthin.lab.trial import seeded
 from deepthin.storage.report import table
 
 NAMES = {

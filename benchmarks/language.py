@@ -26,9 +26,9 @@ from torch import nn
 
 import deepthin.torch as dt
 from deepthin.errors import BudgetError, ConfigError
+from deepthin.lab.run import seeded
 from deepthin.lab.tasks import lstm_lm
 from deepthin.lab.tasks.training import Training
-from deepthin.lab.trial import seeded
 from deepthin.methods.pruned import Pruned
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.shares import Planned

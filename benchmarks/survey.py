@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
+from deepthin.lab.run import Setup, seeded
 from deepthin.lab.tasks import lenet
 from deepthin.lab.tasks.training import Training
-from deepthin.lab.trial import Setup, prepared, seeded
+from deepthin.lab.trial import prepared
 from deepthin.plan.rules import Stages
 from deepthin.storage.report import table
 

@@ -31,6 +31,7 @@ SHAPED = (
     "torch.product",
     "torch.operators",
     "torch.recurrent",
+    "torch.operand",
     "torch.weight",
     "torch.layers",
     "torch.recurrent_layers",

@@ -12,11 +12,12 @@ import torch
 import deepthin
 from deepthin import ConfigError, NonFiniteError
 from deepthin.lab.compare import Settings, compare
+from deepthin.lab.compared import COMPARED
 from deepthin.lab.report import points, tables
 from deepthin.lab.report.page import write_page
+from deepthin.lab.run import Run, Setup, Trial
 from deepthin.lab.tasks import TASKS, digits
 from deepthin.lab.tasks.training import Training
-from deepthin.lab.trial import COMPARED, Run, Setup, Trial
 from deepthin.storage.read import from_bytes
 from tolerance import bound
 

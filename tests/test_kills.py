@@ -15,9 +15,9 @@ from torch import nn
 
 from deepthin import ConfigError
 from deepthin.lab.checkpoint import Checkpoint
+from deepthin.lab.run import Setup, seeded
 from deepthin.lab.tasks.training import Training
 from deepthin.lab.train import checkpoint_of, train
-from deepthin.lab.trial import Setup, seeded
 from deepthin.methods import METHODS
 
 SCRIPT = Path(__file__).parent / "killed.py"
@@ -84,14 +84,14 @@ def test_the_command_goes_on_after_a_kill_to_the_same_bytes(rules, tmp_path, mon
 
     def started(out):
         """On one thread, as this process is: sums of several may round otherwise."""
-        command = "train digits --config deep.toml --steps 200 --width 60 --seed 3 --checkpoint 10 --out".split()
+        command = "train digits --config deep.toml --steps 100 --width 60 --seed 3 --checkpoint 10 --out".split()
         command = [sys.executable, "-m", "deepthin", *command, out]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **ONE_THREAD}, **pipes)
 
     one = started("killed.thin")
     line = ""
-    while "120 of 200" not in line:
+    while "60 of 100" not in line:
         line = one.stderr.readline()
         assert line, "it ended before it was killed"
     one.kill()
@@ -99,10 +99,10 @@ def test_the_command_goes_on_after_a_kill_to_the_same_bytes(rules, tmp_path, mon
     assert not (tmp_path / "killed.thin").exists()
     assert checkpoint_of(tmp_path / "killed.thin").exists()
     again = started("killed.thin")
-    train(Setup("digits", None, 200, 60), tmp_path / "deep.toml", tmp_path / "whole.thin", seed=3, checkpoint=10)
+    train(Setup("digits", None, 100, 60), tmp_path / "deep.toml", tmp_path / "whole.thin", seed=3, checkpoint=10)
     _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
-    assert " 60 of 200" not in said  # it did not begin anew
+    assert " 30 of 100" not in said  # it did not begin anew
     assert (tmp_path / "killed.thin").read_bytes() == (tmp_path / "whole.thin").read_bytes()
     assert not checkpoint_of(tmp_path / "killed.thin").exists()
 

@@ -1,6 +1,10 @@
 """Singular vectors of which few are kept against LAPACK's SVD, and the memory that encoding takes."""
 
+import subprocess
+import sys
 import tracemalloc
+import weakref
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -10,6 +14,7 @@ import torch
 from deepthin.coding import bits
 from deepthin.methods import METHODS
 from deepthin.methods.leading import SMALL, leading, tame
+from deepthin.methods.lloyd import Numbers
 
 XP = cast(Any, np)
 
@@ -97,6 +102,28 @@ def test_encoding_takes_at_most_four_times_the_matrix(name):
         assert tracemalloc.get_traced_memory()[1] <= 4 * weight.nbytes
     finally:
         tracemalloc.stop()
+
+
+def test_what_was_sorted_is_freed_at_once():
+    """Without a cycle of references, for which it would wait."""
+    numbers = Numbers.of(normal(40, 50).reshape(-1))
+    assert numbers.classes[0] is numbers
+    gone = weakref.ref(numbers)
+    del numbers
+    assert gone() is None
+
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "encoding.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells what a process holds")
+@pytest.mark.parametrize("name", LARGE)
+def test_compressing_takes_hardly_more(name):
+    """With the report, for which codes are serialised: 4.1 for 8 bits arithmetically coded, and for a permutation."""
+    words = ("--sizes", "2048", "--calls", "compress", "--methods", name)
+    shown = subprocess.run([sys.executable, BENCHMARK, *words], check=True, capture_output=True, text=True).stdout
+    assert float(shown.splitlines()[1].split()[-2]) <= 4.25
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000, 2 * bits.PIECE + 3])

@@ -83,6 +83,7 @@ class Namespace(Protocol):
 
     linalg: Any
     int16: Any
+    int32: Any
     int64: Any
     float32: Any
     float64: Any

@@ -126,9 +126,9 @@ def train(
     """
     import torch
 
+    from deepthin.lab.run import Setup
     from deepthin.lab.train import summary
     from deepthin.lab.train import train as train_one
-    from deepthin.lab.trial import Setup
 
     torch.set_num_threads(threads)
     setup = Setup(_task(task, (model, train, evaluate)), data and data.absolute(), steps, width, depth)
@@ -214,14 +214,16 @@ def compare(
     import torch
 
     from deepthin.lab import compare
+    from deepthin.lab.compared import COMPARED
     from deepthin.lab.engines import ENGINES
     from deepthin.lab.report import tables
     from deepthin.lab.report.page import write_page
     from deepthin.lab.report.points import best_thin
     from deepthin.lab.rows import write_rows
+    from deepthin.lab.run import Setup
     from deepthin.lab.search import Search
     from deepthin.lab.teacher import Teacher
-    from deepthin.lab.trial import COMPARED, Setup, prepared
+    from deepthin.lab.trial import prepared
     from deepthin.torch import Noise
 
     if find_spec("matplotlib") is None:  # said before the training, not after it

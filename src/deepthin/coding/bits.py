@@ -90,15 +90,17 @@ def pack(values: Integer[np.ndarray, " count"], width: int) -> UInt8[np.ndarray,
         ``packed_bytes(len(values), width)`` bytes.
     """
     count, word = len(values), _word(width)
-    words = np.full(-(-count // 8) * 8, (1 << width) - 1, word)
-    words[:count] = values
-    groups = words.reshape(-1, 8)  # eight numbers take `width` whole bytes
-    packed = np.zeros((len(groups), width), np.uint8)
-    for i in range(8 if width else 0):
-        byte, shift = divmod(i * width, 8)
-        shifted = groups[:, i] << word(shift)
-        for j in range(byte, (i * width + width - 1) // 8 + 1):
-            packed[:, j] |= (shifted >> word(8 * (j - byte))).astype(np.uint8)
+    packed = np.zeros((-(-count // 8), width), np.uint8)  # eight numbers take `width` whole bytes
+    for first in range(0, count if width else 0, PIECE):
+        piece = values[first : first + PIECE]
+        words = np.full(-(-len(piece) // 8) * 8, (1 << width) - 1, word)
+        words[: len(piece)] = piece
+        groups, into = words.reshape(-1, 8), packed[first // 8 : first // 8 + len(words) // 8]
+        for i in range(8):
+            byte, shift = divmod(i * width, 8)
+            shifted = groups[:, i] << word(shift)
+            for j in range(byte, (i * width + width - 1) // 8 + 1):
+                into[:, j] |= (shifted >> word(8 * (j - byte))).astype(np.uint8)
     return packed.reshape(-1)[: packed_bytes(count, width)]
 
 

@@ -32,7 +32,8 @@ class KerasNamespace:
     """
 
     linalg = _Linalg()
-    int16, int64, float32, float64 = "int16", "int32", "float32", "float64"  # JAX has no int64, nor argsort elsewhere
+    int16, int32, float32, float64 = "int16", "int32", "float32", "float64"
+    int64 = "int32"  # JAX has no int64, nor argsort elsewhere
 
     matmul = staticmethod(ops.matmul)
     reshape = staticmethod(ops.reshape)

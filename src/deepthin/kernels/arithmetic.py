@@ -27,7 +27,7 @@ def encode(kind: str, values: Int64[np.ndarray, " count"], parameter: int) -> UI
         return arithmetic.encode(kind, values, parameter)
     values = np.ascontiguousarray(values, np.int64)
     data = products.native().arithmetic_encode(_KINDS.index(kind), values.ctypes.data, len(values), parameter)
-    return np.frombuffer(data, np.uint8).copy()
+    return np.frombuffer(data, np.uint8)
 
 
 def decode(

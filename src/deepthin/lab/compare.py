@@ -16,24 +16,12 @@ from typing import Any
 import torch
 
 from deepthin.errors import BudgetError, ConfigError, FormatError
+from deepthin.lab.compared import ALWAYS, DENSE, INT8, SAME_SIZE, split
 from deepthin.lab.engines import ENGINES, Chain, Engine, run_chains
 from deepthin.lab.rows import Row, read_json, read_rows, write_rows
+from deepthin.lab.run import Run, Setup, Trial
 from deepthin.lab.search import Choice, Search, open_storage, search
-from deepthin.lab.trial import (
-    ALWAYS,
-    DENSE,
-    INT8,
-    INT8_RATIO,
-    SAME_SIZE,
-    Run,
-    Setup,
-    Trial,
-    judge,
-    prepared,
-    quantised,
-    run_trial,
-    split,
-)
+from deepthin.lab.trial import INT8_RATIO, judge, prepared, quantised, run_trial
 from deepthin.storage.atomic import write_atomically
 from deepthin.storage.read import inspect
 

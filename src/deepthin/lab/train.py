@@ -11,8 +11,9 @@ import torch
 import deepthin.torch as dt
 from deepthin.errors import ConfigError, DeepThinError
 from deepthin.lab.checkpoint import Checkpoint
+from deepthin.lab.run import Run, Setup, seeded
 from deepthin.lab.tasks.training import Training
-from deepthin.lab.trial import Run, Setup, alike, prepared, seeded
+from deepthin.lab.trial import alike, prepared
 from deepthin.plan.parse import parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.storage.read import inspect

@@ -230,10 +230,18 @@ def _sums(
     symbols: Integer[Array, "rows cols"], scales: Float[Array, "own planes"], xp: Namespace
 ) -> Float[Array, "rows cols"]:
     """The sum over planes of scale times sign; ``own`` is rows, or 1 for one row of scales."""
-    weight = scales[:, :1] * _signs(symbols, 0, scales.dtype, xp)
+    weight = _signed(symbols, scales, 0, xp)
     for k in range(1, scales.shape[1]):
-        weight = weight + scales[:, k : k + 1] * _signs(symbols, k, scales.dtype, xp)
+        weight += _signed(symbols, scales, k, xp)
     return weight
+
+
+def _signed(
+    symbols: Integer[Array, "rows cols"], scales: Float[Array, "own planes"], k: int, xp: Namespace
+) -> Float[Array, "rows cols"]:
+    """The scale of plane k where bit k is set, else its negative."""
+    scale = scales[:, k : k + 1]
+    return xp.where((xp.bitwise_right_shift(symbols, k) & 1) > 0, scale, -scale)
 
 
 def _signs(symbols: Integer[Array, "rows cols"], k: int, kind: Any, xp: Namespace) -> Float[Array, "rows cols"]:

@@ -51,11 +51,13 @@ class Numbers:
         order = np.argsort(flat, kind="stable").astype(np.uint32 if len(flat) >> 32 == 0 else np.uint64)
         return cls(flat[order], importance[order], order, False)
 
-    @cached_property
+    @property
     def classes(self) -> "list[Numbers]":
         """The numbers of each distinct importance, ``order`` indexing into these; empty above 64 distinct ones."""
-        if self.unweighted:
-            return [self]
+        return [self] if self.unweighted else self._of_each_importance
+
+    @cached_property
+    def _of_each_importance(self) -> "list[Numbers]":
         if len(different := np.unique(self.importance)) > _FEW:
             return []
         places = [np.flatnonzero(self.importance == value) for value in different]

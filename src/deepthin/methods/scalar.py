@@ -184,7 +184,7 @@ class Uniform:
             importance: Not used.
 
         Returns:
-            ``symbols``, rows x cols in int16 (int64 above 15 bits), ``step``, and ``least`` if affine.
+            ``symbols``, rows x cols in int16 (int32 above 15 bits), ``step``, and ``least`` if affine.
         """
         kind = weight.dtype
         if xp.finfo(kind).bits < 32:  # half precision cannot hold the symbols exactly
@@ -213,7 +213,9 @@ class Uniform:
             Array, rows x cols.
         """
         weight = code["step"] * xp.asarray(code["symbols"], dtype=code["step"].dtype)
-        return weight + code["least"] if self.affine else weight
+        if self.affine:
+            weight += code["least"]
+        return weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,4 +426,4 @@ class Coded:
 
 
 def _integers(symbols: Array, top: int, xp: Namespace) -> Array:
-    return xp.asarray(symbols, dtype=xp.int16 if top < 1 << 15 else xp.int64)
+    return xp.asarray(symbols, dtype=xp.int16 if top < 1 << 15 else xp.int32)

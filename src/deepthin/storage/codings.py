@@ -55,46 +55,56 @@ def coded(values: np.ndarray, kind: Integers) -> tuple[Raw, Coding]:
     Returns:
         The bytes as a tensor of type U8, and the coding.
     """
-    flat = values.reshape(-1).astype(np.int64 if kind.rising or kind.count > 1 << 30 else np.int32)
-    flat -= kind.least
+    most = kind.bytes(values.size)
+
+    def cost(way: _Way) -> tuple[bool, int]:
+        (name, _), size, _ = way
+        return size > most, size + way_bytes(name, size, kind.rising)
+
+    coding, _, stream = min(_ways(values, kind), key=cost)
+    return Raw.of(stream()), coding
+
+
+_Way = tuple[Coding, int, Callable[[], np.ndarray]]  # a coding, its bytes, and what makes the stream
+
+
+def _ways(values: np.ndarray, kind: Integers) -> Iterator[_Way]:
+    """Each coding that there is for integers of a kind. Large arrays are made again rather than held."""
     width = width_of(kind.count)
-    ways: dict[Coding, tuple[int, Callable[[], np.ndarray]]] = {
-        ("packed", width): (packed_bytes(len(flat), width), lambda: pack(flat, width))
-    }
+
+    def flat(item: type[np.signedinteger] = np.int64 if kind.rising or kind.count > 1 << 30 else np.int32):
+        numbers = values.reshape(-1).astype(item)
+        numbers -= kind.least
+        return numbers
+
+    yield ("packed", width), packed_bytes(values.size, width), lambda: pack(flat(), width)
     if kind.rising:
-        for narrow, size in coded_gap_bytes(flat).items():
-            ways["huffman", narrow] = size, lambda narrow=narrow: huffman.encode(gaps_of(flat, narrow), narrow)
-        narrow = best_gap_width(flat)
-        gaps = pack_gaps(flat, narrow)
-        ways["gaps", narrow] = len(gaps), lambda: gaps
-    elif (size := huffman.coded_bytes(huffman.counts_of(flat), width)) is not None:
-        ways["huffman", width] = size, lambda: huffman.encode(flat, width)
-    for coding, stream in _arithmetic(flat, kind, values.shape[-1]).items():
-        ways[coding] = len(stream), lambda stream=stream: stream
-    most = kind.bytes(len(flat))
-
-    def cost(coding: Coding) -> tuple[bool, int]:
-        size = ways[coding][0]
-        return size > most, size + way_bytes(coding[0], size, kind.rising)
-
-    coding = min(ways, key=cost)
-    return Raw.of(ways[coding][1]()), coding
-
-
-def _arithmetic(flat: np.ndarray, kind: Integers, columns: int) -> dict[Coding, np.ndarray]:
-    """Integers from 0 on by each arithmetic code that there is for their kind."""
-    width = width_of(kind.count)
-    if not width or not len(flat):
-        return {}
-    if kind.rising:
-        gaps = np.diff(flat, prepend=-1) - 1
-        return {("numbers", 0): arithmetic.encode_numbers(gaps, walk)} if gaps.max() <= arithmetic.MOST_NUMBER else {}
+        yield from _rising_ways(flat(), width)
+        return
+    if (size := huffman.coded_bytes(huffman.counts_of(flat()), width)) is not None:
+        yield ("huffman", width), size, lambda: huffman.encode(flat(), width)
+    if not width or not values.size or (kind.least >= 0 and width > arithmetic.WIDEST_TREE):
+        return
     if kind.least < 0:
-        signed = flat.astype(np.int64) + kind.least
-        return {("levels", stride): arithmetic.encode_levels(signed, stride, walk) for stride in (0, 1, columns)}
-    if width > arithmetic.WIDEST_TREE:
-        return {}
-    return {("tree", width): arithmetic.encode_tree(flat, width, walk)}
+        wide = values.reshape(-1).astype(np.int64)
+        for stride in (0, 1, values.shape[-1]):
+            yield _made(("levels", stride), arithmetic.encode_levels(wide, stride, walk))
+    else:
+        yield _made(("tree", width), arithmetic.encode_tree(flat(np.int64), width, walk))
+
+
+def _rising_ways(flat: np.ndarray, width: int) -> Iterator[_Way]:
+    """Codings of positions by their gaps."""
+    for narrow, size in coded_gap_bytes(flat).items():
+        yield ("huffman", narrow), size, lambda narrow=narrow: huffman.encode(gaps_of(flat, narrow), narrow)
+    narrow = best_gap_width(flat)
+    yield _made(("gaps", narrow), pack_gaps(flat, narrow))
+    if width and len(flat) and (gaps := np.diff(flat, prepend=-1) - 1).max() <= arithmetic.MOST_NUMBER:
+        yield _made(("numbers", 0), arithmetic.encode_numbers(gaps, walk))
+
+
+def _made(coding: Coding, stream: np.ndarray) -> _Way:
+    return coding, len(stream), lambda: stream
 
 
 def stored_floats(floats: Mapping[str, Raw]) -> dict[str, tuple[Raw, Coding | None]]:

@@ -135,8 +135,9 @@ def carry_out(
         else:
             weight = encoded(planned)
             with torch.no_grad():
-                for index, (name, tensor) in enumerate(zip(names, dense, strict=True)):
-                    errors[name] = start.relative_error(name, _compared(tensor, weight(index)))
+                for name, tensor, decoded in zip(names, dense, weight.decoded(), strict=True):
+                    errors[name] = start.relative_error(name, _compared(tensor, decoded))
+                    del decoded  # before the next is decoded
         weight.origin = (names[0], seed, planned.tensors[0].std)
         weights.append((planned, weight.requires_grad_(dense[0].requires_grad)))
     for planned, weight in weights:

@@ -1,0 +1,278 @@
+"""A generated weight in use: decoded as a whole or row by row, or multiplied without being decoded."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from deepthin.kernels import products
+from deepthin.kernels.costs import Path
+from deepthin.method import Flat
+from deepthin.methods.factor import Factored, Window
+from deepthin.storage.contents import Part
+from deepthin.torch import multiply
+from deepthin.torch.cache import StateCache
+from deepthin.torch.evaluated import current
+from deepthin.torch.multiply import Case
+from deepthin.torch.operators import product, takes
+from deepthin.torch.rounding import RoundedState
+from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
+
+_GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
+_WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_TORCH = cast(Any, torch)
+
+
+class Operand(RoundedState):
+    """Tensors that layers use: decoded from a state, or multiplied by it.
+
+    Attributes:
+        parts: Shape and scale of each tensor, in the order in which they are cut from the flattened matrix.
+        plans: For each tensor its window in the factors' product; None where it must be decoded.
+    """
+
+    parts: tuple[Part, ...]
+    plans: tuple[Window | None, ...]
+    _cuts: tuple[tuple[int, int], ...]  # begin and end of each tensor in the flattened matrix
+    _windows: tuple[Window | None, ...]
+    _operator_pays: tuple[bool, ...]
+    _has_symbols: bool
+    _sparse: StateCache[tuple[np.ndarray, np.ndarray]]
+    _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
+
+    def forward(self, index: int = 0) -> Float[Tensor, "..."]:
+        """Decode a tensor.
+
+        Args:
+            index: Which of the weight's tensors.
+
+        Returns:
+            The dense tensor, of its part's shape. On the CPU in evaluation, where the code needs no gradient, it is
+            cached while the code is unchanged, and must not be written to.
+        """
+        if (leaf := as_leaf(self, index)) is not None:
+            return cast(Any, leaf)
+        held = None if torch.compiler.is_compiling() else current(self.__dict__)
+        if held is None:
+            if not self._keeps():
+                return self._decode(index, self.floats())
+            held = self._now()
+        dense, version = held.dense.get(index, (None, 0))
+        if dense is not None and dense._version != version:  # a caller wrote to it, and so perhaps to the floats
+            self._forget()
+            held, dense = self._now(), None
+        if dense is None:
+            with torch.inference_mode(False), torch.no_grad():  # a gradient of the input may need it later
+                dense = self._decode(index, held.floats)  # of copies: another thread may write to the code
+                held.dense[index] = (dense, dense._version)
+        return dense
+
+    def decoded(self) -> Iterator[Tensor]:
+        """Decode all tensors for a single use: nothing is cached, so that at most one is in memory.
+
+        Yields:
+            The dense tensors, in order. They have no gradient if the caller wants none (``torch.no_grad``).
+        """
+        floats = self.state() if self.direct else self._decode_floats(self.code())
+        for index in range(len(self.parts)):
+            yield self._decode(index, floats)
+
+    def product(
+        self, x: Float[Tensor, "*batch cols"], index: int = 0, bias: Float[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "*batch rows"]:
+        """``x @ W.T + bias`` by the way with the least predicted cost (``deepthin.torch.multiply``).
+
+        Args:
+            x: Inputs, any number of leading dimensions.
+            index: Which of the weight's tensors is W.
+            bias: One number per output, or None.
+
+        Returns:
+            The outputs, with the leading dimensions of x. Under autocast structured ways compute in float32.
+        """
+        y = self._short_way(x, index, bias)
+        if y is not None:
+            return y
+        if not isinstance(x, Tensor):  # a tracer's proxy, or a caller's mistake, which raises
+            return multiply.DENSE.run(self, x, index, bias)
+        case = self._case(x, index, bias)
+        way = multiply.choose(case)
+        if way.name in _WAYS and not torch.compiler.is_compiling() and self._keeps():
+            if (fast := self.short_way(index)) is not None:
+                fast.choose(case.batch, _WAYS[way.name])
+                self.floats()  # so that they are current
+            y = self._short_way(x, index, bias)
+            if y is not None:
+                return y
+        return way.run(self, x, index, bias)
+
+    def rows_pay(self, places: Tensor, index: int = 0) -> bool:
+        """Whether ``rows`` is predicted to be faster than decoding the whole matrix.
+
+        Args:
+            places: Row indices, of any shape.
+            index: Which of the weight's tensors.
+
+        Returns:
+            True for few rows of a matrix in a product of two factors; in graphs always, where their number may be
+            symbolic.
+        """
+        part = self.parts[index]
+        if self._windows[index] is None or part.transposed:
+            return False
+        if places.dtype not in (torch.int32, torch.int64) or places.is_meta:
+            return False
+        return is_recorded() or places.numel() * _GATHER <= part.shape[0]
+
+    def rows(self, places: Int[Tensor, "*batch"], index: int = 0) -> Float[Tensor, "*batch cols"]:
+        """Decode single rows of a matrix in a product of two factors.
+
+        Args:
+            places: Row indices, int32 or int64, of any shape.
+            index: Which of the weight's tensors.
+
+        Returns:
+            One row for each index, in the last dimension; padding rows are 0.
+
+        Raises:
+            IndexError: An index is out of range; not checked in graphs.
+        """
+        part, floats, n = self.parts[index], self.floats(), cast(Window, self._windows[index]).plan.n
+        count, cols = part.shape
+        if not is_recorded() and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
+            raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
+        start = self._cuts[index][0] + places.long() * cols
+        blocks = (cols + n - 2) // n + 1  # rows of xf that a row of the matrix may touch; it may end before the last
+        touched = (start // n)[..., None] + torch.arange(blocks, device=places.device)
+        entries = (F.embedding(touched.clamp(max=len(floats["xf"]) - 1), floats["xf"]) @ floats["wf"]).flatten(-2)
+        within = (start % n)[..., None] + torch.arange(cols, device=places.device)
+        made = entries.gather(-1, within) * part.scale
+        return made if part.zero_row is None else made * (places != part.zero_row)[..., None]
+
+    def _short_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
+        """The native product in a single call; None where it does not apply or was not used for this batch before."""
+        if self._fast is None or self.training or torch.compiler.is_compiling():
+            return None
+        fast, entries = self._fast[index], self._parameters or self.state()
+        if fast is None:
+            return None
+        if not self.direct:
+            held = current(self.__dict__)
+            if held is None:
+                return None
+            entries = held.floats
+        return fast(x, entries.get("xf"), entries.get("wf"), bias)
+
+    def short_way(self, index: int) -> Any:
+        """The native product of a tensor; its ``choose`` says for which batches it may be used.
+
+        Args:
+            index: Which of the weight's tensors.
+
+        Returns:
+            A callable as ``operators.product`` returns it; None without native code or a structured product.
+        """
+        if self._fast is None:
+            self._fast = tuple(
+                plan and product(plan[0], plan[1], plan[3], part.scale)
+                for plan, part in zip(self.plans, self.parts, strict=True)
+            )
+        return self._fast[index]
+
+    def path(self, x: Tensor, index: int = 0) -> Path:
+        """The way by which ``product`` would multiply ``x`` now.
+
+        Args:
+            x: Inputs.
+            index: Which of the weight's tensors.
+
+        Returns:
+            Its name. It is ``dense`` in exported or transformed graphs, where the weight is decoded in plain
+            operations, and for inputs whose shape or dtype does not fit, which raise as in a linear layer.
+        """
+        return multiply.choose(self._case(x, index, None)).name
+
+    def _case(self, x: Tensor, index: int, bias: Tensor | None) -> Case:
+        """What the choice of a way depends on, for these operands."""
+        window, part = self.plans[index], self.parts[index]
+        dense = Case(self.decoder, None, 0, False)  # the decoded weight
+        if x.is_meta or x.is_nested or x.shape[-1:] != (self._matrix(index)[1:] if len(part.shape) == 2 else ()):
+            return dense
+        latents = tuple(cast("dict[str, Tensor]", self._parameters or self.state()).values())  # have the factors' dtype
+        like, autocast = latents[0], torch.is_autocast_enabled(x.device.type)
+        if not x.is_floating_point() or (x.dtype != like.dtype and not autocast):
+            return dense
+        recorded = is_recorded()  # the batch may be a symbol there: one choice for all
+        if window is not None:
+            native = takes(*latents) and (autocast or takes(x))
+            if recorded:
+                pays = native and self._operator_pays[index] and not is_portable()
+                return Case(self.decoder, window, 0, False, native=True, traced=True) if pays else dense
+            return Case(self.decoder, window, x.numel() // window.plan.shape[1], self._keeps(), native=native)
+        if recorded or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
+            return dense
+        gradients = torch.is_grad_enabled()
+        return Case(
+            self.decoder,
+            None,
+            x.numel() // part.shape[1],
+            self._keeps(),
+            native=takes(x, like),
+            whole=True,
+            detached=not (gradients and x.requires_grad)
+            and (bias is None or (takes(bias) and not (gradients and bias.requires_grad))),
+            direct=self.direct,
+            levels=products.levels() if self._has_symbols else (0, 0),
+        )
+
+    def sparse_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of a sparse matrix as compressed sparse rows; cached.
+
+        Returns:
+            The column of each stored weight, int32, and the index of each row's first one, rows + 1 numbers.
+        """
+        (rows, cols), positions = self.decoder.shape, self.floats()["positions"]
+        csr = self._sparse.get([positions])
+        if csr is None:
+            with torch.inference_mode(False), torch.no_grad():
+                positions = positions.clone() if self.direct else positions  # nobody writes to decoded ones
+                wide = positions.long()
+                starts = torch.searchsorted(wide, torch.arange(rows + 1) * cols)
+                columns = (wide % cols).numpy().astype(np.int32)
+                csr = self._sparse.put([positions], (columns, starts.numpy()))
+        return csr
+
+    def _window(self, index: int) -> Window | None:
+        """Where a tensor lies in a product of two factors; None where the weight must be decoded."""
+        part = self.parts[index]
+        if not isinstance(self.decoder, Factored) or len(part.shape) != 2:
+            return None
+        return self.decoder.window(self._cuts[index][0], self._matrix(index))
+
+    def _matrix(self, index: int) -> tuple[int, int]:
+        """(outputs, inputs) of a two-dimensional tensor."""
+        rows, cols = self.parts[index].shape
+        return (cols, rows) if self.parts[index].transposed else (rows, cols)
+
+    def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
+        (start, stop), decoder = self._cuts[index], self.decoder
+        code, device = {**self._derived(), **self._wide(floats)}, next(iter(floats.values())).device.type
+        # As a dense parameter: its type is the code's, which normalisation and the cache need, and layers cast it.
+        cast_off = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast_off else nullcontext():
+            if isinstance(decoder, Flat):
+                flat = decoder.decode_flat(code, start, stop, _TORCH)
+            else:
+                flat = decoder.decode(code, _TORCH).reshape(-1)[start:stop]
+            return self.parts[index].cut(flat, _TORCH)
+
+    def _keeps(self) -> bool:
+        """Whether the dense weight is cached: on the CPU, in evaluation, where the code needs no gradient."""
+        if self.training or self._wants_gradient() or not self._may_cache():
+            return False
+        return all(getattr(self, entry).device.type == "cpu" for entry in self._entries)
