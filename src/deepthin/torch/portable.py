@@ -148,6 +148,7 @@ class PackedIntegers(nn.Module):
             self.steps = PackedIntegers(torch.diff(flat, prepend=flat.new_tensor([-1])))
             return
         whole = _narrow(flat)
+        self.kind = torch.int64 if whole.dtype == torch.int64 else torch.int32
         forms = [(0, 0), *((base, _start(flat, base)) for base in _EACH)]
         self.base, self.least = min(forms, key=self._size(flat))
         if self._size(flat)((self.base, self.least)) > whole.nbytes:
@@ -180,18 +181,18 @@ class PackedIntegers(nn.Module):
         """Unpack.
 
         Returns:
-            The integers, int32 (rising ones int64), in their shape.
+            The integers, int32 (rising or larger ones int64), in their shape.
         """
         count = math.prod(self.shape)
         if self.rising:
             return (torch.cumsum(self.steps().long(), 0) - 1).view(self.shape)
-        base = self._digits(count) + self.least if self.base else torch.zeros(count, dtype=torch.int32)
+        base = self._digits(count) + self.least if self.base else torch.zeros(count, dtype=self.kind)
         if self.corrected:
             # A gap of 255 may lead to a place without a correction; 0 is added there
             places = torch.cumsum(cast(Tensor, self.gaps).long(), 0) - 1
-            corrections = cast(Tensor, self.corrections).int()
+            corrections = cast(Tensor, self.corrections).to(self.kind)
             base = (
-                base + torch.zeros(count, dtype=torch.int32).scatter(0, places, corrections)
+                base + torch.zeros(count, dtype=self.kind).scatter(0, places, corrections)
                 if self.base
                 else (base.scatter(0, places, corrections))
             )
@@ -200,13 +201,13 @@ class PackedIntegers(nn.Module):
     def _digits(self, count: int) -> Int[Tensor, " count"]:
         packed = cast(Tensor, self.digits)
         if self.base == 256:
-            return packed.int()
+            return packed.to(self.kind)
         rest, digits = packed.float(), list[Tensor]()  # floats, since runtimes rarely divide integers
         for _ in range(_EACH[self.base] - 1):
             above = torch.floor((rest + 0.5) / self.base)  # a half, so that rounding cannot reach the next integer
             digits.append(rest - above * self.base)
             rest = above
-        return torch.stack([*digits, rest], 1).flatten()[:count].int()
+        return torch.stack([*digits, rest], 1).flatten()[:count].to(self.kind)
 
 
 def _start(flat: Int[Tensor, " count"], base: int) -> int:
@@ -574,8 +575,9 @@ class PortableWeight(nn.Module):
             y = F.linear(F.linear(x, operands[1]), windows)
         else:
             sums = self._banded(x, operands[1]) if len(operands) == 2 else self._convolved(x, *operands[1:])
-            y = torch.matmul(windows, sums.reshape(sizes.n, sizes.taps * sizes.rank, -1))  # n x depth x items
-            y = y.permute(2, 1, 0).reshape(-1, sizes.depth * sizes.n)[:, : sizes.rows]
+            y = torch.matmul(windows, sums)  # n x depth x items
+            # Whole rows of items move; then one transposition of a matrix, which runtimes cancel against the next one
+            y = y.transpose(0, 1).reshape(sizes.depth * sizes.n, -1)[: sizes.rows].t()
         return y if self.part.scale == 1.0 else y * self.part.scale
 
     def _by_band(self) -> bool:
@@ -588,18 +590,22 @@ class PortableWeight(nn.Module):
         sizes = self.sizes
         return sizes.n - 1 - torch.remainder(sizes.offset + torch.arange(sizes.n) * sizes.cols, sizes.n)
 
-    def _band_of(self, wf: Tensor) -> Float[Tensor, "twice_n n_rank"]:
-        """A matrix whose columns hold wf, one entry further each, in the order of the phases."""
+    def _band_of(self, wf: Tensor) -> Float[Tensor, "n_rank twice_n"]:
+        """A matrix whose rows hold wf, one entry further each, in the order of the phases."""
         n, rank = self.sizes.n, self.sizes.rank
         shifted = F.pad(wf, (0, n + 1)).repeat(1, n)[:, : 2 * n * n].reshape(rank, n, 2 * n)
-        return shifted.index_select(1, self._phases()).transpose(0, 1).reshape(n * rank, 2 * n).t()
+        return shifted.index_select(1, self._phases()).transpose(0, 1).reshape(n * rank, 2 * n)
 
-    def _banded(self, x: Tensor, band: Tensor) -> Float[Tensor, "n taps rank items"]:
-        """Rows of n inputs, two neighbours side by side, times the banded matrix."""
+    def _banded(self, x: Tensor, band: Tensor) -> Float[Tensor, "n terms items"]:
+        """The banded matrix times columns of 2 n inputs: those of two neighbouring blocks."""
         n, rank, taps = self.sizes.n, self.sizes.rank, self.sizes.taps
-        rows = F.pad(x, (n - 1, (taps + 1) * n - (n - 1) - self.sizes.cols)).reshape(-1, taps + 1, n)
-        sums = torch.matmul(torch.cat([rows[:, :-1], rows[:, 1:]], 2), band)  # items x taps x (n rank)
-        return sums.permute(2, 1, 0).reshape(n, rank, taps, -1).transpose(1, 2)
+        padded = F.pad(x, (n - 1, (taps + 1) * n - (n - 1) - self.sizes.cols))
+        blocks = padded.t().reshape(taps + 1, n, -1).transpose(0, 1)  # n x blocks x items
+        columns = torch.cat([blocks[:, :-1], blocks[:, 1:]], 0).reshape(2 * n, -1)
+        sums = torch.matmul(band, columns)
+        if rank > 1:
+            sums = sums.reshape(n, rank, taps, -1).transpose(1, 2)
+        return sums.reshape(n, taps * rank, -1)
 
     def _kernel_of(self, wf: Tensor) -> Float[Tensor, "channels 1 long"]:
         """For each row of wf, 16 channels that hold it, one entry further each."""
@@ -607,7 +613,7 @@ class PortableWeight(nn.Module):
         repeated = F.pad(wf, (0, _CHANNELS)).repeat(1, _CHANNELS)[:, : _CHANNELS * long]
         return repeated.reshape(self.sizes.rank * _CHANNELS, 1, long)
 
-    def _convolved(self, x: Tensor, kernel: Tensor, phases: Tensor) -> Float[Tensor, "n taps rank items"]:
+    def _convolved(self, x: Tensor, kernel: Tensor, phases: Tensor) -> Float[Tensor, "n terms items"]:
         """A convolution of stride 16."""
         n, rank, taps, each = self.sizes.n, self.sizes.rank, self.sizes.taps, _CHANNELS
         places, front = -(-taps * n // each), n - 1
@@ -615,7 +621,7 @@ class PortableWeight(nn.Module):
         sums = F.conv1d(F.pad(x, (front, whole - front - self.sizes.cols))[:, None], kernel, stride=each)
         sums = sums.reshape(-1, rank, each, places).permute(0, 3, 2, 1).reshape(-1, places * each, rank)
         sums = sums[:, : taps * n].reshape(-1, taps, n, rank).index_select(2, phases)
-        return sums.permute(2, 1, 3, 0)
+        return sums.permute(2, 1, 3, 0).reshape(n, taps * rank, -1)
 
 
 class PortableAttention(ThinMultiheadAttention):
