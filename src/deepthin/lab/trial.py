@@ -83,6 +83,7 @@ class Setup:
         depth: Depth of the network.
         own: The user's factory, training and evaluation as ``package.module:function``, instead of ``task``.
         teacher: A network that all but the dense one learn from.
+        network: Name of the network, of a task that has several.
     """
 
     task: str
@@ -92,6 +93,7 @@ class Setup:
     depth: int | None = None
     own: tuple[str, str, str] | None = None
     teacher: Teacher | None = None
+    network: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,15 +156,20 @@ class Run:
             The run.
 
         Raises:
-            ConfigError: The data are missing, a depth is given where the network has none to choose, or the teacher
-                does not fit.
+            ConfigError: The data are missing, a depth or a network is given where there is none to choose, or the
+                teacher does not fit.
         """
         task: Task = Own.find(*setup.own) if setup.own else TASKS[setup.task]
         if setup.depth is not None and task.depth is None:
             raise ConfigError(f"The network of {task.name} has a fixed depth: leave out --depth.")
+        if setup.network is not None and setup.network not in task.networks:
+            choice = f"use one of {', '.join(task.networks)}" if task.networks else "leave out --network"
+            raise ConfigError(f"{task.name} has no network {setup.network!r}: {choice}.")
         data = task.load(setup.data)
-        depth = {} if task.depth is None else {"depth": setup.depth or task.depth}
-        build = partial(task.build, data, **depth)
+        chosen: dict[str, Any] = {} if task.depth is None else {"depth": setup.depth or task.depth}
+        if task.network is not None:
+            chosen["network"] = setup.network or task.network
+        build = partial(task.build, data, **chosen)
         width, teacher = setup.width or task.width, setup.teacher
         taught = None if teacher is None else (teacher, teacher.load(task, lambda: build(width)))
         return cls(task, data, setup.steps or task.steps, width, build, taught)

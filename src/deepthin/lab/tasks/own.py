@@ -35,7 +35,8 @@ class Own:
         ConfigError: A function cannot be used; the message names the option.
     """
 
-    depth = None
+    depth = network = None
+    networks = ()
     steps = 1000
     asks_teacher = True  # if the user's training calls training.taught
     learning_rate = 1e-3
