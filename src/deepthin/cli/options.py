@@ -12,7 +12,9 @@ Config = Annotated[Path | None, typer.Option(help="The TOML file that names matr
 Ratio = Annotated[float | None, typer.Option(help="Instead of --config: DeepThin for all matrices at this ratio.")]
 Task = Annotated[
     str | None,
-    typer.Argument(help="digits | acoustic | ctc | conv | lenet | lstm-lm | keywords; leave it out to name your own network."),
+    typer.Argument(
+        help="digits | acoustic | ctc | conv | lenet | lstm-lm | keywords; leave it out to name your own network."
+    ),
 ]
 Data = Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")]
 Width = Annotated[

@@ -136,6 +136,7 @@ class Run:
         width: Width of the dense network.
         build: Width -> the dense network.
         teacher: The teacher and its network; None without one.
+        network: Name of the network; None if the task has only one.
     """
 
     task: Task
@@ -144,6 +145,7 @@ class Run:
     width: int
     build: Callable[[int], nn.Module]
     teacher: tuple[Teacher, nn.Module] | None = None
+    network: str | None = None
 
     @classmethod
     def prepare(cls, setup: Setup) -> "Run":
@@ -167,12 +169,18 @@ class Run:
             raise ConfigError(f"{task.name} has no network {setup.network!r}: {choice}.")
         data = task.load(setup.data)
         chosen: dict[str, Any] = {} if task.depth is None else {"depth": setup.depth or task.depth}
-        if task.network is not None:
-            chosen["network"] = setup.network or task.network
+        network = setup.network or task.network
+        if network is not None:
+            chosen["network"] = network
         build = partial(task.build, data, **chosen)
         width, teacher = setup.width or task.width, setup.teacher
         taught = None if teacher is None else (teacher, teacher.load(task, lambda: build(width)))
-        return cls(task, data, setup.steps or task.steps, width, build, taught)
+        return cls(task, data, setup.steps or task.steps, width, build, taught, network)
+
+    @property
+    def network_rate(self) -> float:
+        """The factor of the network on the task's learning rates."""
+        return self.task.network_rates.get(self.network or "", 1.0)
 
     def weight_bytes(self) -> int:
         """Size of the dense network's weight matrices.
@@ -255,7 +263,9 @@ class Run:
         rates, allocations = self.task.learning_rates, self.task.allocations
         allocation = allocations.get(method, allocations.get(outer, self.task.allocation))
         rate = rates.get(method, rates.get(outer, self.task.learning_rate))
-        return Choice(rate, float(ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation))
+        return Choice(
+            rate * self.network_rate, float(ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation)
+        )
 
     def model(self, trial: Trial) -> tuple[nn.Module, dict[str, Any]]:
         """Build the untrained network of a trial, its weight matrices within the ratio.

@@ -18,7 +18,7 @@ from deepthin.lab.tasks.task import ModuleTask
 from deepthin.lab.tasks.training import Training, error, predict
 
 NETWORK = "bc-resnet"
-BATCH = 32
+BATCH = 16
 SHIFT = 10  # frames by which a training batch is moved at most, to either side
 CALIBRATION = 500
 

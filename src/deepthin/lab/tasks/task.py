@@ -67,6 +67,11 @@ class Task(Protocol):
         ...
 
     @property
+    def network_rates(self) -> Mapping[str, float]:
+        """Network -> factor on all learning rates that development data chose; 1 for others."""
+        ...
+
+    @property
     def decays(self) -> Mapping[str, float]:
         """Method -> AdamW's weight decay; 0 for others."""
         ...
@@ -197,6 +202,7 @@ class ModuleTask:
     asks_teacher: bool = False
     learning_rate: float
     learning_rates: Mapping[str, float] = field(default_factory=dict[str, float])
+    network_rates: Mapping[str, float] = field(default_factory=dict[str, float])
     decays: Mapping[str, float] = field(default_factory=dict[str, float])
     allocation: float | str = "uniform-bytes"
     allocations: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
