@@ -20,12 +20,16 @@ from deepthin.lab.compare import Settings, compare
 from deepthin.lab.rows import Row, read_rows
 from deepthin.lab.trial import DENSE, SAME_SIZE, Run, Setup, is_coded, prepared
 
-SIZES = (36_928, 18_340, 9_232, 6_500, 4_616)  # 9,232 and 4,585 floats; as many bytes; between; half
-CODED = ("dense-coded", "deepthin-coded", "kronecker-coded", "hashed-coded", "pruned-coded", "same-size-coded")
-METHODS = (SAME_SIZE, *CODED)
-NETWORKS = ("cnn", "gru", "bc-resnet")
-LEFT_OUT = {"bc-resnet": 1}  # the first of SIZES is that of the dense network
-STEPS = {"an4": 1000, "wakewords": 400}
+SIZES = (36_928, 18_340, 9_232, 4_616)  # 9,232 and 4,585 floats, as the two smallest published; 9,232 bytes, and half
+CODED = ("dense-coded", "deepthin-coded", "kronecker-coded", "hashed-coded", "pruned-coded")
+ALL = {SAME_SIZE: SIZES, **dict.fromkeys(CODED, SIZES)}
+NETWORKS = {
+    "cnn": ALL,
+    "gru": ALL,
+    "bc-resnet": {SAME_SIZE: SIZES[1:], "dense-coded": SIZES[2:]},  # dense, it has the first size
+    "ds-cnn-m": ALL,
+}
+STEPS = {"an4": 800, "wakewords": 400}
 ROUNDS = 31
 
 
@@ -46,7 +50,7 @@ def ratio_of(run: Run, method: str, size: int) -> float:
 
     Args:
         run: The task with its data and network.
-        method: A name of ``METHODS``.
+        method: ``same-size`` or a coded method.
         size: Bytes.
 
     Returns:
@@ -67,18 +71,6 @@ def ratio_of(run: Run, method: str, size: int) -> float:
     return round((numbers(low, 2) + 2) / run.weight_bytes(), 6)
 
 
-def sizes_of(network: str) -> tuple[int, ...]:
-    """The sizes at which the methods are compared.
-
-    Args:
-        network: A name of ``NETWORKS``.
-
-    Returns:
-        Those of ``SIZES`` that are not left out.
-    """
-    return SIZES[LEFT_OUT.get(network, 0) :]
-
-
 def train(setup: Setup, seeds: int, out: Path) -> None:
     """Run what is missing of a comparison.
 
@@ -87,9 +79,9 @@ def train(setup: Setup, seeds: int, out: Path) -> None:
         seeds: Number of seeds.
         out: The folder of the comparison.
     """
-    run = prepared(setup)
-    for methods in ((SAME_SIZE,), CODED):
-        ratios = tuple(ratio_of(run, methods[0], size) for size in sizes_of(str(setup.network)))
+    run, sizes = prepared(setup), NETWORKS[str(setup.network)]
+    for methods in ((SAME_SIZE,), tuple(method for method in CODED if method in sizes)):
+        ratios = tuple(ratio_of(run, methods[0], size) for size in sizes[methods[0]])
         compare(Settings(setup, methods, ratios, seeds), out)
         print(f"{time.strftime('%H:%M:%S')} {out.name}: {seeds} seeds of {', '.join(methods)}", flush=True)
 
@@ -157,9 +149,9 @@ def tables(data: str, folder: Path, out: Path) -> None:
         dense = [row for row in rows if row.method == DENSE]
         numbers = run.dense_bytes() // 4
         print(f"{network}: {numbers:,} parameters, dense {cell(dense, times.get((network, DENSE, 1.0)))}")
-        for method in METHODS:
+        for method, sizes in NETWORKS[network].items():
             found = {}
-            for size in sizes_of(network):
+            for size in sizes:
                 ratio = ratio_of(run, method, size)
                 some = [row for row in rows if (row.method, row.ratio) == (method, ratio)]
                 found[size] = cell(some, times.get((network, method, ratio)))

@@ -85,7 +85,7 @@ def train(
         OSError: The file cannot be written.
     """
     rules, run = parse_rules(rules), prepared(setup)
-    rate: float = run.task.learning_rate * run.network_rate if lr is None else lr
+    rate: float = run.task.learning_rate if lr is None else lr
     started = time.perf_counter()
     seeded(seed)
     model = run.build(run.width)

@@ -177,11 +177,6 @@ class Run:
         taught = None if teacher is None else (teacher, teacher.load(task, lambda: build(width)))
         return cls(task, data, setup.steps or task.steps, width, build, taught, network)
 
-    @property
-    def network_rate(self) -> float:
-        """The factor of the network on the task's learning rates."""
-        return self.task.network_rates.get(self.network or "", 1.0)
-
     def weight_bytes(self) -> int:
         """Size of the dense network's weight matrices.
 
@@ -260,12 +255,11 @@ class Run:
             The choice.
         """
         outer, _ = split(method)
-        rates, allocations = self.task.learning_rates, self.task.allocations
+        rates = {**self.task.learning_rates, **self.task.network_rates.get(self.network or "", {})}
+        allocations = self.task.allocations
         allocation = allocations.get(method, allocations.get(outer, self.task.allocation))
         rate = rates.get(method, rates.get(outer, self.task.learning_rate))
-        return Choice(
-            rate * self.network_rate, float(ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation)
-        )
+        return Choice(rate, float(ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation))
 
     def model(self, trial: Trial) -> tuple[nn.Module, dict[str, Any]]:
         """Build the untrained network of a trial, its weight matrices within the ratio.

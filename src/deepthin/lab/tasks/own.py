@@ -47,7 +47,7 @@ class Own:
         """Call the functions once, so that mistakes show before the training."""
         self.name, self._factory, self._train, self._evaluate = name, factory, train, evaluate
         self.learning_rates: dict[str, float] = {}
-        self.network_rates: dict[str, float] = {}
+        self.network_rates: dict[str, dict[str, float]] = {}
         self.decays: dict[str, float] = {}
         self.allocations: dict[str, float | str] = {}
         self.options: dict[str, dict[str, Any]] = {}

@@ -67,8 +67,8 @@ class Task(Protocol):
         ...
 
     @property
-    def network_rates(self) -> Mapping[str, float]:
-        """Network -> factor on all learning rates that development data chose; 1 for others."""
+    def network_rates(self) -> Mapping[str, Mapping[str, float]]:
+        """Network -> method -> learning rate that development data chose; instead of ``learning_rates``."""
         ...
 
     @property
@@ -202,7 +202,7 @@ class ModuleTask:
     asks_teacher: bool = False
     learning_rate: float
     learning_rates: Mapping[str, float] = field(default_factory=dict[str, float])
-    network_rates: Mapping[str, float] = field(default_factory=dict[str, float])
+    network_rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     decays: Mapping[str, float] = field(default_factory=dict[str, float])
     allocation: float | str = "uniform-bytes"
     allocations: Mapping[str, float | str] = field(default_factory=dict[str, float | str])

@@ -185,8 +185,8 @@ def read_ctm(path: Path, dictionary: Path) -> dict[str, list[tuple[str, int, int
     """Read the words of an alignment of phones. A word that is said twice in a row is told apart by its phones.
 
     Args:
-        path: The alignment: utterance, start and duration in seconds, phone and word in each line; words in angle
-            brackets are silence and noise.
+        path: The alignment: utterance, start and duration in seconds, phone and word in each line, ``WORD(2)`` for
+            another pronunciation; words in angle brackets are silence and noise.
         dictionary: The pronunciations of the words.
 
     Returns:
@@ -220,6 +220,7 @@ def read_ctm(path: Path, dictionary: Path) -> dict[str, list[tuple[str, int, int
             raise ConfigError(
                 f"{path}, line {number}: {line!r} is not utterance, start, duration, phone and word."
             ) from None
+        word = re.sub(r"(?<=.)\(\d+\)$", "", word)  # A(2) is a pronunciation of A
         if (name, word) != said:
             close()
             run, said = [], (name, word)
