@@ -200,6 +200,6 @@ TASK = ModuleTask(
     calibration=calibration,
     asks_teacher=True,
     # Chosen on development data (docs/keywords.md).
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     network_rates={"bc-resnet": {"dense": 2e-2, "same-size": 2e-2}, "gru": {"dense": 6e-3, "same-size": 6e-3}},
 )
