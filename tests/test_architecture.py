@@ -24,7 +24,8 @@ OUTSIDE = {
     "torch": CORE | {"torch", "transformers", "lightning"},
     "testing": CORE | {"torch"},
     "lab": CORE
-    | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"},
+    | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"}
+    | {"soundfile"},
     "cli": CORE | {"torch", "typer", "rich", "safetensors"},
 }  # fmt: skip
 APART = {"torch": {"keras", "tensorflow"}, "testing": {"keras", "tensorflow"}}

@@ -66,9 +66,9 @@ def load(folder: Path | None) -> Data:
             f"{folder} has no recordings: it needs a subfolder for each word with {', '.join(sorted(words.ENDINGS))} "
             "files, or AN4 with phones.ctm. See docs/keywords.md."
         )
-    classes = tuple(sorted(set(read.words["train"])))
+    classes: tuple[str, ...] = tuple(sorted(set(read.words["train"])))
     if len(classes) < 2:
-        raise ConfigError(f"{folder} has recordings of one word only ({classes[0]}): give at least two.")
+        raise ConfigError(f"{folder} has recordings of one word only ({', '.join(classes)}): give at least two.")
     for split in ("dev", "test"):
         if unknown := sorted(set(read.words[split]) - set(classes)):
             raise ConfigError(f"{folder}: {unknown[0]!r} has recordings for {split!r}, but none to train.")

@@ -41,8 +41,8 @@ def triangles() -> Float32[np.ndarray, "bands bins"]:
     Returns:
         Triangles with peak 1, evenly spaced in mel.
     """
-    ends = 2595 * np.log10(1 + np.array([LOWEST, HIGHEST]) / 700)
-    corners = 700 * (10 ** (np.linspace(*ends, BANDS + 2) / 2595) - 1)  # Hz
+    lowest, highest = (2595 * np.log10(1 + frequency / 700) for frequency in (LOWEST, HIGHEST))
+    corners = 700 * (10 ** (np.linspace(lowest, highest, BANDS + 2) / 2595) - 1)  # Hz
     low, peak, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     frequency = np.arange(FFT // 2 + 1) * (RATE / FFT)
     rising, falling = (frequency - low) / (peak - low), (high - frequency) / (high - peak)
