@@ -25,8 +25,8 @@ CODED = ("dense-coded", "deepthin-coded", "kronecker-coded", "hashed-coded", "pr
 ALL = {SAME_SIZE: SIZES, **dict.fromkeys(CODED, SIZES)}
 NETWORKS = {
     "cnn": ALL,
-    "gru": ALL,
     "bc-resnet": {SAME_SIZE: SIZES[1:], "dense-coded": SIZES[2:]},  # dense, it has the first size
+    "gru": ALL,
     "ds-cnn-m": ALL,
 }
 STEPS = {"an4": 800, "wakewords": 400}
@@ -177,8 +177,8 @@ def main() -> None:
             tables(name, folder, options.out)
         return
     for seeds in range(1, options.seeds + 1):
-        for name, folder in folders.items():
-            for network in NETWORKS:
+        for network in NETWORKS:
+            for name, folder in folders.items():
                 setup = Setup("keywords", folder, STEPS[name], network=network)
                 train(setup, seeds, options.out / f"{name}-{network}")
 
