@@ -405,6 +405,18 @@ def test_tones_end_to_end(folder, tmp_path, monkeypatch, command_line):
         assert row["value"] < 20  # of three tones; guessing has 67
 
 
+def test_train_takes_a_network(folder, tmp_path, monkeypatch, command_line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thin.toml").write_text('[model]\nratio = 0.2\n[rules."*"]\nmethod = "deepthin"\n')
+    code, out, _ = command_line(
+        *"train keywords --network gru --width 100 --config thin.toml --steps 3 --out gru.thin".split(),
+        *f"--data {folder}".split(),
+    )
+    assert code == 0
+    assert "gru.weight_hh_l0" in out
+    assert {row.name for row in inspect(tmp_path / "gru.thin").rows} >= {"gru.weight_ih_l0", "output.weight"}
+
+
 def test_the_network_is_a_choice_of_this_task_only(folder):
     with pytest.raises(ConfigError) as caught:
         Run.prepare(Setup("keywords", folder, network="resnet"))
