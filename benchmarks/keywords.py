@@ -1,9 +1,10 @@
 """Words at equal bytes: a small BC-ResNet, or a large network that is thin? The table of docs/results.md.
 
-    python benchmarks/keywords.py --data wakewords=DIR --data an4=DIR --out DIR [--seeds 3] [--table]
+    python benchmarks/keywords.py --data wakewords=DIR --data an4=DIR --out DIR [--seeds 3] [--networks cnn,gru] [--table]
 
 Runs a comparison (``deepthin compare keywords``) for each data set and network into a folder of its own: seed 0 of all,
-then seed 1, and so on. The same command resumes an interrupted run. All files of a column have the same size, apart
+then seed 1, and so on. The same command resumes an interrupted run; runs of different ``--networks`` may go on at the
+same time. All files of a column have the same size, apart
 from the running statistics of batch normalisation, four bytes each, which a deployed network does not have: they are
 part of the scales and shifts before them. ``--table`` times all networks of a data set in turn, and prints the tables.
 """
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", required=True, metavar="NAME=DIR", help=f"NAME: {', '.join(STEPS)}")
     parser.add_argument("--out", type=Path, default=Path("runs/keywords"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="which to train, comma-separated")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,7 +179,7 @@ def main() -> None:
             tables(name, folder, options.out)
         return
     for seeds in range(1, options.seeds + 1):
-        for network in NETWORKS:
+        for network in options.networks.split(","):
             for name, folder in folders.items():
                 setup = Setup("keywords", folder, STEPS[name], network=network)
                 train(setup, seeds, options.out / f"{name}-{network}")
