@@ -1,12 +1,12 @@
 """Words at equal bytes: a small BC-ResNet, or a large network that is thin? The table of docs/results.md.
 
-    python benchmarks/keywords.py --data wakewords=DIR --data an4=DIR --out DIR [--seeds 3] [--networks cnn,gru] [--table]
+    python benchmarks/keywords.py --data wakewords=DIR --data an4=DIR --out DIR [--seeds 3] [--networks cnn] [--table]
 
 Runs a comparison (``deepthin compare keywords``) for each data set and network into a folder of its own: seed 0 of all,
 then seed 1, and so on. The same command resumes an interrupted run; runs of different ``--networks`` may go on at the
-same time. All files of a column have the same size, apart
-from the running statistics of batch normalisation, four bytes each, which a deployed network does not have: they are
-part of the scales and shifts before them. ``--table`` times all networks of a data set in turn, and prints the tables.
+same time. All files of a column have the same size, apart from the running statistics of batch normalisation, four
+bytes each, which a deployed network does not have: they are part of the scales and shifts before them. ``--table``
+times all networks of a data set in turn, and prints the tables.
 """
 
 import argparse
