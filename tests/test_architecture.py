@@ -26,7 +26,8 @@ OUTSIDE = {
     | {"litert_torch", "ai_edge_litert"},
     "testing": CORE | {"torch"},
     "lab": CORE
-    | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"},
+    | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"}
+    | {"soundfile"},
     "cli": CORE | {"torch", "typer", "rich", "safetensors"},
 }  # fmt: skip
 APART = {"torch": {"keras", "tensorflow"}, "testing": {"keras", "tensorflow"}}

@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from deepthin.cli.app import app, known, notes, write_json
-from deepthin.cli.options import Data, Depth, Json, OwnEvaluate, OwnModel, OwnTrain, Task, Threads, Width
+from deepthin.cli.options import Data, Depth, Json, Network, OwnEvaluate, OwnModel, OwnTrain, Task, Threads, Width
 from deepthin.cli.progress import Progress
 from deepthin.errors import ConfigError
 
@@ -102,6 +102,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: the task's]")] = None,
     width: Width = None,
     depth: Depth = None,
+    network: Network = None,
     data: Data = None,
     lr: Annotated[
         float | None, typer.Option(min=0, help="The dense network's learning rate  [default: the task's]")
@@ -131,7 +132,8 @@ def train(
     from deepthin.lab.train import train as train_one
 
     torch.set_num_threads(threads)
-    setup = Setup(_task(task, (model, train, evaluate)), data and data.absolute(), steps, width, depth)
+    name = _task(task, (model, train, evaluate))
+    setup = Setup(name, data and data.absolute(), steps, width, depth, network=network)
     if model and train and evaluate:
         setup = replace(setup, own=(model, train, evaluate))
     with Progress("training", "steps") as report_step:
@@ -167,6 +169,7 @@ def compare(
     ] = None,
     width: Width = None,
     depth: Depth = None,
+    network: Network = None,
     data: Data = None,
     search: Annotated[
         int, typer.Option(min=0, help="Trainings per method to choose its learning rate and allocation.")
@@ -235,9 +238,8 @@ def compare(
     names = ",".join(COMPARED) if methods == "all" else methods
     chosen = tuple(dict.fromkeys(known(m.strip(), COMPARED, "method") for m in names.split(",")))
     sizes = _ratios(ratios)
-    setup = Setup(
-        name, data and data.absolute(), steps, width, depth, cast(tuple[str, str, str], own) if model else None
-    )
+    three = cast(tuple[str, str, str], own) if model else None
+    setup = Setup(name, data and data.absolute(), steps, width, depth, three, network=network)
     if teacher is not None:
         noise = Noise(teacher_noise) if teacher_noise else None
         kind = cast(Any, teacher_kind)

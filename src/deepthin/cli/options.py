@@ -12,13 +12,15 @@ Config = Annotated[Path | None, typer.Option(help="The TOML file that names matr
 Ratio = Annotated[float | None, typer.Option(help="Instead of --config: DeepThin for all matrices at this ratio.")]
 Task = Annotated[
     str | None,
-    typer.Argument(help="digits | acoustic | ctc | conv | lenet | lstm-lm; leave it out to name your own network."),
+    typer.Argument(
+        help="digits | acoustic | ctc | conv | lenet | lstm-lm | keywords; leave it out to name your own network."
+    ),
 ]
 Data = Annotated[Path | None, typer.Option(envvar="DEEPTHIN_DATA", help="Folder with the task's data.")]
 Width = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Units of a hidden layer; conv, lenet: thousandths of the channels  [default: the task's]"
+        min=1, help="Units of a hidden layer; conv, lenet, keywords: thousandths of the channels  [default: the task's]"
     ),
 ]
 Depth = Annotated[
@@ -28,6 +30,10 @@ Depth = Annotated[
         help="Hidden layers; conv: 5 for LeNet-5, 8, 14 or 20 for a ResNet; lenet: 3 for LeNet-300-100, 5 for LeNet-5  "
         "[default: the task's]",
     ),
+]
+Network = Annotated[
+    str | None,
+    typer.Option(help="keywords: cnn, ds-cnn-s, ds-cnn-m, ds-cnn-l, bc-resnet or gru  [default: the task's]"),
 ]
 OwnModel = Annotated[
     str | None,

@@ -38,6 +38,7 @@ class Setup:
         depth: Depth of the network.
         own: The user's factory, training and evaluation as ``package.module:function``, instead of ``task``.
         teacher: A network that all but the dense one learn from.
+        network: Name of the network, of a task that has several.
     """
 
     task: str
@@ -47,6 +48,7 @@ class Setup:
     depth: int | None = None
     own: tuple[str, str, str] | None = None
     teacher: Teacher | None = None
+    network: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Run:
         width: Width of the dense network.
         build: Width -> the dense network.
         teacher: The teacher and its network; None without one.
+        network: Name of the network; None if the task has only one.
     """
 
     task: Task
@@ -97,6 +100,7 @@ class Run:
     width: int
     build: Callable[[int], nn.Module]
     teacher: tuple[Teacher, nn.Module] | None = None
+    network: str | None = None
 
     @classmethod
     def prepare(cls, setup: Setup) -> "Run":
@@ -109,18 +113,24 @@ class Run:
             The run.
 
         Raises:
-            ConfigError: The data are missing, a depth is given where the network has none to choose, or the teacher
-                does not fit.
+            ConfigError: The data are missing, a depth or a network is given where there is none to choose, or the
+                teacher does not fit.
         """
         task: Task = Own.find(*setup.own) if setup.own else TASKS[setup.task]
         if setup.depth is not None and task.depth is None:
             raise ConfigError(f"The network of {task.name} has a fixed depth: leave out --depth.")
+        if setup.network is not None and setup.network not in task.networks:
+            choice = f"use one of {', '.join(task.networks)}" if task.networks else "leave out --network"
+            raise ConfigError(f"{task.name} has no network {setup.network!r}: {choice}.")
         data = task.load(setup.data)
-        depth = {} if task.depth is None else {"depth": setup.depth or task.depth}
-        build = partial(task.build, data, **depth)
+        chosen: dict[str, Any] = {} if task.depth is None else {"depth": setup.depth or task.depth}
+        network = setup.network or task.network
+        if network is not None:
+            chosen["network"] = network
+        build = partial(task.build, data, **chosen)
         width, teacher = setup.width or task.width, setup.teacher
         taught = None if teacher is None else (teacher, teacher.load(task, lambda: build(width)))
-        return cls(task, data, setup.steps or task.steps, width, build, taught)
+        return cls(task, data, setup.steps or task.steps, width, build, taught, network)
 
     def weight_bytes(self) -> int:
         """Size of the dense network's weight matrices.
@@ -200,7 +210,8 @@ class Run:
             The choice.
         """
         outer, _ = split(method)
-        rates, allocations = self.task.learning_rates, self.task.allocations
+        rates = {**self.task.learning_rates, **self.task.network_rates.get(self.network or "", {})}
+        allocations = self.task.allocations
         allocation = allocations.get(method, allocations.get(outer, self.task.allocation))
         rate = rates.get(method, rates.get(outer, self.task.learning_rate))
         return Choice(rate, float(ALLOCATIONS[allocation] if isinstance(allocation, str) else allocation))

@@ -35,7 +35,8 @@ class Own:
         ConfigError: A function cannot be used; the message names the option.
     """
 
-    depth = None
+    depth = network = None
+    networks = ()
     steps = 1000
     asks_teacher = True  # if the user's training calls training.taught
     learning_rate = 1e-3
@@ -46,6 +47,7 @@ class Own:
         """Call the functions once, so that mistakes show before the training."""
         self.name, self._factory, self._train, self._evaluate = name, factory, train, evaluate
         self.learning_rates: dict[str, float] = {}
+        self.network_rates: dict[str, dict[str, float]] = {}
         self.decays: dict[str, float] = {}
         self.allocations: dict[str, float | str] = {}
         self.options: dict[str, dict[str, Any]] = {}

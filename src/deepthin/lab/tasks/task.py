@@ -37,6 +37,16 @@ class Task(Protocol):
         ...
 
     @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the networks to choose from; empty if there is one: ``build`` then takes no network."""
+        ...
+
+    @property
+    def network(self) -> str | None:
+        """The network, if the user names none; None if there is no choice."""
+        ...
+
+    @property
     def steps(self) -> int:
         """Number of training steps, if the user gives none."""
         ...
@@ -54,6 +64,11 @@ class Task(Protocol):
     @property
     def learning_rates(self) -> Mapping[str, float]:
         """Method -> learning rate of dense parameters that development data chose."""
+        ...
+
+    @property
+    def network_rates(self) -> Mapping[str, Mapping[str, float]]:
+        """Network -> method -> learning rate that development data chose; instead of ``learning_rates``."""
         ...
 
     @property
@@ -101,7 +116,7 @@ class Task(Protocol):
         ...
 
     def build(self, data: Any, width: int, /) -> nn.Module:
-        """Build the dense network. Where ``depth`` is not None, it is a further keyword argument.
+        """Build the dense network. Where ``depth`` or ``network`` is not None, it is a further keyword argument.
 
         Args:
             data: What ``load`` returned.
@@ -182,9 +197,12 @@ class ModuleTask:
     example: Callable[[Any], tuple[Any, ...]]
     loss: Callable[[nn.Module, Any], float] | None = None
     calibration: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+    networks: tuple[str, ...] = ()
+    network: str | None = None
     asks_teacher: bool = False
     learning_rate: float
     learning_rates: Mapping[str, float] = field(default_factory=dict[str, float])
+    network_rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     decays: Mapping[str, float] = field(default_factory=dict[str, float])
     allocation: float | str = "uniform-bytes"
     allocations: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
