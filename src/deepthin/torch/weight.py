@@ -25,6 +25,7 @@ from deepthin.torch.code_length import quantized
 from deepthin.torch.evaluated import Evaluated, current, is_current, is_trusted, last_step, source
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
+from deepthin.torch.snapshot import Snapshot, are_parameters, is_exported, is_listed, unrecorded, warn_of_dense
 from deepthin.torch.state import CodeState, smallest_type
 from deepthin.torch.tracing import as_leaf, is_plain, is_portable, is_recorded
 from deepthin.torch.wrapped import is_sharded
@@ -107,6 +108,7 @@ class ThinWeight(CodeState):
         self._has_symbols = self.direct and isinstance(self.decoder, Symbols)
         self._indices = frozenset(entry for entry in self.method.integers() if not entry.endswith("symbols"))
         self._coded: StateCache[dict[str, Tensor]] = StateCache()
+        self._snapshot = Snapshot()
         self._forget()
         self._sparse: StateCache[tuple[np.ndarray, np.ndarray]] = StateCache()
 
@@ -331,6 +333,8 @@ class ThinWeight(CodeState):
         state = self.state()
         if self.direct:
             return state
+        if self.rounds and not self.training and is_exported() and (code := self._snapshot_of(state)) is not None:
+            return self._decode_floats(code)
         may_cache = self._may_cache()
         if may_cache and not self._wants_gradient():
             return self._now().floats
@@ -352,6 +356,26 @@ class ThinWeight(CodeState):
             for e in self.decoder.code_shapes()
         }
         return passed | {entry: passed[entry] + self._of_step(entry, rounded[entry]) for entry in self._coding.steps()}
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
+        """Those that an exporter may write: no floats of a weight that rounds, whose graph holds the code instead."""
+        own = self.__dict__["_parameters"]
+        if not own or not is_listed() or self.training or not self.__dict__.get("rounds"):
+            return own
+        return own if self._snapshot_of(cast("dict[str, Tensor]", own)) is None else {}
+
+    @_parameters.setter
+    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:  # nn.Module.__init__
+        self.__dict__["_parameters"] = value
+
+    def _snapshot_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The code as constants for an exported graph; None where floats take the place of the parameters."""
+        if torch.compiler.is_dynamo_compiling():  # it was taken when the parameters were listed
+            return self._snapshot.latest
+        if not are_parameters(*(t for t in state.values() if t.is_floating_point())):
+            return None
+        return unrecorded(lambda: self._snapshot.take(self.code()))
 
     def _of_step(self, entry: str, rounded: Tensor) -> Tensor:
         """Zero, with the gradient that a learned step has (Esser et al., 2020, arXiv:1902.08153, equation 3)."""
@@ -547,7 +571,7 @@ class ThinWeight(CodeState):
         """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
-        fast, entries = self._fast[index], self._parameters or self.state()
+        fast, entries = self._fast[index], self.__dict__["_parameters"] or self.state()
         if fast is None:
             return None
         if not self.direct:
@@ -592,7 +616,7 @@ class ThinWeight(CodeState):
         dense = Case(self.decoder, None, 0, False)  # the decoded weight
         if x.is_meta or x.is_nested or x.shape[-1:] != (self._matrix(index)[1:] if len(part.shape) == 2 else ()):
             return dense
-        latents = tuple(cast("dict[str, Tensor]", self._parameters or self.state()).values())  # have the factors' dtype
+        latents = tuple((self.__dict__["_parameters"] or self.state()).values())  # have the factors' dtype
         like, autocast = latents[0], torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point() or (x.dtype != like.dtype and not autocast):
             return dense
@@ -649,6 +673,8 @@ class ThinWeight(CodeState):
         return (cols, rows) if self.parts[index].transposed else (rows, cols)
 
     def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
+        if is_exported() and len(self.parts[index].shape) > 1 and not torch.compiler.is_dynamo_compiling():
+            warn_of_dense()
         (start, stop), decoder = self._cuts[index], self.decoder
         code, device = {**self._derived(), **self._wide(floats)}, next(iter(floats.values())).device.type
         # As a dense parameter: its type is the code's, which normalisation and the cache need, and layers cast it.
@@ -698,6 +724,7 @@ class ThinWeight(CodeState):
             "_windows",
             "_coding",
             "_held_tables",
+            "_snapshot",
             "decoder",
             "plans",
             "direct",
