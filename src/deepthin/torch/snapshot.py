@@ -27,9 +27,7 @@ def is_listed() -> bool:
         True from the first to the last line of torch.export and of a module's torch.jit.trace.
     """
     export, trace = sys.modules.get("torch.export._trace"), sys.modules.get("torch.jit._trace")
-    return (
-        getattr(export, "_EXPORT_FLAGS", None) is not None or getattr(trace, "_trace_module_map", None) is not None
-    )
+    return getattr(export, "_EXPORT_FLAGS", None) is not None or getattr(trace, "_trace_module_map", None) is not None
 
 
 def is_exported() -> bool:

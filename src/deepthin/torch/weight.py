@@ -236,6 +236,12 @@ class ThinWeight(CodeState):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         floats = [value for value in self._parameters.values() if value is not None]
+        if (
+            self._coded_entries and not floats and is_listed()
+        ):  # torch.onnx makes inputs of the graph of these tensors themselves
+            code = self._snapshot.latest or {}
+            destination.update({prefix + entry: code[entry] for entry in self._coded_entries})
+            return
         if not self._coded_entries or any(map(is_sharded, floats)):
             return
         integers, shapes = self.method.integers(), self.method.code_shapes()
@@ -616,15 +622,17 @@ class ThinWeight(CodeState):
         dense = Case(self.decoder, None, 0, False)  # the decoded weight
         if x.is_meta or x.is_nested or x.shape[-1:] != (self._matrix(index)[1:] if len(part.shape) == 2 else ()):
             return dense
-        latents = tuple((self.__dict__["_parameters"] or self.state()).values())  # have the factors' dtype
+        floats = self.__dict__["_parameters"] if not torch.compiler.is_compiling() else None  # have the factors' dtype
+        latents = tuple((floats or self.state()).values())
         like, autocast = latents[0], torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point() or (x.dtype != like.dtype and not autocast):
             return dense
         recorded = is_recorded()  # the batch may be a symbol there: one choice for all
         if window is not None:
-            native = takes(*latents) and (autocast or takes(x))
+            elsewhere = recorded and is_portable()  # where the floats before rounding must not even be looked at
+            native = not elsewhere and takes(*latents) and (autocast or takes(x))
             if recorded:
-                pays = native and self._operator_pays[index] and not is_portable()
+                pays = native and self._operator_pays[index]
                 return Case(self.decoder, window, 0, False, native=True, traced=True) if pays else dense
             return Case(self.decoder, window, x.numel() // window.plan.shape[1], self._keeps(), native=native)
         if recorded or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
