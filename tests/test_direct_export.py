@@ -1,4 +1,4 @@
-"""torch's own exporters and quantisers, called on a thin model: right outputs, the code and no floats before rounding."""
+"""torch's own exporters and quantisers, called on a thin model: right outputs, and the code instead of latents."""
 
 import copy
 import functools
@@ -85,7 +85,8 @@ def test_an_exported_program_holds_the_code(rule, strict, compiling):
     if rule in ROUNDING:
         assert not [name for name in program.state_dict if ".thin." in name]
         symbols = [t for t in held if not t.is_floating_point()]
-        assert symbols and all(t.element_size() <= 4 for t in symbols)
+        assert symbols
+        assert all(t.element_size() <= 4 for t in symbols)
         assert max(t.numel() for t in held if t.is_floating_point()) <= 256  # biases, and a scale a row and bit
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in built(rule).named_parameters()]
 
@@ -182,7 +183,8 @@ def test_one_warning_names_the_command(monkeypatch, compiling):
     assert warned(lambda: torch.jit.trace(model, (x,))) == []
     monkeypatch.setattr(snapshot, "_warned", False)
     assert warned(lambda: torch.jit.trace(model, (x,))) == [snapshot.WARNING]
-    assert "deepthin.torch.export(model, path)" in snapshot.WARNING and "`deepthin export`" in snapshot.WARNING
+    assert "deepthin.torch.export(model, path)" in snapshot.WARNING
+    assert "`deepthin export`" in snapshot.WARNING
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -203,7 +205,8 @@ def test_dynamic_quantisation_leaves_thin_layers_alone(rule, compiling):
     x = inputs()
     for layers in (None, {nn.Linear, nn.LSTM}):
         quantized = torch.ao.quantization.quantize_dynamic(model, layers)
-        assert type(quantized.thin) is type(model.thin) and type(quantized.lstm) is type(model.lstm)
+        assert type(quantized.thin) is type(model.thin)
+        assert type(quantized.lstm) is type(model.lstm)
         assert "quantized" in type(quantized.head).__module__
         with torch.no_grad():
             want = model(x)

@@ -1,4 +1,4 @@
-"""What an exported graph holds of a weight that rounds: the stored code, a snapshot, instead of the floats before rounding.
+"""What an exported graph holds of a weight that rounds: the stored code, instead of the floats before rounding.
 
 Exporters list a model's parameters before they call it, and write all of them, used or not. While one is at work, a
 weight in evaluation therefore shows no floats, and its forward pass decodes constants: integers of the smallest type,
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 WARNING = (
-    "This export decodes thin weights in its graph, and runtimes compute the dense weights from it once, in the file or "
-    "in memory. deepthin.torch.export(model, path), or the command `deepthin export`, writes a file that stays small."
+    "This export decodes thin weights in its graph, and runtimes compute the dense weights from it once, in the file "
+    "or in memory. deepthin.torch.export(model, path), or the command `deepthin export`, writes a file that stays small."
 )
 _warned = False
 
