@@ -54,12 +54,13 @@ def export(model: keras.Model, path: str | Path, example: Any = None) -> Exporte
 
     The file is kept only if it is at most 1.25 times the ``.thin`` file and 8 kB for each layer (a SavedModel: 64 kB
     for its graph as well), if no constant in it is as large as the dense matrix of a thin layer, and if its outputs are
-    within 1e-5 of the largest at batches of 1, 3 and 8.
+    within 1e-5 of the largest at batches of 1, 3 and 8. TensorFlow Lite takes recurrent layers for one batch only, that of
+    the example.
 
     Args:
         model: A built model, thin or dense, on TensorFlow's backend; it stays as it is.
         path: A file that ends in ``.tflite``, or the folder of a SavedModel.
-        example: One input, or several, batch first. None: made up from the shapes of the model's inputs.
+        example: One input, or several, batch first. None: made up, for a batch of one, from the model's inputs.
 
     Returns:
         What was written, and how it was checked.
@@ -79,13 +80,9 @@ def export(model: keras.Model, path: str | Path, example: Any = None) -> Exporte
     with tempfile.TemporaryDirectory(dir=path.parent if path.parent.is_dir() else None) as name:
         folder = Path(name)
         thin_bytes = save(model, folder / "model.thin", finite=False)
-        traced = _Traced(model, given)
         made = folder / path.name
         try:
-            if target == "tflite":
-                made.write_bytes(traced.as_tflite())
-            else:
-                traced.as_saved_model(made)
+            traced = _written(model, target, given, made)
         except (ConfigError, OSError):
             raise
         except Exception as error:  # converters raise whatever they meet
@@ -95,11 +92,27 @@ def export(model: keras.Model, path: str | Path, example: Any = None) -> Exporte
         size = _size(made)
         _check_bytes(model, target, size, thin_bytes, traced)
         _check_constants(target, made, traced)
-        error, batches = _check_outputs(model, target, made, given)
+        error, batches = _check_outputs(model, target, made, given, (len(given[0]),) if traced.fixed else BATCHES)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(made, path)
     return Exported(target, path, size, thin_bytes, error, batches, traced.forms())
+
+
+def _written(model: keras.Model, target: str, given: Sequence[np.ndarray], made: Path) -> "_Traced":
+    """Write the model, for any batch if the format can."""
+    traced = _Traced(model, given)
+    if target == "savedmodel":
+        traced.as_saved_model(made)
+        return traced
+    try:
+        made.write_bytes(traced.as_tflite())
+    except Exception as error:
+        if "TensorList" not in str(error):
+            raise
+        traced = _Traced(model, given, fixed=True)  # recurrent layers: TensorFlow Lite needs the sizes of their lists
+        made.write_bytes(traced.as_tflite())
+    return traced
 
 
 def _target(path: Path) -> str:
@@ -127,7 +140,7 @@ def _example(model: keras.Model, example: Any) -> list[np.ndarray]:
     drawn, made = np.random.default_rng(0), list[np.ndarray]()
     embedded = {id(tensor) for _, layer in walk(model) if isinstance(layer, layers.Embedding) for tensor in _inputs_of(layer)}
     for tensor in inputs:
-        shape, kind = (2, *tensor.shape[1:]), keras.backend.standardize_dtype(tensor.dtype)
+        shape, kind = (1, *tensor.shape[1:]), keras.backend.standardize_dtype(tensor.dtype)
         if "int" in kind or id(tensor) in embedded:
             made.append(drawn.integers(rows, size=shape).astype(kind))
         else:
@@ -145,7 +158,7 @@ def _inputs_of(layer: Any) -> list[Any]:
 class _Traced:
     """A model as one graph of TensorFlow, in which thin weights are computed from small constants."""
 
-    def __init__(self, model: keras.Model, given: Sequence[np.ndarray]) -> None:
+    def __init__(self, model: keras.Model, given: Sequence[np.ndarray], fixed: bool = False) -> None:
         import tensorflow as tf
 
         from deepthin.keras.tensorflow_portable import Graph, PortableWeight
@@ -163,10 +176,12 @@ class _Traced:
                 made = model(list(inputs) if nested else inputs[0], training=False)
             finally:
                 EXPORTED.reset(token)
-            return tf.nest.flatten(made)
+            return {f"output_{at}": tensor for at, tensor in enumerate(tf.nest.flatten(made))}
 
+        self.fixed = fixed
         signature = [
-            tf.TensorSpec([None, *array.shape[1:]], array.dtype, name=f"input_{at}") for at, array in enumerate(given)
+            tf.TensorSpec([len(array) if fixed else None, *array.shape[1:]], array.dtype, name=f"input_{at}")
+            for at, array in enumerate(given)
         ]
         self.module = tf.Module()
         self.module.run = tf.function(run, input_signature=signature, autograph=False)
@@ -184,17 +199,9 @@ class _Traced:
         """Write the folder."""
         import tensorflow as tf
 
-        named = {f"output_{at}": at for at in range(len(self.concrete.outputs))}
-
-        def serve(*inputs: Any) -> Any:
-            made = self.concrete(*inputs)
-            return {name: made[at] for name, at in named.items()}
-
-        signature = [tf.TensorSpec(t.shape, t.dtype, name=f"input_{at}") for at, t in enumerate(self.concrete.inputs) if t.dtype != tf.resource]
-        module = tf.Module()
+        module = tf.Module()  # without the function itself, of which the folder would hold a second copy
         module.used = self.module.used
-        module.serve = tf.function(serve, input_signature=signature, autograph=False)
-        tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
+        tf.saved_model.save(module, str(folder), signatures={"serving_default": self.concrete})
 
     def forms(self) -> dict[str, str]:
         """How each thin tensor is computed."""
@@ -239,8 +246,9 @@ def _check_bytes(model: keras.Model, target: str, size: int, thin_bytes: int, tr
             "methods whose tables are as large as the weight (hashed, shuffled) have no small form elsewhere. "
             "Use deepthin, rank, kronecker, tensor-train, pruned or a quantiser."
             if large
-            else "Its integers take fewer bits in the .thin file than other formats have. Give the layers fewer bits, "
-            "or send the .thin file and decode it there."
+            else "Its integers take fewer bits in the .thin file than other formats have, or its layers are so small that "
+            "their operations take more than their weights. Give layers fewer bits, leave small ones dense, or send the "
+            ".thin file and decode it there."
         )
     )
 
@@ -303,32 +311,21 @@ def _runner(target: str, path: Path) -> Callable[[Sequence[np.ndarray]], list[np
 
         run.loaded = loaded  # pyright: ignore[reportFunctionMemberAccess] -- which signatures do not keep alive
         return run
-    interpreter = tf.lite.Interpreter(str(path))
+    serve_lite = tf.lite.Interpreter(str(path)).get_signature_runner()
 
     def interpret(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        places = sorted(interpreter.get_input_details(), key=lambda one: _number(one["name"]))
-        for place, array in zip(places, inputs, strict=True):
-            interpreter.resize_tensor_input(place["index"], array.shape)
-        interpreter.allocate_tensors()
-        for place, array in zip(places, inputs, strict=True):
-            interpreter.set_tensor(place["index"], array)
-        interpreter.invoke()
-        return [interpreter.get_tensor(place["index"]) for place in interpreter.get_output_details()]
+        made = serve_lite(**{f"input_{at}": array for at, array in enumerate(inputs)})
+        return [made[f"output_{at}"] for at in range(len(made))]
 
     return interpret
 
 
-def _number(name: str) -> int:
-    digits = "".join(c if c.isdigit() else " " for c in name.split(":")[0]).split()
-    return int(digits[-1]) if digits else 0
-
-
 def _check_outputs(
-    model: keras.Model, target: str, path: Path, given: Sequence[np.ndarray]
+    model: keras.Model, target: str, path: Path, given: Sequence[np.ndarray], batches: tuple[int, ...]
 ) -> tuple[float, tuple[int, ...]]:
     run, worst = _runner(target, path), 0.0
     nested = len(given) > 1 or isinstance(getattr(model, "input", None), list | tuple)
-    for batch in BATCHES:
+    for batch in batches:
         inputs = [_drawn(array, batch) for array in given]
         made = model(list(inputs) if nested else inputs[0], training=False)
         expected = [np.asarray(ops.convert_to_numpy(t)) for t in keras.tree.flatten(made)]
@@ -347,7 +344,7 @@ def _check_outputs(
                 f"At a batch of {batch} the {target} computes outputs that differ by {worst:.1e} of the largest from "
                 f"Keras's; at most {TOLERANCE:.0e} is allowed."
             )
-    return worst, BATCHES
+    return worst, batches
 
 
 def _drawn(like: np.ndarray, batch: int) -> np.ndarray:

@@ -7,8 +7,8 @@ decoded is read from position 0 of its constants, and that 0 is computed from th
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -169,6 +169,22 @@ class Graph:
 
     zero: tf.Tensor
     weights: Mapping[int, "PortableWeight"]
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What was made before in the same graph of TensorFlow: layers may be called many times, as by TimeDistributed.
+
+        Args:
+            key: What identifies it.
+            make: How to make it.
+
+        Returns:
+            Tensors of the present graph.
+        """
+        key = (id(tf.compat.v1.get_default_graph()), *key)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 class PortableWeight:
@@ -312,6 +328,9 @@ class PortableWeight:
 
     def _floats(self, graph: Graph, unforeseen: bool = False) -> dict[str, Any]:
         """The code that the decoder takes, computed in the graph; if ``unforeseen``, none of it from constants alone."""
+        return graph.once((id(self), unforeseen), lambda: self._decoded(graph, unforeseen))
+
+    def _decoded(self, graph: Graph, unforeseen: bool) -> dict[str, Any]:
         code: dict[str, Any] = {entry: integers.unpack(graph.zero) for entry, integers in self.integers.items()}
         for entry, array in self.stored.items():
             held = unforeseen and array.size > 1
@@ -326,21 +345,25 @@ class PortableWeight:
             by_wf = tf.matmul(x, floats["wf"], transpose_b=True)
             return tf.matmul(by_wf, floats["xf"][sizes.first : sizes.stop], transpose_b=True)
         n, rank, taps, depth = sizes.n, sizes.rank, sizes.taps, sizes.depth
-        if self.is_plain and n * depth * taps <= _COPIES * (sizes.stop - sizes.first):
-            windows = tf.constant(_windows(sizes, self.fixed["xf"]))
-        else:
-            windows = _windows_in_graph(sizes, self._floats(graph)["xf"], graph.zero)
-        kernel = sizes.kernel(self.fixed["wf"])
+        windows, kernel, phases = graph.once((id(self), window), lambda: self._operands(sizes, graph))
         places, front = -(-taps * n // _CHANNELS), n - 1
-        whole = (places - 1) * _CHANNELS + len(kernel)
+        whole = (places - 1) * _CHANNELS + n + _CHANNELS - 1
         padded = tf.pad(x, [[0, 0], [front, whole - front - sizes.cols]])
         image = tf.reshape(padded, [-1, 1, whole, 1])
-        sums = tf.nn.conv2d(image, tf.constant(kernel[None]), [1, _CHANNELS], "VALID")
+        sums = tf.nn.conv2d(image, kernel, [1, _CHANNELS], "VALID")
         sums = tf.reshape(sums, [-1, places * _CHANNELS, rank])[:, : taps * n]
-        sums = tf.gather(tf.reshape(sums, [-1, taps, n, rank]), tf.constant(sizes.phases()), axis=2)
+        sums = tf.gather(tf.reshape(sums, [-1, taps, n, rank]), phases, axis=2)
         sums = tf.reshape(tf.transpose(sums, [2, 1, 3, 0]), [n, taps * rank, -1])
         y = tf.transpose(tf.matmul(windows, sums), [2, 1, 0])  # items x depth x n
         return tf.reshape(y, [-1, depth * n])[:, : sizes.rows]
+
+    def _operands(self, sizes: _Sizes, graph: Graph) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Windows, the kernel of the convolution, and phases."""
+        if self.is_plain and sizes.n * sizes.depth * sizes.taps <= _COPIES * (sizes.stop - sizes.first):
+            windows = tf.constant(_windows(sizes, self.fixed["xf"]))
+        else:
+            windows = _windows_in_graph(sizes, self._floats(graph)["xf"], graph.zero)
+        return windows, tf.constant(sizes.kernel(self.fixed["wf"])[None]), tf.constant(sizes.phases())
 
 
 def _sizes(window: Window) -> _Sizes:
