@@ -1,6 +1,7 @@
 """deepthin for Keras 3, on any of its backends: never imports torch by itself."""
 
 from deepthin.keras.compress import compress, materialize, plan
+from deepthin.keras.export import Exported, export
 from deepthin.keras.files import load, save
 from deepthin.keras.generated import ThinLayer
 from deepthin.keras.optimizers import SGD, Adam, AdamW
@@ -11,10 +12,12 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Exported",
     "SizeTarget",
     "ThinLayer",
     "ThinWeight",
     "compress",
+    "export",
     "load",
     "materialize",
     "plan",

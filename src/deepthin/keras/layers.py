@@ -12,6 +12,7 @@ import keras
 from keras import layers, ops
 
 from deepthin.keras.generated import HELD, ThinLayer, _weights, generated
+from deepthin.keras.weight import EXPORTED
 from deepthin.method import Array
 
 
@@ -94,8 +95,10 @@ class ThinDense(ThinLayer, layers.Dense):
         Returns:
             ``activation(inputs @ kernel + bias)``.
         """
-        product = None
-        if keras.config.backend() == "tensorflow" and "kernel" in self.thin:
+        product, graph = None, EXPORTED.get()
+        if graph is not None and "kernel" in self.thin:
+            product = graph.weights[id(self.thin["kernel"])].product(inputs, self.indices["kernel"], graph)
+        elif keras.config.backend() == "tensorflow" and "kernel" in self.thin:
             from deepthin.keras.tensorflow_product import product as native_product
 
             product = native_product(self.thin["kernel"], inputs, self.indices["kernel"])
@@ -180,9 +183,26 @@ class ThinSeparableConv2D(ThinLayer, layers.SeparableConv2D):
 
 @_register
 class ThinEmbedding(ThinLayer, layers.Embedding):
-    """Rows of a decoded table."""
+    """Rows of a decoded table; in an exported graph decoded one by one, where that is possible."""
 
     embeddings = generated("embeddings")
+
+    def call(self, inputs: Any) -> Array:
+        """Look rows up.
+
+        Args:
+            inputs: Row indices, of any shape.
+
+        Returns:
+            One row for each index.
+        """
+        graph = EXPORTED.get()
+        if graph is not None and "embeddings" in self.thin:
+            weight, index = self.thin["embeddings"], self.indices["embeddings"]
+            rows = graph.weights[id(weight)].rows(ops.cast(inputs, "int32"), index, graph)
+            if rows is not None:
+                return ops.cast(rows, self.compute_dtype)
+        return super().call(inputs)
 
 
 @_register

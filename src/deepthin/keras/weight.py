@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from deepthin.plan.start import Start, drawn, encoded
 from deepthin.storage.contents import Part
 
 _OPS = cast(Namespace, NAMESPACE)
+EXPORTED: ContextVar[Any] = ContextVar("exported", default=None)
+"""While a graph is traced for another runtime: its ``deepthin.keras.tensorflow_portable.Graph``."""
 _ROUNDING = 1e-6  # upper bound on the difference of two decodings of one code, relative to the largest entry
 
 
@@ -217,7 +220,20 @@ class ThinWeight(keras.layers.Layer):
         Returns:
             A tensor of the backend in the file's layout and the latents' dtype, differentiable in every latent.
         """
-        (start, stop), part, decoder, floats = self.cuts[index], self.parts[index], self.decoder, self.floats()
+        graph = EXPORTED.get()
+        return self.dense_of(self.floats(), index) if graph is None else graph.weights[id(self)].dense(index, graph)
+
+    def dense_of(self, floats: Mapping[str, Array], index: int = 0) -> Float[Array, "..."]:
+        """Decode a tensor from given floats.
+
+        Args:
+            floats: What ``floats`` returns.
+            index: Which of the weight's tensors.
+
+        Returns:
+            A tensor of the backend in the file's layout.
+        """
+        (start, stop), part, decoder = self.cuts[index], self.parts[index], self.decoder
         tables = {entry: ops.convert_to_tensor(_narrow(table)) for entry, table in decoder.derived().items()}
         if isinstance(decoder, Flat):
             flat = decoder.decode_flat({**tables, **floats}, start, stop, _OPS)

@@ -205,7 +205,8 @@ class Kronecker:
             Array, items x rows.
         """
         (r1, q1), (r2, q2), terms = self.left, self.right, self.terms
-        inner = xp.matmul(xp.reshape(x, (-1, q2)), xp.reshape(code["b"], (terms * r2, q2)).T)  # items q1 x terms r2
+        by_b = xp.moveaxis(xp.reshape(code["b"], (terms * r2, q2)), (1,), (0,))
+        inner = xp.matmul(xp.reshape(x, (-1, q2)), by_b)  # items q1 x terms r2
         inner = xp.moveaxis(xp.reshape(inner, (-1, q1, terms, r2)), (2,), (1,))  # items x terms x q1 x r2
         outer = xp.reshape(xp.moveaxis(code["a"], (1,), (0,)), (r1, terms * q1))
         y = xp.matmul(outer, xp.reshape(inner, (-1, terms * q1, r2)))  # items x r1 x r2

@@ -372,7 +372,7 @@ class Coded:
         Returns:
             Array, rows x cols.
         """
-        return self._uniform().decode(code, xp)
+        return code["step"] * xp.asarray(code["symbols"], dtype=code["step"].dtype)  # Dynamo makes no frozen instances
 
     def start(self, weight: Float[Array, "rows cols"], xp: Namespace) -> Float[Array, "1 1"]:
         """The step with which a training starts: a quarter of the root mean square; 1 for zeros.

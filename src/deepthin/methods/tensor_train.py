@@ -248,7 +248,7 @@ class TensorTrain:
             y = xp.matmul(xp.reshape(x, (-1, ranks[k] * q)), xp.reshape(core, (ranks[k] * q, -1)))
             x = xp.moveaxis(xp.reshape(y, (items, done, rest, r, ranks[k + 1])), (2,), (4,))
             done *= r
-        return xp.reshape(x, (items, -1))[:, : self.shape[0]]
+        return xp.reshape(x, (items, done))[:, : self.shape[0]]
 
     def inputs(self) -> int:
         """Columns that ``multiply`` takes.

@@ -10,6 +10,7 @@ from deepthin.method import Method
 from deepthin.methods.float_coding import FloatCoding
 from deepthin.torch.cache import StateCache
 from deepthin.torch.evaluated import Evaluated
+from deepthin.torch.snapshot import Snapshot, is_listed
 from deepthin.torch.state import CodeState, smallest_type
 from deepthin.torch.wrapped import is_sharded
 
@@ -29,6 +30,7 @@ class LatentState(CodeState):
     decoder: Method
     _coding: FloatCoding
     _coded: StateCache[dict[str, Tensor]]
+    _snapshot: Snapshot  # of the code, for exported graphs
     _coded_entries: tuple[str, ...]  # of the code, where the state has latents instead
     _indices: frozenset[str]  # integers that are no symbols
     _given: dict[str, Tensor] | None = None  # a code that was loaded: encoding again may give another
@@ -76,6 +78,12 @@ class LatentState(CodeState):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         floats = [value for value in self._parameters.values() if value is not None]
+        if (
+            self._coded_entries and not floats and is_listed()
+        ):  # torch.onnx makes inputs of the graph of these tensors themselves
+            code = self._snapshot.latest or {}
+            destination.update({prefix + entry: code[entry] for entry in self._coded_entries})
+            return
         if not self._coded_entries or any(map(is_sharded, floats)):
             return
         integers, shapes = self.method.integers(), self.method.code_shapes()

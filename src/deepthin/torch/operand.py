@@ -21,6 +21,7 @@ from deepthin.torch.evaluated import current
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
 from deepthin.torch.rounding import RoundedState
+from deepthin.torch.snapshot import is_exported, warn_of_dense
 from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
 
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
@@ -158,7 +159,7 @@ class Operand(RoundedState):
         """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
-        fast, entries = self._fast[index], self._parameters or self.state()
+        fast, entries = self._fast[index], self.__dict__["_parameters"] or self.state()
         if fast is None:
             return None
         if not self.direct:
@@ -203,15 +204,17 @@ class Operand(RoundedState):
         dense = Case(self.decoder, None, 0, False)  # the decoded weight
         if x.is_meta or x.is_nested or x.shape[-1:] != (self._matrix(index)[1:] if len(part.shape) == 2 else ()):
             return dense
-        latents = tuple(cast("dict[str, Tensor]", self._parameters or self.state()).values())  # have the factors' dtype
+        floats = self.__dict__["_parameters"] if not torch.compiler.is_compiling() else None  # have the factors' dtype
+        latents = tuple((floats or self.state()).values())
         like, autocast = latents[0], torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point() or (x.dtype != like.dtype and not autocast):
             return dense
         recorded = is_recorded()  # the batch may be a symbol there: one choice for all
         if window is not None:
-            native = takes(*latents) and (autocast or takes(x))
+            elsewhere = recorded and is_portable()  # where the floats before rounding must not even be looked at
+            native = not elsewhere and takes(*latents) and (autocast or takes(x))
             if recorded:
-                pays = native and self._operator_pays[index] and not is_portable()
+                pays = native and self._operator_pays[index]
                 return Case(self.decoder, window, 0, False, native=True, traced=True) if pays else dense
             return Case(self.decoder, window, x.numel() // window.plan.shape[1], self._keeps(), native=native)
         if recorded or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
@@ -260,6 +263,8 @@ class Operand(RoundedState):
         return (cols, rows) if self.parts[index].transposed else (rows, cols)
 
     def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
+        if is_exported() and len(self.parts[index].shape) > 1 and not torch.compiler.is_dynamo_compiling():
+            warn_of_dense()
         (start, stop), decoder = self._cuts[index], self.decoder
         code, device = {**self._derived(), **self._wide(floats)}, next(iter(floats.values())).device.type
         # As a dense parameter: its type is the code's, which normalisation and the cache need, and layers cast it.

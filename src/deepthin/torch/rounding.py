@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepthin.method import Method, Stepped
 from deepthin.methods.float_coding import LOG_STEP
 from deepthin.torch.code_length import quantized
 from deepthin.torch.evaluated import Evaluated, current, is_current, is_trusted, last_step, source
 from deepthin.torch.latents import LatentState
+from deepthin.torch.snapshot import are_parameters, is_exported, is_listed, unrecorded
 from deepthin.torch.tracing import is_plain, is_recorded
 
 _TORCH = cast(Any, torch)
@@ -41,6 +42,8 @@ class RoundedState(LatentState):
         state = self.state()
         if self.direct:
             return state
+        if self.rounds and not self.training and is_exported() and (code := self._snapshot_of(state)) is not None:
+            return self._decode_floats(code)
         may_cache = self._may_cache()
         if may_cache and not self._wants_gradient():
             return self._now().floats
@@ -82,6 +85,26 @@ class RoundedState(LatentState):
             return code
         with torch.inference_mode(False), torch.no_grad():
             return self._decode_floats(code)
+
+    @property  # pyright: ignore[reportIncompatibleVariableOverride] -- nn.Module reads its __dict__, exporters this
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
+        """Those that an exporter may write: no floats of a weight that rounds, whose graph holds the code instead."""
+        own = self.__dict__["_parameters"]
+        if not own or not is_listed() or self.training or not self.__dict__.get("rounds"):
+            return own
+        return own if self._snapshot_of(cast("dict[str, Tensor]", own)) is None else {}
+
+    @_parameters.setter
+    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:  # nn.Module.__init__
+        self.__dict__["_parameters"] = value
+
+    def _snapshot_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The code as constants for an exported graph; None where floats take the place of the parameters."""
+        if torch.compiler.is_dynamo_compiling():  # it was taken when the parameters were listed
+            return self._snapshot.latest
+        if not are_parameters(*(t for t in state.values() if t.is_floating_point())):
+            return None
+        return unrecorded(lambda: self._snapshot.take(self.code()))
 
     def _of_step(self, entry: str, rounded: Tensor) -> Tensor:
         """Zero, with the gradient that a learned step has (Esser et al., 2020, arXiv:1902.08153, equation 3)."""

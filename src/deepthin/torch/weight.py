@@ -17,6 +17,7 @@ from deepthin.storage.contents import Part
 from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.operand import Operand
+from deepthin.torch.snapshot import Snapshot
 
 _TORCH = cast(Any, torch)
 
@@ -90,6 +91,7 @@ class ThinWeight(Operand):
         self._has_symbols = self.direct and isinstance(self.decoder, Symbols)
         self._indices = frozenset(entry for entry in self.method.integers() if not entry.endswith("symbols"))
         self._coded: StateCache[dict[str, Tensor]] = StateCache()
+        self._snapshot = Snapshot()
         self._forget()
         self._sparse: StateCache[tuple[np.ndarray, np.ndarray]] = StateCache()
 
@@ -201,6 +203,7 @@ class ThinWeight(Operand):
             "_windows",
             "_coding",
             "_held_tables",
+            "_snapshot",
             "decoder",
             "plans",
             "direct",
