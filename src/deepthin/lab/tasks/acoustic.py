@@ -376,6 +376,6 @@ TASK = ModuleTask(
     asks_teacher=True,  # the training calls training.taught
     # Chosen for each method on the development speakers (docs/training.md).
     learning_rate=1e-3,
-    learning_rates={"same-size": 8e-3, "rank-8bit": 5e-4, "rank-4bit": 5e-4},
+    learning_rates={"same-size": 8e-3, "same-size-coded": 4e-3, "rank-8bit": 5e-4, "rank-4bit": 5e-4},
     options={"tensor-train": {"order": 2}},
 )

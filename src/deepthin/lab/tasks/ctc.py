@@ -393,7 +393,7 @@ TASK = ModuleTask(
         "pruned-8bit": 6.5e-3,
     },
     # Without decay DeepThin's recurrent factors grow until gradients through time explode.
-    decays={"deepthin": 0.3, "same-size": 0.3, "same-size-8bit": 0.0, "same-size-4bit": 0.0},
+    decays={"deepthin": 0.3, "deepthin-coded": 0.1, "same-size": 0.3, "same-size-8bit": 0.0, "same-size-4bit": 0.0},
     allocations={
         "deepthin-8bit": 0.5,
         "deepthin-4bit": 0.5,
