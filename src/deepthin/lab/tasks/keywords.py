@@ -201,6 +201,6 @@ TASK = ModuleTask(
     asks_teacher=True,
     # Chosen on development data (docs/keywords.md).
     learning_rate=2e-3,
-    learning_rates={"same-size": 2e-2, "pruned-coded": 6e-3, "kronecker-coded": 5e-4},
+    learning_rates={"same-size": 2e-2, "kronecker-coded": 5e-4},
     network_rates={"bc-resnet": {"dense": 2e-2, "dense-coded": 6e-3}, "gru": {"dense": 6e-3}},
 )
