@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import deepthin.torch as dt
 from deepthin.errors import ExportError
+from deepthin.lab.tasks import keyword_networks
 from deepthin.torch.export.measure import measured
 from deepthin.torch.export.targets import TARGETS
 from deepthin.torch.size_target import fit_to
@@ -68,9 +69,7 @@ def dense(name: str) -> tuple[nn.Module, Tensor]:
         return Recogniser().eval(), torch.randn(1, 240, 39)
     if name == "enc":
         return Encoder().eval(), torch.randint(1000, (1, 64))
-    from deepthin.lab.tasks.keywords import build
-
-    return build(None, 1000, "ds-cnn-l").eval(), torch.randn(1, 1, 40, 98)
+    return keyword_networks.cnn().eval(), torch.randn(1, *keyword_networks.SHAPE)
 
 
 def thin(name: str, code: str) -> tuple[nn.Module, Tensor]:

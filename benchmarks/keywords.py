@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from deepthin.lab.compare import Settings, compare
+from deepthin.lab.compared import SAME_SIZE, is_coded
 from deepthin.lab.rows import Row, read_rows
-from deepthin.lab.trial import DENSE, SAME_SIZE, Run, Setup, is_coded, prepared
+from deepthin.lab.trial import DENSE, Run, Setup, prepared
 
 SIZES = (36_928, 18_340, 9_232, 4_616)  # 9,232 and 4,585 floats, as the two smallest published; 9,232 bytes, and half
 CODED = ("dense-coded", "deepthin-coded", "kronecker-coded", "hashed-coded", "pruned-coded")

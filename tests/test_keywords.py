@@ -13,10 +13,11 @@ from torch import nn
 
 import deepthin.torch as dt
 from deepthin import BudgetError, ConfigError
+from deepthin.lab.compared import COMPARED, INT8, is_coded
 from deepthin.lab.tasks import keyword_networks, keywords, words
 from deepthin.lab.tasks.keyword_networks import NETWORKS
 from deepthin.lab.tasks.log_mel import BANDS, FFT, FLOOR, HOP, RATE, WINDOW, log_mel, resampled, triangles
-from deepthin.lab.trial import COMPARED, INT8, Run, Setup, Trial, alike, is_coded, quantised
+from deepthin.lab.trial import Run, Setup, Trial, alike, quantised
 from deepthin.storage.read import inspect
 
 soundfile = pytest.importorskip("soundfile")

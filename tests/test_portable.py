@@ -196,6 +196,8 @@ PACKED = {
     "three levels": (torch.tensor([-1, 1, 0, 0, 1, -1, 1]), 3, 2),
     "six levels": (torch.tensor([-2, 3, 0, 1, 2, -1, 1]), 6, 3),
     "sixteen levels": (torch.tensor([-7, 8, 0, 1, 2, 5]), 16, 3),
+    "nine levels": (torch.tensor([-4, 4, 0, 3, -3] * 3), 9, 6),
+    "forty levels": (torch.tensor([-20, 19, 0, 3, -3, 7] * 2), 40, 8),
     "8 bits": (torch.tensor([-127, 127, 5, 60, -60]), 256, 5),
     "16 bits": (torch.tensor([-300, 300, 5] * 9), 256, 2 * 27),
     "few": (torch.tensor([0] * 400 + [-3] + [0] * 700 + [200]), 0, 5 * 3),
@@ -203,7 +205,9 @@ PACKED = {
     "outliers": (torch.cat([MANY, torch.tensor([90, -90])]), 4, 251 + 5 * 2),
     "two dimensions": (torch.tensor([[1, 2], [3, 0]]), 4, 1),
     "none": (torch.zeros(0, dtype=torch.long), 0, 0),
-    "every byte": (torch.arange(3**5 * 5) % 3, 3, 3**5),
+    "every byte": (torch.arange(3**5)[:, None] // 3 ** torch.arange(5) % 3, 3, 3**5),
+    "every word": (torch.arange(9**5)[:, None] // 9 ** torch.arange(5) % 9, 9, 2 * 9**5),
+    "every word of forty": (torch.arange(40**3)[:, None] // 40 ** torch.arange(3) % 40, 40, 2 * 40**3),
 }
 
 

@@ -31,7 +31,16 @@ Form = Literal["structured", "factors in turn", "single rows", "decoded in the g
 Stage = Literal["band", "convolution"]
 """How inputs are correlated with ``wf``: by a banded matrix or by a convolution; runtimes differ in which is faster."""
 
-_EACH = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2, 256: 1}  # base -> digits in a byte
+_WORDS = {
+    2: (8, 1),
+    3: (5, 1),
+    4: (4, 1),
+    6: (3, 1),
+    9: (5, 2),
+    16: (2, 1),
+    40: (3, 2),
+    256: (1, 1),
+}  # base -> digits, bytes
 _CHANNELS = 16  # outputs of the convolution at each place; its kernel is so much longer than wf
 _BAND = 1 / 8  # upper bound on the size of the banded matrix over that of the dense weight
 _WINDOWS = 1 / 2  # upper bound on the size of the windows over that of the dense weight
@@ -129,7 +138,7 @@ def _pays_in_a_loop(layer: nn.Module) -> bool:
 
 
 class PackedIntegers(nn.Module):
-    """Integers as constants of few bytes: one to eight digits in each byte, and corrections where these do not suffice.
+    """Integers as constants of few bytes: several digits in a byte or two, and corrections where these do not suffice.
 
     Args:
         values: The integers.
@@ -149,7 +158,7 @@ class PackedIntegers(nn.Module):
             return
         whole = _narrow(flat)
         self.kind = torch.int64 if whole.dtype == torch.int64 else torch.int32
-        forms = [(0, 0), *((base, _start(flat, base)) for base in _EACH)]
+        forms = [(0, 0), *((base, _start(flat, base)) for base in _WORDS)]
         self.base, self.least = min(forms, key=self._size(flat))
         if self._size(flat)((self.base, self.least)) > whole.nbytes:
             self.base, self.least = 256, 0
@@ -157,9 +166,9 @@ class PackedIntegers(nn.Module):
             return
         digits, rest = _split(flat, self.base, self.least)
         if self.base:
-            each = _EACH[self.base]
-            grouped = F.pad(digits, (0, -len(flat) % each)).view(-1, each)
-            self.register_buffer("digits", (grouped * self.base ** torch.arange(each)).sum(1).to(torch.uint8))
+            each, size = _WORDS[self.base]
+            words = (F.pad(digits, (0, -len(flat) % each)).view(-1, each) * self.base ** torch.arange(each)).sum(1)
+            self.register_buffer("digits", words.to(torch.uint8) if size == 1 else (words - 2**15).to(torch.int16))
         if rest.any():
             self.corrected = True
             gaps, numbers = _sparse(rest)
@@ -172,8 +181,8 @@ class PackedIntegers(nn.Module):
 
         def size(form: tuple[int, int]) -> float:
             gaps, numbers = _sparse(_split(flat, *form)[1])
-            digits = math.ceil(len(flat) / _EACH[form[0]]) if form[0] else 0
-            return digits + len(gaps) * (1 + _narrow(numbers).element_size())
+            each, size = _WORDS.get(form[0], (1, 0))
+            return size * math.ceil(len(flat) / each) + len(gaps) * (1 + _narrow(numbers).element_size())
 
         return size
 
@@ -203,7 +212,8 @@ class PackedIntegers(nn.Module):
         if self.base == 256:
             return packed.to(self.kind)
         rest, digits = packed.float(), list[Tensor]()  # floats, since runtimes rarely divide integers
-        for _ in range(_EACH[self.base] - 1):
+        rest = rest if packed.dtype == torch.uint8 else rest + 2.0**15
+        for _ in range(_WORDS[self.base][0] - 1):
             above = torch.floor((rest + 0.5) / self.base)  # a half, so that rounding cannot reach the next integer
             digits.append(rest - above * self.base)
             rest = above
