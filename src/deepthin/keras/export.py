@@ -131,14 +131,18 @@ def _target(path: Path) -> str:
 
 def _example(model: keras.Model, example: Any) -> list[np.ndarray]:
     if example is not None:
-        arrays = [np.asarray(ops.convert_to_numpy(a)) for a in (example if isinstance(example, list | tuple) else [example])]
+        arrays = [
+            np.asarray(ops.convert_to_numpy(a)) for a in (example if isinstance(example, list | tuple) else [example])
+        ]
         return [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays]
     inputs = getattr(model, "inputs", None)
     if not inputs or any(size is None for tensor in inputs for size in tensor.shape[1:]):
         raise ConfigError("The shapes of the inputs are not known: pass an example, export(model, path, example=x).")
     rows = min((layer.input_dim for _, layer in walk(model) if isinstance(layer, layers.Embedding)), default=2)
     drawn, made = np.random.default_rng(0), list[np.ndarray]()
-    embedded = {id(tensor) for _, layer in walk(model) if isinstance(layer, layers.Embedding) for tensor in _inputs_of(layer)}
+    embedded = {
+        id(tensor) for _, layer in walk(model) if isinstance(layer, layers.Embedding) for tensor in _inputs_of(layer)
+    }
     for tensor in inputs:
         shape, kind = (1, *tensor.shape[1:]), keras.backend.standardize_dtype(tensor.dtype)
         if "int" in kind or id(tensor) in embedded:
@@ -165,9 +169,7 @@ class _Traced:
 
         layers_ = {id(layer): (name, layer) for name, layer in walk(model) if isinstance(layer, ThinLayer)}
         self.thin = list(layers_.values())
-        self.weights = {
-            id(weight): PortableWeight(weight) for _, layer in self.thin for weight in layer.thin.values()
-        }
+        self.weights = {id(weight): PortableWeight(weight) for _, layer in self.thin for weight in layer.thin.values()}
         nested = len(given) > 1 or isinstance(getattr(model, "input", None), list | tuple)
 
         def run(*inputs: Any) -> Any:
@@ -234,7 +236,8 @@ def _size(path: Path) -> int:
 
 
 def _check_bytes(model: keras.Model, target: str, size: int, thin_bytes: int, traced: _Traced) -> None:
-    count = len({id(layer) for _, layer in walk(model) if isinstance(layer, ThinLayer) or layer._trainable_variables})
+    plain = [layer for _, layer in walk(model) if not isinstance(layer, ThinWeight)]
+    count = len({id(layer) for layer in plain if isinstance(layer, ThinLayer) or layer._trainable_variables})
     most = int(_OVER * thin_bytes) + _A_LAYER * count + _GRAPH[target]
     if size <= most:
         return

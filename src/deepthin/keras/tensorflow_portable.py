@@ -6,6 +6,7 @@ structured form: a convolution with one factor, then products with windows of th
 decoded is read from position 0 of its constants, and that 0 is computed from the input, which no converter foresees.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -187,6 +188,17 @@ class Graph:
         return self._made[key]
 
 
+def _briefly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Name operations without the names of layers, which files hold with each of them."""
+
+    @functools.wraps(method)
+    def named(*args: Any) -> Any:
+        with tf.name_scope("w/"):
+            return method(*args)
+
+    return named
+
+
 class PortableWeight:
     """A thin weight as constants, of one tensor or of a group.
 
@@ -219,6 +231,7 @@ class PortableWeight:
         packed = sum(integers.bytes() for integers in self.integers.values())
         return packed + sum(array.nbytes for array in self.stored.values())
 
+    @_briefly
     def dense(self, index: int, graph: Graph) -> tf.Tensor:
         """Decode a tensor.
 
@@ -238,6 +251,7 @@ class PortableWeight:
         self.forms[index] = "decoded in the graph"
         return weight.dense_of(self._floats(graph, unforeseen=True), index)
 
+    @_briefly
     def product(
         self, x: Float[tf.Tensor, "*batch cols"], index: int, graph: Graph
     ) -> Float[tf.Tensor, "*batch rows"] | None:
@@ -274,7 +288,10 @@ class PortableWeight:
             y.set_shape([*x.shape[:-1], rows])
         return y if part.scale == 1.0 else y * part.scale
 
-    def rows(self, places: Int[tf.Tensor, "*batch"], index: int, graph: Graph) -> Float[tf.Tensor, "*batch cols"] | None:
+    @_briefly
+    def rows(
+        self, places: Int[tf.Tensor, "*batch"], index: int, graph: Graph
+    ) -> Float[tf.Tensor, "*batch cols"] | None:
         """Single rows of a matrix in a product of two factors.
 
         Args:
@@ -317,7 +334,10 @@ class PortableWeight:
         for index in range(len(self.weight.parts)):
             if (window := self._window(index)) is not None:
                 sizes = _sizes(window)
-                made |= {sizes.n * sizes.depth * sizes.taps * sizes.rank, sizes.rank * _CHANNELS * (sizes.n + _CHANNELS - 1)}
+                made |= {
+                    sizes.n * sizes.depth * sizes.taps * sizes.rank,
+                    sizes.rank * _CHANNELS * (sizes.n + _CHANNELS - 1),
+                }
         return made
 
     def _window(self, index: int) -> Window | None:
