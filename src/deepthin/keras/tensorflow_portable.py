@@ -118,7 +118,7 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 
 def _sparse(flat: Int[np.ndarray, " count"]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps from one number that is not zero to the next, in bytes, and the numbers; zeros stand where steps are long."""
+    """Steps from one number that is not zero to the next, in bytes, and the numbers; zeros divide steps above 255."""
     places = np.nonzero(flat)[0]
     steps = np.diff(places, prepend=-1)
     zeros = (steps - 1) // 255
@@ -347,7 +347,7 @@ class PortableWeight:
         return decoder.window(self.weight.cuts[index][0], cast("tuple[int, int]", part.shape))
 
     def _floats(self, graph: Graph, unforeseen: bool = False) -> dict[str, Any]:
-        """The code that the decoder takes, computed in the graph; if ``unforeseen``, none of it from constants alone."""
+        """The code that the decoder takes, computed in the graph; if ``unforeseen``, not from constants alone."""
         return graph.once((id(self), unforeseen), lambda: self._decoded(graph, unforeseen))
 
     def _decoded(self, graph: Graph, unforeseen: bool) -> dict[str, Any]:

@@ -364,7 +364,7 @@ class ThinWeight(CodeState):
         return passed | {entry: passed[entry] + self._of_step(entry, rounded[entry]) for entry in self._coding.steps()}
 
     @property
-    def _parameters(self) -> dict[str, nn.Parameter | None]:
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Those that an exporter may write: no floats of a weight that rounds, whose graph holds the code instead."""
         own = self.__dict__["_parameters"]
         if not own or not is_listed() or self.training or not self.__dict__.get("rounds"):
