@@ -289,8 +289,8 @@ def _tflite_constants(path: Path) -> Iterator[tuple[str, int, int]]:
 
 def _graph_constants(path: Path) -> Iterator[tuple[str, int, int]]:
     """The same of a SavedModel."""
-    from tensorflow.core.protobuf import saved_model_pb2
     from tensorflow import make_ndarray
+    from tensorflow.core.protobuf import saved_model_pb2
 
     stored = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
     for meta in stored.meta_graphs:

@@ -364,7 +364,7 @@ class ThinWeight(CodeState):
         return passed | {entry: passed[entry] + self._of_step(entry, rounded[entry]) for entry in self._coding.steps()}
 
     @property
-    def _parameters(self) -> dict[str, nn.Parameter | None]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _parameters(self) -> dict[str, nn.Parameter | None]:
         """Those that an exporter may write: no floats of a weight that rounds, whose graph holds the code instead."""
         own = self.__dict__["_parameters"]
         if not own or not is_listed() or self.training or not self.__dict__.get("rounds"):
@@ -372,7 +372,9 @@ class ThinWeight(CodeState):
         return own if self._snapshot_of(cast("dict[str, Tensor]", own)) is None else {}
 
     @_parameters.setter
-    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:  # nn.Module.__init__
+    def _parameters(  # pyright: ignore[reportIncompatibleVariableOverride] -- as nn.Module.__init__ sets it
+        self, value: dict[str, nn.Parameter | None]
+    ) -> None:
         self.__dict__["_parameters"] = value
 
     def _snapshot_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
