@@ -1,4 +1,4 @@
-"""``export``: write a Keras model for TensorFlow Lite or as a SavedModel, run it, and keep it only if small and right."""
+"""``export``: write a Keras model for TensorFlow Lite or as a SavedModel, and keep it only if it is small and right."""
 
 import math
 import os
@@ -54,8 +54,8 @@ def export(model: keras.Model, path: str | Path, example: Any = None) -> Exporte
 
     The file is kept only if it is at most 1.25 times the ``.thin`` file and 8 kB for each layer (a SavedModel: 64 kB
     for its graph as well), if no constant in it is as large as the dense matrix of a thin layer, and if its outputs are
-    within 1e-5 of the largest at batches of 1, 3 and 8. TensorFlow Lite takes recurrent layers for one batch only, that of
-    the example.
+    within 1e-5 of the largest at batches of 1, 3 and 8. TensorFlow Lite takes recurrent layers for one batch only, that
+    of the example.
 
     Args:
         model: A built model, thin or dense, on TensorFlow's backend; it stays as it is.
@@ -185,7 +185,7 @@ class _Traced:
             tf.TensorSpec([len(array) if fixed else None, *array.shape[1:]], array.dtype, name=f"input_{at}")
             for at, array in enumerate(given)
         ]
-        self.module = tf.Module()
+        self.module: Any = tf.Module()
         self.module.run = tf.function(run, input_signature=signature, autograph=False)
         self.concrete = self.module.run.get_concrete_function()
         self.module.used = list(self.concrete.graph.variables)
@@ -201,7 +201,7 @@ class _Traced:
         """Write the folder."""
         import tensorflow as tf
 
-        module = tf.Module()  # without the function itself, of which the folder would hold a second copy
+        module: Any = tf.Module()  # without the function itself, of which the folder would hold a second copy
         module.used = self.module.used
         tf.saved_model.save(module, str(folder), signatures={"serving_default": self.concrete})
 
@@ -224,7 +224,7 @@ class _Traced:
 
 
 def _zero(x: Any) -> Any:
-    """0 whatever the input: whether its first entry, but 1 at the most, is above 2; converters do not see through it."""
+    """0 whatever the input: whether its first entry, but 1 at the most, is above 2. Converters do not foresee it."""
     import tensorflow as tf
 
     first = tf.cast(tf.reshape(x, [-1])[:1], tf.float32)
@@ -236,7 +236,8 @@ def _size(path: Path) -> int:
 
 
 def _check_bytes(model: keras.Model, target: str, size: int, thin_bytes: int, traced: _Traced) -> None:
-    count = len({id(layer) for _, layer in walk(model) if isinstance(layer, ThinLayer) or layer._trainable_variables})
+    plain = [layer for _, layer in walk(model) if not isinstance(layer, ThinWeight)]
+    count = len({id(layer) for layer in plain if isinstance(layer, ThinLayer) or layer._trainable_variables})
     most = int(_OVER * thin_bytes) + _A_LAYER * count + _GRAPH[target]
     if size <= most:
         return
@@ -248,9 +249,9 @@ def _check_bytes(model: keras.Model, target: str, size: int, thin_bytes: int, tr
             "methods whose tables are as large as the weight (hashed, shuffled) have no small form elsewhere. "
             "Use deepthin, rank, kronecker, tensor-train, pruned or a quantiser."
             if large
-            else "Its integers take fewer bits in the .thin file than other formats have, or its layers are so small that "
-            "their operations take more than their weights. Give layers fewer bits, leave small ones dense, or send the "
-            ".thin file and decode it there."
+            else "Its integers take fewer bits in the .thin file than other formats have, or its layers are so small "
+            "that their operations take more than their weights. Give layers fewer bits, leave small ones dense, or "
+            "send the .thin file and decode it there."
         )
     )
 
@@ -276,7 +277,7 @@ def _check_constants(target: str, path: Path, traced: _Traced) -> None:
 
 def _tflite_constants(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, number of entries and bytes of each constant of a .tflite file."""
-    from tensorflow.lite.python import schema_py_generated as schema
+    from tensorflow.lite.python import schema_py_generated as schema  # pyright: ignore[reportMissingImports]
 
     held = schema.Model.GetRootAsModel(path.read_bytes(), 0)
     for graph in (held.Subgraphs(at) for at in range(held.SubgraphsLength())):
@@ -288,15 +289,15 @@ def _tflite_constants(path: Path) -> Iterator[tuple[str, int, int]]:
 
 def _graph_constants(path: Path) -> Iterator[tuple[str, int, int]]:
     """The same of a SavedModel."""
+    from tensorflow import make_ndarray
     from tensorflow.core.protobuf import saved_model_pb2
-    from tensorflow.python.framework import tensor_util
 
     stored = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
     for meta in stored.meta_graphs:
         nodes = [*meta.graph_def.node, *(node for f in meta.graph_def.library.function for node in f.node_def)]
         for node in nodes:
             if node.op == "Const" and node.attr["value"].tensor.dtype != 7:  # strings
-                array = tensor_util.MakeNdarray(node.attr["value"].tensor)
+                array = make_ndarray(node.attr["value"].tensor)
                 yield node.name, array.size, array.nbytes
 
 

@@ -6,6 +6,7 @@ structured form: a convolution with one factor, then products with windows of th
 decoded is read from position 0 of its constants, and that 0 is computed from the input, which no converter foresees.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 
 def _sparse(flat: Int[np.ndarray, " count"]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps from one number that is not zero to the next, in bytes, and the numbers; zeros stand where steps are long."""
+    """Steps from one number that is not zero to the next, in bytes, and the numbers; zeros divide steps above 255."""
     places = np.nonzero(flat)[0]
     steps = np.diff(places, prepend=-1)
     zeros = (steps - 1) // 255
@@ -187,6 +188,17 @@ class Graph:
         return self._made[key]
 
 
+def _briefly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Name operations without the names of layers, which files hold with each of them."""
+
+    @functools.wraps(method)
+    def named(*args: Any) -> Any:
+        with tf.name_scope("w/"):
+            return method(*args)
+
+    return named
+
+
 class PortableWeight:
     """A thin weight as constants, of one tensor or of a group.
 
@@ -219,6 +231,7 @@ class PortableWeight:
         packed = sum(integers.bytes() for integers in self.integers.values())
         return packed + sum(array.nbytes for array in self.stored.values())
 
+    @_briefly
     def dense(self, index: int, graph: Graph) -> tf.Tensor:
         """Decode a tensor.
 
@@ -238,6 +251,7 @@ class PortableWeight:
         self.forms[index] = "decoded in the graph"
         return weight.dense_of(self._floats(graph, unforeseen=True), index)
 
+    @_briefly
     def product(
         self, x: Float[tf.Tensor, "*batch cols"], index: int, graph: Graph
     ) -> Float[tf.Tensor, "*batch rows"] | None:
@@ -274,6 +288,7 @@ class PortableWeight:
             y.set_shape([*x.shape[:-1], rows])
         return y if part.scale == 1.0 else y * part.scale
 
+    @_briefly
     def rows(
         self, places: Int[tf.Tensor, "*batch"], index: int, graph: Graph
     ) -> Float[tf.Tensor, "*batch cols"] | None:
@@ -332,7 +347,7 @@ class PortableWeight:
         return decoder.window(self.weight.cuts[index][0], cast("tuple[int, int]", part.shape))
 
     def _floats(self, graph: Graph, unforeseen: bool = False) -> dict[str, Any]:
-        """The code that the decoder takes, computed in the graph; if ``unforeseen``, none of it from constants alone."""
+        """The code that the decoder takes, computed in the graph; if ``unforeseen``, not from constants alone."""
         return graph.once((id(self), unforeseen), lambda: self._decoded(graph, unforeseen))
 
     def _decoded(self, graph: Graph, unforeseen: bool) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class RoundedState(LatentState):
         with torch.inference_mode(False), torch.no_grad():
             return self._decode_floats(code)
 
-    @property  # pyright: ignore[reportIncompatibleVariableOverride] -- nn.Module reads its __dict__, exporters this
+    @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
         """Those that an exporter may write: no floats of a weight that rounds, whose graph holds the code instead."""
         own = self.__dict__["_parameters"]
@@ -95,7 +95,9 @@ class RoundedState(LatentState):
         return own if self._snapshot_of(cast("dict[str, Tensor]", own)) is None else {}
 
     @_parameters.setter
-    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:  # nn.Module.__init__
+    def _parameters(  # pyright: ignore[reportIncompatibleVariableOverride] -- as nn.Module.__init__ sets it
+        self, value: dict[str, nn.Parameter | None]
+    ) -> None:
         self.__dict__["_parameters"] = value
 
     def _snapshot_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 WARNING = (
     "This export decodes thin weights in its graph, and runtimes compute the dense weights from it once, in the file "
-    "or in memory. deepthin.torch.export(model, path), or the command `deepthin export`, writes a small file."
+    "or in memory. deepthin.torch.export(model, path), or the command `deepthin export`, writes a file that stays "
+    "small."
 )
 _warned = False
 
