@@ -17,7 +17,7 @@ from deepthin.errors import ConfigError, ExportError
 from deepthin.keras.files import save
 from deepthin.keras.generated import ThinLayer
 from deepthin.keras.tree import walk
-from deepthin.keras.weight import EXPORTED
+from deepthin.keras.weight import EXPORTED, ThinWeight
 
 BATCHES = (1, 3, 8)
 TOLERANCE = 1e-5  # of the largest output: sums in another order
