@@ -107,7 +107,7 @@ docs: .venv/installed  ## the documentation, into site/
 	$(BIN)/python docs/symmetry.py
 	$(BIN)/mkdocs build --strict
 
-.venv-tensorflow/installed: EXTRAS = keras,tensorflow,jax,test
+.venv-tensorflow/installed: EXTRAS = keras,tensorflow,keras-onnx,jax,test
 .venv-litert/installed: EXTRAS = litert,export
 .venv-litert/installed: PIP_INSTALL = pip install --quiet --no-compile pytest hypothesis beartype torch==2.13.0
 

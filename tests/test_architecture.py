@@ -19,7 +19,7 @@ ROOMS = (
 CORE = {"numpy", "jaxtyping"}
 OUTSIDE = {
     "storage": CORE | {"safetensors"},
-    "keras": CORE | {"keras", "ml_dtypes", "tensorflow"},
+    "keras": CORE | {"keras", "ml_dtypes", "tensorflow", "tf2onnx", "onnx", "onnxruntime"},
     "tensorflow": CORE | {"keras", "tensorflow"},
     "torch": CORE
     | {"torch", "transformers", "lightning", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "executorch"}

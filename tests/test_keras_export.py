@@ -246,14 +246,36 @@ def test_a_dense_constant_is_noticed(tmp_path, monkeypatch):
         dk.export(thin(mlp(256), {"method": "uniform", "bits": 4}), tmp_path / "m.tflite")
 
 
+ONNX = ("deepthin", "kronecker", "pruned", "uniform")
+
+
 @on_tensorflow
-def test_formats(tmp_path):
+@pytest.mark.filterwarnings("ignore")  # of the converter, about itself
+@pytest.mark.parametrize("rule", [name for name in RULES if name in ONNX])
+def test_onnx(rule, tmp_path):
+    pytest.importorskip("tf2onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = thin(mlp(256), RULES[rule])
+    made = dk.export(model, path := tmp_path / "m.onnx")
+    assert made.target == "onnx"
+    assert made.batches == (1, 3, 8)
+    assert made.bytes == path.stat().st_size <= 1.25 * made.thin_bytes + 3 * 8192
+    session = onnxruntime.InferenceSession(path)
+    x = np.random.default_rng(0).normal(size=(5, *session.get_inputs()[0].shape[1:])).astype(np.float32)
+    expected = keras.ops.convert_to_numpy(model(x))
+    there = session.run(None, {session.get_inputs()[0].name: x})[0]
+    assert np.abs(there - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@on_tensorflow
+def test_formats(tmp_path, monkeypatch):
     model = thin(mlp(256), {"ratio": 0.05})
-    with pytest.raises(ConfigError, match=r"m.h5 is no format: use m.tflite, or a folder"):
+    with pytest.raises(ConfigError, match=r"m.h5 is no format: use m.tflite, m.onnx, or a folder"):
         dk.export(model, tmp_path / "m.h5")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ConfigError, match="ONNX files are written by torch"):
+        monkeypatch.setattr(sys.modules["deepthin.keras.export"], "find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match="needs tf2onnx and onnxruntime: pip install"):
             dk.export(model, tmp_path / "m.onnx")
 
 

@@ -1,11 +1,13 @@
-"""``export``: write a Keras model for TensorFlow Lite or as a SavedModel, and keep it only if it is small and right."""
+"""``export``: a Keras model as a TensorFlow Lite, ONNX or SavedModel file, kept only if it is small and right."""
 
+import logging
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,11 @@ BATCHES = (1, 3, 8)
 TOLERANCE = 1e-5  # of the largest output: sums in another order
 _OVER = 1.25  # upper bound on the bytes of the file over those of the .thin file ...
 _A_LAYER = 8192  # ... beside these for each layer ...
-_GRAPH = {"tflite": 0, "savedmodel": 65536}  # ... and for the graph itself, which TensorFlow writes at length
+_GRAPH = {
+    "tflite": 0,
+    "onnx": 0,
+    "savedmodel": 65536,
+}  # ... and for the graph itself, which TensorFlow writes at length
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class Exported:
     """What ``export`` wrote.
 
     Attributes:
-        target: ``tflite`` or ``savedmodel``.
+        target: ``tflite``, ``onnx`` or ``savedmodel``.
         path: The file, or the folder of a SavedModel.
         bytes: Size of all files.
         thin_bytes: Size of the model's ``.thin`` file.
@@ -59,7 +65,7 @@ def export(model: keras.Model, path: str | Path, example: Any = None) -> Exporte
 
     Args:
         model: A built model, thin or dense, on TensorFlow's backend; it stays as it is.
-        path: A file that ends in ``.tflite``, or the folder of a SavedModel.
+        path: A file that ends in ``.tflite`` or ``.onnx``, or the folder of a SavedModel.
         example: One input, or several, batch first. None: made up, for a batch of one, from the model's inputs.
 
     Returns:
@@ -105,6 +111,9 @@ def _written(model: keras.Model, target: str, given: Sequence[np.ndarray], made:
     if target == "savedmodel":
         traced.as_saved_model(made)
         return traced
+    if target == "onnx":
+        traced.as_onnx(made)
+        return traced
     try:
         made.write_bytes(traced.as_tflite())
     except Exception as error:
@@ -119,13 +128,15 @@ def _target(path: Path) -> str:
     if path.suffix == ".tflite":
         return "tflite"
     if path.suffix == ".onnx":
-        raise ConfigError(
-            f"{path.name}: ONNX files are written by torch. Save the model with deepthin.keras.save(model, 'm.thin'), "
-            "load it into the same network in torch, deepthin.torch.load(net, 'm.thin', names={...}), and call "
-            f"deepthin.torch.export(net, {path.name!r})."
-        )
+        if missing := [name for name in ("tf2onnx", "onnxruntime") if find_spec(name) is None]:
+            raise ConfigError(
+                f"{path.name} needs {' and '.join(missing)}: pip install -c constraints.txt 'deepthin[keras-onnx]'."
+            )
+        return "onnx"
     if path.suffix:
-        raise ConfigError(f"{path.name} is no format: use m.tflite, or a folder without a suffix for a SavedModel.")
+        raise ConfigError(
+            f"{path.name} is no format: use m.tflite, m.onnx, or a folder without a suffix for a SavedModel."
+        )
     return "savedmodel"
 
 
@@ -197,6 +208,19 @@ class _Traced:
         converter = tf.lite.TFLiteConverter.from_concrete_functions([self.concrete], self.module)
         return converter.convert()
 
+    def as_onnx(self, path: Path) -> None:
+        """Write the file, opset 18."""
+        import tf2onnx  # pyright: ignore[reportMissingImports] -- in the environment of TensorFlow
+
+        levels = logging.getLogger("tf2onnx").level
+        logging.getLogger("tf2onnx").setLevel(logging.ERROR)
+        try:
+            tf2onnx.convert.from_function(
+                self.module.run, self.module.run.input_signature, opset=18, output_path=str(path)
+            )
+        finally:
+            logging.getLogger("tf2onnx").setLevel(levels)
+
     def as_saved_model(self, folder: Path) -> None:
         """Write the folder."""
         import tensorflow as tf
@@ -262,7 +286,7 @@ def _check_constants(target: str, path: Path, traced: _Traced) -> None:
         return
     rightful = {size for weight in traced.weights.values() for size in weight.sizes_of_results()}
     rightful |= {math.prod(variable.shape) for variable in traced.module.used}
-    found = _tflite_constants(path) if target == "tflite" else _graph_constants(path)
+    found = {"tflite": _tflite_constants, "onnx": _onnx_constants, "savedmodel": _graph_constants}[target](path)
     large = [
         f"{name} ({count:,} entries)"
         for name, count, size in found
@@ -285,6 +309,24 @@ def _tflite_constants(path: Path) -> Iterator[tuple[str, int, int]]:
             size = held.Buffers(tensor.Buffer()).DataLength()
             if size:
                 yield tensor.Name().decode(), math.prod(tensor.ShapeAsNumpy()) if tensor.ShapeLength() else 1, size
+
+
+def _onnx_constants(path: Path) -> Iterator[tuple[str, int, int]]:
+    """The same of an .onnx file, and of what ONNX Runtime makes of it when it is loaded."""
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(folder) / "loaded.onnx")
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        models = [onnx.load(path), onnx.load(options.optimized_model_filepath)]
+    for model in models:
+        values = (a.t for node in model.graph.node for a in node.attribute if a.HasField("t"))
+        for tensor in (*model.graph.initializer, *values):
+            array = onnx.numpy_helper.to_array(tensor)
+            yield tensor.name, array.size, array.nbytes
 
 
 def _graph_constants(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -314,6 +356,18 @@ def _runner(target: str, path: Path) -> Callable[[Sequence[np.ndarray]], list[np
 
         run.loaded = loaded  # pyright: ignore[reportFunctionMemberAccess] -- which signatures do not keep alive
         return run
+    if target == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = sorted(value.name for value in session.get_inputs())
+        shown = sorted(value.name for value in session.get_outputs())
+
+        def infer(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+            by_name = {f"input_{at}": array for at, array in enumerate(inputs)}
+            return session.run(shown, {name: by_name[name.split(":")[0]] for name in names})
+
+        return infer
     serve_lite = tf.lite.Interpreter(str(path)).get_signature_runner()
 
     def interpret(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
