@@ -282,7 +282,7 @@ def test_a_users_mistake_is_told(words, message, teacher, tmp_path, command_line
 
 def test_which_tasks_ask_a_teacher(teacher):
     assert {name for name, task in TASKS.items() if task.asks_teacher} == {
-        "digits", "conv", "lenet", "acoustic"
+        "digits", "conv", "lenet", "acoustic", "keywords"
     }  # fmt: skip
     with pytest.raises(ConfigError, match="The task ctc has no teacher's loss: leave out --teacher"):
         Teacher(teacher).load(TASKS["ctc"], nn.Module)

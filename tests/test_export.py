@@ -108,7 +108,7 @@ def test_the_guard_sees_factors_that_are_folded(mlp, tmp_path, monkeypatch):
     """The form that every exporter makes of a decoded weight: factors that the runtime multiplies when it loads."""
     from deepthin.torch.export import onnx as written
 
-    monkeypatch.setattr(written, "portable", lambda model, stage: _decoded(model))
+    monkeypatch.setattr(written, "portable", lambda model, *_: _decoded(model))
     with pytest.raises(ExportError, match="constants as large as a dense"):
         dt.export(mlp, tmp_path / "m.onnx", to="onnx")
     assert list(tmp_path.iterdir()) == []

@@ -246,7 +246,7 @@ def test_a_dense_constant_is_noticed(tmp_path, monkeypatch):
         dk.export(thin(mlp(256), {"method": "uniform", "bits": 4}), tmp_path / "m.tflite")
 
 
-ONNX = ("deepthin", "kronecker", "pruned", "uniform")
+ONNX = ("deepthin", "kronecker", "deepthin then uniform", "uniform")
 
 
 @on_tensorflow

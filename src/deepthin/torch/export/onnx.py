@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.torch.export.recurrent import GATES, ORDER, as_operators
-from deepthin.torch.portable import PortableCode, Stage, portable
+from deepthin.torch.portable import PackedIntegers, PortableCode, Stage, portable
 
 _OPSET = 18
 _FOLDED = 64  # bytes up to which results of constants are computed at export
 
 
-def build(model: nn.Module, example: Sequence[Tensor], stage: Stage = "band", compact: bool = False) -> Any:
+def build(
+    model: nn.Module, example: Sequence[Tensor], stage: Stage = "band", compact: bool = False, folds: bool = False
+) -> Any:
     """Export a model.
 
     Args:
@@ -29,6 +31,7 @@ def build(model: nn.Module, example: Sequence[Tensor], stage: Stage = "band", co
         example: Its inputs. Every dimension may vary later that the model lets vary.
         stage: How inputs are correlated with the smaller factor.
         compact: Whether integers are stored once.
+        folds: Whether another program computes what follows from constants and stores it: integers are kept from it.
 
     Returns:
         An ``onnx.ModelProto``, opset 18, all constants within, without names of source files.
@@ -54,6 +57,9 @@ def build(model: nn.Module, example: Sequence[Tensor], stage: Stage = "band", co
         (name, code) for name, code in copied.named_modules() if isinstance(code, PortableCode) and code.makes_dense
     ]
     constants = {f"{name}.{key}".lstrip(".") for name, code in codes for key, _ in code.named_buffers()}
+    if folds:
+        packed = [(name, part) for name, part in copied.named_modules() if isinstance(part, PackedIntegers)]
+        constants |= {f"{name}.{key}".lstrip(".") for name, part in packed for key, _ in part.named_buffers()}
     areas = {math.prod(code.decoder.shape) for _, code in codes}
     if constants:
         _defer(proto.graph, constants, areas)

@@ -30,7 +30,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
-        source.write_bytes(build(model, example, "convolution", compact).SerializeToString())
+        source.write_bytes(build(model, example, "convolution", compact, folds=True).SerializeToString())
         openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
     path.write_text(re.sub(r"\n\s*", "", path.read_text()))  # a quarter of the graph's bytes
     return [path, path.with_suffix(".bin")]

@@ -140,7 +140,7 @@ def export(
         try:
             model.eval()
             files = _written(module, target, model, given, folder / path.name)
-            if _size(files) > _most(model, target, thin_bytes):
+            if target.copies and _size(files) > _most(model, target, thin_bytes):
                 files = _written(module, target, model, given, folder / path.name, compact=True)
             _check_bytes(model, target, files, thin_bytes)
             _check_constants(model, target, module, files[0])

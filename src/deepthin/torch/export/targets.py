@@ -18,6 +18,7 @@ class Target:
         packages: What writes and runs it, as modules.
         fixed: Whether a file takes inputs of one shape only.
         code_bytes: Upper bound on the compiled code that a file holds beside its constants.
+        copies: Whether the format can hold how integers are copied, instead of the copies.
         instead: What to do where the file would be too large.
         install: What to install.
     """
@@ -27,6 +28,7 @@ class Target:
     packages: tuple[str, ...]
     fixed: bool = False
     code_bytes: int = 0
+    copies: bool = True
     instead: str = (
         "Its integers take fewer bits in the .thin file than other formats have: give the layers fewer bits, or send "
         "the .thin file and load it there."
@@ -56,6 +58,7 @@ TARGETS = {
             "openvino",
             ".xml",
             ("openvino", "onnx", "onnxscript"),
+            copies=False,
             instead="The graph takes some 10 kB a layer in this format: export to onnx, which OpenVINO reads too.",
         ),
         Target("executorch", ".pte", ("executorch",), fixed=True, install="pip install executorch==1.5.1"),
