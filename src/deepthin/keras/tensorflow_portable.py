@@ -30,26 +30,8 @@ _COPIES = 1.25  # upper bound on the size of the stored windows over that of the
 _SMALL = 4096  # bytes up to which a weight is stored dense
 
 
-class _Sizes(NamedTuple):
-    """A matrix in the product of two factors: R x Q, n and r as in ``Factor``."""
-
-    rows: int
-    cols: int
-    n: int
-    rank: int
-    first: int  # row of xf in which the matrix begins
-    stop: int
-    offset: int
-
-    @property
-    def taps(self) -> int:
-        """S: consecutive rows of xf that an output reads."""
-        return -(-(self.cols + self.n - 1) // self.n)
-
-    @property
-    def depth(self) -> int:
-        """K: outputs that begin at the same phase."""
-        return -(-self.rows // self.n)
+class _Sizes(Window):
+    """A matrix in the product of two factors."""
 
     def phases(self) -> Int[np.ndarray, " n"]:
         """For each phase of the outputs, which of n neighbouring entries of the correlation they read."""
@@ -387,8 +369,7 @@ class PortableWeight:
 
 
 def _sizes(window: Window) -> _Sizes:
-    (rows, cols), n, rank = window.plan.shape, window.plan.n, window.plan.rank
-    return _Sizes(rows, cols, n, rank, window.first, window.stop, window.offset)
+    return _Sizes(*window)
 
 
 def _windows(sizes: _Sizes, xf: Float[np.ndarray, "m rank"]) -> Float[np.ndarray, "n depth terms"]:

@@ -295,6 +295,41 @@ class Window(NamedTuple):
         """Whether n is the fan-in: without an offset, a plain rank factorisation."""
         return self.plan.n == self.plan.shape[1]
 
+    @property
+    def rows(self) -> int:
+        """R: outputs of the matrix."""
+        return self.plan.shape[0]
+
+    @property
+    def cols(self) -> int:
+        """Q: its fan-in."""
+        return self.plan.shape[1]
+
+    @property
+    def n(self) -> int:
+        """Columns of ``wf``."""
+        return self.plan.n
+
+    @property
+    def rank(self) -> int:
+        """r: columns of ``xf``."""
+        return self.plan.rank
+
+    @property
+    def taps(self) -> int:
+        """S: consecutive rows of ``xf`` that an output reads."""
+        return -(-(self.cols + self.n - 1) // self.n)
+
+    @property
+    def depth(self) -> int:
+        """K: outputs that begin at the same phase, the last ones perhaps past the end."""
+        return -(-self.rows // self.n)
+
+    @property
+    def read(self) -> int:
+        """Numbers of ``xf`` that all outputs read, each as often as it is read."""
+        return self.n * self.depth * self.taps * self.rank
+
 
 @runtime_checkable
 class Factored(Method, Protocol):

@@ -8,7 +8,7 @@ code stay integers, of 8, 4 or 2 bits.
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -315,43 +315,6 @@ class PortableCode(nn.Module):
             self.entries, self.floats_of = nn.ModuleDict(), []
 
 
-class _Sizes(NamedTuple):
-    """A matrix that lies in the product of two factors: R x Q, n and r as in ``Factor``."""
-
-    rows: int
-    cols: int
-    n: int
-    rank: int
-    first: int  # row of xf in which the matrix begins
-    stop: int
-    offset: int
-
-    @property
-    def taps(self) -> int:
-        """S: consecutive rows of xf that an output reads."""
-        return -(-(self.cols + self.n - 1) // self.n)
-
-    @property
-    def depth(self) -> int:
-        """K: outputs that begin at the same phase."""
-        return -(-self.rows // self.n)
-
-    @property
-    def windows(self) -> int:
-        """Entries of all windows."""
-        return self.n * self.depth * self.taps * self.rank
-
-    @property
-    def copies(self) -> float:
-        """Size of all windows over that of the rows of xf."""
-        return self.windows / (self.rank * (self.stop - self.first))
-
-
-def _sizes_of(window: Window) -> _Sizes:
-    (rows, cols), n, rank = window.plan.shape, window.plan.n, window.plan.rank
-    return _Sizes(rows, cols, n, rank, window.first, window.stop, window.offset)
-
-
 class PortableWeight(nn.Module):
     """One tensor of a thin weight in plain operations; it takes the place of the ThinWeight in its layer.
 
@@ -388,7 +351,7 @@ class PortableWeight(nn.Module):
             with torch.no_grad():
                 self.register_buffer("dense", weight(index).detach().clone())
             return
-        if use == "product" and window is not None and _sizes_of(window).windows <= _WINDOWS * area:
+        if use == "product" and window is not None and window.read <= _WINDOWS * area:
             self.form = "structured"
         elif use == "rows" and weight._windows[index] is not None and not self.part.transposed:
             self.form = "single rows"
@@ -396,9 +359,14 @@ class PortableWeight(nn.Module):
             self.form = "factors in turn"
         own = cast(Window, weight._windows[index]) if self.form in ("structured", "single rows") else None
         if own is not None:
-            self.sizes, self.is_rank = _sizes_of(own), own.is_rank
+            self.sizes, self.is_rank = own, own.is_rank
             once = compact and stored_by(weight.method, "xf") is not None
-            if self.form == "structured" and not self.is_rank and self.sizes.copies <= _COPIES and not once:
+            if (
+                self.form == "structured"
+                and not self.is_rank
+                and own.read <= _COPIES * own.rank * (own.stop - own.first)
+                and not once
+            ):
                 with torch.no_grad():
                     if self._hold_windows(weight):
                         return
@@ -488,7 +456,7 @@ class PortableWeight(nn.Module):
         if self.form != "structured":
             return set()
         sizes = self.sizes
-        return {sizes.windows, 2 * sizes.n**2 * sizes.rank}
+        return {sizes.read, 2 * sizes.n**2 * sizes.rank}
 
     def is_trained(self) -> bool:
         """Whether anything requires a gradient.
