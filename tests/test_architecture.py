@@ -22,7 +22,7 @@ OUTSIDE = {
     "keras": CORE | {"keras", "ml_dtypes", "tensorflow", "tf2onnx", "onnx", "onnxruntime"},
     "tensorflow": CORE | {"keras", "tensorflow"},
     "torch": CORE
-    | {"torch", "transformers", "lightning", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "executorch"}
+    | {"torch", "transformers", "lightning", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "executorch"}
     | {"litert_torch", "ai_edge_litert"},
     "testing": CORE | {"torch"},
     "lab": CORE

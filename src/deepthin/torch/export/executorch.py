@@ -25,8 +25,8 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
         The files that were written.
     """
     with quiet():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # pyright: ignore[reportMissingImports]
+        from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
         program = exported(portable(model, compact=compact), example, fixed=True)
         lowered: Any = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
@@ -43,7 +43,7 @@ def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
     Returns:
         A function of the inputs.
     """
-    from executorch.runtime import Runtime
+    from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
     program = Runtime.get().load_program(path)
     method: Any = program.load_method("forward")
@@ -56,6 +56,6 @@ def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
 
 def warm_up() -> None:
     """Load the runtime, so that the memory of a file can be told apart from its own."""
-    from executorch.runtime import Runtime
+    from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
     Runtime.get()

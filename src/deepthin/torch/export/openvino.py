@@ -1,9 +1,11 @@
 """A portable model for OpenVINO: an ``.xml`` with the graph and a ``.bin`` with the constants."""
 
+import importlib
 import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,8 +28,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
     Returns:
         The files that were written.
     """
-    import openvino
-
+    openvino = _openvino()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.onnx"
         source.write_bytes(build(model, example, "convolution", compact, folds=True).SerializeToString())
@@ -45,8 +46,7 @@ def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
     Returns:
         A function of the inputs, on one thread of the CPU.
     """
-    import openvino
-
+    openvino = _openvino()
     request = openvino.Core().compile_model(path, "CPU", SETTINGS).create_infer_request()
     return lambda inputs: [np.array(value) for value in request.infer(list(inputs)).values()]
 
@@ -60,8 +60,7 @@ def constants(path: Path) -> list[tuple[str, int, int]]:
     Returns:
         Name, number of entries, and bytes of each.
     """
-    import openvino
-
+    openvino = _openvino()
     nodes = openvino.Core().read_model(path).get_ops()
     arrays = [(node.get_friendly_name(), node.get_data()) for node in nodes if node.get_type_name() == "Constant"]
     return [(name, array.size, array.nbytes) for name, array in arrays]
@@ -69,6 +68,9 @@ def constants(path: Path) -> list[tuple[str, int, int]]:
 
 def warm_up() -> None:
     """Load the runtime, so that the memory of a file can be told apart from its own."""
-    import openvino
+    _openvino().Core()
 
-    openvino.Core()
+
+def _openvino() -> Any:
+    """The package, which is imported only here: types are checked without it."""
+    return importlib.import_module("openvino")
