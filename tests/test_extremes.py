@@ -119,3 +119,32 @@ def test_a_product_takes_one_floating_type():
             linear(*operands, None, 4, 0, "auto", False)
     with pytest.raises(TypeError, match=r"The bias is torch.int64, x is torch.float32: convert the bias"):
         linear(x, xf, wf, torch.ones(4).long(), 4, 0, "auto", False)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_takes_factors_above_one(kind, tmp_path):
+    """Their products are computed in single precision, so that those need not be below the largest half."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3000, 40))
+    dt.compress(model, {"rules": {"*": {"method": "deepthin", "ratio": 0.05}}}, init="scratch")
+    with torch.no_grad():
+        model[0].thin["weight"].wf *= 40
+        model[0].thin["weight"].xf /= 40
+    dt.save(model.to(kind), tmp_path / "m.thin")
+    x = torch.randn(2, 3000).to(kind)
+    with torch.no_grad():
+        want = model.eval()(x)
+        loaded = dt.load(nn.Sequential(nn.Linear(3000, 40)).to(kind), tmp_path / "m.thin").eval()
+        assert torch.equal(loaded(x), want)
+
+
+def test_factors_whose_products_overflow_are_refused(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 40))
+    dt.compress(model, {"rules": {"*": {"method": "rank", "ratio": 0.5}}}, init="scratch")
+    with torch.no_grad():
+        model[0].thin["weight"].wf *= 1e38
+        model[0].thin["weight"].xf *= 1e-38
+    dt.save(model, tmp_path / "m.thin")
+    with pytest.raises(deepthin.FormatError, match="wf times inputs has numbers up to"):
+        dt.load(nn.Sequential(nn.Linear(30, 40)), tmp_path / "m.thin")

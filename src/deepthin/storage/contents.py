@@ -200,7 +200,9 @@ class Thin:
         kind = np.float64 if self.item_bytes == 8 else np.float32
         scale, largest_float = max(1.0, *(part.scale for part in self.parts.values())), float(np.finfo(kind).max)
         bound = 2 * max(*most.values(), scale * largest_weight(self.method, most))
-        return bound < min(limit, largest_float) and scale < largest_float  # zero times an infinite scale is NaN
+        products = 32.0 * max(self.method.shape) * max(most.values())  # of inputs with a factor, in single precision
+        within = bound < min(limit, largest_float) and products < min(largest_float, float(np.finfo(np.float32).max))
+        return within and scale < largest_float  # zero times an infinite scale is NaN
 
     def decode(self) -> dict[str, np.ndarray]:
         """Decode the tensors of the matrix with NumPy; codes in half precision are decoded in float32.
