@@ -6,7 +6,8 @@ from torch import nn
 
 import deepthin.torch as dt
 from deepthin.errors import ConfigError
-from deepthin.torch.portable import PackedIntegers, PortableWeight, forms, portable
+from deepthin.torch.packed import PackedIntegers
+from deepthin.torch.portable import PortableWeight, forms, portable
 
 EIGHT = {"method": "uniform", "bits": 8}
 CODED = {"method": "coded"}

@@ -7,7 +7,7 @@ code stay integers, of 8, 4 or 2 bits.
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +21,8 @@ from deepthin.methods.factor import Window
 from deepthin.methods.float_coding import FloatCoding, stored_by
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.layers import ThinEmbedding, ThinMultiheadAttention
+from deepthin.torch.packed import PackedIntegers
+from deepthin.torch.portable_attention import PortableAttention
 from deepthin.torch.product import multiply_in_turn
 from deepthin.torch.sequential import make_plain_sequential
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -31,16 +33,6 @@ Form = Literal["structured", "factors in turn", "single rows", "decoded in the g
 Stage = Literal["band", "convolution"]
 """How inputs are correlated with ``wf``: by a banded matrix or by a convolution; runtimes differ in which is faster."""
 
-_WORDS = {
-    2: (8, 1),
-    3: (5, 1),
-    4: (4, 1),
-    6: (3, 1),
-    9: (5, 2),
-    16: (2, 1),
-    40: (3, 2),
-    256: (1, 1),
-}  # base -> digits, bytes
 _CHANNELS = 16  # outputs of the convolution at each place; its kernel is so much longer than wf
 _BAND = 1 / 8  # upper bound on the size of the banded matrix over that of the dense weight
 _WINDOWS = 1 / 2  # upper bound on the size of the windows over that of the dense weight
@@ -135,128 +127,6 @@ def _multiplies(layer: nn.Module) -> bool:
 def _pays_in_a_loop(layer: nn.Module) -> bool:
     """Whether a step by the codes of the gates is faster than one by the decoded matrices (`benchmarks/export.py`)."""
     return isinstance(layer, nn.RNNBase) and not layer.proj_size and layer.hidden_size >= _UNITS
-
-
-class PackedIntegers(nn.Module):
-    """Integers as constants of few bytes: several digits in a byte or two, and corrections where these do not suffice.
-
-    Args:
-        values: The integers.
-        rising: Whether they are strictly increasing, as positions are: then steps are stored.
-
-    Attributes:
-        base: Base of the digits; 0: there are corrections only, of zeros.
-    """
-
-    def __init__(self, values: Int[Tensor, "..."], rising: bool = False) -> None:
-        super().__init__()
-        self.shape, self.rising = tuple(values.shape), rising
-        flat = values.detach().cpu().long().flatten()
-        self.base, self.least, self.corrected = 0, 0, False
-        if rising:
-            self.steps = PackedIntegers(torch.diff(flat, prepend=flat.new_tensor([-1])))
-            return
-        whole = _narrow(flat)
-        self.kind = torch.int64 if whole.dtype == torch.int64 else torch.int32
-        forms = [(0, 0), *((base, _start(flat, base)) for base in _WORDS)]
-        self.base, self.least = min(forms, key=self._size(flat))
-        if self._size(flat)((self.base, self.least)) > whole.nbytes:
-            self.base, self.least = 256, 0
-            self.register_buffer("digits", whole)
-            return
-        digits, rest = _split(flat, self.base, self.least)
-        if self.base:
-            each, size = _WORDS[self.base]
-            words = (F.pad(digits, (0, -len(flat) % each)).view(-1, each) * self.base ** torch.arange(each)).sum(1)
-            self.register_buffer("digits", words.to(torch.uint8) if size == 1 else (words - 2**15).to(torch.int16))
-        if rest.any():
-            self.corrected = True
-            gaps, numbers = _sparse(rest)
-            self.register_buffer("gaps", gaps)
-            self.register_buffer("corrections", _narrow(numbers))
-
-    @staticmethod
-    def _size(flat: Int[Tensor, " count"]) -> Callable[[tuple[int, int]], float]:
-        """Bytes of integers for the base of digits and the least integer."""
-
-        def size(form: tuple[int, int]) -> float:
-            gaps, numbers = _sparse(_split(flat, *form)[1])
-            each, size = _WORDS.get(form[0], (1, 0))
-            return size * math.ceil(len(flat) / each) + len(gaps) * (1 + _narrow(numbers).element_size())
-
-        return size
-
-    def forward(self) -> Int[Tensor, "..."]:
-        """Unpack.
-
-        Returns:
-            The integers, int32 (rising or larger ones int64), in their shape.
-        """
-        count = math.prod(self.shape)
-        if self.rising:
-            return (torch.cumsum(self.steps().long(), 0) - 1).view(self.shape)
-        base = self._digits(count) + self.least if self.base else torch.zeros(count, dtype=self.kind)
-        if self.corrected:
-            # A gap of 255 may lead to a place without a correction; 0 is added there
-            places = torch.cumsum(cast(Tensor, self.gaps).long(), 0) - 1
-            corrections = cast(Tensor, self.corrections).to(self.kind)
-            base = (
-                base + torch.zeros(count, dtype=self.kind).scatter(0, places, corrections)
-                if self.base
-                else (base.scatter(0, places, corrections))
-            )
-        return base.view(self.shape)
-
-    def _digits(self, count: int) -> Int[Tensor, " count"]:
-        packed = cast(Tensor, self.digits)
-        if self.base == 256:
-            return packed.to(self.kind)
-        rest, digits = packed.float(), list[Tensor]()  # floats, since runtimes rarely divide integers
-        rest = rest if packed.dtype == torch.uint8 else rest + 2.0**15
-        for _ in range(_WORDS[self.base][0] - 1):
-            above = torch.floor((rest + 0.5) / self.base)  # a half, so that rounding cannot reach the next integer
-            digits.append(rest - above * self.base)
-            rest = above
-        return torch.stack([*digits, rest], 1).flatten()[:count].to(self.kind)
-
-
-def _start(flat: Int[Tensor, " count"], base: int) -> int:
-    """The least value of the range of ``base`` integers that holds most of them."""
-    if not flat.numel():
-        return 0
-    values, counts = torch.unique(flat, return_counts=True)
-    until = torch.searchsorted(values, values + base)
-    summed = F.pad(counts.cumsum(0), (1, 0))
-    return int(values[(summed[until] - summed[:-1]).argmax()])
-
-
-def _split(flat: Int[Tensor, " count"], base: int, least: int) -> tuple[Tensor, Tensor]:
-    """Digits of a range of integers, and what is to be added to them."""
-    if not base:
-        return torch.zeros_like(flat), flat
-    digits = (flat - least).clamp(0, base - 1)
-    return digits, flat - least - digits
-
-
-def _narrow(values: Int[Tensor, " count"]) -> Tensor:
-    """The same in the smallest of the types that all runtimes have."""
-    least, most = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
-    for kind in (torch.uint8, torch.int8, torch.int16, torch.int32):
-        if torch.iinfo(kind).min <= least and most <= torch.iinfo(kind).max:
-            return values.to(kind)
-    return values
-
-
-def _sparse(flat: Int[Tensor, " count"]) -> tuple[Tensor, Tensor]:
-    """Steps from one number that is not zero to the next, in bytes, and the numbers; zeros where steps are long."""
-    places = torch.nonzero(flat).flatten()
-    steps = torch.diff(places, prepend=places.new_tensor([-1]))
-    zeros = torch.div(steps - 1, 255, rounding_mode="floor")
-    ends = torch.cumsum(zeros + 1, 0) - 1
-    count = int(ends[-1]) + 1 if len(ends) else 0
-    gaps, numbers = torch.full((count,), 255, dtype=torch.uint8), torch.zeros(count, dtype=torch.long)
-    gaps[ends], numbers[ends] = (steps - 255 * zeros).to(torch.uint8), flat[places]
-    return gaps, numbers
 
 
 def _are_tables(code: Mapping[str, Tensor], shape: tuple[int, ...]) -> bool:
@@ -600,92 +470,3 @@ class PortableWeight(nn.Module):
         sums = sums.reshape(-1, rank, each, places).permute(0, 3, 2, 1).reshape(-1, places * each, rank)
         sums = sums[:, : taps * n].reshape(-1, taps, n, rank).index_select(2, phases)
         return sums.permute(2, 1, 3, 0).reshape(n, taps * rank, -1)
-
-
-class PortableAttention(ThinMultiheadAttention):
-    """Attention whose input projections are products with the code."""
-
-    _of_one_width: bool  # whether queries, keys and values share one matrix
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] -- names of torch's arguments
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``, whose arguments these are.
-
-        Args:
-            query: Queries.
-            key: Keys.
-            value: Values.
-            key_padding_mask: Which keys are left out.
-            need_weights: Whether to return the weights of attention.
-            attn_mask: Which keys each query leaves out, or what is added to its scores.
-            average_attn_weights: Whether the weights are averaged over the heads.
-            is_causal: A hint that the mask is causal.
-
-        Returns:
-            The outputs, and the weights or None.
-
-        Raises:
-            ConfigError: The layer adds a row of biases or of zeros to the keys.
-        """
-        if self.bias_k is not None or self.add_zero_attn:
-            raise ConfigError("Attention with add_bias_kv or add_zero_attn has no portable form.")
-        alone = query.dim() == 2
-        q, k, v = (t[None] if alone else t if self.batch_first else t.transpose(0, 1) for t in (query, key, value))
-        same = key is value and query is key
-        q, k, v = self._projected(q, k, v, same)
-        items, targets, heads = q.shape[0], q.shape[1], self.num_heads
-        q, k, v = (t.reshape(items, t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
-        both: Tensor | None = None
-        if attn_mask is not None:
-            both = _added(attn_mask, q.dtype)
-            both = both.reshape(items, heads, *both.shape[1:]) if both.dim() == 3 else both
-        if key_padding_mask is not None:
-            padding = _added(key_padding_mask, q.dtype).reshape(items, 1, 1, -1)
-            both = padding if both is None else both + padding
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3))
-        weights = torch.softmax(scores if both is None else scores + both, -1)
-        y = self.out_proj(torch.matmul(weights, v).transpose(1, 2).reshape(items, targets, -1))
-        y = y[0] if alone else y if self.batch_first else y.transpose(0, 1)
-        if not need_weights:
-            return y, None
-        shown = weights.mean(1) if average_attn_weights else weights
-        return y, shown[0] if alone else shown
-
-    def _projected(self, q: Tensor, k: Tensor, v: Tensor, same: bool) -> "tuple[Tensor, Tensor, Tensor]":
-        """Queries, keys and values, each by its part of the input projection."""
-        width, bias = self.embed_dim, self.in_proj_bias
-        biases = [None] * 3 if bias is None else [bias[at * width : (at + 1) * width] for at in range(3)]
-        if not self._of_one_width:
-            thin, names = cast(Any, self.thin), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-            return tuple(  # pyright: ignore[reportReturnType] -- three
-                thin[name].product(x, bias=b) if name in thin else F.linear(x, getattr(self, name), b)
-                for x, name, b in zip((q, k, v), names, biases, strict=True)
-            )
-        named = cast(Any, self.thin)
-        thin = named["in_proj_weight"] if "in_proj_weight" in named else None  # noqa: SIM401 -- a ModuleDict has no get
-
-        def project(x: Tensor) -> Tensor:
-            return F.linear(x, self.in_proj_weight, bias) if thin is None else thin.product(x, bias=bias)
-
-        if same:
-            y = project(q)
-            return y[..., :width], y[..., width : 2 * width], y[..., 2 * width :]
-        return tuple(  # pyright: ignore[reportReturnType] -- three
-            project(x)[..., at * width : (at + 1) * width] for at, x in enumerate((q, k, v))
-        )
-
-
-def _added(mask: Tensor, kind: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores: minus infinity where it says to leave a key out."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=kind).masked_fill(mask, float("-inf"))

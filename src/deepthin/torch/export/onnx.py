@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.torch.export.recurrent import GATES, ORDER, as_operators
-from deepthin.torch.portable import PackedIntegers, PortableCode, Stage, portable
+from deepthin.torch.packed import PackedIntegers
+from deepthin.torch.portable import PortableCode, Stage, portable
 
 _OPSET = 18
 _FOLDED = 64  # bytes up to which results of constants are computed at export

@@ -22,7 +22,8 @@ from deepthin.torch.export.examples import example_of
 from deepthin.torch.export.measure import measured
 from deepthin.torch.export.targets import Target, target_of
 from deepthin.torch.files import save
-from deepthin.torch.portable import PackedIntegers, PortableWeight, forms, portable
+from deepthin.torch.packed import PackedIntegers
+from deepthin.torch.portable import PortableWeight, forms, portable
 from deepthin.torch.weight import ThinWeight
 from deepthin.torch.wrapped import check_plain
 
@@ -153,7 +154,7 @@ def export(
             (folder / "dense").mkdir()
             plain = materialize(_copied(model))
             there = _written(module, target, plain, given, folder / "dense" / path.name)
-            inputs = [tensor[:1].numpy() for tensor in given]
+            inputs = [(tensor if target.fixed else tensor[:1]).numpy() for tensor in given]
             pair = measured(target.name, [files[0], there[0]], inputs, folder)
             thin, dense = (Measured(_size(of), **one) for of, one in zip((files, there), pair, strict=True))
         kept = [path.with_name(file.name) for file in files]
@@ -249,15 +250,16 @@ def _check_outputs(
     model: nn.Module, target: Target, module: Any, path: Path, given: Sequence[Tensor]
 ) -> tuple[float, tuple[int, ...]]:
     run, worst, done = module.runner(path), 0.0, list[int]()
-    for batch in (len(given[0]),) if target.fixed else BATCHES:
+    own = len(given[0])
+    for batch in (own,) if target.fixed else (*BATCHES, *(() if own in BATCHES else (own,))):
         inputs = given if target.fixed else [_drawn(tensor, batch) for tensor in given]
         try:
             with torch.no_grad():
                 expected = [t.numpy() for t in _pytree.tree_leaves(model(*inputs)) if isinstance(t, Tensor)]
         except Exception:
-            if batch == len(given[0]):
+            if batch == own:
                 raise
-            continue  # a model of a fixed batch
+            continue  # a model that takes no batch but the example's
         try:
             made = run([tensor.numpy() for tensor in inputs])
         except Exception as error:
