@@ -213,3 +213,21 @@ def test_a_missing_package_is_named(mlp, tmp_path, monkeypatch):
     monkeypatch.setitem(TARGETS, "onnx", TARGETS["onnx"].__class__("onnx", ".onnx", ("no_such_package",)))
     with pytest.raises(ConfigError, match="no_such_package, which is not installed: pip install"):
         dt.export(mlp, tmp_path / "m.onnx")
+
+
+class Pair(nn.Module):
+    """Takes a batch of two alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(200, 70)
+
+    def forward(self, x):
+        return self.layer(x).reshape(2, 70)
+
+
+def test_a_model_of_one_batch_is_compared_at_that(tmp_path):
+    torch.manual_seed(0)
+    model = Pair()
+    dt.compress(model, {"rules": {"*": {"method": "deepthin", "ratio": 0.1}}}, init="scratch")
+    assert dt.export(model.eval(), tmp_path / "m.onnx", torch.randn(2, 200)).batches == (2,)
