@@ -126,7 +126,8 @@ def compared(to: str, name: str, codes: list[str], batches: list[int], folder: P
     model, x = dense(name)
     files["dense"] = folder / f"dense{target.suffix}"
     shown = x if target.fixed else torch.cat([x, x])
-    target.module().write(copy.deepcopy(model), [shown], files["dense"])
+    module = target.module()
+    files["dense"] = getattr(module, "write_dense", module.write)(copy.deepcopy(model), [shown], files["dense"])[0]
     if to == "onnx":
         from onnxruntime.quantization import quantize_dynamic
 
