@@ -40,8 +40,6 @@ def test_commands_and_examples_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again.onnx").stat().st_size < 1.05 * (tmp_path / "digits.onnx").stat().st_size
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return
-    (tmp_path / "digits_c").mkdir()
-    (tmp_path / "page").mkdir()
     for line in blocks[4][1].strip().splitlines():
         if "wasm" in line and not (importlib.util.find_spec("ziglang") and shutil.which("node")):
             continue
