@@ -11,6 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from export import dense, thin
@@ -39,7 +40,7 @@ def main() -> None:
             model = thin(name, code)[0]
             data, inputs = flat_file(program_of(model, [x])), [x.numpy()]
             files = [FlatModel(data, (f"-DDT_LANES={lane}",)) for lane in lanes]
-            runs = [lambda m=model: m(x), *(lambda f=file: f(inputs) for file in files), lambda: plain(x)]
+            runs = [partial(model, x), *(partial(file, inputs) for file in files), partial(plain, x)]
             print(f"| {name}, {code} | {' | '.join(interleaved(runs, given.runs))} |", flush=True)
 
 
