@@ -3,7 +3,6 @@
 Raw pitch accuracy is the part of voiced frames whose pitch is within 50 cents (a quarter tone) of the true one.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -130,7 +129,3 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
-
-def as_json(row: Row) -> dict[str, object]:
-    """The row as ``json`` takes it."""
-    return dataclasses.asdict(row)

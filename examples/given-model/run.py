@@ -6,6 +6,7 @@
 
 import argparse
 import copy
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -93,17 +94,20 @@ def chosen_of(size: int, shapes: list[str], effort: Effort, out: Path) -> str:
 
 def judged(chosen: dict[int, str], effort: Effort, out: Path) -> list[judge.Row]:
     """CREPE, the dense students and the chosen thin ones on the test material."""
-    test, rows = judge.Judge("test", effort.judged), []
+    test, path = judge.Judge("test", effort.judged), out / "rows.json"
+    rows = [judge.Row(**row) for row in json.loads(path.read_text())] if path.is_file() else []
 
     def add(name: str, model: nn.Module, size: int) -> None:
-        path = out / f"{name.replace(' ', '-')}.onnx"
-        if not path.is_file():
-            dt.export(model, path, example=example())
+        if name in [row.name for row in rows]:
+            return
+        onnx = out / f"{name.replace(' ', '-')}.onnx"
+        dt.export(model, onnx, example=example())
         times = {
             "torch": judge.torch_microseconds(model, effort.runs),
-            "ONNX Runtime": judge.onnx_microseconds(path, effort.runs),
+            "ONNX Runtime": judge.onnx_microseconds(onnx, effort.runs),
         }
         rows.append(judge.Row(name, size, test.accuracy(model), times))
+        path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
     for name in ("full", "tiny"):
         add(f"CREPE {name}", crepe.given(name), (crepe.assets() / f"{name}.pth").stat().st_size)
