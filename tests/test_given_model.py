@@ -1,4 +1,4 @@
-"""The example of a model that is given: its material has the pitch that it says, and its judge reads pitch correctly."""
+"""The example of a model that is given: its material has the pitch that it says, and the judge reads pitch right."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-
 
 
 def autocorrelated(signal, near):
-    """Hertz of the period within a quarter of an octave of ``near`` that is most alike, between samples by a parabola."""
+    """Hertz of the most alike period within a quarter of an octave of ``near``, between samples by a parabola."""
     signal = signal - signal.mean()
     alike = np.fft.irfft(abs(np.fft.rfft(signal, 4 * len(signal))) ** 2)[: len(signal)] / np.arange(len(signal), 0, -1)
     lags = np.arange(int(sound.RATE / near * 0.84), int(sound.RATE / near * 1.19) + 2)
@@ -162,7 +162,9 @@ def test_table_has_a_line_for_each_network():
 @needs_espeak
 @pytest.mark.slow
 def test_the_whole_example_in_a_minute(tmp_path):
-    done = subprocess.run([sys.executable, EXAMPLE / "run.py", "--quick", "--out", tmp_path], text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, EXAMPLE / "run.py", "--quick", "--out", tmp_path], text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}

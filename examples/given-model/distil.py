@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import deepthin.torch as dt
 import numpy as np
 import torch
 from crepe import BINS, LOWEST, WINDOW, cents, normalised, pitch_of
@@ -12,6 +11,8 @@ from material import Frames
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+
+import deepthin.torch as dt
 
 BATCH, QUIETEST, LOUDEST = 64, -3.0, 30.0  # frames a step; signal-to-noise ratios in dB
 
@@ -31,7 +32,9 @@ def targets(clean: Frames, said: NDArray[np.uint8]) -> NDArray[np.float32]:
     known = clean.hertz > 0
     truth = cents(clean.hertz[known])
     wrong = abs(pitch_of(out[known]) - truth) > 50
-    out[np.flatnonzero(known)[wrong]] = np.exp(-((LOWEST + 20 * np.arange(BINS) - truth[wrong, None]) ** 2) / (2 * 25**2))
+    out[np.flatnonzero(known)[wrong]] = np.exp(
+        -((LOWEST + 20 * np.arange(BINS) - truth[wrong, None]) ** 2) / (2 * 25**2)
+    )
     return out
 
 
@@ -78,7 +81,7 @@ def train(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], steps: int, r
         optimizer, [group["lr"] for group in groups], steps, pct_start=0.1, cycle_momentum=False
     )
     began, total = time.monotonic(), 0.0
-    for step, (sound, wanted) in zip(range(steps), data):
+    for step, (sound, wanted) in zip(range(steps), data, strict=False):
         loss = binary_cross_entropy_with_logits(model(sound), wanted)
         optimizer.zero_grad()
         (loss + target.penalty() if target else loss).backward()
@@ -91,4 +94,3 @@ def train(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], steps: int, r
             count = step % 500 + 1
             print(f"  step {step + 1:5}  loss {total / count:.4f}  {time.monotonic() - began:.0f} s", flush=True)
             total = 0.0
-

@@ -5,7 +5,7 @@ Raw pitch accuracy is the part of voiced frames whose pitch is within 50 cents (
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,9 @@ class Judge:
             Kind -> percent at each of LEVELS.
         """
         near = [abs(pitch_of(outputs(model, sound)) - self.truth) <= 50 for sound in self.sounds]
-        return {kind: [100 * float(row[self.clean.kind == KINDS.index(kind)].mean()) for row in near] for kind in JUDGED}
+        return {
+            kind: [100 * float(row[self.clean.kind == KINDS.index(kind)].mean()) for row in near] for kind in JUDGED
+        }
 
 
 def torch_microseconds(model: nn.Module, runs: int = 200) -> float:
@@ -79,7 +81,7 @@ def onnx_microseconds(path: Path, runs: int = 200) -> float:
     return _median(lambda: session.run(None, given), runs)
 
 
-def _median(run, runs: int) -> float:  # noqa: ANN001
+def _median(run: Callable[[], object], runs: int) -> float:
     times = []
     for _ in range(runs + runs // 10):
         begun = time.perf_counter()
@@ -123,9 +125,10 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         given = row.name.startswith("CREPE")
         axes.plot(row.bytes, row.average(), "s" if given else "o", color="tab:gray" if given else "tab:blue")
-        axes.annotate(row.name, (row.bytes, row.average()), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(
+            row.name, (row.bytes, row.average()), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+        )
     axes.set(xscale="log", xlabel="bytes of the file", ylabel="raw pitch accuracy, test, %")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-

@@ -21,7 +21,9 @@ class Source:
 
 
 SOURCES = {
-    "train": Source(0, "en-us de fr-fr es it cs fi hi ru el sw id", "m1 m2 m3 m5 m6 f1 f2 f3 klatt", "random", "white pink babble"),
+    "train": Source(
+        0, "en-us de fr-fr es it cs fi hi ru el sw id", "m1 m2 m3 m5 m6 f1 f2 f3 klatt", "random", "white pink babble"
+    ),
     "dev": Source(1, "nl pl hu", "m4 f4 klatt2", "odd", "brown motor babble"),
     "test": Source(2, "sv pt tr ja ro da", "m7 m8 f5 klatt4 Alicia belinda", "plucked", "wind rain babble"),
 }

@@ -1,7 +1,7 @@
-"""Shrink a model that is given: CREPE, a pitch tracker of 89 MB, to networks of 200, 60 and 20 kB.
+"""Shrink a model that is given: CREPE, a pitch tracker of 89 MB, to networks of 196, 60 and 20 kB.
 
-    python examples/given-model/run.py            # an hour on one core; finished parts are kept in build/
-    python examples/given-model/run.py --quick    # the same steps in less than a minute, to see that they work
+python examples/given-model/run.py            # an hour on one core; finished parts are kept in build/
+python examples/given-model/run.py --quick    # the same steps in less than a minute, to see that they work
 """
 
 import argparse
@@ -9,11 +9,11 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import crepe
-import deepthin.torch as dt
 import distil
 import judge
 import material
@@ -22,8 +22,10 @@ import torch
 from student import SHAPES, folded, student
 from torch import nn
 
+import deepthin.torch as dt
+
 HERE = Path(__file__).parent
-CANDIDATES = {200_000: ["strided", "tiny"], 60_000: ["strided", "small"], 20_000: ["small"]}  # bytes -> shapes to try
+CANDIDATES = {196_000: ["strided", "tiny"], 60_000: ["strided", "small"], 20_000: ["small"]}  # bytes -> shapes to try
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def thin_file(size: int, shape: str, out: Path) -> Path:
     return out / f"{shape}-{size}.thin"
 
 
-def lesson(effort: Effort, out: Path, steps: int):  # noqa: ANN201
+def lesson(effort: Effort, out: Path, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of frames in noise and what the teacher says of them."""
     clean, said = teacher.taught(out, effort.taught)
     return distil.batches(clean, distil.targets(clean, said), material.noises("train", effort.noise), steps)

@@ -1,7 +1,7 @@
 """Sound whose pitch is known: tones, vowels and speech, each synthesised from a given contour of the fundamental.
 
-Speech: espeak-ng speaks; the spectral envelope of what it says, by the cepstrum, filters pulses of the given contour (the
-source-filter model). So the words and the voice are those of espeak-ng and the pitch is ours.
+Speech: espeak-ng speaks; the spectral envelope of what it says, by the cepstrum, filters pulses of the given contour
+(the source-filter model). So the words and the voice are those of espeak-ng and the pitch is ours.
 """
 
 import subprocess
@@ -26,8 +26,8 @@ def contour(rng: Generator, samples: int, lowest: float, highest: float, kind: s
         samples: Number of samples.
         lowest: Lower bound of the mean pitch in Hz.
         highest: Upper bound of the mean pitch in Hz.
-        kind: ``"vibrato"`` (4 to 7 Hz, up to half a semitone), ``"glide"`` (up to an octave) or ``"speech"`` (slow accents
-            of some semitones, with a fall).
+        kind: ``"vibrato"`` (4 to 7 Hz, up to half a semitone), ``"glide"`` (up to an octave) or ``"speech"`` (slow
+            accents of some semitones, with a fall).
 
     Returns:
         Frequencies in Hz.
@@ -39,7 +39,9 @@ def contour(rng: Generator, samples: int, lowest: float, highest: float, kind: s
     elif kind == "glide":
         octaves = rng.uniform(-0.5, 0.5) * np.cos(np.pi * time / time[-1])
     else:
-        waves = [rng.normal(0, 0.12) * np.sin(2 * np.pi * rng.uniform(0.3, 3) * time + rng.uniform(0, 6)) for _ in range(4)]
+        waves = [
+            rng.normal(0, 0.12) * np.sin(2 * np.pi * rng.uniform(0.3, 3) * time + rng.uniform(0, 6)) for _ in range(4)
+        ]
         octaves = np.sum(waves, 0) + rng.uniform(0, 0.15) * (0.5 - time / time[-1])
     return np.clip(mean * 2**octaves, 35, 1900)
 
@@ -50,8 +52,8 @@ def tone(rng: Generator, pitch: Signal, timbre: str) -> Signal:
     Args:
         rng: Source of random numbers.
         pitch: The fundamental of each sample in Hz.
-        timbre: ``"random"`` amplitudes, ``"odd"`` harmonics mostly, as of a clarinet, or ``"plucked"``: a pulse wave whose
-            high harmonics decay first.
+        timbre: ``"random"`` amplitudes, ``"odd"`` harmonics mostly, as of a clarinet, or ``"plucked"``: a pulse wave
+            whose high harmonics decay first.
 
     Returns:
         The samples.
@@ -68,7 +70,13 @@ def tone(rng: Generator, pitch: Signal, timbre: str) -> Signal:
         amplitudes = abs(np.sin(np.pi * order * rng.uniform(0.1, 0.4))) / order + 0.02
         decay = rng.uniform(0.2, 1) * order**0.7
     shifts = rng.uniform(0, 2 * np.pi, len(order))
-    return np.sum([a * np.exp(-d * time) * np.cos(k * phase + s) for k, a, d, s in zip(order, amplitudes, decay, shifts)], 0)
+    return np.sum(
+        [
+            a * np.exp(-d * time) * np.cos(k * phase + s)
+            for k, a, d, s in zip(order, amplitudes, decay, shifts, strict=True)
+        ],
+        0,
+    )
 
 
 def pulses(pitch: Signal, bandwidth: float) -> Signal:
@@ -97,6 +105,7 @@ def vowels(rng: Generator, pitch: Signal) -> Signal:
         The samples.
     """
     frequencies = np.linspace(0, RATE / 2, BINS)
+
     def resonances() -> NDArray[np.complex128]:
         response = np.ones(BINS, complex)
         for low, high in ((250, 850), (800, 2400), (2200, 3200), (3200, 4500)):
@@ -199,8 +208,8 @@ def noise(rng: Generator, samples: int, kind: str, voices: list[Signal]) -> Sign
     Args:
         rng: Source of random numbers.
         samples: Number of samples.
-        kind: ``"white"``, ``"pink"``, ``"brown"``, ``"wind"`` (brown in gusts), ``"motor"`` (a band that wobbles), ``"rain"``
-            (filtered clicks) or ``"babble"`` (six voices at once).
+        kind: ``"white"``, ``"pink"``, ``"brown"``, ``"wind"`` (brown in gusts), ``"motor"`` (a band that wobbles),
+            ``"rain"`` (filtered clicks) or ``"babble"`` (six voices at once).
         voices: Speech for babble.
 
     Returns:
@@ -214,7 +223,10 @@ def noise(rng: Generator, samples: int, kind: str, voices: list[Signal]) -> Sign
         return np.fft.irfft(np.fft.rfft(signal) * gain, samples)
 
     if kind == "babble":
-        chosen = [np.resize(np.roll(v, rng.integers(len(v))), samples) for v in (voices[i] for i in rng.integers(len(voices), size=6))]
+        chosen = [
+            np.resize(np.roll(v, rng.integers(len(v))), samples)
+            for v in (voices[i] for i in rng.integers(len(voices), size=6))
+        ]
         sound = np.sum([v / v.std() for v in chosen], 0)
     elif kind == "rain":
         clicks = np.where(rng.random(samples) < 0.004, rng.exponential(size=samples) * rng.choice([-1, 1], samples), 0)
