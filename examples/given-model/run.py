@@ -44,8 +44,8 @@ FULL = Effort(
     {"tones": 9000, "vowels": 6000, "speech": 11000, "unchanged": 4000},
     {"tones": 500, "speech": 1000},
     60,
-    8000,
-    {"strided": 5000, "small": 6000, "tiny": 400},
+    6000,
+    {"strided": 3000, "small": 4000, "tiny": 300},
     300,
 )
 QUICK = Effort(
