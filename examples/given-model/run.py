@@ -1,4 +1,4 @@
-"""Shrink a model that is given: CREPE, a pitch tracker of 89 MB, to networks of 196, 60 and 20 kB.
+"""Shrink a model that is given: CREPE, a pitch tracker of 89 MB, to networks of 196 to 10 kB.
 
 python examples/given-model/run.py            # an hour on one core; finished parts are kept in build/
 python examples/given-model/run.py --quick    # the same steps in less than a minute, to see that they work
@@ -25,13 +25,13 @@ from torch import nn
 import deepthin.torch as dt
 
 HERE = Path(__file__).parent
-CANDIDATES = {196_000: ["strided", "tiny"], 60_000: ["strided", "small"], 20_000: ["small"]}  # bytes -> shapes to try
 
 
 @dataclass(frozen=True)
 class Effort:
     """How much of everything."""
 
+    candidates: dict[int, list[str]]  # bytes -> shapes to try
     taught: dict[str, int]  # training frames of each kind
     judged: dict[str, int]  # frames of development and test, each at four levels of noise
     noise: float  # seconds of each noise
@@ -41,19 +41,21 @@ class Effort:
 
 
 FULL = Effort(
+    {196_000: ["strided", "tiny"], 60_000: ["strided", "small"], 20_000: ["small"], 10_000: ["small"]},
     {"tones": 9000, "vowels": 6000, "speech": 11000, "unchanged": 4000},
     {"tones": 500, "speech": 1000},
     60,
     6000,
-    {"strided": 3000, "small": 4000, "tiny": 300},
+    {"strided": 3000, "small": 4000, "tiny": 200},
     300,
 )
 QUICK = Effort(
-    {"tones": 48, "vowels": 24, "speech": 48, "unchanged": 24},
-    {"tones": 12, "speech": 24},
+    {60_000: ["strided", "small"], 20_000: ["small"]},
+    {"tones": 32, "vowels": 16, "speech": 32, "unchanged": 16},
+    {"tones": 8, "speech": 16},
     5,
-    12,
-    {"strided": 8, "small": 8, "tiny": 4},
+    6,
+    {"strided": 4, "small": 4},
     5,
 )
 
@@ -71,7 +73,7 @@ def main(words: list[str] | None = None) -> None:
         parser.error("espeak-ng speaks the training material: apt-get install espeak-ng.")
     torch.set_num_threads(1)
 
-    chosen = {size: chosen_of(size, shapes, effort, out) for size, shapes in CANDIDATES.items()}
+    chosen = {size: chosen_of(size, shapes, effort, out) for size, shapes in effort.candidates.items()}
     rows = judged(chosen, effort, out)
     (out / "table.md").write_text(text := judge.table(rows))
     judge.picture(rows, out / "accuracy.png")
