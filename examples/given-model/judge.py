@@ -28,7 +28,7 @@ class Row:
     name: str
     bytes: int
     accuracy: Accuracy
-    microseconds: dict[str, float] = field(default_factory=dict)  # runtime -> median of a run with one frame
+    microseconds: dict[str, float] = field(default_factory=dict)  # runtime -> median CPU time of a run with one frame
 
     def average(self) -> float:
         """Of all kinds and levels, in percent."""
@@ -64,14 +64,14 @@ class Judge:
 
 
 def torch_microseconds(model: nn.Module, runs: int = 200) -> float:
-    """Median time of a frame in torch, by itself (a batch of one), on one thread."""
+    """Median CPU time of a frame in torch, by itself (a batch of one), on one thread."""
     frame = normalised(torch.randn(1, WINDOW))[:, None]
     with torch.inference_mode():
         return _median(lambda: model(frame), runs)
 
 
 def onnx_microseconds(path: Path, runs: int = 200) -> float:
-    """Median time of a frame in ONNX Runtime, by itself, on one thread."""
+    """Median CPU time of a frame in ONNX Runtime, by itself, on one thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -84,9 +84,9 @@ def onnx_microseconds(path: Path, runs: int = 200) -> float:
 def _median(run: Callable[[], object], runs: int) -> float:
     times = []
     for _ in range(runs + runs // 10):
-        begun = time.perf_counter()
+        begun = time.process_time()
         run()
-        times.append(1e6 * (time.perf_counter() - begun))
+        times.append(1e6 * (time.process_time() - begun))
     return statistics.median(times[runs // 10 :])
 
 
@@ -97,7 +97,7 @@ def table(rows: Sequence[Row]) -> str:
         rows: One for each network.
 
     Returns:
-        A table: accuracy in percent by kind and signal-to-noise ratio, bytes, microseconds a frame.
+        A table: bytes, accuracy in percent by kind and signal-to-noise ratio, microseconds of CPU time a frame.
     """
     runtimes = list(dict.fromkeys(runtime for row in rows for runtime in row.microseconds))
     levels = ["clean" if level is None else f"{level} dB" for level in LEVELS]

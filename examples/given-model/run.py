@@ -1,7 +1,9 @@
 """Shrink a model that is given: CREPE, a pitch tracker of 89 MB, to networks of 196 to 10 kB.
 
-python examples/given-model/run.py            # an hour on one core; finished parts are kept in build/
-python examples/given-model/run.py --quick    # the same steps in less than a minute, to see that they work
+    python examples/given-model/run.py            # an hour on one core; finished parts are kept in build/
+    python examples/given-model/run.py --quick    # the same steps in less than a minute, to see that they work
+
+README.md beside this file says what to take from it for another model.
 """
 
 import argparse
