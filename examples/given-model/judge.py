@@ -3,7 +3,12 @@
 Raw pitch accuracy is the part of voiced frames whose pitch is within 50 cents (a quarter tone) of the true one.
 """
 
+import ctypes
+import math
+import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from crepe import WINDOW, cents, normalised, pitch_of
+from crepe import BINS, WINDOW, cents, normalised, pitch_of
 from material import KINDS, LEVELS, Frames, frames, mixed
 from numpy.typing import NDArray
 from teacher import outputs
@@ -79,6 +84,31 @@ def onnx_microseconds(path: Path, runs: int = 200) -> float:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     given = {session.get_inputs()[0].name: np.random.default_rng(0).normal(size=(1, 1, WINDOW)).astype(np.float32)}
     return _median(lambda: session.run(None, given), runs)
+
+
+def c_microseconds(source: Path, runs: int = 200) -> float:
+    """Median CPU time of a frame in the C program of ``dt.export``; NaN where there is no C compiler.
+
+    Args:
+        source: The ``.c`` file, with its header and the runtime beside it.
+        runs: Number of runs.
+
+    Returns:
+        Microseconds.
+    """
+    if not (compiler := shutil.which("cc")):
+        return math.nan
+    library = source.with_suffix(".so")
+    flags = ["-std=c99", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+    sources = [str(source), str(source.with_name("dt.c"))]
+    subprocess.run([compiler, *flags, "-o", str(library), *sources, "-lm"], check=True)
+    run = getattr(ctypes.CDLL(str(library.resolve())), f"{source.stem}_run")
+    arena_bytes = int(re.findall(r"_ARENA_BYTES (\d+)", source.with_suffix(".h").read_text())[0])
+    arena = np.zeros(arena_bytes // 8 + 8)
+    aligned = arena[-(arena.ctypes.data // 8) % 8 :]  # 64 bytes
+    arrays = [np.random.default_rng(0).normal(size=WINDOW).astype(np.float32), np.zeros(BINS, np.float32), aligned]
+    given = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+    return _median(lambda: run(*given), runs)
 
 
 def _median(run: Callable[[], object], runs: int) -> float:

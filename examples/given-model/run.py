@@ -79,9 +79,7 @@ def main(words: list[str] | None = None) -> None:
     rows = judged(chosen, effort, out)
     (out / "table.md").write_text(text := judge.table(rows))
     judge.picture(rows, out / "accuracy.png")
-    print(text, flush=True)
-    for size in chosen:  # last, for a microcontroller or a browser
-        print(dt.export(thin(size, chosen[size], effort, out), out / f"c-{size}", example=example(), to="c"))
+    print(text)
 
 
 def chosen_of(size: int, shapes: list[str], effort: Effort, out: Path) -> str:
@@ -112,6 +110,11 @@ def judged(chosen: dict[int, str], effort: Effort, out: Path) -> list[judge.Row]
             "torch": judge.torch_microseconds(model, effort.runs),
             "ONNX Runtime": judge.onnx_microseconds(onnx, effort.runs),
         }
+        if not name.startswith("CREPE"):
+            folder = out / name.replace(" ", "-")
+            folder.mkdir(exist_ok=True)
+            print(dt.export(model, folder / "pitch.c", example=example()), flush=True)
+            times["C"] = judge.c_microseconds(folder / "pitch.c", effort.runs)
         rows.append(judge.Row(name, size, test.accuracy(model), times))
         path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
