@@ -114,7 +114,8 @@ def judged(chosen: dict[int, str], effort: Effort, out: Path) -> list[judge.Row]
             folder = out / name.replace(" ", "-")
             folder.mkdir(exist_ok=True)
             print(dt.export(model, folder / "pitch.c", example=example()), flush=True)
-            times["C"] = judge.c_microseconds(folder / "pitch.c", effort.runs)
+            if shutil.which("cc"):
+                times["C"] = judge.c_microseconds(folder / "pitch.c", effort.runs)
         rows.append(judge.Row(name, size, test.accuracy(model), times))
         path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
