@@ -52,12 +52,12 @@ FULL = Effort(
     300,
 )
 QUICK = Effort(
-    {60_000: ["strided", "small"], 20_000: ["small"]},
+    {20_000: ["small"]},
     {"tones": 32, "vowels": 16, "speech": 32, "unchanged": 16},
     {"tones": 8, "speech": 16},
     5,
     6,
-    {"strided": 4, "small": 4},
+    {"small": 4},
     5,
 )
 
