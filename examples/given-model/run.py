@@ -125,7 +125,7 @@ def judged(chosen: dict[int, str], effort: Effort, out: Path) -> list[judge.Row]
         add(f"{shape} dense", model := folded(dense(shape, effort, out)), dt.save(model, out / f"{shape}.thin"))
     for size, shape in chosen.items():
         add(f"{shape} {size // 1000} kB", thin(size, shape, effort, out), thin_file(size, shape, out).stat().st_size)
-    return rows
+    return sorted(rows, key=lambda row: -row.bytes)
 
 
 def example() -> torch.Tensor:
