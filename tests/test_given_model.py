@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import deepthin.torch as dt
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "given-model"
 sys.path.insert(0, str(EXAMPLE))
 crepe, distil, judge, material, sound, student = map(
@@ -147,6 +149,15 @@ def test_a_network_without_normalisations_computes_the_same(name):
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(student.folded(model)(frames), model(frames))
+
+
+def test_the_network_of_20_kb_hears_timbres_that_it_was_not_trained_on():
+    network = student.folded(student.student("small"))
+    heard = judge.outputs(
+        dt.load(network, EXAMPLE / "pitch.thin").eval(), (clean := material.frames("dev", {"tones": 60})).sound
+    )
+    assert (abs(crepe.pitch_of(heard) - crepe.cents(clean.hertz)) < 50).mean() > 0.9
+    assert (EXAMPLE / "pitch.thin").stat().st_size < 20_000
 
 
 def test_table_has_a_line_for_each_network():
