@@ -25,6 +25,7 @@ from student import SHAPES, folded, student
 from torch import nn
 
 import deepthin.torch as dt
+from deepthin.errors import ExportError
 
 HERE = Path(__file__).parent
 
@@ -104,18 +105,13 @@ def judged(chosen: dict[int, str], effort: Effort, out: Path) -> list[judge.Row]
     def add(name: str, model: nn.Module, size: int) -> None:
         if name in [row.name for row in rows]:
             return
-        onnx = out / f"{name.replace(' ', '-')}.onnx"
-        dt.export(model, onnx, example=example())
-        times = {
-            "torch": judge.torch_microseconds(model, effort.runs),
-            "ONNX Runtime": judge.onnx_microseconds(onnx, effort.runs),
-        }
-        if not name.startswith("CREPE"):
-            folder = out / name.replace(" ", "-")
-            folder.mkdir(exist_ok=True)
-            print(dt.export(model, folder / "pitch.c", example=example()), flush=True)
-            if shutil.which("cc"):
-                times["C"] = judge.c_microseconds(folder / "pitch.c", effort.runs)
+        folder = out / name.replace(" ", "-")
+        folder.mkdir(exist_ok=True)
+        times = {"torch": judge.torch_microseconds(model, effort.runs)}
+        if exported(model, folder / "pitch.onnx"):
+            times["ONNX Runtime"] = judge.onnx_microseconds(folder / "pitch.onnx", effort.runs)
+        if not name.startswith("CREPE") and exported(model, folder / "pitch.c") and shutil.which("cc"):
+            times["C"] = judge.c_microseconds(folder / "pitch.c", effort.runs)
         rows.append(judge.Row(name, size, test.accuracy(model), times))
         path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
@@ -126,6 +122,16 @@ def judged(chosen: dict[int, str], effort: Effort, out: Path) -> list[judge.Row]
     for size, shape in chosen.items():
         add(f"{shape} {size // 1000} kB", thin(size, shape, effort, out), thin_file(size, shape, out).stat().st_size)
     return sorted(rows, key=lambda row: -row.bytes)
+
+
+def exported(model: nn.Module, path: Path) -> bool:
+    """Export for another runtime; False, with the reason printed, where the file would be much larger than the .thin one."""
+    try:
+        print(dt.export(model, path, example=example()), flush=True)
+    except ExportError as error:
+        print(error, flush=True)
+        return False
+    return True
 
 
 def example() -> torch.Tensor:
