@@ -125,7 +125,7 @@ def judged(chosen: dict[int, str], effort: Effort, out: Path) -> list[judge.Row]
 
 
 def exported(model: nn.Module, path: Path) -> bool:
-    """Export for another runtime; False, and the reason printed, where the file would be far larger than the .thin one."""
+    """Export for another runtime; False, with the reason printed, where the file would be far larger than .thin."""
     try:
         print(dt.export(model, path, example=example()), flush=True)
     except ExportError as error:
