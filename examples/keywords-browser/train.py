@@ -1,0 +1,369 @@
+"""Train the keyword network to a file of 16 kB: keywords.thin beside this script.
+
+    python examples/keywords-browser/train.py --data DIR [--steps 2400] [--seed 0] [--out keywords.thin] [--test]
+
+DIR has the six wake words of the repository Picovoice/wake-word-benchmark (Apache-2.0), a folder for each word, as
+docs/keywords.md says. A page that listens also hears what is none of the words. Recordings for that are made here: sentences
+of eSpeak NG (``espeak-ng`` must be installed) in many voices, recordings of words backwards, in pieces and over each
+other, noise and silence. Each batch is a piece of 24 streams that go on for ever, with a word or something else in
+each, at random loudness, with random noise and filters.
+
+The network is one GRU with DeepThin factors that are trained to the size of the file (docs/rate.md). Development recordings are
+shown during training; the test recordings with ``--test``, after it.
+"""
+
+import argparse
+import subprocess
+import time
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from network import OTHER, WORDS, Spotter, smoothed
+from torch import nn
+
+import deepthin.torch as dt
+from deepthin.lab.tasks.log_mel import HOP, RATE, WINDOW, log_mel, resampled
+from deepthin.lab.tasks.words import LISTS, split_of
+
+HERE = Path(__file__).parent
+FILE_BYTES = 16_000
+RULES = {
+    "model": {"file_bytes": FILE_BYTES},
+    "rules": {
+        "output": {"method": "coded"},
+        "*": {"method": "deepthin", "rank": 8, "floats": 0.33, "then": {"method": "coded"}},
+    },
+}
+RATE_OF_LEARNING = 1e-3
+BATCH, FRAMES = 24, 250  # a piece of each stream: 2.5 s
+SAMPLES = FRAMES * HOP
+TRANSFORM = 40_960  # at least as many samples, and quick to transform
+BEFORE, AFTER = 5, 25  # frames around the end of a word at which the word is to be said
+SHOWN = 0.5  # the mean above which a word counts as heard
+TAIL = 0.4  # seconds of silence after a recording, in which the word may still be said
+VOICES = {
+    "train": ("en-gb", "en-us", "en-gb-scotland", "en-029", "en-gb-x-rp", "en-us+f2", "en-gb+f4", "en-us+m3", "en-us+m7"),
+    "dev": ("en-gb-x-gbcwmd", "en-us+f5"),
+    "test": ("en-gb-x-gbclan", "en-us+f3"),
+}
+SENTENCES = """
+The train to the coast leaves at a quarter past nine. | Please put the blue cup back on the table. | She has never seen so much snow in April.
+We should call your sister before dinner. | How many people live in that old house? | I would like a coffee without sugar.
+The children were playing football behind the school. | It takes about twenty minutes to walk there. | Nobody knows where he left the keys.
+Turn left at the second light, then go straight on. | My brother bought a used car last week. | There is a good film on tonight.
+What time does the library close on Saturday? | He said that the answer was in the letter. | Bring an umbrella, it may rain later.
+A dozen eggs, some butter, and a loaf of bread. | Her new job begins on the first of June. | Can you hear the birds in the garden?
+The river was high after three days of rain. | Open the window, it is too warm in here. | They have lived next door for thirty years.
+One, two, three, four, five, six, seven, eight, nine, ten. | The doctor told me to drink more water. | Where did you learn to cook like that?
+Yes, no, maybe, stop, go, up, down, left, right, on, off. | The music was far too loud for me. | It is cheaper to buy it in the market.
+Let us meet in front of the station. | The cat is asleep on the warm stove. | Nothing in this box belongs to us.
+""".replace("\n", "|").split("|")
+SENTENCES = tuple(sentence.strip() for sentence in SENTENCES if sentence.strip())
+
+
+def recordings(folder: Path) -> dict[str, list[tuple[np.ndarray, int]]]:
+    """Read the recordings of the words.
+
+    Args:
+        folder: A folder for each word.
+
+    Returns:
+        Split -> samples at 16 kHz, between -1 and 1, and the number of the word.
+    """
+    lists = {split: set((folder / name).read_text().split()) for split, name in LISTS.items()}
+    found: dict[str, list[tuple[np.ndarray, int]]] = {"train": [], "dev": [], "test": []}
+    for number, word in enumerate(WORDS):
+        for path in sorted((folder / word).iterdir()):
+            samples, rate = soundfile.read(path, dtype="float32")
+            found[split_of(f"{word}/{path.name}", lists)].append((resampled(samples, rate), number))
+    return found
+
+
+def synthetic(split: str) -> list[np.ndarray]:
+    """Say the sentences in the voices of a split; in training, also with their words in another order.
+
+    Args:
+        split: ``"train"``, ``"dev"`` or ``"test"``, which has every third sentence of its own.
+
+    Returns:
+        Samples of each sentence in each voice.
+    """
+    third = {"train": 0, "dev": 1, "test": 2}[split]
+    own = [text for number, text in enumerate(SENTENCES) if number % 3 == third or (third == 0 and number % 3 == 0)]
+    if split == "train":
+        generator = np.random.default_rng(0)
+        own += [" ".join(generator.permutation(text.split())) for text in own]
+    found = []
+    for number, voice in enumerate(VOICES[split]):
+        for text in own:
+            speed, pitch = str(130 + 17 * number % 80), str(35 + 13 * number % 40)
+            command = ["espeak-ng", "-v", voice, "-s", speed, "-p", pitch, "--stdout", text]
+            sound = subprocess.run(command, check=True, capture_output=True).stdout
+            samples, rate = soundfile.read(BytesIO(sound), dtype="float32")
+            found.append(resampled(samples, rate))
+    return found
+
+
+def end_of_word(samples: np.ndarray) -> int:
+    """The sample where a word ends: the end of the last frame with a fiftieth of the power of the loudest ones.
+
+    Args:
+        samples: A recording of a word.
+
+    Returns:
+        A position in it.
+    """
+    power = np.convolve(samples.astype(np.float64) ** 2, np.ones(WINDOW) / WINDOW, "same")[::HOP]
+    loud = np.flatnonzero(power > np.quantile(power, 0.95) / 50)
+    return int(loud[-1]) * HOP
+
+
+class Streams:
+    """Random pieces of streams: samples, and for each frame its class and what it may be besides.
+
+    Args:
+        words: Recordings and their words.
+        speech: Speech without these words.
+        seed: Of all random numbers.
+    """
+
+    def __init__(self, words: list[tuple[np.ndarray, int]], speech: list[np.ndarray], seed: int) -> None:
+        self.words, self.speech, self.random = words, speech, np.random.default_rng(seed)
+        self.ends = [end_of_word(samples) for samples, _ in words]
+
+    def batch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw the next piece of each stream.
+
+        Returns:
+            Features, items x frames x 40; the class of each frame, items x frames; and whether the frame may as well be
+            ``OTHER``, which is so while a word is being said.
+        """
+        made = [self._piece() for _ in range(BATCH)]
+        return tuple(np.stack(parts) for parts in zip(*made, strict=True))
+
+    def _piece(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        random = self.random
+        samples = np.zeros(SAMPLES + WINDOW - HOP, np.float32)
+        target, either = np.full(FRAMES, len(WORDS)), np.zeros(FRAMES, bool)
+        kind = random.random()
+        if kind < 0.6:
+            number = int(random.integers(len(self.words)))
+            word, label = self.words[number]
+            at = int(random.integers(len(samples) - len(word) - 4_000)) if len(word) + 4_000 < len(samples) else 0
+            if random.random() < 0.3 and at > 8_000:
+                self._add(samples, self._other(), 0, at - 2_000)
+            last = at + len(word)
+            if random.random() < 0.3 and last + 8_000 < len(samples):
+                self._add(samples, self._other(), last + 4_000, len(samples))
+            self._add(samples, word, at, len(samples))
+            end = (at + self.ends[number]) // HOP
+            either[at // HOP : end + AFTER + 20] = True
+            target[at // HOP : end + AFTER + 20] = label
+            either[max(end - BEFORE, 0) : end + AFTER] = False
+        elif kind < 0.92:
+            at = 0
+            while at < len(samples):
+                other = self._other()
+                self._add(samples, other, at, len(samples))
+                at += len(other) + int(random.integers(1, 8_000))
+        return log_mel(self._heard(samples)).astype(np.float32), target, either
+
+    def _add(self, samples: np.ndarray, sound: np.ndarray, start: int, stop: int) -> None:
+        """Add a sound between two positions."""
+        sound = sound[: stop - start]
+        samples[start : start + len(sound)] += sound
+
+    def _other(self) -> np.ndarray:
+        """Something that is none of the words: a sentence, or a word that was cut up, reversed or overlaid."""
+        random, kind = self.random, self.random.random()
+        if kind < 0.5:
+            sentence = self.speech[int(random.integers(len(self.speech)))]
+            start = int(random.integers(max(len(sentence) - 16_000, 1)))
+            gain = np.float32(random.uniform(0.3, 1.0))
+            return gain * _stretched(sentence[start : start + 40_000], random.uniform(0.8, 1.25))
+        word = self.words[int(random.integers(len(self.words)))][0]
+        if kind < 0.65:
+            return word[::-1]
+        if kind < 0.8:  # the first part of a word
+            loud = np.flatnonzero(np.abs(word) > np.abs(word).max() / 8)
+            middle = (loud[0] + loud[-1]) // 2
+            cut = int(loud[0] + random.uniform(0.2, 0.8) * (middle - loud[0]))
+            part = word[:cut].copy()
+            part[-400:] *= np.linspace(1, 0, len(part[-400:]), dtype=np.float32)
+            return part
+        pieces = []  # pieces of many words
+        for _ in range(int(random.integers(3, 9))):
+            other = self.words[int(random.integers(len(self.words)))][0]
+            start, length = int(random.integers(len(other) - 4_800)), int(random.integers(1_600, 4_800))
+            piece = other[start : start + length].copy()
+            fade = np.linspace(0, 1, 240, dtype=np.float32)
+            piece[:240] *= fade
+            piece[-240:] *= fade[::-1]
+            pieces.append(piece)
+        return np.concatenate(pieces)
+
+    def _heard(self, samples: np.ndarray) -> np.ndarray:
+        """What a microphone makes of sound: another speed, a filter, noise, another loudness."""
+        random = self.random
+        if random.random() < 0.9:
+            spectrum = np.fft.rfft(samples, TRANSFORM)
+            frequency = np.linspace(0, 1, len(spectrum))
+            tilt = np.exp(random.normal(0, 0.6) * (frequency - 0.3) + random.normal(0, 0.3) * np.cos(np.pi * frequency * random.uniform(1, 4)))
+            samples = np.fft.irfft(spectrum * tilt)[: len(samples)].astype(np.float32)
+            level = np.exp(random.uniform(np.log(1e-4), np.log(0.03)))
+            slope = random.uniform(0, 1.2)  # 0: white, 1: pink
+            white = np.fft.rfft(random.standard_normal(TRANSFORM).astype(np.float32))
+            white /= np.maximum(np.arange(len(white)), 100.0) ** slope
+            noise = np.fft.irfft(white)[: len(samples)]
+            noise *= level / (noise.std() + 1e-9)
+            if random.random() < 0.2:  # hum of the mains
+                noise += level * np.sin(2 * np.pi * random.choice((50, 60, 100, 120)) * np.arange(len(samples)) / RATE)
+            samples = samples + noise.astype(np.float32)
+        return np.clip(samples * np.float32(np.exp(random.uniform(np.log(0.1), np.log(2.5)))), -1, 1)
+
+
+def _stretched(samples: np.ndarray, factor: float) -> np.ndarray:
+    """Play a sound faster or slower, which changes its pitch too."""
+    positions = np.arange(0, len(samples) - 1, factor)
+    return np.interp(positions, np.arange(len(samples)), samples).astype(np.float32)
+
+
+def loss_of(scores: torch.Tensor, target: torch.Tensor, either: torch.Tensor) -> torch.Tensor:
+    """Cross entropy over frames; where ``OTHER`` is right as well, of both together.
+
+    Args:
+        scores: items x frames x classes.
+        target: Classes, items x frames.
+        either: items x frames.
+
+    Returns:
+        The mean, nats a frame; frames of words count twice.
+    """
+    logs = scores.log_softmax(-1)
+    right = logs.gather(2, target[..., None])[..., 0]
+    both = torch.logaddexp(right, logs[..., -1])
+    word = (target < len(WORDS)) & ~either
+    weight = 1.0 + word
+    return -(torch.where(either, both, right) * weight).sum() / weight.sum()
+
+
+def with_tail(samples: np.ndarray) -> np.ndarray:
+    """A recording and silence after it.
+
+    Args:
+        samples: The recording.
+
+    Returns:
+        The longer one.
+    """
+    return np.concatenate([samples, np.zeros(round(TAIL * RATE), np.float32)])
+
+
+@torch.inference_mode()
+def peaks(model: Spotter, sounds: Iterable[np.ndarray]) -> torch.Tensor:
+    """The largest smoothed probability of each word, in each recording by itself.
+
+    Args:
+        model: The network.
+        sounds: Samples of each recording.
+
+    Returns:
+        sounds x words.
+    """
+    found = []
+    for samples in sounds:
+        scores = model(torch.from_numpy(log_mel(with_tail(samples)))[None])
+        found.append(smoothed(scores)[0, :, : len(WORDS)].amax(0))
+    return torch.stack(found)
+
+
+def judge(model: Spotter, words: list[tuple[np.ndarray, int]], speech: list[np.ndarray]) -> str:
+    """Errors, in words.
+
+    Args:
+        model: The network.
+        words: Recordings and their words.
+        speech: Speech without them.
+
+    Returns:
+        Words mistaken for another, words not heard, and words heard in other speech.
+    """
+    model.eval()
+    targets = torch.tensor([number for _, number in words])
+    best, chosen = peaks(model, (samples for samples, _ in words)).max(1)
+    wrong, missed = int((chosen != targets).sum()), int(((best < SHOWN) | (chosen != targets)).sum())
+    heard = int((peaks(model, speech) > SHOWN).any(1).sum())
+    backwards = int((peaks(model, (samples[::-1].copy() for samples, _ in words)) > SHOWN).any(1).sum())
+    model.train()
+    return (
+        f"{wrong} of {len(words)} words taken for another ({100 * wrong / len(words):.1f} %), {missed} not heard; "
+        f"a word heard in {heard} of {len(speech)} other sentences, in {backwards} of {len(words)} words backwards"
+    )
+
+
+def train(folder: Path, out: Path, steps: int, seed: int, test: bool) -> None:
+    """Train and save.
+
+    Args:
+        folder: The recordings.
+        out: The file.
+        steps: Number of steps.
+        seed: Of all random numbers.
+        test: Whether to judge by the test recordings, at the end.
+    """
+    torch.manual_seed(seed)
+    words = recordings(folder)
+    streams = Streams(words["train"], synthetic("train"), seed)
+    unheard = {split: synthetic(split) for split in ("dev", "test")}
+    model = Spotter()
+    print(dt.compress(model, RULES, init="scratch", seed=seed))
+    target = dt.SizeTarget(model, steps=steps)
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, lr=RATE_OF_LEARNING))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], steps, pct_start=0.1, cycle_momentum=False
+    )
+    state, began = torch.zeros(1, BATCH, model.gru.hidden_size), time.time()
+    for step in range(steps):
+        features, classes, either = map(torch.from_numpy, streams.batch())
+        fresh = torch.from_numpy(streams.random.random(BATCH) < 0.3)
+        state = torch.where(fresh[None, :, None], 0, state)
+        scores, state = model.stream(features, state)
+        state = state.detach()
+        loss = loss_of(scores, classes, either)
+        (loss + target.penalty()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        target.step()
+        if not torch.isfinite(loss):
+            raise SystemExit(f"The loss is {loss.item()} after {step + 1} steps: lower RATE_OF_LEARNING.")
+        if step % 50 == 49:
+            print(f"{step + 1}: {loss.item():.3f} nats, {target.bytes:,.0f} bytes, {time.time() - began:.0f} s", flush=True)
+        if step % 400 == 399:
+            print("development:", judge(model, words["dev"], unheard["dev"]), flush=True)
+            dt.save(model, out)
+    print(dt.save(model, out, max_bytes=FILE_BYTES))
+    print("development:", judge(model, words["dev"], unheard["dev"]))
+    if test:
+        print("test:", judge(model, words["test"], unheard["test"]))
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder with a folder for each word")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "keywords.thin")
+    parser.add_argument("--test", action="store_true", help="judge by the test recordings, at the end")
+    options = parser.parse_args()
+    train(options.data, options.out, options.steps, options.seed, options.test)
+
+
+if __name__ == "__main__":
+    main()
