@@ -2,29 +2,27 @@
 
     python examples/keywords-browser/build.py [--out DIR] [--serve [PORT]]
 
-needs a clone, and ``pip install ziglang``. The files land beside index.html or, with ``--out``, in a folder with copies of the
-page. ``--serve`` serves it on localhost, where browsers allow the microphone.
+needs a clone, and ``pip install ziglang``. The files land beside index.html or, with ``--out``, in a folder with copies
+of the page. ``--serve`` serves it on localhost, where browsers allow the microphone.
 """
 
 import argparse
 import functools
 import http.server
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from network import BANDS, WORDS, Spotter
+from network import BANDS, Spotter
 
 import deepthin.torch as dt
-from deepthin.lab.tasks.log_mel import HOP, RATE
 
 HERE = Path(__file__).resolve().parent
 RUNTIME = HERE.parents[1] / "runtime"
-PAGE = ("index.html", "page.js", "spotter.js", "capture.js")
-BUILT = ("spotter.wasm", "keywords.dt", "keywords.json")
+PAGE = ("index.html", "page.js", "spotter.js", "capture.js", "keywords.json")
+BUILT = ("spotter.wasm", "keywords.dt")
 FLAGS = (
     "--target=wasm32-wasi", "-mexec-model=reactor", "-nostartfiles", "-Wl,--no-entry", "-Wl,--strip-all",
     "-std=c99", "-Wall", "-Wextra", "-O2", "-msimd128", "-mbulk-memory", "-ffunction-sections", "-fdata-sections",
@@ -43,7 +41,6 @@ def build(out: Path = HERE) -> int:
     out.mkdir(parents=True, exist_ok=True)
     model = dt.load(Spotter(), HERE / "keywords.thin").eval()
     dt.export(model, out / "keywords.dt", "flat", example=(torch.zeros(1, 1, BANDS),), streaming=True)
-    (out / "keywords.json").write_text(json.dumps({"words": WORDS, "rate": RATE, "hop": HOP}))
     sources = [HERE / "spotter.c", *(RUNTIME / name for name in ("dt.c", "dt_file.c", "log_mel.c"))]
     compiler = [sys.executable, "-m", "ziglang", "cc"]
     subprocess.run([*compiler, *FLAGS, f"-I{RUNTIME}", *map(str, sources), "-o", str(out / "spotter.wasm")], check=True)

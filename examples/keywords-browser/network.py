@@ -1,15 +1,15 @@
 """The keyword network: one frame of 40 log-mel features in, a score for each word and for anything else out.
 
-A layer normalisation (which makes the loudness of the microphone irrelevant), one GRU, a linear layer. Each output depends on
-the frames so far only, so the network can run on one frame at a time and keep its state: the same answer as for the
-whole recording.
+A layer normalisation (so that the loudness of the microphone hardly matters), one GRU, a linear layer. Each output
+depends on the frames so far only, so the network can run on one frame at a time and keep its state: the same answer as
+for the whole recording.
 """
 
 import torch
 from torch import Tensor, nn
 
 BANDS, UNITS = 40, 128
-OTHER = "(other)"  # the last class: noise, silence, other words
+
 WORDS = ("alexa", "computer", "jarvis", "smart_mirror", "snowboy", "view_glass")
 SMOOTHING = 0.1  # of each step, in the running mean of the probabilities
 
@@ -19,7 +19,7 @@ class Spotter(nn.Module):
 
     Args:
         units: Number of units of the GRU.
-        classes: Number of classes: the words and ``OTHER``.
+        classes: Number of classes: the words, and one for noise, silence and all other words.
     """
 
     def __init__(self, units: int = UNITS, classes: int = len(WORDS) + 1) -> None:

@@ -30,9 +30,9 @@ function frame(means) {
   if (!open) history.push([...means]);
 }
 
-function draw() {
+function draw(values = spotter.means) {
   if (open && performance.now() - since > STAYS) heard = -1;
-  spotter.means.forEach((mean, number) => {
+  values.forEach((mean, number) => {
     const { row, bar, number: text } = rows[number];
     bar.style.transform = `translateX(${100 * mean - 100}%)`;
     text.textContent = Math.round(100 * mean);
@@ -96,8 +96,11 @@ async function play(data, name) {
     const due = Math.min(Math.floor((performance.now() - began) * spotter.rate / 1000), sound.length);
     spotter.push(sound.subarray(done, due), frame);
     done = due;
-    draw();
-    if (done < sound.length) return void requestAnimationFrame(show);
+    if (done < sound.length) {
+      draw();
+      return void requestAnimationFrame(show);
+    }
+    draw(names.map((_, number) => Math.max(...history.map((means) => means[number])))); // the largest of the recording
     say(heard < 0 ? `None of the words in ${name}` : `Heard in ${name}`);
     window.spotted = { word: heard < 0 ? null : spotter.words[heard], history };
   };

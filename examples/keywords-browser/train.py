@@ -1,18 +1,19 @@
-"""Train the keyword network to a file of 16 kB: keywords.thin beside this script.
+"""Train the keyword network to a file of 16 kB: keywords.thin, and keywords.json with the words, beside this script.
 
-    python examples/keywords-browser/train.py --data DIR [--steps 2400] [--seed 0] [--out keywords.thin] [--test]
+    python examples/keywords-browser/train.py --data DIR [--steps 3600] [--seed 0] [--out keywords.thin] [--test]
 
 DIR has the six wake words of the repository Picovoice/wake-word-benchmark (Apache-2.0), a folder for each word, as
-docs/keywords.md says. A page that listens also hears what is none of the words. Recordings for that are made here: sentences
-of eSpeak NG (``espeak-ng`` must be installed) in many voices, recordings of words backwards, in pieces and over each
-other, noise and silence. Each batch is a piece of 24 streams that go on for ever, with a word or something else in
-each, at random loudness, with random noise and filters.
+docs/keywords.md says. A page that listens also hears what is none of the words. Such sounds are made here: sentences
+that eSpeak NG says in many voices (``espeak-ng`` must be installed), recordings of words backwards, in pieces and cut
+off, noise and silence. A batch is the next 2.5 s of 24 streams, with a word or something else in each, at random
+loudness, with random noise and filters; the network keeps its state from batch to batch, as it does on the page.
 
-The network is one GRU with DeepThin factors that are trained to the size of the file (docs/rate.md). Development recordings are
+The weights of the GRU are DeepThin factors, trained to the size of the file (docs/rate.md). Development recordings are
 shown during training; the test recordings with ``--test``, after it.
 """
 
 import argparse
+import json
 import subprocess
 import time
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from network import OTHER, WORDS, Spotter, smoothed
+from network import WORDS, Spotter, smoothed
 from torch import nn
 
 import deepthin.torch as dt
@@ -38,7 +39,7 @@ RULES = {
         "*": {"method": "deepthin", "rank": 8, "floats": 0.33, "then": {"method": "coded"}},
     },
 }
-RATE_OF_LEARNING = 1e-3
+LEARNING_RATE = 1e-3
 BATCH, FRAMES = 24, 250  # a piece of each stream: 2.5 s
 SAMPLES = FRAMES * HOP
 TRANSFORM = 40_960  # at least as many samples, and quick to transform
@@ -46,23 +47,21 @@ BEFORE, AFTER = 5, 25  # frames around the end of a word at which the word is to
 SHOWN = 0.5  # the mean above which a word counts as heard
 TAIL = 0.4  # seconds of silence after a recording, in which the word may still be said
 VOICES = {
-    "train": ("en-gb", "en-us", "en-gb-scotland", "en-029", "en-gb-x-rp", "en-us+f2", "en-gb+f4", "en-us+m3", "en-us+m7"),
-    "dev": ("en-gb-x-gbcwmd", "en-us+f5"),
-    "test": ("en-gb-x-gbclan", "en-us+f3"),
+    "train": [
+        "en-gb",
+        "en-us",
+        "en-gb-scotland",
+        "en-029",
+        "en-gb-x-rp",
+        "en-us+f2",
+        "en-gb+f4",
+        "en-us+m3",
+        "en-us+m7",
+    ],
+    "dev": ["en-gb-x-gbcwmd", "en-us+f5"],
+    "test": ["en-gb-x-gbclan", "en-us+f3"],
 }
-SENTENCES = """
-The train to the coast leaves at a quarter past nine. | Please put the blue cup back on the table. | She has never seen so much snow in April.
-We should call your sister before dinner. | How many people live in that old house? | I would like a coffee without sugar.
-The children were playing football behind the school. | It takes about twenty minutes to walk there. | Nobody knows where he left the keys.
-Turn left at the second light, then go straight on. | My brother bought a used car last week. | There is a good film on tonight.
-What time does the library close on Saturday? | He said that the answer was in the letter. | Bring an umbrella, it may rain later.
-A dozen eggs, some butter, and a loaf of bread. | Her new job begins on the first of June. | Can you hear the birds in the garden?
-The river was high after three days of rain. | Open the window, it is too warm in here. | They have lived next door for thirty years.
-One, two, three, four, five, six, seven, eight, nine, ten. | The doctor told me to drink more water. | Where did you learn to cook like that?
-Yes, no, maybe, stop, go, up, down, left, right, on, off. | The music was far too loud for me. | It is cheaper to buy it in the market.
-Let us meet in front of the station. | The cat is asleep on the warm stove. | Nothing in this box belongs to us.
-""".replace("\n", "|").split("|")
-SENTENCES = tuple(sentence.strip() for sentence in SENTENCES if sentence.strip())
+SENTENCES = tuple((HERE / "sentences.txt").read_text().splitlines())  # none has one of the words
 
 
 def recordings(folder: Path) -> dict[str, list[tuple[np.ndarray, int]]]:
@@ -84,23 +83,21 @@ def recordings(folder: Path) -> dict[str, list[tuple[np.ndarray, int]]]:
 
 
 def synthetic(split: str) -> list[np.ndarray]:
-    """Say the sentences in the voices of a split; in training, also with their words in another order.
+    """Say sentences in the voices of a split, and their words in another order. Splits share no sentence and no voice.
 
     Args:
-        split: ``"train"``, ``"dev"`` or ``"test"``, which has every third sentence of its own.
+        split: ``"train"``, ``"dev"`` or ``"test"``.
 
     Returns:
         Samples of each sentence in each voice.
     """
-    third = {"train": 0, "dev": 1, "test": 2}[split]
-    own = [text for number, text in enumerate(SENTENCES) if number % 3 == third or (third == 0 and number % 3 == 0)]
-    if split == "train":
-        generator = np.random.default_rng(0)
-        own += [" ".join(generator.permutation(text.split())) for text in own]
+    own = [text for number, text in enumerate(SENTENCES) if ("train", "train", "dev", "test")[number % 4] == split]
+    generator = np.random.default_rng(0)
+    own += [" ".join(generator.permutation(text.split())) for text in own]
     found = []
     for number, voice in enumerate(VOICES[split]):
         for text in own:
-            speed, pitch = str(130 + 17 * number % 80), str(35 + 13 * number % 40)
+            speed, pitch = str(130 + (17 * number) % 80), str(35 + (13 * number) % 40)
             command = ["espeak-ng", "-v", voice, "-s", speed, "-p", pitch, "--stdout", text]
             sound = subprocess.run(command, check=True, capture_output=True).stdout
             samples, rate = soundfile.read(BytesIO(sound), dtype="float32")
@@ -140,7 +137,7 @@ class Streams:
 
         Returns:
             Features, items x frames x 40; the class of each frame, items x frames; and whether the frame may as well be
-            ``OTHER``, which is so while a word is being said.
+            none of the words, which is so while a word is being said.
         """
         made = [self._piece() for _ in range(BATCH)]
         return tuple(np.stack(parts) for parts in zip(*made, strict=True))
@@ -150,7 +147,7 @@ class Streams:
         samples = np.zeros(SAMPLES + WINDOW - HOP, np.float32)
         target, either = np.full(FRAMES, len(WORDS)), np.zeros(FRAMES, bool)
         kind = random.random()
-        if kind < 0.6:
+        if kind < 0.5:
             number = int(random.integers(len(self.words)))
             word, label = self.words[number]
             at = int(random.integers(len(samples) - len(word) - 4_000)) if len(word) + 4_000 < len(samples) else 0
@@ -180,15 +177,15 @@ class Streams:
     def _other(self) -> np.ndarray:
         """Something that is none of the words: a sentence, or a word that was cut up, reversed or overlaid."""
         random, kind = self.random, self.random.random()
-        if kind < 0.5:
+        if kind < 0.4:
             sentence = self.speech[int(random.integers(len(self.speech)))]
             start = int(random.integers(max(len(sentence) - 16_000, 1)))
             gain = np.float32(random.uniform(0.3, 1.0))
             return gain * _stretched(sentence[start : start + 40_000], random.uniform(0.8, 1.25))
         word = self.words[int(random.integers(len(self.words)))][0]
-        if kind < 0.65:
+        if kind < 0.6:
             return word[::-1]
-        if kind < 0.8:  # the first part of a word
+        if kind < 0.75:  # the first part of a word
             loud = np.flatnonzero(np.abs(word) > np.abs(word).max() / 8)
             middle = (loud[0] + loud[-1]) // 2
             cut = int(loud[0] + random.uniform(0.2, 0.8) * (middle - loud[0]))
@@ -212,7 +209,10 @@ class Streams:
         if random.random() < 0.9:
             spectrum = np.fft.rfft(samples, TRANSFORM)
             frequency = np.linspace(0, 1, len(spectrum))
-            tilt = np.exp(random.normal(0, 0.6) * (frequency - 0.3) + random.normal(0, 0.3) * np.cos(np.pi * frequency * random.uniform(1, 4)))
+            tilt = np.exp(
+                random.normal(0, 0.6) * (frequency - 0.3)
+                + random.normal(0, 0.3) * np.cos(np.pi * frequency * random.uniform(1, 4))
+            )
             samples = np.fft.irfft(spectrum * tilt)[: len(samples)].astype(np.float32)
             level = np.exp(random.uniform(np.log(1e-4), np.log(0.03)))
             slope = random.uniform(0, 1.2)  # 0: white, 1: pink
@@ -233,7 +233,7 @@ def _stretched(samples: np.ndarray, factor: float) -> np.ndarray:
 
 
 def loss_of(scores: torch.Tensor, target: torch.Tensor, either: torch.Tensor) -> torch.Tensor:
-    """Cross entropy over frames; where ``OTHER`` is right as well, of both together.
+    """Cross entropy over frames; where "none of the words" is right as well, of both together.
 
     Args:
         scores: items x frames x classes.
@@ -322,7 +322,7 @@ def train(folder: Path, out: Path, steps: int, seed: int, test: bool) -> None:
     model = Spotter()
     print(dt.compress(model, RULES, init="scratch", seed=seed))
     target = dt.SizeTarget(model, steps=steps)
-    optimizer = torch.optim.Adam(dt.parameter_groups(model, lr=RATE_OF_LEARNING))
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, lr=LEARNING_RATE))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], steps, pct_start=0.1, cycle_momentum=False
     )
@@ -341,13 +341,17 @@ def train(folder: Path, out: Path, steps: int, seed: int, test: bool) -> None:
         schedule.step()
         target.step()
         if not torch.isfinite(loss):
-            raise SystemExit(f"The loss is {loss.item()} after {step + 1} steps: lower RATE_OF_LEARNING.")
+            raise SystemExit(f"The loss is {loss.item()} after {step + 1} steps: lower LEARNING_RATE.")
         if step % 50 == 49:
-            print(f"{step + 1}: {loss.item():.3f} nats, {target.bytes:,.0f} bytes, {time.time() - began:.0f} s", flush=True)
+            print(
+                f"{step + 1}: {loss.item():.3f} nats, {target.bytes:,.0f} bytes, {time.time() - began:.0f} s",
+                flush=True,
+            )
         if step % 400 == 399:
             print("development:", judge(model, words["dev"], unheard["dev"]), flush=True)
             dt.save(model, out)
-    print(dt.save(model, out, max_bytes=FILE_BYTES))
+    print(f"{dt.save(model, out, max_bytes=FILE_BYTES):,} bytes")
+    out.with_suffix(".json").write_text(json.dumps({"words": WORDS, "rate": RATE, "hop": HOP}) + "\n")
     print("development:", judge(model, words["dev"], unheard["dev"]))
     if test:
         print("test:", judge(model, words["test"], unheard["test"]))
@@ -357,7 +361,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with a folder for each word")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "keywords.thin")
     parser.add_argument("--test", action="store_true", help="judge by the test recordings, at the end")
