@@ -573,6 +573,42 @@ class InTurn(Method, Protocol):
 
 
 @runtime_checkable
+class Chain(InTurn, Protocol):
+    """A method that is a tensor train: each entry of its code is one core."""
+
+    def cores(self, code: Code, xp: Namespace) -> list[Array]:
+        """The cores, with ``W[(i1..id), (j1..jd)] = g1[:, i1, j1, :] .. gd[:, id, jd, :]``, cut to rows x cols.
+
+        Args:
+            code: Floats, or integers that stand for them, in the shapes of ``code_shapes``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            For each entry of ``code_shapes``, in order, r_(k-1) x R_k x Q_k x r_k, with a rank of 1 at both ends.
+        """
+        ...
+
+
+@runtime_checkable
+class Drawn(Method, Protocol):
+    """A method whose weight i is one of ``buckets`` entries ``values``, chosen and given its sign by a word.
+
+    The words are those of ``deepthin.coding.bits.splitmix``, from ``seed``: the upper half, scaled to the number of
+    buckets, is the bucket; the lowest bit is set for a negative sign.
+    """
+
+    @property
+    def seed(self) -> int:
+        """Seed of the words."""
+        ...
+
+    @property
+    def buckets(self) -> int:
+        """Number of entries."""
+        ...
+
+
+@runtime_checkable
 class Symbols(Method, Protocol):
     """A method that stores one integer for each weight, in its entry ``symbols``.
 

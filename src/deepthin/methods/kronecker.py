@@ -193,6 +193,18 @@ class Kronecker:
         blocks = xp.moveaxis(xp.reshape(xp.matmul(xp.moveaxis(a, (1,), (0,)), b), (r1, q1, r2, q2)), (2,), (1,))
         return xp.reshape(blocks, (r1 * r2, q1 * q2))[: self.shape[0], : self.shape[1]]
 
+    def cores(self, code: Code, xp: Namespace) -> list[Array]:
+        """A tensor train of two cores, whose inner rank is the number of terms.
+
+        Args:
+            code: ``a`` and ``b``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            1 x R1 x Q1 x terms, and terms x R2 x Q2 x 1.
+        """
+        return [xp.moveaxis(code["a"], (0,), (2,))[None], code["b"][..., None]]
+
     def multiply(self, code: Code, x: Any, xp: Namespace) -> Any:
         """``x @ W.T`` by the factors, without computing the weight.
 

@@ -228,6 +228,18 @@ class TensorTrain:
         whole = xp.moveaxis(xp.reshape(whole, pairs), tuple(range(0, 2 * order, 2)), tuple(range(order)))
         return xp.reshape(whole, (math.prod(self.rows), math.prod(self.cols)))[: self.shape[0], : self.shape[1]]
 
+    def cores(self, code: Code, xp: Namespace) -> list[Array]:
+        """The code itself.
+
+        Args:
+            code: ``core0`` to ``core{d-1}``.
+            xp: Not used.
+
+        Returns:
+            The cores in order.
+        """
+        return [code[core] for core in self.code_shapes()]
+
     def multiply(self, code: Code, x: Any, xp: Namespace) -> Any:
         """``x @ W.T`` core by core, without computing the weight.
 
