@@ -4,7 +4,6 @@
    (Press et al., Numerical Recipes, "FFT of Real Functions"). */
 #include "log_mel.h"
 
-#include <math.h>
 #include <string.h>
 
 enum {
@@ -23,8 +22,7 @@ static const float FLOOR = 1e-6f; /* added to the power of a band */
 static const double FIRST = 1.0 + 20.0 / 700.0, FACTOR = 1.0626611389995068;
 
 /* Store sin(2 pi i / period) for i = 0 .. count - 1, each from the one before by a rotation in double precision. */
-static void sines(float *table, int count, int period)
-{
+static void sines(float *table, int count, int period) {
     const double angle = 6.283185307179586477 / period, square = angle * angle;
     /* the first terms of both series: the next ones are below 1e-17 at the periods used here */
     const double s = angle * (1 - square / 6 * (1 - square / 20 * (1 - square / 42)));
@@ -38,8 +36,20 @@ static void sines(float *table, int count, int period)
     }
 }
 
-void dt_log_mel_init(dt_log_mel *features)
-{
+/* The natural logarithm of a positive normal number: x = m 2^e with m between sqrt(1/2) and sqrt(2), and
+   log m = 2 artanh(s) with s = (m - 1) / (m + 1), whose series is cut off below 1e-9. No libm is needed. */
+static float logarithm(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int32_t exponent = (int32_t)((bits - 0x3f3504f3u + (127u << 23)) >> 23) - 127; /* 0x3f3504f3: sqrt(1/2) */
+    bits -= (uint32_t)exponent << 23;
+    memcpy(&x, &bits, sizeof x);
+    const float s = (x - 1) / (x + 1), square = s * s;
+    const float series = square * (1 / 3.f + square * (1 / 5.f + square * (1 / 7.f + square * (1 / 9.f))));
+    return (float)exponent * 0.693147181f + 2 * (s + s * series);
+}
+
+void dt_log_mel_init(dt_log_mel *features) {
     sines(features->sine, FFT - QUARTER + 1, FFT);
     sines(features->window, WINDOW / 2 + 1, 2 * WINDOW); /* .5 - .5 cos(x) is the square of sin(x / 2) */
     for (int i = 0; i <= WINDOW / 2; i++) features->window[i] *= features->window[i];
@@ -62,14 +72,12 @@ void dt_log_mel_init(dt_log_mel *features)
     dt_log_mel_reset(features);
 }
 
-void dt_log_mel_reset(dt_log_mel *features)
-{
+void dt_log_mel_reset(dt_log_mel *features) {
     features->filled = 0;
 }
 
 /* Transform HALF complex numbers in place. */
-static void transform(float *z, const float *sine)
-{
+static void transform(float *z, const float *sine) {
     const float *cosine = sine + QUARTER;
     for (int i = 1, j = 0; i < HALF; i++) { /* bit reversal: j is i with its bits in reverse order */
         int bit = HALF / 2;
@@ -97,8 +105,7 @@ static void transform(float *z, const float *sine)
 }
 
 /* The power of bin k of the real transform, from the complex one. */
-static float power(const float *z, const float *sine, int k)
-{
+static float power(const float *z, const float *sine, int k) {
     const float c = sine[QUARTER + k], s = sine[k];
     const float *a = z + 2 * (k % HALF), *b = z + 2 * ((HALF - k) % HALF);
     const float even_re = .5f * (a[0] + b[0]), even_im = .5f * (a[1] - b[1]);
@@ -108,8 +115,7 @@ static float power(const float *z, const float *sine, int k)
 }
 
 /* Compute the features of the complete frame. */
-static void compute(dt_log_mel *features, float *frame)
-{
+static void compute(dt_log_mel *features, float *frame) {
     float *work = features->work;
     for (int i = 0; i < WINDOW; i++) {
         work[i] = features->samples[i] * features->window[i <= WINDOW / 2 ? i : WINDOW - i];
@@ -125,13 +131,12 @@ static void compute(dt_log_mel *features, float *frame)
             rise += features->rise[k] * p;
             fall += (1 - features->rise[k]) * p;
         }
-        if (band >= 0) frame[band] = logf(falls + fall + FLOOR);
+        if (band >= 0) frame[band] = logarithm(falls + fall + FLOOR);
         falls = rise;
     }
 }
 
-int dt_log_mel_next(dt_log_mel *features, const float **samples, size_t *count, float *frame)
-{
+int dt_log_mel_next(dt_log_mel *features, const float **samples, size_t *count, float *frame) {
     const size_t missing = WINDOW - features->filled, taken = *count < missing ? *count : missing;
     if (taken) memcpy(features->samples + features->filled, *samples, taken * sizeof(float));
     features->filled += taken;

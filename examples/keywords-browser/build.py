@@ -18,6 +18,8 @@ import torch
 from network import BANDS, Spotter
 
 import deepthin.torch as dt
+from deepthin.torch.export.flat import flat_file
+from deepthin.torch.export.operators import program_of
 
 HERE = Path(__file__).resolve().parent
 RUNTIME = HERE.parents[1] / "runtime"
@@ -40,7 +42,8 @@ def build(out: Path = HERE) -> int:
     """
     out.mkdir(parents=True, exist_ok=True)
     model = dt.load(Spotter(), HERE / "keywords.thin").eval()
-    dt.export(model, out / "keywords.dt", "flat", example=(torch.zeros(1, 1, BANDS),), streaming=True)
+    program = program_of(model, (torch.zeros(1, 1, BANDS),), streaming=True)  # one frame at a time
+    (out / "keywords.dt").write_bytes(flat_file(program))
     sources = [HERE / "spotter.c", *(RUNTIME / name for name in ("dt.c", "dt_file.c", "log_mel.c"))]
     compiler = [sys.executable, "-m", "ziglang", "cc"]
     subprocess.run([*compiler, *FLAGS, f"-I{RUNTIME}", *map(str, sources), "-o", str(out / "spotter.wasm")], check=True)

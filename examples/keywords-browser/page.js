@@ -117,8 +117,8 @@ for (const [event, over] of [['dragover', true], ['dragleave', false], ['drop', 
   });
 }
 
-at('network').textContent = kB(spotter.fileBytes);
-at('code').textContent = kB(spotter.codeBytes);
+at('network').textContent = kB(spotter.bytes.network);
+at('code').textContent = kB(spotter.bytes.code);
 at('time').textContent = `${Math.round(spotter.microseconds())} µs`;
 if (navigator.mediaDevices?.getUserMedia) {
   at('listen').disabled = false;

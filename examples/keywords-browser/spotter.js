@@ -1,31 +1,30 @@
-// The wasm module: samples at 16 kHz in, probabilities of words out.
+// Samples at 16 kHz in, probabilities of words out: spotter.c, the runtime and a network in one wasm module.
+import { load } from './dt.mjs';
 
 const ROOM = 4096; // samples that fit into the module at once
 
-export async function loadSpotter(base = new URL('.', import.meta.url)) {
+export async function loadSpotter() {
   const get = async (name) => {
-    const answer = await fetch(new URL(name, base));
+    const answer = await fetch(new URL(name, import.meta.url));
     if (!answer.ok) throw new Error(`${name} is missing: run build.py first.`);
     return answer.arrayBuffer();
   };
-  const [code, file, words] = await Promise.all([get('spotter.wasm'), get('keywords.dt'), get('keywords.json')]);
-  const { instance } = await WebAssembly.instantiate(code, {});
-  return new Spotter(instance.exports, file, JSON.parse(new TextDecoder().decode(words)), code.byteLength);
+  const [code, file, words] = await Promise.all(['spotter.wasm', 'keywords.dtm', 'keywords.json'].map(get));
+  const network = await load(code, file);
+  const about = JSON.parse(new TextDecoder().decode(words));
+  return new Spotter(network.c, about, { code: code.byteLength, network: file.byteLength });
 }
 
 class Spotter {
-  constructor(wasm, file, { words, rate, hop }, codeBytes) {
-    Object.assign(this, { wasm, words, rate, hop, codeBytes, fileBytes: file.byteLength });
-    const at = wasm.spotter_file(file.byteLength);
-    new Uint8Array(wasm.memory.buffer, at, file.byteLength).set(new Uint8Array(file));
-    this.classes = wasm.spotter_open(file.byteLength);
-    if (this.classes !== words.length + 1) throw new Error(`keywords.dt cannot be used: error ${-this.classes}.`);
-    this.samples = new Float32Array(wasm.memory.buffer, wasm.spotter_samples(), ROOM);
-    this.means = new Float32Array(wasm.memory.buffer, wasm.spotter_means(), this.classes);
+  constructor(c, { words, rate, hop }, bytes) {
+    Object.assign(this, { c, words, rate, hop, bytes });
+    if (c.spotter_open() !== words.length + 1) throw new Error('keywords.dtm does not fit keywords.json.');
+    this.samples = new Float32Array(c.memory.buffer, c.spotter_samples(), ROOM);
+    this.means = new Float32Array(c.memory.buffer, c.spotter_means(), words.length + 1);
   }
 
   reset() {
-    this.wasm.spotter_reset();
+    this.c.spotter_reset();
   }
 
   // Calls each(means) at every frame of 10 ms: a probability for each word, and one for anything else.
@@ -34,14 +33,14 @@ class Spotter {
       const part = sound.subarray(from, from + ROOM);
       this.samples.set(part);
       for (let at = 0; at < part.length; ) {
-        const taken = this.wasm.spotter_push(at, part.length - at);
-        at += taken < 0 ? -1 - taken : taken;
+        const taken = this.c.spotter_push(at, part.length - at);
+        at += Math.abs(taken);
         if (taken < 0) each(this.means);
       }
     }
   }
 
-  // Microseconds for a frame: samples, features, network. The clock is coarse, so many frames are taken.
+  // Microseconds for a frame: features and network. The browser's clock is coarse, so many frames are taken.
   microseconds(frames = 300) {
     const noise = Float32Array.from({ length: frames * this.hop }, () => Math.random() - 0.5);
     this.reset();
