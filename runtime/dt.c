@@ -2,7 +2,13 @@
  * DT_LANES by rounding. */
 #include "dt.h"
 
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* as every compiler expects them */
+void *memcpy(void *to, const void *from, size_t count);
+void *memmove(void *to, const void *from, size_t count);
+void *memset(void *to, int value, size_t count);
+#endif
 
 /* ---- vectors ---- */
 
@@ -63,7 +69,8 @@ static void add_multiple(float *y, float factor, const float *x, size_t count) {
 
 /* ---- numbers ---- */
 
-/* What a network does not use need not be compiled: masks of kinds of matrices, and of functions. */
+/* What a network does not use need not be compiled: masks of kinds of matrices (bits 5 to 7: turned ones, integers,
+ * DT_PACKED), and of functions. */
 #ifndef DT_KINDS
 #define DT_KINDS 0xffffffffu
 #endif
@@ -71,6 +78,9 @@ static void add_multiple(float *y, float factor, const float *x, size_t count) {
 #define DT_MAPS 0xffffffffu
 #endif
 #define IS(w, of) ((DT_KINDS >> (of) & 1) && (w)->kind == (of))
+#define TURNED(w) ((DT_KINDS >> 5 & 1) && (w)->turned)
+#define IS_FLOATS(a) (!(DT_KINDS >> 6 & 1) || (a)->bits == 32)
+#define PACKS (DT_KINDS >> 7 & 1)
 
 static uint32_t integer(const dt_array *a, size_t i) {
     const uint8_t *p = a->data;
@@ -105,7 +115,7 @@ static void scaled(const dt_array *a, size_t i, size_t count, float *to) {
 /* Entries first to first + count of an array, as floats. */
 static void unpack(const dt_array *a, size_t first, size_t count, float *to) {
     const size_t i = first + a->first;
-    if (a->bits == 32) {
+    if (IS_FLOATS(a)) {
         memcpy(to, (const float *)a->data + i, count * sizeof *to);
         return;
     }
@@ -123,7 +133,7 @@ static void unpack(const dt_array *a, size_t first, size_t count, float *to) {
 
 /* As unpack, but floats stay where they are. */
 static const float *numbers(const dt_array *a, size_t first, size_t count, float *scratch) {
-    if (a->bits == 32) return (const float *)a->data + a->first + first;
+    if (IS_FLOATS(a)) return (const float *)a->data + a->first + first;
     unpack(a, first, count, scratch);
     return scratch;
 }
@@ -152,20 +162,20 @@ static size_t floats_of_train(const dt_matrix *w, uint32_t rows) {
         const dt_core *c = w->cores + k;
         before /= c->cols, done *= rows ? c->cols : c->rows;
         most = larger(most, (rows ? 1 : before) * c->before * done);
-        if (c->values.bits != 32) row = larger(row, (size_t)c->cols * c->after);
+        if (!IS_FLOATS(&c->values)) row = larger(row, (size_t)c->cols * c->after);
     }
     return 2 * most + row;
 }
 
 size_t dt_scratch(const dt_matrix *w, uint32_t use) {
-    size_t floats = w->turned && use != DT_ROWS ? w->cols : 0; /* a row */
-    if (w->turned) use = DT_ROWS;
+    size_t floats = TURNED(w) && use != DT_ROWS ? w->cols : 0; /* a row */
+    if (TURNED(w)) use = DT_ROWS;
     if (IS(w, DT_DENSE)) {
-        if (use == DT_PACKED && w->a.bits != 32) floats += (size_t)w->rows * w->cols;
-        if (use == DT_ONCE && w->a.bits != 32) floats += w->cols;
+        if (use == DT_PACKED && !IS_FLOATS(&w->a)) floats += (size_t)w->rows * w->cols;
+        if (use == DT_ONCE && !IS_FLOATS(&w->a)) floats += w->cols;
     } else if (IS(w, DT_WINDOWS)) {
         const sizes s = sizes_of(w);
-        if (w->b.bits != 32) floats += (size_t)s.rank * s.n;
+        if (!IS_FLOATS(&w->b)) floats += (size_t)s.rank * s.n;
         if (use == DT_ROWS) return floats + s.rank;
         floats += rounded_up(s.sums, LONGEST_BLOCK) + s.n + LONGEST_BLOCK + s.n * s.width; /* inputs and their sums */
         floats += use == DT_PACKED ? s.n * s.terms * rounded_up(s.depth, WIDEST) : s.width;
@@ -173,7 +183,7 @@ size_t dt_scratch(const dt_matrix *w, uint32_t use) {
         floats += floats_of_train(w, use == DT_ROWS);
     else if (IS(w, DT_SPARSE))
         floats += 64;
-    else if (w->a.bits != 32)
+    else if (!IS_FLOATS(&w->a))
         floats += w->n;
     return floats;
 }
@@ -204,18 +214,18 @@ static void pack_windows(const dt_matrix *w, const sizes *s, float *to, float *r
 
 static factor prepared(const dt_matrix *w, uint32_t use, float *scratch) {
     factor f = {w, use, NULL, NULL, NULL, scratch, scratch};
-    if (w->turned) f.scratch += w->cols;
+    if (TURNED(w)) f.scratch += w->cols;
     if (IS(w, DT_WINDOWS)) {
         const size_t count = (size_t)w->rank * w->n;
         f.wf = numbers(&w->b, 0, count, f.scratch);
-        if (w->b.bits != 32) f.scratch += count;
-        if (use == DT_PACKED && !w->turned) {
+        if (!IS_FLOATS(&w->b)) f.scratch += count;
+        if (PACKS && use == DT_PACKED && !TURNED(w)) {
             const sizes s = sizes_of(w);
             pack_windows(w, &s, f.scratch, f.scratch + s.n * s.terms * rounded_up(s.depth, WIDEST));
             f.pack = f.scratch, f.scratch += s.n * s.terms * rounded_up(s.depth, WIDEST);
         }
-    } else if (IS(w, DT_DENSE) && !w->turned) {
-        if (w->a.bits == 32 || use == DT_PACKED) f.dense = numbers(&w->a, 0, (size_t)w->rows * w->cols, f.scratch);
+    } else if (IS(w, DT_DENSE) && !TURNED(w)) {
+        if (IS_FLOATS(&w->a) || use == DT_PACKED) f.dense = numbers(&w->a, 0, (size_t)w->rows * w->cols, f.scratch);
     } else if (IS(w, DT_HASHED))
         f.dense = numbers(&w->a, 0, w->n, f.scratch);
     return f;
@@ -259,7 +269,7 @@ static void windows(const factor *f, const float *x, float *y) {
     const size_t length = (size_t)w->m * w->rank;
     uint32_t base = w->offset / w->n, at = w->offset % w->n;
     correlate(w, &s, f->wf, x, padded, sums);
-    if (f->pack) { /* a vector holds outputs of one phase */
+    if (PACKS && f->pack) { /* a vector holds outputs of one phase */
         const size_t lanes = rounded_up(s.depth, DT_LANES);
         const float *pack = f->pack;
         for (uint32_t p = 0; p < s.n && p < w->rows; p++, pack += s.terms * lanes) {
@@ -290,7 +300,7 @@ static void windows(const factor *f, const float *x, float *y) {
     for (uint32_t j = 0; j < w->rows; j++) {
         const float *term = sums + (s.n - 1 - at) * s.width, *from;
         const size_t first = (size_t)base * w->rank;
-        if (w->a.bits == 32 && first + s.width <= length)
+        if (IS_FLOATS(&w->a) && first + s.width <= length)
             from = (const float *)w->a.data + w->a.first + first;
         else {
             const size_t count = length - first < s.terms ? length - first : s.terms;
@@ -313,7 +323,7 @@ static void train(const factor *f, const float *x, float *y) {
     size_t row = 0, before = 1, done = 1;
     for (uint32_t k = 0; k < w->count; k++) {
         before *= w->cores[k].cols;
-        if (w->cores[k].values.bits != 32) row = larger(row, (size_t)w->cores[k].cols * w->cores[k].after);
+        if (!IS_FLOATS(&w->cores[k].values)) row = larger(row, (size_t)w->cores[k].cols * w->cores[k].after);
     }
     float *from = f->scratch, *to = from + (floats - row) / 2, *numbers_of_row = to + (floats - row) / 2;
     memmove(from, x, w->cols * sizeof *x);
@@ -348,7 +358,7 @@ static void row_of_train(const factor *f, uint32_t index, float *y) {
     const size_t floats = floats_of_train(w, 1);
     size_t row = 0, done = 1;
     for (uint32_t k = 0; k < w->count; k++)
-        if (w->cores[k].values.bits != 32) row = larger(row, (size_t)w->cores[k].cols * w->cores[k].after);
+        if (!IS_FLOATS(&w->cores[k].values)) row = larger(row, (size_t)w->cores[k].cols * w->cores[k].after);
     float *from = f->scratch, *to = from + (floats - row) / 2, *numbers_of_row = to + (floats - row) / 2;
     from[0] = 1.0f;
     for (uint32_t k = w->count; k--;) {
@@ -434,7 +444,7 @@ static void row_of(const factor *f, uint32_t index, float *y) {
 /* y = W x, without the scale. */
 static void product(const factor *f, const float *x, float *y) {
     const dt_matrix *w = f->w;
-    if (w->turned) {
+    if (TURNED(w)) {
         memset(y, 0, w->cols * sizeof *y);
         for (uint32_t i = 0; i < w->rows; i++) {
             row_of(f, i, f->row);
@@ -473,7 +483,7 @@ static void scale_and_add(float *y, uint32_t count, float scale, const float *bi
 
 void dt_linear(const dt_matrix *w, const float *bias, uint32_t items, uint32_t use, const float *x, float *y, float *scratch) {
     const factor f = prepared(w, use, scratch);
-    const uint32_t in = w->turned ? w->rows : w->cols, out = w->turned ? w->cols : w->rows;
+    const uint32_t in = TURNED(w) ? w->rows : w->cols, out = TURNED(w) ? w->cols : w->rows;
     for (uint32_t i = 0; i < items; i++, x += in, y += out) {
         product(&f, x, y);
         scale_and_add(y, out, w->scale, bias);
@@ -842,7 +852,7 @@ static void step(uint32_t cell, uint32_t hidden, const float *a, const float *b,
 void dt_recurrent(uint32_t cell, const dt_matrix *input, const dt_matrix *state, const float *input_bias, const float *state_bias,
                   uint32_t steps, uint32_t reverse, uint32_t use, const float *x, uint32_t x_stride, float *y, uint32_t y_stride,
                   float *h, float *c, float *scratch) {
-    const uint32_t width = state->turned ? state->cols : state->rows, hidden = state->turned ? state->rows : state->cols;
+    const uint32_t width = TURNED(state) ? state->cols : state->rows, hidden = TURNED(state) ? state->rows : state->cols;
     const factor of_input = prepared(input, use, scratch);
     scratch += dt_scratch(input, use);
     const factor of_state = prepared(state, use, scratch);

@@ -2,7 +2,13 @@
  * checks each call's reach, so that dt_run reads and writes nothing outside the file, the inputs, the outputs and the arena. */
 #include "dt.h"
 
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* as every compiler expects them */
+void *memcpy(void *to, const void *from, size_t count);
+void *memmove(void *to, const void *from, size_t count);
+void *memset(void *to, int value, size_t count);
+#endif
 
 enum {
     MAGIC = 0x316d7464, /* "dtm1" */
@@ -29,6 +35,11 @@ static const char *const arguments[OPERATORS] = {
     "mvuuppp", "muuppp", "wmvuuppp", "ummvvuuupupuppp", "uuffpp", "u444ppp", "uuuvvpp", "uuuupp", "uufvvpp", "666pp", "ufp", "wuupp",
     "uuuupp", "433fppp",
 };
+
+#ifndef DT_OPERATORS /* those that a file may have, as a mask: what it does not use need not be compiled */
+#define DT_OPERATORS 0xffffffffu
+#endif
+#define IF(one) case one: if (!(DT_OPERATORS >> one & 1)) break;
 
 static const uint32_t *words(const dt_model *m) { return (const uint32_t *)(const void *)m->file; }
 static const uint32_t *inputs_of(const dt_model *m) { return words(m) + HEADER; }
@@ -87,6 +98,8 @@ static dt_matrix matrix_at(const dt_model *m, uint32_t index, dt_core *cores) {
 }
 
 /* ---- checks ---- */
+
+#ifndef DT_SANDBOX /* where memory is a sandbox, as in WebAssembly, a checksum is enough */
 
 static uint64_t times(uint64_t a, uint64_t b) { return b && a > LIMIT / b ? LIMIT + 1 : a * b; }
 
@@ -196,17 +209,17 @@ static int call_is_fine(const dt_model *m, const uint32_t *w) {
     dt_core cores[2][DT_CORES];
     dt_matrix x;
     switch (w[0]) {
-        case LINEAR:
+        IF(LINEAR)
             if (!matrix_exists(m, a[0]) || a[4] > DT_PACKED) return 0;
             x = matrix_at(m, a[0], cores[0]);
             return vector_is_fine(m, a + 1, x.turned ? x.cols : x.rows) && reaches(m, a + 5, times(a[3], x.turned ? x.rows : x.cols), 0) &&
                    reaches(m, a + 7, times(a[3], x.turned ? x.cols : x.rows), 1) && reaches(m, a + 9, dt_scratch(&x, a[4]), 1);
-        case EMBEDDING:
+        IF(EMBEDDING)
             if (!matrix_exists(m, a[0])) return 0;
             x = matrix_at(m, a[0], cores[0]);
             return !x.turned && reaches(m, a + 3, a[1], 0) && reaches(m, a + 5, times(a[1], x.cols), 1) &&
                    reaches(m, a + 7, dt_scratch(&x, DT_ROWS), 1);
-        case CONV: {
+        IF(CONV) {
             const dt_window *s = (const dt_window *)(const void *)a;
             a += WINDOW;
             if (!window_is_fine(s) || !matrix_exists(m, a[0]) || a[4] > DT_ROWS) return 0;
@@ -219,7 +232,7 @@ static int call_is_fine(const dt_model *m, const uint32_t *w) {
                    reaches(m, a + 7, times(a[3], out), 1) &&
                    reaches(m, a + 9, dt_scratch(&x, s->groups > 1 ? DT_ROWS : a[4]) + (uint64_t)x.cols + x.rows, 1);
         }
-        case RECURRENT: {
+        IF(RECURRENT) {
             if (a[0] > DT_LSTM || !matrix_exists(m, a[1]) || !matrix_exists(m, a[2]) || !a[7] || a[8] > 1 || a[9] > DT_PACKED) return 0;
             x = matrix_at(m, a[1], cores[0]);
             const dt_matrix state = matrix_at(m, a[2], cores[1]);
@@ -231,36 +244,39 @@ static int call_is_fine(const dt_model *m, const uint32_t *w) {
                    reaches(m, a + 16, hidden, 1) && (a[0] != DT_LSTM || reaches(m, a + 18, hidden, 1)) &&
                    reaches(m, a + 20, (uint64_t)dt_scratch(&x, a[9]) + dt_scratch(&state, a[9]) + 2 * (uint64_t)width, 1);
         }
-        case MAP: return a[0] < DT_FUNCTIONS && reaches(m, a + 4, a[1], 0) && reaches(m, a + 6, a[1], 1);
-        case PAIR:
+        IF(MAP) return a[0] < DT_FUNCTIONS && reaches(m, a + 4, a[1], 0) && reaches(m, a + 6, a[1], 1);
+        IF(PAIR)
             return a[0] < DT_PAIRS && reaches(m, a + 13, span(a + 1, a + 5, 4), 0) && reaches(m, a + 15, span(a + 1, a + 9, 4), 0) &&
                    reaches(m, a + 17, volume(a + 1, 4), 1);
-        case AFFINE:
+        IF(AFFINE)
             return vector_is_fine(m, a + 3, a[1]) && a[3] != NONE && vector_is_fine(m, a + 5, a[1]) && a[5] != NONE &&
                    reaches(m, a + 7, volume(a, 3), 0) && reaches(m, a + 9, volume(a, 3), 1);
-        case SOFTMAX: return a[0] <= 1 && a[2] && reaches(m, a + 4, volume(a + 1, 3), 0) && reaches(m, a + 6, volume(a + 1, 3), 1);
-        case NORMALIZE:
+        IF(SOFTMAX) return a[0] <= 1 && a[2] && reaches(m, a + 4, volume(a + 1, 3), 0) && reaches(m, a + 6, volume(a + 1, 3), 1);
+        IF(NORMALIZE)
             return a[1] && vector_is_fine(m, a + 3, a[1]) && vector_is_fine(m, a + 5, a[1]) && reaches(m, a + 7, volume(a, 2), 0) &&
                    reaches(m, a + 9, volume(a, 2), 1);
-        case COPY: return reaches(m, a + 18, span(a, a + 6, 6), 0) && reaches(m, a + 20, span(a, a + 12, 6), 1);
-        case FILL: return reaches(m, a + 2, a[0], 1);
-        case POOL: {
+        IF(COPY) return reaches(m, a + 18, span(a, a + 6, 6), 0) && reaches(m, a + 20, span(a, a + 12, 6), 1);
+        IF(FILL) return reaches(m, a + 2, a[0], 1);
+        IF(POOL) {
             const dt_window *s = (const dt_window *)(const void *)a;
             a += WINDOW;
             return window_is_fine(s) && s->outputs == s->channels &&
                    reaches(m, a + 2, times(s->channels, times(s->height, s->width)), 0) &&
                    reaches(m, a + 4, times(s->channels, times(s->out_height, s->out_width)), 1);
         }
-        case REDUCE:
+        IF(REDUCE)
             return a[0] < DT_REDUCTIONS && a[2] && reaches(m, a + 4, volume(a + 1, 3), 0) && reaches(m, a + 6, times(a[1], a[3]), 1);
-        case MATMUL: {
+        IF(MATMUL) {
             const uint32_t left[3] = {a[0], a[1], a[2]}, right[3] = {a[0], a[2], a[3]};
             return reaches(m, a + 11, span(left, a + 4, 3), 0) && reaches(m, a + 13, span(right, a + 7, 3), 0) &&
                    reaches(m, a + 15, times(a[0], times(a[1], a[3])), 1);
         }
-        default: return 0;
+        default: break;
     }
+    return 0;
 }
+
+#endif
 
 static uint32_t crc32_of(const uint8_t *p, size_t count) {
     static const uint32_t table[16] = {0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158, 0x5005713c,
@@ -287,6 +303,7 @@ int dt_open(dt_model *model, const void *file, size_t length) {
                             MATRIX * (uint64_t)w[W_MATRICES] + w[W_CALLS];
     if (w[W_DATA] % 16 || w[W_DATA] > length - 4 || 4 * tables > w[W_DATA]) return DT_E_FORMAT;
     if (w[W_ARENA] > LIMIT || w[W_KEPT] > w[W_ARENA]) return DT_E_FORMAT;
+#ifndef DT_SANDBOX
     for (uint32_t i = 0; i < w[W_INPUTS] + w[W_OUTPUTS]; i++)
         if (inputs_of(&m)[i] > LIMIT) return DT_E_FORMAT;
     for (uint32_t i = 0; i < w[W_ARRAYS]; i++)
@@ -295,9 +312,10 @@ int dt_open(dt_model *model, const void *file, size_t length) {
         if (!matrix_is_fine(&m, matrices_of(&m) + (size_t)MATRIX * i)) return DT_E_FORMAT;
     const uint32_t *call = calls_of(&m), *end = call + w[W_CALLS];
     while (call < end) {
-        if (*call >= OPERATORS || length_of(*call) > (size_t)(end - call) || !call_is_fine(&m, call)) return DT_E_FORMAT;
+        if (*call >= OPERATORS || !(DT_OPERATORS >> *call & 1) || length_of(*call) > (size_t)(end - call) || !call_is_fine(&m, call)) return DT_E_FORMAT;
         call += length_of(*call);
     }
+#endif
     *model = m;
     return DT_OK;
 }
@@ -341,35 +359,35 @@ int dt_run(const dt_model *m, const void *const *inputs, float *const *outputs, 
         dt_matrix x, state;
         const dt_window *s = (const dt_window *)(const void *)a;
         switch (*call) {
-            case LINEAR:
+            IF(LINEAR)
                 x = matrix_at(m, a[0], cores[0]);
                 dt_linear(&x, from(&at, a + 1), a[3], a[4], from(&at, a + 5), to(&at, a + 7), to(&at, a + 9));
                 break;
-            case EMBEDDING:
+            IF(EMBEDDING)
                 x = matrix_at(m, a[0], cores[0]);
                 dt_embedding(&x, a[1], a[2], (const int32_t *)(const void *)from(&at, a + 3), to(&at, a + 5), to(&at, a + 7));
                 break;
-            case CONV:
+            IF(CONV)
                 a += WINDOW, x = matrix_at(m, a[0], cores[0]);
                 dt_conv(s, &x, from(&at, a + 1), a[3], a[4], from(&at, a + 5), to(&at, a + 7), to(&at, a + 9));
                 break;
-            case RECURRENT:
+            IF(RECURRENT)
                 x = matrix_at(m, a[1], cores[0]), state = matrix_at(m, a[2], cores[1]);
                 dt_recurrent(a[0], &x, &state, from(&at, a + 3), from(&at, a + 5), a[7], a[8], a[9], from(&at, a + 10), a[12],
                              to(&at, a + 13), a[15], to(&at, a + 16), a[0] == DT_LSTM ? to(&at, a + 18) : NULL, to(&at, a + 20));
                 break;
-            case MAP: dt_map(a[0], a[1], float_at(a + 2), float_at(a + 3), from(&at, a + 4), to(&at, a + 6)); break;
-            case PAIR: dt_pair(a[0], a + 1, a + 5, a + 9, from(&at, a + 13), from(&at, a + 15), to(&at, a + 17)); break;
-            case AFFINE: dt_affine(a[0], a[1], a[2], from(&at, a + 3), from(&at, a + 5), from(&at, a + 7), to(&at, a + 9)); break;
-            case SOFTMAX: dt_softmax(a[0], a[1], a[2], a[3], from(&at, a + 4), to(&at, a + 6)); break;
-            case NORMALIZE:
+            IF(MAP) dt_map(a[0], a[1], float_at(a + 2), float_at(a + 3), from(&at, a + 4), to(&at, a + 6)); break;
+            IF(PAIR) dt_pair(a[0], a + 1, a + 5, a + 9, from(&at, a + 13), from(&at, a + 15), to(&at, a + 17)); break;
+            IF(AFFINE) dt_affine(a[0], a[1], a[2], from(&at, a + 3), from(&at, a + 5), from(&at, a + 7), to(&at, a + 9)); break;
+            IF(SOFTMAX) dt_softmax(a[0], a[1], a[2], a[3], from(&at, a + 4), to(&at, a + 6)); break;
+            IF(NORMALIZE)
                 dt_normalize(a[0], a[1], float_at(a + 2), from(&at, a + 3), from(&at, a + 5), from(&at, a + 7), to(&at, a + 9));
                 break;
-            case COPY: dt_copy(a, a + 6, a + 12, from(&at, a + 18), to(&at, a + 20)); break;
-            case FILL: dt_fill(a[0], float_at(a + 1), to(&at, a + 2)); break;
-            case POOL: a += WINDOW, dt_pool(s, a[0], a[1], from(&at, a + 2), to(&at, a + 4)); break;
-            case REDUCE: dt_reduce(a[0], a[1], a[2], a[3], from(&at, a + 4), to(&at, a + 6)); break;
-            default: dt_matmul(a, a + 4, a + 7, float_at(a + 10), from(&at, a + 11), from(&at, a + 13), to(&at, a + 15)); break;
+            IF(COPY) dt_copy(a, a + 6, a + 12, from(&at, a + 18), to(&at, a + 20)); break;
+            IF(FILL) dt_fill(a[0], float_at(a + 1), to(&at, a + 2)); break;
+            IF(POOL) a += WINDOW, dt_pool(s, a[0], a[1], from(&at, a + 2), to(&at, a + 4)); break;
+            IF(REDUCE) dt_reduce(a[0], a[1], a[2], a[3], from(&at, a + 4), to(&at, a + 6)); break;
+            default: if (DT_OPERATORS >> MATMUL & 1) dt_matmul(a, a + 4, a + 7, float_at(a + 10), from(&at, a + 11), from(&at, a + 13), to(&at, a + 15)); break;
         }
     }
     return DT_OK;

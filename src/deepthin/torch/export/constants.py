@@ -222,7 +222,9 @@ def store(values: np.ndarray, symbols: np.ndarray | None = None, step: np.ndarra
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     forms = [Stored(flat, flat.size)]
     if symbols is not None and step is not None:
-        made = _stepped(flat, symbols.reshape(-1).astype(np.int64), step.reshape(-1).astype(np.float32), values.shape[-1])
+        made = _stepped(
+            flat, symbols.reshape(-1).astype(np.int64), step.reshape(-1).astype(np.float32), values.shape[-1]
+        )
         forms += [made] if made is not None else []
     forms += _tabled(flat, 0)
     if values.ndim == 2 and values.shape[1] > 1:

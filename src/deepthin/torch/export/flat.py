@@ -12,9 +12,7 @@ from deepthin.torch.export.program import Argument, Place, Program, Space
 MAGIC = b"dtm1"
 VERSION = 1
 NONE = 0xFFFFFFFF
-_OPERATORS = (
-    "linear embedding conv recurrent map pair affine softmax normalize copy fill pool reduce matmul".split()
-)
+OPERATORS = "linear embedding conv recurrent map pair affine softmax normalize copy fill pool reduce matmul".split()
 _HEADER, _ALIGNED = 16, 16  # words; bytes
 
 
@@ -60,7 +58,9 @@ def flat_file(program: Program) -> bytes:
     def stored(array: Stored) -> int:
         if id(array) not in arrays:
             arrays[id(array)] = len(array_words)
-            places = [data.add(one) for one in (array.data, array.step, array.least, array.table, array.fix, array.fix_at)]
+            places = [
+                data.add(one) for one in (array.data, array.step, array.least, array.table, array.fix, array.fix_at)
+            ]
             sizes = (array.fix_at.size, array.zero, array.row, array.bits, array.count, 0)
             array_words.append(_words(*places, *sizes))
         return arrays[id(array)]
@@ -103,13 +103,20 @@ def flat_file(program: Program) -> bytes:
         return _words(_float(value)) if isinstance(value, float) else _words(value)
 
     calls = b"".join(
-        _words(_OPERATORS.index(call.name)) + b"".join(map(argument, call.arguments)) for call in program.calls
+        _words(OPERATORS.index(call.name)) + b"".join(map(argument, call.arguments)) for call in program.calls
     )
     sizes = [_words(*(buffer.floats for buffer in side)) for side in (program.inputs, program.outputs)]
     tables = b"".join([*sizes, *array_words, *cores, *matrix_words, calls])
     start = -(-(4 * _HEADER + len(tables)) // _ALIGNED) * _ALIGNED
     body = tables + bytes(start - 4 * _HEADER - len(tables)) + bytes(data.bytes)
-    counts = (len(program.inputs), len(program.outputs), len(array_words), len(cores), len(matrix_words), len(calls) // 4)
+    counts = (
+        len(program.inputs),
+        len(program.outputs),
+        len(array_words),
+        len(cores),
+        len(matrix_words),
+        len(calls) // 4,
+    )
     total = 4 * _HEADER + len(body) + 4
     header = MAGIC + _words(VERSION, total, program.arena, program.kept, *counts, start)
     whole = header.ljust(4 * _HEADER, b"\0") + body
@@ -133,5 +140,3 @@ def bytes_of_constants(program: Program) -> int:
             arrays[id(matrix.gaps)] = matrix.gaps.nbytes
     vectors = sum(4 * buffer.floats for buffer in program.constants())
     return sum(arrays.values()) + vectors
-
-

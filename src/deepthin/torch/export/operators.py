@@ -18,11 +18,11 @@ from deepthin.torch.generated import ThinLayer
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 DIMENSIONS = 6  # of a copy
-_FUNCTIONS = (
+FUNCTIONS = (
     "relu sigmoid tanh silu gelu gelu_tanh exp log sqrt abs square reciprocal line clamp leaky elu hardsigmoid hardswish "
     "softplus"
 ).split()
-_PAIRS = "add subtract multiply divide larger smaller".split()
+PAIRS = "add subtract multiply divide larger smaller".split()
 _SUM, _MEAN, _MAXIMUM, _MINIMUM = range(4)
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
@@ -241,7 +241,9 @@ class _Builder:
         value = value[0] if isinstance(value, list | tuple) and value else value
         shape = tuple(value.shape) if isinstance(value, Tensor) else None
         if shape is not None and any(not isinstance(size, int) for size in shape):
-            raise ExportError(f"The shape of {node.name} depends on the inputs' values, which the C runtime cannot follow.")
+            raise ExportError(
+                f"The shape of {node.name} depends on the inputs' values, which the C runtime cannot follow."
+            )
         self.shape = shape
         return handler(*given, **named)
 
@@ -317,9 +319,7 @@ class _Builder:
 
     def _broadcast(self, x: View, shape: tuple[int, ...]) -> View:
         new = len(shape) - len(x.shape)
-        strides = [0] * new + [
-            0 if own == 1 else stride for own, stride in zip(x.shape, x.strides, strict=True)
-        ]
+        strides = [0] * new + [0 if own == 1 else stride for own, stride in zip(x.shape, x.strides, strict=True)]
         return View(x.place, shape, tuple(strides))
 
     def do_select(self, x: View, dim: int, index: int) -> View:
@@ -357,7 +357,9 @@ class _Builder:
     def _same(self, x: Any, *_: Any, **__: Any) -> Any:
         return x
 
-    do_clone = do_contiguous = do_detach = do_alias = do_dropout = do_lift_fresh_copy = do_to = do_native_dropout = _same
+    do_clone = do_contiguous = do_detach = do_alias = do_dropout = do_lift_fresh_copy = do_to = do_native_dropout = (
+        _same
+    )
     do_feature_dropout = do_alpha_dropout = do_detach_ = _same
 
     def do_to_copy(self, x: View, **named: Any) -> View:
@@ -448,7 +450,11 @@ class _Builder:
         items, a_step, b_step = (of[0] for of in batches) if batches[0] else (1, 0, 0)
         rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
         made = self.made((*lead, rows, columns))
-        sizes, a_strides, b_strides = (items, rows, inner, columns), (a_step, *a.strides[-2:]), (b_step, *b.strides[-2:])
+        sizes, a_strides, b_strides = (
+            (items, rows, inner, columns),
+            (a_step, *a.strides[-2:]),
+            (b_step, *b.strides[-2:]),
+        )
         self.program.call("matmul", [sizes, a_strides, b_strides, scale, a.place, b.place, made.place])
         return made
 
@@ -494,7 +500,9 @@ class _Builder:
         )
         return made
 
-    def _conv(self, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, flat: bool) -> View:
+    def _conv(
+        self, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, flat: bool
+    ) -> View:
         pair, shape = (_along if flat else lambda value, _: _two(value)), cast(tuple[int, ...], self.shape)
         kernel = pair(weight.shape[2:], 1)
         dilation, stride = pair(dilation, 1), pair(stride, 1)
@@ -525,12 +533,26 @@ class _Builder:
         return made
 
     def do_conv2d(
-        self, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> View:
         return self._conv(x, weight, bias, stride, padding, dilation, groups, flat=False)
 
     def do_conv1d(
-        self, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> View:
         return self._conv(x, weight, bias, stride, padding, dilation, groups, flat=True)
 
@@ -544,18 +566,30 @@ class _Builder:
     # -- recurrent layers --
 
     def _recurrent(
-        self, mode: str, x: Any, states: list[Any], weights: list[Any], biased: bool, layers: int, both: bool, first: bool
+        self,
+        mode: str,
+        x: Any,
+        states: list[Any],
+        weights: list[Any],
+        biased: bool,
+        layers: int,
+        both: bool,
+        first: bool,
     ) -> tuple[View, ...]:
         source = self.whole(x)
         sequence = len(source.shape) == 2
         if sequence:
-            source = View(source.place, (1, *source.shape) if first else (source.shape[0], 1, source.shape[1]), (0, 0, 0))
+            source = View(
+                source.place, (1, *source.shape) if first else (source.shape[0], 1, source.shape[1]), (0, 0, 0)
+            )
         steps, items = (source.shape[1], source.shape[0]) if first else (source.shape[0], source.shape[1])
         places, hidden = 2 if both else 1, states[0].shape[-1]
         each = 4 if biased else 2
         step, item = (1, steps) if first else (items, 1)  # in rows of the sequence
         if self.streaming and both:
-            raise ExportError("A layer of both directions needs the whole sequence: it cannot be exported for streaming.")
+            raise ExportError(
+                "A layer of both directions needs the whole sequence: it cannot be exported for streaming."
+            )
         begun = [self._states(state, layers * places * items * hidden) for state in states]
         width = source.shape[2]
         for level in range(layers):
@@ -586,7 +620,9 @@ class _Builder:
                     ]
                     self.program.call("recurrent", arguments, scratch)
             source, width = made, places * hidden
-        shape = source.shape[1:] if sequence and first else (source.shape[0], source.shape[2]) if sequence else source.shape
+        shape = (
+            source.shape[1:] if sequence and first else (source.shape[0], source.shape[2]) if sequence else source.shape
+        )
         ends = [(layers * places, hidden) if sequence else (layers * places, items, hidden) for _ in begun]
         views = [View(place, end, contiguous_strides(end)) for place, end in zip(begun, ends, strict=True)]
         return (View(source.place, tuple(shape), contiguous_strides(shape)), *views)
@@ -605,16 +641,60 @@ class _Builder:
             self.copy(view, View(Place(buffer), view.shape, contiguous_strides(view.shape)))
         return Place(buffer)
 
-    def do_lstm(self, x: Any, states: list[Any], weights: list[Any], biased: bool, layers: int, _: Any, __: Any, both: bool, first: bool) -> Any:
+    def do_lstm(
+        self,
+        x: Any,
+        states: list[Any],
+        weights: list[Any],
+        biased: bool,
+        layers: int,
+        _: Any,
+        __: Any,
+        both: bool,
+        first: bool,
+    ) -> Any:
         return self._recurrent("lstm", x, states, weights, biased, layers, both, first)
 
-    def do_gru(self, x: Any, state: Any, weights: list[Any], biased: bool, layers: int, _: Any, __: Any, both: bool, first: bool) -> Any:
+    def do_gru(
+        self,
+        x: Any,
+        state: Any,
+        weights: list[Any],
+        biased: bool,
+        layers: int,
+        _: Any,
+        __: Any,
+        both: bool,
+        first: bool,
+    ) -> Any:
         return self._recurrent("gru", x, [state], weights, biased, layers, both, first)
 
-    def do_rnn_tanh(self, x: Any, state: Any, weights: list[Any], biased: bool, layers: int, _: Any, __: Any, both: bool, first: bool) -> Any:
+    def do_rnn_tanh(
+        self,
+        x: Any,
+        state: Any,
+        weights: list[Any],
+        biased: bool,
+        layers: int,
+        _: Any,
+        __: Any,
+        both: bool,
+        first: bool,
+    ) -> Any:
         return self._recurrent("rnn_tanh", x, [state], weights, biased, layers, both, first)
 
-    def do_rnn_relu(self, x: Any, state: Any, weights: list[Any], biased: bool, layers: int, _: Any, __: Any, both: bool, first: bool) -> Any:
+    def do_rnn_relu(
+        self,
+        x: Any,
+        state: Any,
+        weights: list[Any],
+        biased: bool,
+        layers: int,
+        _: Any,
+        __: Any,
+        both: bool,
+        first: bool,
+    ) -> Any:
         return self._recurrent("rnn_relu", x, [state], weights, biased, layers, both, first)
 
     # -- functions of each entry --
@@ -623,7 +703,7 @@ class _Builder:
         """A function of every entry."""
         source = self.whole(x)
         made = self.made(source.shape)
-        index = _FUNCTIONS.index(function)
+        index = FUNCTIONS.index(function)
         self.program.call("map", [index, made.floats, float(a), float(b), source.place, made.place], over=source.place)
         return made
 
@@ -668,7 +748,12 @@ class _Builder:
         number = isinstance(y, int | float)
         if number and function in ("add", "subtract", "multiply", "divide"):
             y = float(y)
-            line = {"add": (1.0, y), "subtract": (1.0, -y), "multiply": (y, 0.0), "divide": (1 / y if y else math.inf, 0.0)}
+            line = {
+                "add": (1.0, y),
+                "subtract": (1.0, -y),
+                "multiply": (y, 0.0),
+                "divide": (1 / y if y else math.inf, 0.0),
+            }
             return self.map("line", x, *line[function])
         a, b = self.dense(x), self.dense(y)
         shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
@@ -680,7 +765,7 @@ class _Builder:
         pad = 4 - len(sizes)
         made = self.made(shape)
         arguments = [
-            _PAIRS.index(function),
+            PAIRS.index(function),
             (1,) * pad + sizes,
             (0,) * pad + first,
             (0,) * pad + second,
@@ -696,7 +781,15 @@ class _Builder:
     def do_add(self, x: Any, y: Any, *, alpha: float = 1) -> View:
         if isinstance(x, int | float):
             x, y = y, x
-        return self.pair("add", x, self.map("line", y, alpha) if alpha != 1 and not isinstance(y, int | float) else y if alpha == 1 else alpha * y)
+        return self.pair(
+            "add",
+            x,
+            self.map("line", y, alpha)
+            if alpha != 1 and not isinstance(y, int | float)
+            else y
+            if alpha == 1
+            else alpha * y,
+        )
 
     def do_sub(self, x: Any, y: Any, *, alpha: float = 1) -> View:
         return self.pair("subtract", x, y) if alpha == 1 else self.do_add(x, y, alpha=-alpha)
@@ -743,7 +836,16 @@ class _Builder:
         return (self._affine(x, scale, shift),)
 
     def do_batch_norm(
-        self, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float, epsilon: float, _: Any
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        mean: Any,
+        variance: Any,
+        training: bool,
+        momentum: float,
+        epsilon: float,
+        _: Any,
     ) -> View:
         return self.do_native_batch_norm_legit_no_training(x, weight, bias, mean, variance, momentum, epsilon)[0]
 
@@ -805,7 +907,14 @@ class _Builder:
 
     def _reduce(self, x: Any, dims: Any, function: int, keep: bool) -> View:
         view = self.dense(x)
-        chosen = sorted({_positive(d, len(view.shape)) for d in (range(len(view.shape)) if not dims and dims != 0 else [dims] if isinstance(dims, int) else dims)})
+        chosen = sorted(
+            {
+                _positive(d, len(view.shape))
+                for d in (
+                    range(len(view.shape)) if not dims and dims != 0 else [dims] if isinstance(dims, int) else dims
+                )
+            }
+        )
         if chosen != list(range(chosen[0], chosen[-1] + 1)):
             left = [at for at in range(len(view.shape)) if at not in chosen]
             order = [*left, *chosen]
@@ -834,7 +943,9 @@ class _Builder:
     def do_amin(self, x: Any, dims: Any = None, keepdim: bool = False) -> View:
         return self._reduce(x, dims, _MINIMUM, keepdim)
 
-    def _pool(self, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, largest: bool, whole: bool, flat: bool) -> View:
+    def _pool(
+        self, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, largest: bool, whole: bool, flat: bool
+    ) -> View:
         pair, shape = (_along if flat else lambda value, _: _two(value)), cast(tuple[int, ...], self.shape)
         source = self.whole(x)
         spatial = 1 if flat else 2
@@ -849,7 +960,14 @@ class _Builder:
         return made
 
     def do_avg_pool2d(
-        self, x: Any, kernel: Any, stride: Any = None, padding: Any = 0, ceil: bool = False, whole: bool = True, by: Any = None
+        self,
+        x: Any,
+        kernel: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil: bool = False,
+        whole: bool = True,
+        by: Any = None,
     ) -> View:
         if by is not None:
             raise ExportError("The C runtime has no pooling with a divisor of its own.")
@@ -894,7 +1012,20 @@ def _function(name: str) -> Callable[[_Builder, Any], View]:
     return lambda self, x, *_, **__: self.map(name, x)
 
 
-for _name in ("relu", "sigmoid", "tanh", "silu", "exp", "log", "sqrt", "abs", "square", "reciprocal", "hardsigmoid", "hardswish"):
+for _name in (
+    "relu",
+    "sigmoid",
+    "tanh",
+    "silu",
+    "exp",
+    "log",
+    "sqrt",
+    "abs",
+    "square",
+    "reciprocal",
+    "hardsigmoid",
+    "hardswish",
+):
     setattr(_Builder, f"do_{_name}", _function(_name))
 
 _VIEWS = ("permute", "transpose", "t", "numpy_T")

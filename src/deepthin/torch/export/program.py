@@ -1,6 +1,7 @@
 """A program of the C runtime: calls of operators on tensors whose places in memory are fixed."""
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -10,6 +11,12 @@ import numpy as np
 from deepthin.torch.export.constants import Matrix, Use
 
 _ALIGNED = 4  # floats: 16 bytes
+_TRIES = 200  # orders in which buffers are placed
+_MANY = 100  # buffers from which one order must do
+
+
+def _up(floats: int) -> int:
+    return -(-floats // _ALIGNED) * _ALIGNED
 
 
 class Space(IntEnum):
@@ -95,7 +102,9 @@ class Program:
     kept: int = 0
     forms: dict[str, str] = field(default_factory=dict)
 
-    def call(self, name: str, arguments: Sequence[Argument], scratch: int | None = None, over: Place | None = None) -> None:
+    def call(
+        self, name: str, arguments: Sequence[Argument], scratch: int | None = None, over: Place | None = None
+    ) -> None:
         """Append a call.
 
         Args:
@@ -156,20 +165,34 @@ class Program:
         kept = [buffer for buffer, *_ in spans.values() if buffer.kept]
         for buffer in kept:
             buffer.at = self.kept
-            self.kept += -(-buffer.floats // _ALIGNED) * _ALIGNED
-        self.arena = self.kept
-        placed: list[tuple[Buffer, int, int]] = []
+            self.kept += _up(buffer.floats)
         others = [span for span in spans.values() if not span[0].kept]
-        for buffer, first, end in sorted(others, key=lambda span: -span[0].floats):
-            taken = sorted((b.at, b.at + b.floats) for b, f, e in placed if f <= end and first <= e)
-            buffer.at = self.kept
-            for low, high in taken:
-                if low - buffer.at >= buffer.floats:
+        peak = max(
+            (sum(_up(b.floats) for b, f, e in others if f <= at <= e) for at in range(len(self.calls))), default=0
+        )
+        chance, best = random.Random(0), self._packed(sorted(others, key=lambda span: -span[0].floats))
+        tries = _TRIES if len(others) <= _MANY else 0
+        while max(best[0], self.kept) > self.kept + peak and tries:
+            order = sorted(others, key=lambda span: -span[0].floats * chance.uniform(0.3, 1))
+            best, tries = min(best, self._packed(order), key=lambda one: one[0]), tries - 1
+        self.arena = best[0]
+        for (buffer, *_), at in zip(others, (best[1][id(buffer)] for buffer, *_ in others), strict=True):
+            buffer.at = at
+
+    def _packed(self, order: Sequence[tuple[Buffer, int, int]]) -> tuple[int, dict[int, int]]:
+        """Give each buffer in turn the lowest place that is free: floats of the arena, and the places."""
+        placed: list[tuple[int, int, int, int]] = []
+        end_of_arena, places = self.kept, dict[int, int]()
+        for buffer, first, end in order:
+            at = self.kept
+            for low, high in sorted((low, high) for low, high, f, e in placed if f <= end and first <= e):
+                if low - at >= buffer.floats:
                     break
-                buffer.at = max(buffer.at, -(-high // _ALIGNED) * _ALIGNED)
-            placed.append((buffer, first, end))
-            self.arena = max(self.arena, buffer.at + buffer.floats)
-        self.arena = -(-self.arena // _ALIGNED) * _ALIGNED
+                at = max(at, high)
+            placed.append((at, at + _up(buffer.floats), first, end))
+            places[id(buffer)] = at
+            end_of_arena = max(end_of_arena, at + _up(buffer.floats))
+        return end_of_arena, places
 
     def _share(self, last: dict[int, int]) -> None:
         """Let an operator write over its input, if nothing reads that later."""
@@ -194,7 +217,9 @@ class Program:
                 merged[id(target)] = source
                 last[id(source)] = last[id(target)]
                 call.arguments = [
-                    Place(source, argument.offset) if isinstance(argument, Place) and argument.buffer is target else argument
+                    Place(source, argument.offset)
+                    if isinstance(argument, Place) and argument.buffer is target
+                    else argument
                     for argument in call.arguments
                 ]
                 call.writes = [source if buffer is target else buffer for buffer in call.writes]

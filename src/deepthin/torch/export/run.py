@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +62,7 @@ class Exported:
         forms: Name of each thin tensor -> how the file computes it.
         thin: Memory and time; None if they were not measured.
         dense: Those of the dense network in the same format; None if they were not measured.
+        notes: What else there is to say about the files: what a device needs.
     """
 
     target: str
@@ -73,6 +74,7 @@ class Exported:
     forms: dict[str, str]
     thin: Measured | None = None
     dense: Measured | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The fields as JSON.
@@ -89,6 +91,7 @@ class Exported:
             f"{self.target}: {self.bytes:,} bytes (.thin: {self.thin_bytes:,}); outputs within {self.error:.1e} of "
             f"the largest at batch {', '.join(map(str, self.batches))}",
             "weights: " + (", ".join(f"{count} {form}" for form, count in counts.items()) or "none is thin"),
+            *self.notes,
         ]
         if self.thin is not None:
             lines.append(f"{'':8}{'bytes':>14}{'memory, MB':>13}{'batch 1, ms':>13}")
@@ -105,6 +108,7 @@ def export(
     to: str | None = None,
     *,
     compare: bool = False,
+    streaming: bool = False,
 ) -> Exported:
     """Write a model for another runtime.
 
@@ -116,8 +120,11 @@ def export(
         model: A thin or dense network, on the CPU; it stays as it is. It is exported for evaluation.
         path: The file to write.
         example: One input, or several, batch first. None: made up from the first layer, where that tells it.
-        to: ``onnx``, ``openvino``, ``executorch``, ``litert`` or ``aoti``; None: by the suffix of the path.
+        to: ``onnx``, ``openvino``, ``executorch``, ``litert``, ``aoti``, ``c`` or ``wasm``; None: by the suffix of the
+            path.
         compare: Whether to export the dense network too, and to measure memory and time of both.
+        streaming: For ``c`` and ``wasm``: whether recurrent layers keep their states from one run to the next. The
+            example then has the steps of one run, as a rule one.
 
     Returns:
         What was written, and how it was measured.
@@ -130,22 +137,29 @@ def export(
     path = Path(path)
     target = target_of(to, path)
     module = target.module()
+    if streaming and not target.streams:
+        raise ConfigError(f"{target.name} files keep no states between runs: streaming is for c and wasm.")
     check_plain(model, f"export(MODEL, {str(path)!r})", replaces=False)
     given = example_of(model, example)
     if path.suffix != target.suffix:
         path = path.with_name(path.name + target.suffix)
+    if hasattr(module, "check_folder"):
+        module.check_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent if path.parent.is_dir() else None) as name:
         folder = Path(name)
         thin_bytes = save(model, folder / "model.thin", finite=False)
         modes = {part: part.training for part in model.modules()}
         try:
             model.eval()
-            files = _written(module, target, model, given, folder / path.name)
+            options = {"streaming": True} if streaming else {}
+            files = _written(module, target, model, given, folder / path.name, **options)
             if target.copies and _size(files) > _most(model, target, thin_bytes):
                 files = _written(module, target, model, given, folder / path.name, compact=True)
-            _check_bytes(model, target, files, thin_bytes)
+            how = cast("dict[str, str]", module.forms(files[0]) if hasattr(module, "forms") else forms(portable(model)))
+            _check_bytes(model, target, module, files, thin_bytes, how)
             _check_constants(model, target, module, files[0])
             error, batches = _check_outputs(model, target, module, files[0], given)
+            notes = tuple(module.notes(files[0])) if hasattr(module, "notes") else ()
         finally:
             for part, was in modes.items():
                 part.training = was
@@ -153,16 +167,21 @@ def export(
         if compare:
             (folder / "dense").mkdir()
             plain = materialize(_copied(model))
-            there = _written(module, target, plain, given, folder / "dense" / path.name)
+            writer = getattr(module, "write_dense", None)
+            there = (
+                writer(plain, given, folder / "dense" / path.name)
+                if writer
+                else _written(module, target, plain, given, folder / "dense" / path.name)
+            )
             inputs = [(tensor if target.fixed else tensor[:1]).numpy() for tensor in given]
             pair = measured(target.name, [files[0], there[0]], inputs, folder)
-            thin, dense = (Measured(_size(of), **one) for of, one in zip((files, there), pair, strict=True))
+            sizes = (_bytes(module, files), _size(there))
+            thin, dense = (Measured(size, **one) for size, one in zip(sizes, pair, strict=True))
         kept = [path.with_name(file.name) for file in files]
-        size = _size(files)
+        size = _bytes(module, files)
         for file, end in zip(files, kept, strict=True):
             os.replace(file, end)
-    how = cast("dict[str, str]", forms(portable(model)))
-    return Exported(target.name, tuple(kept), size, thin_bytes, error, batches, how, thin, dense)
+    return Exported(target.name, tuple(kept), size, thin_bytes, error, batches, how, thin, dense, notes)
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -170,13 +189,19 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _written(
-    module: Any, target: Target, model: nn.Module, given: Sequence[Tensor], path: Path, compact: bool = False
+    module: Any,
+    target: Target,
+    model: nn.Module,
+    given: Sequence[Tensor],
+    path: Path,
+    compact: bool = False,
+    **options: bool,
 ) -> list[Path]:
     # A batch of two, since exporters take one for a fixed size
     shown = given if target.fixed else [torch.cat([tensor[:1], tensor[:1]]) for tensor in given]
     try:
-        return module.write(model, shown, path, compact)
-    except (ConfigError, OSError):
+        return module.write(model, shown, path, compact, **options)
+    except (ConfigError, ExportError, OSError):
         raise
     except Exception as error:  # exporters raise whatever they meet
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -188,6 +213,11 @@ def _written(
 
 def _size(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)
+
+
+def _bytes(module: Any, files: Sequence[Path]) -> int:
+    """What a device stores: the files, or what a compiler makes of them."""
+    return module.size(files) if hasattr(module, "size") else _size(files)
 
 
 def _most(model: nn.Module, target: Target, thin_bytes: int) -> int:
@@ -203,11 +233,13 @@ def _most(model: nn.Module, target: Target, thin_bytes: int) -> int:
     return int(_OVER * thin_bytes) + _A_MATRIX * sum(len(shape) > 1 for shape in shapes) + target.code_bytes
 
 
-def _check_bytes(model: nn.Module, target: Target, files: Sequence[Path], thin_bytes: int) -> None:
-    size, most = _size(files), _most(model, target, thin_bytes)
+def _check_bytes(
+    model: nn.Module, target: Target, module: Any, files: Sequence[Path], thin_bytes: int, how: Mapping[str, str]
+) -> None:
+    size, most = _bytes(module, files), _most(model, target, thin_bytes)
     if size <= most:
         return
-    large = [name for name, form in forms(portable(model)).items() if form == "decoded at export"]
+    large = [name for name, form in how.items() if form == "decoded at export"]
     raise ExportError(
         f"The {target.name} file would have {size:,} bytes, the .thin file {thin_bytes:,}; at most {most:,} are "
         "allowed. "
@@ -268,6 +300,7 @@ def _check_outputs(
             ) from error
         done.append(batch)
         for there, here in zip(made, expected, strict=False):
+            there = there.reshape(here.shape) if target.flat and there.size == here.size else there
             fine = there.shape == here.shape and np.isfinite(there).all()
             scale = float(np.abs(here).max()) if here.size else 0.0
             off = float(np.abs(there - here).max()) / (scale or 1.0) if fine and here.size else math.inf

@@ -50,7 +50,9 @@ def compiler() -> list[str]:
             return [found]
     if zig := zig_compiler():
         return zig
-    raise ConfigError("A C compiler checks what is written, and none was found: install gcc or clang, or pip install ziglang.")
+    raise ConfigError(
+        "A C compiler checks what is written, and none was found: install gcc or clang, or pip install ziglang."
+    )
 
 
 def zig_compiler() -> list[str] | None:
@@ -141,7 +143,9 @@ class FlatModel:
         self._library, self._file = library(flags), aligned(len(data))
         self._file[:] = np.frombuffer(data, np.uint8)
         self._model = _Model()
-        status = self._library.dt_open(ctypes.byref(self._model), ctypes.c_void_p(self._file.ctypes.data), ctypes.c_size_t(len(data)))
+        status = self._library.dt_open(
+            ctypes.byref(self._model), ctypes.c_void_p(self._file.ctypes.data), ctypes.c_size_t(len(data))
+        )
         if status:
             raise ExportError(f"The flat file cannot be read: {_ERRORS.get(status, status)}.")
         pointer = ctypes.byref(self._model)

@@ -18,6 +18,8 @@ class Target:
         packages: What writes and runs it, as modules.
         fixed: Whether a file takes inputs of one shape only.
         code_bytes: Upper bound on the compiled code that a file holds beside its constants.
+        streams: Whether recurrent layers can keep their states from one run to the next.
+        flat: Whether its outputs come without their shapes.
         copies: Whether the format can hold how integers are copied, instead of the copies.
         instead: What to do where the file would be too large.
         install: What to install.
@@ -28,6 +30,8 @@ class Target:
     packages: tuple[str, ...]
     fixed: bool = False
     code_bytes: int = 0
+    streams: bool = False
+    flat: bool = False
     copies: bool = True
     instead: str = (
         "Its integers take fewer bits in the .thin file than other formats have: give the layers fewer bits, or send "
@@ -64,6 +68,18 @@ TARGETS = {
         Target("executorch", ".pte", ("executorch",), fixed=True, install="pip install executorch==1.5.1"),
         Target("litert", ".tflite", ("litert_torch",), fixed=True, install="pip install litert-torch==0.10.0"),
         Target("aoti", ".pt2", (), code_bytes=2_000_000),
+        Target("c", ".c", (), True, code_bytes=16_000, streams=True, flat=True, copies=False),
+        Target(
+            "wasm",
+            ".wasm",
+            ("ziglang",),
+            True,
+            code_bytes=24_000,
+            streams=True,
+            flat=True,
+            copies=False,
+            install="pip install ziglang",
+        ),
     )
 }
 

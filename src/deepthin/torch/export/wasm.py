@@ -1,0 +1,161 @@
+"""A model as WebAssembly: the runtime compiled by zig, a flat file, and a page of JavaScript."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from deepthin.errors import ConfigError
+from deepthin.torch.export import runtime
+from deepthin.torch.export.c_source import used
+from deepthin.torch.export.flat import OPERATORS, flat_file
+from deepthin.torch.export.operators import program_of
+
+_FLAGS = (
+    *(
+        "-target",
+        "wasm32-freestanding",
+        "-std=c99",
+        "-ffreestanding",
+        "-Os",
+        "-DDT_SANDBOX",
+        "-msimd128",
+        "-mbulk-memory",
+        "-fno-math-errno",
+    ),
+    *("-nostdlib", "-Wl,--no-entry", "-Wl,--gc-sections", "-Wl,--strip-all", "-Wl,--export-memory"),
+)
+_EXPORTS = ("wasm_memory", "wasm_open", "wasm_input", "wasm_output", "wasm_floats", "wasm_reset", "wasm_run")
+_programs: dict[Path, dict[str, str]] = {}  # the forms of what was written last
+
+
+def write(
+    model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False, streaming: bool = False
+) -> list[Path]:
+    """Export a model.
+
+    Args:
+        model: A thin or dense network.
+        example: Its inputs; their shapes are fixed.
+        path: The ``.wasm`` file: the runtime, with the operators that the model uses.
+        compact: Not used: integers are stored once.
+        streaming: Whether recurrent layers keep their states from one run to the next.
+
+    Returns:
+        The ``.wasm`` file, the flat file ``.dtm`` and ``.mjs``, which loads both.
+    """
+    program = program_of(model, example, streaming)
+    operators = sum(1 << OPERATORS.index(name) for name in {call.name for call in program.calls})
+    compile_runtime(path, flags=[*used(program).split(), f"-DDT_OPERATORS={operators}u"])
+    flat, script = path.with_suffix(".dtm"), path.with_suffix(".mjs")
+    flat.write_bytes(flat_file(program))
+    shutil.copyfile(runtime.folder() / "dt.mjs", script)
+    _programs.clear()
+    _programs[path] = program.forms
+    return [path, flat, script]
+
+
+def compile_runtime(
+    path: Path, sources: Sequence[Path] = (), exports: Sequence[str] = (), flags: Sequence[str] = ()
+) -> None:
+    """Compile the runtime for WebAssembly with SIMD.
+
+    Args:
+        path: The ``.wasm`` file to write.
+        sources: Further C files.
+        exports: Further functions that JavaScript calls.
+        flags: Further flags of the compiler.
+
+    Raises:
+        ConfigError: zig is not installed.
+    """
+    command = runtime.zig_compiler()
+    if command is None:
+        raise ConfigError("wasm needs zig's C compiler, which is not installed: pip install ziglang")
+    folder = runtime.folder()
+    every = [folder / "dt.c", folder / "dt_file.c", folder / "dt_wasm.c", *sources]
+    named = [f"-Wl,--export={name}" for name in (*_EXPORTS, *exports)]
+    runtime.run([*command, *_FLAGS, *flags, f"-I{folder}", *every, *named, "-o", path], "Compiling for WebAssembly")
+
+
+def forms(path: Path) -> dict[str, str]:
+    """How each thin tensor is stored.
+
+    Args:
+        path: The ``.wasm`` file.
+
+    Returns:
+        Name -> form.
+    """
+    return _programs[path]
+
+
+def notes(path: Path) -> list[str]:
+    """What a page loads.
+
+    Args:
+        path: The ``.wasm`` file.
+
+    Returns:
+        One line.
+    """
+    sizes = [f"{path.with_suffix(end).stat().st_size:,} bytes of {what}" for end, what in _PARTS]
+    return [", ".join(sizes)]
+
+
+_PARTS = ((".wasm", "code"), (".dtm", "network"), (".mjs", "JavaScript"))
+
+
+def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+    """Run a model in node.
+
+    Args:
+        path: The ``.wasm`` file; the others lie beside it.
+
+    Returns:
+        A function of the inputs; outputs have no shape but their size.
+
+    Raises:
+        ConfigError: node is not installed.
+    """
+    if shutil.which("node") is None:
+        raise ConfigError("node checks what is written for wasm, and was not found: install Node.js.")
+
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for at, array in enumerate(inputs):
+                runtime.prepared(array).tofile(folder / f"input{at}")
+            (folder / "run.mjs").write_text(_RUN)
+            command = ["node", folder / "run.mjs", path.resolve(), folder, str(len(inputs))]
+            runtime.run(command, "Running in node")
+            return [np.fromfile(made, np.float32) for made in sorted(folder.glob("output*"))]
+
+    return run
+
+
+_RUN = """
+import { readFile, writeFile } from "node:fs/promises";
+const [path, folder, count] = process.argv.slice(2);
+const { load } = await import(path.replace(/wasm$/, "mjs"));
+const network = await load(await readFile(path), await readFile(path.replace(/wasm$/, "dtm")));
+const bytes = await Promise.all([...Array(+count).keys()].map((at) => readFile(`${folder}/input${at}`)));
+const outputs = network.run(...bytes.map((one) => new Float32Array(new Uint8Array(one).buffer)));
+await Promise.all(outputs.map((one, at) => writeFile(`${folder}/output${at}`, one)));
+"""
+
+
+def warm_up() -> None:
+    """Nothing: node is started at each run."""
+
+
+def is_available() -> bool:
+    """Whether what this target needs is installed.
+
+    Returns:
+        True with zig and node.
+    """
+    return runtime.zig_compiler() is not None and shutil.which("node") is not None
