@@ -4,7 +4,13 @@
    (Press et al., Numerical Recipes, "FFT of Real Functions"). */
 #include "log_mel.h"
 
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* as every compiler expects them */
+void *memcpy(void *to, const void *from, size_t count);
+void *memmove(void *to, const void *from, size_t count);
+void *memset(void *to, int value, size_t count);
+#endif
 
 enum {
     WINDOW = DT_LOG_MEL_WINDOW,

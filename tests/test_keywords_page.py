@@ -47,12 +47,12 @@ def network(example):
 
 @pytest.fixture(scope="module")
 def recordings(example):
-    """The recordings of the words by split."""
+    """Every eighth recording of the words by split."""
     pytest.importorskip("soundfile", reason="soundfile is not installed: pip install 'deepthin[compare]'")
     folder = Path(os.environ.get("DEEPTHIN_DATA", "")) / "wakewords"
     if not folder.is_dir():
         pytest.skip("DEEPTHIN_DATA has no folder wakewords with recordings")
-    return example.train.recordings(folder)
+    return example.train.recordings(folder, every=8)
 
 
 def test_the_file_is_small():
@@ -81,10 +81,10 @@ def test_smoothing_is_a_running_mean_of_probabilities(example):
 
 
 def test_it_knows_words_that_it_was_not_trained_with(example, network, recordings):
-    """Of the development recordings, every tenth: an error of a tenth would be 2 of them, chance is 19 of 23."""
-    some = recordings["dev"][::10]
-    chosen = example.train.peaks(network, (samples for samples, _ in some)).argmax(1)
-    assert (chosen != torch.tensor([number for _, number in some])).sum() <= 2
+    """Chance is five errors of six."""
+    chosen = example.train.peaks(network, (samples for samples, _ in recordings["dev"])).argmax(1)
+    wrong = (chosen != torch.tensor([number for _, number in recordings["dev"]])).float().mean()
+    assert wrong < 0.1
 
 
 def test_noise_and_silence_are_no_words(example, network):
@@ -99,6 +99,7 @@ def test_training_ends_within_the_size(example, tmp_path, monkeypatch):
         pytest.skip("there is no espeak-ng: apt-get install espeak-ng")
     monkeypatch.setattr(example.train, "VOICES", dict.fromkeys(("train", "dev", "test"), ("en-us",)))
     monkeypatch.setattr(example.train, "SENTENCES", ("One short sentence.",) * 4)
+    monkeypatch.setattr(example.train, "BATCH", 2)
     generator = np.random.default_rng(0)
     for word in example.network.WORDS:
         (tmp_path / word).mkdir()
@@ -132,7 +133,16 @@ def built(example, tmp_path_factory):
 
 
 def test_all_that_a_browser_loads_is_small(built):
-    names = "index.html", "page.js", "spotter.js", "capture.js", "spotter.wasm", "keywords.dt", "keywords.json"
+    names = (
+        "index.html",
+        "page.js",
+        "spotter.js",
+        "capture.js",
+        "keywords.wasm",
+        "keywords.dtm",
+        "keywords.mjs",
+        "keywords.json",
+    )
     assert {path.name for path in built.folder.iterdir()} >= set(names)
     assert built.bytes == sum((built.folder / name).stat().st_size for name in names)
     assert built.bytes < MOST_BYTES
@@ -166,9 +176,9 @@ def spoken(example, network, recordings, tmp_path_factory):
 
     folder, found = tmp_path_factory.mktemp("spoken"), []
     for number, word in enumerate(example.network.WORDS):
-        some = [samples for samples, label in recordings["test"] if label == number][: 4 * PER_WORD]
+        some = [samples for samples, label in recordings["test"] if label == number][: 10 * PER_WORD]
         best, chosen = example.train.peaks(network, some).max(1)
-        known = [s for s, p, c in zip(some, best, chosen, strict=True) if c == number and p > 0.7]
+        known = [s for s, p, c in zip(some, best, chosen, strict=True) if c == number and p > 0.55]
         assert len(known) >= PER_WORD
         for place, samples in enumerate(known[:PER_WORD]):
             path = folder / f"{word}-{place}.wav"

@@ -10,25 +10,18 @@ import argparse
 import functools
 import http.server
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from network import BANDS, Spotter
 
 import deepthin.torch as dt
-from deepthin.torch.export.flat import flat_file
-from deepthin.torch.export.operators import program_of
+from deepthin.torch.export import runtime, wasm
 
 HERE = Path(__file__).resolve().parent
-RUNTIME = HERE.parents[1] / "runtime"
 PAGE = ("index.html", "page.js", "spotter.js", "capture.js", "keywords.json")
-BUILT = ("spotter.wasm", "keywords.dt")
-FLAGS = (
-    "--target=wasm32-wasi", "-mexec-model=reactor", "-nostartfiles", "-Wl,--no-entry", "-Wl,--strip-all",
-    "-std=c99", "-Wall", "-Wextra", "-O2", "-msimd128", "-mbulk-memory", "-ffunction-sections", "-fdata-sections",
-)  # fmt: skip
+BUILT = ("keywords.wasm", "keywords.dtm", "keywords.mjs")
+EXPORTS = ("spotter_open", "spotter_reset", "spotter_samples", "spotter_means", "spotter_push")
 
 
 def build(out: Path = HERE) -> int:
@@ -42,11 +35,9 @@ def build(out: Path = HERE) -> int:
     """
     out.mkdir(parents=True, exist_ok=True)
     model = dt.load(Spotter(), HERE / "keywords.thin").eval()
-    program = program_of(model, (torch.zeros(1, 1, BANDS),), streaming=True)  # one frame at a time
-    (out / "keywords.dt").write_bytes(flat_file(program))
-    sources = [HERE / "spotter.c", *(RUNTIME / name for name in ("dt.c", "dt_file.c", "log_mel.c"))]
-    compiler = [sys.executable, "-m", "ziglang", "cc"]
-    subprocess.run([*compiler, *FLAGS, f"-I{RUNTIME}", *map(str, sources), "-o", str(out / "spotter.wasm")], check=True)
+    sources = [HERE / "spotter.c", runtime.folder() / "log_mel.c"]
+    one_frame = (torch.zeros(1, 1, BANDS),)
+    wasm.write(model, one_frame, out / "keywords.wasm", streaming=True, sources=sources, exports=EXPORTS)
     if out != HERE:
         for name in PAGE:
             shutil.copy(HERE / name, out)

@@ -6,7 +6,7 @@
 enum { SAMPLES = 4096, CLASSES = 16 }; /* at most */
 
 /* dt_wasm.c */
-void *wasm_input(uint32_t index);
+const void *wasm_input(uint32_t index);
 float *wasm_output(uint32_t index);
 uint32_t wasm_floats(uint32_t is_output, uint32_t index);
 void wasm_reset(void);
@@ -39,7 +39,8 @@ uint32_t spotter_open(void) {
 int spotter_push(uint32_t first, uint32_t count) {
     const float *at = samples + first;
     size_t left = count;
-    const int complete = dt_log_mel_next(&features, &at, &left, wasm_input(0)), taken = (int)(count - left);
+    float *frame = (float *)wasm_input(0); /* const to those who only read it */
+    const int complete = dt_log_mel_next(&features, &at, &left, frame), taken = (int)(count - left);
     if (!complete) return taken;
 
     const uint32_t classes = wasm_floats(1, 0);

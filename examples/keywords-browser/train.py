@@ -64,11 +64,12 @@ VOICES = {
 SENTENCES = tuple((HERE / "sentences.txt").read_text().splitlines())  # none has one of the words
 
 
-def recordings(folder: Path) -> dict[str, list[tuple[np.ndarray, int]]]:
+def recordings(folder: Path, every: int = 1) -> dict[str, list[tuple[np.ndarray, int]]]:
     """Read the recordings of the words.
 
     Args:
         folder: A folder for each word.
+        every: 1: all; 10: every tenth.
 
     Returns:
         Split -> samples at 16 kHz, between -1 and 1, and the number of the word.
@@ -76,7 +77,7 @@ def recordings(folder: Path) -> dict[str, list[tuple[np.ndarray, int]]]:
     lists = {split: set((folder / name).read_text().split()) for split, name in LISTS.items()}
     found: dict[str, list[tuple[np.ndarray, int]]] = {"train": [], "dev": [], "test": []}
     for number, word in enumerate(WORDS):
-        for path in sorted((folder / word).iterdir()):
+        for path in sorted((folder / word).iterdir())[::every]:
             samples, rate = soundfile.read(path, dtype="float32")
             found[split_of(f"{word}/{path.name}", lists)].append((resampled(samples, rate), number))
     return found
