@@ -202,7 +202,7 @@ def test_the_page_knows_recorded_words_and_computes_what_python_computes(example
             assert page.text_content("#time").endswith(" µs")
             samples, _ = soundfile.read(path, dtype="float32")
             with torch.inference_mode():
-                features = torch.from_numpy(log_mel(example.train.with_tail(samples)))
+                features = torch.from_numpy(log_mel(example.train.heard(samples)))
                 expected = example.network.smoothed(network(features[None]))[0].numpy()
             assert np.abs(np.array(spotted["history"]) - expected).max() < CLOSE
 

@@ -3,7 +3,7 @@ import { loadSpotter } from './spotter.js';
 
 const HEARD = 0.5; // probability from which a word counts as heard
 const STAYS = 1500; // ms for which it is shown
-const TAIL = 0.4; // seconds of silence after a recording: its last word may still be heard
+const SILENCE = 0.4; // seconds, before a recording and after it, where its last word may still be heard
 
 const at = (id) => document.getElementById(id);
 const say = (text) => { at('status').textContent = text; };
@@ -80,8 +80,8 @@ async function play(data, name) {
   let sound;
   try {
     const decoded = await new OfflineAudioContext(1, 1, spotter.rate).decodeAudioData(data.slice(0)); // resampled as well
-    sound = new Float32Array(decoded.length + TAIL * spotter.rate);
-    sound.set(decoded.getChannelData(0));
+    sound = new Float32Array(decoded.length + 2 * SILENCE * spotter.rate);
+    sound.set(decoded.getChannelData(0), SILENCE * spotter.rate);
   } catch {
     return say(`${name} is not a recording that this browser can read.`);
   }

@@ -1,6 +1,6 @@
 """Train the keyword network to a file of 16 kB: keywords.thin, and keywords.json with the words, beside this script.
 
-    python examples/keywords-browser/train.py --data DIR [--steps 3600] [--seed 0] [--out keywords.thin] [--test]
+    python examples/keywords-browser/train.py --data DIR [--steps 3000] [--seed 0] [--out keywords.thin] [--test]
 
 DIR has the six wake words of the repository Picovoice/wake-word-benchmark (Apache-2.0), a folder for each word, as
 docs/keywords.md says. A page that listens also hears what is none of the words. Such sounds are made here: sentences
@@ -45,7 +45,7 @@ SAMPLES = FRAMES * HOP
 TRANSFORM = 40_960  # at least as many samples, and quick to transform
 BEFORE, AFTER = 5, 25  # frames around the end of a word at which the word is to be said
 SHOWN = 0.5  # the mean above which a word counts as heard
-TAIL = 0.4  # seconds of silence after a recording, in which the word may still be said
+SILENCE = 0.4  # seconds, before a recording and after it, where the network may still say the word
 VOICES = {
     "train": [
         "en-gb",
@@ -107,17 +107,17 @@ def synthetic(split: str) -> list[np.ndarray]:
 
 
 def end_of_word(samples: np.ndarray) -> int:
-    """The sample where a word ends: the end of the last frame with a fiftieth of the power of the loudest ones.
+    """The sample where a word ends: the end of the last frame that is loud, beside the loudest and the quietest ones.
 
     Args:
-        samples: A recording of a word.
+        samples: A recording of a word, with some quiet around it.
 
     Returns:
         A position in it.
     """
     power = np.convolve(samples.astype(np.float64) ** 2, np.ones(WINDOW) / WINDOW, "same")[::HOP]
-    loud = np.flatnonzero(power > np.quantile(power, 0.95) / 50)
-    return int(loud[-1]) * HOP
+    quiet, loud = np.quantile(power, (0.2, 0.95))
+    return int(np.flatnonzero(power > min(max(loud / 50, 3 * quiet), loud / 2))[-1]) * HOP
 
 
 class Streams:
@@ -252,8 +252,8 @@ def loss_of(scores: torch.Tensor, target: torch.Tensor, either: torch.Tensor) ->
     return -(torch.where(either, both, right) * weight).sum() / weight.sum()
 
 
-def with_tail(samples: np.ndarray) -> np.ndarray:
-    """A recording and silence after it.
+def heard(samples: np.ndarray) -> np.ndarray:
+    """A recording with silence before and after it, as the page hears it.
 
     Args:
         samples: The recording.
@@ -261,7 +261,7 @@ def with_tail(samples: np.ndarray) -> np.ndarray:
     Returns:
         The longer one.
     """
-    return np.concatenate([samples, np.zeros(round(TAIL * RATE), np.float32)])
+    return np.pad(samples, round(SILENCE * RATE))
 
 
 @torch.inference_mode()
@@ -277,7 +277,7 @@ def peaks(model: Spotter, sounds: Iterable[np.ndarray]) -> torch.Tensor:
     """
     found = []
     for samples in sounds:
-        scores = model(torch.from_numpy(log_mel(with_tail(samples)))[None])
+        scores = model(torch.from_numpy(log_mel(heard(samples)))[None])
         found.append(smoothed(scores)[0, :, : len(WORDS)].amax(0))
     return torch.stack(found)
 
@@ -362,7 +362,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with a folder for each word")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "keywords.thin")
     parser.add_argument("--test", action="store_true", help="judge by the test recordings, at the end")
