@@ -24,8 +24,7 @@ from tolerance import UNIT
 FOLDER = Path(__file__).parents[1] / "examples" / "keywords-browser"
 MODULES = "network", "build", "train"
 MOST_BYTES = 60_000  # of all that a browser loads
-PER_WORD = 1  # recordings of each word that the page is tried with
-CLOSE = 1e-4
+CLOSE = 1e-4  # of probabilities, in WebAssembly and in torch: features differ where a quiet band is beside a loud one
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +170,17 @@ def browser(*arguments):
 
 @pytest.fixture(scope="module")
 def spoken(example, network, recordings, tmp_path_factory):
-    """Recordings of the test split that Python knows, a few for each word, as 16-bit wav files."""
+    """Recordings of the test split that Python knows, of every second word, as 16-bit wav files."""
     import soundfile
 
     folder, found = tmp_path_factory.mktemp("spoken"), []
-    for number, word in enumerate(example.network.WORDS):
-        some = [samples for samples, label in recordings["test"] if label == number][: 10 * PER_WORD]
+    for number, word in list(enumerate(example.network.WORDS))[::2]:
+        some = [samples for samples, label in recordings["test"] if label == number][:10]
         best, chosen = example.train.peaks(network, some).max(1)
         known = [s for s, p, c in zip(some, best, chosen, strict=True) if c == number and p > 0.55]
-        assert len(known) >= PER_WORD
-        for place, samples in enumerate(known[:PER_WORD]):
-            path = folder / f"{word}-{place}.wav"
-            soundfile.write(path, samples, RATE, subtype="PCM_16")
-            found.append((path, word))
+        path = folder / f"{word}.wav"
+        soundfile.write(path, known[0], RATE, subtype="PCM_16")
+        found.append((path, word))
     return found
 
 
