@@ -21,6 +21,7 @@ typedef uint32_t uvec;
 #endif
 enum { SUMS = DT_LANES == 1 ? 16 : 8, BLOCK = SUMS * DT_LANES }; /* accumulators in registers; their numbers */
 enum { WIDEST = 16, LONGEST_BLOCK = 128 };                       /* of any DT_LANES: scratch does not depend on it */
+enum { AHEAD = 512 };                                            /* integers of windows that are decoded ahead */
 
 #define LOAD(p) (*(const vec *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
@@ -103,6 +104,16 @@ static void scaled(const dt_array *a, size_t i, size_t count, float *to) {
             if (a->bits == 8) {
                 const uint8_t *p = (const uint8_t *)a->data + i;
                 for (size_t k = 0; k < some; k++) to[k] = step * (float)((int32_t)p[k] - a->zero);
+            } else if (a->bits < 8) { /* bits are taken from a word that bytes fill up */
+                const size_t at = i * a->bits;
+                const uint8_t *p = (const uint8_t *)a->data + (at >> 3);
+                const uint32_t mask = (1u << a->bits) - 1;
+                uint32_t have = 8 - (at & 7), word = *p++ >> (at & 7);
+                for (size_t k = 0; k < some; k++) {
+                    if (have < a->bits) word |= (uint32_t)*p++ << have, have += 8;
+                    to[k] = step * (float)((int32_t)(word & mask) - a->zero);
+                    word >>= a->bits, have -= a->bits;
+                }
             } else
                 for (size_t k = 0; k < some; k++) to[k] = step * (float)((int32_t)integer(a, i + k) - a->zero);
             if (a->least)
@@ -178,7 +189,7 @@ size_t dt_scratch(const dt_matrix *w, uint32_t use) {
         if (!IS_FLOATS(&w->b)) floats += (size_t)s.rank * s.n;
         if (use == DT_ROWS) return floats + s.rank;
         floats += rounded_up(s.sums, LONGEST_BLOCK) + s.n + LONGEST_BLOCK + s.n * s.width; /* inputs and their sums */
-        floats += use == DT_PACKED ? s.n * s.terms * rounded_up(s.depth, WIDEST) : s.width;
+        floats += use == DT_PACKED ? s.n * s.terms * rounded_up(s.depth, WIDEST) : s.width + (IS_FLOATS(&w->a) ? 0 : AHEAD);
     } else if (IS(w, DT_TRAIN))
         floats += floats_of_train(w, use == DT_ROWS);
     else if (IS(w, DT_SPARSE))
@@ -297,17 +308,19 @@ static void windows(const factor *f, const float *x, float *y) {
         }
         return;
     }
+    size_t begin = 0, end = 0; /* of what `row` holds */
     for (uint32_t j = 0; j < w->rows; j++) {
-        const float *term = sums + (s.n - 1 - at) * s.width, *from;
+        const float *term = sums + (s.n - 1 - at) * s.width, *from = row;
         const size_t first = (size_t)base * w->rank;
         if (IS_FLOATS(&w->a) && first + s.width <= length)
             from = (const float *)w->a.data + w->a.first + first;
-        else {
-            const size_t count = length - first < s.terms ? length - first : s.terms;
+        else if (first + s.width > end) {
+            const size_t most = s.width + (IS_FLOATS(&w->a) ? 0 : AHEAD), count = length - first < most ? length - first : most;
             unpack(&w->a, first, count, row);
-            memset(row + count, 0, (s.width - count) * sizeof *row);
-            from = row;
-        }
+            memset(row + count, 0, (most - count) * sizeof *row);
+            begin = first, end = first + most;
+        } else
+            from += first - begin;
         vec sum = ZERO;
         for (size_t c = 0; c < s.width; c += DT_LANES) sum += LOAD(from + c) * LOAD(term + c);
         y[j] = sum_of(&sum);

@@ -18,6 +18,7 @@ from deepthin.torch.weight import ThinWeight
 FLOATS = 32  # bits of an array that is not packed
 _WIDEST = 16  # floats in a vector, at most; the runtime's scratch is the same for all
 _LONGEST_BLOCK = 128  # sums that the runtime computes at once, at most
+_AHEAD = 512  # integers of windows that are decoded at once
 _SPARSE_CHUNK = 64  # values of a sparse matrix that are decoded at once
 _TABLE_BITS = 8  # of an index into a table of floats
 
@@ -145,7 +146,7 @@ class Matrix:
             if use is Use.ROWS:
                 return floats + self.rank
             floats += _up(sums, _LONGEST_BLOCK) + self.n + _LONGEST_BLOCK + self.n * width
-            return floats + (self.n * terms * _up(depth, _WIDEST) if use is Use.PACKED else width)
+            return floats + (self.n * terms * _up(depth, _WIDEST) if use is Use.PACKED else width + packed * _AHEAD)
         if self.kind is Kind.TRAIN:
             return floats + self._floats_of_train(use is Use.ROWS)
         if self.kind is Kind.SPARSE:
@@ -240,7 +241,7 @@ def _stepped(flat: np.ndarray, symbols: np.ndarray, step: np.ndarray, cols: int)
     factors = np.repeat(step, cols) if row else step
     if not np.array_equal(factors * symbols.astype(np.float32), flat):
         return None
-    low, high = int(symbols.min()), int(symbols.max())
+    low, _high = int(symbols.min()), int(symbols.max())
     best: tuple[float, int, int] | None = None
     counts = np.bincount(symbols - low)
     ends = np.concatenate([[0], np.cumsum(counts)])

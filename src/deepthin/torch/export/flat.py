@@ -12,7 +12,7 @@ from deepthin.torch.export.program import Argument, Place, Program, Space
 MAGIC = b"dtm1"
 VERSION = 1
 NONE = 0xFFFFFFFF
-OPERATORS = "linear embedding conv recurrent map pair affine softmax normalize copy fill pool reduce matmul".split()
+OPERATORS = ["linear", "embedding", "conv", "recurrent", "map", "pair", "affine", "softmax", "normalize", "copy", "fill", "pool", "reduce", "matmul"]
 _HEADER, _ALIGNED = 16, 16  # words; bytes
 
 

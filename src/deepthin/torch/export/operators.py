@@ -18,11 +18,8 @@ from deepthin.torch.generated import ThinLayer
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 DIMENSIONS = 6  # of a copy
-FUNCTIONS = (
-    "relu sigmoid tanh silu gelu gelu_tanh exp log sqrt abs square reciprocal line clamp leaky elu hardsigmoid hardswish "
-    "softplus"
-).split()
-PAIRS = "add subtract multiply divide larger smaller".split()
+FUNCTIONS = ["relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "exp", "log", "sqrt", "abs", "square", "reciprocal", "line", "clamp", "leaky", "elu", "hardsigmoid", "hardswish", "softplus"]
+PAIRS = ["add", "subtract", "multiply", "divide", "larger", "smaller"]
 _SUM, _MEAN, _MAXIMUM, _MINIMUM = range(4)
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}

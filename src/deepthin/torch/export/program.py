@@ -63,8 +63,8 @@ class Call:
 
     Attributes:
         name: Its name there, without ``dt_``.
-        arguments: In C's order: integers, floats, tuples of integers (an array or a ``dt_window``), matrices, places, or
-            None for NULL.
+        arguments: In C's order: integers, floats, tuples of integers (an array or a ``dt_window``), matrices, places,
+            or None for NULL.
         reads: The buffers that it reads.
         writes: The buffers that it writes.
         over: What it may write over its input, element by element: the place of its input; or None.
