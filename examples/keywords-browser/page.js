@@ -100,7 +100,8 @@ async function play(data, name) {
       draw();
       return void requestAnimationFrame(show);
     }
-    draw(names.map((_, number) => Math.max(...history.map((means) => means[number])))); // the largest of the recording
+    const likeliest = (means) => Math.max(...means.slice(0, -1));
+    draw(history.reduce((best, means) => (likeliest(means) > likeliest(best) ? means : best))); // the clearest moment
     say(heard < 0 ? `None of the words in ${name}` : `Heard in ${name}`);
     window.spotted = { word: heard < 0 ? null : spotter.words[heard], history };
   };
