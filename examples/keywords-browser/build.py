@@ -16,7 +16,8 @@ import torch
 from network import BANDS, Spotter
 
 import deepthin.torch as dt
-from deepthin.torch.export import runtime, wasm
+from deepthin.torch.export import wasm
+from deepthin.torch.export.native import runtime
 
 HERE = Path(__file__).resolve().parent
 PAGE = ("index.html", "page.js", "spotter.js", "capture.js", "keywords.json")
