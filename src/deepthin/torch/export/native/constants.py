@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from deepthin.method import Chain, Code, Drawn, Sparse
-from deepthin.methods.factor import Window
+from deepthin.methods.factor import Factored, Window
 from deepthin.methods.float_coding import FloatCoding, stored_by
 from deepthin.torch.weight import ThinWeight
 
 FLOATS = 32  # bits of an array that is not packed
+DIGITS = {103: (3, 5), 106: (6, 3)}
+"""``bits`` of integers that are digits, several in a byte -> their base, and how many a byte holds."""
 _WIDEST = 16  # floats in a vector, at most; the runtime's scratch is the same for all
 _LONGEST_BLOCK = 128  # sums that the runtime computes at once, at most
 _AHEAD = 512  # integers of windows that are decoded at once
@@ -48,7 +50,7 @@ class Stored:
     Attributes:
         data: Floats, or bytes of packed integers, the lowest bits of a byte first.
         count: Number of entries.
-        bits: 1 to 8 or 16 of an integer; 32 for floats.
+        bits: 1 to 8 or 16 of an integer; a key of ``DIGITS``; 32 for floats.
         zero: What is subtracted from an integer before it is multiplied by the step.
         row: Entries that share a step, or a table; 0: all do.
         step: Factor of the integers; None with a table.
@@ -198,11 +200,15 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
     Args:
         values: Integers from 0 to ``2^bits - 1``.
-        bits: 1 to 8, or 16.
+        bits: 1 to 8, 16, or a key of ``DIGITS``.
 
     Returns:
         Bytes.
     """
+    if bits in DIGITS:
+        base, each = DIGITS[bits]
+        digits = np.pad(values, (0, -values.size % each)).reshape(-1, each)
+        return (digits * base ** np.arange(each)).sum(1).astype(np.uint8)
     if bits == 16:
         return values.astype("<u2").view(np.uint8)
     planes = (values[:, None].astype(np.uint8) >> np.arange(bits, dtype=np.uint8)) & 1
@@ -245,16 +251,18 @@ def _stepped(flat: np.ndarray, symbols: np.ndarray, step: np.ndarray, cols: int)
     best: tuple[float, int, int] | None = None
     counts = np.bincount(symbols - low)
     ends = np.concatenate([[0], np.cumsum(counts)])
-    for bits in (*range(1, 9), 16):
-        levels = min(1 << bits, len(counts))
+    for bits in (*range(1, 9), 16, *DIGITS):
+        base, each = DIGITS.get(bits, (1 << bits, 8 / bits))
+        levels = min(base, len(counts))
         inside = ends[levels:] - ends[:-levels] if levels < len(ends) else ends[-1:]
         at = int(np.argmax(inside))
-        size = bits * symbols.size / 8 + 8 * (symbols.size - int(inside[at]))
+        size = symbols.size / each + 8 * (symbols.size - int(inside[at]))
         if best is None or size < best[0]:
             best = (size, bits, low + at)
     assert best is not None
     _, bits, least = best
-    outside = np.flatnonzero((symbols < least) | (symbols >= least + (1 << bits)))
+    base = DIGITS[bits][0] if bits in DIGITS else 1 << bits
+    outside = np.flatnonzero((symbols < least) | (symbols >= least + base))
     inside = symbols - least
     inside[outside] = 0
     return Stored(
@@ -306,13 +314,16 @@ class Matrices:
         values = tensor.detach().float().numpy().reshape(tensor.shape[0], -1)
         return Matrix(Kind.DENSE, *values.shape, a=Array(Stored(np.ascontiguousarray(values).reshape(-1), values.size)))
 
-    def of_weight(self, weight: ThinWeight, index: int, rows: bool = False) -> tuple[Matrix, str]:
+    def of_weight(
+        self, weight: ThinWeight, index: int, rows: bool = False, within: tuple[int, int] | None = None
+    ) -> tuple[Matrix, str]:
         """The matrix of a thin tensor, as its method stores it: outputs x inputs.
 
         Args:
             weight: The thin weight.
             index: Which of its tensors.
             rows: Whether single rows are asked for.
+            within: The first row and the one after the last, if only these are wanted.
 
         Returns:
             The matrix, and how it is stored, in words.
@@ -320,7 +331,10 @@ class Matrices:
         part, decoder, (start, stop) = weight.parts[index], FloatCoding(weight.method).decoder, weight._cuts[index]
         shape = part.shape[::-1] if part.transposed else part.shape
         height, width = shape[0], math.prod(shape[1:])
-        window, alone = weight._windows[index], len(weight.parts) == 1
+        first, last = within or (0, height)
+        start, stop, height = start + first * width, start + last * width, last - first
+        window = decoder.window(start, (height, width)) if isinstance(decoder, Factored) else None
+        alone = len(weight.parts) == 1 and height == shape[0]
         common: dict[str, Any] = {"rows": height, "cols": width, "scale": float(part.scale)}
         matrix: Matrix | None = None
         if window is not None and not window.is_rank:
@@ -336,7 +350,7 @@ class Matrices:
             matrix = Matrix(
                 Kind.HASHED, a=values, n=decoder.buckets, seed=decoder.seed % (1 << 64), offset=start, **common
             )
-        dense = self._dense(weight, index, start, stop, common)
+        dense = self._dense(weight, index, (start, stop), (first, last), common)
         if matrix is None or (size_of(dense) <= size_of(matrix) and not rows):
             return dense, "integers" if cast(Array, dense.a).stored.bits != FLOATS else "decoded at export"
         return matrix, _WORDS[matrix.kind]
@@ -430,16 +444,18 @@ class Matrices:
         values = self._entry(weight, "values")
         return Matrix(Kind.SPARSE, a=Array(values), gaps=gaps, n=gaps.size, m=positions.size, **common)
 
-    def _dense(self, weight: ThinWeight, index: int, start: int, stop: int, common: Mapping[str, Any]) -> Matrix:
+    def _dense(
+        self, weight: ThinWeight, index: int, entries: tuple[int, int], rows: tuple[int, int], common: Mapping[str, Any]
+    ) -> Matrix:
         part, shape = weight.parts[index], (common["rows"], common["cols"])
         with torch.no_grad():
             tensor = weight(index).detach().cpu().float()
         tensor = tensor.T if part.transposed else tensor
-        values = np.ascontiguousarray(tensor.reshape(shape).numpy())
+        values = np.ascontiguousarray(tensor.reshape(-1, shape[1])[slice(*rows)].numpy())
         integers = self._integers(weight, "weight") if part.scale == 1.0 and part.zero_row is None else None
         symbols = step = None
         if integers is not None:
-            symbols, step = integers[0].reshape(-1)[start:stop].reshape(shape), integers[1]
+            symbols, step = integers[0].reshape(-1)[slice(*entries)].reshape(shape), integers[1]
         return Matrix(Kind.DENSE, *shape, a=Array(store(values, symbols, step)))
 
 
