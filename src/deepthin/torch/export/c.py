@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from deepthin.errors import ExportError
-from deepthin.torch.export import runtime
-from deepthin.torch.export.c_source import identifier, sources
-from deepthin.torch.export.flat import bytes_of_constants, flat_file
-from deepthin.torch.export.footprint import CORTEX_M4, Footprint, footprint
-from deepthin.torch.export.operators import program_of
-from deepthin.torch.export.program import Program
+from deepthin.torch.export.native import runtime
+from deepthin.torch.export.native.flat import bytes_of_constants, flat_file
+from deepthin.torch.export.native.footprint import CORTEX_M4, Footprint, footprint
+from deepthin.torch.export.native.operators import program_of
+from deepthin.torch.export.native.program import Program
+from deepthin.torch.export.native.source import identifier, sources
 
 _MARK = "deepthin export"
 _OURS = ("main.c", "Makefile")

@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
-from deepthin.torch.export import runtime
-from deepthin.torch.export.c_source import used
-from deepthin.torch.export.flat import OPERATORS, flat_file
-from deepthin.torch.export.operators import program_of
+from deepthin.torch.export.native import runtime
+from deepthin.torch.export.native.flat import OPERATORS, flat_file
+from deepthin.torch.export.native.operators import program_of
+from deepthin.torch.export.native.source import used
 
 _FLAGS = (
     *(

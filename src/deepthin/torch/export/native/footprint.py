@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepthin.torch.export.c_source import identifier
+from deepthin.torch.export.native.source import identifier
 
 CORTEX_M4 = (
     "arm-none-eabi-gcc",

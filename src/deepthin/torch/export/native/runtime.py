@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-import deepthin
 from deepthin.errors import ConfigError, ExportError
 
 SOURCES = ("dt.c", "dt.h", "dt_file.c")
@@ -27,7 +26,7 @@ def folder() -> Path:
     Raises:
         ConfigError: They are missing.
     """
-    package = Path(deepthin.__file__).parent
+    package = Path(__file__).parents[3]
     for place in (package / "runtime", package.parents[1] / "runtime"):
         if (place / "dt.c").is_file():
             return place

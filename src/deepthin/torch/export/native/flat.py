@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepthin.torch.export.constants import Array, Matrix, Stored
-from deepthin.torch.export.program import Argument, Place, Program, Space
+from deepthin.torch.export.native.constants import Array, Matrix, Stored
+from deepthin.torch.export.native.program import Argument, Place, Program, Space
 
 MAGIC = b"dtm1"
 VERSION = 1
 NONE = 0xFFFFFFFF
-OPERATORS = ["linear", "embedding", "conv", "recurrent", "map", "pair", "affine", "softmax", "normalize", "copy", "fill", "pool", "reduce", "matmul"]
+OPERATORS = (
+    *("linear", "embedding", "conv", "recurrent", "map", "pair", "affine", "softmax", "normalize", "copy", "fill"),
+    *("pool", "reduce", "matmul"),
+)
+"""In the order of runtime/dt_file.c."""
 _HEADER, _ALIGNED = 16, 16  # words; bytes
 
 

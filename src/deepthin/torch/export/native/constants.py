@@ -413,8 +413,9 @@ class Matrices:
                 made = decoder.cores({**code, entry: array}, numpy)[at]
                 return np.ascontiguousarray(made)
 
+            before, rows, cols, after = core.shape
             same = np.array_equal(np.asarray(core).reshape(-1), code[entry].reshape(-1))
-            cores.append(Core(*core.shape, Array(self._entry(weight, entry, None if same else order))))
+            cores.append(Core(before, rows, cols, after, Array(self._entry(weight, entry, None if same else order))))
         return Matrix(Kind.TRAIN, cores=tuple(cores), **common)
 
     def _sparse(self, weight: ThinWeight, common: Mapping[str, Any]) -> Matrix | None:

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from deepthin.torch.export.constants import Matrix, Use
+from deepthin.torch.export.native.constants import Matrix, Use
 
 _ALIGNED = 4  # floats: 16 bytes
 _TRIES = 200  # orders in which buffers are placed
@@ -120,7 +120,8 @@ class Program:
         extra: list[Argument] = []
         if scratch is not None:
             own = Buffer(scratch)
-            extra, writes = [Place(own)], [*writes, own]
+            extra.append(Place(own))
+            writes = [*writes, own]
         self.calls.append(Call(name, [*arguments, *extra], buffers, writes, over.buffer if over else None))
 
     def matrices(self) -> Iterator[Matrix]:
@@ -276,3 +277,24 @@ def scratch_of(matrix: Matrix, use: Use) -> int:
         Floats.
     """
     return max(matrix.scratch(use), 1)
+
+
+def merged(first: View, second: View) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Join neighbouring dimensions where the strides of both tensors allow.
+
+    Args:
+        first: A tensor.
+        second: Another of the same shape.
+
+    Returns:
+        Sizes, the first one's strides, and the second one's.
+    """
+    made: list[list[int]] = []
+    for size, a, b in zip(first.shape, first.strides, second.strides, strict=True):
+        if size == 1:
+            continue
+        if made and made[-1][1] == a * size and made[-1][2] == b * size:
+            made[-1] = [made[-1][0] * size, a, b]
+        else:
+            made.append([size, a, b])
+    return tuple(m[0] for m in made), tuple(m[1] for m in made), tuple(m[2] for m in made)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepthin.torch.export.constants import FLOATS, Array, Kind, Matrix, Stored, Use
-from deepthin.torch.export.operators import FUNCTIONS, PAIRS
-from deepthin.torch.export.program import Argument, Call, Place, Program, Space
+from deepthin.torch.export.native.constants import FLOATS, Array, Kind, Matrix, Stored, Use
+from deepthin.torch.export.native.functions import FUNCTIONS, PAIRS
+from deepthin.torch.export.native.program import Argument, Call, Place, Program, Space
 
 _CELLS = ("DT_TANH_CELL", "DT_RELU_CELL", "DT_GRU", "DT_LSTM")
 _REDUCTIONS = ("DT_SUM", "DT_MEAN", "DT_MAXIMUM", "DT_MINIMUM")
@@ -290,8 +290,8 @@ def _main(program: Program, name: str, stem: str) -> str:
  *
  *     {stem} INPUT OUTPUT [RUNS]
  *
- * Both files hold numbers one after the other, as the machine stores them: float, or int32_t for indices. With RUNS, the
- * network runs so often, and the mean time is printed. */
+ * Both files hold numbers one after the other, as the machine stores them: float, or int32_t for indices. With RUNS,
+ * the network runs so often, and the mean time is printed. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
