@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import runtime_seeds
-from deepthin.torch.export.runtime import compiler, folder
+from deepthin.torch.export.native.runtime import compiler, folder
 
 CORPUS = Path(__file__).parent / "corpus-runtime"
 FLAGS = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-g", "-O1")

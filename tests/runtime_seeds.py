@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.torch.export.constants import Array, Core, Kind, Matrix, Stored, Use, pack_bits
-from deepthin.torch.export.flat import flat_file
-from deepthin.torch.export.operators import program_of
-from deepthin.torch.export.program import Buffer, Place, Program, Space
+from deepthin.torch.export.native.constants import Array, Core, Kind, Matrix, Stored, Use, pack_bits
+from deepthin.torch.export.native.flat import flat_file
+from deepthin.torch.export.native.operators import program_of
+from deepthin.torch.export.native.program import Buffer, Place, Program, Space
 
 ROWS, COLS = 9, 7
 
