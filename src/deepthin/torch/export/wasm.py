@@ -132,7 +132,8 @@ def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
             (folder / "run.mjs").write_text(_RUN)
             command = ["node", folder / "run.mjs", path.resolve(), folder, str(len(inputs))]
             runtime.run(command, "Running in node")
-            return [np.fromfile(made, np.float32) for made in sorted(folder.glob("output*"))]
+            count = len(list(folder.glob("output*")))
+            return [np.fromfile(folder / f"output{at}", np.float32) for at in range(count)]
 
     return run
 

@@ -45,7 +45,7 @@ def footprint(path: Path, compiler: tuple[str, ...] | None = None) -> Footprint 
     command = compiler or ("gcc",)
     if shutil.which(command[0]) is None:
         return None
-    name = identifier(path.stem)
+    path, name = path.resolve(), identifier(path.stem)  # the compiler runs elsewhere
     used = re.findall(r"^USED = (.*)$", (path.parent / "Makefile").read_text(), re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         objects = []
