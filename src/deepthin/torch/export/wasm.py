@@ -33,7 +33,13 @@ _programs: dict[Path, dict[str, str]] = {}  # the forms of what was written last
 
 
 def write(
-    model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False, streaming: bool = False
+    model: nn.Module,
+    example: Sequence[Tensor],
+    path: Path,
+    compact: bool = False,
+    streaming: bool = False,
+    sources: Sequence[Path] = (),
+    exports: Sequence[str] = (),
 ) -> list[Path]:
     """Export a model.
 
@@ -43,13 +49,15 @@ def write(
         path: The ``.wasm`` file: the runtime, with the operators that the model uses.
         compact: Not used: integers are stored once.
         streaming: Whether recurrent layers keep their states from one run to the next.
+        sources: C files of the application, compiled into the same module.
+        exports: Their functions that JavaScript calls.
 
     Returns:
         The ``.wasm`` file, the flat file ``.dtm`` and ``.mjs``, which loads both.
     """
     program = program_of(model, example, streaming)
     operators = sum(1 << OPERATORS.index(name) for name in {call.name for call in program.calls})
-    compile_runtime(path, flags=[*used(program).split(), f"-DDT_OPERATORS={operators}u"])
+    compile_runtime(path, sources, exports, [*used(program).split(), f"-DDT_OPERATORS={operators}u"])
     flat, script = path.with_suffix(".dtm"), path.with_suffix(".mjs")
     flat.write_bytes(flat_file(program))
     shutil.copyfile(runtime.folder() / "dt.mjs", script)
