@@ -1,11 +1,9 @@
-/* Where a Cortex-M4 begins: its vectors, the floating-point unit on, variables, then the C library's start, whose output the debugger (here
- * QEMU) takes by semihosting. */
+/* Where a Cortex-M4 begins: its vectors, the floating-point unit, variables, then _start:
+ * newlib's, which calls main, or that of keywords.c. */
 #include <stdint.h>
 
-extern void _start(void); /* newlib's: clears memory, calls main */
+extern void _start(void); /* clears memory, calls main */
 extern uint32_t stack_end[], data_begin[], data_end[], data_load[]; /* of mps2.ld */
-void SysTick_Handler(void) __attribute__((weak));
-void SysTick_Handler(void) {}
 
 static void fault(void) { /* ends QEMU by semihosting: SYS_EXIT, no application exit */
     register uint32_t operation __asm__("r0") = 0x18, reason __asm__("r1") = 0x20023;
@@ -22,6 +20,7 @@ static void reset(void) {
     _start();
 }
 
-__attribute__((section(".vectors"), used)) static void (*const vectors[16])(void) = {
-    (void (*)(void))stack_end, reset, fault, fault, fault, fault, fault, 0, 0, 0, 0, fault, fault, 0, fault, SysTick_Handler,
-};
+__attribute__((section(".vectors"), used)) static const struct {
+    uint32_t *stack;
+    void (*handlers[15])(void);
+} vectors = {stack_end, {reset, fault, fault, fault, fault, fault, 0, 0, 0, 0, fault, fault, 0, fault, fault}};
