@@ -13,7 +13,6 @@ void *memset(void *to, int value, size_t count);
 /* ---- vectors ---- */
 
 #if DT_LANES > 1
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors wider than the processor's have no calling convention: all functions are static */
 typedef float vec __attribute__((vector_size(DT_LANES * 4), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(DT_LANES * 4), aligned(4), may_alias));
 #else

@@ -1,10 +1,12 @@
 """Fuzzes the reader of flat files under sanitizers: ``python tests/runtime_fuzz.py --files 1000000 --seed 0``.
 
-runtime/fuzz.c changes the files of runtime_seeds.py and runs those that dt_open accepts, without vectors and with those of
-this processor. What ends its process is written to ``--findings``; files in tests/corpus-runtime are tests for ever.
+runtime/fuzz.c changes the files of runtime_seeds.py and runs those that dt_open accepts, without vectors and with
+those of this processor. What ends its process is written to ``--findings``; files in tests/corpus-runtime are tests
+for ever.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,7 +37,7 @@ def compiled(target, flags=(), source=None):
     return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
-def fuzzed(program, files, seed, findings, seeds):
+def fuzzed(program, files, seed, findings, seeds, symbols=True):
     """Run the fuzzer.
 
     Args:
@@ -44,12 +46,14 @@ def fuzzed(program, files, seed, findings, seeds):
         seed: Of the changes.
         findings: Folder of what it finds.
         seeds: Valid files.
+        symbols: Whether reports name functions and lines, which takes seconds for each.
 
     Returns:
         The finished process, with its output.
     """
     command = [program, str(files), str(seed), findings, *seeds]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    quick = {"ASAN_OPTIONS": "symbolize=0", "UBSAN_OPTIONS": "symbolize=0"} if not symbols else {}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **quick})
 
 
 def main():

@@ -1,5 +1,6 @@
 """Small valid flat files for the fuzzer of the C runtime: every operator, every form of a matrix and of its numbers."""
 
+import functools
 import itertools
 import warnings
 
@@ -49,7 +50,14 @@ def matrix(kind, form, turned, rng):
         n, rank, offset = 5, 2, 3
         m = -(-(offset + ROWS * COLS) // n)
         return Matrix(
-            kind, a=array(m * rank, form, rng), b=array(rank * n, form, rng), n=n, rank=rank, offset=offset, m=m, **common
+            kind,
+            a=array(m * rank, form, rng),
+            b=array(rank * n, form, rng),
+            n=n,
+            rank=rank,
+            offset=offset,
+            m=m,
+            **common,
         )
     if kind is Kind.TRAIN:
         sizes = ((1, 3, 2, 2), (2, 3, 4, 3), (3, 1, 1, 1))
@@ -62,7 +70,7 @@ def matrix(kind, form, turned, rng):
 
 
 def product(kind, form, use, turned, rng):
-    """A file with one product of a matrix, or with a look-up of its rows."""
+    """A program of one product of a matrix, or of a look-up of its rows."""
     made, program, items = matrix(kind, form, turned, rng), Program(), 3
     bias = Buffer(made.outputs, Space.CONSTANT, data=rng.standard_normal(made.outputs).astype(np.float32))
     if use is Use.ROWS:
@@ -74,7 +82,7 @@ def product(kind, form, use, turned, rng):
     program.inputs, program.outputs, program.integers = [x], [y], [use is Use.ROWS]
     program.call("embedding" if use is Use.ROWS else "linear", arguments, scratch=made.scratch(use))
     program.place()
-    return flat_file(program)
+    return program
 
 
 def products():
@@ -97,7 +105,9 @@ class Images(nn.Module):
 
     def forward(self, x):
         x = nn.functional.max_pool2d(self.depthwise(self.first(x)), 2, ceil_mode=True)
-        x = nn.functional.avg_pool2d(self.norm(nn.functional.relu6(self.wide(x))), 2, 1, padding=1, count_include_pad=False)
+        x = nn.functional.avg_pool2d(
+            self.norm(nn.functional.relu6(self.wide(x))), 2, 1, padding=1, count_include_pad=False
+        )
         x = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
         return torch.log_softmax(self.out(x), 1)
 
@@ -169,12 +179,18 @@ def networks():
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     dt.compress(model, plan, init="scratch")
-            yield f"{name}-{rule}", flat_file(program_of(model.eval(), example))
+            yield f"{name}-{rule}", program_of(model.eval(), example)
     x = torch.linspace(0.5, 2, 12).reshape(2, 6)
-    yield "functions", flat_file(program_of(Functions(), [x, x[:1]]))
+    yield "functions", program_of(Functions(), [x, x[:1]])
     torch.manual_seed(0)
     gru = nn.GRU(6, 5, batch_first=True)
-    yield "streaming", flat_file(program_of(gru.eval(), [torch.zeros(1, 1, 6)], streaming=True))
+    yield "streaming", program_of(gru.eval(), [torch.zeros(1, 1, 6)], streaming=True)
+
+
+@functools.cache
+def programs():
+    """Name -> program."""
+    return dict(itertools.chain(products(), networks()))
 
 
 def write(folder):
@@ -186,8 +202,6 @@ def write(folder):
     Returns:
         Their paths.
     """
-    paths = []
-    for name, data in itertools.chain(products(), networks()):
-        paths.append(folder / f"{name}.dtm")
-        paths[-1].write_bytes(data)
-    return paths
+    for name, program in programs().items():
+        (folder / f"{name}.dtm").write_bytes(flat_file(program))
+    return [folder / f"{name}.dtm" for name in programs()]

@@ -17,7 +17,9 @@ from deepthin.lab.tasks.log_mel import RATE, log_mel
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE = ROOT / "examples" / "keywords-mcu", ROOT / "examples" / "keywords-browser"
-CLOSE = 2e-4  # of probabilities: features in float32 differ where a quiet band is beside a loud one; 4 digits are printed
+CLOSE = (
+    2e-4  # of probabilities: features in float32 differ where a quiet band is beside a loud one; 4 digits are printed
+)
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("arm-none-eabi-gcc", "qemu-system-arm"))),

@@ -24,7 +24,17 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "keywords-browser"
 BUILD = HERE / "build"
 BOARD = ("-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16")
-FLAGS = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O2", "-fno-math-errno", "-ffunction-sections", "-fdata-sections")
+FLAGS = (
+    "-std=c99",
+    "-pedantic",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-O2",
+    "-fno-math-errno",
+    "-ffunction-sections",
+    "-fdata-sections",
+)
 LINK = ("-nostartfiles", "--specs=nano.specs", "--specs=nosys.specs", "-Wl,--gc-sections", "-Wl,--print-memory-usage")
 SILENCE = 0.4  # seconds after a recording, in which its word may still be recognised
 TOOLS = {"arm-none-eabi-gcc": "gcc-arm-none-eabi libnewlib-arm-none-eabi", "qemu-system-arm": "qemu-system-arm"}
@@ -105,7 +115,19 @@ def build(samples: np.ndarray) -> tuple[Path, str]:
     used = re.findall(r"^USED = (.*)$", (BUILD / "Makefile").read_text(), re.MULTILINE)[0].split()
     sources = [HERE / "start.c", HERE / "keywords.c", BUILD / "model.c", BUILD / "dt.c", folder() / "log_mel.c"]
     program, include = BUILD / "keywords.elf", [f"-I{BUILD}", f"-I{folder()}"]
-    command = ["arm-none-eabi-gcc", *BOARD, *FLAGS, *LINK, *used, *include, "-T", HERE / "mps2.ld", *sources, "-o", program]
+    command = [
+        "arm-none-eabi-gcc",
+        *BOARD,
+        *FLAGS,
+        *LINK,
+        *used,
+        *include,
+        "-T",
+        HERE / "mps2.ld",
+        *sources,
+        "-o",
+        program,
+    ]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
         sys.exit(made.stderr)
