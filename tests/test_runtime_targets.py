@@ -167,3 +167,12 @@ def test_what_the_papers_network_takes(case):
     assert arena + found.stack < 40_000
     constants = 4 * sum(part.numel() for part in case.model.parameters())
     assert found.flash < constants + 8_000
+
+
+@pytest.mark.parametrize("compiler", [None, CORTEX_M4], ids=["this machine", "Cortex-M4"])
+def test_the_stack_is_known(case, compiler):
+    found = footprint(case.folder / "model.c", compiler)
+    if found is None:
+        pytest.skip("the compiler is missing, or is no gcc")
+    assert found.stack is not None
+    assert 100 < found.stack < 4_000

@@ -73,12 +73,14 @@ def _deepest(graph: str, start: str) -> int | None:
     """Bytes of stack of the deepest chain of calls from a function on."""
     own = {
         title: int(count)
-        for title, count in re.findall(r'node: \{ title: "([^"]+)" label: "[^"]*?(\d+) bytes \(static\)', graph)
+        for title, count in re.findall(
+            r'node: \{ title: "([^"]+)" label: "[^"]*?(\d+) bytes \((?:static|dynamic,bounded)\)', graph
+        )
     }
     calls: dict[str, set[str]] = {}
     for source, target in re.findall(r'edge: \{ sourcename: "([^"]+)" targetname: "([^"]+)"', graph):
         calls.setdefault(source, set()).add(target)
-    if start not in own or "dynamic" in graph:
+    if start not in own or "(dynamic)" in graph:
         return None
 
     def depth(name: str) -> int:
