@@ -113,7 +113,7 @@ def main() -> None:
 
 def compared(to: str, name: str, codes: list[str], batches: list[int], folder: Path) -> None:
     """Lines for one network in one format."""
-    files, sizes = dict[str, Path](), dict[str, int]()
+    files, sizes, bytes_of = dict[str, Path](), dict[str, int](), dict[str, int]()
     target = TARGETS[to]
     for code in codes:
         model, x = thin(name, code)
@@ -122,28 +122,29 @@ def compared(to: str, name: str, codes: list[str], batches: list[int], folder: P
         except ExportError as error:
             print(f"| {name} | {to}, {code} | refused: {error} |", flush=True)
             continue
-        files[code], sizes[code] = made.files[0], made.thin_bytes
+        files[code], sizes[code], bytes_of[code] = made.files[0], made.thin_bytes, made.bytes
     model, x = dense(name)
     files["dense"] = folder / f"dense{target.suffix}"
     shown = x if target.fixed else torch.cat([x, x])
-    target.module().write(copy.deepcopy(model), [shown], files["dense"])
+    module = target.module()
+    made = getattr(module, "write_dense", module.write)(copy.deepcopy(model), [shown], files["dense"])
+    files["dense"], bytes_of["dense"] = made[0], sum(file.stat().st_size for file in made)
     if to == "onnx":
         from onnxruntime.quantization import quantize_dynamic
 
         files["int8"] = folder / "int8.onnx"
         quantize_dynamic(files["dense"], files["int8"])
+        bytes_of["int8"] = files["int8"].stat().st_size
     batches = [1] if target.fixed else batches
     times: dict[int, list[dict[str, float]]] = {}
     for batch in batches:
         inputs = torch.cat([x] * batch).numpy()
         times[batch] = measured(to, list(files.values()), [inputs], folder)
-    for at, (code, path) in enumerate(files.items()):
-        every = [path, path.with_suffix(".bin")] if to == "openvino" else [path]
+    for at, code in enumerate(files):
         milliseconds = " | ".join(f"{times[batch][at]['milliseconds']:.2f}" for batch in batches)
         memory = times[batches[0]][at]["megabytes"]
         size = f"{sizes[code]:,}" if code in sizes else ""
-        total = sum(file.stat().st_size for file in every)
-        print(f"| {name} | {to}, {code} | {size} | {total:,} | {memory:.1f} | {milliseconds} |", flush=True)
+        print(f"| {name} | {to}, {code} | {size} | {bytes_of[code]:,} | {memory:.1f} | {milliseconds} |", flush=True)
 
 
 if __name__ == "__main__":

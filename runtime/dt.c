@@ -91,6 +91,20 @@ static uint32_t integer(const dt_array *a, size_t i) {
     return (low | high << 8) >> shift & ((1u << a->bits) - 1);
 }
 
+/* Entries i to i + count of the digits of base 3 or 6. */
+static void digits(const dt_array *a, size_t i, size_t count, float step, float *to) {
+    const uint32_t each = a->bits == DT_BASE3 ? 5 : 3;
+    const uint8_t *p = (const uint8_t *)a->data + i / each;
+    for (uint32_t skip = i % each; count; skip = 0) {
+        uint32_t value = *p++;
+        for (uint32_t k = 0; k < each && count; k++) {
+            const uint32_t rest = a->bits == DT_BASE3 ? value / 3 : value / 6;
+            if (k >= skip) *to++ = step * (float)((int32_t)(value - (a->bits == DT_BASE3 ? 3 : 6) * rest) - a->zero), count--;
+            value = rest;
+        }
+    }
+}
+
 /* Entries i to i + count of the stored integers, without the listed numbers. */
 static void scaled(const dt_array *a, size_t i, size_t count, float *to) {
     while (count) {
@@ -104,7 +118,9 @@ static void scaled(const dt_array *a, size_t i, size_t count, float *to) {
             if (a->bits == 8) {
                 const uint8_t *p = (const uint8_t *)a->data + i;
                 for (size_t k = 0; k < some; k++) to[k] = step * (float)((int32_t)p[k] - a->zero);
-            } else if (a->bits < 8) { /* bits are taken from a word that bytes fill up */
+            } else if (a->bits > 32)
+                digits(a, i, some, step, to);
+            else if (a->bits < 8) { /* bits are taken from a word that bytes fill up */
                 const size_t at = i * a->bits;
                 const uint8_t *p = (const uint8_t *)a->data + (at >> 3);
                 const uint32_t mask = (1u << a->bits) - 1;

@@ -36,8 +36,10 @@ typedef struct {
     const uint32_t *fix_at;
     uint32_t fixes, first, row;
     int32_t zero;
-    uint32_t bits; /* 1 to 8, 16 or 32 */
+    uint32_t bits; /* 1 to 8, 16, 32, or one of these: */
 } dt_array;
+
+enum { DT_BASE3 = 103, DT_BASE6 = 106 }; /* five digits of base 3, three of base 6, in a byte: the lowest first; no tables */
 
 /* One core of a tensor train: an array of before x rows x cols x after. */
 typedef struct {

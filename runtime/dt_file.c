@@ -110,8 +110,10 @@ static int has_floats(const dt_model *m, uint32_t offset, uint64_t count) {
 static int array_is_fine(const dt_model *m, const uint32_t *w) {
     const uint32_t bits = w[9], row = w[8], count = w[10], fixes = w[6];
     const int32_t zero = (int32_t)w[7];
-    if (!(bits >= 1 && (bits <= 8 || bits == 16 || bits == 32)) || count > LIMIT || zero < -(1 << 17) || zero > 1 << 17) return 0;
-    if (!has_floats(m, w[0], ((uint64_t)count * bits + 31) / 32)) return 0;
+    const uint32_t each = bits == DT_BASE3 ? 5 : bits == DT_BASE6 ? 3 : 0; /* digits in a byte */
+    if (!(each || (bits >= 1 && (bits <= 8 || bits == 16 || bits == 32))) || count > LIMIT) return 0;
+    if (zero < -(1 << 17) || zero > 1 << 17) return 0;
+    if (!has_floats(m, w[0], each ? ((uint64_t)count + 4 * each - 1) / (4 * each) : ((uint64_t)count * bits + 31) / 32)) return 0;
     if (bits == 32) return 1;
     const uint64_t rows = row ? ((uint64_t)count + row - 1) / row : 1;
     if (w[3] != NONE) {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.torch.export.native.constants import Array, Core, Kind, Matrix, Stored, Use, pack_bits
+from deepthin.torch.export.native.constants import DIGITS, Array, Core, Kind, Matrix, Stored, Use, pack_bits
 from deepthin.torch.export.native.flat import flat_file
 from deepthin.torch.export.native.operators import program_of
 from deepthin.torch.export.native.program import Buffer, Place, Program, Space
@@ -21,12 +21,15 @@ def array(count, form, rng):
     """An array of each form: floats, a step, one for each row with a least value, tables, 16 bits; listed numbers."""
     if form == "floats":
         return Array(Stored(rng.standard_normal(count).astype(np.float32), count))
-    bits = {"bits8": 8, "bits3": 3, "rows16": 16, "table": 4, "tables": 2, "listed": 5}[form]
-    row = 5 if form in ("rows16", "tables") else 0
+    bits = {"bits8": 8, "bits3": 3, "rows16": 16, "table": 4, "tables": 2, "listed": 5, "base3": 103, "base6": 106}[
+        form
+    ]
+    levels = DIGITS[bits][0] if bits in DIGITS else 1 << bits
+    row = 5 if form in ("rows16", "tables", "base6") else 0
     groups = -(-count // row) if row else 1
     floats = {}
     if form.startswith("table"):
-        floats["table"] = rng.standard_normal(groups << bits).astype(np.float32)
+        floats["table"] = rng.standard_normal(groups * levels).astype(np.float32)
     else:
         floats["step"] = rng.uniform(0.01, 0.1, groups).astype(np.float32)
     if form == "rows16":
@@ -34,11 +37,11 @@ def array(count, form, rng):
     if form == "listed":
         at = np.unique(rng.integers(0, count, 1 + count // 4)).astype(np.uint32)
         floats |= {"fix_at": at, "fix": rng.standard_normal(len(at)).astype(np.float32)}
-    packed = pack_bits(rng.integers(0, 1 << bits, count), bits)
-    return Array(Stored(packed, count, bits, zero=1 << bits - 1, row=row, **floats))
+    packed = pack_bits(rng.integers(0, levels, count), bits)
+    return Array(Stored(packed, count, bits, zero=levels // 2, row=row, **floats))
 
 
-FORMS = ("floats", "bits8", "bits3", "rows16", "table", "tables", "listed")
+FORMS = ("floats", "bits8", "bits3", "rows16", "table", "tables", "listed", "base3", "base6")
 
 
 def matrix(kind, form, turned, rng):

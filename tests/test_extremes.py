@@ -145,6 +145,9 @@ def test_factors_whose_products_overflow_are_refused(tmp_path):
     with torch.no_grad():
         model[0].thin["weight"].wf *= 1e38
         model[0].thin["weight"].xf *= 1e-38
-    dt.save(model, tmp_path / "m.thin")
+    with pytest.raises(deepthin.NonFiniteError, match="wf times inputs has numbers up to .* nothing was written"):
+        dt.save(model, tmp_path / "m.thin")
+    assert not (tmp_path / "m.thin").exists()
+    dt.save(model, tmp_path / "m.thin", finite=False)
     with pytest.raises(deepthin.FormatError, match="wf times inputs has numbers up to"):
         dt.load(nn.Sequential(nn.Linear(30, 40)), tmp_path / "m.thin")

@@ -105,9 +105,12 @@ def convert(
 def export(
     file: Annotated[Path, typer.Argument(help="A .thin file.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="The file to write: .onnx, .xml (OpenVINO), .pte, .tflite or .pt2.")],
+    out: Annotated[
+        Path, typer.Option(help="The file to write: .onnx, .xml (OpenVINO), .pte, .tflite, .pt2, .c or .wasm.")
+    ],
     to: Annotated[
-        str | None, typer.Option(help="onnx | openvino | executorch | litert | aoti  [default: by the suffix of --out]")
+        str | None,
+        typer.Option(help="onnx | openvino | executorch | litert | aoti | c | wasm  [default: by the suffix of --out]"),
     ] = None,
     example: Annotated[
         str | None,
@@ -117,6 +120,9 @@ def export(
             "[default: made up from the first layer]"
         ),
     ] = None,
+    streaming: Annotated[
+        bool, typer.Option(help="c and wasm: recurrent layers keep their states from one run to the next.")
+    ] = False,
     compare: Annotated[
         bool, typer.Option(help="Export the dense network too, and measure memory and time of both.")
     ] = True,
@@ -126,7 +132,8 @@ def export(
 
     The file is at most 1.25 times the .thin file and 8 kB for each matrix, holds no dense matrix, and computes what
     torch computes within 1e-5 of the largest output, at batches of 1, 3 and 8. Otherwise nothing is written, and the
-    exit code is 1.
+    exit code is 1. For c it is a program in C99 with a Makefile, for wasm a page's code and network: both have the
+    example's shapes, and need a C compiler, or zig and node, to be checked here.
 
     Example: `deepthin export lenet.thin --model nets:lenet --to onnx --out lenet.onnx`
     """
@@ -146,7 +153,7 @@ def export(
         check_no_arguments(inputs, f"--example {example}")
         inputs = inputs()
     with notes.status("exporting ..."):
-        written = export_model(network, out, inputs, to, compare=compare)
+        written = export_model(network, out, inputs, to, compare=compare, streaming=streaming)
     print(written)
     write_json(json_file, written.to_json())
     print(f"wrote {', '.join(map(str, written.files))}")

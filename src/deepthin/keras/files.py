@@ -19,9 +19,10 @@ from deepthin.keras.weight import ThinWeight
 from deepthin.storage.arrays import Buffer, Raw, dtype_name, pieces_of
 from deepthin.storage.budget import model_bytes
 from deepthin.storage.contents import Contents, Part, Thin
+from deepthin.storage.decoding import check_weights
 from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
-from deepthin.storage.read import check_weights, read
+from deepthin.storage.read import read
 from deepthin.storage.write import Version, write
 
 COUNTER = ".num_batches_tracked"  # of torch's batch normalisation; Keras has no such counter

@@ -1,26 +1,17 @@
 """Bytes to contents. Reading trusts nothing: FormatError comes before anything large is allocated (docs/format.md)."""
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from deepthin.errors import FormatError
-from deepthin.method import InTurn
-from deepthin.methods.factor import Factored
-from deepthin.methods.float_coding import FloatCoding
 from deepthin.storage import read_1, read_2
-from deepthin.storage.arrays import Raw, largest
 from deepthin.storage.budget import Budget, named
-from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.contents import Contents
+from deepthin.storage.decoding import decoded_within
 from deepthin.storage.pieces import OpenFile
 from deepthin.storage.report import Report, report_of
 from deepthin.storage.write import MAX_BYTES
 
-_TIMES = " times inputs"  # ends the name of a product
-_INPUTS = 16.0  # magnitude of the inputs with which products must be finite
 IN_MEMORY_BYTES = 64 << 20
 """Larger files are not read as a whole: their tensors are read when they are asked for."""
 
@@ -80,55 +71,6 @@ def _streamed(path: str | Path, max_bytes: int, finite: bool, decoded: bool, cod
     return reader.streamed(file, str(path), Budget(max_bytes), finite, decoded, codes)
 
 
-def check_weights(contents: Contents, where: str, most: Mapping[str, float]) -> None:
-    """Refuse matrices that do not decode to finite numbers. Most follow from the largest numbers of their codes.
-
-    Args:
-        contents: What was read.
-        where: What the message calls the file.
-        most: Name of a matrix -> the largest finite number of the type that it is decoded in.
-
-    Raises:
-        FormatError: A weight is NaN or infinite, or would be in that type.
-    """
-    for name, thin in contents.thin.items():
-        if not thin.surely_within(most[name]):
-            with named(name):
-                _decoded(name, thin, where, most[name])
-
-
-def _decoded(name: str, thin: Thin, where: str, most: float = math.inf) -> dict[str, np.ndarray]:
-    """The dense tensors of a matrix; FormatError if a number is not finite, or above ``most``."""
-    if thin.surely_within(most):
-        return thin.decode()
-    with np.errstate(all="ignore"):
-        arrays = thin.decode()
-    found = {f"{name}/{entry}": largest(raw) for entry, raw in thin.code.items() if most < math.inf}
-    found |= {own: largest(Raw.of(array)) for own, array in arrays.items()}
-    if most < math.inf:
-        found |= {f"{name}/{entry}{_TIMES}": value for entry, value in _products(thin).items()}
-    single = max(most, float(np.finfo(np.float32).max))  # half precision is multiplied in single precision
-    for own, value in found.items():
-        if not (math.isfinite(value) and value <= (single if own.endswith(_TIMES) else most)):
-            raise FormatError(
-                f"{where}: the code of {name} decodes to NaN or infinity: {own} has numbers up to {value}."
-            )
-    return arrays
-
-
-def _products(thin: Thin) -> dict[str, float]:
-    """How large the products of inputs up to 16 with a factor can be, where layers multiply by factors."""
-    coding = FloatCoding(thin.method)
-    decoder = coding.decoder
-    if not isinstance(decoder, InTurn | Factored):
-        return {}
-    code = {entry: raw.numpy() for entry, raw in thin.code.items()}
-    with np.errstate(all="ignore"):
-        floats = coding.decode(code | thin.method.derived(), cast(Any, np))
-    terms = _INPUTS * max(decoder.shape)
-    return {e: terms * float(np.abs(a).max(initial=0.0)) for e, a in floats.items() if a.dtype.kind == "f"}
-
-
 def load(path: str | Path, max_bytes: int = MAX_BYTES, *, finite: bool = True) -> dict[str, np.ndarray]:
     """Read a ``.thin`` file as a dense state dict, decoded by NumPy; no framework is needed.
 
@@ -152,7 +94,7 @@ def load(path: str | Path, max_bytes: int = MAX_BYTES, *, finite: bool = True) -
     arrays = {name: raw.numpy() for name, raw in contents.dense.items()}
     for name, thin in contents.thin.items():
         with named(name):
-            arrays |= _decoded(name, thin, str(path))
+            arrays |= decoded_within(name, thin, str(path))
     arrays |= {name: arrays[target] for name, target in contents.aliases.items()}
     return dict(sorted(arrays.items()))
 

@@ -12,12 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from deepthin.errors import BudgetError, ConfigError, NonFiniteError
+import numpy as np
+
+from deepthin.errors import BudgetError, ConfigError, FormatError, NonFiniteError
 from deepthin.methods import fields
 from deepthin.storage.arrays import ITEM_BYTES, Buffer, Coding, Raw, largest
 from deepthin.storage.atomic import stream_atomically
 from deepthin.storage.codings import is_short, narrowed
 from deepthin.storage.contents import VERSIONS, Contents, Part, Thin
+from deepthin.storage.decoding import check_weights
 from deepthin.storage.head import ALIGNMENT, Head, Item, Matrix, Tensor, begun, places_of
 
 MAX_BYTES = 4 << 30
@@ -214,8 +217,30 @@ def write(
             smallest_bits=8 * bytes_,
             smallest_ratio=bytes_ / max(contents.dense_bytes, 1),
         )
+    if finite:
+        _check_decodes(contents)
     stream_atomically(path, _stream(contents, finite, number, head))
     return bytes_
+
+
+def _largest_float(thin: Thin) -> float:
+    """The largest number of the type of a code's floats."""
+    integers = thin.method.integers()
+    kind = next(raw.dtype for entry, raw in thin.code.items() if entry not in integers)
+    return float(np.finfo(np.float16 if kind == "F16" else np.float64 if kind == "F64" else np.float32).max)
+
+
+def _check_decodes(contents: Contents) -> None:
+    """Refuse a code that readers refuse since its numbers overflow together, each being finite."""
+    known = {name: thin for name, thin in contents.thin.items() if not thin.planned}
+    most = {name: _largest_float(thin) for name, thin in known.items()}
+    try:
+        check_weights(dataclasses.replace(contents, thin=known), "This model", most)
+    except FormatError as error:
+        raise NonFiniteError(
+            f"{error} Readers would refuse the file, so nothing was written. Train with smaller steps, or pass "
+            "finite=False to write it."
+        ) from error
 
 
 def _tensors(contents: Contents) -> dict[str, Raw]:

@@ -11,8 +11,9 @@ from deepthin.keras.files import upright
 from deepthin.keras.weight import ThinWeight
 from deepthin.storage.arrays import Raw
 from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.decoding import check_weights
 from deepthin.storage.names import renamed
-from deepthin.storage.read import check_weights, read
+from deepthin.storage.read import read
 from deepthin.storage.write import MAX_BYTES, Version, write
 from deepthin.tensorflow.entries import contents
 from deepthin.tensorflow.host import assign, dotted

@@ -14,9 +14,10 @@ from deepthin.errors import ConfigError
 from deepthin.storage.arrays import Buffer, Raw, pieces_of
 from deepthin.storage.budget import model_bytes
 from deepthin.storage.contents import Contents, Thin
+from deepthin.storage.decoding import check_weights
 from deepthin.storage.held import Place, check_places, contents_of, names_of
 from deepthin.storage.names import check_names, renamed, shapes_of
-from deepthin.storage.read import check_weights, read
+from deepthin.storage.read import read
 from deepthin.storage.write import Version, write
 from deepthin.torch.exchange import fresh_std, is_transposed, make_plain, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer

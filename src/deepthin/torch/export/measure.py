@@ -32,6 +32,10 @@ def measured(target: str, paths: Sequence[Path], inputs: Sequence[np.ndarray], f
         RuntimeError: A runtime failed; the message is its last line.
     """
     np.savez(given := folder / "inputs.npz", *inputs)
+    own = getattr(TARGETS[target].module(), "measured_by_itself", None)
+    if own is not None:
+        each = [own(path, inputs) for path in paths]
+        return [{"megabytes": memory, "milliseconds": time_} for memory, time_ in each]
     apart = [_child([target, str(given), "memory", str(path)]) for path in paths]
     together = _child([target, str(given), "time", *map(str, paths)])
     return [{"megabytes": memory[0], "milliseconds": time_} for memory, time_ in zip(apart, together, strict=True)]

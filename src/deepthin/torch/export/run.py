@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import math
-import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,8 +179,9 @@ def export(
             thin, dense = (Measured(size, **one) for size, one in zip(sizes, pair, strict=True))
         kept = [path.with_name(file.name) for file in files]
         size = _bytes(module, files)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for file, end in zip(files, kept, strict=True):
-            os.replace(file, end)
+            shutil.move(file, end)  # perhaps from another file system, if the folder is new
     return Exported(target.name, tuple(kept), size, thin_bytes, error, batches, how, thin, dense, notes)
 
 

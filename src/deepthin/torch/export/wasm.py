@@ -114,6 +114,24 @@ def notes(path: Path) -> list[str]:
     return [", ".join(sizes)]
 
 
+def write_dense(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]:
+    """The dense network for a comparison.
+
+    Args:
+        model: The dense network.
+        example: Its inputs.
+        path: The ``.wasm`` file.
+
+    Returns:
+        What ``write`` returns; what is said about the thin network stays.
+    """
+    kept = dict(_programs)
+    made = write(model, example, path)
+    _programs.clear()
+    _programs.update(kept)
+    return made
+
+
 _PARTS = ((".wasm", "code"), (".dtm", "network"), (".mjs", "JavaScript"))
 
 
@@ -132,39 +150,50 @@ def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
     if shutil.which("node") is None:
         raise ConfigError("node checks what is written for wasm, and was not found: install Node.js.")
 
-    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for at, array in enumerate(inputs):
-                runtime.prepared(array).tofile(folder / f"input{at}")
-            (folder / "run.mjs").write_text(_RUN)
-            command = ["node", folder / "run.mjs", path.resolve(), folder, str(len(inputs))]
-            runtime.run(command, "Running in node")
-            count = len(list(folder.glob("output*")))
-            return [np.fromfile(folder / f"output{at}", np.float32) for at in range(count)]
+    return lambda inputs: _in_node(path, inputs)[0]
 
-    return run
+
+def measured_by_itself(path: Path, inputs: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Memory and time inside node, whose own start would hide them.
+
+    Args:
+        path: The ``.wasm`` file.
+        inputs: What a run is given.
+
+    Returns:
+        Megabytes of WebAssembly's memory, and milliseconds of a run, the median.
+    """
+    _, megabytes, milliseconds = _in_node(path, inputs, seconds=1.0)
+    return megabytes, milliseconds
+
+
+def _in_node(path: Path, inputs: Sequence[np.ndarray], seconds: float = 0.0) -> tuple[list[np.ndarray], float, float]:
+    """Outputs, megabytes, and the median milliseconds of runs for so many seconds, at least one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for at, array in enumerate(inputs):
+            runtime.prepared(array).tofile(folder / f"input{at}")
+        (folder / "run.mjs").write_text(_RUN)
+        command = ["node", folder / "run.mjs", path.resolve(), folder, str(len(inputs)), str(seconds)]
+        megabytes, milliseconds = map(float, runtime.run(command, "Running in node").split())
+        outputs = sorted(folder.glob("output*"), key=lambda file: int(file.name.removeprefix("output")))
+        return [np.fromfile(made, np.float32) for made in outputs], megabytes, milliseconds
 
 
 _RUN = """
 import { readFile, writeFile } from "node:fs/promises";
-const [path, folder, count] = process.argv.slice(2);
+const [path, folder, count, seconds] = process.argv.slice(2);
 const { load } = await import(path.replace(/wasm$/, "mjs"));
 const network = await load(await readFile(path), await readFile(path.replace(/wasm$/, "dtm")));
 const bytes = await Promise.all([...Array(+count).keys()].map((at) => readFile(`${folder}/input${at}`)));
-const outputs = network.run(...bytes.map((one) => new Float32Array(new Uint8Array(one).buffer)));
+const inputs = bytes.map((one) => new Float32Array(new Uint8Array(one).buffer));
+const times = [], end = performance.now() + 1000 * seconds;
+let outputs;
+do {
+  const begin = performance.now();
+  outputs = network.run(...inputs);
+  times.push(performance.now() - begin);
+} while (performance.now() < end);
 await Promise.all(outputs.map((one, at) => writeFile(`${folder}/output${at}`, one)));
+console.log(network.c.memory.buffer.byteLength / 1e6, times.sort((a, b) => a - b)[times.length >> 1]);
 """
-
-
-def warm_up() -> None:
-    """Nothing: node is started at each run."""
-
-
-def is_available() -> bool:
-    """Whether what this target needs is installed.
-
-    Returns:
-        True with zig and node.
-    """
-    return runtime.zig_compiler() is not None and shutil.which("node") is not None

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from deepthin.method import Chain, Code, Drawn, Sparse
-from deepthin.methods.factor import Window
+from deepthin.methods.factor import Factored, Window
 from deepthin.methods.float_coding import FloatCoding, stored_by
 from deepthin.torch.weight import ThinWeight
 
 FLOATS = 32  # bits of an array that is not packed
+DIGITS = {103: (3, 5), 106: (6, 3)}
+"""``bits`` of integers that are digits, several in a byte -> their base, and how many a byte holds."""
 _WIDEST = 16  # floats in a vector, at most; the runtime's scratch is the same for all
 _LONGEST_BLOCK = 128  # sums that the runtime computes at once, at most
 _AHEAD = 512  # integers of windows that are decoded at once
@@ -48,7 +50,7 @@ class Stored:
     Attributes:
         data: Floats, or bytes of packed integers, the lowest bits of a byte first.
         count: Number of entries.
-        bits: 1 to 8 or 16 of an integer; 32 for floats.
+        bits: 1 to 8 or 16 of an integer; a key of ``DIGITS``; 32 for floats.
         zero: What is subtracted from an integer before it is multiplied by the step.
         row: Entries that share a step, or a table; 0: all do.
         step: Factor of the integers; None with a table.
@@ -198,11 +200,15 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
     Args:
         values: Integers from 0 to ``2^bits - 1``.
-        bits: 1 to 8, or 16.
+        bits: 1 to 8, 16, or a key of ``DIGITS``.
 
     Returns:
         Bytes.
     """
+    if bits in DIGITS:
+        base, each = DIGITS[bits]
+        digits = np.pad(values, (0, -values.size % each)).reshape(-1, each)
+        return (digits * base ** np.arange(each)).sum(1).astype(np.uint8)
     if bits == 16:
         return values.astype("<u2").view(np.uint8)
     planes = (values[:, None].astype(np.uint8) >> np.arange(bits, dtype=np.uint8)) & 1
@@ -245,16 +251,18 @@ def _stepped(flat: np.ndarray, symbols: np.ndarray, step: np.ndarray, cols: int)
     best: tuple[float, int, int] | None = None
     counts = np.bincount(symbols - low)
     ends = np.concatenate([[0], np.cumsum(counts)])
-    for bits in (*range(1, 9), 16):
-        levels = min(1 << bits, len(counts))
+    for bits in (*range(1, 9), 16, *DIGITS):
+        base, each = DIGITS.get(bits, (1 << bits, 8 / bits))
+        levels = min(base, len(counts))
         inside = ends[levels:] - ends[:-levels] if levels < len(ends) else ends[-1:]
         at = int(np.argmax(inside))
-        size = bits * symbols.size / 8 + 8 * (symbols.size - int(inside[at]))
+        size = symbols.size / each + 8 * (symbols.size - int(inside[at]))
         if best is None or size < best[0]:
             best = (size, bits, low + at)
     assert best is not None
     _, bits, least = best
-    outside = np.flatnonzero((symbols < least) | (symbols >= least + (1 << bits)))
+    base = DIGITS[bits][0] if bits in DIGITS else 1 << bits
+    outside = np.flatnonzero((symbols < least) | (symbols >= least + base))
     inside = symbols - least
     inside[outside] = 0
     return Stored(
@@ -320,7 +328,8 @@ class Matrices:
         part, decoder, (start, stop) = weight.parts[index], FloatCoding(weight.method).decoder, weight._cuts[index]
         shape = part.shape[::-1] if part.transposed else part.shape
         height, width = shape[0], math.prod(shape[1:])
-        window, alone = weight._windows[index], len(weight.parts) == 1
+        window = decoder.window(start, (height, width)) if isinstance(decoder, Factored) else None
+        alone = len(weight.parts) == 1
         common: dict[str, Any] = {"rows": height, "cols": width, "scale": float(part.scale)}
         matrix: Matrix | None = None
         if window is not None and not window.is_rank:

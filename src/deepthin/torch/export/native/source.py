@@ -199,7 +199,11 @@ void {self.name}_run({arguments}) {{
             "cores": cores,
             "count": str(len(matrix.cores)),
             "gaps": self._numbers(matrix.gaps),
-            "seed": f"0x{matrix.seed:x}u" if matrix.seed < 1 << 32 else f"0x{matrix.seed:x}ull",
+            "seed": "0"
+            if not matrix.seed
+            else f"0x{matrix.seed:x}u"
+            if matrix.seed < 1 << 32
+            else f"0x{matrix.seed:x}ull",
         }
         return "&" + self._define(matrix, "w", "dt_matrix {}", _structure(named))
 
