@@ -151,14 +151,18 @@ class Functions(nn.Module):
         made = [f.silu(x), torch.sigmoid(x), torch.tanh(x), f.gelu(x, approximate="tanh"), torch.exp(x), f.softplus(x)]
         made += [torch.log(x), torch.sqrt(x), torch.abs(x), x * x, 1 / x, 2 * x + 1, x.clamp(-1, 1), f.leaky_relu(x)]
         made += [f.elu(x), f.hardsigmoid(x), f.hardswish(x), f.gelu(x), x - y, x / y, torch.maximum(x, y)]
-        made += [torch.minimum(x, y), f.pad(x, (1, 1))[:, 1:-1], x[:, ::2].repeat(1, 2)]
+        made += [torch.relu(x), x.square(), torch.minimum(x, y), f.pad(x, (1, 1))[:, 1:-1], x[:, ::2].repeat(1, 2)]
         return torch.stack(made).permute(1, 0, 2), x.t() @ y.expand_as(x)
 
 
 NETWORKS = {
-    "images": (Images, [torch.linspace(-1, 1, 2 * 9 * 7).reshape(1, 2, 9, 7)]),
-    "words": (Words, [torch.tensor([[3, 0, 11, 5]])]),
-    "attention": (Attention, [torch.linspace(-1, 1, 24).reshape(1, 3, 8)]),
+    "images": (
+        Images,
+        [torch.linspace(-1, 1, 2 * 9 * 7).reshape(1, 2, 9, 7)],
+        ("dense", "deepthin-coded", "kronecker"),
+    ),
+    "words": (Words, [torch.tensor([[3, 0, 11, 5]])], ("dense", "deepthin", "rank-8", "pruned")),
+    "attention": (Attention, [torch.linspace(-1, 1, 24).reshape(1, 3, 8)], ("dense", "coded", "hashed")),
 }
 RULES = {
     "deepthin": {"method": "deepthin"},
@@ -173,12 +177,12 @@ RULES = {
 
 def networks():
     """Small networks, dense and thin."""
-    for name, (kind, example) in NETWORKS.items():
-        for rule, settings in {"dense": None, **RULES}.items():
+    for name, (kind, example, rules) in NETWORKS.items():
+        for rule in rules:
             torch.manual_seed(0)
             model = kind()
-            if settings is not None:
-                plan = {"model": {"ratio": 0.5}, "rules": {"*": settings}}
+            if rule != "dense":
+                plan = {"model": {"ratio": 0.5}, "rules": {"*": RULES[rule]}}
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     dt.compress(model, plan, init="scratch")

@@ -88,9 +88,9 @@ def test_what_was_found_before(program, tmp_path):
 
 CHECKS = {  # of dt_file.c, and what each becomes
     "place": ("place[1] + floats <= size", "place[1] + floats <= size + 1"),
-    "index": ("index >= many[space]", "0"),
+    "index": ("index >= many[space]", "index > many[space]"),
     "array": ("first + entries <= (arrays", "first + entries <= 1 + (arrays"),
-    "listed numbers": ("at[k] >= count", "at[k] > count"),
+    "listed numbers": ("(k && at[k] <= at[k - 1])", "0"),
     "scratch": ("2 * (uint64_t)width, 1", "(uint64_t)width, 1"),
     "product": ("high >= rows && wide >= cols", "1"),
 }
