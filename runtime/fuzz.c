@@ -263,6 +263,40 @@ static void lower(file *f, uint32_t *number) {
     *number = high;
 }
 
+/* The largest number at which the file still opens: constants then end where the data end. */
+static void raised(file *f, uint32_t *number) {
+    uint32_t low = *number, high = (uint32_t)f->count;
+    if (low >= high) return;
+    while (low < high) {
+        *number = high - (high - low) / 2;
+        if (opens(f))
+            low = *number;
+        else
+            high = *number - 1;
+    }
+    *number = low;
+}
+
+/* Moves the constants of one array, one matrix or one call to the end of the data. */
+static void move_constants(file *f) {
+    const dt_model m = {(const uint8_t *)f->words, (uint32_t)(4 * f->count)};
+    uint32_t *const arrays = (uint32_t *)(uintptr_t)arrays_of(&m), *const matrices = (uint32_t *)(uintptr_t)matrices_of(&m);
+    if (f->words[W_ARRAYS]) {
+        uint32_t *array = arrays + (size_t)ARRAY * below(f->words[W_ARRAYS]);
+        lower(f, array + 10); /* entries */
+        for (int i = 0; i < 5; i++) raised(f, array + i);
+    }
+    if (f->words[W_MATRICES]) raised(f, matrices + (size_t)MATRIX * below(f->words[W_MATRICES]) + 15); /* gaps */
+    uint32_t *call = (uint32_t *)(uintptr_t)calls_of(&m), *end = call + f->words[W_CALLS];
+    while (call < end && call + length_of(*call) < end && below(3)) call += length_of(*call);
+    if (call == end) return;
+    uint32_t *word = call + 1;
+    for (const char *a = arguments[*call]; *a; a++) {
+        if ((*a == 'p' || *a == 'v') && word[0] == CONSTANT) raised(f, word + 1);
+        word += *a == 'p' || *a == 'v' ? 2 : *a == 'w' ? WINDOW : *a >= '3' && *a <= '6' ? (uint32_t)(*a - '0') : 1;
+    }
+}
+
 /* As small as it may be: arena, inputs, outputs, data. What a run touches beyond is then outside of a block. */
 static void tighten(file *f) {
     const dt_model m = {(const uint8_t *)f->words, (uint32_t)(4 * f->count)};
@@ -281,6 +315,7 @@ static void tighten(file *f) {
         for (size_t i = low; i < f->count; i++) f->words[i - 1] = kept[i - low];
         break;
     }
+    move_constants(f);
     sign(f);
 }
 
