@@ -90,7 +90,7 @@ CHECKS = {  # of dt_file.c, and what each becomes
     "place": ("place[1] + floats <= size", "place[1] + floats <= size + 1"),
     "index": ("index >= many[space]", "index > many[space]"),
     "array": ("first + entries <= (arrays", "first + entries <= 1 + (arrays"),
-    "listed numbers": ("(k && at[k] <= at[k - 1])", "0"),
+    "windows": ("times(w[12], rank)", "times(w[12] - 1, rank)"),
     "scratch": ("2 * (uint64_t)width, 1", "(uint64_t)width, 1"),
     "product": ("high >= rows && wide >= cols", "1"),
 }
