@@ -1,13 +1,10 @@
 """The example keywords-browser: its network on a stream, its training, and the page in a real browser."""
 
 import contextlib
-import functools
-import http.server
 import importlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -121,11 +118,7 @@ def built(example, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     total = example.build.build(folder)
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("localhost", 0), functools.partial(Quiet, directory=folder)) as server:
+    with example.build.server(folder, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield SimpleNamespace(folder=folder, bytes=total, url=f"http://localhost:{server.server_port}/index.html")
         server.shutdown()
@@ -216,6 +209,19 @@ def test_the_page_listens_to_the_microphone(built, spoken):
         page.wait_for_function("document.querySelector('#listen').textContent == 'Listen'")
 
 
+def test_a_recording_that_is_opened_ends_the_one_before(built, spoken):
+    with browser() as page:
+        page.goto(built.url)
+        for path, _ in spoken[:2]:
+            page.wait_for_function("!document.querySelector('#listen').disabled")
+            page.set_input_files("#file", path)
+            page.wait_for_function(f"document.querySelector('#status').textContent == 'Playing {path.name}'")
+        page.wait_for_function("window.spotted")
+        last, word = spoken[1]
+        assert page.evaluate("window.spotted.word") == word
+        assert page.text_content("#status") == f"Heard in {last.name}"
+
+
 def test_a_page_without_microphone_says_so(built):
     with browser() as page:
         page.add_init_script("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})")
@@ -229,17 +235,3 @@ def test_what_is_no_recording_is_refused(built):
     with browser() as page:
         page.goto(f"{built.url}?wav=no.wav")
         page.wait_for_function("document.querySelector('#status').textContent.includes('no.wav is not a recording')")
-
-
-def test_serve_serves(built):
-    code = (
-        f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import build, pathlib; build.serve({str(built.folder)!r}, 0)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            import urllib.request
-
-            address = process.stdout.readline().strip()
-            assert b"<title>" in urllib.request.urlopen(address).read()
-        finally:
-            process.terminate()

@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from deepthin.errors import ConfigError, ExportError
 from deepthin.methods import METHODS
 from deepthin.torch.export.c import check_folder
 from deepthin.torch.export.native.flat import flat_file
+from deepthin.torch.export.native.graph import HANDLERS
 from deepthin.torch.export.native.operators import program_of
 from deepthin.torch.export.native.program import Buffer, Place, Program, Space
 from deepthin.torch.export.native.runtime import FlatModel
@@ -173,7 +175,28 @@ FUNCTIONS = (
     *(lambda x: (x.abs() + 1e-3).log(), lambda x: x.abs().sqrt(), torch.square, lambda x: (x.abs() + 1).reciprocal()),
     *(lambda x: 3 - x, lambda x: x.clamp(-0.5, 0.7), lambda x: F.leaky_relu(x, 0.1), F.elu, F.hardsigmoid, F.hardswish),
     *(F.softplus, F.relu6, lambda x: (x.abs() + 1).rsqrt(), torch.neg, lambda x: F.hardtanh(x, -1, 0.5)),
+    *(lambda x: x**3, lambda x: x**-1),
 )
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.across = nn.MultiheadAttention(24, 3, batch_first=True)
+
+    def forward(self, x, y):
+        heads = x.unflatten(2, (6, 4)).transpose(1, 2)
+        groups = y.unflatten(2, (6, 4)).transpose(1, 2)[:, :2]
+        grouped = F.scaled_dot_product_attention(heads, groups, groups, enable_gqa=True)
+        return self.across(x, y, y, need_weights=False)[0], grouped
+
+
+def test_a_part_of_a_matrix_stays_thin():
+    """Attention to another sequence takes rows of one matrix for queries, keys and values."""
+    torch.manual_seed(0)
+    model = thin(Attention(), "deepthin", "fp32")
+    program = assert_same(model, (torch.randn(2, 5, 24), torch.randn(2, 7, 24)))
+    assert set(program.forms.values()) == {"structured"}
 
 
 def test_every_operator():
@@ -257,6 +280,35 @@ def test_wasm_runs_in_node(small, tmp_path):
     assert [file.name for file in made.files] == ["net.wasm", "net.dtm", "net.mjs"]
     assert made.error <= TOLERANCE
     assert made.files[0].stat().st_size < 6000
+
+
+@pytest.mark.parametrize("name", ["GPT2", pytest.param("Llama", marks=pytest.mark.slow)])
+def test_language_models_of_hugging_face(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if name == "GPT2":
+        settings = transformers.GPT2Config(n_positions=16, n_embd=32, n_layer=2, n_head=4, vocab_size=60)
+    else:
+        settings = transformers.LlamaConfig(num_key_value_heads=2, intermediate_size=64, **sizes)
+    settings.use_cache = False
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = transformers.AutoModelForCausalLM.from_config(settings)
+
+        def forward(self, ids):
+            return self.model(ids).logits
+
+    torch.manual_seed(0)
+    program = assert_same(thin(Scores(), "deepthin", "fp32"), [torch.randint(60, (1, 9))])
+    assert "structured" in program.forms.values()
+
+
+def test_the_page_lists_every_operator():
+    text = (Path(__file__).parent.parent / "docs" / "runtime.md").read_text()
+    listed = re.findall(r"`(\w+)`", text[text.index("## Operators") : text.index("Limits:")])
+    assert [name for name in listed if name not in ("torch",)] == sorted(HANDLERS)
 
 
 def test_what_the_runtime_lacks_is_named(tmp_path):

@@ -49,17 +49,18 @@ def build(out: Path = HERE) -> int:
     return sum(sizes.values())
 
 
-def serve(folder: Path, port: int) -> None:
-    """Serve a folder on localhost, until interrupted.
+def server(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
+    """A server of a folder on localhost.
 
     Args:
         folder: The page.
         port: The port; 0: a free one.
+
+    Returns:
+        The server, which listens but does not answer yet.
     """
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("localhost", port), handler) as server:
-        print(f"http://localhost:{server.server_port}/", flush=True)
-        server.serve_forever()
+    return http.server.ThreadingHTTPServer(("localhost", port), handler)
 
 
 def main() -> None:
@@ -70,7 +71,9 @@ def main() -> None:
     options = parser.parse_args()
     build(options.out.resolve())
     if options.serve is not None:
-        serve(options.out.resolve(), options.serve)
+        with server(options.out.resolve(), options.serve) as serving:
+            print(f"http://localhost:{serving.server_port}/", flush=True)
+            serving.serve_forever()
 
 
 if __name__ == "__main__":

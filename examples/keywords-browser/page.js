@@ -20,7 +20,8 @@ const rows = names.map((name, number) => {
   return { row, bar: row.querySelector('.bar'), number: row.querySelector('.number') };
 });
 
-let heard = -1, since = 0, open = null; // the word that is shown, since when; the microphone's context
+let heard = -1, since = 0, open = null; // the word that is shown, since when; the microphone and its context
+let turn = 0; // counts what was listened to, so that the last recording stops when another begins
 const history = []; // of a recording: the means at each frame, for the tests
 
 function frame(means) {
@@ -46,6 +47,7 @@ function begin() {
   spotter.reset();
   history.length = 0;
   heard = -1;
+  return ++turn;
 }
 
 async function listen() {
@@ -85,14 +87,14 @@ async function play(data, name) {
   } catch {
     return say(`${name} is not a recording that this browser can read.`);
   }
-  begin();
+  const mine = begin();
   const audible = new Audio(URL.createObjectURL(new Blob([data])));
   audible.play().catch(() => {}); // before the first click, browsers stay silent
   const began = performance.now();
   let done = 0;
   say(`Playing ${name}`);
   const show = () => {
-    if (open) return; // the microphone was switched on
+    if (mine !== turn) return audible.pause();
     const due = Math.min(Math.floor((performance.now() - began) * spotter.rate / 1000), sound.length);
     spotter.push(sound.subarray(done, due), frame);
     done = due;

@@ -314,13 +314,16 @@ class Matrices:
         values = tensor.detach().float().numpy().reshape(tensor.shape[0], -1)
         return Matrix(Kind.DENSE, *values.shape, a=Array(Stored(np.ascontiguousarray(values).reshape(-1), values.size)))
 
-    def of_weight(self, weight: ThinWeight, index: int, rows: bool = False) -> tuple[Matrix, str]:
+    def of_weight(
+        self, weight: ThinWeight, index: int, rows: bool = False, within: tuple[int, int] | None = None
+    ) -> tuple[Matrix, str]:
         """The matrix of a thin tensor, as its method stores it: outputs x inputs.
 
         Args:
             weight: The thin weight.
             index: Which of its tensors.
             rows: Whether single rows are asked for.
+            within: The first row and the one after the last, if only these are wanted.
 
         Returns:
             The matrix, and how it is stored, in words.
@@ -328,8 +331,10 @@ class Matrices:
         part, decoder, (start, stop) = weight.parts[index], FloatCoding(weight.method).decoder, weight._cuts[index]
         shape = part.shape[::-1] if part.transposed else part.shape
         height, width = shape[0], math.prod(shape[1:])
+        first, last = within or (0, height)
+        start, stop, height = start + first * width, start + last * width, last - first
         window = decoder.window(start, (height, width)) if isinstance(decoder, Factored) else None
-        alone = len(weight.parts) == 1
+        alone = len(weight.parts) == 1 and height == shape[0]
         common: dict[str, Any] = {"rows": height, "cols": width, "scale": float(part.scale)}
         matrix: Matrix | None = None
         if window is not None and not window.is_rank:
@@ -345,7 +350,7 @@ class Matrices:
             matrix = Matrix(
                 Kind.HASHED, a=values, n=decoder.buckets, seed=decoder.seed % (1 << 64), offset=start, **common
             )
-        dense = self._dense(weight, index, start, stop, common)
+        dense = self._dense(weight, index, (start, stop), (first, last), common)
         if matrix is None or (size_of(dense) <= size_of(matrix) and not rows):
             return dense, "integers" if cast(Array, dense.a).stored.bits != FLOATS else "decoded at export"
         return matrix, _WORDS[matrix.kind]
@@ -439,16 +444,18 @@ class Matrices:
         values = self._entry(weight, "values")
         return Matrix(Kind.SPARSE, a=Array(values), gaps=gaps, n=gaps.size, m=positions.size, **common)
 
-    def _dense(self, weight: ThinWeight, index: int, start: int, stop: int, common: Mapping[str, Any]) -> Matrix:
+    def _dense(
+        self, weight: ThinWeight, index: int, entries: tuple[int, int], rows: tuple[int, int], common: Mapping[str, Any]
+    ) -> Matrix:
         part, shape = weight.parts[index], (common["rows"], common["cols"])
         with torch.no_grad():
             tensor = weight(index).detach().cpu().float()
         tensor = tensor.T if part.transposed else tensor
-        values = np.ascontiguousarray(tensor.reshape(shape).numpy())
+        values = np.ascontiguousarray(tensor.reshape(-1, shape[1])[slice(*rows)].numpy())
         integers = self._integers(weight, "weight") if part.scale == 1.0 and part.zero_row is None else None
         symbols = step = None
         if integers is not None:
-            symbols, step = integers[0].reshape(-1)[start:stop].reshape(shape), integers[1]
+            symbols, step = integers[0].reshape(-1)[slice(*entries)].reshape(shape), integers[1]
         return Matrix(Kind.DENSE, *shape, a=Array(store(values, symbols, step)))
 
 

@@ -25,6 +25,7 @@ _PLAIN = (
 )
 _LARGEST = float(np.finfo(np.float32).max)
 _DIMENSIONS = 4  # of a pair
+_POWERS = 8  # at most
 
 
 def _plain(name: str) -> Callable[..., View]:
@@ -101,10 +102,15 @@ def aten_rsqrt(build: Builder, x: Any) -> View:
 
 @operator("pow")
 def aten_pow(build: Builder, x: Any, power: Any) -> View:
-    functions = {2.0: "square", 0.5: "sqrt", -1.0: "reciprocal"}
-    if not isinstance(power, int | float) or float(power) not in functions:
-        raise ExportError(f"The C runtime has the powers 2, 1/2 and -1, not {power!r}.")
-    return mapped(build, functions[float(power)], x)
+    functions = {0.5: "sqrt", -1.0: "reciprocal", 1.0: "line"}
+    if isinstance(power, int | float) and float(power) in functions:
+        return mapped(build, functions[float(power)], x, 1.0)
+    if power not in range(2, _POWERS + 1):
+        raise ExportError(f"The C runtime has the powers -1, 1/2 and 1 to {_POWERS}, not {power!r}.")
+    made = mapped(build, "square", x)
+    for _ in range(int(power) - 2):
+        made = paired(build, "multiply", made, x)
+    return made
 
 
 def paired(build: Builder, function: str, x: Any, y: Any) -> View:

@@ -18,9 +18,12 @@ from deepthin.torch.generated import ThinLayer
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 DIMENSIONS = 6  # of a copy
-_HANDLERS: dict[str, Callable[..., Any]] = {}
+HANDLERS: dict[str, Callable[..., Any]] = {}
+"""Operator of PyTorch -> what appends its calls; `operators` imports all files that register some."""
 _ROUNDS = 3  # of decomposing what has no handler
-_TURNED = ("permute", "transpose", "t", "numpy_T")  # of a weight: it stays one
+_OF_WEIGHTS = (*("permute", "transpose", "t", "numpy_T", "slice", "narrow", "split", "split_with_sizes", "chunk"),)
+"""Views of a weight that may stay one."""
+_IGNORED = ("assert_tensor_metadata", "assert_async", "assert_scalar", "sym_constrain_range_for_size")
 
 
 def operator(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -34,17 +37,50 @@ def operator(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
 
     def registered(handler: Callable[..., Any]) -> Callable[..., Any]:
-        _HANDLERS.update(dict.fromkeys(names, handler))
+        HANDLERS.update(dict.fromkeys(names, handler))
         return handler
 
     return registered
 
 
 class Weight:
-    """A parameter of the model: a tensor, and the thin weight that it came from, if any."""
+    """A parameter of the model: a tensor, and the thin weight that it came from, if any.
 
-    def __init__(self, name: str, tensor: Tensor, thin: tuple[ThinWeight, int] | None, turned: bool = False) -> None:
-        self.name, self.tensor, self.thin, self.turned = name, tensor, thin, turned
+    Args:
+        name: Its name in the model.
+        tensor: Its values.
+        thin: The thin weight, and which of its tensors.
+        turned: Whether it is used transposed.
+        rows: Its first row and the one after its last, where it is a range of rows of the thin tensor.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensor: Tensor,
+        thin: tuple[ThinWeight, int] | None,
+        turned: bool = False,
+        rows: tuple[int, int] | None = None,
+    ) -> None:
+        self.name, self.tensor, self.thin, self.turned, self.rows = name, tensor, thin, turned, rows
+
+    def range(self, first: int, stop: int) -> "Weight | Tensor":
+        """A range of its rows, which stays thin where the thin weight is a matrix of outputs x inputs.
+
+        Args:
+            first: The first row.
+            stop: The row after the last.
+
+        Returns:
+            The range.
+        """
+        if self.turned:
+            return self.tensor.T[first:stop]
+        transposed = self.thin is not None and self.thin[0].parts[self.thin[1]].transposed
+        if self.tensor.dim() != 2 or transposed:
+            return self.tensor[first:stop]
+        base = self.rows[0] if self.rows else 0
+        return Weight(self.name, self.tensor[first:stop], self.thin, rows=(base + first, base + stop))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,7 +118,7 @@ def program_of(model: nn.Module, example: Sequence[Tensor], streaming: bool = Fa
         table = torch.export.default_decompositions()
         for _ in range(_ROUNDS):
             calls = (node.target for node in exported.graph.nodes if node.op == "call_function")
-            lacking = {target: table[target] for target in calls if _name(target) not in _HANDLERS and target in table}
+            lacking = {target: table[target] for target in calls if _name(target) not in HANDLERS and target in table}
             if not lacking:
                 break
             exported = exported.run_decompositions(lacking)
@@ -195,12 +231,13 @@ class Builder:
         """The matrix that multiplies from the left: outputs x inputs; ``turned``: the tensor is inputs x outputs."""
         if isinstance(value, Weight):
             turned ^= value.turned
-        key = (id(value.tensor) if isinstance(value, Weight) else id(value), turned, rows)
+        own = (id(value.thin[0]), value.thin[1], value.rows) if isinstance(value, Weight) and value.thin else None
+        key = (own or id(value.tensor if isinstance(value, Weight) else value), turned, rows)
         if key in self._found:
             return self._found[key]
         if isinstance(value, Weight) and value.thin is not None:
             weight, index = value.thin
-            found, form = self.constants.of_weight(weight, index, rows)
+            found, form = self.constants.of_weight(weight, index, rows, value.rows)
             self.program.forms[value.name] = form
             turned ^= weight.parts[index].transposed
         else:
@@ -226,13 +263,15 @@ class Builder:
         given = [self._resolved(argument) for argument in node.args]
         named = {key: self._resolved(argument) for key, argument in node.kwargs.items()}
         target, name = cast(Any, node.target), _name(node.target)
+        if name in _IGNORED:
+            return None
         if name == "getitem":
             return given[0][given[1]]
         flat = [v for v in _flat([*given, *named.values()]) if isinstance(v, View | Weight | Tensor)]
-        looks = name in _TURNED and isinstance(given[0], Weight)
+        looks = name in _OF_WEIGHTS and isinstance(given[0], Weight)
         if not any(isinstance(v, View) for v in flat) and not looks:
             return self._computed(target, given, named)
-        handler = _HANDLERS.get(name)
+        handler = HANDLERS.get(name)
         if handler is None:
             module = next(reversed((node.meta.get("nn_module_stack") or {"": ("the model", None)}).values()))
             raise ExportError(

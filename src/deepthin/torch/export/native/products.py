@@ -88,7 +88,7 @@ def aten_scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> View:
     if enable_gqa:
-        raise ExportError("The C runtime has no attention with grouped queries.")
+        k, v = (_for_each_query(build, one, q.shape[-3] // one.shape[-3]) for one in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     scores = _products(build, q, aten_transpose(build, k, -2, -1), scale)
     if is_causal:
@@ -101,6 +101,14 @@ def aten_scaled_dot_product_attention(
             mask = mask.clamp(min=_MASKED)
         scores = paired(build, "add", scores, mask)
     return _products(build, aten_softmax(build, scores, -1), v, 1.0)
+
+
+def _for_each_query(build: Builder, x: View, count: int) -> View:
+    """Keys or values of groups of heads, repeated for each head of a group."""
+    split = View(x.place, (*x.shape[:-2], 1, *x.shape[-2:]), (*x.strides[:-2], 0, *x.strides[-2:]))
+    whole = build.whole(broadcast(build, split, (*x.shape[:-2], count, *x.shape[-2:])))
+    shape = (*x.shape[:-3], x.shape[-3] * count, *x.shape[-2:])
+    return View(whole.place, shape, contiguous_strides(shape))
 
 
 @operator("embedding")

@@ -94,12 +94,13 @@ def aten_select(build: Builder, x: View, dim: int, index: int) -> View:
 
 
 @operator("slice")
-def aten_slice(
-    build: Builder, x: View, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> View:
+def aten_slice(build: Builder, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     at = positive(dim, len(x.shape))
-    size = x.shape[at]
-    start, end, step = slice(start, end).indices(size)[0], slice(start, end).indices(size)[1], step
+    start, end, _ = slice(start, end).indices(x.shape[at])
+    if not isinstance(x, View):
+        whole_rows = isinstance(x, Weight) and at == 0 and step == 1
+        ranges = (*(slice(None),) * at, slice(start, end, step))
+        return x.range(start, end) if whole_rows else build.tensor(x)[ranges]
     count = max(0, -(-(end - start) // step))
     place = Place(x.place.buffer, x.place.offset + start * x.strides[at])
     shape, strides = list(x.shape), list(x.strides)
