@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Processes that tests start would else compile the source of every package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tensorflow fuzz check shapes slow arithmetic sanitize portable docs clean
+.PHONY: demo test test-tensorflow fuzz runtime-fuzz check shapes slow arithmetic sanitize portable docs clean
 
 demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reload the best file, write a report
 	rm -rf runs/demo
@@ -40,6 +40,11 @@ SEED ?= $(shell date +%s)
 
 fuzz: .venv/installed  ## files changed at random and signed again, in every reader: SECONDS of it, from SEED on
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+
+FILES ?= 1000000
+
+runtime-fuzz: .venv/installed  ## flat files of the C runtime changed at random, under sanitizers, without vectors and with them: FILES each
+	OMP_NUM_THREADS=1 $(BIN)/python tests/runtime_fuzz.py --files $(FILES) --seed $(SEED)
 
 LAWS = methods arithmetic huffman importance product rules shared_values spectral
 

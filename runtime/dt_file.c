@@ -165,15 +165,12 @@ static int matrix_is_fine(const dt_model *m, const uint32_t *w) {
 /* Whether a call may read, or write, so many floats from a place on. */
 static int reaches(const dt_model *m, const uint32_t *place, uint64_t floats, int writes) {
     const uint32_t space = place[0] & 3, index = place[0] >> 2;
-    uint64_t size = 0;
-    if (space == ARENA)
-        size = index ? 0 : words(m)[W_ARENA];
-    else if (space == INPUT)
-        size = writes || index >= words(m)[W_INPUTS] ? 0 : inputs_of(m)[index];
-    else if (space == OUTPUT)
-        size = index >= words(m)[W_OUTPUTS] ? 0 : outputs_of(m)[index];
-    else
-        size = writes || index ? 0 : data_floats(m);
+    const uint32_t many[] = {1, words(m)[W_INPUTS], words(m)[W_OUTPUTS], 1};
+    if (index >= many[space] || (writes && (space == INPUT || space == CONSTANT))) return 0; /* even of no floats */
+    const uint64_t size = space == ARENA    ? words(m)[W_ARENA]
+                          : space == INPUT  ? inputs_of(m)[index]
+                          : space == OUTPUT ? outputs_of(m)[index]
+                                            : data_floats(m);
     return floats <= LIMIT && place[1] + floats <= size;
 }
 
@@ -183,13 +180,14 @@ static int vector_is_fine(const dt_model *m, const uint32_t *place, uint64_t flo
 
 static int matrix_exists(const dt_model *m, uint32_t index) { return index < words(m)[W_MATRICES]; }
 
+/* More than LIMIT for no entries: loops that do nothing could take for ever. */
 static uint64_t volume(const uint32_t *size, int count) {
     uint64_t all = 1;
-    for (int i = 0; i < count; i++) all = times(all, size[i]);
+    for (int i = 0; i < count; i++) all = size[i] ? times(all, size[i]) : LIMIT + 1;
     return all;
 }
 
-/* Floats between the first and the last entry, both included; 0 for no entries. */
+/* Floats between the first and the last entry, both included; more than LIMIT for no entries. */
 static uint64_t span(const uint32_t *size, const uint32_t *stride, int count) {
     uint64_t last = 0;
     for (int i = 0; i < count; i++) {

@@ -45,7 +45,7 @@ def footprint(path: Path, compiler: tuple[str, ...] | None = None) -> Footprint 
     command = compiler or ("gcc",)
     if shutil.which(command[0]) is None:
         return None
-    name = identifier(path.stem)
+    path, name = path.resolve(), identifier(path.stem)  # the compiler runs elsewhere
     used = re.findall(r"^USED = (.*)$", (path.parent / "Makefile").read_text(), re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         objects = []
@@ -73,12 +73,14 @@ def _deepest(graph: str, start: str) -> int | None:
     """Bytes of stack of the deepest chain of calls from a function on."""
     own = {
         title: int(count)
-        for title, count in re.findall(r'node: \{ title: "([^"]+)" label: "[^"]*?(\d+) bytes \(static\)', graph)
+        for title, count in re.findall(
+            r'node: \{ title: "([^"]+)" label: "[^"]*?(\d+) bytes \((?:static|dynamic,bounded)\)', graph
+        )
     }
     calls: dict[str, set[str]] = {}
     for source, target in re.findall(r'edge: \{ sourcename: "([^"]+)" targetname: "([^"]+)"', graph):
         calls.setdefault(source, set()).add(target)
-    if start not in own or "dynamic" in graph:
+    if start not in own or "(dynamic)" in graph:
         return None
 
     def depth(name: str) -> int:
