@@ -267,7 +267,7 @@ def test_training_compiles_to_one_graph(case, compiling):
         assert_close(p.grad, expected[name], count, scale)
 
 
-@ALL
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c == "GRU" else c for c in CASES])
 def test_inference_compiles_to_one_graph(case, compiling):
     network, x = thin(case)
     network.eval()
