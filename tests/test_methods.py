@@ -254,7 +254,12 @@ def test_gaps_as_deep_compression_draws_them():
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [([0xFF], "0 positions"), ([0b00000000], "2 positions"), ([0b00110000] + [0xFF] * 6, "7 bytes are more")],
+    [
+        ([0xFF], "0 positions"),
+        ([0b00000000], "2 positions"),
+        ([0b11111010], "a position of 10 among 9"),
+        ([0b00110000] + [0xFF] * 6, "7 bytes are more"),
+    ],
 )
 def test_gaps_that_are_none_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
