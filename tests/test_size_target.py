@@ -268,21 +268,21 @@ def test_lightning(tmp_path):
 
         def configure_optimizers(self):
             optimizer = torch.optim.Adam(dt.parameter_groups(self, 2e-3))
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 320)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     module = Module()
-    target = SizeTarget(module.net, steps=320)
+    target = SizeTarget(module.net, steps=200)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*problem()), batch_size=100)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(
-        max_epochs=8, accelerator="cpu", enable_checkpointing=False, callbacks=[target.lightning_callback()], **quiet
+        max_epochs=5, accelerator="cpu", enable_checkpointing=False, callbacks=[target.lightning_callback()], **quiet
     )
     trainer.fit(module, loader)
-    assert target.steps_done == 320
+    assert target.steps_done == 200
     assert 0.97 * 4000 <= dt.save(module.net, tmp_path / "m.thin") <= 4000
     trainer.save_checkpoint(tmp_path / "m.ckpt")
-    again = SizeTarget(Module().net, steps=320)
+    again = SizeTarget(Module().net, steps=200)
     states = torch.load(tmp_path / "m.ckpt", weights_only=True)["callbacks"]
     again.load_state_dict(next(iter(states.values())))
     assert again.state_dict() == target.state_dict()
@@ -305,23 +305,23 @@ def test_hugging_face(tmp_path):
 
     def trainer(model, target):
         arguments = transformers.TrainingArguments(
-            str(tmp_path / "out"), max_steps=300, per_device_train_batch_size=64, report_to=[], use_cpu=True,
-            save_steps=200, disable_tqdm=True, logging_strategy="no", seed=1, max_grad_norm=0.0,
+            str(tmp_path / "out"), max_steps=200, per_device_train_batch_size=64, report_to=[], use_cpu=True,
+            save_steps=150, disable_tqdm=True, logging_strategy="no", seed=1, max_grad_norm=0.0,
         )  # fmt: skip
         optimizer = torch.optim.Adam(dt.parameter_groups(model, 2e-3))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
         callbacks = [target.trainer_callback()]
         return transformers.Trainer(
             model, arguments, train_dataset=items, optimizers=(optimizer, schedule), callbacks=callbacks
         )
 
     model = Model()
-    target = SizeTarget(model.net, steps=300)
+    target = SizeTarget(model.net, steps=200)
     trainer(model, target).train()
     assert 0.97 * 4000 <= dt.save(model.net, tmp_path / "m.thin") <= 4000
     resumed = Model()
-    again = SizeTarget(resumed.net, steps=300)
-    trainer(resumed, again).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-200"))
+    again = SizeTarget(resumed.net, steps=200)
+    trainer(resumed, again).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-150"))
     assert again.state_dict() == target.state_dict()
 
 
