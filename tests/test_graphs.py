@@ -184,7 +184,7 @@ CASES = [
 CASES += [(rule, "resumed", traced) for rule in ROUNDED]
 CASES += [(rule, "loaded", recorder) for rule in ROUNDED for recorder in (traced, proxied, exported, mapped)]
 # Rules that decode in ways of their own; the others are exported by test_all_methods.py, too.
-QUICK = ("deepthin", "pruned", "deepthin then uniform", "rank then binary", "hashed then uniform")
+QUICK = ("deepthin", "pruned", "deepthin then uniform", "hashed then uniform")
 LOADED = ("binary", "deepthin then uniform")  # weights that are rounded themselves, and floats of another code
 
 
