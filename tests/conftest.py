@@ -48,7 +48,9 @@ LONGEST = (
     "test_distill.py",
     "test_kills.py",
     "test_wrapped.py",
-)  # begin first, on one worker: no worker waits at the end, and what a file shares is made once
+    "test_ecosystem.py",
+    "test_size_target.py",
+)  # begin first, on one worker: none waits at the end; what a file shares, or a large package, is loaded once
 LAWS = ("test_methods", "test_laws", "test_toy_method")  # how the names of their files begin
 
 # Random examples, each time others; what fails is printed with what repeats it. `make slow` takes many.

@@ -41,7 +41,18 @@ RULES = {name: {"method": name} for name in METHODS} | {
 # Terms of the sums behind one number: of a decoded weight, and of an output of Everything: the convolution's 73, the
 # recurrent layer's 5 steps of 58, the attention's 24 + 12 + 5 + 24, the last layer's 25 and the mean's 5.
 DECODING, PATH = 100, 73 + 5 * 58 + 65 + 30
-each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+# Pairs that store floats as other pairs of the table do.
+ALIKE = {
+    "deepthin then 4 bits",
+    "rank then 8 bits",
+    "tensor-train then 8 bits",
+    "deepthin then kmeans",
+    "pruned then ecsq",
+}
+each_rule = pytest.mark.parametrize(
+    "rule",
+    [pytest.param(rule, id=name, marks=pytest.mark.slow if name in ALIKE else ()) for name, rule in RULES.items()],
+)
 
 
 class Everything(nn.Module):

@@ -140,9 +140,19 @@ def test_summary_and_page(finished):
     assert best.value == min(r.value for r in rows if r.split == "dev" and r.method not in points.UNCOMPRESSED)
 
 
-def test_every_method_runs(folder, tmp_path):
+USUAL = tuple(name for name in COMPARED if not name.endswith("4bit"))
+CODED = ("deepthin-coded", "pruned-coded", *ALONE)  # test_keywords.py trains a small network by all that are coded
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        pytest.param(tuple(name for name in USUAL if not name.endswith("-coded") or name in CODED), id="usual"),
+        pytest.param(USUAL, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_every_method_runs(methods, folder, tmp_path):
     """Each in few steps; pruning starts dense; what cannot be reached is a row; cuts stand beside the paper's."""
-    methods = tuple(name for name in COMPARED if not name.endswith("4bit"))
     rows = compare(settings(folder, methods, (0.05,), steps=15), tmp_path)
     reached = {row.method: row for row in rows if row.value is not None}
     assert set(methods) - set(reached) == {"uniform"}

@@ -26,7 +26,9 @@ def test_commands_and_examples_run(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```(\w+)[^\n]*\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert [kind for kind, _ in blocks] == ["toml", "bash", "python", "python", "bash"]
     (tmp_path / "digits.toml").write_text(blocks[0][1])
-    for line in blocks[1][1].strip().splitlines():
+    commands = blocks[1][1]
+    assert "--steps 600 " in commands
+    for line in commands.replace("--steps 600 ", "--steps 60 ").strip().splitlines():
         monkeypatch.setattr("sys.argv", shlex.split(line))
         with pytest.raises(SystemExit) as end:
             main()

@@ -223,7 +223,7 @@ def teacher(tmp_path_factory):
 def test_all_but_the_dense_network_are_taught(teacher, tmp_path):
     said = {}
     for name, how in {"none": None, "soft": Teacher(teacher), "logits": Teacher(teacher, "logits")}.items():
-        setup = Setup("digits", steps=60, teacher=how)
+        setup = Setup("digits", steps=20, teacher=how)
         rows = compare(Settings(setup, ("deepthin", "pruned", "same-size"), (0.02,)), tmp_path / name)
         said[name] = {row.method: row for row in rows if row.split == "test"}
     assert {row.value for by in said.values() for row in [by["dense"]]} == {said["none"]["dense"].value}
@@ -238,7 +238,7 @@ def test_all_but_the_dense_network_are_taught(teacher, tmp_path):
         files = [(tmp_path / name / said[name][method].model).read_bytes() for name in said]
         assert len(set(files)) == 3, method
     assert all(said["soft"][method].teacher is None for method in ("dense", "int8"))
-    other = Setup("digits", steps=60, teacher=Teacher(teacher, "logits"))
+    other = Setup("digits", steps=20, teacher=Teacher(teacher, "logits"))
     with pytest.raises(ConfigError, match=r"another run \(teacher = .*soft.*, now .*logits'\): choose another --out"):
         compare(Settings(other, ("deepthin",), (0.02,)), tmp_path / "soft")
     with pytest.raises(ConfigError, match=r"teacher = None, now 'dense-seed0"):

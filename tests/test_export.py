@@ -19,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters, about themselves
-USUAL = ("deepthin", "kronecker", "pruned", "deepthin then coded")
+USUAL = ("pruned", "deepthin then coded")  # decoded in the graph; single rows, structured products, integers
 LARGE = ("shuffled", "hashed", "hashed then uniform")  # their tables are as large as the weight
 
 

@@ -184,7 +184,14 @@ CASES = [
 CASES += [(rule, "resumed", traced) for rule in ROUNDED]
 CASES += [(rule, "loaded", recorder) for rule in ROUNDED for recorder in (traced, proxied, exported, mapped)]
 # Rules that decode in ways of their own; the others are exported by test_all_methods.py, too.
-QUICK = ("deepthin", "pruned", "deepthin then uniform", "rank then binary", "hashed then uniform")
+QUICK = ("deepthin", "pruned", "deepthin then uniform", "hashed then uniform")
+LOADED = ("binary", "deepthin then uniform")  # weights that are rounded themselves, and floats of another code
+
+
+def is_quick(rule, how, recorder):
+    if how == "resumed" or recorder == traced:
+        return True
+    return rule in LOADED if how == "loaded" else rule in QUICK or recorder == mapped
 
 
 @pytest.mark.parametrize(
@@ -193,7 +200,7 @@ QUICK = ("deepthin", "pruned", "deepthin then uniform", "rank then binary", "has
         pytest.param(
             *case,
             id=f"{case[0]}-{case[1]}-{case[2].__name__}",
-            marks=() if case[0] in QUICK or case[1] != "trained" or case[2] in (traced, mapped) else pytest.mark.slow,
+            marks=() if is_quick(*case) else pytest.mark.slow,
         )
         for case in CASES
     ],
@@ -210,7 +217,13 @@ def test_what_is_recorded_is_evaluation(rule, recorder, how, compiling):
         assert max([value.nbytes for value in constants(recorded)], default=0) < 4 * 32 * 48
 
 
-@pytest.mark.parametrize("rule", FACTORS)
+# The others are factors of two, floats of centres and planes, as in test_what_is_recorded_is_evaluation.
+SMALL = ("deepthin", "kronecker", "tensor-train", "deepthin then uniform")
+
+
+@pytest.mark.parametrize(
+    "rule", [rule if rule in SMALL else pytest.param(rule, marks=pytest.mark.slow) for rule in FACTORS]
+)
 def test_the_traced_file_is_small(rule, compiling):
     """Some 1 MB dense; graphs that round take up to 0.1 MB, whatever the matrix."""
     torch.manual_seed(0)

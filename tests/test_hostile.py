@@ -19,10 +19,12 @@ import deepthin
 import deepthin.torch as dt
 from deepthin import METHODS, BudgetError, ConfigError, FormatError
 from deepthin.cli import main
+from deepthin.coding.huffman import MOST_FREE
+from deepthin.method import Integers
 from deepthin.methods.factor import Factor
 from deepthin.methods.kmeans import KMeans
 from deepthin.methods.then import Then
-from deepthin.storage.arrays import Raw
+from deepthin.storage.arrays import Raw, unpacked
 from deepthin.storage.atomic import write_atomically
 from deepthin.storage.contents import Contents, Part, Thin
 from deepthin.storage.read import from_bytes
@@ -244,6 +246,15 @@ def test_numbers_that_take_no_bits_are_not_too_many(side, coding):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_integers_without_bits_have_a_bound_of_their_own():
+    """Where no bound on the whole file comes first."""
+    kind = Integers(1)
+    data = Raw("U8", (0,), b"")
+    assert unpacked("a", data, ["packed", 0], kind, (3,)).numpy().tolist() == [0, 0, 0]
+    with pytest.raises(FormatError, match=f"a declares {MOST_FREE + 1} numbers that take no bits; at most {MOST_FREE}"):
+        unpacked("a", data, ["packed", 0], kind, (MOST_FREE + 1,))
 
 
 # Models

@@ -130,6 +130,12 @@ def test_symbols_that_do_not_count(drawing, skip):
 
 
 @each_walk
+def test_no_symbols_take_no_bits(walk):
+    found, end = walk(np.zeros(3, np.uint8), 5, huffman._lookup([0, 1], [1, 1]), 9, 0, -1)
+    assert (len(found), end) == (0, 5)
+
+
+@each_walk
 def test_the_example_of_the_format(walk):
     """docs/format-1.md works it out bit by bit."""
     data = encode(np.array([0, 1, 1, 2, 1]), 2)

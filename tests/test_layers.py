@@ -245,7 +245,14 @@ def test_gradient_checkpointing(case):
     assert all(torch.equal(p.grad, expected[name]) for name, p in network.named_parameters())
 
 
-@ALL
+# Layers whose training takes the same way as that of one of the others; GRU and LSTM are compiled by test_recurrent.py.
+ALIKE = {
+    *("Conv3d", "ConvTranspose2d", "ConvTranspose3d", "GRU", "LSTM", "MultiheadAttention, kdim"),
+    *("RMSNorm", "GroupNorm", "BatchNorm2d", "BatchNorm3d"),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in ALIKE else c for c in CASES])
 def test_training_compiles_to_one_graph(case, compiling):
     network, x = thin(case)
     if any(isinstance(module, nn.RNNBase) for module in network.modules()) and not products.native_available:
@@ -260,7 +267,10 @@ def test_training_compiles_to_one_graph(case, compiling):
         assert_close(p.grad, expected[name], count, scale)
 
 
-@ALL
+COMPILED = [case for case in CASES if case not in ALIKE or case == "LSTM"]  # which takes torch's way: it projects
+
+
+@pytest.mark.parametrize("case", [c if c in COMPILED else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_inference_compiles_to_one_graph(case, compiling):
     network, x = thin(case)
     network.eval()

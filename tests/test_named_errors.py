@@ -73,9 +73,15 @@ def test_options_of_any_type_and_size_are_refused_by_name(method):
                     continue
 
 
-@pytest.mark.parametrize("where", ["model", "rule", "bytes", "file", "group"])
-@pytest.mark.parametrize("then", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "then", "where"),
+    [
+        pytest.param(method, then, where, marks=pytest.mark.slow if then and where not in ("model", "file") else ())
+        for method in METHODS
+        for then in (False, True)
+        for where in ("model", "rule", "bytes", "file", "group")
+    ],
+)
 def test_the_smallest_size_that_an_error_names_is_that_of_the_whole_model(method, then, where):
     """One round: what the error says, and what its message recommends, is enough for every matrix."""
     rule = {"method": method, **({"then": {"method": "uniform", "bits": 8}} if then else {})}

@@ -71,8 +71,14 @@ def assert_same(here, there):
     assert (here - there).abs().max() <= 1e-5 * here.abs().max()
 
 
-@pytest.mark.parametrize("stage", ["convolution", "band"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "stage"),
+    [
+        pytest.param(rule, stage, marks=pytest.mark.slow if "ecsq" in rule and stage == "band" else ())  # as kmeans
+        for rule in RULES
+        for stage in ("convolution", "band")
+    ],
+)
 def test_outputs_are_those_of_the_thin_model(rule, stage):
     model = thin(rule)
     copied = portable(model, stage, compact=stage == "band")

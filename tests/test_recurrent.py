@@ -109,9 +109,15 @@ def test_gradients_of_gradients(cell):
     assert (found[0] - found[1]).norm() <= bound(2 * GRADIENT, found[1].norm())
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("cell", "kind", "keep"),
+    [
+        pytest.param(
+            cell, kind, keep, marks=() if cell == "lstm" or (kind == torch.float32 and keep) else pytest.mark.slow
+        )
+        for cell, kind, keep in itertools.product(CELLS, (torch.float32, torch.float64), (False, True))
+    ],
+)
 def test_opcheck(cell, kind, keep):
     x, h, c, factors, biases = trained(operands(cell, kind=kind)) if keep else operands(cell, kind=kind)
     torch.library.opcheck(OPERATOR, (x, h, c, factors, biases, [0] * 8, cell, 2, keep))

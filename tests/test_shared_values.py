@@ -1,5 +1,6 @@
 """k-means, ECSQ, binary codes and ESE's 12 bits against exact solutions, brute force and the numbers of the papers."""
 
+import functools
 import itertools
 import math
 import warnings
@@ -40,6 +41,7 @@ def least_error(values, levels, shares=None):
     values, shares = values[order], np.ones(len(values)) if shares is None else shares[order]
     count = len(values)
 
+    @functools.cache
     def cost(start, stop):
         own, weigh = values[start:stop], shares[start:stop]
         mean = (weigh * own).sum() / weigh.sum() if weigh.sum() > 0 else 0.0
@@ -299,8 +301,14 @@ def test_a_budget_buys_coded_symbols(rows, cols, share, constant):
     assert 8 * stored_bytes(plan, plan.encode(weight, np)) + 32 * plan.levels <= plan.bits()
 
 
-@pytest.mark.parametrize("bits", [1, 2, 2.5, 3])
-@pytest.mark.parametrize("count", [21, 300])
+@pytest.mark.parametrize(
+    ("count", "bits"),
+    [
+        *((21, bits) for bits in (1, 2, 2.5, 3)),
+        *((300, bits) for bits in (1, 2.5)),
+        *(pytest.param(300, bits, marks=pytest.mark.slow) for bits in (2, 3)),
+    ],
+)
 def test_ecsq_is_never_worse_than_kmeans_of_as_many_bits(count, bits):
     """Also where every number begins in a cell of its own, all equally likely."""
     for seed in range(4):
@@ -327,18 +335,27 @@ def test_one_value_is_stored_in_a_few_bytes():
     assert (plan.decode(code, np) == 0.25).all()
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_ecsq_is_better_than_kmeans_of_the_same_bytes(weighted):
+@pytest.mark.parametrize(
+    ("levels", "weighted"),
+    [
+        (4, False),
+        (6, False),
+        (8, False),
+        (6, True),
+        pytest.param(4, True, marks=pytest.mark.slow),
+        pytest.param(8, True, marks=pytest.mark.slow),
+    ],
+)
+def test_ecsq_is_better_than_kmeans_of_the_same_bytes(levels, weighted):
     """What it is for (Choi et al., 2017, section 5): a coder by frequency gives more for the same bits."""
     rng = np.random.default_rng(1)
     weight, importance = rng.normal(size=(50, 80)), rng.gamma(2, size=(50, 80)) if weighted else None
     weigh = np.ones((50, 80)) if importance is None else importance
-    for levels in (4, 6, 8):
-        rival = KMeans((50, 80), levels)
-        code = rival.encode(weight, np, importance)
-        method = Ecsq((50, 80), 32, stored_bytes(rival, code))
-        ours = method.decode(method.encode(weight, np, importance), np)
-        assert (weigh * (weight - ours) ** 2).sum() < 0.95 * (weigh * (weight - rival.decode(code, np)) ** 2).sum()
+    rival = KMeans((50, 80), levels)
+    code = rival.encode(weight, np, importance)
+    method = Ecsq((50, 80), 32, stored_bytes(rival, code))
+    ours = method.decode(method.encode(weight, np, importance), np)
+    assert (weigh * (weight - ours) ** 2).sum() < 0.95 * (weigh * (weight - rival.decode(code, np)) ** 2).sum()
 
 
 def test_the_bytes_are_close_to_what_they_may_be():
@@ -366,11 +383,11 @@ def test_coarse_shares_lose_next_to_nothing():
 
 def test_many_important_weights_take_few_passes(monkeypatch):
     rng = np.random.default_rng(6)
-    weight, importance = rng.normal(size=(100, 300)), rng.gamma(0.5, size=(100, 300))
+    weight, importance = rng.normal(size=(50, 120)), rng.gamma(0.5, size=(50, 120))
     passes, by_passes = [], lloyd._cells_by_passes
     monkeypatch.setattr(lloyd, "_cells_by_passes", lambda *given: passes.append(given) or by_passes(*given))
-    METHODS["ecsq"].fit((100, 300), 1 << 30, bits=3).encode(weight, np, importance)
-    assert len(passes) == 1  # the last assignment; 1,400 rounds search coarsely
+    METHODS["ecsq"].fit((50, 120), 1 << 30, bits=3).encode(weight, np, importance)
+    assert len(passes) == 1  # the last assignment; hundreds of rounds search coarsely
 
 
 def test_what_ecsq_plans():

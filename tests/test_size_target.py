@@ -61,16 +61,31 @@ def trained(model, steps, seed=0):
     return training
 
 
-def test_the_file_ends_within_its_size(tmp_path):
-    for file_bytes, seed in ((6000, 0), (3500, 1), (2000, 2)):
-        model = thin(file_bytes, seed=seed)
-        trained(model, 500, seed)
-        size = dt.save(model, tmp_path / "m.thin", max_bytes=file_bytes)
-        assert 0.97 * file_bytes <= size <= file_bytes, (file_bytes, seed)
-        loaded = dt.load(network(), tmp_path / "m.thin").eval()
-        x, y = problem()
-        assert torch.equal(loaded(x[:50]), model.eval()(x[:50]))
-        assert cross_entropy(loaded(x), y) < 0.8 * math.log(10)
+@pytest.fixture(scope="module")
+def after_200():
+    """A model at the end of a training of 200 steps to 6,000 bytes: for copies."""
+    model = thin(6000)
+    trained(model, 200)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("file_bytes", "seed", "steps"),
+    [
+        (3500, 1, 320),
+        pytest.param(6000, 0, 500, marks=pytest.mark.slow),
+        pytest.param(2000, 2, 500, marks=pytest.mark.slow),
+    ],
+)
+def test_the_file_ends_within_its_size(file_bytes, seed, steps, tmp_path):
+    model = thin(file_bytes, seed=seed)
+    trained(model, steps, seed)
+    size = dt.save(model, tmp_path / "m.thin", max_bytes=file_bytes)
+    assert 0.97 * file_bytes <= size <= file_bytes
+    loaded = dt.load(network(), tmp_path / "m.thin").eval()
+    x, y = problem()
+    assert torch.equal(loaded(x[:50]), model.eval()(x[:50]))
+    assert cross_entropy(loaded(x), y) < 0.8 * math.log(10)
 
 
 @pytest.mark.slow
@@ -201,9 +216,8 @@ def test_floats_say_how_many_numbers():
     assert 0.27 * 128 * 128 <= numbers <= 0.3 * 128 * 128
 
 
-def test_the_last_symbols_are_moved_to_fit(tmp_path):
-    model = thin(6000)
-    trained(model, 200)
+def test_the_last_symbols_are_moved_to_fit(after_200, tmp_path):
+    model = copy.deepcopy(after_200)
     x, y = problem()
     before, size = cross_entropy(model.eval()(x), y).item(), size_of(contents(model))
     limit = int(0.95 * size)
@@ -214,7 +228,7 @@ def test_the_last_symbols_are_moved_to_fit(tmp_path):
 
 def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path):
     def run(model, checkpoint, until=None):
-        training = Training(model=model, steps=120, lr=2e-3, checkpoint=checkpoint)
+        training = Training(model=model, steps=60, lr=2e-3, checkpoint=checkpoint)
         x, y = problem()
         for chosen in training.batches(len(x), 64):
             training.minimise(cross_entropy(model(x[chosen]), y[chosen]))
@@ -224,7 +238,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path):
         return (tmp_path / "m.thin").read_bytes()
 
     whole = run(thin(4000), None)
-    assert run(thin(4000), Checkpoint(tmp_path / "c", 10, "a test"), until=73) is None
+    assert run(thin(4000), Checkpoint(tmp_path / "c", 10, "a test"), until=37) is None
     assert run(thin(4000), Checkpoint(tmp_path / "c", 10, "a test")) == whole
 
 
@@ -254,21 +268,21 @@ def test_lightning(tmp_path):
 
         def configure_optimizers(self):
             optimizer = torch.optim.Adam(dt.parameter_groups(self, 2e-3))
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 320)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     module = Module()
-    target = SizeTarget(module.net, steps=320)
+    target = SizeTarget(module.net, steps=200)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*problem()), batch_size=100)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(
-        max_epochs=8, accelerator="cpu", enable_checkpointing=False, callbacks=[target.lightning_callback()], **quiet
+        max_epochs=5, accelerator="cpu", enable_checkpointing=False, callbacks=[target.lightning_callback()], **quiet
     )
     trainer.fit(module, loader)
-    assert target.steps_done == 320
+    assert target.steps_done == 200
     assert 0.97 * 4000 <= dt.save(module.net, tmp_path / "m.thin") <= 4000
     trainer.save_checkpoint(tmp_path / "m.ckpt")
-    again = SizeTarget(Module().net, steps=320)
+    again = SizeTarget(Module().net, steps=200)
     states = torch.load(tmp_path / "m.ckpt", weights_only=True)["callbacks"]
     again.load_state_dict(next(iter(states.values())))
     assert again.state_dict() == target.state_dict()
@@ -291,30 +305,28 @@ def test_hugging_face(tmp_path):
 
     def trainer(model, target):
         arguments = transformers.TrainingArguments(
-            str(tmp_path / "out"), max_steps=300, per_device_train_batch_size=64, report_to=[], use_cpu=True,
-            save_steps=200, disable_tqdm=True, logging_strategy="no", seed=1, max_grad_norm=0.0,
+            str(tmp_path / "out"), max_steps=200, per_device_train_batch_size=64, report_to=[], use_cpu=True,
+            save_steps=150, disable_tqdm=True, logging_strategy="no", seed=1, max_grad_norm=0.0,
         )  # fmt: skip
         optimizer = torch.optim.Adam(dt.parameter_groups(model, 2e-3))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
         callbacks = [target.trainer_callback()]
         return transformers.Trainer(
             model, arguments, train_dataset=items, optimizers=(optimizer, schedule), callbacks=callbacks
         )
 
     model = Model()
-    target = SizeTarget(model.net, steps=300)
+    target = SizeTarget(model.net, steps=200)
     trainer(model, target).train()
     assert 0.97 * 4000 <= dt.save(model.net, tmp_path / "m.thin") <= 4000
     resumed = Model()
-    again = SizeTarget(resumed.net, steps=300)
-    trainer(resumed, again).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-200"))
+    again = SizeTarget(resumed.net, steps=200)
+    trainer(resumed, again).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-150"))
     assert again.state_dict() == target.state_dict()
 
 
-def test_inspect_shows_the_bits_of_each_tensor(tmp_path):
-    model = thin(4000)
-    trained(model, 150)
-    dt.save(model, tmp_path / "m.thin")
+def test_inspect_shows_the_bits_of_each_tensor(after_200, tmp_path):
+    dt.save(after_200, tmp_path / "m.thin")
     row = next(row for row in deepthin.inspect(tmp_path / "m.thin").rows if row.name == "0.weight")
     assert "xf_symbols levels" in row.fields["coding"]
     assert "bits" in row.fields["coding"]

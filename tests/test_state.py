@@ -39,7 +39,20 @@ RULES = {name: {"method": name, **options} for name, options in ALONE.items()} |
     f"{outer} then {inner}": {"method": outer, "ratio": 0.3, "then": {"method": inner, **options}}
     for outer, (inner, options) in itertools.product(OUTER, INNER.items())
 }
-every = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+QUICK = {
+    *ALONE,  # and each method of a pair in one pair at least
+    "deepthin then coded",
+    "shuffled then kmeans",
+    "rank then binary",
+    "hashed then uniform",
+    "pruned then ecsq",
+    "kronecker then uniform",
+    "tensor-train then coded",
+}
+every = pytest.mark.parametrize(
+    "rule",
+    [pytest.param(rule, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, rule in RULES.items()],
+)
 
 
 def network(seed=0):

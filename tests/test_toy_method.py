@@ -68,9 +68,13 @@ def striped(monkeypatch):
     monkeypatch.setitem(METHODS, "striped", STRIPED)  # in a package of one's own: METHODS["striped"] = STRIPED
 
 
-@pytest.mark.parametrize("then", [(), INNER], ids=["alone", "then another"])
-def test_it_obeys_every_law(then):
-    check_method(STRIPED, claims=Claims(roundings=lambda method: 1), then=then)
+@pytest.mark.parametrize(
+    ("then", "examples"),
+    [((), 30), (INNER, 10), pytest.param(INNER, 30, marks=pytest.mark.slow)],
+    ids=["alone", "then another", "then another, 30 examples"],
+)
+def test_it_obeys_every_law(then, examples):
+    check_method(STRIPED, claims=Claims(roundings=lambda method: 1), then=then, examples=examples)
 
 
 def test_it_is_checked_without_a_name_or_claims_too():

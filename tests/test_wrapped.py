@@ -1,6 +1,7 @@
 """Models inside torch's wrappers. Whatever needs two processes runs in one pair of them, for all tests of this file."""
 
 import datetime
+import functools
 import pickle
 import traceback
 
@@ -20,7 +21,8 @@ from test_state import network as two_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The relative error of", "ignore:.*_init_weights")
 
-SINGLE = [name for name in RULES if " then " not in name]
+TRAINED = ("deepthin", "hashed", "pruned", "uniform", "coded", "pruned then kmeans")
+SINGLE = [name for name in RULES if " then " not in name and name not in TRAINED]
 PAIRS = [name for name in RULES if name.startswith("pruned then") or name.endswith("then kmeans")]
 THIN = {"rules": {"*": {"ratio": 0.3}}}
 SHARDED = {
@@ -30,6 +32,8 @@ SHARDED = {
     "hashed then uniform": {"rules": {"*": RULES["hashed then uniform"]}},
     "group": {"rules": {"*.weight*": {"ratio": 0.3, "group": "flat"}}},
 }
+QUICK = ("deepthin", "pruned then kmeans", "group")  # floats alone, integers beside floats, one code for all layers
+OTHERS = ("uniform", "hashed then uniform")
 
 
 def network(seed=0):
@@ -216,7 +220,11 @@ def check_replicas(model, outputs):
 
 
 def ddp_trains_every_method(rank, folder):
-    ddp_trains(rank, folder, [*SINGLE, "pruned then kmeans"])
+    ddp_trains(rank, folder, [*TRAINED, *SINGLE])
+
+
+def ddp_trains_methods_of_every_kind(rank, folder):
+    ddp_trains(rank, folder, TRAINED)
 
 
 def ddp_trains_pairs_of_methods(rank, folder):
@@ -259,9 +267,9 @@ def ddp_trains_to_a_size(rank, folder):
     for adds in (False, True):
         model = thin(size, rank, two_layers)
         ddp = DistributedDataParallel(model)
-        target = dt.SizeTarget(ddp, steps=60)
+        target = dt.SizeTarget(ddp, steps=20)
         optimizer = torch.optim.Adam(dt.parameter_groups(ddp, 1e-3))
-        for _ in range(60):
+        for _ in range(20):
             optimizer.zero_grad()
             loss = (ddp(inputs(rank)) - 1).square().mean()
             if adds:
@@ -333,7 +341,7 @@ def a_recipe_in_ddp(rank, folder):
         check_replicas(model, model(inputs()))
 
 
-def sharding(rank, folder, build, batch, units, names=tuple(SHARDED)):
+def sharding(rank, folder, build, batch, units, names):
     from torch.distributed.fsdp import fully_shard
 
     for name in names:
@@ -378,8 +386,8 @@ def fully_sharded_linear_layers(rank, folder):
     sharding(rank, folder, network, inputs, lambda model: [], ("pruned then kmeans", "group"))
 
 
-def fully_sharded_layer_by_layer(rank, folder):
-    sharding(rank, folder, network, inputs, lambda model: [model[0], model[2], model[4]])
+def fully_sharded_layer_by_layer(rank, folder, names=QUICK):
+    sharding(rank, folder, network, inputs, lambda model: [model[0], model[2], model[4]], names)
 
 
 def fully_sharded_lstms(rank, folder):
@@ -417,10 +425,11 @@ def dense_models_are_saved_whole(rank, folder):
         dist.barrier()
 
 
-def fsdp_1(rank, folder):
+def fsdp_1(rank, folder, names=QUICK):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    for name, rules in SHARDED.items():
+    for name in names:
+        rules = SHARDED[name]
         for original in (True, False) if name in ("deepthin", "group") else (False,):
             plain, model = thin(rules), thin(rules)
             model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
@@ -435,14 +444,14 @@ def fsdp_1(rank, folder):
             dist.barrier()
 
 
-def tensor_parallelism_asks_to_materialize(rank, folder):
+def tensor_parallelism_asks_to_materialize(rank, folder, names=QUICK):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (2,))
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    for rules in SHARDED.values():
-        model = thin(rules)
+    for name in names:
+        model = thin(SHARDED[name])
         expected = model(inputs())
         with pytest.raises(ConfigError, match=r"weight of the ThinLinear is generated.*materialize\(model\) first"):
             parallelize_module(model, mesh, plan)
@@ -455,12 +464,12 @@ def tensor_parallelism_asks_to_materialize(rank, folder):
         dist.barrier()
 
 
-def sharded_models_from_the_meta_device(rank, folder):
+def sharded_models_from_the_meta_device(rank, folder, names=QUICK):
     """As torch's documentation does it: shard on the meta device, to_empty, then initialise or reset_parameters."""
     from torch.distributed.fsdp import fully_shard
 
-    for rules in SHARDED.values():
-        plain = network()
+    for name in names:
+        rules, plain = SHARDED[name], network()
         dt.compress(plain, rules, init="scratch", seed=7)
         for fill in (False, True):
             with torch.device("meta"):
@@ -475,14 +484,15 @@ def sharded_models_from_the_meta_device(rank, folder):
                     if callable(getattr(module, "reset_parameters", None)):
                         module.reset_parameters()
             expected = plain.state_dict()
-            for name, value in model.state_dict().items():
+            for key, value in model.state_dict().items():
                 value = value.full_tensor() if hasattr(value, "full_tensor") else value
-                assert name.endswith(".bias") or torch.equal(value, expected[name])
+                assert key.endswith(".bias") or torch.equal(value, expected[key])
 
 
 CHECKS = {
     function.__name__: function
     for function in (
+        ddp_trains_methods_of_every_kind,
         ddp_trains_every_method,
         ddp_trains_pairs_of_methods,
         ddp_trains_to_a_size,
@@ -500,7 +510,18 @@ CHECKS = {
     )
 }
 
-LONG = ("ddp_trains_pairs_of_methods",)  # a pair is exchanged as its methods are
+OF_OTHERS = {
+    f"{check.__name__}_of_other_rules": functools.partial(check, names=OTHERS)
+    for check in (
+        fully_sharded_layer_by_layer,
+        fsdp_1,
+        tensor_parallelism_asks_to_materialize,
+        sharded_models_from_the_meta_device,
+    )
+}
+CHECKS |= OF_OTHERS
+# What is not a kind of its own: methods are exchanged as others of their kind are, and a pair as its methods are.
+LONG = ("ddp_trains_every_method", "ddp_trains_pairs_of_methods", *OF_OTHERS)
 
 
 def run_checks(rank, folder, names):
