@@ -50,6 +50,7 @@ class Recipe:
         importance: Called when codes are quantised; returns importance by the names of the thin model's parameters:
             ``lambda: hessian_diagonal(model, batches, loss)``.
 
+    Example:
         recipe = dt.Recipe(model, "deep.toml", steps=20_000)
         optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
         for inputs, targets in batches:

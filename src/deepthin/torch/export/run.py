@@ -22,9 +22,10 @@ from deepthin.torch.export.examples import example_of
 from deepthin.torch.export.measure import measured
 from deepthin.torch.export.targets import Target, target_of
 from deepthin.torch.files import save
+from deepthin.torch.generated import ThinLayer
 from deepthin.torch.packed import PackedIntegers
 from deepthin.torch.portable import PortableWeight, forms, portable
-from deepthin.torch.weight import ThinWeight
+from deepthin.torch.weight import ThinPart, ThinWeight
 from deepthin.torch.wrapped import check_plain
 
 BATCHES = (1, 3, 8)
@@ -240,7 +241,14 @@ def _check_bytes(
     size, most = _bytes(module, files), _most(model, target, thin_bytes)
     if size <= most:
         return
-    large = [name for name, form in how.items() if form == "decoded at export"]
+    tables = {
+        f"{path}.{name}".lstrip(".")
+        for path, layer in model.named_modules()
+        if isinstance(layer, ThinLayer)
+        for name, part in cast(Any, layer.thin).items()
+        if (part.group if isinstance(part, ThinPart) else part).method.derived()
+    }
+    large = [name for name, form in how.items() if form == "decoded at export" and name in tables]
     raise ExportError(
         f"The {target.name} file would have {size:,} bytes, the .thin file {thin_bytes:,}; at most {most:,} are "
         "allowed. "
