@@ -15,6 +15,7 @@ from deepthin.torch.export.native.operators import program_of
 from deepthin.torch.export.native.program import Buffer, Place, Program, Space
 
 ROWS, COLS = 9, 7
+FEW = 8  # times that a seed is taken which is no product of a matrix
 
 
 def array(count, form, rng):
@@ -95,6 +96,57 @@ def products():
     for kind, form, (use, turned) in itertools.product(Kind, FORMS, uses):
         name = f"{kind.name}-{form}-{'TURNED' if turned else use.name}".lower()
         yield name, product(kind, form, use, turned, rng)
+
+
+def windowed(name, groups, use, rng):
+    """A program of one convolution, or of one pooling layer."""
+    program, kernel, channels, outputs = Program(), (2, 3), 4, 6 if name == "conv" else 4
+    size, out = (5, 6), (3, 5)
+    window = (channels, *size, outputs, *out, *kernel, 2, 1, 1, 1, 1, 1, groups)
+    x, y = Buffer(channels * 30, Space.INPUT), Buffer(outputs * 15, Space.OUTPUT)
+    program.inputs, program.outputs, program.integers = [x], [y], [False]
+    if name == "pool":
+        program.call("pool", [window, groups, 1, Place(x), Place(y)])
+    else:
+        cols = channels // groups * 6
+        made = Matrix(Kind.DENSE, outputs, cols, a=array(outputs * cols, "bits3", rng))
+        bias = Buffer(outputs, Space.CONSTANT, data=rng.standard_normal(outputs).astype(np.float32))
+        scratch = made.scratch(Use.ROWS if groups > 1 else use) + cols + outputs
+        program.call("conv", [window, made, Place(bias), 1, int(use), Place(x), Place(y)], scratch=scratch)
+    program.place()
+    return program
+
+
+def convolutions():
+    """Convolutions of one group and of two, means and maxima."""
+    rng = np.random.default_rng(1)
+    yield "conv", windowed("conv", 1, Use.ONCE, rng)
+    yield "conv-packed", windowed("conv", 1, Use.PACKED, rng)
+    yield "conv-groups", windowed("conv", 2, Use.ROWS, rng)
+    yield "pool", windowed("pool", 1, Use.ONCE, rng)
+
+
+def recurrent(cell, rng):
+    """A program of one recurrent layer of a kind."""
+    program, gates, steps, width, hidden = Program(), (1, 1, 3, 4)[cell], 3, 3, 4
+    x, y = Buffer(steps * width, Space.INPUT), Buffer(steps * hidden, Space.OUTPUT)
+    h, c = Buffer(hidden, kept=True), Buffer(hidden, kept=True)
+    program.inputs, program.outputs, program.integers = [x], [y], [False]
+    weights = [
+        Matrix(Kind.DENSE, gates * hidden, cols, a=array(gates * hidden * cols, "bits8", rng))
+        for cols in (width, hidden)
+    ]
+    arguments = [cell, *weights, None, None, steps, cell % 2, int(Use.ONCE), Place(x), width, Place(y), hidden]
+    scratch = sum(weight.scratch(Use.ONCE) for weight in weights) + 2 * gates * hidden
+    program.call("recurrent", [*arguments, Place(h), Place(c)], scratch=scratch)
+    program.place()
+    return program
+
+
+def layers():
+    """Recurrent layers of each kind."""
+    for cell in range(4):
+        yield f"recurrent-{cell}", recurrent(cell, np.random.default_rng(cell))
 
 
 class Images(nn.Module):
@@ -197,7 +249,7 @@ def networks():
 @functools.cache
 def programs():
     """Name -> program."""
-    return dict(itertools.chain(products(), networks()))
+    return dict(itertools.chain(products(), convolutions(), layers(), networks()))
 
 
 def write(folder):
@@ -207,8 +259,11 @@ def write(folder):
         folder: An existing one.
 
     Returns:
-        Their paths.
+        Their paths; those of which there are few are given several times.
     """
+    paths = []
     for name, program in programs().items():
-        (folder / f"{name}.dtm").write_bytes(flat_file(program))
-    return [folder / f"{name}.dtm" for name in programs()]
+        path = folder / f"{name}.dtm"
+        path.write_bytes(flat_file(program))
+        paths += [path] * (1 if name.split("-")[0].upper() in Kind.__members__ else FEW)
+    return paths

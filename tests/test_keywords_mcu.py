@@ -43,9 +43,9 @@ def page():
     return module
 
 
-def run(*arguments):
-    """The example's output, run as its users do, in a place of its own."""
-    command = [sys.executable, FOLDER / "run.py", *arguments]
+def run(folder, *arguments):
+    """The example's output, run as its users do; it compiles in a folder."""
+    command = [sys.executable, FOLDER / "run.py", "--build", folder / "build", *arguments]
     made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert made.returncode == 0, made.stdout + made.stderr
     return made.stdout
@@ -78,7 +78,7 @@ def memory(output):
 
 
 def test_a_made_up_sound(example, page, tmp_path):
-    output = run("--data", tmp_path)
+    output = run(tmp_path, "--data", tmp_path)
     assert "a made-up sound without words" in output
     assert assert_as_torch(output, page, example.made_up()) == []
     flash, ram = memory(output)
@@ -91,7 +91,7 @@ def test_a_made_up_sound(example, page, tmp_path):
     assert "the counter ticks every 40 instructions" in output
 
 
-def test_recordings(example, page):
+def test_recordings(example, page, tmp_path):
     pytest.importorskip("soundfile", reason="soundfile is not installed: pip install 'deepthin[compare]'")
     data = Path(os.environ.get("DEEPTHIN_DATA", "")) / "wakewords"
     if not data.is_dir():
@@ -99,7 +99,7 @@ def test_recordings(example, page):
     heard = 0
     for word in ("computer", "jarvis"):
         name = next(line for line in (data / "testing_list.txt").read_text().split() if line.startswith(word))
-        output = run("--wav", data / name)
+        output = run(tmp_path, "--wav", data / name)
         heard += len(assert_as_torch(output, page, example.recording(data / name)))
     assert heard > 0
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import deepthin.torch as dt
 from deepthin.torch.export import wasm
+from deepthin.torch.export.native import runtime
 from deepthin.torch.export.native.footprint import CORTEX_M4, footprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
@@ -147,7 +148,7 @@ def test_cortex_m4(case):
 
 @needs("node")
 def test_webassembly(case):
-    if not wasm.is_available():
+    if runtime.zig_compiler() is None:
         pytest.skip("not installed: ziglang")
     path = case.folder / "wasm" / "model.wasm"
     path.parent.mkdir()

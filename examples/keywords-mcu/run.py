@@ -22,7 +22,6 @@ from deepthin.torch.export.native.runtime import folder
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "keywords-browser"
-BUILD = HERE / "build"
 BOARD = ("-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16")
 FLAGS = (
     "-std=c99",
@@ -88,11 +87,12 @@ def sound(wav: Path | None, data: Path | None) -> tuple[np.ndarray, str]:
     return made_up(), "a made-up sound without words: --wav FILE takes another"
 
 
-def build(samples: np.ndarray) -> tuple[Path, str]:
+def build(samples: np.ndarray, out: Path) -> tuple[Path, str]:
     """Write and compile the program.
 
     Args:
         samples: 16-bit samples at 16 kHz.
+        out: The folder of what is written; it is made.
 
     Returns:
         The program, and what the linker says about memory.
@@ -102,19 +102,18 @@ def build(samples: np.ndarray) -> tuple[Path, str]:
         from network import BANDS, WORDS, Spotter
     finally:
         sys.path.remove(str(PAGE))
-    shutil.rmtree(BUILD, ignore_errors=True)
-    BUILD.mkdir()
+    out.mkdir(parents=True, exist_ok=True)
     model = dt.load(Spotter(), PAGE / "keywords.thin").eval()
-    dt.export(model, BUILD / "model.c", torch.zeros(1, 1, BANDS), to="c", streaming=True)
-    (BUILD / "sound.h").write_text(
+    dt.export(model, out / "model.c", torch.zeros(1, 1, BANDS), to="c", streaming=True)
+    (out / "sound.h").write_text(
         "#include <stdint.h>\n"
         f"enum {{ SOUND_SAMPLES = {samples.size}, WORDS = {len(WORDS)} }};\n"
         f"static const char *const words[WORDS] = {{{', '.join(f'{chr(34)}{word}{chr(34)}' for word in WORDS)}}};\n"
         f"static const int16_t sound[SOUND_SAMPLES] = {{{','.join(map(str, samples.tolist()))}}};\n"
     )
-    used = re.findall(r"^USED = (.*)$", (BUILD / "Makefile").read_text(), re.MULTILINE)[0].split()
-    sources = [HERE / "start.c", HERE / "keywords.c", BUILD / "model.c", BUILD / "dt.c", folder() / "log_mel.c"]
-    program, include = BUILD / "keywords.elf", [f"-I{BUILD}", f"-I{folder()}"]
+    used = re.findall(r"^USED = (.*)$", (out / "Makefile").read_text(), re.MULTILINE)[0].split()
+    sources = [HERE / "start.c", HERE / "keywords.c", out / "model.c", out / "dt.c", folder() / "log_mel.c"]
+    program, include = out / "keywords.elf", [f"-I{out}", f"-I{folder()}"]
     command = [
         "arm-none-eabi-gcc",
         *BOARD,
@@ -159,13 +158,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wav", type=Path, help="a recording of one channel")
     parser.add_argument("--data", type=Path, default=Path(data) / "wakewords" if data else None)
+    parser.add_argument("--build", type=Path, default=HERE / "build", help="folder of what is compiled")
     options = parser.parse_args()
     for tool, package in TOOLS.items():
         if shutil.which(tool) is None:
             sys.exit(f"{tool} is not installed: apt install {package}")
     samples, what = sound(options.wav, options.data)
     print(f"sound: {samples.size / RATE:.2f} s, {2 * samples.size:,} bytes of flash: {what}")
-    program, memory = build(samples)
+    program, memory = build(samples, options.build.resolve())
     print(memory, end="")
     print(subprocess.run(["arm-none-eabi-size", program], capture_output=True, text=True, check=True).stdout, end="")
     print(run(program), end="")
