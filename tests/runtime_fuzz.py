@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 import runtime_seeds
-from deepthin.torch.export.native.runtime import compiler, folder
+from deepthin.torch.export.native.runtime import compiler
 
+RUNTIME = Path(__file__).parents[1] / "runtime"  # fuzz.c is not installed
 CORPUS = Path(__file__).parent / "corpus-runtime"
 FLAGS = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-g", "-O1")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -32,7 +33,7 @@ def compiled(target, flags=(), source=None):
     Returns:
         What the compiler says, nothing if it succeeds.
     """
-    source = source or folder()
+    source = source or RUNTIME
     command = [*compiler(), *FLAGS, *SANITIZERS, *flags, source / "fuzz.c", source / "dt.c", "-o", target, "-lm"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 

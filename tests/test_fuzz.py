@@ -11,7 +11,7 @@ import pytest
 import crafted
 import fuzz
 from deepthin import FormatError
-from deepthin.storage import read
+from deepthin.storage import contents, read
 
 CORPUS = sorted(Path(__file__).with_name("corpus").glob("*.thin"))
 
@@ -62,7 +62,7 @@ def test_all_that_is_made_is_signed():
 @pytest.mark.parametrize("fault", ["unnamed", "values", "nan"])
 def test_planted_faults_are_found(fault, tmp_path, monkeypatch):
     """A reader that raises IndexError, one that decodes other weights, and one that lets NaN through."""
-    path, decode = tmp_path / "m.thin", read.Thin.decode
+    path, decode = tmp_path / "m.thin", contents.Thin.decode
     path.write_bytes(crafted.files()["version 2, repeats"])
     fuzz.examine(path, fuzz.readers())
 
@@ -72,7 +72,7 @@ def test_planted_faults_are_found(fault, tmp_path, monkeypatch):
             raise IndexError("planted")
         return {name: a * (np.nan if fault == "nan" else 1.01) for name, a in arrays.items()}
 
-    monkeypatch.setattr(read.Thin, "decode", wrong)
+    monkeypatch.setattr(contents.Thin, "decode", wrong)
     with pytest.raises(IndexError if fault == "unnamed" else fuzz.Finding):
         fuzz.examine(path, fuzz.readers())
 

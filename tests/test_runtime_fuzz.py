@@ -11,8 +11,8 @@ from deepthin.errors import ConfigError
 from deepthin.torch.export.native.constants import Kind, Use
 from deepthin.torch.export.native.flat import OPERATORS
 from deepthin.torch.export.native.functions import FUNCTIONS, PAIRS
-from deepthin.torch.export.native.runtime import compiler, folder
-from runtime_fuzz import CORPUS, LANES, compiled, fuzzed
+from deepthin.torch.export.native.runtime import compiler
+from runtime_fuzz import CORPUS, LANES, RUNTIME, compiled, fuzzed
 
 FILES, MANY = 5_000, 1_000_000
 
@@ -102,7 +102,7 @@ CHECKS = {  # of dt_file.c, and what each becomes
 def test_the_fuzzer_finds_a_wrong_check(check, sanitizers, seeds, tmp_path):
     right, wrong = CHECKS[check]
     for name in ("dt.h", "dt.c", "dt_file.c", "fuzz.c"):
-        shutil.copyfile(folder() / name, tmp_path / name)
+        shutil.copyfile(RUNTIME / name, tmp_path / name)
     source = (tmp_path / "dt_file.c").read_text()
     assert source.count(right) == 1
     (tmp_path / "dt_file.c").write_text(source.replace(right, wrong))
