@@ -159,8 +159,8 @@ def _convolve(
     return made
 
 
-@operator("conv2d")
-def aten_conv2d(
+@operator("conv1d", "conv2d")
+def aten_conv(
     build: Builder,
     x: Any,
     weight: Any,
@@ -170,21 +170,7 @@ def aten_conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> View:
-    return _convolve(build, x, weight, bias, stride, padding, dilation, groups, flat=False)
-
-
-@operator("conv1d")
-def aten_conv1d(
-    build: Builder,
-    x: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> View:
-    return _convolve(build, x, weight, bias, stride, padding, dilation, groups, flat=True)
+    return _convolve(build, x, weight, bias, stride, padding, dilation, groups, flat=len(weight.shape) == 3)
 
 
 @operator("convolution")
@@ -202,4 +188,4 @@ def aten_convolution(
 ) -> View:
     if turned or len(w.shape) not in (3, 4):
         raise ExportError("The C runtime has no transposed and no three-dimensional convolution.")
-    return _convolve(build, x, w, bias, stride, padding, dilation, groups, flat=len(w.shape) == 3)
+    return aten_conv(build, x, w, bias, stride, padding, dilation, groups)

@@ -1,5 +1,6 @@
 """Recurrent layers: a call for each direction of each layer and each item."""
 
+from collections.abc import Callable
 from typing import Any
 
 from deepthin.errors import ExportError
@@ -83,65 +84,17 @@ def _states_of(build: Builder, start: Any, floats: int) -> Place:
     return Place(buffer)
 
 
-@operator("lstm")
-def aten_lstm(
-    build: Builder,
-    x: Any,
-    states: list[Any],
-    weights: list[Any],
-    biased: bool,
-    layers: int,
-    _: Any,
-    __: Any,
-    both: bool,
-    first: bool,
-) -> Any:
-    return _recur(build, "lstm", x, states, weights, biased, layers, both, first)
+def _handler(mode: str) -> Callable[..., tuple[View, ...]]:
+    """PyTorch's arguments; of the states an LSTM has two, in a list. Dropout and training do not count here."""
+
+    def recur(
+        build: Builder, x: Any, states: Any, weights: list[Any], biased: bool, layers: int, *rest: Any
+    ) -> tuple[View, ...]:
+        _, _, both, first = rest
+        return _recur(build, mode, x, states if mode == "lstm" else [states], weights, biased, layers, both, first)
+
+    return recur
 
 
-@operator("gru")
-def aten_gru(
-    build: Builder,
-    x: Any,
-    state: Any,
-    weights: list[Any],
-    biased: bool,
-    layers: int,
-    _: Any,
-    __: Any,
-    both: bool,
-    first: bool,
-) -> Any:
-    return _recur(build, "gru", x, [state], weights, biased, layers, both, first)
-
-
-@operator("rnn_tanh")
-def aten_rnn_tanh(
-    build: Builder,
-    x: Any,
-    state: Any,
-    weights: list[Any],
-    biased: bool,
-    layers: int,
-    _: Any,
-    __: Any,
-    both: bool,
-    first: bool,
-) -> Any:
-    return _recur(build, "rnn_tanh", x, [state], weights, biased, layers, both, first)
-
-
-@operator("rnn_relu")
-def aten_rnn_relu(
-    build: Builder,
-    x: Any,
-    state: Any,
-    weights: list[Any],
-    biased: bool,
-    layers: int,
-    _: Any,
-    __: Any,
-    both: bool,
-    first: bool,
-) -> Any:
-    return _recur(build, "rnn_relu", x, [state], weights, biased, layers, both, first)
+for _mode in _CELLS:
+    operator(_mode)(_handler(_mode))
