@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
-from deepthin.torch.export.native.constants import DIGITS, Array, Core, Kind, Matrix, Stored, Use, pack_bits
 from deepthin.torch.export.native.flat import flat_file
+from deepthin.torch.export.native.matrix import Array, Core, Kind, Matrix, Use
 from deepthin.torch.export.native.operators import program_of
 from deepthin.torch.export.native.program import Buffer, Place, Program, Space
+from deepthin.torch.export.native.stored import DIGITS, Stored, pack_bits
 
 ROWS, COLS = 9, 7
 FEW = 8  # times that a seed is taken which is no product of a matrix

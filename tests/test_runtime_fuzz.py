@@ -8,9 +8,9 @@ import pytest
 
 import runtime_seeds
 from deepthin.errors import ConfigError
-from deepthin.torch.export.native.constants import Kind, Use
 from deepthin.torch.export.native.flat import OPERATORS
 from deepthin.torch.export.native.functions import FUNCTIONS, PAIRS
+from deepthin.torch.export.native.matrix import Kind, Use
 from deepthin.torch.export.native.runtime import compiler
 from runtime_fuzz import CORPUS, LANES, RUNTIME, compiled, fuzzed
 

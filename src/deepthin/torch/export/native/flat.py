@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepthin.torch.export.native.constants import Array, Matrix, Stored
+from deepthin.torch.export.native.matrix import Array, Matrix
 from deepthin.torch.export.native.program import Argument, Place, Program, Space
+from deepthin.torch.export.native.stored import Stored
 
 MAGIC = b"dtm1"
 VERSION = 1

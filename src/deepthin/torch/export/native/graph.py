@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from deepthin.errors import ExportError
 from deepthin.torch.compress import materialize
-from deepthin.torch.export.native.constants import Matrices, Matrix
+from deepthin.torch.export.native.matrices import Matrices
+from deepthin.torch.export.native.matrix import Matrix
 from deepthin.torch.export.native.program import Buffer, Place, Program, Space, View, contiguous_strides, merged
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.weight import ThinPart, ThinWeight

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from deepthin.errors import ExportError
-from deepthin.torch.export.native.constants import Matrix, Use
 from deepthin.torch.export.native.functions import aten_add, paired
 from deepthin.torch.export.native.graph import Builder, Weight, operator
+from deepthin.torch.export.native.matrix import Matrix, Use
 from deepthin.torch.export.native.norms import aten_softmax
 from deepthin.torch.export.native.pools import sides
 from deepthin.torch.export.native.program import View, contiguous_strides, merged, scratch_of

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from deepthin.torch.export.native.constants import Matrix, Use
+from deepthin.torch.export.native.matrix import Matrix, Use
 
 _ALIGNED = 4  # floats: 16 bytes
 _TRIES = 200  # orders in which buffers are placed

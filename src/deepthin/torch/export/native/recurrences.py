@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from deepthin.errors import ExportError
-from deepthin.torch.export.native.constants import Use
 from deepthin.torch.export.native.graph import Builder, operator
+from deepthin.torch.export.native.matrix import Use
 from deepthin.torch.export.native.program import Buffer, Place, View, contiguous_strides
 
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepthin.torch.export.native.constants import FLOATS, Array, Kind, Matrix, Stored, Use
 from deepthin.torch.export.native.functions import FUNCTIONS, PAIRS
+from deepthin.torch.export.native.matrix import Array, Kind, Matrix, Use
 from deepthin.torch.export.native.program import Argument, Call, Place, Program, Space
+from deepthin.torch.export.native.stored import FLOATS, Stored
 
 _CELLS = ("DT_TANH_CELL", "DT_RELU_CELL", "DT_GRU", "DT_LSTM")
 _REDUCTIONS = ("DT_SUM", "DT_MEAN", "DT_MAXIMUM", "DT_MINIMUM")
