@@ -128,7 +128,7 @@ def compared(to: str, name: str, codes: list[str], batches: list[int], folder: P
     shown = x if target.fixed else torch.cat([x, x])
     module = target.module()
     made = getattr(module, "write_dense", module.write)(copy.deepcopy(model), [shown], files["dense"])
-    files["dense"], bytes_of["dense"] = made[0], sum(file.stat().st_size for file in made)
+    files["dense"], bytes_of["dense"] = made.files[0], made.bytes
     if to == "onnx":
         from onnxruntime.quantization import quantize_dynamic
 

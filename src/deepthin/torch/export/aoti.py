@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.torch.export.onnx import exported, quiet
+from deepthin.torch.export.written import Written
 from deepthin.torch.portable import portable
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> Written:
     """Export a model.
 
     Args:
@@ -35,7 +36,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
         for name in full.namelist():
             if not name.endswith((".cpp", ".o", ".json.tmp")):
                 small.writestr(name, full.read(name))
-    return [path]
+    return Written.of(path)
 
 
 def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:

@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from deepthin.errors import ExportError
 from deepthin.torch.export.native import runtime
 from deepthin.torch.export.native.flat import bytes_of_constants, flat_file
-from deepthin.torch.export.native.footprint import CORTEX_M4, Footprint, footprint
+from deepthin.torch.export.native.footprint import CORTEX_M4, footprint
 from deepthin.torch.export.native.operators import program_of
-from deepthin.torch.export.native.program import Program
 from deepthin.torch.export.native.source import identifier, sources
+from deepthin.torch.export.written import Written
 
 _MARK = "deepthin export"
 _OURS = ("main.c", "Makefile")
-_programs: dict[Path, Program] = {}  # of the files that were written last: what is said about them
-_footprints: dict[tuple[Path, str], Footprint | None] = {}
 
 
 def write(
     model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False, streaming: bool = False
-) -> list[Path]:
+) -> Written:
     """Export a model.
 
     Args:
@@ -37,7 +35,7 @@ def write(
         streaming: Whether recurrent layers keep their states from one run to the next.
 
     Returns:
-        The files that were written: ``model.c``, ``model.h``, ``dt.c``, ``dt.h``, ``main.c``, ``Makefile``.
+        ``model.c``, ``model.h``, ``main.c``, ``Makefile``, ``dt.c``, ``dt.h``; bytes are those of constants and code.
     """
     program = program_of(model, example, streaming)
     written = [path]
@@ -47,17 +45,14 @@ def write(
     for name in ("dt.c", "dt.h"):
         shutil.copyfile(runtime.folder() / name, path.parent / name)
         written.append(path.parent / name)
-    _programs.clear()
-    _footprints.clear()
-    _programs[path] = program
-    return written
-
-
-def _footprint(path: Path, compiler: tuple[str, ...] | None = None) -> Footprint | None:
-    key = (path, compiler[0] if compiler else "")
-    if key not in _footprints:
-        _footprints[key] = footprint(path, compiler)
-    return _footprints[key]
+    constants = bytes_of_constants(program)
+    here, device = footprint(path), footprint(path, CORTEX_M4)
+    notes = [f"constants {constants:,} bytes; arena {4 * program.arena:,} bytes of RAM"]
+    for name, one in (("this machine", here), ("Cortex-M4", device)):
+        if one is not None:
+            stack = "" if one.stack is None else f", stack {one.stack:,}"
+            notes.append(f"{name}: flash {one.flash:,} bytes, {one.flash - constants:,} of them code{stack}")
+    return Written(tuple(written), constants if here is None else here.flash, program.forms, tuple(notes))
 
 
 def check_folder(folder: Path) -> None:
@@ -72,55 +67,6 @@ def check_folder(folder: Path) -> None:
     for name in _OURS:
         if (folder / name).is_file() and _MARK not in (folder / name).read_text(errors="replace")[:300]:
             raise ExportError(f"{folder / name} is not of an export and would be replaced: give a folder of its own.")
-
-
-def size(files: Sequence[Path]) -> int:
-    """Bytes of the constants and of the compiled code on this machine.
-
-    Args:
-        files: What ``write`` returned.
-
-    Returns:
-        Bytes.
-    """
-    found = _footprint(files[0])
-    return bytes_of_constants(_programs[files[0]]) if found is None else found.flash
-
-
-def forms(path: Path) -> dict[str, str]:
-    """How each thin tensor is stored.
-
-    Args:
-        path: The ``.c`` file.
-
-    Returns:
-        Name -> form.
-    """
-    return _programs[path].forms
-
-
-def notes(path: Path) -> list[str]:
-    """What a device needs: flash, memory and stack, exactly.
-
-    Args:
-        path: The ``.c`` file.
-
-    Returns:
-        A line for this machine and, if its compiler is installed, one for a Cortex-M4.
-    """
-    program = _programs[path]
-    found: list[tuple[str, Footprint | None]] = [
-        ("this machine", _footprint(path)),
-        ("Cortex-M4", _footprint(path, CORTEX_M4)),
-    ]
-    lines = [f"constants {bytes_of_constants(program):,} bytes; arena {4 * program.arena:,} bytes of RAM"]
-    for name, one in found:
-        if one is not None:
-            stack = "" if one.stack is None else f", stack {one.stack:,}"
-            lines.append(
-                f"{name}: flash {one.flash:,} bytes, {one.flash - bytes_of_constants(program):,} of them code{stack}"
-            )
-    return lines
 
 
 def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
@@ -167,7 +113,7 @@ def warm_up() -> None:
     """Nothing: there is no runtime to load."""
 
 
-def write_dense(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]:
+def write_dense(model: nn.Module, example: Sequence[Tensor], path: Path) -> Written:
     """The dense network for a comparison, as a flat file: as C its text would have hundreds of megabytes.
 
     Args:
@@ -180,4 +126,4 @@ def write_dense(model: nn.Module, example: Sequence[Tensor], path: Path) -> list
     """
     path = path.with_suffix(".dtm")
     path.write_bytes(flat_file(program_of(model, example)))
-    return [path]
+    return Written.of(path)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.torch.export.onnx import exported, quiet
+from deepthin.torch.export.written import Written
 from deepthin.torch.portable import portable
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> Written:
     """Export a model.
 
     Args:
@@ -31,7 +32,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
         program = exported(portable(model, compact=compact), example, fixed=True)
         lowered: Any = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         path.write_bytes(lowered.to_executorch().buffer)
-    return [path]
+    return Written.of(path)
 
 
 def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:

@@ -8,10 +8,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from deepthin.torch.export.onnx import quiet
+from deepthin.torch.export.written import Written
 from deepthin.torch.portable import portable
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> Written:
     """Export a model.
 
     Args:
@@ -27,7 +28,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
 
     with quiet():
         litert_torch.convert(portable(model, compact=compact), tuple(example)).export(str(path))
-    return [path]
+    return Written.of(path)
 
 
 def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:

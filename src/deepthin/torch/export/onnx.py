@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepthin.torch.export.recurrent import GATES, ORDER, as_operators
+from deepthin.torch.export.written import Written
 from deepthin.torch.packed import PackedIntegers
 from deepthin.torch.portable import PortableCode, Stage, portable
 
@@ -67,7 +68,7 @@ def build(
     return proto
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> Written:
     """Export a model to a file.
 
     Args:
@@ -80,7 +81,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
         The files that were written.
     """
     path.write_bytes(build(model, example, compact=compact).SerializeToString())
-    return [path]
+    return Written.of(path)
 
 
 def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:

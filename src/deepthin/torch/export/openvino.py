@@ -11,12 +11,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from deepthin.torch.export.onnx import build
+from deepthin.torch.export.written import Written
 
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
 """Single precision: with OpenVINO's own choice, results may be off by 1e-3 of the largest."""
 
 
-def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> list[Path]:
+def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool = False) -> Written:
     """Export a model.
 
     Args:
@@ -34,7 +35,7 @@ def write(model: nn.Module, example: Sequence[Tensor], path: Path, compact: bool
         source.write_bytes(build(model, example, "convolution", compact, folds=True).SerializeToString())
         openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
     path.write_text(re.sub(r"\n\s*", "", path.read_text()))  # a quarter of the graph's bytes
-    return [path, path.with_suffix(".bin")]
+    return Written.of(path, path.with_suffix(".bin"))
 
 
 def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from deepthin.torch.compress import materialize
 from deepthin.torch.export.examples import example_of
 from deepthin.torch.export.measure import measured
 from deepthin.torch.export.targets import Target, target_of
+from deepthin.torch.export.written import Written
 from deepthin.torch.files import save
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.packed import PackedIntegers
@@ -153,14 +154,13 @@ def export(
         try:
             model.eval()
             options = {"streaming": True} if streaming else {}
-            files = _written(module, target, model, given, folder / path.name, **options)
-            if target.copies and _size(files) > _most(model, target, thin_bytes):
-                files = _written(module, target, model, given, folder / path.name, compact=True)
-            how = cast("dict[str, str]", module.forms(files[0]) if hasattr(module, "forms") else forms(portable(model)))
-            _check_bytes(model, target, module, files, thin_bytes, how)
-            _check_constants(model, target, module, files[0])
-            error, batches = _check_outputs(model, target, module, files[0], given)
-            notes = tuple(module.notes(files[0])) if hasattr(module, "notes") else ()
+            made = _written(module, target, model, given, folder / path.name, **options)
+            if target.copies and made.bytes > _most(model, target, thin_bytes):
+                made = _written(module, target, model, given, folder / path.name, compact=True)
+            how = dict(forms(portable(model)) if made.forms is None else made.forms)
+            _check_bytes(model, target, made.bytes, thin_bytes, how)
+            _check_constants(model, target, module, made.files[0])
+            error, batches = _check_outputs(model, target, module, made.files[0], given)
         finally:
             for part, was in modes.items():
                 part.training = was
@@ -175,15 +175,13 @@ def export(
                 else _written(module, target, plain, given, folder / "dense" / path.name)
             )
             inputs = [(tensor if target.fixed else tensor[:1]).numpy() for tensor in given]
-            pair = measured(target.name, [files[0], there[0]], inputs, folder)
-            sizes = (_bytes(module, files), _size(there))
-            thin, dense = (Measured(size, **one) for size, one in zip(sizes, pair, strict=True))
-        kept = [path.with_name(file.name) for file in files]
-        size = _bytes(module, files)
+            pair = measured(target.name, [made.files[0], there.files[0]], inputs, folder)
+            thin, dense = (Measured(of.bytes, **one) for of, one in zip((made, there), pair, strict=True))
+        kept = [path.with_name(file.name) for file in made.files]
         path.parent.mkdir(parents=True, exist_ok=True)
-        for file, end in zip(files, kept, strict=True):
+        for file, end in zip(made.files, kept, strict=True):
             shutil.move(file, end)  # perhaps from another file system, if the folder is new
-    return Exported(target.name, tuple(kept), size, thin_bytes, error, batches, how, thin, dense, notes)
+    return Exported(target.name, tuple(kept), made.bytes, thin_bytes, error, batches, how, thin, dense, made.notes)
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -198,7 +196,7 @@ def _written(
     path: Path,
     compact: bool = False,
     **options: bool,
-) -> list[Path]:
+) -> Written:
     # A batch of two, since exporters take one for a fixed size
     shown = given if target.fixed else [torch.cat([tensor[:1], tensor[:1]]) for tensor in given]
     try:
@@ -211,15 +209,6 @@ def _written(
         raise ExportError(
             f"{target.name} cannot export this model: {type(error).__name__}: {reason.strip()}"
         ) from error
-
-
-def _size(files: Iterable[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
-
-
-def _bytes(module: Any, files: Sequence[Path]) -> int:
-    """What a device stores: the files, or what a compiler makes of them."""
-    return module.size(files) if hasattr(module, "size") else _size(files)
 
 
 def _most(model: nn.Module, target: Target, thin_bytes: int) -> int:
@@ -235,10 +224,8 @@ def _most(model: nn.Module, target: Target, thin_bytes: int) -> int:
     return int(_OVER * thin_bytes) + _A_MATRIX * sum(len(shape) > 1 for shape in shapes) + target.code_bytes
 
 
-def _check_bytes(
-    model: nn.Module, target: Target, module: Any, files: Sequence[Path], thin_bytes: int, how: Mapping[str, str]
-) -> None:
-    size, most = _bytes(module, files), _most(model, target, thin_bytes)
+def _check_bytes(model: nn.Module, target: Target, size: int, thin_bytes: int, how: Mapping[str, str]) -> None:
+    most = _most(model, target, thin_bytes)
     if size <= most:
         return
     tables = {

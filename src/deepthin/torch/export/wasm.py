@@ -13,6 +13,7 @@ from deepthin.torch.export.native import runtime
 from deepthin.torch.export.native.flat import OPERATORS, flat_file
 from deepthin.torch.export.native.operators import program_of
 from deepthin.torch.export.native.source import used
+from deepthin.torch.export.written import Written
 
 _FLAGS = (
     *(
@@ -29,7 +30,6 @@ _FLAGS = (
     *("-nostdlib", "-Wl,--no-entry", "-Wl,--gc-sections", "-Wl,--strip-all", "-Wl,--export-memory"),
 )
 _EXPORTS = ("wasm_memory", "wasm_open", "wasm_input", "wasm_output", "wasm_floats", "wasm_reset", "wasm_run")
-_programs: dict[Path, dict[str, str]] = {}  # the forms of what was written last
 
 
 def write(
@@ -40,7 +40,7 @@ def write(
     streaming: bool = False,
     sources: Sequence[Path] = (),
     exports: Sequence[str] = (),
-) -> list[Path]:
+) -> Written:
     """Export a model.
 
     Args:
@@ -61,9 +61,9 @@ def write(
     flat, script = path.with_suffix(".dtm"), path.with_suffix(".mjs")
     flat.write_bytes(flat_file(program))
     shutil.copyfile(runtime.folder() / "dt.mjs", script)
-    _programs.clear()
-    _programs[path] = program.forms
-    return [path, flat, script]
+    parts = ((path, "code"), (flat, "network"), (script, "JavaScript"))
+    sizes = ", ".join(f"{file.stat().st_size:,} bytes of {what}" for file, what in parts)
+    return Written.of(path, flat, script, forms=program.forms, notes=(sizes,))
 
 
 def compile_runtime(
@@ -87,52 +87,6 @@ def compile_runtime(
     every = [folder / "dt.c", folder / "dt_file.c", folder / "dt_wasm.c", *sources]
     named = [f"-Wl,--export={name}" for name in (*_EXPORTS, *exports)]
     runtime.run([*command, *_FLAGS, *flags, f"-I{folder}", *every, *named, "-o", path], "Compiling for WebAssembly")
-
-
-def forms(path: Path) -> dict[str, str]:
-    """How each thin tensor is stored.
-
-    Args:
-        path: The ``.wasm`` file.
-
-    Returns:
-        Name -> form.
-    """
-    return _programs[path]
-
-
-def notes(path: Path) -> list[str]:
-    """What a page loads.
-
-    Args:
-        path: The ``.wasm`` file.
-
-    Returns:
-        One line.
-    """
-    sizes = [f"{path.with_suffix(end).stat().st_size:,} bytes of {what}" for end, what in _PARTS]
-    return [", ".join(sizes)]
-
-
-def write_dense(model: nn.Module, example: Sequence[Tensor], path: Path) -> list[Path]:
-    """The dense network for a comparison.
-
-    Args:
-        model: The dense network.
-        example: Its inputs.
-        path: The ``.wasm`` file.
-
-    Returns:
-        What ``write`` returns; what is said about the thin network stays.
-    """
-    kept = dict(_programs)
-    made = write(model, example, path)
-    _programs.clear()
-    _programs.update(kept)
-    return made
-
-
-_PARTS = ((".wasm", "code"), (".dtm", "network"), (".mjs", "JavaScript"))
 
 
 def runner(path: Path) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
