@@ -1,6 +1,7 @@
 // Products and gradients of a block of items, one item per SIMD lane: the layout is [position][lane].
 #pragma once
 #include "fft.h"
+#include "patches.h"
 #include "phase.h"
 
 namespace {
@@ -279,7 +280,10 @@ template <int W>
 void take_items(const Job& job, Space<W>& space, int64_t first, int64_t items) {
     const int64_t cols = job.plan.cols;
     __builtin_memset(space.x - TILE * W, 0, sizeof(float) * TILE * W);
-    rows_to_lanes<W>(job.x + first * cols, cols, items, cols, space.x);
+    if (job.patches)
+        take_windows<W>(*job.patches, first, items, cols, space.x);
+    else
+        rows_to_lanes<W>(job.x + first * cols, cols, items, cols, space.x);
     __builtin_memset(space.x + cols * W, 0, sizeof(float) * TILE * W);
 }
 
@@ -349,7 +353,10 @@ uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scra
                         store<W>(y + k * apart * W, sum);
                     });
     }
-    lanes_to_rows<W>(space.y, plan.rows, items, plan.rows, job.y + first * plan.rows);
+    if (job.patches)
+        put_outputs<W>(*job.patches, space.y, first, items, plan.rows, job.y);
+    else
+        lanes_to_rows<W>(space.y, plan.rows, items, plan.rows, job.y + first * plan.rows);
     uint32_t mask = 0;
     for (int64_t b = 0; b < items; b++) mask |= uint32_t(odd[b] != odd[b]) << b;
     return mask;
@@ -374,7 +381,10 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
             },
             space.z);
     }
-    rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, y);
+    if (job.patches)
+        take_outputs<W>(*job.patches, job.grad, first, items, plan.rows, y);
+    else
+        rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, y);
     const int64_t phases = smaller(plan.phases, plan.rows);
     Phase phase(plan);
     for (int64_t i = 0; job.grad_xf && i < phases; i++, phase.next())
@@ -453,7 +463,11 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
             }
         }
     }
-    if (job.grad_x) lanes_to_rows<W>(space.dx, cols, items, cols, job.grad_x + first * cols);
+    if (!job.grad_x) return;
+    if (job.patches)
+        add_windows<W>(*job.patches, first, items, cols, space.dx);
+    else
+        lanes_to_rows<W>(space.dx, cols, items, cols, job.grad_x + first * cols);
 }
 
 template <int W>
