@@ -21,6 +21,7 @@ from deepthin.torch.operators import takes
 from deepthin.torch.tracing import is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
 
+_DECODED = "_decoded_for"  # attribute of a layer: the shape of images for which its kernel is decoded in evaluation
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -91,8 +92,8 @@ def product(layer: nn.Module, images: Tensor, bias: Tensor | None) -> Tensor | N
         The outputs, in the layout of the input; None where native code cannot compute them, or not faster than with
         the decoded kernel.
     """
-    part = cast(Any, layer).thin._modules.get("weight")
-    if part is None or is_recorded() or not products.native_available:
+    part = cast(Any, layer)._modules["thin"]._modules.get("weight")
+    if part is None or is_decoded(layer, images) or is_recorded() or not products.native_available:
         return None
     weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (cast(ThinWeight, part), 0)
     window = weight.kernels[index]
@@ -103,7 +104,7 @@ def product(layer: nn.Module, images: Tensor, bias: Tensor | None) -> Tensor | N
         return None
     if not images.is_contiguous() and images.dim() == dims + 2 and _is_channels_last(images):
         return None  # whose outputs have the channels last, too
-    is_batch = images.dim() == dims + 2
+    is_batch, shape = images.dim() == dims + 2, images.shape
     images = images if is_batch else images[None]
     if cast(Any, layer).padding_mode != "zeros":
         images = F.pad(images, cast(Any, layer)._reversed_padding_repeated_twice, mode=cast(Any, layer).padding_mode)
@@ -117,13 +118,30 @@ def product(layer: nn.Module, images: Tensor, bias: Tensor | None) -> Tensor | N
         t is not None and t.requires_grad for t in (images, bias, floats["xf"], floats["wf"])
     )
     dense_ready = weight.keeps_dense() and not wanted
+    by_spectra = dense_ready and isinstance(layer, nn.Conv2d) and spectral.pays(layer, images.shape)
     if not pays(window, made.groups, items, dense_ready):
+        if not by_spectra:
+            layer.__dict__[_DECODED] = shape
         return None
-    if dense_ready and isinstance(layer, nn.Conv2d) and _spectra_pay(window, layer, images.shape, items):
+    if by_spectra and _spectra_pay(window, cast(nn.Conv2d, layer), images.shape, items):
         return None
     rows = floats["xf"][window.first : window.stop]
     y = cast(Tensor, _Convolve.apply(images, rows, floats["wf"], bias, made, window, weight.parts[index].scale))
     return y if is_batch else y[0]
+
+
+def is_decoded(layer: nn.Module, images: Tensor) -> bool:
+    """Whether the last choice holds, and was the decoded kernel: what evaluation asks first.
+
+    Args:
+        layer: A thin convolution.
+        images: Its input.
+
+    Returns:
+        True in evaluation without gradients, for images of the last shape.
+    """
+    known = layer.__dict__.get(_DECODED)
+    return known is not None and known == images.shape and not (layer.training or torch.is_grad_enabled())
 
 
 def geometry(layer: nn.Module) -> Geometry:
@@ -159,8 +177,6 @@ def pays(window: Window, groups: int, items: int, dense_ready: bool) -> bool:
 
 def _spectra_pay(window: Window, layer: nn.Conv2d, shape: torch.Size, items: int) -> bool:
     """Whether large kernels are faster still by their spectra."""
-    if not spectral.pays(layer, shape):
-        return False
     return (
         spectral.cost(layer, shape) < convolution_costs(_of_group(window, layer.groups), layer.groups, items, True)[1]
     )
@@ -225,6 +241,7 @@ def _by_fft(made: Geometry, window: Window, items: int, training: bool) -> bool:
     return choose_native(_of_group(window, made.groups), items, training) == "native-fft"
 
 
+@lru_cache(maxsize=4096)
 def _of_group(window: Window, groups: int) -> Factor:
     """The kernel of one group of channels."""
     return Factor((window.rows // groups, window.cols), window.n, window.rank)

@@ -95,7 +95,7 @@ class ThinConv2d(ThinLayer, nn.Conv2d):
         if y is not None:
             return y
         weight = self.weight
-        if not self._by_spectra(images, weight):
+        if convolution.is_decoded(self, input) or not self._by_spectra(images, weight):
             return self._conv_forward(input, weight, self.bias)
         cached = self._spectrum
         if cached is None or cached[0] is not weight or cached[1] != weight._version:
