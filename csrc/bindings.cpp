@@ -177,13 +177,15 @@ NB_MODULE(_native, m) {
         }
         return std::vector<int64_t>{read, end};
     });
-    // Kinds: 0 levels, 1 tree, 2 numbers.
-    m.def("arithmetic_encode", [](int kind, std::uintptr_t values, int64_t count, int64_t parameter) {
+    // Kinds: 0 levels, 1 tree, 2 numbers. Integers to encode have 64 bits if `wide`, else 32.
+    m.def("arithmetic_encode", [](int kind, std::uintptr_t values, int64_t count, int64_t parameter, bool wide) {
         check_code(kind, 0, count, parameter);
         std::vector<uint8_t> data;
         {
             nb::gil_scoped_release unlocked;
-            data = deepthin::arithmetic_encode(deepthin::Binarisation(kind), at<const int64_t>(values), count, parameter);
+            const auto binarisation = deepthin::Binarisation(kind);
+            data = wide ? deepthin::arithmetic_encode(binarisation, at<const int64_t>(values), count, parameter)
+                        : deepthin::arithmetic_encode(binarisation, at<const int32_t>(values), count, parameter);
         }
         return nb::bytes(data.data(), data.size());
     });
