@@ -1,15 +1,10 @@
 """Convolutions by their factors in native code, against torch's of the decoded kernel in double precision."""
 
 import copy
-import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import deepthin.torch as dt
@@ -17,10 +12,9 @@ from deepthin.kernels import products
 from deepthin.kernels.costs import convolution_costs
 from deepthin.methods.factor import Factor
 from deepthin.torch import convolution
-from tolerance import absolute, assert_close, bound, largest
+from tolerance import absolute, assert_close, largest
 
 needs_native = pytest.mark.skipif(not products.native_available, reason="native code is not there")
-LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @pytest.fixture
@@ -40,79 +34,6 @@ def thin(layer, ratio=0.7, **rule):
     rules = {"model": {"ratio": ratio}, "rules": {"*.weight": {"method": "deepthin", **rule}}}
     dt.compress(network, rules, init="scratch", seed=1)
     return network, copy.deepcopy(dt.materialize(copy.deepcopy(network))).double()
-
-
-@needs_native
-@settings(max_examples=80, deadline=None)
-@given(data=st.data(), dims=st.integers(1, 3), groups=st.sampled_from([1, 1, 2, 3]), seed=st.integers(0, 99))
-def test_any_geometry_forward_and_backward(data, dims, groups, seed):
-    draw, torch_seed = data.draw, torch.manual_seed(seed)
-    del torch_seed
-
-    def sides(low, high):
-        return tuple(draw(st.integers(low, high)) for _ in range(dims))
-
-    inputs, outputs, batch = (
-        groups * draw(st.integers(1, 5)),
-        groups * draw(st.integers(1, 18)),
-        draw(st.integers(1, 5)),
-    )
-    kernel, stride, dilation, padding = sides(1, 4), sides(1, 3), sides(1, 2), sides(0, 2)
-    size = tuple(gap * (taps - 1) + extra for gap, taps, extra in zip(dilation, kernel, sides(1, 11), strict=True))
-    cols, rank = inputs // groups * math.prod(kernel), draw(st.integers(1, 3))
-    n = draw(st.one_of(st.integers(1, cols + 4), st.just(cols)))
-    offset = 0 if n == cols else draw(st.integers(0, n - 1))
-    x, bias = torch.randn(batch, inputs, *size), torch.randn(outputs)
-    xf, wf = torch.randn(-(-(offset + outputs * cols) // n), rank), torch.randn(rank, n)
-    operands = [t.double().requires_grad_() for t in (x, xf, wf)]
-
-    def reference(x, xf, wf, bias):
-        weight = (xf @ wf).reshape(-1)[offset : offset + outputs * cols].view(outputs, inputs // groups, *kernel)
-        return convolution._CONVOLVE[dims](x, weight, bias, stride, padding, dilation, groups)
-
-    y = reference(*operands, bias.double())
-    grad = torch.randn(y.shape)
-    y.backward(grad.double())
-    sums = [t.detach().abs().requires_grad_() for t in operands]
-    size_of_y = reference(*sums, bias.double().abs())
-    size_of_y.backward(grad.double().abs())
-    made = convolution.Geometry(
-        kernel, stride, dilation, tuple(p for p in padding[::-1] for _ in "ab"), groups, outputs
-    )
-    window = convolution.Window(Factor((outputs, cols), n, rank), 0, len(xf), offset)
-    numbers = made.numbers(batch, inputs, size, window)
-    assert made.sides(size) == tuple(y.shape[2:])
-    for fft, threads in itertools.product((False, True), (1, 2)):
-        got, grads = torch.full(y.shape, torch.nan), [torch.full(t.shape, torch.nan) for t in (x, xf, wf)]
-        at = [t.data_ptr() for t in (x, xf, wf)]
-        products.native().convolve(numbers, *at, bias.data_ptr(), got.data_ptr(), fft, 1.0, threads)
-        products.native().convolve_backward(numbers, *at, grad.data_ptr(), *(t.data_ptr() for t in grads), fft, threads)
-        # by FFT, errors are relative to the largest of a window: the largest of all is an upper bound
-        terms = cols + rank + 200
-        assert ((got - y).abs() <= bound(terms, size_of_y.max())).all()
-        for one, want, most in zip(grads, operands, sums, strict=True):
-            assert want.grad is not None
-            assert most.grad is not None
-            count = terms + y.numel() // outputs * (outputs if one.shape != x.shape else 1)
-            assert ((one - want.grad).abs() <= bound(count, most.grad.max())).all()
-
-
-@needs_native
-@pytest.mark.parametrize("fft", [False, True])
-def test_results_do_not_depend_on_threads(fft):
-    torch.manual_seed(0)
-    x, xf, wf = torch.randn(9, 6, 12, 12), torch.randn(197, 2), torch.randn(2, 11)
-    made = convolution.Geometry((3, 3), (1, 1), (1, 1), (1,) * 4, 1, 40)
-    window = convolution.Window(Factor((40, 54), 11, 2), 0, 197, 0)
-    numbers, found = made.numbers(9, 6, (12, 12), window), []
-    grad = torch.randn(9, 40, 12, 12)
-    for threads in (1, 2, 3):
-        y, grads = torch.empty(9, 40, 12, 12), [torch.empty_like(t) for t in (x, xf, wf)]
-        at = [t.data_ptr() for t in (x, xf, wf)]
-        products.native().convolve(numbers, *at, 0, y.data_ptr(), fft, 1.0, threads)
-        products.native().convolve_backward(numbers, *at, grad.data_ptr(), *(t.data_ptr() for t in grads), fft, threads)
-        found.append([y, *grads])
-    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(others, found[0], strict=True))
 
 
 @needs_native
@@ -228,74 +149,6 @@ def test_layers_without_gain_keep_the_decoded_kernel():
         assert dense < structured
     dense, structured = convolution_costs(Factor((512, 16384), 51, 1), 1, 8, True)
     assert structured < dense
-
-
-@needs_native
-def test_a_lack_of_memory_is_an_exception():
-    x, xf, wf, y = torch.randn(1, 3, 8, 8), torch.randn(100, 1), torch.randn(1, 5), torch.empty(1, 16, 6, 6)
-    made = convolution.Geometry((3, 3), (1, 1), (1, 1), (0,) * 4, 1, 16)
-    numbers = made.numbers(1, 3, (8, 8), convolution.Window(Factor((16, 27), 5, 1), 0, 87, 0))
-    at = [t.data_ptr() for t in (x, xf, wf)]
-    products.native().fail_allocation_after(0)
-    with pytest.raises(MemoryError):
-        products.native().convolve(numbers, *at, 0, y.data_ptr(), False, 1.0, 1)
-    products.native().fail_allocation_after(-1)
-    products.native().convolve(numbers, *at, 0, y.data_ptr(), False, 1.0, 1)
-    with pytest.raises(ValueError, match="no possible sizes"):
-        products.native().convolve([*numbers[:3], 2, *numbers[4:]], *at, 0, y.data_ptr(), False, 1.0, 1)
-
-
-GUARDED = """
-import ctypes, itertools, mmap, sys
-import numpy as np
-from deepthin.kernels import products
-from deepthin.methods.factor import Factor
-from deepthin.torch.convolution import Geometry, Window
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-PAGE, kept = mmap.PAGESIZE, []
-
-def guarded(array, at_end):
-    pages = -(-max(array.nbytes, 1) // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    kept.append(memory)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for page in (0, pages + 1):
-        assert libc.mprotect(base + page * PAGE, PAGE, 0) == 0
-    start = (pages + 1) * PAGE - array.nbytes if at_end else PAGE
-    copy = np.frombuffer(memory, array.dtype, array.size, start).reshape(array.shape)
-    copy[:] = array
-    return copy
-
-rng = np.random.default_rng(0)
-draw = lambda *shape: rng.standard_normal(shape).astype("f4")
-products.native().select(sys.argv[1])
-count = 0
-for batch, inputs, outputs, groups, size, kernel, stride, pad, n, rank in [
-    (1, 3, 20, 1, (9, 9), (3, 3), (1, 1), 1, 5, 1), (3, 4, 6, 2, (7, 5), (2, 3), (2, 1), 0, 11, 2),
-    (2, 2, 33, 1, (40,), (7,), (3,), 2, 14, 1), (5, 1, 4, 1, (3, 3, 3), (3, 3, 3), (1, 1, 1), 0, 8, 3),
-]:
-    made = Geometry(kernel, stride, (1,) * len(size), (pad,) * 2 * len(size), groups, outputs)
-    cols = inputs // groups * int(np.prod(kernel))
-    m = -(-(outputs * cols) // n)
-    numbers = made.numbers(batch, inputs, size, Window(Factor((outputs, cols), n, rank), 0, m, 0))
-    shapes = [(batch, inputs, *size), (m, rank), (rank, n), (outputs,), (batch, outputs, *made.sides(size))]
-    for at_end, fft in itertools.product((True, False), (True, False)):
-        x, xf, wf, bias, y = (guarded(draw(*shape), at_end) for shape in shapes)
-        grad, gx, gxf, gwf = (guarded(draw(*shapes[i]), at_end) for i in (4, 0, 1, 2))
-        at = lambda *arrays: [a.ctypes.data for a in arrays]
-        products.native().convolve(numbers, *at(x, xf, wf, bias, y), fft, 1.0, 1)
-        products.native().convolve_backward(numbers, *at(x, xf, wf, grad, gx, gxf, gwf), fft, 1)
-        count += 2
-print("untouched", count)
-"""
-
-
-@needs_native
-@pytest.mark.parametrize("name", products.isas())
-def test_nothing_is_touched_outside_the_arrays(name):
-    shown = subprocess.run([sys.executable, "-c", GUARDED, name], capture_output=True, text=True, check=False)
-    assert shown.stdout.strip() == "untouched 32", shown.stderr
 
 
 @needs_native
