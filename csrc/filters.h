@@ -5,14 +5,17 @@
 
 namespace {
 
-// `sequence(l, i)` is entry i of lane l.
+// `sequence(l, i)` is entry i of lane l; see forward_spectrum.
 template <int W, class Sequence>
 void transform_scalars(const Transform& plan, Sequence sequence, float* data) {
     forward_transform<W>(
         plan,
         [&](int64_t i) {
             Complex<W> point = {};
-            for (int l = 0; l < W; l++) point.re[l] = sequence(l, i);
+            for (int l = 0; l < W; l++) {
+                point.re[l] = sequence(l, i);
+                point.im[l] = sequence(l, i + plan.points);
+            }
             return point;
         },
         data);

@@ -27,7 +27,7 @@ struct Transform {
     int64_t points = 0;
     int levels = 0;
     int radix[MAX_LEVELS] = {};
-    const float* twiddles[MAX_LEVELS] = {};  // exp(-2 pi i j k / length): for each j, the k = 1 .. radix - 1
+    const float* twiddles[MAX_LEVELS] = {};  // for each block of the level, the powers 1 .. radix - 1 of a root: see fft.h
 };
 
 // One product or gradient, shared by all threads that work on it.

@@ -72,8 +72,9 @@ std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
 
 namespace {
 
-Transform transform_of_items(const Plan& plan) {
-    return transform_of((plan.cols + 1) / 2 + plan.n - 1);
+// Real sequences as half as many complex points; lane by lane, or all of `lanes` positions of one item.
+Transform transform_of_items(const Plan& plan, int64_t lanes = 1) {
+    return transform_of((plan.cols + plan.n - 1 + 2 * lanes - 1) / (2 * lanes));
 }
 
 bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
@@ -131,8 +132,7 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
         job_.spectra = spectra_->get();
     }
     if (alone) {
-        const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
-        job_.single = transform_of(half + (plan.n + width - 2) / width);
+        job_.single = transform_of_items(plan, kernels.single_width);
         spectra1_ = spectra_of(kernels, plan, wf, job_.single, true);
         job_.spectra1 = spectra1_->get();
     }
