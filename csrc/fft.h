@@ -162,123 +162,109 @@ DEEPTHIN_INLINE void inverse_pass(Source source, Sink sink, int64_t part, int64_
         default: call(12);     \
     }
 
-// Forward: `blocks` blocks of `length` points, the first of them being block `first` of its level; depth first.
+// One level, in place.
 template <int W>
-void forward_parts(const Transform& plan, float* data, int64_t length, int64_t first, int64_t blocks, int level) {
-    const int radix = plan.radix[level];
-    const int64_t part = length / radix, together = part == 1 ? blocks : 1;
-    for (int64_t b = first; b < first + blocks; b += together) {
-        float* block = data + b * length * 2 * W;
-        const float* twiddle = plan.twiddles[level] + b * 2 * (radix - 1);
-        const auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(block + i * 2 * W); };
-#define DEEPTHIN_CALL(R)                                               \
-    {                                                                  \
-        forward_pass<W, R>(source, block, part, together, twiddle);    \
-        break;                                                         \
-    }
-        DEEPTHIN_RADICES(DEEPTHIN_CALL)
-#undef DEEPTHIN_CALL
-        if (part > 1) forward_parts<W>(plan, data, part, b * radix, radix, level + 1);
-    }
-}
-
-template <int W, class Source>
-void forward_transform(const Transform& plan, Source source, float* data) {
-    const int radix = plan.radix[0];
-    const int64_t part = plan.points / radix;
-#define DEEPTHIN_CALL(R)                                                   \
-    {                                                                      \
-        forward_pass<W, R>(source, data, part, 1, plan.twiddles[0]);       \
-        break;                                                             \
-    }
-    DEEPTHIN_RADICES(DEEPTHIN_CALL)
-#undef DEEPTHIN_CALL
-    if (part > 1) forward_parts<W>(plan, data, part, 0, radix, 1);
-}
-
-// Backward: `spectrum(f)` gives frequency f (in the transform's own order), `data` takes the points, unscaled.
-template <int W, class Spectrum>
-void inverse_parts(const Transform& plan, Spectrum spectrum, float* data, int64_t length, int64_t first, int64_t blocks, int level) {
-    const int radix = plan.radix[level];
-    const int64_t part = length / radix, together = part == 1 ? blocks : 1;
-    for (int64_t b = first; b < first + blocks; b += together) {
-        float* block = data + b * length * 2 * W;
-        const float* twiddle = plan.twiddles[level] + b * 2 * (radix - 1);
-        const auto sink = [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED { store_point<W>(block + i * 2 * W, value); };
-        if (part == 1) {
-            const auto source = [=](int64_t i) DEEPTHIN_INLINED { return spectrum(b * radix + i); };
-#define DEEPTHIN_CALL(R)                                                \
-    {                                                                   \
-        inverse_pass<W, R>(source, sink, part, together, twiddle);      \
-        break;                                                          \
-    }
-            DEEPTHIN_RADICES(DEEPTHIN_CALL)
-#undef DEEPTHIN_CALL
-        } else {
-            inverse_parts<W>(plan, spectrum, data, part, b * radix, radix, level + 1);
-            const auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(block + i * 2 * W); };
-#define DEEPTHIN_CALL(R)                                                \
-    {                                                                   \
-        inverse_pass<W, R>(source, sink, part, together, twiddle);      \
-        break;                                                          \
-    }
-            DEEPTHIN_RADICES(DEEPTHIN_CALL)
-#undef DEEPTHIN_CALL
-        }
-    }
-}
-
-// `sink(i, value)` takes point i, unscaled; `data` is scratch memory.
-template <int W, class Spectrum, class Sink>
-void inverse_transform(const Transform& plan, Spectrum spectrum, float* data, Sink sink) {
-    const int radix = plan.radix[0];
-    const int64_t part = plan.points / radix;
-    if (part == 1) {
-#define DEEPTHIN_CALL(R)                                                   \
-    {                                                                      \
-        inverse_pass<W, R>(spectrum, sink, part, 1, plan.twiddles[0]);     \
-        break;                                                             \
-    }
-        DEEPTHIN_RADICES(DEEPTHIN_CALL)
-#undef DEEPTHIN_CALL
-        return;
-    }
-    inverse_parts<W>(plan, spectrum, data, part, 0, radix, 1);
+void forward_level(float* data, int64_t part, int64_t blocks, int radix, const float* twiddle) {
     const auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(data + i * 2 * W); };
-#define DEEPTHIN_CALL(R)                                                   \
-    {                                                                      \
-        inverse_pass<W, R>(source, sink, part, 1, plan.twiddles[0]);       \
-        break;                                                             \
-    }
+#define DEEPTHIN_CALL(R) return forward_pass<W, R>(source, data, part, blocks, twiddle)
     DEEPTHIN_RADICES(DEEPTHIN_CALL)
 #undef DEEPTHIN_CALL
+}
+
+template <int W>
+void inverse_level(float* data, int64_t part, int64_t blocks, int radix, const float* twiddle) {
+    const auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(data + i * 2 * W); };
+    const auto sink = [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED { store_point<W>(data + i * 2 * W, value); };
+#define DEEPTHIN_CALL(R) return inverse_pass<W, R>(source, sink, part, blocks, twiddle)
+    DEEPTHIN_RADICES(DEEPTHIN_CALL)
+#undef DEEPTHIN_CALL
+}
+
+// In place, from `level` on: `blocks` blocks of `length` points, the first of them being block `first` of its level. Depth
+// first, so that small blocks stay in the cache; the last level of all blocks at once.
+template <int W>
+void forward_levels(const Transform& plan, float* data, int64_t length, int64_t first, int64_t blocks, int level) {
+    const int radix = plan.radix[level];
+    const int64_t part = length / radix, together = part == 1 ? blocks : 1;
+    for (int64_t b = first; b < first + blocks; b += together) {
+        forward_level<W>(data + b * length * 2 * W, part, together, radix, plan.twiddles[level] + b * 2 * (radix - 1));
+        if (part > 1) forward_levels<W>(plan, data, part, b * radix, radix, level + 1);
+    }
+}
+
+struct InPlace {};  // a spectrum that lies where its transform is to be
+
+template <class Spectrum>
+constexpr bool is_in_place = false;
+template <>
+constexpr bool is_in_place<InPlace> = true;
+
+// Back: `spectrum(f)` gives frequency f (in the transform's own order), `data` takes the points, unscaled.
+template <int W, class Spectrum>
+void inverse_levels(const Transform& plan, Spectrum spectrum, float* data, int64_t length, int64_t first, int64_t blocks, int level) {
+    const int radix = plan.radix[level];
+    const int64_t part = length / radix, together = part == 1 ? blocks : 1;
+    for (int64_t b = first; b < first + blocks; b += together) {
+        float* block = data + b * length * 2 * W;
+        const float* twiddle = plan.twiddles[level] + b * 2 * (radix - 1);
+        if constexpr (!is_in_place<Spectrum>) {
+            if (part == 1) {
+                const auto source = [=](int64_t i) DEEPTHIN_INLINED { return spectrum(b * radix + i); };
+                const auto sink = [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED { store_point<W>(block + i * 2 * W, value); };
+#define DEEPTHIN_CALL(R) return inverse_pass<W, R>(source, sink, part, together, twiddle)
+                DEEPTHIN_RADICES(DEEPTHIN_CALL)
+#undef DEEPTHIN_CALL
+            }
+        }
+        if (part > 1) inverse_levels<W>(plan, spectrum, data, part, b * radix, radix, level + 1);
+        inverse_level<W>(block, part, together, radix, twiddle);
+    }
 }
 
 // ---- Real sequences of up to 2 M positions as M complex points ----------------------------------------------------------
 // Point i is x[i] + j x[i + M], j^2 = -1: since z^M = j, a complex polynomial in z is a real one with z^(2 M) = -1, and the
 // product of two is their convolution where that fits into 2 M positions.
 
-// The spectrum of `length` positions, `jump` floats apart.
+// The first level of the transform of `length` positions, `jump` floats apart.
+template <int W>
+void forward_positions(const Transform& plan, const float* x, int64_t jump, int64_t length, float* data) {
+    const int radix = plan.radix[0];
+    const int64_t points = plan.points, part = points / radix;
+    const auto source = [=](int64_t i) DEEPTHIN_INLINED {
+        return Complex<W>{i < length ? load<W>(x + i * jump) : Vec<W>{},
+                          i + points < length ? load<W>(x + (i + points) * jump) : Vec<W>{}};
+    };
+#define DEEPTHIN_CALL(R) return forward_pass<W, R>(source, data, part, 1, plan.twiddles[0])
+    DEEPTHIN_RADICES(DEEPTHIN_CALL)
+#undef DEEPTHIN_CALL
+}
+
 template <int W>
 void forward_spectrum(const Transform& plan, const float* x, int64_t jump, int64_t length, float* data) {
-    const int64_t points = plan.points;
-    forward_transform<W>(
-        plan,
-        [=](int64_t i) DEEPTHIN_INLINED {
-            return Complex<W>{i < length ? load<W>(x + i * jump) : Vec<W>{},
-                              i + points < length ? load<W>(x + (i + points) * jump) : Vec<W>{}};
-        },
-        data);
+    forward_positions<W>(plan, x, jump, length, data);
+    forward_levels<W>(plan, data, plan.points / plan.radix[0], 0, plan.radix[0], 1);
+}
+
+// The last level of a transform back: the first `length` positions, `jump` floats apart, unscaled.
+template <int W>
+void inverse_positions(const Transform& plan, const float* data, float* x, int64_t jump, int64_t length) {
+    const int radix = plan.radix[0];
+    const int64_t points = plan.points, part = points / radix;
+    const auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(data + i * 2 * W); };
+    const auto sink = [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED {
+        if (i < length) store<W>(x + i * jump, value.re);
+        if (i + points < length) store<W>(x + (i + points) * jump, value.im);
+    };
+#define DEEPTHIN_CALL(R) return inverse_pass<W, R>(source, sink, part, 1, plan.twiddles[0])
+    DEEPTHIN_RADICES(DEEPTHIN_CALL)
+#undef DEEPTHIN_CALL
 }
 
 // The first `length` positions of the sequence with this spectrum, unscaled; `data` is scratch memory.
 template <int W, class Spectrum>
 void inverse_spectrum(const Transform& plan, Spectrum spectrum, float* data, float* x, int64_t jump, int64_t length) {
-    const int64_t points = plan.points;
-    inverse_transform<W>(plan, spectrum, data, [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED {
-        if (i < length) store<W>(x + i * jump, value.re);
-        if (i + points < length) store<W>(x + (i + points) * jump, value.im);
-    });
+    inverse_levels<W>(plan, spectrum, data, plan.points / plan.radix[0], 0, plan.radix[0], 1);
+    inverse_positions<W>(plan, data, x, jump, length);
 }
 
 }  // namespace

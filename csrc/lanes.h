@@ -411,11 +411,7 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
                 }
             }
         }
-        if (job.grad_x) {
-            const float* c = space.c;
-            inverse_spectrum<W>(
-                job.lanes, [=](int64_t f) DEEPTHIN_INLINED { return load_point<W>(c + f * 2 * W); }, space.c, space.dx, W, cols);
-        }
+        if (job.grad_x) inverse_spectrum<W>(job.lanes, InPlace{}, space.c, space.dx, W, cols);
     }
     if (job.grad_x) lanes_to_rows<W>(space.dx, cols, items, cols, job.grad_x + first * cols);
 }
@@ -455,15 +451,12 @@ void finish_gradient(const Job& job, float* lanes, float* grad_wf) {
                 store<W>(lanes + (a * points * 2 + i) * W, sums);  // the first filter's place has been read
             }
             float* data = lanes + a * points * 2 * W;
-            float* reversed = grad_wf + a * n;
-            const float scale = 1.0f / float(points);
-            inverse_transform<W>(
-                job.lanes, [=](int64_t f) DEEPTHIN_INLINED { return load_point<W>(data + f * 2 * W); }, data,
-                [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED {
-                    value = {value.re * scale, value.im * scale};
-                    for (int64_t l = 0; l < filters && i < n; l++) reversed[l * n + n - 1 - i] = value.re[l];
-                    for (int64_t l = 0; l < filters && i + points < n; l++) reversed[l * n + n - 1 - i - points] = value.im[l];
-                });
+            inverse_levels<W>(job.lanes, InPlace{}, data, points, 0, 1, 0);
+            for (int64_t l = 0; l < filters; l++)
+                for (int64_t t = 0; t < n; t++) {
+                    const float* point = data + (t % points) * 2 * W + t / points * W;
+                    grad_wf[(a + l) * n + n - 1 - t] = point[l] / float(points);
+                }
         }
     }
 }

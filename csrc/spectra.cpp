@@ -38,6 +38,7 @@ void factorise(int64_t length, Factorisation& chosen, Factorisation& best) {
     for (auto [radix, cost] : RADICES) {
         if (length % radix || (!first && radix < chosen.radices.back())) continue;
         const int64_t part = length / radix;
+        if (first && part == 1) continue;  // there is a first and a last level
         if (first) cost += 0.5 * std::max(0, radix - 4);
         if (part % 32 == 0 && radix >= 8) cost += 2;  // all streams in one set of the cache
         if (part == 1 && radix < 5) cost += 1;
@@ -53,7 +54,7 @@ void factorise(int64_t length, Factorisation& chosen, Factorisation& best) {
 std::vector<int> radices_of(int64_t least) {
     std::vector<int> result;
     double best_cost = 0;
-    least = std::max<int64_t>(least, 2);
+    least = std::max<int64_t>(least, 4);
     for (int64_t points = least; points <= 2 * least; points++) {
         Factorisation chosen, best;
         factorise(points, chosen, best);
