@@ -27,7 +27,7 @@ struct Transform {
     int64_t points = 0;
     int levels = 0;
     int radix[MAX_LEVELS] = {};
-    const float* twiddles[MAX_LEVELS] = {};  // exp(-2 pi i j k / length): for each j, the k = 1 .. radix - 1
+    const float* twiddles[MAX_LEVELS] = {};  // for each block of the level, the powers 1 .. radix - 1 of a root: see fft.h
 };
 
 // Items that are windows of padded images: item p is position p % positions of image p / positions. Images have

@@ -64,8 +64,8 @@ std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
     return blocks;
 }
 
-const Transform& transform_of_items(const Plan& plan) {
-    return transform_of((plan.cols + 1) / 2 + plan.n - 1);
+const Transform& transform_of_items(const Plan& plan, int64_t lanes) {
+    return transform_of((plan.cols + plan.n - 1 + 2 * lanes - 1) / (2 * lanes));
 }
 
 Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset) {
@@ -119,8 +119,7 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
         job_.spectra = spectra_->get();
     }
     if (alone) {
-        const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
-        job_.single = transform_of(half + (plan.n + width - 2) / width);
+        job_.single = transform_of_items(plan, kernels.single_width);
         spectra1_ = spectra_of(kernels, plan, wf, job_.single, true);
         job_.spectra1 = spectra1_->get();
     }
