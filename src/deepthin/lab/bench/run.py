@@ -3,6 +3,7 @@
 Charts of `tfkaldi` and `deepspeech` also show Table 2 of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +17,7 @@ from deepthin.lab.bench.competitors import (
     TFKALDI,
     Shapes,
     _network,
+    decoded_competitor,
     dense_competitors,
     symbol_competitors,
     thin_competitors,
@@ -35,7 +37,7 @@ def run(
     shape: tuple[int, int],
     ratios: Sequence[float],
     batches: Sequence[int],
-    rank: int,
+    ranks: Sequence[int],
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -53,20 +55,23 @@ def run(
     both, ``int8`` dynamic quantisation. ``rank`` and ``csr`` have as many bytes as DeepThin: a rank factorisation and
     sparse rows, by kernels of the same library. For ``linear``, ``uniform_8bit`` and ``kmeans_4bit`` are layers with
     one symbol for each weight, at the bytes that these take, and ``kept`` is the latter by its decoded weight, as for
-    large batches. Each competitor runs a few times before it is timed; for ``cold_...`` the caches are flushed instead.
+    large batches. For ``linear`` and ``tfkaldi``, ``decoded`` are torch's layers with the weights decoded from DeepThin
+    at the first ratio. Each competitor runs a few times before it is timed; for ``cold_...`` the caches are flushed
+    instead.
 
     Args:
         case: One of ``CASES``.
         shape: (outputs, inputs) of a single layer; (units, inputs) of ``lstm`` and ``gru``.
         ratios: Bytes of the matrices over those of the dense ones, 0 to 1.
         batches: Numbers of items.
-        rank: Rank of DeepThin's factors, >= 1.
+        ranks: Ranks of DeepThin's factors, >= 1.
         threads: Number of threads of torch and of the native kernels; it is set for the whole process.
         repeats: Timed calls of each competitor, >= 1.
         progress: Called with the number of finished rounds and of all rounds.
 
     Returns:
-        One row for each batch and ratio; one without times where the ratio cannot be reached.
+        One row for each rank, batch and ratio; one without times where the ratio cannot be reached. Those of one rank
+        and batch are timed in turn.
 
     Raises:
         ConfigError: ``tensorflow`` without TensorFlow.
@@ -74,8 +79,9 @@ def run(
     torch.set_num_threads(threads)
     shapes = TFKALDI if case == "tfkaldi" else [shape]
     rows: list[BenchRow] = []
-    for number, batch in enumerate(batches):
-        step = lambda done, total, number=number: progress(number * total + done, len(batches) * total)  # noqa: E731
+    runs = list(itertools.product(ranks, batches))
+    for number, (rank, batch) in enumerate(runs):
+        step = lambda done, total, number=number: progress(number * total + done, len(runs) * total)  # noqa: E731
         if case == "tensorflow":
             rows += _measure_tensorflow(shape, ratios, batch, rank, threads, repeats, step)
         elif case in WHOLE:
@@ -109,6 +115,8 @@ def _measure(
         except BudgetError as error:
             rows.append(replace(row, smallest_ratio=error.smallest_ratio))
             continue
+        if case != "train" and not any(row.n for row in rows):
+            timings.append(decoded_competitor(shapes, x, model))
         timings += thin_competitors(case, shapes, x, model, ratio, threads)
         rows.append(replace(row, n=n))
     with torch.set_grad_enabled(case == "train"):
