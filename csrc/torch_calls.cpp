@@ -2,8 +2,12 @@
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
+#include <new>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -20,8 +24,9 @@ namespace {
 struct Torch {
     const deepthin::dlpack::ExchangeApi* api = nullptr;
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
-    nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach, version;
+    nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach, version, level;
     nb::list watchers;  // functions that return 0, False or None while no mode or hook intercepts operations
+    nb::dict forward_mode;  // where `_current_level` is the level of forward-mode differentiation, negative for none
     nb::list steps;     // one object, another one after each step of an optimiser
 } *torch_of_process = nullptr;
 
@@ -29,7 +34,7 @@ nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromStrin
 
 // Sets how tensors are read. False where this torch has no supported exchange table.
 bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabled, nb::handle num_threads,
-               nb::list watchers) {
+               nb::list watchers, nb::dict forward_mode) {
     if (!nb::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;
     nb::object capsule = tensor.attr("__dlpack_c_exchange_api__");
     auto* api = static_cast<deepthin::dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -45,7 +50,9 @@ bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabl
     torch->is_neg = intern("is_neg");
     torch->detach = intern("detach");
     torch->version = intern("_version");
+    torch->level = intern("_current_level");
     torch->watchers = watchers;
+    torch->forward_mode = forward_mode;
     torch_of_process = torch;
     return true;
 }
@@ -61,6 +68,8 @@ bool is_true(nb::object value) {
 
 // Whether no mode or hook intercepts operations now.
 bool is_quiet(const Torch& torch) {
+    PyObject* level = PyDict_GetItemWithError(torch.forward_mode.ptr(), torch.level.ptr());
+    if (!level || !PyLong_Check(level) || PyLong_AsLong(level) >= 0) return false;
     for (nb::handle watcher : torch.watchers)
         if (is_true(call(PyObject_CallNoArgs(watcher.ptr())))) return false;
     return true;
@@ -92,7 +101,7 @@ bool read_input(const Torch& torch, nb::handle x, bool grad, deepthin::dlpack::T
 
 struct Names {
     nb::object forward = intern("forward"), hooks = intern("_forward_hooks"), pre_hooks = intern("_forward_pre_hooks"),
-               training = intern("training"), modules = intern("_modules"), parameters = intern("_parameters"),
+               called = intern("__call__"), compiled = intern("_compiled_call_impl"), training = intern("training"), modules = intern("_modules"), parameters = intern("_parameters"),
                thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
                product = intern("product"), xf = intern("xf"), wf = intern("wf"), direct = intern("direct"),
                evaluated = intern("_evaluated"), all_hooks = intern("_global_forward_hooks"),
@@ -122,18 +131,20 @@ bool is_version(const Torch& torch, PyObject* tensor, PyObject* noted) {
     return PyLong_Check(noted) && PyLong_AsLongLong(now.ptr()) == PyLong_AsLongLong(noted);
 }
 
-// Whether an entry of a state is as it was noted (Source: name, tensor, alias, version, copy).
+// Whether an entry of a state is as it was noted (Source: name, tensor, alias, version, copy, address).
 bool is_unchanged(const Torch& torch, PyObject* source, PyObject* now, bool grad) {
-    if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != 5) return false;
-    PyObject *tensor = PyTuple_GET_ITEM(source, 1), *alias = PyTuple_GET_ITEM(source, 2), *copy = PyTuple_GET_ITEM(source, 4);
+    if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != 6) return false;
+    PyObject *tensor = PyTuple_GET_ITEM(source, 1), *copy = PyTuple_GET_ITEM(source, 4);
     if (!now || (Py_TYPE(now) != torch.tensor && Py_TYPE(now) != torch.parameter)) return false;
     if (grad && call(PyObject_GetAttr(now, torch.requires_grad.ptr())).ptr() != Py_False) return false;
     deepthin::dlpack::Tensor old, read;
-    if (torch.api->from_python(now, &read) != 0 || torch.api->from_python(copy == Py_None ? alias : copy, &old) != 0) {
+    if (torch.api->from_python(now, &read) != 0 || (copy != Py_None && torch.api->from_python(copy, &old) != 0)) {
         PyErr_Clear();
         return false;
     }
-    if (copy == Py_None) return now == tensor && read.data == old.data && is_version(torch, now, PyTuple_GET_ITEM(source, 3));
+    if (copy == Py_None)  // an alias keeps the memory, so that no other tensor gets the address
+        return now == tensor && read.floats() == PyLong_AsVoidPtr(PyTuple_GET_ITEM(source, 5)) &&
+               is_version(torch, now, PyTuple_GET_ITEM(source, 3));
     if (read.device.type != deepthin::dlpack::CPU || old.device.type != deepthin::dlpack::CPU || read.ndim != old.ndim ||
         !read.is_row_major() || !old.is_row_major() || read.dtype.code != old.dtype.code ||
         read.dtype.bits != old.dtype.bits || read.dtype.lanes != old.dtype.lanes || is_negated(torch, now))
@@ -177,29 +188,42 @@ int64_t items(const deepthin::dlpack::Tensor& x) {
     return batch;
 }
 
+// Memory of a result, until the tensor that gets it is dropped: the tensor's description, and its numbers.
+struct Result {
+    deepthin::dlpack::ManagedTensor managed;
+    std::vector<int64_t> shape, strides;
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<void, Free> numbers;
+
+    // Like `x`, a row-major tensor of floats in the CPU's memory, but with other columns. Throws std::bad_alloc.
+    Result(const Torch& torch, const deepthin::dlpack::Tensor& x, int64_t columns)
+        : shape(x.shape, x.shape + x.ndim), strides(x.ndim, 1) {
+        shape.back() = columns;
+        for (int32_t i = x.ndim - 1; i > 0; i--) strides[i - 1] = strides[i] * shape[i];
+        const std::size_t count = static_cast<std::size_t>(strides[0]) * shape[0];
+        if (count > (std::size_t(1) << 60)) throw std::bad_alloc();
+        numbers.reset(std::aligned_alloc(64, (count * sizeof(float) / 64 + 1) * 64));  // as torch aligns
+        if (!numbers) throw std::bad_alloc();
+        managed = {torch.api->version, this, [](deepthin::dlpack::ManagedTensor* made) { delete of(made); }, 0,
+                   {numbers.get(), x.device, x.ndim, x.dtype, shape.data(), strides.data(), 0}};
+    }
+
+    static Result* of(deepthin::dlpack::ManagedTensor* made) { return static_cast<Result*>(made->manager); }
+};
+
 // A new tensor like `x` with other columns, filled by `fill(data)` while other threads may run Python.
 template <class Fill>
 nb::object make_tensor(const Torch& torch, const deepthin::dlpack::Tensor& x, int64_t columns, Fill fill) {
-    std::vector<int64_t> shape(x.shape, x.shape + x.ndim);
-    shape.back() = columns;
-    deepthin::dlpack::Tensor like{nullptr, x.device, x.ndim, x.dtype, shape.data(), nullptr, 0};
-    deepthin::dlpack::ManagedTensor* made = nullptr;
-    const auto fail = [](void*, const char*, const char* message) {
-        nb::gil_scoped_acquire locked;
-        PyErr_SetString(PyExc_MemoryError, message);
-    };
-    if (torch.api->allocate(&like, &made, nullptr, fail) != 0) throw nb::python_error();
-    nb::object count = nb::steal(PyObject_CallNoArgs(torch.num_threads.ptr()));
-    try {
-        const int threads = nb::cast<int>(count);
+    auto made = std::make_unique<Result>(torch, x, columns);
+    const int threads = nb::cast<int>(call(PyObject_CallNoArgs(torch.num_threads.ptr())));
+    {
         nb::gil_scoped_release unlocked;
-        fill(made->tensor.floats(), threads);
-    } catch (...) {
-        made->deleter(made);
-        throw;
+        fill(made->managed.tensor.floats(), threads);
     }
     void* object = nullptr;
-    if (torch.api->to_python(made, &object) != 0) throw nb::python_error();
+    if (torch.api->to_python(&made.release()->managed, &object) != 0) throw nb::python_error();
     return nb::steal(static_cast<PyObject*>(object));
 }
 
@@ -299,18 +323,169 @@ class Product {
     std::unordered_map<int64_t, int> ways_;
 };
 
+PyObject* at(nb::handle tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
+
+Py_ssize_t size(nb::handle tuple) { return PyTuple_GET_SIZE(tuple.ptr()); }
+
+nb::object changed() { return nb::borrow(nb::handle(Py_NotImplemented)); }
+
+bool is_empty(nb::handle dictionary, const nb::object& key) {
+    PyObject* hooks = get(dictionary, key);
+    return hooks && PyDict_Check(hooks) && PyDict_Size(hooks) == 0;
+}
+
+// Whether calling a module with these attributes runs the forward of its class and nothing else.
+bool is_plain(nb::handle attributes) {
+    const Names& names = ::names();
+    PyObject* compiled = get(attributes, names.compiled);
+    return !get(attributes, names.forward) && is_empty(attributes, names.hooks) && is_empty(attributes, names.pre_hooks) &&
+           (!compiled || compiled == Py_None);
+}
+
+// Whether no hook is called with every module. Globals: those of the module that has these hooks.
+bool has_no_hooks(nb::handle globals) {
+    return is_empty(globals, names().all_hooks) && is_empty(globals, names().all_pre_hooks);
+}
+
+// One product of a call, ready to run: a thin linear layer, rectified or not.
+struct Step {
+    nb::object owner;
+    Product* product = nullptr;
+    Product::Operands operands{};
+    int way = 0;
+    bool relu = false;
+};
+
+// A thin linear layer as it was when a native call was prepared.
+class Layer {
+  public:
+    enum Found { ready, not_now, changed };
+
+    // Link: (module, Product, group, part, thin, bias group, bias part, its index). The module's `thin` holds under
+    // "weight" the part, or the group itself where that is the same, and likewise under "bias", or there is None.
+    explicit Layer(nb::handle link)
+        : group_type_(Py_TYPE(at(link, 2))), part_type_(Py_TYPE(at(link, 3))), bias_type_(Py_TYPE(at(link, 5))) {}
+
+    // The product of a batch by the layer with these attributes, if that is the same as calling the layer.
+    Found read(const Torch& torch, nb::handle link, nb::handle attributes, bool grad, int64_t batch, Step& step) const {
+        const Names& names = ::names();
+        PyObject *group = at(link, 2), *part = at(link, 3), *thin = at(link, 4);
+        if (get(get(attributes, names.modules), names.thin) != thin || Py_TYPE(group) != group_type_) return changed;
+        step = {nb::borrow(at(link, 1)), nb::inst_ptr<Product>(nb::handle(at(link, 1)))};
+        if ((step.way = step.product->way(batch)) == 0) return not_now;
+        nb::object within = dictionary(thin), state = dictionary(group);
+        PyObject* parts = get(within, names.modules);
+        if (get(parts, names.weight) != part || get(state, names.training) != Py_False) return changed;
+        if (Py_TYPE(part) != part_type_ || !is_part(part, group)) return changed;
+        if (get(state, names.product) || (part != group && get(dictionary(part), names.product))) return not_now;
+        nb::object code, shift = nb::borrow(get(get(attributes, names.parameters), names.bias));
+        if (get(state, names.direct) == Py_True) {
+            code = nb::borrow(get(state, names.parameters));
+        } else if (nb::object held = current(torch, state, grad)) {
+            code = nb::borrow(PyTuple_GET_ITEM(held.ptr(), 2));
+        } else {
+            return not_now;
+        }
+        PyObject* bias = get(parts, names.bias);
+        if (bias || at(link, 6) != Py_None) {
+            PyObject* owner = at(link, 5);
+            if (bias != at(link, 6) || Py_TYPE(owner) != bias_type_ || !is_part(bias, owner)) return changed;
+            nb::object of_bias = dictionary(owner);
+            if (!is_plain(of_bias) || !is_plain(dictionary(bias))) return not_now;
+            shift = decoded(torch, current(torch, of_bias, grad), at(link, 7));
+        }
+        if (!shift) return not_now;  // a bias that is no parameter, or not decoded yet
+        const bool reads = step.product->read(torch, get(code, names.xf), get(code, names.wf), shift.ptr(), grad, step.operands);
+        return reads ? ready : not_now;
+    }
+
+  private:
+    // Whether a part is the group itself, or refers to it.
+    static bool is_part(PyObject* part, PyObject* group) {
+        return part == group || get(get(dictionary(part), names().modules), names().group) == group;
+    }
+    // A tensor that was decoded for evaluation; null where there is none, or someone has written to it.
+    static nb::object decoded(const Torch& torch, const nb::object& held, PyObject* index) {
+        if (!held) return {};
+        PyObject* dense = PyTuple_GET_ITEM(held.ptr(), 3);
+        const nb::object pair = nb::borrow(PyDict_Check(dense) ? PyDict_GetItemWithError(dense, index) : nullptr);
+        if (!pair || !PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2) return {};
+        const nb::object tensor = nb::borrow(PyTuple_GET_ITEM(pair.ptr(), 0));
+        return is_version(torch, tensor.ptr(), PyTuple_GET_ITEM(pair.ptr(), 1)) ? tensor : nb::object();
+    }
+
+    PyTypeObject *group_type_, *part_type_, *bias_type_;
+};
+
+// Calling a thin linear layer, in one call. It does not refer to the layer, which refers to it.
+class Single {
+  public:
+    // Link: as `Layer` reads it, without the module. Module: the class nn.Module. Globals: those of the module that has
+    // the hooks of all modules.
+    Single(nb::tuple link, nb::type_object type, nb::type_object module, nb::dict globals)
+        : link_(link), globals_(globals), type_(type), module_(module), forward_(entry(type, names().forward)),
+          called_(entry(module, names().called)), layer_(link) {}
+
+    // As `Chain`. None too where the class of the layer or nn.Module was given another forward or __call__.
+    nb::object operator()(nb::handle module, nb::handle x) {
+        const Torch* torch = torch_of_process;
+        if (!torch) return nb::none();
+        if (Py_TYPE(module.ptr()) != reinterpret_cast<PyTypeObject*>(type_.ptr())) return changed();
+        if (!is_quiet(*torch)) return nb::none();
+        const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
+        deepthin::dlpack::Tensor in;
+        Step step;
+        if (!read_input(*torch, x, grad, in) || !has_no_hooks(globals_) || !forward_.is(entry(type_, names().forward)) ||
+            !called_.is(entry(module_, names().called)))
+            return nb::none();
+        const int64_t batch = items(in);
+        nb::object attributes = dictionary(module.ptr());
+        if (!is_plain(attributes)) return nb::none();
+        const Layer::Found found = layer_.read(*torch, link_, attributes, grad, batch, step);
+        if (found != Layer::ready) return found == Layer::changed ? changed() : nb::none();
+        if (step.product->plan.cols != in.shape[in.ndim - 1]) return nb::none();
+        const Kernels& set = kernels();
+        return make_tensor(*torch, in, step.product->plan.rows, [&](float* y, int threads) {
+            step.product->run(set, step.operands, in.floats(), y, batch, step.way, false, threads);
+        });
+    }
+
+    static int traverse(PyObject* self, visitproc visit, void* arg) {
+        Py_VISIT(Py_TYPE(self));
+        if (!nb::inst_ready(self)) return 0;
+        Single& single = *nb::inst_ptr<Single>(self);
+        for (PyObject* held : {single.link_.ptr(), single.globals_.ptr(), single.type_.ptr(), single.module_.ptr(),
+                               single.forward_.ptr(), single.called_.ptr()})
+            Py_VISIT(held);
+        return 0;
+    }
+
+    static int clear(PyObject* self) {
+        if (nb::inst_ready(self)) nb::inst_ptr<Single>(self)->link_ = nb::tuple();
+        return 0;
+    }
+
+  private:
+    // What a class itself defines under a name; null where it inherits that.
+    static nb::object entry(nb::handle type, const nb::object& name) {
+        return nb::borrow(get(reinterpret_cast<PyTypeObject*>(type.ptr())->tp_dict, name));
+    }
+
+    nb::tuple link_;
+    nb::dict globals_;
+    nb::object type_, module_, forward_, called_;
+    Layer layer_;
+};
+
 // Several products in a row, each rectified or not, in one call, as long as the modules that they replace are unchanged.
 class Chain {
   public:
-    // Links: (module, Product, group, part, thin, bias group, bias part, its index) of a linear layer, whose `thin` holds
-    // under "weight" the part, or the group itself where that is the same, and likewise under "bias", or there is None;
-    // (module,) of a rectifier; (module, None) of what does nothing outside training.
-    // Globals: those of the module that has the hooks of all modules.
+    // Links: as `Layer` reads them, of a linear layer; (module,) of a rectifier; (module, None) of what does nothing
+    // outside training. Globals: those of the module that has the hooks of all modules.
     Chain(nb::list links, nb::dict globals) : links_(links), globals_(globals) {
         for (nb::handle link : links) {
             seen_.push_back(Py_TYPE(at(link, 0)));
-            group_types_.push_back(size(link) > 2 ? Py_TYPE(at(link, 2)) : nullptr);
-            bias_types_.push_back(size(link) > 2 ? Py_TYPE(at(link, 5)) : nullptr);
+            layers_.push_back(size(link) > 2 ? std::optional<Layer>(link) : std::nullopt);
         }
     }
 
@@ -320,12 +495,11 @@ class Chain {
         if (!torch) return nb::none();
         const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
         deepthin::dlpack::Tensor in;
-        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in)) return nb::none();
+        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || !has_no_hooks(globals_)) return nb::none();
         std::vector<Step> steps;
+        steps.reserve(nb::len(links_));
         int64_t width = in.shape[in.ndim - 1], widest = 0;
         const int64_t batch = items(in);
-        const Names& names = ::names();
-        if (!is_empty(globals_, names.all_hooks) || !is_empty(globals_, names.all_pre_hooks)) return nb::none();
         for (std::size_t i = 0; i < nb::len(links_); i++) {
             nb::handle link = PyList_GET_ITEM(links_.ptr(), i);
             PyObject* module = at(link, 0);
@@ -337,39 +511,14 @@ class Chain {
                 continue;
             }
             if (size(link) == 2) {
-                if (get(attributes, names.training) != Py_False) return changed();
+                if (get(attributes, names().training) != Py_False) return changed();
                 continue;
             }
-            PyObject *group = at(link, 2), *part = at(link, 3), *thin = at(link, 4);
-            if (Py_TYPE(group) != group_types_[i] || get(get(attributes, names.modules), names.thin) != thin) return changed();
-            nb::object within = dictionary(thin), state = dictionary(group);
-            PyObject* parts = get(within, names.modules);
-            if (get(parts, names.weight) != part || get(state, names.training) != Py_False) return changed();
-            if (!is_part(part, group)) return changed();
-            if (get(state, names.product)) return nb::none();
-            nb::object code, shift = nb::borrow(get(get(attributes, names.parameters), names.bias));
-            if (get(state, names.direct) == Py_True) {
-                code = nb::borrow(get(state, names.parameters));
-            } else if (nb::object held = current(*torch, state, grad)) {
-                code = nb::borrow(PyTuple_GET_ITEM(held.ptr(), 2));
-            } else {
-                return nb::none();
-            }
-            PyObject* bias = get(parts, names.bias);
-            if (bias || at(link, 6) != Py_None) {
-                PyObject* owner = at(link, 5);
-                if (bias != at(link, 6) || Py_TYPE(owner) != bias_types_[i] || !is_part(bias, owner)) return changed();
-                nb::object of_bias = dictionary(owner);
-                if (!is_plain(of_bias) || !is_plain(dictionary(bias))) return nb::none();
-                shift = decoded(*torch, current(*torch, of_bias, grad), at(link, 7));
-                if (!shift) return nb::none();
-            }
-            Product& product = *nb::inst_ptr<Product>(nb::handle(at(link, 1)));
-            steps.push_back({nb::borrow(at(link, 1)), &product, {}, product.way(batch), false});
-            if (steps.back().way == 0 || product.plan.cols != width ||
-                !product.read(*torch, get(code, names.xf), get(code, names.wf), shift.ptr(), grad, steps.back().operands))
-                return nb::none();
-            width = product.plan.rows;
+            const Layer::Found found = layers_[i]->read(*torch, link, attributes, grad, batch, steps.emplace_back());
+            if (found != Layer::ready) return found == Layer::changed ? changed() : nb::none();
+            const Plan& plan = steps.back().product->plan;
+            if (plan.cols != width) return nb::none();
+            width = plan.rows;
             widest = std::max(widest, width);
         }
         const Kernels& set = kernels();
@@ -407,47 +556,16 @@ class Chain {
     }
 
   private:
-    struct Step {
-        nb::object owner;
-        Product* product;
-        Product::Operands operands;
-        int way;
-        bool relu;
-    };
-    // Whether calling a module with these attributes runs the forward of its class and nothing else.
-    static bool is_plain(nb::handle attributes) {
-        return !get(attributes, names().forward) && is_empty(attributes, names().hooks) &&
-               is_empty(attributes, names().pre_hooks);
-    }
-    // Whether a part is the group itself, or refers to it.
-    static bool is_part(PyObject* part, PyObject* group) {
-        return part == group || get(get(dictionary(part), names().modules), names().group) == group;
-    }
-    // A tensor that was decoded for evaluation; null where there is none, or someone has written to it.
-    static nb::object decoded(const Torch& torch, const nb::object& held, PyObject* index) {
-        if (!held) return {};
-        PyObject* dense = PyTuple_GET_ITEM(held.ptr(), 3);
-        const nb::object pair = nb::borrow(PyDict_Check(dense) ? PyDict_GetItemWithError(dense, index) : nullptr);
-        if (!pair || !PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2) return {};
-        const nb::object tensor = nb::borrow(PyTuple_GET_ITEM(pair.ptr(), 0));
-        return is_version(torch, tensor.ptr(), PyTuple_GET_ITEM(pair.ptr(), 1)) ? tensor : nb::object();
-    }
-    static PyObject* at(nb::handle tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
-    static Py_ssize_t size(nb::handle tuple) { return PyTuple_GET_SIZE(tuple.ptr()); }
-    static bool is_empty(nb::handle dictionary, const nb::object& key) {
-        PyObject* hooks = get(dictionary, key);
-        return hooks && PyDict_Check(hooks) && PyDict_Size(hooks) == 0;
-    }
-    static nb::object changed() { return nb::borrow(nb::handle(Py_NotImplemented)); }
-
     nb::list links_;
     nb::dict globals_;
-    std::vector<PyTypeObject*> seen_, group_types_, bias_types_;
+    std::vector<PyTypeObject*> seen_;
+    std::vector<std::optional<Layer>> layers_;
 };
 
-PyType_Slot chain_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Chain::traverse)},
-                             {Py_tp_clear, reinterpret_cast<void*>(&Chain::clear)},
-                             {0, nullptr}};
+template <class Held>
+PyType_Slot collected[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Held::traverse)},
+                           {Py_tp_clear, reinterpret_cast<void*>(&Held::clear)},
+                           {0, nullptr}};
 
 }  // namespace
 
@@ -459,7 +577,10 @@ void deepthin::python::bind_torch(nb::module_& m) {
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("choose", &Product::choose)
         .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
-    nb::class_<Chain>(m, "Chain", nb::type_slots(chain_slots))
+    nb::class_<Single>(m, "Single", nb::type_slots(collected<Single>))
+        .def(nb::init<nb::tuple, nb::type_object, nb::type_object, nb::dict>())
+        .def("__call__", &Single::operator());
+    nb::class_<Chain>(m, "Chain", nb::type_slots(collected<Chain>))
         .def(nb::init<nb::list, nb::dict>())
         .def("__call__", &Chain::operator());
 }

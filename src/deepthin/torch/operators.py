@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch._C._functorch import is_legacy_batchedtensor
 
 from deepthin.kernels import products
 from deepthin.kernels.costs import choose_native
 from deepthin.methods.factor import Factor
 from deepthin.torch.product import factor_linear
-from deepthin.torch.tracing import RECORDERS
+from deepthin.torch.tracing import RECORDERS, forward_mode
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -97,7 +98,12 @@ short_ways: bool = products.native_available and products.native().use_torch(
     torch.nn.Parameter,
     torch.is_grad_enabled,
     torch.get_num_threads,
-    [*RECORDERS, torch._C._len_torch_function_stack, partial(torch.is_autocast_enabled, "cpu")],
+    [
+        *(recorder for recorder in RECORDERS if recorder is not forward_mode),
+        torch._C._len_torch_function_stack,
+        partial(torch.is_autocast_enabled, "cpu"),
+    ],
+    vars(forward_ad),
 )
 
 
