@@ -1,36 +1,21 @@
-// The fast path for torch tensors: all checks are made here, in a few hundred nanoseconds.
+// The fast path for torch tensors: products of one layer, or of several in a row, in one call that makes all checks.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <unordered_map>
 #include <vector>
 
 #include "python.h"
-#include "tensors.h"
+#include "torch_state.h"
 
 namespace nb = nanobind;
 using deepthin::Kernels;
 using deepthin::Plan;
-using deepthin::python::kernels;
+using namespace deepthin::python;
 
 namespace {
-
-struct Torch {
-    const deepthin::dlpack::ExchangeApi* api = nullptr;
-    PyTypeObject *tensor = nullptr, *parameter = nullptr;
-    nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach, version, level;
-    nb::list watchers;  // functions that return 0, False or None while no mode or hook intercepts operations
-    nb::dict forward_mode;  // where `_current_level` is the level of forward-mode differentiation, negative for none
-    nb::list steps;     // one object, another one after each step of an optimiser
-} *torch_of_process = nullptr;
-
-nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
 
 // Sets how tensors are read. False where this torch has no supported exchange table.
 bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabled, nb::handle num_threads,
@@ -57,174 +42,12 @@ bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabl
     return true;
 }
 
-nb::object call(PyObject* result) {  // a new reference; throws Python's exception
-    if (!result) throw nb::python_error();
-    return nb::steal(result);
-}
-
-bool is_true(nb::object value) {
-    return value.ptr() == Py_False || value.is_none() ? false : PyObject_IsTrue(value.ptr()) != 0;
-}
-
-// Whether no mode or hook intercepts operations now.
-bool is_quiet(const Torch& torch) {
-    PyObject* level = PyDict_GetItemWithError(torch.forward_mode.ptr(), torch.level.ptr());
-    if (!level || !PyLong_Check(level) || PyLong_AsLong(level) >= 0) return false;
-    for (nb::handle watcher : torch.watchers)
-        if (is_true(call(PyObject_CallNoArgs(watcher.ptr())))) return false;
-    return true;
-}
-
-// A plain row-major float32 tensor in CPU memory that needs no gradient. False, without an error, for all else.
-bool read_tensor(const Torch& torch, PyObject* object, bool grad, deepthin::dlpack::Tensor& tensor) {
-    if (!object || (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter)) return false;
-    if (grad) {
-        nb::object wanted = nb::steal(PyObject_GetAttr(object, torch.requires_grad.ptr()));
-        if (wanted.ptr() != Py_False) return false;
-    }
-    if (torch.api->from_python(object, &tensor) != 0) {
-        PyErr_Clear();
-        return false;
-    }
-    return tensor.data && tensor.is_float32_on_cpu() && tensor.is_row_major();
-}
-
-// Whether the tensor is a view with the sign of the stored numbers reversed.
-bool is_negated(const Torch& torch, PyObject* object) {
-    return is_true(call(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr())));
-}
-
-bool read_input(const Torch& torch, nb::handle x, bool grad, deepthin::dlpack::Tensor& tensor) {
-    return Py_TYPE(x.ptr()) == torch.tensor && read_tensor(torch, x.ptr(), grad, tensor) && tensor.ndim > 0 &&
-           !is_negated(torch, x.ptr());
-}
-
-struct Names {
-    nb::object forward = intern("forward"), hooks = intern("_forward_hooks"), pre_hooks = intern("_forward_pre_hooks"),
-               called = intern("__call__"), compiled = intern("_compiled_call_impl"), training = intern("training"), modules = intern("_modules"), parameters = intern("_parameters"),
-               thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
-               product = intern("product"), xf = intern("xf"), wf = intern("wf"), direct = intern("direct"),
-               evaluated = intern("_evaluated"), all_hooks = intern("_global_forward_hooks"),
-               all_pre_hooks = intern("_global_forward_pre_hooks");
-};
-
-const Names& names() {
-    static const Names& all = *new Names;
-    return all;
-}
-
-nb::object dictionary(PyObject* object) { return call(PyObject_GenericGetDict(object, nullptr)); }
-
-// Null where there is no such entry; borrowed, while the GIL is held.
-PyObject* get(nb::handle dictionary, const nb::object& key) {
-    return dictionary && PyDict_Check(dictionary.ptr()) ? PyDict_GetItemWithError(dictionary.ptr(), key.ptr()) : nullptr;
-}
-
-// Whether a tensor was written to as often as when its version was noted.
-bool is_version(const Torch& torch, PyObject* tensor, PyObject* noted) {
-    PyObject* version = PyObject_GetAttr(tensor, torch.version.ptr());
-    if (!version) {  // a tensor of inference mode
-        PyErr_Clear();
-        return false;
-    }
-    const nb::object now = nb::steal(version);
-    return PyLong_Check(noted) && PyLong_AsLongLong(now.ptr()) == PyLong_AsLongLong(noted);
-}
-
-// Whether an entry of a state is as it was noted (Source: name, tensor, alias, version, copy, address).
-bool is_unchanged(const Torch& torch, PyObject* source, PyObject* now, bool grad) {
-    if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != 6) return false;
-    PyObject *tensor = PyTuple_GET_ITEM(source, 1), *copy = PyTuple_GET_ITEM(source, 4);
-    if (!now || (Py_TYPE(now) != torch.tensor && Py_TYPE(now) != torch.parameter)) return false;
-    if (grad && call(PyObject_GetAttr(now, torch.requires_grad.ptr())).ptr() != Py_False) return false;
-    deepthin::dlpack::Tensor old, read;
-    if (torch.api->from_python(now, &read) != 0 || (copy != Py_None && torch.api->from_python(copy, &old) != 0)) {
-        PyErr_Clear();
-        return false;
-    }
-    if (copy == Py_None)  // an alias keeps the memory, so that no other tensor gets the address
-        return now == tensor && read.floats() == PyLong_AsVoidPtr(PyTuple_GET_ITEM(source, 5)) &&
-               is_version(torch, now, PyTuple_GET_ITEM(source, 3));
-    if (read.device.type != deepthin::dlpack::CPU || old.device.type != deepthin::dlpack::CPU || read.ndim != old.ndim ||
-        !read.is_row_major() || !old.is_row_major() || read.dtype.code != old.dtype.code ||
-        read.dtype.bits != old.dtype.bits || read.dtype.lanes != old.dtype.lanes || is_negated(torch, now))
-        return false;
-    int64_t bytes = read.dtype.bits * read.dtype.lanes / 8;
-    for (int32_t i = 0; i < read.ndim; i++) {
-        if (read.shape[i] != old.shape[i]) return false;
-        bytes *= read.shape[i];
-    }
-    return bytes == 0 || std::memcmp(read.floats(), old.floats(), bytes) == 0;
-}
-
-// What a ThinWeight holds for evaluation (Evaluated: sources, step, floats, dense); null where it may not be current.
-nb::object current(const Torch& torch, nb::handle attributes, bool grad) {
-    if (get(attributes, names().training) != Py_False || nb::len(torch.steps) != 1) return {};
-    const nb::object held = nb::borrow(get(attributes, names().evaluated));
-    if (!held || !PyTuple_Check(held.ptr()) || PyTuple_GET_SIZE(held.ptr()) != 4) return {};
-    PyObject* sources = PyTuple_GET_ITEM(held.ptr(), 0);
-    if (!PyTuple_Check(sources) || PyTuple_GET_ITEM(held.ptr(), 1) != PyList_GET_ITEM(torch.steps.ptr(), 0)) return {};
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources); i++) {
-        PyObject* source = PyTuple_GET_ITEM(sources, i);
-        const nb::object name = nb::borrow(PyTuple_GET_ITEM(source, 0));
-        PyObject* now = get(attributes, name);
-        const nb::object entry = nb::borrow(now ? now : get(get(attributes, names().parameters), name));
-        if (!is_unchanged(torch, source, entry.ptr(), grad)) return {};
-    }
-    return held;
-}
-
 // As above for Python, or None; None too while a mode or hook intercepts operations.
 nb::object current_of(nb::dict attributes) {
     const Torch* torch = torch_of_process;
     if (!torch || !is_quiet(*torch)) return nb::none();
     nb::object held = current(*torch, attributes, is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr()))));
     return held ? held : nb::none();
-}
-
-int64_t items(const deepthin::dlpack::Tensor& x) {
-    int64_t batch = 1;
-    for (int32_t i = 0; i + 1 < x.ndim; i++) batch *= x.shape[i];
-    return batch;
-}
-
-// Memory of a result, until the tensor that gets it is dropped: the tensor's description, and its numbers.
-struct Result {
-    deepthin::dlpack::ManagedTensor managed;
-    std::vector<int64_t> shape, strides;
-    struct Free {
-        void operator()(void* memory) const { std::free(memory); }
-    };
-    std::unique_ptr<void, Free> numbers;
-
-    // Like `x`, a row-major tensor of floats in the CPU's memory, but with other columns. Throws std::bad_alloc.
-    Result(const Torch& torch, const deepthin::dlpack::Tensor& x, int64_t columns)
-        : shape(x.shape, x.shape + x.ndim), strides(x.ndim, 1) {
-        shape.back() = columns;
-        for (int32_t i = x.ndim - 1; i > 0; i--) strides[i - 1] = strides[i] * shape[i];
-        const std::size_t count = static_cast<std::size_t>(strides[0]) * shape[0];
-        if (count > (std::size_t(1) << 60)) throw std::bad_alloc();
-        numbers.reset(std::aligned_alloc(64, (count * sizeof(float) / 64 + 1) * 64));  // as torch aligns
-        if (!numbers) throw std::bad_alloc();
-        managed = {torch.api->version, this, [](deepthin::dlpack::ManagedTensor* made) { delete of(made); }, 0,
-                   {numbers.get(), x.device, x.ndim, x.dtype, shape.data(), strides.data(), 0}};
-    }
-
-    static Result* of(deepthin::dlpack::ManagedTensor* made) { return static_cast<Result*>(made->manager); }
-};
-
-// A new tensor like `x` with other columns, filled by `fill(data)` while other threads may run Python.
-template <class Fill>
-nb::object make_tensor(const Torch& torch, const deepthin::dlpack::Tensor& x, int64_t columns, Fill fill) {
-    auto made = std::make_unique<Result>(torch, x, columns);
-    const int threads = nb::cast<int>(call(PyObject_CallNoArgs(torch.num_threads.ptr())));
-    {
-        nb::gil_scoped_release unlocked;
-        fill(made->managed.tensor.floats(), threads);
-    }
-    void* object = nullptr;
-    if (torch.api->to_python(&made.release()->managed, &object) != 0) throw nb::python_error();
-    return nb::steal(static_cast<PyObject*>(object));
 }
 
 // y = scale x W^T + bias for one weight, from unchecked tensors. None where the kernels do not apply.
@@ -323,30 +146,6 @@ class Product {
     std::unordered_map<int64_t, int> ways_;
 };
 
-PyObject* at(nb::handle tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
-
-Py_ssize_t size(nb::handle tuple) { return PyTuple_GET_SIZE(tuple.ptr()); }
-
-nb::object changed() { return nb::borrow(nb::handle(Py_NotImplemented)); }
-
-bool is_empty(nb::handle dictionary, const nb::object& key) {
-    PyObject* hooks = get(dictionary, key);
-    return hooks && PyDict_Check(hooks) && PyDict_Size(hooks) == 0;
-}
-
-// Whether calling a module with these attributes runs the forward of its class and nothing else.
-bool is_plain(nb::handle attributes) {
-    const Names& names = ::names();
-    PyObject* compiled = get(attributes, names.compiled);
-    return !get(attributes, names.forward) && is_empty(attributes, names.hooks) && is_empty(attributes, names.pre_hooks) &&
-           (!compiled || compiled == Py_None);
-}
-
-// Whether no hook is called with every module. Globals: those of the module that has these hooks.
-bool has_no_hooks(nb::handle globals) {
-    return is_empty(globals, names().all_hooks) && is_empty(globals, names().all_pre_hooks);
-}
-
 // One product of a call, ready to run: a thin linear layer, rectified or not.
 struct Step {
     nb::object owner;
@@ -368,7 +167,7 @@ class Layer {
 
     // The product of a batch by the layer with these attributes, if that is the same as calling the layer.
     Found read(const Torch& torch, nb::handle link, nb::handle attributes, bool grad, int64_t batch, Step& step) const {
-        const Names& names = ::names();
+        const Names& names = deepthin::python::names();
         PyObject *group = at(link, 2), *part = at(link, 3), *thin = at(link, 4);
         if (get(get(attributes, names.modules), names.thin) != thin || Py_TYPE(group) != group_type_) return changed;
         step = {nb::borrow(at(link, 1)), nb::inst_ptr<Product>(nb::handle(at(link, 1)))};
@@ -400,45 +199,28 @@ class Layer {
     }
 
   private:
-    // Whether a part is the group itself, or refers to it.
-    static bool is_part(PyObject* part, PyObject* group) {
-        return part == group || get(get(dictionary(part), names().modules), names().group) == group;
-    }
-    // A tensor that was decoded for evaluation; null where there is none, or someone has written to it.
-    static nb::object decoded(const Torch& torch, const nb::object& held, PyObject* index) {
-        if (!held) return {};
-        PyObject* dense = PyTuple_GET_ITEM(held.ptr(), 3);
-        const nb::object pair = nb::borrow(PyDict_Check(dense) ? PyDict_GetItemWithError(dense, index) : nullptr);
-        if (!pair || !PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2) return {};
-        const nb::object tensor = nb::borrow(PyTuple_GET_ITEM(pair.ptr(), 0));
-        return is_version(torch, tensor.ptr(), PyTuple_GET_ITEM(pair.ptr(), 1)) ? tensor : nb::object();
-    }
-
     PyTypeObject *group_type_, *part_type_, *bias_type_;
 };
 
 // Calling a thin linear layer, in one call. It does not refer to the layer, which refers to it.
 class Single {
   public:
-    // Link: as `Layer` reads it, without the module. Module: the class nn.Module. Globals: those of the module that has
-    // the hooks of all modules.
-    Single(nb::tuple link, nb::type_object type, nb::type_object module, nb::dict globals)
-        : link_(link), globals_(globals), type_(type), module_(module), forward_(entry(type, names().forward)),
-          called_(entry(module, names().called)), layer_(link) {}
+    // Link: as `Layer` reads it, but without the module, which is of this type.
+    Single(nb::tuple link, nb::type_object type)
+        : link_(link), type_(type), forward_(nb::borrow(entry(type, names().forward))), layer_(link) {}
 
-    // As `Chain`. None too where the class of the layer or nn.Module was given another forward or __call__.
+    // As `Chain`. None too where the class of the layer was given another forward.
     nb::object operator()(nb::handle module, nb::handle x) {
         const Torch* torch = torch_of_process;
         if (!torch) return nb::none();
         if (Py_TYPE(module.ptr()) != reinterpret_cast<PyTypeObject*>(type_.ptr())) return changed();
-        if (!is_quiet(*torch)) return nb::none();
         const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
         deepthin::dlpack::Tensor in;
-        Step step;
-        if (!read_input(*torch, x, grad, in) || !has_no_hooks(globals_) || !forward_.is(entry(type_, names().forward)) ||
-            !called_.is(entry(module_, names().called)))
+        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || !is_usual(*torch) ||
+            entry(type_, names().forward) != forward_.ptr())
             return nb::none();
         const int64_t batch = items(in);
+        Step step;
         nb::object attributes = dictionary(module.ptr());
         if (!is_plain(attributes)) return nb::none();
         const Layer::Found found = layer_.read(*torch, link_, attributes, grad, batch, step);
@@ -453,10 +235,9 @@ class Single {
     static int traverse(PyObject* self, visitproc visit, void* arg) {
         Py_VISIT(Py_TYPE(self));
         if (!nb::inst_ready(self)) return 0;
-        Single& single = *nb::inst_ptr<Single>(self);
-        for (PyObject* held : {single.link_.ptr(), single.globals_.ptr(), single.type_.ptr(), single.module_.ptr(),
-                               single.forward_.ptr(), single.called_.ptr()})
-            Py_VISIT(held);
+        Py_VISIT(nb::inst_ptr<Single>(self)->link_.ptr());
+        Py_VISIT(nb::inst_ptr<Single>(self)->type_.ptr());
+        Py_VISIT(nb::inst_ptr<Single>(self)->forward_.ptr());
         return 0;
     }
 
@@ -466,14 +247,8 @@ class Single {
     }
 
   private:
-    // What a class itself defines under a name; null where it inherits that.
-    static nb::object entry(nb::handle type, const nb::object& name) {
-        return nb::borrow(get(reinterpret_cast<PyTypeObject*>(type.ptr())->tp_dict, name));
-    }
-
     nb::tuple link_;
-    nb::dict globals_;
-    nb::object type_, module_, forward_, called_;
+    nb::object type_, forward_;
     Layer layer_;
 };
 
@@ -481,8 +256,8 @@ class Single {
 class Chain {
   public:
     // Links: as `Layer` reads them, of a linear layer; (module,) of a rectifier; (module, None) of what does nothing
-    // outside training. Globals: those of the module that has the hooks of all modules.
-    Chain(nb::list links, nb::dict globals) : links_(links), globals_(globals) {
+    // outside training.
+    explicit Chain(nb::list links) : links_(links) {
         for (nb::handle link : links) {
             seen_.push_back(Py_TYPE(at(link, 0)));
             layers_.push_back(size(link) > 2 ? std::optional<Layer>(link) : std::nullopt);
@@ -495,7 +270,7 @@ class Chain {
         if (!torch) return nb::none();
         const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
         deepthin::dlpack::Tensor in;
-        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || !has_no_hooks(globals_)) return nb::none();
+        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || !is_usual(*torch)) return nb::none();
         std::vector<Step> steps;
         steps.reserve(nb::len(links_));
         int64_t width = in.shape[in.ndim - 1], widest = 0;
@@ -546,7 +321,6 @@ class Chain {
         Py_VISIT(Py_TYPE(self));
         if (!nb::inst_ready(self)) return 0;
         Py_VISIT(nb::inst_ptr<Chain>(self)->links_.ptr());
-        Py_VISIT(nb::inst_ptr<Chain>(self)->globals_.ptr());
         return 0;
     }
 
@@ -557,7 +331,6 @@ class Chain {
 
   private:
     nb::list links_;
-    nb::dict globals_;
     std::vector<PyTypeObject*> seen_;
     std::vector<std::optional<Layer>> layers_;
 };
@@ -567,20 +340,49 @@ PyType_Slot collected[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Held::trave
                            {Py_tp_clear, reinterpret_cast<void*>(&Held::clear)},
                            {0, nullptr}};
 
+// The decoded tensor of a ThinWeight or ThinPart, as calling it returns it; None where nothing current is held.
+nb::object decoded_of(nb::handle part) {
+    const Torch* torch = torch_of_process;
+    if (!torch || !is_quiet(*torch) || !is_usual(*torch)) return nb::none();
+    nb::object attributes = dictionary(part.ptr()), index = nb::int_(0), group = attributes;
+    if (!is_plain(attributes)) return nb::none();
+    if (Py_TYPE(part.ptr()) == torch->part) {
+        PyObject* owner = get(get(attributes, names().modules), names().group);
+        if (!owner || Py_TYPE(owner) != torch->weight || !get(attributes, names().index)) return nb::none();
+        index = nb::borrow(get(attributes, names().index));
+        group = dictionary(owner);
+        if (!is_plain(group)) return nb::none();
+    } else if (Py_TYPE(part.ptr()) != torch->weight) {
+        return nb::none();
+    }
+    nb::object held = current(*torch, group, is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr()))));
+    nb::object tensor = decoded(*torch, held, index.ptr());
+    return tensor ? tensor : nb::none();
+}
+
 }  // namespace
 
 void deepthin::python::bind_torch(nb::module_& m) {
     m.def("use_torch", &use_torch);
     m.def("use_steps", [](nb::list steps) { torch_of_process->steps = steps; });
+    m.def("use_modules", [](nb::type_object module, nb::dict hooks, nb::type_object weight, nb::type_object part) {
+        torch_of_process->module = module;
+        torch_of_process->module_call = nb::borrow(entry(module, names().called));
+        torch_of_process->hooks = hooks;
+        torch_of_process->weight = reinterpret_cast<PyTypeObject*>(weight.ptr());  // they live as long as the process
+        torch_of_process->part = reinterpret_cast<PyTypeObject*>(part.ptr());
+    });
     m.def("current", &current_of);
+    m.def("decoded", &decoded_of);
+    bind_rows(m);
     nb::class_<Product>(m, "Product")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("choose", &Product::choose)
         .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
     nb::class_<Single>(m, "Single", nb::type_slots(collected<Single>))
-        .def(nb::init<nb::tuple, nb::type_object, nb::type_object, nb::dict>())
+        .def(nb::init<nb::tuple, nb::type_object>())
         .def("__call__", &Single::operator());
     nb::class_<Chain>(m, "Chain", nb::type_slots(collected<Chain>))
-        .def(nb::init<nb::list, nb::dict>())
+        .def(nb::init<nb::list>())
         .def("__call__", &Chain::operator());
 }

@@ -1,15 +1,27 @@
 """What a native call of thin linear layers reads: their products and the modules that these belong to."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch.nn.modules.module as module_globals
-from torch import nn
+from torch import Tensor, nn
 
 from deepthin.kernels import products
+from deepthin.torch.operators import short_ways
 from deepthin.torch.weight import ThinPart, ThinWeight
 
-HOOKS: dict[str, Any] = vars(module_globals)
-"""The variables of the module that has the hooks of all modules."""
+
+def _nothing(part: nn.Module) -> Tensor | None:
+    return None
+
+
+decoded: Callable[[nn.Module], Tensor | None] = _nothing
+"""The decoded tensor of a ThinWeight or ThinPart, as calling it returns it. None where nothing current is held, where
+calling it does more, and where someone observes operations."""
+
+if short_ways:
+    products.native().use_modules(nn.Module, vars(module_globals), ThinWeight, ThinPart)
+    decoded = products.native().decoded
 
 
 def links(layer: nn.Module) -> tuple[Any, ...] | None:
@@ -44,7 +56,7 @@ def single_call(layer: nn.Module) -> Any:
         where it never will again, since modules have changed. False where there is no such call.
     """
     found = links(layer)
-    return found is not None and products.native().Single((None, *found), type(layer), nn.Module, HOOKS)
+    return found is not None and products.native().Single((None, *found), type(layer))
 
 
 def _owner(part: nn.Module) -> tuple[Any, nn.Module, int]:

@@ -19,7 +19,7 @@ from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.evaluated import current
 from deepthin.torch.multiply import Case
-from deepthin.torch.operators import product, takes
+from deepthin.torch.operators import product, short_ways, takes
 from deepthin.torch.rounding import RoundedState
 from deepthin.torch.snapshot import is_exported, warn_of_dense
 from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
@@ -45,6 +45,7 @@ class Operand(RoundedState):
     _has_symbols: bool
     _sparse: StateCache[tuple[np.ndarray, np.ndarray]]
     _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
+    _table: "tuple[Any, ...] | None" = None  # native look-ups of rows by tensor, likewise
 
     def forward(self, index: int = 0) -> Float[Tensor, "..."]:
         """Decode a tensor.
@@ -143,6 +144,9 @@ class Operand(RoundedState):
         Raises:
             IndexError: An index is out of range; not checked in graphs.
         """
+        rows = self._short_rows(places, index)
+        if rows is not None:
+            return rows
         part, floats, n = self.parts[index], self.floats(), cast(Window, self._windows[index]).plan.n
         count, cols = part.shape
         if not is_recorded() and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
@@ -155,19 +159,38 @@ class Operand(RoundedState):
         made = entries.gather(-1, within) * part.scale
         return made if part.zero_row is None else made * (places != part.zero_row)[..., None]
 
+    def _short_rows(self, places: Tensor, index: int) -> Tensor | None:
+        """The rows in a single native call; None where it does not apply."""
+        if not short_ways or torch.compiler.is_compiling():
+            return None
+        if self._table is None:
+            self._table = tuple(self._rows_of(index) for index in range(len(self.parts)))
+        table, entries = self._table[index], self._short_entries()
+        return None if table is None or entries is None else table(places, entries.get("xf"), entries.get("wf"))
+
+    def _rows_of(self, index: int) -> Any:
+        """The native look-up of single rows; None where the tensor has none."""
+        window, part = self._windows[index], self.parts[index]
+        if window is None or part.transposed:
+            return None
+        zero_row = -1 if part.zero_row is None else part.zero_row
+        place = (*part.shape, self._cuts[index][0], *self.decoder.code_shapes()["xf"], window.plan.n)
+        return products.native().Rows(*place, part.scale, zero_row, part.shape[0] // _GATHER)
+
+    def _short_entries(self) -> Mapping[str, Any] | None:
+        """The code as native calls read it; None where it may not be current."""
+        if self.direct:
+            return self.__dict__["_parameters"] or self.state()
+        held = current(self.__dict__)
+        return None if held is None else held.floats
+
     def _short_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
         """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
-        fast, entries = self._fast[index], self.__dict__["_parameters"] or self.state()
-        if fast is None:
-            return None
-        if not self.direct:
-            held = current(self.__dict__)
-            if held is None:
-                return None
-            entries = held.floats
-        return fast(x, entries.get("xf"), entries.get("wf"), bias)
+        fast = self._fast[index]
+        entries = None if fast is None else self._short_entries()
+        return None if entries is None else fast(x, entries.get("xf"), entries.get("wf"), bias)
 
     def short_way(self, index: int) -> Any:
         """The native product of a tensor; its ``choose`` says for which batches it may be used.

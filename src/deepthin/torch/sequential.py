@@ -70,7 +70,7 @@ class ThinSequential(nn.Sequential):
                 links.append((module, None))
             else:
                 links.append((module, *cast("tuple[Any, ...]", native_call.links(module))))
-        return products.native().Chain(links, native_call.HOOKS) if len(modules) > 1 else None
+        return products.native().Chain(links) if len(modules) > 1 else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_runs", "_compiled_call_impl")}

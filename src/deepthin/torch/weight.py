@@ -199,6 +199,7 @@ class ThinWeight(Operand):
         derived = (
             "_evaluated",
             "_fast",
+            "_table",
             "_sparse",
             "_windows",
             "_coding",
