@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from deepthin.kernels import products
 from deepthin.kernels.costs import choose_native
