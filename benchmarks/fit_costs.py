@@ -16,10 +16,10 @@ from scipy.optimize import nnls
 from torch import nn
 
 from deepthin import METHODS, BudgetError
-from deepthin.kernels.costs import NATIVE, terms
+from deepthin.kernels.costs import NATIVE, Path, terms
 from deepthin.methods.factor import Factor
 from deepthin.storage.contents import Part
-from deepthin.torch import operators
+from deepthin.torch import multiply, operators
 from deepthin.torch.weight import ThinWeight
 
 SHAPES = ((2048, 2048), (1024, 1024), (512, 512), (300, 784), (128, 256), (2048, 440), (64, 64))
@@ -50,27 +50,33 @@ def measure(method: Factor, batch: int) -> list[Case]:
     x, bias = torch.randn(batch, cols, requires_grad=True), nn.Parameter(torch.zeros(rows))
     grad = torch.randn(batch, rows)
 
-    def way(path: str) -> None:
-        weight.path = lambda x, index=0: path  # pyright: ignore[reportAttributeAccessIssue]
-        weight._fast = None
-        operators._by_fft = lambda method, x, correlation, training: path == "native-fft"
+    counts, ways = terms(method, batch), {way.name: way for way in multiply.WAYS}
 
-    def step() -> None:
+    def step(path: Path) -> None:
         x.grad = bias.grad = weight.xf.grad = weight.wf.grad = None
-        weight.product(x, 0, bias).backward(grad)
+        ways[path].run(weight, x, 0, bias).backward(grad)
 
-    counts = terms(method, batch)
+    def judge(path: Path) -> None:
+        if path in NATIVE:
+            fast(x, weight.xf, weight.wf, bias)
+        else:
+            ways[path].run(weight, x, 0, bias)
+
     trained, judged = {}, {}
+    by_fft = operators._by_fft
     for path in counts:
         if path == "direct" and method.n >= 300:
             continue
-        way(path)
-        trained[path] = median_ns(step)
-    weight.eval()
+        operators._by_fft = lambda method, x, correlation, training, path=path: path == "native-fft"
+        trained[path] = median_ns(lambda path=path: step(path))
+    operators._by_fft = by_fft
+    weight.eval().requires_grad_(False)
+    fast = weight.short_way(0)
     with torch.no_grad():
         for path in trained:
-            way(path)
-            judged[path] = median_ns(lambda: weight.product(x, 0, bias))
+            if path in NATIVE:
+                fast.choose(batch, 1 + (path == "native-fft"))
+            judged[path] = median_ns(lambda path=path: judge(path))
     return [(True, counts, judged), (False, counts, trained)]
 
 

@@ -55,6 +55,8 @@ public:
         normalise();
         return bit;
     }
+    // Some numbers will be coded: most take less than a byte, and memory that is not written to is not taken.
+    void expect(int64_t numbers) { out.reserve(std::size_t(numbers) + 16); }
     // The shortest number within the interval.
     std::vector<uint8_t> finish() {
         if (low) {
@@ -176,8 +178,8 @@ struct Numbers {
     }
 };
 
-template <class Coder>
-bool code_levels(Coder& coder, int64_t* values, int64_t count, int64_t stride, int64_t most) {
+template <class Coder, class Integer>
+bool code_levels(Coder& coder, Integer* values, int64_t count, int64_t stride, int64_t most) {
     Context zero[CONTEXTS], negative, more[COLUMN_CLASSES][2], further[UNARY + 1];
     Numbers rest;
     std::vector<uint16_t> columns(std::size_t(stride ? std::min(stride, count) : 0));
@@ -205,7 +207,7 @@ bool code_levels(Coder& coder, int64_t* values, int64_t count, int64_t stride, i
                 magnitude += beyond;
             }
             if (Coder::decodes && magnitude > most) return false;
-            if (Coder::decodes) values[i] = below ? -magnitude : magnitude;
+            if (Coder::decodes) values[i] = Integer(below ? -magnitude : magnitude);
         } else if (Coder::decodes) {
             values[i] = 0;
         }
@@ -221,37 +223,37 @@ bool code_levels(Coder& coder, int64_t* values, int64_t count, int64_t stride, i
     return true;
 }
 
-template <class Coder>
-bool code_tree(Coder& coder, int64_t* values, int64_t count, int64_t width, int64_t most) {
+template <class Coder, class Integer>
+bool code_tree(Coder& coder, Integer* values, int64_t count, int64_t width, int64_t most) {
     std::vector<Context> nodes(std::size_t(1) << width);
     for (int64_t i = 0; i < count; i++) {
         uint32_t node = 1;
         for (int64_t j = width - 1; j >= 0; j--)
             node = node << 1 | uint32_t(coder.bit(nodes[node], values[i] >> j & 1));
         if (Coder::decodes) {
-            values[i] = int64_t(node) - (int64_t(1) << width);
+            values[i] = Integer(int64_t(node) - (int64_t(1) << width));
             if (values[i] > most) return false;
         }
     }
     return true;
 }
 
-template <class Coder>
-bool code_numbers(Coder& coder, int64_t* values, int64_t count, int64_t most) {
+template <class Coder, class Integer>
+bool code_numbers(Coder& coder, Integer* values, int64_t count, int64_t most) {
     Numbers numbers;
     for (int64_t i = 0; i < count; i++) {
         int64_t value = Coder::decodes ? 0 : values[i];
         if (!numbers.code(coder, value)) return false;
         if (Coder::decodes) {
             if (value > most) return false;
-            values[i] = value;
+            values[i] = Integer(value);
         }
     }
     return true;
 }
 
-template <class Coder>
-bool code(Coder& coder, Binarisation kind, int64_t* values, int64_t count, int64_t parameter, int64_t most) {
+template <class Coder, class Integer>
+bool code(Coder& coder, Binarisation kind, Integer* values, int64_t count, int64_t parameter, int64_t most) {
     if (kind == Binarisation::levels) return code_levels(coder, values, count, parameter, most);
     if (kind == Binarisation::tree) return code_tree(coder, values, count, parameter, most);
     return code_numbers(coder, values, count, most);
@@ -259,11 +261,15 @@ bool code(Coder& coder, Binarisation kind, int64_t* values, int64_t count, int64
 
 }  // namespace
 
-std::vector<uint8_t> arithmetic_encode(Binarisation kind, const int64_t* values, int64_t count, int64_t parameter) {
+template <class Integer>
+std::vector<uint8_t> arithmetic_encode(Binarisation kind, const Integer* values, int64_t count, int64_t parameter) {
     Encoder coder;
-    code(coder, kind, const_cast<int64_t*>(values), count, parameter, 0);  // an encoder only reads
+    coder.expect(count);
+    code(coder, kind, const_cast<Integer*>(values), count, parameter, 0);  // an encoder only reads
     return coder.finish();
 }
+template std::vector<uint8_t> arithmetic_encode(Binarisation, const int32_t*, int64_t, int64_t);
+template std::vector<uint8_t> arithmetic_encode(Binarisation, const int64_t*, int64_t, int64_t);
 
 bool arithmetic_decode(Binarisation kind, const uint8_t* data, int64_t bytes, int64_t* out, int64_t count, int64_t parameter,
                        int64_t most) {

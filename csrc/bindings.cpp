@@ -51,6 +51,20 @@ struct Layers {
     deepthin::Recurrent shape;
 };
 
+// Numbers: batch, channels, outputs, groups, n, rank, offset, then for each of depth, height and width size, kernel, stride,
+// dilation, and zeros before and after.
+deepthin::Convolution convolution(const std::vector<int64_t>& numbers) {
+    if (numbers.size() != 25) throw std::invalid_argument("a convolution has 25 numbers");
+    deepthin::Convolution c{numbers[0], numbers[1], numbers[2], numbers[3], {}, {}, {}, {}, {}, {}, numbers[4], numbers[5], numbers[6]};
+    for (int i = 0; i < 3; i++) {
+        const int64_t* axis = &numbers[7 + 6 * i];
+        c.size[i] = axis[0], c.kernel[i] = axis[1], c.stride[i] = axis[2], c.dilation[i] = axis[3];
+        c.before[i] = axis[4], c.after[i] = axis[5];
+    }
+    deepthin::check_convolution(c);
+    return c;
+}
+
 void check_code(int kind, int64_t bytes, int64_t count, int64_t parameter) {
     if (kind < 0 || kind > 2 || bytes < 0 || count < 0 || parameter < 0 || (kind == 1 && (parameter < 1 || parameter > 12)))
         throw std::invalid_argument("integers of no possible number, stride or width");
@@ -101,6 +115,23 @@ NB_MODULE(_native, m) {
         deepthin::backward(set, plan, at<const float>(x), at<const float>(xf), at<const float>(wf), at<const float>(grad),
                            at<float>(grad_x), at<float>(grad_xf), at<float>(grad_wf), batch, fft, threads);
     });
+    m.def("convolve", [](const std::vector<int64_t>& numbers, std::uintptr_t x, std::uintptr_t xf, std::uintptr_t wf,
+                         std::uintptr_t bias, std::uintptr_t y, bool fft, float scale, int threads) {
+        const deepthin::Convolution c = convolution(numbers);
+        const Kernels& set = kernels();
+        nb::gil_scoped_release unlocked;
+        deepthin::convolve(set, c, at<const float>(x), at<const float>(xf), at<const float>(wf), at<const float>(bias),
+                           at<float>(y), fft, scale, threads);
+    });
+    m.def("convolve_backward", [](const std::vector<int64_t>& numbers, std::uintptr_t x, std::uintptr_t xf, std::uintptr_t wf,
+                                  std::uintptr_t grad, std::uintptr_t grad_x, std::uintptr_t grad_xf, std::uintptr_t grad_wf,
+                                  bool fft, int threads) {
+        const deepthin::Convolution c = convolution(numbers);
+        const Kernels& set = kernels();
+        nb::gil_scoped_release unlocked;
+        deepthin::convolve_backward(set, c, at<const float>(x), at<const float>(xf), at<const float>(wf), at<const float>(grad),
+                                    at<float>(grad_x), at<float>(grad_xf), at<float>(grad_wf), fft, threads);
+    });
     // `plans`: for each matrix rows, cols, n, rank, offset, and whether the product and the gradients go by FFT; `parts`:
     // for each the addresses of xf, wf, bias and of their gradients; 0 for none. In the order of Recurrent::gates.
     m.def("recurrent", [](int cell, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t layers,
@@ -146,13 +177,15 @@ NB_MODULE(_native, m) {
         }
         return std::vector<int64_t>{read, end};
     });
-    // Kinds: 0 levels, 1 tree, 2 numbers.
-    m.def("arithmetic_encode", [](int kind, std::uintptr_t values, int64_t count, int64_t parameter) {
+    // Kinds: 0 levels, 1 tree, 2 numbers. Integers to encode have 64 bits if `wide`, else 32.
+    m.def("arithmetic_encode", [](int kind, std::uintptr_t values, int64_t count, int64_t parameter, bool wide) {
         check_code(kind, 0, count, parameter);
         std::vector<uint8_t> data;
         {
             nb::gil_scoped_release unlocked;
-            data = deepthin::arithmetic_encode(deepthin::Binarisation(kind), at<const int64_t>(values), count, parameter);
+            const auto binarisation = deepthin::Binarisation(kind);
+            data = wide ? deepthin::arithmetic_encode(binarisation, at<const int64_t>(values), count, parameter)
+                        : deepthin::arithmetic_encode(binarisation, at<const int32_t>(values), count, parameter);
         }
         return nb::bytes(data.data(), data.size());
     });

@@ -1,5 +1,6 @@
 // Fast Fourier transforms of W independent sequences, one per SIMD lane: a complex point is W real, then W imaginary parts.
-// Decimation in frequency forward, its mirror image backward: spectra stay in the transform's own order.
+// A polynomial of M points modulo z^M - j is split, level by level, into ones modulo z^part - c, a root c for each part; back,
+// the mirror image. Spectra stay in the transform's own order.
 #pragma once
 #include "kernels.h"
 #include "vector.h"
@@ -44,6 +45,13 @@ DEEPTHIN_INLINE Complex<W> swap(Complex<W> a) {
     return {a.im, a.re};
 }
 
+// The number below A * B that is i modulo A and j modulo B.
+template <int A, int B>
+constexpr int first_of(int i, int j) {
+    while (i % B != j) i += A;
+    return i;
+}
+
 template <int W, int RADIX>
 DEEPTHIN_INLINE void butterfly(Complex<W>* z) {
     if constexpr (RADIX == 2) {
@@ -76,8 +84,7 @@ DEEPTHIN_INLINE void butterfly(Complex<W>* z) {
         z[4] = p - u;
         z[2] = q + w;
         z[3] = q - w;
-    } else {
-        static_assert(RADIX == 8);
+    } else if constexpr (RADIX == 8) {
         const float h = 0.70710678118654752440f;
         Complex<W> even[4] = {z[0], z[2], z[4], z[6]}, odd[4] = {z[1], z[3], z[5], z[7]};
         butterfly<W, 4>(even);
@@ -90,40 +97,57 @@ DEEPTHIN_INLINE void butterfly(Complex<W>* z) {
             z[k] = even[k] + odd[k];
             z[k + 4] = even[k] - odd[k];
         }
-    }
-}
-
-// One level on `RADIX * part` points; `source(i)` gives point i.
-template <int W, int RADIX, class Source>
-DEEPTHIN_INLINE void forward_pass(Source source, float* to, int64_t part, const float* twiddle) {
-    for (int64_t j = 0; j < part; j++, twiddle += 2 * (RADIX - 1)) {
-        Complex<W> z[RADIX];
+    } else {  // of coprime factors: no factors in between (Good 1958)
+        constexpr int OTHER = RADIX % 5 ? 3 : 5, MAIN = RADIX / OTHER;
+        static_assert(MAIN * OTHER == RADIX && MAIN % OTHER && (MAIN == 2 || MAIN == 4));
+        Complex<W> rows[OTHER][MAIN];
         DEEPTHIN_UNROLL
-        for (int k = 0; k < RADIX; k++) z[k] = source(j + k * part);
-        butterfly<W, RADIX>(z);
-        store_point<W>(to + j * 2 * W, z[0]);
-        DEEPTHIN_UNROLL
-        for (int k = 1; k < RADIX; k++)
-            store_point<W>(to + (j + k * part) * 2 * W,
-                           part == 1 ? z[k] : times<W>(z[k], twiddle[2 * k - 2], twiddle[2 * k - 1]));
-    }
-}
-
-// `sink(i, value)` takes the exchanged point i.
-template <int W, int RADIX, class Source, class Sink>
-DEEPTHIN_INLINE void inverse_pass(Source source, Sink sink, int64_t part, const float* twiddle) {
-    for (int64_t j = 0; j < part; j++, twiddle += 2 * (RADIX - 1)) {
-        Complex<W> z[RADIX];
-        z[0] = swap(source(j));
-        DEEPTHIN_UNROLL
-        for (int k = 1; k < RADIX; k++) {
-            z[k] = swap(source(j + k * part));
-            if (part > 1) z[k] = times<W>(z[k], twiddle[2 * k - 2], twiddle[2 * k - 1]);
+        for (int i = 0; i < MAIN; i++) {
+            Complex<W> column[OTHER];
+            DEEPTHIN_UNROLL
+            for (int j = 0; j < OTHER; j++) column[j] = z[(i * OTHER + j * MAIN) % RADIX];
+            butterfly<W, OTHER>(column);
+            DEEPTHIN_UNROLL
+            for (int j = 0; j < OTHER; j++) rows[j][i] = column[j];
         }
-        butterfly<W, RADIX>(z);
         DEEPTHIN_UNROLL
-        for (int k = 0; k < RADIX; k++) sink(j + k * part, swap(z[k]));
+        for (int j = 0; j < OTHER; j++) {
+            butterfly<W, MAIN>(rows[j]);
+            DEEPTHIN_UNROLL
+            for (int i = 0; i < MAIN; i++) z[first_of<MAIN, OTHER>(i, j)] = rows[j][i];
+        }
     }
+}
+
+// One level of `blocks` blocks, each of `RADIX` parts; `source(i)` gives point i.
+template <int W, int RADIX, class Source>
+DEEPTHIN_INLINE void forward_pass(Source source, float* to, int64_t part, int64_t blocks, const float* twiddle) {
+    for (int64_t first = 0; blocks > 0; blocks--, first += RADIX * part, twiddle += 2 * (RADIX - 1))
+        for (int64_t i = first; i < first + part; i++) {
+            Complex<W> z[RADIX];
+            z[0] = source(i);
+            DEEPTHIN_UNROLL
+            for (int k = 1; k < RADIX; k++) z[k] = times<W>(source(i + k * part), twiddle[2 * k - 2], twiddle[2 * k - 1]);
+            butterfly<W, RADIX>(z);
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < RADIX; k++) store_point<W>(to + (i + k * part) * 2 * W, z[k]);
+        }
+}
+
+// `sink(i, value)` takes point i.
+template <int W, int RADIX, class Source, class Sink>
+DEEPTHIN_INLINE void inverse_pass(Source source, Sink sink, int64_t part, int64_t blocks, const float* twiddle) {
+    for (int64_t first = 0; blocks > 0; blocks--, first += RADIX * part, twiddle += 2 * (RADIX - 1))
+        for (int64_t i = first; i < first + part; i++) {
+            Complex<W> z[RADIX];
+            DEEPTHIN_UNROLL
+            for (int k = 0; k < RADIX; k++) z[k] = swap(source(i + k * part));
+            butterfly<W, RADIX>(z);
+            sink(i, swap(z[0]));
+            DEEPTHIN_UNROLL
+            for (int k = 1; k < RADIX; k++)
+                sink(i + k * part, times<W>(swap(z[k]), twiddle[2 * k - 2], -twiddle[2 * k - 1]));
+        }
 }
 
 #define DEEPTHIN_RADICES(call) \
@@ -132,73 +156,115 @@ DEEPTHIN_INLINE void inverse_pass(Source source, Sink sink, int64_t part, const 
         case 3: call(3);       \
         case 4: call(4);       \
         case 5: call(5);       \
-        default: call(8);      \
+        case 6: call(6);       \
+        case 8: call(8);       \
+        case 10: call(10);     \
+        default: call(12);     \
     }
 
-// Forward: level 0 from `source` into `data`, then each part separately, depth first.
+// One level, in place.
 template <int W>
-void forward_parts(const Transform& plan, float* data, int64_t length, int level) {
-    if (level == plan.levels) return;
-    const int radix = plan.radix[level];
-    const int64_t part = length / radix;
-    auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(data + i * 2 * W); };
-#define DEEPTHIN_CALL(R)                                                       \
-    {                                                                          \
-        forward_pass<W, R>(source, data, part, plan.twiddles[level]);          \
-        break;                                                                 \
-    }
+void forward_level(float* data, int64_t part, int64_t blocks, int radix, const float* twiddle) {
+    const auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(data + i * 2 * W); };
+#define DEEPTHIN_CALL(R) return forward_pass<W, R>(source, data, part, blocks, twiddle)
     DEEPTHIN_RADICES(DEEPTHIN_CALL)
 #undef DEEPTHIN_CALL
-    if (part > 1)
-        for (int k = 0; k < radix; k++) forward_parts<W>(plan, data + k * part * 2 * W, part, level + 1);
 }
 
-template <int W, class Source>
-void forward_transform(const Transform& plan, Source source, float* data) {
+template <int W>
+void inverse_level(float* data, int64_t part, int64_t blocks, int radix, const float* twiddle) {
+    const auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(data + i * 2 * W); };
+    const auto sink = [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED { store_point<W>(data + i * 2 * W, value); };
+#define DEEPTHIN_CALL(R) return inverse_pass<W, R>(source, sink, part, blocks, twiddle)
+    DEEPTHIN_RADICES(DEEPTHIN_CALL)
+#undef DEEPTHIN_CALL
+}
+
+// In place, from `level` on: `blocks` blocks of `length` points, the first of them being block `first` of its level. Depth
+// first, so that small blocks stay in the cache; the last level of all blocks at once.
+template <int W>
+void forward_levels(const Transform& plan, float* data, int64_t length, int64_t first, int64_t blocks, int level) {
+    const int radix = plan.radix[level];
+    const int64_t part = length / radix, together = part == 1 ? blocks : 1;
+    for (int64_t b = first; b < first + blocks; b += together) {
+        forward_level<W>(data + b * length * 2 * W, part, together, radix, plan.twiddles[level] + b * 2 * (radix - 1));
+        if (part > 1) forward_levels<W>(plan, data, part, b * radix, radix, level + 1);
+    }
+}
+
+struct InPlace {};  // a spectrum that lies where its transform is to be
+
+template <class Spectrum>
+constexpr bool is_in_place = false;
+template <>
+constexpr bool is_in_place<InPlace> = true;
+
+// Back: `spectrum(f)` gives frequency f (in the transform's own order), `data` takes the points, unscaled.
+template <int W, class Spectrum>
+void inverse_levels(const Transform& plan, Spectrum spectrum, float* data, int64_t length, int64_t first, int64_t blocks, int level) {
+    const int radix = plan.radix[level];
+    const int64_t part = length / radix, together = part == 1 ? blocks : 1;
+    for (int64_t b = first; b < first + blocks; b += together) {
+        float* block = data + b * length * 2 * W;
+        const float* twiddle = plan.twiddles[level] + b * 2 * (radix - 1);
+        if constexpr (!is_in_place<Spectrum>) {
+            if (part == 1) {
+                const auto source = [=](int64_t i) DEEPTHIN_INLINED { return spectrum(b * radix + i); };
+                const auto sink = [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED { store_point<W>(block + i * 2 * W, value); };
+#define DEEPTHIN_CALL(R) return inverse_pass<W, R>(source, sink, part, together, twiddle)
+                DEEPTHIN_RADICES(DEEPTHIN_CALL)
+#undef DEEPTHIN_CALL
+            }
+        }
+        if (part > 1) inverse_levels<W>(plan, spectrum, data, part, b * radix, radix, level + 1);
+        inverse_level<W>(block, part, together, radix, twiddle);
+    }
+}
+
+// ---- Real sequences of up to 2 M positions as M complex points ----------------------------------------------------------
+// Point i is x[i] + j x[i + M], j^2 = -1: since z^M = j, a complex polynomial in z is a real one with z^(2 M) = -1, and the
+// product of two is their convolution where that fits into 2 M positions.
+
+// The first level of the transform of `length` positions, `jump` floats apart.
+template <int W>
+void forward_positions(const Transform& plan, const float* x, int64_t jump, int64_t length, float* data) {
     const int radix = plan.radix[0];
-    const int64_t part = plan.points / radix;
-#define DEEPTHIN_CALL(R)                                                   \
-    {                                                                      \
-        forward_pass<W, R>(source, data, part, plan.twiddles[0]);          \
-        break;                                                             \
-    }
+    const int64_t points = plan.points, part = points / radix;
+    const auto source = [=](int64_t i) DEEPTHIN_INLINED {
+        return Complex<W>{i < length ? load<W>(x + i * jump) : Vec<W>{},
+                          i + points < length ? load<W>(x + (i + points) * jump) : Vec<W>{}};
+    };
+#define DEEPTHIN_CALL(R) return forward_pass<W, R>(source, data, part, 1, plan.twiddles[0])
     DEEPTHIN_RADICES(DEEPTHIN_CALL)
 #undef DEEPTHIN_CALL
-    for (int k = 0; k < radix; k++) forward_parts<W>(plan, data + k * part * 2 * W, part, 1);
 }
 
-// Backward: `spectrum(f)` gives frequency f (in the transform's own order), `data` takes the points, unscaled.
-template <int W, class Spectrum>
-void inverse_parts(const Transform& plan, Spectrum spectrum, float* data, int64_t first, int64_t length, int level) {
-    const int radix = plan.radix[level];
-    const int64_t part = length / radix;
-    float* block = data + first * 2 * W;
-    auto sink = [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED { store_point<W>(block + i * 2 * W, value); };
-    if (part > 1) {
-        for (int k = 0; k < radix; k++) inverse_parts<W>(plan, spectrum, data, first + k * part, part, level + 1);
-        auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(block + i * 2 * W); };
-#define DEEPTHIN_CALL(R)                                                        \
-    {                                                                           \
-        inverse_pass<W, R>(source, sink, part, plan.twiddles[level]);           \
-        break;                                                                  \
-    }
-        DEEPTHIN_RADICES(DEEPTHIN_CALL)
-#undef DEEPTHIN_CALL
-    } else {
-        auto source = [=](int64_t i) DEEPTHIN_INLINED { return spectrum(first + i); };
-#define DEEPTHIN_CALL(R)                                                        \
-    {                                                                           \
-        inverse_pass<W, R>(source, sink, part, plan.twiddles[level]);           \
-        break;                                                                  \
-    }
-        DEEPTHIN_RADICES(DEEPTHIN_CALL)
-#undef DEEPTHIN_CALL
-    }
+template <int W>
+void forward_spectrum(const Transform& plan, const float* x, int64_t jump, int64_t length, float* data) {
+    forward_positions<W>(plan, x, jump, length, data);
+    forward_levels<W>(plan, data, plan.points / plan.radix[0], 0, plan.radix[0], 1);
 }
 
+// The last level of a transform back: the first `length` positions, `jump` floats apart, unscaled.
+template <int W>
+void inverse_positions(const Transform& plan, const float* data, float* x, int64_t jump, int64_t length) {
+    const int radix = plan.radix[0];
+    const int64_t points = plan.points, part = points / radix;
+    const auto source = [=](int64_t i) DEEPTHIN_INLINED { return load_point<W>(data + i * 2 * W); };
+    const auto sink = [=](int64_t i, Complex<W> value) DEEPTHIN_INLINED {
+        if (i < length) store<W>(x + i * jump, value.re);
+        if (i + points < length) store<W>(x + (i + points) * jump, value.im);
+    };
+#define DEEPTHIN_CALL(R) return inverse_pass<W, R>(source, sink, part, 1, plan.twiddles[0])
+    DEEPTHIN_RADICES(DEEPTHIN_CALL)
+#undef DEEPTHIN_CALL
+}
+
+// The first `length` positions of the sequence with this spectrum, unscaled; `data` is scratch memory.
 template <int W, class Spectrum>
-void inverse_transform(const Transform& plan, Spectrum spectrum, float* data) {
-    inverse_parts<W>(plan, spectrum, data, 0, plan.points, 0);
+void inverse_spectrum(const Transform& plan, Spectrum spectrum, float* data, float* x, int64_t jump, int64_t length) {
+    inverse_levels<W>(plan, spectrum, data, plan.points / plan.radix[0], 0, plan.radix[0], 1);
+    inverse_positions<W>(plan, data, x, jump, length);
 }
 
 }  // namespace

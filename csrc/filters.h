@@ -5,17 +5,15 @@
 
 namespace {
 
-// `sequence(l, i)` is entry i of lane l.
+// `sequence(l, i)` is entry i of lane l; see forward_spectrum.
 template <int W, class Sequence>
 void transform_scalars(const Transform& plan, Sequence sequence, float* data) {
-    forward_transform<W>(
-        plan,
-        [&](int64_t i) {
-            Complex<W> point = {};
-            for (int l = 0; l < W; l++) point.re[l] = sequence(l, i);
-            return point;
-        },
-        data);
+    for (int64_t i = 0; i < plan.points; i++)
+        for (int l = 0; l < W; l++) {
+            data[i * 2 * W + l] = sequence(l, i);
+            data[i * 2 * W + W + l] = sequence(l, i + plan.points);
+        }
+    forward_levels<W>(plan, data, plan.points, 0, 1, 0);
 }
 
 void spectra(const Plan& plan, const float* wf, const Transform& transform, float* out, float* scratch) {

@@ -27,7 +27,21 @@ struct Transform {
     int64_t points = 0;
     int levels = 0;
     int radix[MAX_LEVELS] = {};
-    const float* twiddles[MAX_LEVELS] = {};  // exp(-2 pi i j k / length): for each j, the k = 1 .. radix - 1
+    const float* twiddles[MAX_LEVELS] = {};  // for each block of the level, the powers 1 .. radix - 1 of a root: see fft.h
+};
+
+// Items that are windows of padded images: item p is position p % positions of image p / positions. Images have
+// `PATCH_EDGE` floats before and after them that may be read, and, of a gradient, written as they were.
+constexpr int64_t PATCH_EDGE = 16;
+struct Patches {
+    const float* images;
+    float* grad_images;      // laid out alike; added to
+    int64_t image, channel;  // floats from one image to the next, and from one channel to the next
+    int64_t taps;            // of the kernel
+    const int64_t* tap;      // floats from the beginning of a window to each tap
+    int64_t row_outputs, positions;  // outputs in a row, and of an image
+    const int64_t* row;      // floats from the beginning of an image to the first window of each row of outputs
+    int64_t outputs;         // floats from one image of outputs to the next; an output channel takes `positions`
 };
 
 // One product or gradient, shared by all threads that work on it.
@@ -43,6 +57,7 @@ struct Job {
     Transform single;       // of a single item: lane l holds its positions l modulo W
     const float* spectra1;  // rank x points x {re, im} x 2 V: of all 2 V - 1 shifts, V = Kernels::single_width
     const float* packed;    // of one item: xf as `Kernels::pack` lays it out; or null
+    const Patches* patches;  // of a convolution: where items come from, instead of x and grad_x; y and grad are images
     // Gradients of one slice of the batch; any may be null.
     const float* grad;       // batch x rows
     float *grad_x, *grad_xf;  // batch x cols; m x rank, added to
@@ -163,6 +178,26 @@ void csr(const Kernels&, const float* values, const int32_t* columns, const int6
 // themselves, as in `forward`; a symbol without a shared value is NaN. Throws std::invalid_argument for more levels than the
 // instruction set has. The result does not depend on `threads`.
 void symbols(const Kernels&, const Symbols&, const float* x, float* y, int64_t batch, int threads);
+
+// A convolution of one to three dimensions (depth, height, width; sizes of 1 where there are fewer) as torch has it: its
+// matrix is outputs x (channels / groups * taps). The factors' product holds it from entry `offset` on.
+struct Convolution {
+    int64_t batch, channels, outputs, groups;
+    int64_t size[3], kernel[3], stride[3], dilation[3], before[3], after[3];  // zeros before and after an image
+    int64_t n, rank, offset;
+};
+
+// Throws std::invalid_argument unless all sizes are possible; returns the positions of an image of outputs.
+int64_t check_convolution(const Convolution&);
+
+// y = scale * convolution of x + bias. Outputs that are not finite are computed again entry by entry. The result does not
+// depend on `threads`.
+void convolve(const Kernels&, const Convolution&, const float* x, const float* xf, const float* wf, const float* bias,
+              float* y, bool fft, float scale, int threads);
+
+// Gradients of x, xf and wf, given that of y; those that are null are left out.
+void convolve_backward(const Kernels&, const Convolution&, const float* x, const float* xf, const float* wf,
+                       const float* grad, float* grad_x, float* grad_xf, float* grad_wf, bool fft, int threads);
 
 // A matrix of a recurrent layer, and the arrays for its gradients: null where they are not wanted.
 struct Gate {

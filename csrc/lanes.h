@@ -1,6 +1,7 @@
 // Products and gradients of a block of items, one item per SIMD lane: the layout is [position][lane].
 #pragma once
 #include "fft.h"
+#include "patches.h"
 #include "phase.h"
 
 namespace {
@@ -230,9 +231,6 @@ void correlate_gradient(const float* x, int64_t length, const float* p, int64_t 
     }
 }
 
-// The two halves of an item are the real and the imaginary part: they do not mix, since the filter is real.
-int64_t half(const Plan& plan) { return divide_up(plan.cols, 2); }
-
 // Blocks of items whose gradients of xf are summed in registers: each sum is loaded and stored once.
 constexpr int BUNDLE = 4;
 
@@ -279,7 +277,10 @@ template <int W>
 void take_items(const Job& job, Space<W>& space, int64_t first, int64_t items) {
     const int64_t cols = job.plan.cols;
     __builtin_memset(space.x - TILE * W, 0, sizeof(float) * TILE * W);
-    rows_to_lanes<W>(job.x + first * cols, cols, items, cols, space.x);
+    if (job.patches)
+        take_windows<W>(*job.patches, first, items, cols, space.x);
+    else
+        rows_to_lanes<W>(job.x + first * cols, cols, items, cols, space.x);
     __builtin_memset(space.x + cols * W, 0, sizeof(float) * TILE * W);
 }
 
@@ -300,28 +301,14 @@ void correlations(const Job& job, Space<W>& space) {
                                 W, space.count);
         return;
     }
-    const Transform& plan_of = job.lanes;
-    const int64_t points = plan_of.points, q = half(plan), count = space.count;
-    const float *x = space.x, *z = space.z;
-    forward_transform<W>(
-        plan_of,
-        [=](int64_t i) DEEPTHIN_INLINED {
-            return i < q ? Complex<W>{load<W>(x + i * W), load<W>(x + (i + q) * W)} : Complex<W>{};
-        },
-        space.z);
+    forward_spectrum<W>(job.lanes, space.x, W, plan.cols, space.z);
+    const float* z = space.z;
     for (int64_t a = 0; a < rank; a++) {
-        const float* h = job.spectra + a * points * 2;
-        inverse_transform<W>(
-            plan_of,
+        const float* h = job.spectra + a * job.lanes.points * 2;
+        inverse_spectrum<W>(
+            job.lanes,
             [=](int64_t f) DEEPTHIN_INLINED { return times<W>(load_point<W>(z + f * 2 * W), h[2 * f], h[2 * f + 1]); },
-            space.c);
-        const float* c = space.c;
-        float* p = space.p + a * W;
-        const int64_t jump = rank * W, both = smaller(points, count);
-        int64_t v = 0;
-        for (; v < smaller(q, count); v++) store<W>(p + v * jump, load<W>(c + v * 2 * W));
-        for (; v < both; v++) store<W>(p + v * jump, load<W>(c + v * 2 * W) + load<W>(c + (v - q) * 2 * W + W));
-        for (; v < count; v++) store<W>(p + v * jump, load<W>(c + (v - q) * 2 * W + W));
+            space.c, space.p + a * W, rank * W, space.count);
     }
 }
 
@@ -349,7 +336,10 @@ uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scra
                         store<W>(y + k * apart * W, sum);
                     });
     }
-    lanes_to_rows<W>(space.y, plan.rows, items, plan.rows, job.y + first * plan.rows);
+    if (job.patches)
+        put_outputs<W>(*job.patches, space.y, first, items, plan.rows, job.y);
+    else
+        lanes_to_rows<W>(space.y, plan.rows, items, plan.rows, job.y + first * plan.rows);
     uint32_t mask = 0;
     for (int64_t b = 0; b < items; b++) mask |= uint32_t(odd[b] != odd[b]) << b;
     return mask;
@@ -365,16 +355,12 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
     if (job.grad_xf) {
         correlations<W>(job, space);
     } else if (job.grad_wf && space.fft) {
-        const float* x = space.x;
-        const int64_t q = half(plan);
-        forward_transform<W>(
-            job.lanes,
-            [=](int64_t i) DEEPTHIN_INLINED {
-                return i < q ? Complex<W>{load<W>(x + i * W), load<W>(x + (i + q) * W)} : Complex<W>{};
-            },
-            space.z);
+        forward_spectrum<W>(job.lanes, space.x, W, cols, space.z);
     }
-    rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, y);
+    if (job.patches)
+        take_outputs<W>(*job.patches, job.grad, first, items, plan.rows, y);
+    else
+        rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, y);
     const int64_t phases = smaller(plan.phases, plan.rows);
     Phase phase(plan);
     for (int64_t i = 0; job.grad_xf && i < phases; i++, phase.next())
@@ -416,18 +402,9 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
             }
         }
     } else {
-        const Transform& plan_of = job.lanes;
-        const int64_t points = plan_of.points, q = half(plan), count = space.count;
+        const int64_t points = job.lanes.points;
         for (int64_t a = 0; a < rank; a++) {
-            const float* gradient = dp + a * W;
-            const int64_t jump = rank * W;
-            forward_transform<W>(
-                plan_of,
-                [=](int64_t i) DEEPTHIN_INLINED {
-                    return Complex<W>{i < count ? load<W>(gradient + i * jump) : Vec<W>{},
-                                      i + q < count ? load<W>(gradient + (i + q) * jump) : Vec<W>{}};
-                },
-                space.c);
+            forward_spectrum<W>(job.lanes, dp + a * W, rank * W, space.count, space.c);
             const float* h = job.spectra + a * points * 2;
             float* sums = job.grad_wf ? job.grad_wf + a * points * 2 * W : nullptr;
             for (int64_t f = 0; f < points; f++) {
@@ -444,16 +421,13 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
                 }
             }
         }
-        if (job.grad_x) {
-            float* c = space.c;
-            inverse_transform<W>(plan_of, [=](int64_t f) DEEPTHIN_INLINED { return load_point<W>(c + f * 2 * W); }, c);
-            for (int64_t i = 0; i < q; i++) {
-                store<W>(space.dx + i * W, load<W>(c + i * 2 * W));
-                if (i + q < cols) store<W>(space.dx + (i + q) * W, load<W>(c + i * 2 * W + W));
-            }
-        }
+        if (job.grad_x) inverse_spectrum<W>(job.lanes, InPlace{}, space.c, space.dx, W, cols);
     }
-    if (job.grad_x) lanes_to_rows<W>(space.dx, cols, items, cols, job.grad_x + first * cols);
+    if (!job.grad_x) return;
+    if (job.patches)
+        add_windows<W>(*job.patches, first, items, cols, space.dx);
+    else
+        lanes_to_rows<W>(space.dx, cols, items, cols, job.grad_x + first * cols);
 }
 
 template <int W>
@@ -491,9 +465,12 @@ void finish_gradient(const Job& job, float* lanes, float* grad_wf) {
                 store<W>(lanes + (a * points * 2 + i) * W, sums);  // the first filter's place has been read
             }
             float* data = lanes + a * points * 2 * W;
-            inverse_transform<W>(job.lanes, [=](int64_t f) DEEPTHIN_INLINED { return load_point<W>(data + f * 2 * W); }, data);
+            inverse_levels<W>(job.lanes, InPlace{}, data, points, 0, 1, 0);
             for (int64_t l = 0; l < filters; l++)
-                for (int64_t t = 0; t < n; t++) grad_wf[(a + l) * n + n - 1 - t] = data[t * 2 * W + l] / float(points);
+                for (int64_t t = 0; t < n; t++) {
+                    const float* point = data + (t % points) * 2 * W + t / points * W;
+                    grad_wf[(a + l) * n + n - 1 - t] = point[l] / float(points);
+                }
         }
     }
 }

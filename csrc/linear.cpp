@@ -12,9 +12,7 @@
 #include "linear.h"
 
 namespace deepthin {
-namespace {
 
-// Working memory of a thread, reused from call to call.
 float* scratch(int64_t floats) {
     thread_local Memory memory;
     thread_local int64_t size = 0;
@@ -26,8 +24,6 @@ float* scratch(int64_t floats) {
     }
     return memory.get();
 }
-
-// ---- One item in plain loops, for outputs that are not finite ----------------------------------------------------------
 
 void exact(const Job& job, int64_t item) {
     const Plan& p = job.plan;
@@ -55,8 +51,6 @@ void exact(const Job& job, int64_t item) {
     }
 }
 
-}  // namespace
-
 std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
     constexpr int64_t FEW = 3;
     std::vector<Block> blocks;
@@ -70,15 +64,9 @@ std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
     return blocks;
 }
 
-namespace {
-
-Transform transform_of_items(const Plan& plan) {
-    return transform_of((plan.cols + 1) / 2 + plan.n - 1);
+const Transform& transform_of_items(const Plan& plan, int64_t lanes) {
+    return transform_of((plan.cols + plan.n - 1 + 2 * lanes - 1) / (2 * lanes));
 }
-
-bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
-
-}  // namespace
 
 Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset) {
     constexpr int64_t LIMIT = int64_t(1) << 31;
@@ -131,8 +119,7 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
         job_.spectra = spectra_->get();
     }
     if (alone) {
-        const int64_t width = kernels.single_width, half = ((plan.cols + 1) / 2 + width - 1) / width;
-        job_.single = transform_of(half + (plan.n + width - 2) / width);
+        job_.single = transform_of_items(plan, kernels.single_width);
         spectra1_ = spectra_of(kernels, plan, wf, job_.single, true);
         job_.spectra1 = spectra1_->get();
     }

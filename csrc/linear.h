@@ -16,6 +16,9 @@ using Memory = std::unique_ptr<float[], Release>;
 
 Memory allocate(int64_t floats);  // 64-byte aligned; throws std::bad_alloc
 
+// Working memory of the calling thread, reused from call to call.
+float* scratch(int64_t floats);
+
 // Calls `work(i)` for i < tasks on at most `threads` threads. The first exception is rethrown after all have ended.
 void in_parallel(int64_t tasks, int threads, const std::function<void(int64_t)>& work);
 
@@ -27,6 +30,16 @@ struct Block {
 // The blocks of a batch: full ones, then the remainder, item by item if it is small and `alone` is set. Depends on the batch
 // only.
 std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone);
+
+// One item in plain loops, for outputs that are not finite.
+void exact(const Job& job, int64_t item);
+
+// Whether the weight is a plain product of two factors: n is the fan-in, and it begins at entry 0.
+inline bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
+
+// The transform of a product: real sequences as half as many complex points, lane by lane or, of a single item, all of
+// `lanes` positions.
+const Transform& transform_of_items(const Plan& plan, int64_t lanes = 1);
 
 // The fastest transform of at least so many points. Cached for the life of the process.
 const Transform& transform_of(int64_t least);

@@ -11,8 +11,8 @@ namespace {
 constexpr int SINGLE = DEEPTHIN_WIDTH < 8 ? DEEPTHIN_WIDTH : 8;
 
 struct SingleSpace {  // scratch memory of one item
-    int64_t count, padded, half_length, width, panels;
-    float *x, *p, *z, *c, *panel, *tail;
+    int64_t count, padded, width, panels;
+    float *x, *p, *z, *c, *panel, *tail;  // p: rank correlations of `padded` positions
     int64_t floats;
 
     SingleSpace(const Job& job, float* memory) {
@@ -21,12 +21,11 @@ struct SingleSpace {  // scratch memory of one item
         Arena arena{memory};
         count = plan.cols + plan.n - 1;
         padded = larger(round_up(count, W) + TILE * W, plan.blocks * plan.n + W);
-        half_length = round_up(divide_up(plan.cols, 2), W);
         width = round_up(plan.blocks * plan.rank, W);
         panels = plan.n / plan.common;
         const int64_t points = job.single.points * 2 * W;
-        x = arena.take(2 * half_length + 2 * TILE * W) + (memory ? TILE * W : 0);
-        p = arena.take(padded);
+        x = arena.take(round_up(plan.cols, W) + 2 * TILE * W) + (memory ? TILE * W : 0);
+        p = arena.take(padded * plan.rank);
         z = arena.take(points);
         c = arena.take(points);
         panel = arena.take(larger(panels * width, round_up(panels, W) * plan.blocks * plan.rank));
@@ -60,7 +59,7 @@ DEEPTHIN_INLINE void dots(const float* a, int64_t stride, int64_t length, const 
     }
 }
 
-void correlate_single(const SingleSpace& space, const Plan& plan, const float* w) {
+void correlate_single(const SingleSpace& space, const Plan& plan, const float* w, float* p) {
     constexpr int W = SINGLE;
     const int64_t n = plan.n;
     for (int64_t v = 0; v < space.count; v += TILE * W) {
@@ -73,75 +72,60 @@ void correlate_single(const SingleSpace& space, const Plan& plan, const float* w
         }
         DEEPTHIN_UNROLL
         for (int k = 0; k < TILE; k++)
-            if (v + k * W < space.padded) store<W>(space.p + v + k * W, sum[k]);
+            if (v + k * W < space.padded) store<W>(p + v + k * W, sum[k]);
     }
 }
 
 // Lane l holds the positions l modulo W: a product of spectra becomes one with a W x W Toeplitz matrix of spectra.
-void transform_single(const Job& job, const SingleSpace& space, int64_t a) {
+void correlations_by_fft(const Job& job, const SingleSpace& space) {
     constexpr int W = SINGLE;
-    const int64_t points = job.single.points, q = space.half_length / W, rows = divide_up(space.count, W);
-    const float *z = space.z, *x = space.x, *c = space.c;
-    if (a == 0)
-        forward_transform<W>(
-            job.single,
-            [=](int64_t i) DEEPTHIN_INLINED {
-                return i < q ? Complex<W>{load<W>(x + i * W), load<W>(x + (i + q) * W)} : Complex<W>{};
+    const Transform& transform = job.single;
+    forward_spectrum<W>(transform, space.x, W, divide_up(job.plan.cols, W), space.z);
+    const float* z = space.z;
+    for (int64_t a = 0; a < job.plan.rank; a++) {
+        const float* spectra = job.spectra1 + a * transform.points * 4 * W;
+        inverse_spectrum<W>(
+            transform,
+            [=](int64_t f) DEEPTHIN_INLINED {
+                const float *value = z + f * 2 * W, *h = spectra + f * 4 * W + W - 1;
+                Vec<W> rr = {}, ii = {}, ri = {}, ir = {};
+                DEEPTHIN_UNROLL
+                for (int l = 0; l < W; l++) {
+                    const Vec<W> re = load<W>(h - l), im = load<W>(h + 2 * W - l);
+                    rr += re * value[l];
+                    ii += im * value[W + l];
+                    ri += im * value[l];
+                    ir += re * value[W + l];
+                }
+                return Complex<W>{rr - ii, ri + ir};
             },
-            space.z);
-    const float* spectra = job.spectra1 + a * points * 4 * W;
-    inverse_transform<W>(
-        job.single,
-        [=](int64_t f) DEEPTHIN_INLINED {
-            const float *value = z + f * 2 * W, *h = spectra + f * 4 * W + W - 1;
-            Vec<W> rr = {}, ii = {}, ri = {}, ir = {};
-            DEEPTHIN_UNROLL
-            for (int l = 0; l < W; l++) {
-                const Vec<W> re = load<W>(h - l), im = load<W>(h + 2 * W - l);
-                rr += re * value[l];
-                ii += im * value[W + l];
-                ri += im * value[l];
-                ir += re * value[W + l];
-            }
-            return Complex<W>{rr - ii, ri + ir};
-        },
-        space.c);
-    for (int64_t i = 0; i < rows; i++) {
-        Vec<W> sum = i < points ? load<W>(c + i * 2 * W) : Vec<W>{};
-        if (i >= q && i - q < points) sum += load<W>(c + (i - q) * 2 * W + W);
-        store<W>(space.p + i * W, sum);
+            space.c, space.p + a * space.padded, W, divide_up(space.count, W));
     }
 }
 
-// The contiguous terms of each phase, all phases, rank 1: rows of n -> n rows of `width`, padded with zeros.
-void arrange(const SingleSpace& space, const Plan& plan) {
+// Each phase's terms, of all filters, contiguous, in rows of `width` that are padded with zeros.
+void lay_side_by_side(const SingleSpace& space, const Plan& plan) {
     constexpr int W = SINGLE;
-    const int64_t n = plan.n, width = space.width;
-    __builtin_memset(space.p + space.count, 0, sizeof(float) * (space.padded - space.count));
-    int64_t lane = 0;
-    for (; lane + W <= n; lane += W)
-        for (int64_t s = 0; s < width; s += W) {
+    const int64_t n = plan.n, rank = plan.rank, width = space.width, used = plan.blocks * rank;
+    const int64_t common = plan.common, begin = (n - 1 - plan.offset) % common;
+    const int64_t whole = common == 1 ? n / W * W : 0;
+    for (int64_t c = 0, s = 0, a = 0; c < width; c += W) {
+        const float* from[W];  // of each column; null: zeros
+        for (int i = 0; i < W; i++) {
+            from[i] = c + i < used ? space.p + a * space.padded + s * n : nullptr;
+            if (++a == rank) a = 0, s++;
+        }
+        float* to = space.panel + c;
+        for (int64_t at = 0; at < whole; at += W, to += W * width) {
             Vec<W> block[W];
             DEEPTHIN_UNROLL
-            for (int i = 0; i < W; i++) block[i] = s + i < plan.blocks ? load<W>(space.p + (s + i) * n + lane) : Vec<W>{};
+            for (int i = 0; i < W; i++) block[i] = from[i] ? load<W>(from[i] + at) : Vec<W>{};
             transpose<W>(block);
             DEEPTHIN_UNROLL
-            for (int i = 0; i < W; i++) store<W>(space.panel + (lane + i) * width + s, block[i]);
+            for (int i = 0; i < W; i++) store<W>(to + i * width, block[i]);
         }
-    for (; lane < n; lane++)
-        for (int64_t s = 0; s < width; s++) space.panel[lane * width + s] = s < plan.blocks ? space.p[s * n + lane] : 0.0f;
-}
-
-// Each phase's terms of filter a, contiguous, in rows of `width`.
-void lay_side_by_side(const SingleSpace& space, const Plan& plan, int64_t a) {
-    const int64_t n = plan.n, common = plan.common, first = (n - 1 - plan.offset) % common;
-    for (int64_t s = 0; s < plan.blocks; s++) {
-        float* to = space.panel + s * plan.rank + a;
-        const float* from = space.p + s * n;
-        const int64_t end = smaller(n, space.count - s * n);
-        int64_t lane = first;
-        for (; lane < end; lane += common, to += space.width) *to = from[lane];
-        for (; lane < n; lane += common, to += space.width) *to = 0.0f;
+        for (int64_t at = whole ? whole : begin; at < n; at += common, to += width)
+            for (int i = 0; i < W; i++) to[i] = from[i] ? from[i][at] : 0.0f;
     }
 }
 
@@ -194,18 +178,20 @@ void pack(const Plan& plan, const float* xf, float* to) {
     });
 }
 
-// The terms of filter a as `multiply_packed` reads them: by tile, column and phase.
-void lay_in_tiles(const SingleSpace& space, const Plan& plan, int64_t a) {
+// The terms as `multiply_packed` reads them: by tile, column and phase.
+void lay_in_tiles(const SingleSpace& space, const Plan& plan) {
     constexpr int W = SINGLE;
-    float* to = space.panel + a * W;
-    __builtin_memset(space.p + space.count, 0, sizeof(float) * (space.padded - space.count));
-    by_tiles(plan, [&](int64_t, Phase& phase) {
-        for (int i = 0; i < W; i++, phase.next()) {
-            const float* from = space.p + phase.first();
-            for (int64_t s = 0; s < plan.blocks; s++) to[s * plan.rank * W + i] = from[s * plan.n];
-        }
-        to += plan.blocks * plan.rank * W;
-    });
+    for (int64_t a = 0; a < plan.rank; a++) {
+        float* to = space.panel + a * W;
+        const float* p = space.p + a * space.padded;
+        by_tiles(plan, [&](int64_t, Phase& phase) {
+            for (int i = 0; i < W; i++, phase.next()) {
+                const float* from = p + phase.first();
+                for (int64_t s = 0; s < plan.blocks; s++) to[s * plan.rank * W + i] = from[s * plan.n];
+            }
+            to += plan.blocks * plan.rank * W;
+        });
+    }
 }
 
 // `finish(j, values, count)`: outputs from j on. Something that is not finite makes the result so.
@@ -251,23 +237,17 @@ bool single_item(const Job& job, int64_t item, float* scratch) {
     } else {
         __builtin_memset(space.x - TILE * W, 0, sizeof(float) * TILE * W);
         __builtin_memcpy(space.x, x, sizeof(float) * cols);
-        __builtin_memset(space.x + cols, 0, sizeof(float) * (2 * space.half_length - cols + TILE * W));
-        const int64_t width = space.width, used = plan.blocks * rank;
-        for (int64_t a = 0; a < rank; a++) {
-            if (job.single.points)
-                transform_single(job, space, a);
-            else
-                correlate_single(space, plan, job.wf + a * n);
-            if (job.packed)
-                lay_in_tiles(space, plan, a);
-            else if (plan.common == 1 && rank == 1)
-                arrange(space, plan);
-            else
-                lay_side_by_side(space, plan, a);
-        }
-        if (width > used && !job.packed)
-            for (int64_t i = 0; i < space.panels; i++)
-                for (int64_t j = used; j < width; j++) space.panel[i * width + j] = 0.0f;
+        __builtin_memset(space.x + cols, 0, sizeof(float) * (round_up(cols, W) - cols + TILE * W));
+        if (job.single.points)
+            correlations_by_fft(job, space);
+        else
+            for (int64_t a = 0; a < rank; a++) correlate_single(space, plan, job.wf + a * n, space.p + a * space.padded);
+        for (int64_t a = 0; a < rank; a++)  // positions after the last
+            __builtin_memset(space.p + a * space.padded + space.count, 0, sizeof(float) * (space.padded - space.count));
+        if (job.packed)
+            lay_in_tiles(space, plan);
+        else
+            lay_side_by_side(space, plan);
     }
     float* y = job.y + item * plan.rows;
     const auto finish = [&](int64_t j, Vec<W> value, int64_t outputs) DEEPTHIN_INLINED {

@@ -318,7 +318,7 @@ def test_what_is_out_of_range_is_refused(encode, decode):
 @native
 def test_the_native_module_checks_what_it_is_given():
     with pytest.raises(ValueError, match="no possible number"):
-        products.native().arithmetic_encode(1, 0, 0, 13)
+        products.native().arithmetic_encode(1, 0, 0, 13, True)
     with pytest.raises(ValueError, match="no possible number"):
         products.native().arithmetic_decode(3, 0, 0, 0, 0, 0, 0)
 

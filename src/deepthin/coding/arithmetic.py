@@ -34,7 +34,7 @@ COLUMN_CLASSES, RECENT_CLASSES = (1, 128, 512, 2048), (1, 256)  # lowest average
 _HIGHEST, _WORD = 1 << 24, (1 << 32) - 1
 _RATES = [65536 // (n + 2) for n in range(LIMIT + 1)]
 
-Encode = Callable[[str, Int64[np.ndarray, " count"], int], UInt8[np.ndarray, " bytes"]]
+Encode = Callable[[str, Int32[np.ndarray, " count"] | Int64[np.ndarray, " count"], int], UInt8[np.ndarray, " bytes"]]
 """``encode``, or what does the same faster."""
 Decode = Callable[[str, UInt8[np.ndarray, " bytes"], int, int, int], Int64[np.ndarray, " count"] | None]
 """``decode``, or what does the same faster."""
@@ -171,10 +171,12 @@ def _tree_width(width: int) -> int:
     return width
 
 
-def _checked(values: Integer[np.ndarray, " count"], least: int, most: int) -> Int64[np.ndarray, " count"]:
+def _checked(
+    values: Integer[np.ndarray, " count"], least: int, most: int
+) -> Int32[np.ndarray, " count"] | Int64[np.ndarray, " count"]:
     if len(values) and not least <= int(values.min()) <= int(values.max()) <= most:
         raise ValueError(f"integers from {values.min()} to {values.max()}; they may go from {least} to {most}")
-    return np.ascontiguousarray(values, np.int64)
+    return np.ascontiguousarray(values, np.int32 if most <= MOST_LEVEL else np.int64)
 
 
 def _decoded(
@@ -434,7 +436,9 @@ def _code(coder: _Coder, kind: str, values: list[int], parameter: int, most: int
     return _code_tree(coder, values, parameter, most) if kind == "tree" else _code_numbers(coder, values, most)
 
 
-def encode(kind: str, values: Int64[np.ndarray, " count"], parameter: int) -> UInt8[np.ndarray, " bytes"]:
+def encode(
+    kind: str, values: Int32[np.ndarray, " count"] | Int64[np.ndarray, " count"], parameter: int
+) -> UInt8[np.ndarray, " bytes"]:
     """Code integers in one of the three ways.
 
     Args:

@@ -4,7 +4,7 @@ Without native code, the reference serves instead.
 """
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 from deepthin.coding import arithmetic
 from deepthin.kernels import products
@@ -12,12 +12,14 @@ from deepthin.kernels import products
 _KINDS = ("levels", "tree", "numbers")
 
 
-def encode(kind: str, values: Int64[np.ndarray, " count"], parameter: int) -> UInt8[np.ndarray, " bytes"]:
+def encode(
+    kind: str, values: Int32[np.ndarray, " count"] | Int64[np.ndarray, " count"], parameter: int
+) -> UInt8[np.ndarray, " bytes"]:
     """``arithmetic.encode``: to be given to ``encode_levels``, ``encode_tree`` or ``encode_numbers`` as their ``walk``.
 
     Args:
         kind: ``"levels"``, ``"tree"`` or ``"numbers"``.
-        values: Integers within the range of that kind, int64.
+        values: Integers within the range of that kind, of 32 or 64 bits.
         parameter: Stride of levels, width of a tree, 0 for numbers.
 
     Returns:
@@ -25,8 +27,9 @@ def encode(kind: str, values: Int64[np.ndarray, " count"], parameter: int) -> UI
     """
     if not products.native_available:
         return arithmetic.encode(kind, values, parameter)
-    values = np.ascontiguousarray(values, np.int64)
-    data = products.native().arithmetic_encode(_KINDS.index(kind), values.ctypes.data, len(values), parameter)
+    values = np.ascontiguousarray(values)
+    at, wide = values.ctypes.data, values.dtype == np.int64
+    data = products.native().arithmetic_encode(_KINDS.index(kind), at, len(values), parameter, wide)
     return np.frombuffer(data, np.uint8)
 
 

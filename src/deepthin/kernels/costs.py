@@ -39,6 +39,11 @@ _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
     },
 }
 
+# Of torch's convolution: a call, a multiplication, an entry of the kernel, and a summand of an entry that is decoded;
+# of one by factors: a call, and an entry of a window or of outputs that is moved (fit_costs.py).
+_CONVOLUTION = {True: (1.5e4, 0.018, 0.1, 0.0), False: (2.5e5, 0.075, 1.45, 0.34)}
+_WINDOWS = {True: (3e4, 0.02), False: (2.5e5, 0.06)}
+
 _SYMBOL_ITEMS, _SYMBOL_AREA = 8, 1 << 21
 _IN_TURN = {
     True: (6e4, 0.05),
@@ -176,6 +181,27 @@ def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: b
     area = math.prod(shape)
     counts = (1, batch * area, area, area * summands)
     return sum(w * c for w, c in zip(_NANOSECONDS[dense_ready]["dense"], counts, strict=True))
+
+
+def convolution_costs(method: Factor, groups: int, items: int, dense_ready: bool) -> tuple[float, float]:
+    """Predicted times of a convolution: by the decoded kernel, and by the factors in native code.
+
+    Args:
+        method: The factors of one group's kernel: outputs x (inputs * taps).
+        groups: Groups of channels.
+        items: Positions of all images of outputs.
+        dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core.
+    """
+    (rows, cols), area = method.shape, groups * math.prod(method.shape)
+    counts = (1, items * area, area, 0 if dense_ready else area * method.rank)
+    dense = sum(w * c for w, c in zip(_CONVOLUTION[dense_ready], counts, strict=True))
+    call, entry = _WINDOWS[dense_ready]
+    predicted = work(method, items, dense_ready)
+    product = min(cost for path, cost in predicted.items() if path in NATIVE)
+    return dense, call + groups * (product + entry * items * (rows + cols))
 
 
 def in_turn_cost(method: InTurn, batch: int, dense_ready: bool) -> float:

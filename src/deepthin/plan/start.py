@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from deepthin.coding.bits import PIECE
 from deepthin.errors import NonFiniteError
 from deepthin.method import Code, Method
 from deepthin.methods.float_coding import FloatCoding
 from deepthin.storage.contents import Part
 
 _NUMPY = cast(Any, np)
+
+PIECE = 1 << 15  # entries that are compared at a time: their copies in double precision are small
 
 Start = tuple[Code, Code | None]
 """The code, and the latents that train; None where the code itself trains."""

@@ -86,11 +86,11 @@ def _ways(values: np.ndarray, kind: Integers) -> Iterator[_Way]:
     if not width or not values.size or (kind.least >= 0 and width > arithmetic.WIDEST_TREE):
         return
     if kind.least < 0:
-        wide = values.reshape(-1).astype(np.int64)
+        wide = values.reshape(-1).astype(np.int32)
         for stride in (0, 1, values.shape[-1]):
             yield _made(("levels", stride), arithmetic.encode_levels(wide, stride, walk))
     else:
-        yield _made(("tree", width), arithmetic.encode_tree(flat(np.int64), width, walk))
+        yield _made(("tree", width), arithmetic.encode_tree(flat(), width, walk))
 
 
 def _rising_ways(flat: np.ndarray, width: int) -> Iterator[_Way]:

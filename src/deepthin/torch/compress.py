@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepthin.coding.bits import PIECE
 from deepthin.errors import ConfigError
 from deepthin.kernels import costs, products
 from deepthin.method import Method
@@ -160,8 +159,8 @@ def carry_out(
 def _compared(dense: Tensor, decoded: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Ranges of two tensors of one shape, on the host."""
     flat = dense.detach().reshape(-1), decoded.detach().reshape(-1)
-    for first in range(0, dense.numel(), PIECE):
-        one, other = (tensor[first : first + PIECE].double().cpu().numpy() for tensor in flat)
+    for first in range(0, dense.numel(), start.PIECE):
+        one, other = (tensor[first : first + start.PIECE].double().cpu().numpy() for tensor in flat)
         yield one, other
 
 

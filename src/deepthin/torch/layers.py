@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from deepthin.torch import spectral
+from deepthin.torch import convolution, spectral
 from deepthin.torch.generated import ThinLayer, generated
 from deepthin.torch.native_call import single_call
 from deepthin.torch.operators import short_ways
@@ -75,14 +75,35 @@ class ThinOutProjection(ThinLinear, NonDynamicallyQuantizableLinear):
     """The output projection of nn.MultiheadAttention, to which torch gives a separate class."""
 
 
-class ThinConv1d(ThinLayer, nn.Conv1d):
-    """A convolution with a decoded kernel."""
+class _ThinConvolution(ThinLayer):
+    """A convolution by the factors of its kernel, or with the decoded kernel, whichever is predicted to be faster."""
+
+    bias: Tensor | None
+
+    def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Convolve images.
+
+        Args:
+            input: Images, batch x channels x spatial dimensions, or one without the batch.
+
+        Returns:
+            The outputs, in the layout of the input.
+        """
+        if not isinstance(input, Tensor):
+            leaf = as_leaf(self, input)
+            return super().forward(input) if leaf is None else leaf
+        y = convolution.product(self, input, self.bias)
+        return super().forward(input) if y is None else y
+
+
+class ThinConv1d(_ThinConvolution, nn.Conv1d):
+    """A thin convolution of sequences."""
 
     weight, bias = generated("weight"), generated("bias")
 
 
 class ThinConv2d(ThinLayer, nn.Conv2d):
-    """A convolution with a decoded kernel; in evaluation by FFT, where that is predicted to be faster."""
+    """A thin convolution of images: by its factors, with the decoded kernel or, in evaluation, by FFT."""
 
     weight, bias = generated("weight"), generated("bias")
     _spectrum: tuple[Tensor, int, Tensor] | None = None  # a weight, its version, and its spectrum
@@ -99,8 +120,12 @@ class ThinConv2d(ThinLayer, nn.Conv2d):
         if not isinstance(input, Tensor):
             leaf = as_leaf(self, input)
             return super().forward(input) if leaf is None else leaf
-        weight, images = self.weight, input if input.dim() == 4 else input[None]
-        if not self._by_spectra(images, weight):
+        images = input if input.dim() == 4 else input[None]
+        y = convolution.product(self, input, self.bias)
+        if y is not None:
+            return y
+        weight = self.weight
+        if convolution.is_decoded(self, input) or not self._by_spectra(images, weight):
             return self._conv_forward(input, weight, self.bias)
         cached = self._spectrum
         if cached is None or cached[0] is not weight or cached[1] != weight._version:
@@ -129,8 +154,8 @@ class ThinConv2d(ThinLayer, nn.Conv2d):
         return {key: value for key, value in self.__dict__.items() if key != "_spectrum"}
 
 
-class ThinConv3d(ThinLayer, nn.Conv3d):
-    """A convolution with a decoded kernel."""
+class ThinConv3d(_ThinConvolution, nn.Conv3d):
+    """A thin convolution of volumes."""
 
     weight, bias = generated("weight"), generated("bias")
 

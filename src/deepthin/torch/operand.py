@@ -1,5 +1,6 @@
 """A generated weight in use: decoded as a whole or row by row, or multiplied without being decoded."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
@@ -35,10 +36,12 @@ class Operand(RoundedState):
     Attributes:
         parts: Shape and scale of each tensor, in the order in which they are cut from the flattened matrix.
         plans: For each tensor its window in the factors' product; None where it must be decoded.
+        kernels: The same for each kernel of a convolution, of outputs x (inputs * taps).
     """
 
     parts: tuple[Part, ...]
     plans: tuple[Window | None, ...]
+    kernels: tuple[Window | None, ...]
     _cuts: tuple[tuple[int, int], ...]  # begin and end of each tensor in the flattened matrix
     _windows: tuple[Window | None, ...]
     _operator_pays: tuple[bool, ...]
@@ -61,7 +64,7 @@ class Operand(RoundedState):
             return cast(Any, leaf)
         held = None if torch.compiler.is_compiling() else current(self.__dict__)
         if held is None:
-            if not self._keeps():
+            if not self.keeps_dense():
                 return self._decode(index, self.floats())
             held = self._now()
         dense, version = held.dense.get(index, (None, 0))
@@ -104,7 +107,7 @@ class Operand(RoundedState):
             return multiply.DENSE.run(self, x, index, bias)
         case = self._case(x, index, bias)
         way = multiply.choose(case)
-        if way.name in _WAYS and not torch.compiler.is_compiling() and self._keeps():
+        if way.name in _WAYS and not torch.compiler.is_compiling() and self.keeps_dense():
             if (fast := self.short_way(index)) is not None:
                 fast.choose(case.batch, _WAYS[way.name])
                 self.floats()  # so that they are current
@@ -239,7 +242,7 @@ class Operand(RoundedState):
             if recorded:
                 pays = native and self._operator_pays[index]
                 return Case(self.decoder, window, 0, False, native=True, traced=True) if pays else dense
-            return Case(self.decoder, window, x.numel() // window.plan.shape[1], self._keeps(), native=native)
+            return Case(self.decoder, window, x.numel() // window.plan.shape[1], self.keeps_dense(), native=native)
         if recorded or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
             return dense
         gradients = torch.is_grad_enabled()
@@ -247,7 +250,7 @@ class Operand(RoundedState):
             self.decoder,
             None,
             x.numel() // part.shape[1],
-            self._keeps(),
+            self.keeps_dense(),
             native=takes(x, like),
             whole=True,
             detached=not (gradients and x.requires_grad)
@@ -280,6 +283,14 @@ class Operand(RoundedState):
             return None
         return self.decoder.window(self._cuts[index][0], self._matrix(index))
 
+    def _kernel(self, index: int) -> Window | None:
+        """Where a convolution's kernel lies in a product of two factors, as a matrix of outputs x (inputs * taps)."""
+        part = self.parts[index]
+        if not isinstance(self.decoder, Factored) or len(part.shape) < 3 or part.transposed:
+            return None
+        window = self.decoder.window(self._cuts[index][0], (part.shape[0], math.prod(part.shape[1:])))
+        return None if window is None or (window.is_rank and window.offset) else window
+
     def _matrix(self, index: int) -> tuple[int, int]:
         """(outputs, inputs) of a two-dimensional tensor."""
         rows, cols = self.parts[index].shape
@@ -299,8 +310,12 @@ class Operand(RoundedState):
                 flat = decoder.decode(code, _TORCH).reshape(-1)[start:stop]
             return self.parts[index].cut(flat, _TORCH)
 
-    def _keeps(self) -> bool:
-        """Whether the dense weight is cached: on the CPU, in evaluation, where the code needs no gradient."""
+    def keeps_dense(self) -> bool:
+        """Whether the dense weight is cached.
+
+        Returns:
+            True on the CPU, in evaluation, where the code needs no gradient and nobody records.
+        """
         if self.training or self._wants_gradient() or not self._may_cache():
             return False
         return all(getattr(self, entry).device.type == "cpu" for entry in self._entries)

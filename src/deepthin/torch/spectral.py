@@ -79,18 +79,33 @@ def pays(layer: nn.Conv2d, shape: torch.Size) -> bool:
     cut = axes(layer, *shape[2:])
     if cut is None or shape[0] == 0:
         return False
+    multiplications = shape[0] * layer.out_channels * layer.in_channels * math.prod(layer.kernel_size)
+    return cost(layer, shape) < _GAIN * _DIRECT * multiplications * cut[0].outputs * cut[1].outputs
+
+
+def cost(layer: nn.Conv2d, shape: torch.Size) -> float:
+    """The predicted time of the product by FFT.
+
+    Args:
+        layer: The convolution.
+        shape: Of the input, batch x channels x height x width.
+
+    Returns:
+        Nanoseconds on one core; infinity where ``axes`` is None.
+    """
+    cut = axes(layer, *shape[2:])
+    if cut is None:
+        return math.inf
     rows, cols = cut
     images = shape[0] * rows.tiles * cols.tiles
     phases = layer.in_channels * rows.stride * cols.stride
     points, frequencies = rows.tile * cols.tile, rows.tile * (cols.tile // 2 + 1)
     pairs = images * layer.out_channels
-    spectral = (
+    return (
         _PRODUCT * pairs * phases * frequencies
         + _POINT * images * (phases + layer.out_channels) * points * math.log2(points)
         + _CALL * (2 * pairs + 20)
     )
-    multiplications = shape[0] * layer.out_channels * layer.in_channels * math.prod(layer.kernel_size)
-    return spectral < _GAIN * _DIRECT * multiplications * rows.outputs * cols.outputs
 
 
 def spectrum(layer: nn.Conv2d, weight: Float[Tensor, "out in h w"]) -> Complex[Tensor, "out phases frequencies"]:

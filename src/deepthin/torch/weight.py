@@ -87,6 +87,7 @@ class ThinWeight(Operand):
             None if window is None or part.zero_row is not None or (window.is_rank and window.offset) else window
             for window, part in zip(self._windows, self.parts, strict=True)
         )
+        self.kernels = tuple(self._kernel(index) for index in range(len(self.parts)))
         self._operator_pays = tuple(plan is not None and multiply.operator_pays(plan) for plan in self.plans)
         self._has_symbols = self.direct and isinstance(self.decoder, Symbols)
         self._indices = frozenset(entry for entry in self.method.integers() if not entry.endswith("symbols"))
@@ -207,6 +208,7 @@ class ThinWeight(Operand):
             "_snapshot",
             "decoder",
             "plans",
+            "kernels",
             "direct",
             "_cuts",
         )
