@@ -76,21 +76,89 @@ class Product {
         return entry == ways_.end() || batch == 0 ? 0 : entry->second;
     }
 
-    // Bias: null or None for none.
-    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, Operands& operands) {
+    // The ways in which a training multiplies a batch: 0 none of these; else 1, + 2 for products by FFT, + 4 for gradients.
+    void choose_training(int64_t batch, int ways) {
+        std::lock_guard<nb::ft_mutex> hold(lock_);
+        if (trained_.size() > 1000) trained_.clear();
+        trained_[batch] = ways;
+    }
+
+    // These ways for an input and the parameters from which the factors follow; 0 too where they are not plain tensors of
+    // this plan, and where someone observes operations.
+    int trained(nb::handle x, nb::handle xf, nb::handle wf, nb::handle bias) {
+        const Torch* torch = torch_of_process;
+        deepthin::dlpack::Tensor in;
+        Operands operands;
+        if (!torch || !is_quiet(*torch) || !read_input(*torch, x, false, in) || in.shape[in.ndim - 1] != plan.cols ||
+            !read(*torch, xf.ptr(), wf.ptr(), bias.ptr(), false, first_, operands))
+            return 0;
+        std::lock_guard<nb::ft_mutex> hold(lock_);
+        auto entry = trained_.find(items(in));
+        return entry == trained_.end() ? 0 : entry->second;
+    }
+
+    // For autograd, in a training: the product without the scale, by factors whose first row is W's. None where an operand
+    // is not plain.
+    nb::object forward(nb::handle x, nb::handle xf, nb::handle wf, nb::handle bias, bool fft) {
+        const Torch* torch = torch_of_process;
+        deepthin::dlpack::Tensor in;
+        Operands o;
+        if (!torch || !read_input(*torch, x, false, in) || in.shape[in.ndim - 1] != plan.cols ||
+            !read(*torch, xf.ptr(), wf.ptr(), bias.ptr(), false, 0, o))
+            return nb::none();
+        const Kernels& set = kernels();
+        return make_tensor(*torch, in, plan.rows, [&](float* y, int threads) {
+            deepthin::forward(set, plan, in.floats(), o.xf, o.wf, o.bias, y, items(in), fft, 1.0f, false, threads);
+        });
+    }
+
+    // The gradients of x, xf and wf, those that are wanted; None as above.
+    nb::object backward(nb::handle grad, nb::handle x, nb::handle xf, nb::handle wf, bool fft, bool to_x, bool to_xf,
+                        bool to_wf) {
+        const Torch* torch = torch_of_process;
+        deepthin::dlpack::Tensor in, out, rows, columns;
+        Operands o;
+        if (!torch || !read_input(*torch, x, false, in) || !read_input(*torch, grad, false, out) ||
+            in.shape[in.ndim - 1] != plan.cols || out.shape[out.ndim - 1] != plan.rows || items(in) != items(out) ||
+            !read(*torch, xf.ptr(), wf.ptr(), nullptr, false, 0, o) || !read_tensor(*torch, xf.ptr(), false, rows) ||
+            !read_tensor(*torch, wf.ptr(), false, columns))
+            return nb::none();
+        std::unique_ptr<Result> made[3];
+        if (to_x) made[0] = std::make_unique<Result>(*torch, in, in.ndim - 1, plan.cols);
+        if (to_xf) made[1] = std::make_unique<Result>(*torch, rows, 1, plan.rank);
+        if (to_wf) made[2] = std::make_unique<Result>(*torch, columns, 1, plan.n);
+        const auto memory = [&](int which) { return made[which] ? made[which]->floats() : nullptr; };
+        const int threads = nb::cast<int>(call(PyObject_CallNoArgs(torch->num_threads.ptr())));
+        const Kernels& set = kernels();
+        {
+            nb::gil_scoped_release unlocked;
+            deepthin::backward(set, plan, in.floats(), o.xf, o.wf, out.floats(), memory(0), memory(1), memory(2), items(in),
+                               fft, threads);
+        }
+        nb::list gradients;
+        for (auto& one : made) gradients.append(one ? make_tensor(*torch, std::move(one)) : nb::none());
+        return gradients;
+    }
+
+    // Bias: null or None for none. First: the row of xf where W begins.
+    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, int64_t first, Operands& operands) {
         deepthin::dlpack::Tensor rows, columns, shift;
         const nb::object owned[] = {nb::borrow(xf), nb::borrow(wf), nb::borrow(bias)};  // torch may let threads run below
         const bool shifted = bias && bias != Py_None;
         if (!read_tensor(torch, xf, grad, rows) || !read_tensor(torch, wf, grad, columns) ||
             (shifted && !read_tensor(torch, bias, grad, shift)))
             return false;
-        if (rows.ndim != 2 || rows.shape[1] != plan.rank || rows.shape[0] < first_ + plan.m || columns.ndim != 2 ||
+        if (rows.ndim != 2 || rows.shape[1] != plan.rank || rows.shape[0] < first + plan.m || columns.ndim != 2 ||
             columns.shape[0] != plan.rank || columns.shape[1] != plan.n ||
             (shifted && (shift.ndim != 1 || shift.shape[0] != plan.rows)))
             return false;
-        operands = {rows.floats() + first_ * plan.rank, columns.floats(), shifted ? shift.floats() : nullptr, {}};
+        operands = {rows.floats() + first * plan.rank, columns.floats(), shifted ? shift.floats() : nullptr, {}};
         return hold(torch, 0, xf, rows, operands) && hold(torch, 1, wf, columns, operands) &&
                (!shifted || hold(torch, 2, bias, shift, operands));
+    }
+
+    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, Operands& operands) {
+        return read(torch, xf, wf, bias, grad, first_, operands);
     }
 
     void run(const Kernels& set, const Operands& o, const float* x, float* y, int64_t batch, int way, bool relu,
@@ -143,7 +211,7 @@ class Product {
     int64_t first_;  // row of xf where W begins
     float scale_;
     nb::ft_mutex lock_;
-    std::unordered_map<int64_t, int> ways_;
+    std::unordered_map<int64_t, int> ways_, trained_;
 };
 
 // One product of a call, ready to run: a thin linear layer, rectified or not.
@@ -378,6 +446,10 @@ void deepthin::python::bind_torch(nb::module_& m) {
     nb::class_<Product>(m, "Product")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("choose", &Product::choose)
+        .def("choose_training", &Product::choose_training)
+        .def("trained", &Product::trained, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none())
+        .def("forward", &Product::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+        .def("backward", &Product::backward)
         .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
     nb::class_<Single>(m, "Single", nb::type_slots(collected<Single>))
         .def(nb::init<nb::tuple, nb::type_object>())

@@ -397,3 +397,97 @@ class TestRows:
         with torch.no_grad():
             for twin in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
                 assert torch.equal(twin(places), table(places))
+
+
+TRAINED = {
+    "fp32": RULES["fp32"],
+    "rank 4": RULES["rank 4"],
+    "coded": RULES["coded"],
+    "uniform": RULES["uniform"],
+    "group": RULES["group"],
+}
+
+
+class TestTraining:
+    @staticmethod
+    def step(layer, x, grad, **options):
+        """Outputs and gradients of all that has one."""
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        wanted = [x, *layer.parameters()]
+        return [y, *torch.autograd.grad(y, wanted, grad, **options)]
+
+    @pytest.mark.parametrize("rules", TRAINED.values(), ids=TRAINED)
+    @pytest.mark.parametrize("batch", [(1,), (33,), (2, 9)])
+    def test_the_same_bits(self, rules, batch):
+        for layer in pair(rules):
+            layer.train()
+            x, grad = torch.randn(*batch, layer.in_features), torch.randn(*batch, layer.out_features)
+            want = self.step(copy.deepcopy(layer), x, grad)  # at its first step, by the operator
+            for _ in range(3):
+                for got, wanted in zip(self.step(layer, x, grad), want, strict=True):
+                    assert torch.equal(got, wanted)
+            part = layer.thin["weight"]
+            group, index = getattr(part, "group", part), getattr(part, "index", 0)
+            assert group._trained_way(x, index, layer.bias) is not None
+
+    def test_steps_of_an_optimiser(self):
+        made = []
+        for native in (True, False):
+            layer = pair(RULES["coded"])[1].train()
+            optimizer = torch.optim.Adam(layer.parameters(), 0.01)
+            torch.manual_seed(1)
+            for _ in range(5):
+                x = torch.randn(16, 256)
+                if not native:
+                    layer.thin["weight"]._fast = None
+                optimizer.zero_grad()
+                layer(x).square().mean().backward()
+                optimizer.step()
+            made.append(layer.state_dict())
+        assert all(torch.equal(one, other) for one, other in zip(made[0].values(), made[1].values(), strict=True))
+
+    def test_gradients_of_gradients(self):
+        layer = pair(RULES["fp32"])[0].train()
+        x, grad = torch.randn(3, 200), torch.randn(3, 256)
+        results = []
+        for _ in range(2):
+            _, *first = self.step(layer, x, grad, create_graph=True)
+            results.append(torch.autograd.grad(first[0].square().sum(), list(layer.parameters())[1:]))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+    @pytest.mark.parametrize("kind", ["expanded", "strided", "some"])
+    def test_gradients_in_other_layouts(self, kind):
+        layer = pair(RULES["fp32"])[0].train()
+        x = torch.randn(3, 200)
+        grad = torch.ones(()).expand(3, 256) if kind == "expanded" else torch.randn(256, 3).t()
+        if kind == "some":
+            layer.thin["weight"].xf.requires_grad_(False)
+        dense = [p for p in layer.parameters() if p.requires_grad]
+        for _ in range(2):
+            got = torch.autograd.grad(layer(x), dense, grad)
+            want = torch.autograd.grad(layer(x), dense, grad.contiguous())
+            assert all(map(torch.equal, got, want))
+
+    def test_it_is_left_where_more_is_wanted(self):
+        layer = pair(RULES["fp32"])[0].train()
+        weight, x = layer.thin["weight"], torch.randn(3, 200)
+        for _ in range(2):
+            layer(x)
+        way = lambda x: weight._trained_way(x, 0, layer.bias)  # noqa: E731
+        assert way(x) is not None
+        assert way(torch.randn(4, 200)) is None  # not chosen for this batch
+        assert way(x.double()) is None
+        assert way(torch.randn(200, 3).t()) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert way(x) is None
+            assert layer(x).dtype == torch.bfloat16
+        jacobian = torch.func.jacrev(lambda x: layer(x).sum(0))(x)
+        assert jacobian.shape == (256, 3, 200)
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(3, 201))
+        y = layer(x)
+        weight.wf.data = weight.wf.data.double()
+        assert way(x) is None
+        assert y.shape == (3, 256)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from deepthin.kernels import products
-from deepthin.kernels.costs import Path
+from deepthin.kernels.costs import Path, choose_native
 from deepthin.method import Flat
 from deepthin.methods.factor import Factored, Window
 from deepthin.storage.contents import Part
@@ -20,7 +20,7 @@ from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.evaluated import current
 from deepthin.torch.multiply import Case
-from deepthin.torch.operators import product, short_ways, takes
+from deepthin.torch.operators import product, short_ways, takes, trained_linear
 from deepthin.torch.rounding import RoundedState
 from deepthin.torch.snapshot import is_exported, warn_of_dense
 from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
@@ -100,7 +100,7 @@ class Operand(RoundedState):
         Returns:
             The outputs, with the leading dimensions of x. Under autocast structured ways compute in float32.
         """
-        y = self._short_way(x, index, bias)
+        y = self._trained_way(x, index, bias) if self.training else self._short_way(x, index, bias)
         if y is not None:
             return y
         if not isinstance(x, Tensor):  # a tracer's proxy, or a caller's mistake, which raises
@@ -114,6 +114,8 @@ class Operand(RoundedState):
             y = self._short_way(x, index, bias)
             if y is not None:
                 return y
+        elif way.name in _WAYS and not torch.compiler.is_compiling() and self.training:
+            self._note_training(case.batch, index)
         return way.run(self, x, index, bias)
 
     def rows_pay(self, places: Tensor, index: int = 0) -> bool:
@@ -194,6 +196,32 @@ class Operand(RoundedState):
         fast = self._fast[index]
         entries = None if fast is None else self._short_entries()
         return None if entries is None else fast(x, entries.get("xf"), entries.get("wf"), bias)
+
+    def _trained_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
+        """The native product and its gradients in a training; None where it was not used for this batch before."""
+        if self._fast is None or torch.compiler.is_compiling() or (fast := self._fast[index]) is None:
+            return None
+        own = self.__dict__["_parameters"]
+        ways = fast.trained(x, own.get("xf"), own.get("wf"), bias)
+        if not ways:
+            return None
+        floats = own if self.direct and not self._exact and self._empty is None else self.floats()
+        window = cast(Window, self.plans[index])
+        xf = floats["xf"]
+        xf = xf if len(xf) == window.stop - window.first else xf[window.first : window.stop]
+        scale, place = self.parts[index].scale, (window.plan.shape[0], window.offset)
+        if scale == 1.0:
+            return trained_linear(fast, ways, x, xf, floats["wf"], bias, *place)
+        y = trained_linear(fast, ways, x, xf, floats["wf"], None, *place) * scale
+        return y if bias is None else y + bias
+
+    def _note_training(self, batch: int, index: int) -> None:
+        """Use the native product for this batch from now on, by the ways that are predicted to be faster."""
+        fast = self.short_way(index)
+        if fast is not None:
+            plan = cast(Window, self.plans[index]).plan
+            forward, backward = (choose_native(plan, batch, training) == "native-fft" for training in (False, True))
+            fast.choose_training(batch, 1 + 2 * forward + 4 * backward)
 
     def short_way(self, index: int) -> Any:
         """The native product of a tensor; its ``choose`` says for which batches it may be used.
