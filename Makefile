@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Processes that tests start would else compile the source of every package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tensorflow fuzz runtime-fuzz check shapes slow arithmetic sanitize portable docs clean
+.PHONY: figures demo test test-tensorflow fuzz runtime-fuzz check shapes slow arithmetic sanitize portable docs clean
 
 demo: .venv/installed  ## compare DeepThin with its rivals on real digits, reload the best file, write a report
 	rm -rf runs/demo
@@ -108,6 +108,11 @@ check: .venv/installed  ## formatting, lint, types, import directions
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+FIGURES ?= # --parts linear,ranks,modules,recurrent,training --repeats N
+
+figures: .venv/installed  ## the tables and charts of docs/performance.md, measured on this machine (half an hour, which should be idle)
+	$(BIN)/python benchmarks/figures.py $(FIGURES)
 
 docs: .venv/installed  ## the documentation, into site/
 	$(BIN)/python docs/symmetry.py

@@ -26,7 +26,8 @@ inline void check_batch(const Plan& plan, int64_t batch) {
     if (batch < 0 || batch > (int64_t(1) << 58) / most) throw std::invalid_argument("the batch is negative or too large");
 }
 
-// Adds the bindings that take torch tensors directly: `use_torch`, `Product` and `Chain`.
+// Adds the bindings that take torch tensors directly: `use_torch`, `Product`, `Single`, `Chain`; `Rows`.
 void bind_torch(nanobind::module_& m);
+void bind_rows(nanobind::module_& m);
 
 }  // namespace deepthin::python

@@ -15,6 +15,7 @@ struct DataType {
     uint16_t lanes;
 };
 constexpr DataType FLOAT32{2, 32, 1};
+constexpr uint8_t INTEGER = 0;  // signed
 
 struct Tensor {
     void* data;

@@ -1,35 +1,25 @@
-// The fast path for torch tensors: all checks are made here, in a few hundred nanoseconds.
+// The fast path for torch tensors: products of one layer, or of several in a row, in one call that makes all checks.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
-#include <cstring>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
 #include "python.h"
-#include "tensors.h"
+#include "torch_state.h"
 
 namespace nb = nanobind;
 using deepthin::Kernels;
 using deepthin::Plan;
-using deepthin::python::kernels;
+using namespace deepthin::python;
 
 namespace {
 
-struct Torch {
-    const deepthin::dlpack::ExchangeApi* api = nullptr;
-    PyTypeObject *tensor = nullptr, *parameter = nullptr;
-    nb::object is_grad_enabled, num_threads, requires_grad, is_neg, detach, version;
-    nb::list watchers;  // functions that return 0, False or None while no mode or hook intercepts operations
-    nb::list steps;     // one object, another one after each step of an optimiser
-} *torch_of_process = nullptr;
-
-nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
-
 // Sets how tensors are read. False where this torch has no supported exchange table.
 bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabled, nb::handle num_threads,
-               nb::list watchers) {
+               nb::list watchers, nb::dict forward_mode) {
     if (!nb::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;
     nb::object capsule = tensor.attr("__dlpack_c_exchange_api__");
     auto* api = static_cast<deepthin::dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -45,122 +35,11 @@ bool use_torch(nb::handle tensor, nb::handle parameter, nb::handle is_grad_enabl
     torch->is_neg = intern("is_neg");
     torch->detach = intern("detach");
     torch->version = intern("_version");
+    torch->level = intern("_current_level");
     torch->watchers = watchers;
+    torch->forward_mode = forward_mode;
     torch_of_process = torch;
     return true;
-}
-
-nb::object call(PyObject* result) {  // a new reference; throws Python's exception
-    if (!result) throw nb::python_error();
-    return nb::steal(result);
-}
-
-bool is_true(nb::object value) {
-    return value.ptr() == Py_False || value.is_none() ? false : PyObject_IsTrue(value.ptr()) != 0;
-}
-
-// Whether no mode or hook intercepts operations now.
-bool is_quiet(const Torch& torch) {
-    for (nb::handle watcher : torch.watchers)
-        if (is_true(call(PyObject_CallNoArgs(watcher.ptr())))) return false;
-    return true;
-}
-
-// A plain row-major float32 tensor in CPU memory that needs no gradient. False, without an error, for all else.
-bool read_tensor(const Torch& torch, PyObject* object, bool grad, deepthin::dlpack::Tensor& tensor) {
-    if (!object || (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter)) return false;
-    if (grad) {
-        nb::object wanted = nb::steal(PyObject_GetAttr(object, torch.requires_grad.ptr()));
-        if (wanted.ptr() != Py_False) return false;
-    }
-    if (torch.api->from_python(object, &tensor) != 0) {
-        PyErr_Clear();
-        return false;
-    }
-    return tensor.data && tensor.is_float32_on_cpu() && tensor.is_row_major();
-}
-
-// Whether the tensor is a view with the sign of the stored numbers reversed.
-bool is_negated(const Torch& torch, PyObject* object) {
-    return is_true(call(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr())));
-}
-
-bool read_input(const Torch& torch, nb::handle x, bool grad, deepthin::dlpack::Tensor& tensor) {
-    return Py_TYPE(x.ptr()) == torch.tensor && read_tensor(torch, x.ptr(), grad, tensor) && tensor.ndim > 0 &&
-           !is_negated(torch, x.ptr());
-}
-
-struct Names {
-    nb::object forward = intern("forward"), hooks = intern("_forward_hooks"), pre_hooks = intern("_forward_pre_hooks"),
-               training = intern("training"), modules = intern("_modules"), parameters = intern("_parameters"),
-               thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
-               product = intern("product"), xf = intern("xf"), wf = intern("wf"), direct = intern("direct"),
-               evaluated = intern("_evaluated"), all_hooks = intern("_global_forward_hooks"),
-               all_pre_hooks = intern("_global_forward_pre_hooks");
-};
-
-const Names& names() {
-    static const Names& all = *new Names;
-    return all;
-}
-
-nb::object dictionary(PyObject* object) { return call(PyObject_GenericGetDict(object, nullptr)); }
-
-// Null where there is no such entry; borrowed, while the GIL is held.
-PyObject* get(nb::handle dictionary, const nb::object& key) {
-    return dictionary && PyDict_Check(dictionary.ptr()) ? PyDict_GetItemWithError(dictionary.ptr(), key.ptr()) : nullptr;
-}
-
-// Whether a tensor was written to as often as when its version was noted.
-bool is_version(const Torch& torch, PyObject* tensor, PyObject* noted) {
-    PyObject* version = PyObject_GetAttr(tensor, torch.version.ptr());
-    if (!version) {  // a tensor of inference mode
-        PyErr_Clear();
-        return false;
-    }
-    const nb::object now = nb::steal(version);
-    return PyLong_Check(noted) && PyLong_AsLongLong(now.ptr()) == PyLong_AsLongLong(noted);
-}
-
-// Whether an entry of a state is as it was noted (Source: name, tensor, alias, version, copy).
-bool is_unchanged(const Torch& torch, PyObject* source, PyObject* now, bool grad) {
-    if (!PyTuple_Check(source) || PyTuple_GET_SIZE(source) != 5) return false;
-    PyObject *tensor = PyTuple_GET_ITEM(source, 1), *alias = PyTuple_GET_ITEM(source, 2), *copy = PyTuple_GET_ITEM(source, 4);
-    if (!now || (Py_TYPE(now) != torch.tensor && Py_TYPE(now) != torch.parameter)) return false;
-    if (grad && call(PyObject_GetAttr(now, torch.requires_grad.ptr())).ptr() != Py_False) return false;
-    deepthin::dlpack::Tensor old, read;
-    if (torch.api->from_python(now, &read) != 0 || torch.api->from_python(copy == Py_None ? alias : copy, &old) != 0) {
-        PyErr_Clear();
-        return false;
-    }
-    if (copy == Py_None) return now == tensor && read.data == old.data && is_version(torch, now, PyTuple_GET_ITEM(source, 3));
-    if (read.device.type != deepthin::dlpack::CPU || old.device.type != deepthin::dlpack::CPU || read.ndim != old.ndim ||
-        !read.is_row_major() || !old.is_row_major() || read.dtype.code != old.dtype.code ||
-        read.dtype.bits != old.dtype.bits || read.dtype.lanes != old.dtype.lanes || is_negated(torch, now))
-        return false;
-    int64_t bytes = read.dtype.bits * read.dtype.lanes / 8;
-    for (int32_t i = 0; i < read.ndim; i++) {
-        if (read.shape[i] != old.shape[i]) return false;
-        bytes *= read.shape[i];
-    }
-    return bytes == 0 || std::memcmp(read.floats(), old.floats(), bytes) == 0;
-}
-
-// What a ThinWeight holds for evaluation (Evaluated: sources, step, floats, dense); null where it may not be current.
-nb::object current(const Torch& torch, nb::handle attributes, bool grad) {
-    if (get(attributes, names().training) != Py_False || nb::len(torch.steps) != 1) return {};
-    const nb::object held = nb::borrow(get(attributes, names().evaluated));
-    if (!held || !PyTuple_Check(held.ptr()) || PyTuple_GET_SIZE(held.ptr()) != 4) return {};
-    PyObject* sources = PyTuple_GET_ITEM(held.ptr(), 0);
-    if (!PyTuple_Check(sources) || PyTuple_GET_ITEM(held.ptr(), 1) != PyList_GET_ITEM(torch.steps.ptr(), 0)) return {};
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources); i++) {
-        PyObject* source = PyTuple_GET_ITEM(sources, i);
-        const nb::object name = nb::borrow(PyTuple_GET_ITEM(source, 0));
-        PyObject* now = get(attributes, name);
-        const nb::object entry = nb::borrow(now ? now : get(get(attributes, names().parameters), name));
-        if (!is_unchanged(torch, source, entry.ptr(), grad)) return {};
-    }
-    return held;
 }
 
 // As above for Python, or None; None too while a mode or hook intercepts operations.
@@ -169,38 +48,6 @@ nb::object current_of(nb::dict attributes) {
     if (!torch || !is_quiet(*torch)) return nb::none();
     nb::object held = current(*torch, attributes, is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr()))));
     return held ? held : nb::none();
-}
-
-int64_t items(const deepthin::dlpack::Tensor& x) {
-    int64_t batch = 1;
-    for (int32_t i = 0; i + 1 < x.ndim; i++) batch *= x.shape[i];
-    return batch;
-}
-
-// A new tensor like `x` with other columns, filled by `fill(data)` while other threads may run Python.
-template <class Fill>
-nb::object make_tensor(const Torch& torch, const deepthin::dlpack::Tensor& x, int64_t columns, Fill fill) {
-    std::vector<int64_t> shape(x.shape, x.shape + x.ndim);
-    shape.back() = columns;
-    deepthin::dlpack::Tensor like{nullptr, x.device, x.ndim, x.dtype, shape.data(), nullptr, 0};
-    deepthin::dlpack::ManagedTensor* made = nullptr;
-    const auto fail = [](void*, const char*, const char* message) {
-        nb::gil_scoped_acquire locked;
-        PyErr_SetString(PyExc_MemoryError, message);
-    };
-    if (torch.api->allocate(&like, &made, nullptr, fail) != 0) throw nb::python_error();
-    nb::object count = nb::steal(PyObject_CallNoArgs(torch.num_threads.ptr()));
-    try {
-        const int threads = nb::cast<int>(count);
-        nb::gil_scoped_release unlocked;
-        fill(made->tensor.floats(), threads);
-    } catch (...) {
-        made->deleter(made);
-        throw;
-    }
-    void* object = nullptr;
-    if (torch.api->to_python(made, &object) != 0) throw nb::python_error();
-    return nb::steal(static_cast<PyObject*>(object));
 }
 
 // y = scale x W^T + bias for one weight, from unchecked tensors. None where the kernels do not apply.
@@ -229,21 +76,89 @@ class Product {
         return entry == ways_.end() || batch == 0 ? 0 : entry->second;
     }
 
-    // Bias: null or None for none.
-    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, Operands& operands) {
+    // The ways in which a training multiplies a batch: 0 none of these; else 1, + 2 for products by FFT, + 4 for gradients.
+    void choose_training(int64_t batch, int ways) {
+        std::lock_guard<nb::ft_mutex> hold(lock_);
+        if (trained_.size() > 1000) trained_.clear();
+        trained_[batch] = ways;
+    }
+
+    // These ways for an input and the parameters from which the factors follow; 0 too where they are not plain tensors of
+    // this plan, and where someone observes operations.
+    int trained(nb::handle x, nb::handle xf, nb::handle wf, nb::handle bias) {
+        const Torch* torch = torch_of_process;
+        deepthin::dlpack::Tensor in;
+        Operands operands;
+        if (!torch || !is_quiet(*torch) || !read_input(*torch, x, false, in) || in.shape[in.ndim - 1] != plan.cols ||
+            !read(*torch, xf.ptr(), wf.ptr(), bias.ptr(), false, first_, operands))
+            return 0;
+        std::lock_guard<nb::ft_mutex> hold(lock_);
+        auto entry = trained_.find(items(in));
+        return entry == trained_.end() ? 0 : entry->second;
+    }
+
+    // For autograd, in a training: the product without the scale, by factors whose first row is W's. None where an operand
+    // is not plain.
+    nb::object forward(nb::handle x, nb::handle xf, nb::handle wf, nb::handle bias, bool fft) {
+        const Torch* torch = torch_of_process;
+        deepthin::dlpack::Tensor in;
+        Operands o;
+        if (!torch || !read_input(*torch, x, false, in) || in.shape[in.ndim - 1] != plan.cols ||
+            !read(*torch, xf.ptr(), wf.ptr(), bias.ptr(), false, 0, o))
+            return nb::none();
+        const Kernels& set = kernels();
+        return make_tensor(*torch, in, plan.rows, [&](float* y, int threads) {
+            deepthin::forward(set, plan, in.floats(), o.xf, o.wf, o.bias, y, items(in), fft, 1.0f, false, threads);
+        });
+    }
+
+    // The gradients of x, xf and wf, those that are wanted; None as above.
+    nb::object backward(nb::handle grad, nb::handle x, nb::handle xf, nb::handle wf, bool fft, bool to_x, bool to_xf,
+                        bool to_wf) {
+        const Torch* torch = torch_of_process;
+        deepthin::dlpack::Tensor in, out, rows, columns;
+        Operands o;
+        if (!torch || !read_input(*torch, x, false, in) || !read_input(*torch, grad, false, out) ||
+            in.shape[in.ndim - 1] != plan.cols || out.shape[out.ndim - 1] != plan.rows || items(in) != items(out) ||
+            !read(*torch, xf.ptr(), wf.ptr(), nullptr, false, 0, o) || !read_tensor(*torch, xf.ptr(), false, rows) ||
+            !read_tensor(*torch, wf.ptr(), false, columns))
+            return nb::none();
+        std::unique_ptr<Result> made[3];
+        if (to_x) made[0] = std::make_unique<Result>(*torch, in, in.ndim - 1, plan.cols);
+        if (to_xf) made[1] = std::make_unique<Result>(*torch, rows, 1, plan.rank);
+        if (to_wf) made[2] = std::make_unique<Result>(*torch, columns, 1, plan.n);
+        const auto memory = [&](int which) { return made[which] ? made[which]->floats() : nullptr; };
+        const int threads = nb::cast<int>(call(PyObject_CallNoArgs(torch->num_threads.ptr())));
+        const Kernels& set = kernels();
+        {
+            nb::gil_scoped_release unlocked;
+            deepthin::backward(set, plan, in.floats(), o.xf, o.wf, out.floats(), memory(0), memory(1), memory(2), items(in),
+                               fft, threads);
+        }
+        nb::list gradients;
+        for (auto& one : made) gradients.append(one ? make_tensor(*torch, std::move(one)) : nb::none());
+        return gradients;
+    }
+
+    // Bias: null or None for none. First: the row of xf where W begins.
+    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, int64_t first, Operands& operands) {
         deepthin::dlpack::Tensor rows, columns, shift;
         const nb::object owned[] = {nb::borrow(xf), nb::borrow(wf), nb::borrow(bias)};  // torch may let threads run below
         const bool shifted = bias && bias != Py_None;
         if (!read_tensor(torch, xf, grad, rows) || !read_tensor(torch, wf, grad, columns) ||
             (shifted && !read_tensor(torch, bias, grad, shift)))
             return false;
-        if (rows.ndim != 2 || rows.shape[1] != plan.rank || rows.shape[0] < first_ + plan.m || columns.ndim != 2 ||
+        if (rows.ndim != 2 || rows.shape[1] != plan.rank || rows.shape[0] < first + plan.m || columns.ndim != 2 ||
             columns.shape[0] != plan.rank || columns.shape[1] != plan.n ||
             (shifted && (shift.ndim != 1 || shift.shape[0] != plan.rows)))
             return false;
-        operands = {rows.floats() + first_ * plan.rank, columns.floats(), shifted ? shift.floats() : nullptr, {}};
+        operands = {rows.floats() + first * plan.rank, columns.floats(), shifted ? shift.floats() : nullptr, {}};
         return hold(torch, 0, xf, rows, operands) && hold(torch, 1, wf, columns, operands) &&
                (!shifted || hold(torch, 2, bias, shift, operands));
+    }
+
+    bool read(const Torch& torch, PyObject* xf, PyObject* wf, PyObject* bias, bool grad, Operands& operands) {
+        return read(torch, xf, wf, bias, grad, first_, operands);
     }
 
     void run(const Kernels& set, const Operands& o, const float* x, float* y, int64_t batch, int way, bool relu,
@@ -296,21 +211,124 @@ class Product {
     int64_t first_;  // row of xf where W begins
     float scale_;
     nb::ft_mutex lock_;
-    std::unordered_map<int64_t, int> ways_;
+    std::unordered_map<int64_t, int> ways_, trained_;
+};
+
+// One product of a call, ready to run: a thin linear layer, rectified or not.
+struct Step {
+    nb::object owner;
+    Product* product = nullptr;
+    Product::Operands operands{};
+    int way = 0;
+    bool relu = false;
+};
+
+// A thin linear layer as it was when a native call was prepared.
+class Layer {
+  public:
+    enum Found { ready, not_now, changed };
+
+    // Link: (module, Product, group, part, thin, bias group, bias part, its index). The module's `thin` holds under
+    // "weight" the part, or the group itself where that is the same, and likewise under "bias", or there is None.
+    explicit Layer(nb::handle link)
+        : group_type_(Py_TYPE(at(link, 2))), part_type_(Py_TYPE(at(link, 3))), bias_type_(Py_TYPE(at(link, 5))) {}
+
+    // The product of a batch by the layer with these attributes, if that is the same as calling the layer.
+    Found read(const Torch& torch, nb::handle link, nb::handle attributes, bool grad, int64_t batch, Step& step) const {
+        const Names& names = deepthin::python::names();
+        PyObject *group = at(link, 2), *part = at(link, 3), *thin = at(link, 4);
+        if (get(get(attributes, names.modules), names.thin) != thin || Py_TYPE(group) != group_type_) return changed;
+        step = {nb::borrow(at(link, 1)), nb::inst_ptr<Product>(nb::handle(at(link, 1)))};
+        if ((step.way = step.product->way(batch)) == 0) return not_now;
+        nb::object within = dictionary(thin), state = dictionary(group);
+        PyObject* parts = get(within, names.modules);
+        if (get(parts, names.weight) != part || get(state, names.training) != Py_False) return changed;
+        if (Py_TYPE(part) != part_type_ || !is_part(part, group)) return changed;
+        if (get(state, names.product) || (part != group && get(dictionary(part), names.product))) return not_now;
+        nb::object code, shift = nb::borrow(get(get(attributes, names.parameters), names.bias));
+        if (get(state, names.direct) == Py_True) {
+            code = nb::borrow(get(state, names.parameters));
+        } else if (nb::object held = current(torch, state, grad)) {
+            code = nb::borrow(PyTuple_GET_ITEM(held.ptr(), 2));
+        } else {
+            return not_now;
+        }
+        PyObject* bias = get(parts, names.bias);
+        if (bias || at(link, 6) != Py_None) {
+            PyObject* owner = at(link, 5);
+            if (bias != at(link, 6) || Py_TYPE(owner) != bias_type_ || !is_part(bias, owner)) return changed;
+            nb::object of_bias = dictionary(owner);
+            if (!is_plain(of_bias) || !is_plain(dictionary(bias))) return not_now;
+            shift = decoded(torch, current(torch, of_bias, grad), at(link, 7));
+        }
+        if (!shift) return not_now;  // a bias that is no parameter, or not decoded yet
+        const bool reads = step.product->read(torch, get(code, names.xf), get(code, names.wf), shift.ptr(), grad, step.operands);
+        return reads ? ready : not_now;
+    }
+
+  private:
+    PyTypeObject *group_type_, *part_type_, *bias_type_;
+};
+
+// Calling a thin linear layer, in one call. It does not refer to the layer, which refers to it.
+class Single {
+  public:
+    // Link: as `Layer` reads it, but without the module, which is of this type.
+    Single(nb::tuple link, nb::type_object type)
+        : link_(link), type_(type), forward_(nb::borrow(entry(type, names().forward))), layer_(link) {}
+
+    // As `Chain`. None too where the class of the layer was given another forward.
+    nb::object operator()(nb::handle module, nb::handle x) {
+        const Torch* torch = torch_of_process;
+        if (!torch) return nb::none();
+        if (Py_TYPE(module.ptr()) != reinterpret_cast<PyTypeObject*>(type_.ptr())) return changed();
+        const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
+        deepthin::dlpack::Tensor in;
+        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || !is_usual(*torch) ||
+            entry(type_, names().forward) != forward_.ptr())
+            return nb::none();
+        const int64_t batch = items(in);
+        Step step;
+        nb::object attributes = dictionary(module.ptr());
+        if (!is_plain(attributes)) return nb::none();
+        const Layer::Found found = layer_.read(*torch, link_, attributes, grad, batch, step);
+        if (found != Layer::ready) return found == Layer::changed ? changed() : nb::none();
+        if (step.product->plan.cols != in.shape[in.ndim - 1]) return nb::none();
+        const Kernels& set = kernels();
+        return make_tensor(*torch, in, step.product->plan.rows, [&](float* y, int threads) {
+            step.product->run(set, step.operands, in.floats(), y, batch, step.way, false, threads);
+        });
+    }
+
+    static int traverse(PyObject* self, visitproc visit, void* arg) {
+        Py_VISIT(Py_TYPE(self));
+        if (!nb::inst_ready(self)) return 0;
+        Py_VISIT(nb::inst_ptr<Single>(self)->link_.ptr());
+        Py_VISIT(nb::inst_ptr<Single>(self)->type_.ptr());
+        Py_VISIT(nb::inst_ptr<Single>(self)->forward_.ptr());
+        return 0;
+    }
+
+    static int clear(PyObject* self) {
+        if (nb::inst_ready(self)) nb::inst_ptr<Single>(self)->link_ = nb::tuple();
+        return 0;
+    }
+
+  private:
+    nb::tuple link_;
+    nb::object type_, forward_;
+    Layer layer_;
 };
 
 // Several products in a row, each rectified or not, in one call, as long as the modules that they replace are unchanged.
 class Chain {
   public:
-    // Links: (module, Product, group, part, thin, bias group, bias part, its index) of a linear layer, whose `thin` holds
-    // under "weight" the part, or the group itself where that is the same, and likewise under "bias", or there is None;
-    // (module,) of a rectifier; (module, None) of what does nothing outside training.
-    // Globals: those of the module that has the hooks of all modules.
-    Chain(nb::list links, nb::dict globals) : links_(links), globals_(globals) {
+    // Links: as `Layer` reads them, of a linear layer; (module,) of a rectifier; (module, None) of what does nothing
+    // outside training.
+    explicit Chain(nb::list links) : links_(links) {
         for (nb::handle link : links) {
             seen_.push_back(Py_TYPE(at(link, 0)));
-            group_types_.push_back(size(link) > 2 ? Py_TYPE(at(link, 2)) : nullptr);
-            bias_types_.push_back(size(link) > 2 ? Py_TYPE(at(link, 5)) : nullptr);
+            layers_.push_back(size(link) > 2 ? std::optional<Layer>(link) : std::nullopt);
         }
     }
 
@@ -320,12 +338,11 @@ class Chain {
         if (!torch) return nb::none();
         const bool grad = is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr())));
         deepthin::dlpack::Tensor in;
-        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in)) return nb::none();
+        if (!is_quiet(*torch) || !read_input(*torch, x, grad, in) || !is_usual(*torch)) return nb::none();
         std::vector<Step> steps;
+        steps.reserve(nb::len(links_));
         int64_t width = in.shape[in.ndim - 1], widest = 0;
         const int64_t batch = items(in);
-        const Names& names = ::names();
-        if (!is_empty(globals_, names.all_hooks) || !is_empty(globals_, names.all_pre_hooks)) return nb::none();
         for (std::size_t i = 0; i < nb::len(links_); i++) {
             nb::handle link = PyList_GET_ITEM(links_.ptr(), i);
             PyObject* module = at(link, 0);
@@ -337,39 +354,14 @@ class Chain {
                 continue;
             }
             if (size(link) == 2) {
-                if (get(attributes, names.training) != Py_False) return changed();
+                if (get(attributes, names().training) != Py_False) return changed();
                 continue;
             }
-            PyObject *group = at(link, 2), *part = at(link, 3), *thin = at(link, 4);
-            if (Py_TYPE(group) != group_types_[i] || get(get(attributes, names.modules), names.thin) != thin) return changed();
-            nb::object within = dictionary(thin), state = dictionary(group);
-            PyObject* parts = get(within, names.modules);
-            if (get(parts, names.weight) != part || get(state, names.training) != Py_False) return changed();
-            if (!is_part(part, group)) return changed();
-            if (get(state, names.product)) return nb::none();
-            nb::object code, shift = nb::borrow(get(get(attributes, names.parameters), names.bias));
-            if (get(state, names.direct) == Py_True) {
-                code = nb::borrow(get(state, names.parameters));
-            } else if (nb::object held = current(*torch, state, grad)) {
-                code = nb::borrow(PyTuple_GET_ITEM(held.ptr(), 2));
-            } else {
-                return nb::none();
-            }
-            PyObject* bias = get(parts, names.bias);
-            if (bias || at(link, 6) != Py_None) {
-                PyObject* owner = at(link, 5);
-                if (bias != at(link, 6) || Py_TYPE(owner) != bias_types_[i] || !is_part(bias, owner)) return changed();
-                nb::object of_bias = dictionary(owner);
-                if (!is_plain(of_bias) || !is_plain(dictionary(bias))) return nb::none();
-                shift = decoded(*torch, current(*torch, of_bias, grad), at(link, 7));
-                if (!shift) return nb::none();
-            }
-            Product& product = *nb::inst_ptr<Product>(nb::handle(at(link, 1)));
-            steps.push_back({nb::borrow(at(link, 1)), &product, {}, product.way(batch), false});
-            if (steps.back().way == 0 || product.plan.cols != width ||
-                !product.read(*torch, get(code, names.xf), get(code, names.wf), shift.ptr(), grad, steps.back().operands))
-                return nb::none();
-            width = product.plan.rows;
+            const Layer::Found found = layers_[i]->read(*torch, link, attributes, grad, batch, steps.emplace_back());
+            if (found != Layer::ready) return found == Layer::changed ? changed() : nb::none();
+            const Plan& plan = steps.back().product->plan;
+            if (plan.cols != width) return nb::none();
+            width = plan.rows;
             widest = std::max(widest, width);
         }
         const Kernels& set = kernels();
@@ -397,7 +389,6 @@ class Chain {
         Py_VISIT(Py_TYPE(self));
         if (!nb::inst_ready(self)) return 0;
         Py_VISIT(nb::inst_ptr<Chain>(self)->links_.ptr());
-        Py_VISIT(nb::inst_ptr<Chain>(self)->globals_.ptr());
         return 0;
     }
 
@@ -407,59 +398,63 @@ class Chain {
     }
 
   private:
-    struct Step {
-        nb::object owner;
-        Product* product;
-        Product::Operands operands;
-        int way;
-        bool relu;
-    };
-    // Whether calling a module with these attributes runs the forward of its class and nothing else.
-    static bool is_plain(nb::handle attributes) {
-        return !get(attributes, names().forward) && is_empty(attributes, names().hooks) &&
-               is_empty(attributes, names().pre_hooks);
-    }
-    // Whether a part is the group itself, or refers to it.
-    static bool is_part(PyObject* part, PyObject* group) {
-        return part == group || get(get(dictionary(part), names().modules), names().group) == group;
-    }
-    // A tensor that was decoded for evaluation; null where there is none, or someone has written to it.
-    static nb::object decoded(const Torch& torch, const nb::object& held, PyObject* index) {
-        if (!held) return {};
-        PyObject* dense = PyTuple_GET_ITEM(held.ptr(), 3);
-        const nb::object pair = nb::borrow(PyDict_Check(dense) ? PyDict_GetItemWithError(dense, index) : nullptr);
-        if (!pair || !PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2) return {};
-        const nb::object tensor = nb::borrow(PyTuple_GET_ITEM(pair.ptr(), 0));
-        return is_version(torch, tensor.ptr(), PyTuple_GET_ITEM(pair.ptr(), 1)) ? tensor : nb::object();
-    }
-    static PyObject* at(nb::handle tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
-    static Py_ssize_t size(nb::handle tuple) { return PyTuple_GET_SIZE(tuple.ptr()); }
-    static bool is_empty(nb::handle dictionary, const nb::object& key) {
-        PyObject* hooks = get(dictionary, key);
-        return hooks && PyDict_Check(hooks) && PyDict_Size(hooks) == 0;
-    }
-    static nb::object changed() { return nb::borrow(nb::handle(Py_NotImplemented)); }
-
     nb::list links_;
-    nb::dict globals_;
-    std::vector<PyTypeObject*> seen_, group_types_, bias_types_;
+    std::vector<PyTypeObject*> seen_;
+    std::vector<std::optional<Layer>> layers_;
 };
 
-PyType_Slot chain_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Chain::traverse)},
-                             {Py_tp_clear, reinterpret_cast<void*>(&Chain::clear)},
-                             {0, nullptr}};
+template <class Held>
+PyType_Slot collected[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Held::traverse)},
+                           {Py_tp_clear, reinterpret_cast<void*>(&Held::clear)},
+                           {0, nullptr}};
+
+// The decoded tensor of a ThinWeight or ThinPart, as calling it returns it; None where nothing current is held.
+nb::object decoded_of(nb::handle part) {
+    const Torch* torch = torch_of_process;
+    if (!torch || !is_quiet(*torch) || !is_usual(*torch)) return nb::none();
+    nb::object attributes = dictionary(part.ptr()), index = nb::int_(0), group = attributes;
+    if (!is_plain(attributes)) return nb::none();
+    if (Py_TYPE(part.ptr()) == torch->part) {
+        PyObject* owner = get(get(attributes, names().modules), names().group);
+        if (!owner || Py_TYPE(owner) != torch->weight || !get(attributes, names().index)) return nb::none();
+        index = nb::borrow(get(attributes, names().index));
+        group = dictionary(owner);
+        if (!is_plain(group)) return nb::none();
+    } else if (Py_TYPE(part.ptr()) != torch->weight) {
+        return nb::none();
+    }
+    nb::object held = current(*torch, group, is_true(call(PyObject_CallNoArgs(torch->is_grad_enabled.ptr()))));
+    nb::object tensor = decoded(*torch, held, index.ptr());
+    return tensor ? tensor : nb::none();
+}
 
 }  // namespace
 
 void deepthin::python::bind_torch(nb::module_& m) {
     m.def("use_torch", &use_torch);
     m.def("use_steps", [](nb::list steps) { torch_of_process->steps = steps; });
+    m.def("use_modules", [](nb::type_object module, nb::dict hooks, nb::type_object weight, nb::type_object part) {
+        torch_of_process->module = module;
+        torch_of_process->module_call = nb::borrow(entry(module, names().called));
+        torch_of_process->hooks = hooks;
+        torch_of_process->weight = reinterpret_cast<PyTypeObject*>(weight.ptr());  // they live as long as the process
+        torch_of_process->part = reinterpret_cast<PyTypeObject*>(part.ptr());
+    });
     m.def("current", &current_of);
+    m.def("decoded", &decoded_of);
+    bind_rows(m);
     nb::class_<Product>(m, "Product")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
         .def("choose", &Product::choose)
+        .def("choose_training", &Product::choose_training)
+        .def("trained", &Product::trained, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none())
+        .def("forward", &Product::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+        .def("backward", &Product::backward)
         .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
-    nb::class_<Chain>(m, "Chain", nb::type_slots(chain_slots))
-        .def(nb::init<nb::list, nb::dict>())
+    nb::class_<Single>(m, "Single", nb::type_slots(collected<Single>))
+        .def(nb::init<nb::tuple, nb::type_object>())
+        .def("__call__", &Single::operator());
+    nb::class_<Chain>(m, "Chain", nb::type_slots(collected<Chain>))
+        .def(nb::init<nb::list>())
         .def("__call__", &Chain::operator());
 }

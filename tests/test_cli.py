@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from deepthin.cli import laboratory
 from deepthin.kernels import products
 from deepthin.lab import trial
 from deepthin.lab.bench import competitors, networks, shown
+from deepthin.lab.bench import modules as bench_modules
 from deepthin.lab.bench import run as bench_run
 
 FACTORY = """
@@ -223,22 +225,24 @@ def test_bench_of_several_ranks_times_the_decoded_weight(monkeypatch, tmp_path):
 
 def test_the_decoded_competitor_computes_what_the_thin_network_does():
     shapes = ((40, 30), (20, 40))
-    model, _ = competitors.thin_network(competitors._network(shapes), 0.3, 2)
+    model, _ = competitors.thin_network(competitors.network(shapes), 0.3, 2)
     x = torch.randn(3, 30)
     with torch.no_grad():
         torch.testing.assert_close(competitors.decoded_competitor(shapes, x, model).work(), model(x))
 
 
-@pytest.mark.parametrize("case", ["lstm", "gru", "deepspeech", "train-lstm"])
+@pytest.mark.parametrize("case", ["lstm", "gru", "deepspeech", "train-lstm", "train-acoustic"])
 def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
     monkeypatch.setattr(networks, "UNITS", 32)
     monkeypatch.setattr(networks, "STEPS", 12)
     monkeypatch.setattr(networks.ctc, "WIDTH", 24)
+    monkeypatch.setattr(networks.acoustic, "WIDTH", 24)
     rows = bench_run.run(case, (32, 24), (0.3, 0.0001), (2,), ranks=(1,), threads=1, repeats=2)
     assert [row.microseconds is None for row in rows] == [False, True]
     assert rows[0].times["dense_microseconds"] > 0
     assert rows[0].times["rank_microseconds"] > 0
-    assert (rows[0].times["int8_microseconds"] is None) == (case == "train-lstm")
+    assert (rows[0].times["int8_microseconds"] is None) == case.startswith("train")
+    assert (rows[0].times["thin_coded_microseconds"] is not None) == case.startswith("train")
     assert "smallest ratio" in shown.summary(rows)
     if not rows[0].times["int8_microseconds"]:
         return
@@ -247,6 +251,41 @@ def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
     bench_run._measure_whole(case, whole, (0.3,), 2, 1, 1, 1, lambda *_: None)
     assert any("quantized" in type(module).__module__ for module in built[0].modules())
     assert shown.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("case", ["modules", "acoustic"])
+def test_bench_of_modules_times_every_kind_of_factors(case, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_run, "ACOUSTIC", ((64, 40), (40, 64)))
+    monkeypatch.setattr(bench_modules, "_torchao", lambda dense, x: dense)
+    rows = bench_run.run(case, (64, 96), (0.4, 0.0001), (2,), ranks=(2,), threads=1, repeats=2)
+    assert [row.microseconds is None for row in rows] == [False, True]
+    kinds = ("layer", "dense", "packed", "best_dense", "torchao_int8", "thin_8bit", "thin_coded")
+    assert all(rows[0].times[f"{kind}_microseconds"] > 0 for kind in kinds)
+    assert rows[0].microseconds == rows[0].times["layer_microseconds"]  # the module, not the bare kernel
+    assert not any(name.startswith("cold_") for name in rows[0].times)
+    told = shown.summary(rows)
+    assert "8bit, us" in told
+    assert "coded, us" in told
+    assert "smallest ratio" in told
+    assert shown.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_takes_torchao_as_it_is_where_nothing_compiles(monkeypatch):
+    pytest.importorskip("torchao")
+    dense, x = torch.nn.Sequential(torch.nn.Linear(64, 32)).eval(), torch.randn(2, 64)
+
+    def compile_(model, **options):
+        def fails(x):
+            raise RuntimeError("no compiler")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = bench_modules._torchao(dense, x)
+    assert type(quantised[0].weight) is not torch.nn.Parameter
+    assert (quantised(x) - dense(x)).norm() < 0.05 * dense(x).norm()
 
 
 def test_bench_says_where_there_are_no_kernels(here):

@@ -22,9 +22,10 @@ def bench(
     case: Annotated[
         str,
         typer.Argument(
-            help="linear: a layer; train: a layer, forward and backward; lstm, gru: 5 layers over 100 steps; tfkaldi, "
-            "deepspeech: the paper's networks; train-lstm: a training step of the task ctc; tensorflow: a layer in "
-            "tf.function."
+            help="linear: a layer; modules: a layer as a module, beside bf16 and int8; acoustic: that task's network, "
+            "likewise; train: a layer, forward and backward; lstm, gru: 5 layers over 100 steps; tfkaldi, deepspeech: "
+            "the paper's networks; train-lstm, train-acoustic: a training step of the tasks ctc, acoustic; tensorflow: "
+            "a layer in tf.function."
         ),
     ],
     ratios: Annotated[
@@ -36,7 +37,8 @@ def bench(
     batch: Annotated[
         str | None,
         typer.Option(
-            help="Batch sizes, comma-separated  [default: 1,8,32; recurrent: 1,8; train: 128; train-lstm: 16]"
+            help="Batch sizes, comma-separated  [default: 1,8,32; recurrent: 1,8; train, train-acoustic: 128; "
+            "train-lstm: 16]"
         ),
     ] = None,
     rows: Annotated[
@@ -66,7 +68,8 @@ def bench(
     from deepthin.lab.bench import run, shown
 
     known(case, run.CASES, "case")
-    usual = {"train": "128", "train-lstm": "16", "lstm": "1,8", "gru": "1,8", "deepspeech": "1,8"}
+    usual = {"train": "128", "train-acoustic": "128", "train-lstm": "16"}
+    usual |= dict.fromkeys(("lstm", "gru", "deepspeech"), "1,8")
     rows = rows or (1024 if case in ("lstm", "gru") else 2048)
     batches = _integers("--batch", batch or usual.get(case, "1,8,32"), "1,8,32")
     ranks = _integers("--rank", rank, "2,4,8")

@@ -26,6 +26,7 @@ class Source(NamedTuple):
         alias: A tensor of the same memory, so that no other gets its address.
         version: How often the tensor had been written to.
         copy: Its values, where these are compared; None where the version is.
+        address: Of the alias's memory; 0 where values are compared.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Source(NamedTuple):
     alias: Tensor
     version: int
     copy: Tensor | None
+    address: int
 
 
 class Evaluated(NamedTuple):
@@ -86,7 +88,8 @@ def source(name: str, tensor: Tensor, by_value: bool) -> Source:
     version = tensor._version if counts else 0
     with torch.inference_mode(False), torch.no_grad():
         alias = tensor.detach()
-        return Source(name, tensor, alias, version, None if counts else alias.clone())
+        copy, address = (None, alias.data_ptr()) if counts else (alias.clone(), 0)
+        return Source(name, tensor, alias, version, copy, address)
 
 
 def is_current(held: Evaluated, state: Mapping[str, Tensor], in_training: bool) -> bool:
@@ -109,7 +112,7 @@ def _same(old: Source, now: Tensor, in_training: bool) -> bool:
         return alike and same_values(old.copy, now)
     if in_training or now is not old.tensor or now._version != old.version:
         return False
-    return now.data_ptr() == old.alias.data_ptr()
+    return now.data_ptr() == old.address
 
 
 def _unknown(attributes: dict[str, Any]) -> Evaluated | None:

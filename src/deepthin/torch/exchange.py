@@ -157,6 +157,7 @@ def make_thin(layer: nn.Module, weights: Mapping[str, ThinWeight | ThinPart]) ->
         layer.__class__ = THIN[type(layer)]
         layer.register_module("thin", nn.ModuleDict())
         layer.__dict__.pop("_flat_weights", None)  # a recurrent layer's list would keep the dense weights alive
+    layer.__dict__.pop("_native", None)
     thin = cast(ThinLayer, layer).thin
     for name, weight in weights.items():
         layer._parameters.pop(name, None)
@@ -172,6 +173,7 @@ def make_plain(layer: nn.Module, dense: Mapping[str, nn.Parameter]) -> None:
     """
     layer.__class__ = next(plain for plain, thin in THIN.items() if thin is type(layer))
     del layer.thin
+    layer.__dict__.pop("_native", None)
     for name, parameter in dense.items():
         layer.register_parameter(name, parameter)
     for name in parameter_names(layer):  # optimiser states go by the order

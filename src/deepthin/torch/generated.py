@@ -5,8 +5,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from deepthin.errors import ConfigError
+from deepthin.torch.native_call import decoded
 from deepthin.torch.tracing import as_leaf
 from deepthin.torch.weight import ThinPart, ThinWeight
 from deepthin.torch.wrapped import is_sharded
@@ -29,8 +31,10 @@ def generated(name: str) -> Any:
 
     def read(layer: "ThinLayer") -> Tensor | None:
         thin = layer._modules.get("thin")
-        if thin is not None and name in thin._modules:
-            return cast(nn.Module, thin._modules[name])()
+        part = None if thin is None else thin._modules.get(name)
+        if part is not None:
+            dense = None if is_compiling() else decoded(part)
+            return part() if dense is None else dense
         if name in layer._parameters:
             return layer._parameters[name]
         if name in layer.__dict__:

@@ -10,10 +10,13 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepthin.torch import convolution, spectral
 from deepthin.torch.generated import ThinLayer, generated
+from deepthin.torch.native_call import single_call
+from deepthin.torch.operators import short_ways
 from deepthin.torch.recurrent_layers import ThinGRU, ThinLSTM, ThinRNN  # noqa: F401 -- pickles of version 0.1 name them here
 from deepthin.torch.tracing import as_leaf, is_plain, is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -23,6 +26,33 @@ class ThinLinear(ThinLayer, nn.Linear):
     """A linear layer that multiplies by its code, without building the weight, where that is faster."""
 
     weight, bias = generated("weight"), generated("bias")
+    _native: Any = None  # a native call that replaces this module's in evaluation; False: there is none
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer; in evaluation by native code alone where nothing else has to run.
+
+        Args:
+            args: As ``forward``.
+            kwargs: As ``forward``.
+
+        Returns:
+            What ``nn.Module.__call__`` returns, with the same bits.
+        """
+        if is_compiling() or self.training or not short_ways:
+            return super().__call__(*args, **kwargs)
+        native = self._native
+        if native is None:
+            self._native = native = type(self) is ThinLinear and single_call(self)
+        if native and len(args) == 1 and not kwargs:
+            y = native(self, args[0])
+            if y is NotImplemented:  # a weight was exchanged: prepare another call
+                self._native = None
+            elif y is not None:
+                return y
+        return super().__call__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_native", "_compiled_call_impl")}
 
     def forward(self, input: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """Apply the layer.

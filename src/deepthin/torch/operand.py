@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from deepthin.kernels import products
-from deepthin.kernels.costs import Path
+from deepthin.kernels.costs import Path, choose_native
 from deepthin.method import Flat
 from deepthin.methods.factor import Factored, Window
 from deepthin.storage.contents import Part
@@ -20,7 +20,7 @@ from deepthin.torch import multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.evaluated import current
 from deepthin.torch.multiply import Case
-from deepthin.torch.operators import product, takes
+from deepthin.torch.operators import product, short_ways, takes, trained_linear
 from deepthin.torch.rounding import RoundedState
 from deepthin.torch.snapshot import is_exported, warn_of_dense
 from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
@@ -48,6 +48,7 @@ class Operand(RoundedState):
     _has_symbols: bool
     _sparse: StateCache[tuple[np.ndarray, np.ndarray]]
     _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
+    _table: "tuple[Any, ...] | None" = None  # native look-ups of rows by tensor, likewise
 
     def forward(self, index: int = 0) -> Float[Tensor, "..."]:
         """Decode a tensor.
@@ -99,7 +100,7 @@ class Operand(RoundedState):
         Returns:
             The outputs, with the leading dimensions of x. Under autocast structured ways compute in float32.
         """
-        y = self._short_way(x, index, bias)
+        y = self._trained_way(x, index, bias) if self.training else self._short_way(x, index, bias)
         if y is not None:
             return y
         if not isinstance(x, Tensor):  # a tracer's proxy, or a caller's mistake, which raises
@@ -113,6 +114,8 @@ class Operand(RoundedState):
             y = self._short_way(x, index, bias)
             if y is not None:
                 return y
+        elif way.name in _WAYS and not torch.compiler.is_compiling() and self.training:
+            self._note_training(case.batch, index)
         return way.run(self, x, index, bias)
 
     def rows_pay(self, places: Tensor, index: int = 0) -> bool:
@@ -146,6 +149,9 @@ class Operand(RoundedState):
         Raises:
             IndexError: An index is out of range; not checked in graphs.
         """
+        rows = self._short_rows(places, index)
+        if rows is not None:
+            return rows
         part, floats, n = self.parts[index], self.floats(), cast(Window, self._windows[index]).plan.n
         count, cols = part.shape
         if not is_recorded() and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
@@ -158,19 +164,64 @@ class Operand(RoundedState):
         made = entries.gather(-1, within) * part.scale
         return made if part.zero_row is None else made * (places != part.zero_row)[..., None]
 
+    def _short_rows(self, places: Tensor, index: int) -> Tensor | None:
+        """The rows in a single native call; None where it does not apply."""
+        if not short_ways or torch.compiler.is_compiling():
+            return None
+        if self._table is None:
+            self._table = tuple(self._rows_of(index) for index in range(len(self.parts)))
+        table, entries = self._table[index], self._short_entries()
+        return None if table is None or entries is None else table(places, entries.get("xf"), entries.get("wf"))
+
+    def _rows_of(self, index: int) -> Any:
+        """The native look-up of single rows; None where the tensor has none."""
+        window, part = self._windows[index], self.parts[index]
+        if window is None or part.transposed:
+            return None
+        zero_row = -1 if part.zero_row is None else part.zero_row
+        place = (*part.shape, self._cuts[index][0], *self.decoder.code_shapes()["xf"], window.plan.n)
+        return products.native().Rows(*place, part.scale, zero_row, part.shape[0] // _GATHER)
+
+    def _short_entries(self) -> Mapping[str, Any] | None:
+        """The code as native calls read it; None where it may not be current."""
+        if self.direct:
+            return self.__dict__["_parameters"] or self.state()
+        held = current(self.__dict__)
+        return None if held is None else held.floats
+
     def _short_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
         """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
-        fast, entries = self._fast[index], self.__dict__["_parameters"] or self.state()
-        if fast is None:
+        fast = self._fast[index]
+        entries = None if fast is None else self._short_entries()
+        return None if entries is None else fast(x, entries.get("xf"), entries.get("wf"), bias)
+
+    def _trained_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
+        """The native product and its gradients in a training; None where it was not used for this batch before."""
+        if self._fast is None or torch.compiler.is_compiling() or (fast := self._fast[index]) is None:
             return None
-        if not self.direct:
-            held = current(self.__dict__)
-            if held is None:
-                return None
-            entries = held.floats
-        return fast(x, entries.get("xf"), entries.get("wf"), bias)
+        own = self.__dict__["_parameters"]
+        ways = fast.trained(x, own.get("xf"), own.get("wf"), bias)
+        if not ways:
+            return None
+        floats = own if self.direct and not self._exact and self._empty is None else self.floats()
+        window = cast(Window, self.plans[index])
+        xf = floats["xf"]
+        xf = xf if len(xf) == window.stop - window.first else xf[window.first : window.stop]
+        scale, place = self.parts[index].scale, (window.plan.shape[0], window.offset)
+        if scale == 1.0:
+            return trained_linear(fast, ways, x, xf, floats["wf"], bias, *place)
+        y = trained_linear(fast, ways, x, xf, floats["wf"], None, *place) * scale
+        return y if bias is None else y + bias
+
+    def _note_training(self, batch: int, index: int) -> None:
+        """Use the native product for this batch from now on, by the ways that are predicted to be faster."""
+        fast = self.short_way(index)
+        if fast is not None:
+            plan = cast(Window, self.plans[index]).plan
+            forward, backward = (choose_native(plan, batch, training) == "native-fft" for training in (False, True))
+            fast.choose_training(batch, 1 + 2 * forward + 4 * backward)
 
     def short_way(self, index: int) -> Any:
         """The native product of a tensor; its ``choose`` says for which batches it may be used.

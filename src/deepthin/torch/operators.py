@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from deepthin.kernels import products
 from deepthin.kernels.costs import choose_native
 from deepthin.methods.factor import Factor
 from deepthin.torch.product import factor_linear
-from deepthin.torch.tracing import RECORDERS
+from deepthin.torch.tracing import RECORDERS, forward_mode
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -85,7 +86,7 @@ def product(method: Factor, first: int, offset: int, scale: float) -> Any:
     Returns:
         A callable of x, xf, wf and the bias or None; or None without native code. It returns None where an operand is
         not a plain float32 tensor on the CPU, a gradient is needed, a tracer or mode observes operations, or ``choose``
-        was not called for this batch.
+        was not called for this batch. For trainings it has ``trained``, ``forward`` and ``backward``.
     """
     if not short_ways:
         return None
@@ -97,7 +98,12 @@ short_ways: bool = products.native_available and products.native().use_torch(
     torch.nn.Parameter,
     torch.is_grad_enabled,
     torch.get_num_threads,
-    [*RECORDERS, torch._C._len_torch_function_stack, partial(torch.is_autocast_enabled, "cpu")],
+    [
+        *(recorder for recorder in RECORDERS if recorder is not forward_mode),
+        torch._C._len_torch_function_stack,
+        partial(torch.is_autocast_enabled, "cpu"),
+    ],
+    vars(forward_ad),
 )
 
 
@@ -405,6 +411,50 @@ def eager_linear(x: Tensor, xf: Tensor, wf: Tensor, bias: Tensor | None, rows: i
         ValueError: As ``linear``.
     """
     return cast(Tensor, _Eager.apply(x, xf, wf, bias, rows, offset, "auto", False))
+
+
+class _Trained(torch.autograd.Function):
+    """``_Eager`` by a native product, which reads torch's tensors itself."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, xf, wf, bias, ctx.product, ctx.ways, rows, offset = inputs
+        ctx.plan, ctx.relu = (rows, offset, "auto"), False
+        ctx.save_for_backward(x, xf, wf)
+        y = ctx.product.forward(x, xf, wf, bias, bool(ctx.ways & 2))
+        return _forward(x, xf, wf, bias, *ctx.plan, False) if y is None else y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or is_legacy_batchedtensor(grads[0]):
+            return _Eager.backward(ctx, *grads)
+        wanted, rows = ctx.needs_input_grad, ctx.plan[0]
+        made = ctx.product.backward(grads[0], *ctx.saved_tensors, bool(ctx.ways & 4), *wanted[:3])
+        if made is None:
+            return _Eager.backward(ctx, *grads)
+        bias = grads[0].reshape(-1, rows).sum(0) if wanted[3] else None
+        return *made, bias, None, None, None, None
+
+
+def trained_linear(
+    product: Any, ways: int, x: Tensor, xf: Tensor, wf: Tensor, bias: Tensor | None, rows: int, offset: int
+) -> Tensor:
+    """``eager_linear`` in a training, with the least delay.
+
+    Args:
+        product: What ``product`` returned for this plan; its scale is not applied.
+        ways: What its ``trained`` returned for x: not 0.
+        x: Inputs, any number of leading dimensions.
+        xf: Left factor, m x r.
+        wf: Right factor, r x n.
+        bias: One number per output, or None.
+        rows: Outputs, from 1.
+        offset: Entry of the factors' product at which the matrix begins, from 0 to n - 1.
+
+    Returns:
+        The outputs, with the same bits as those of ``eager_linear``.
+    """
+    return cast(Tensor, _Trained.apply(x, xf, wf, bias, product, ways, rows, offset))
 
 
 _library.impl("factor_linear", _forward, "CompositeExplicitAutograd")

@@ -25,6 +25,7 @@ class RoundedState(LatentState):
     """
 
     direct: bool
+    _steps: Mapping[str, tuple[str, Stepped]]  # what ``FloatCoding.steps`` gives
 
     def floats(self) -> dict[str, Tensor]:
         """The code that ``decoder`` takes: floats, rounded where the method rounds, and integers.
@@ -64,7 +65,7 @@ class RoundedState(LatentState):
             e: (state[e] - state[e].detach()) + rounded[e] if state[e].is_floating_point() else state[e]
             for e in self.decoder.code_shapes()
         }
-        return passed | {entry: passed[entry] + self._of_step(entry, rounded[entry]) for entry in self._coding.steps()}
+        return passed | {entry: passed[entry] + self._of_step(entry, rounded[entry]) for entry in self._steps}
 
     def _now(self) -> Evaluated:
         """What follows from the present state, computed if need be; where it may be cached and needs no gradient."""
@@ -110,7 +111,7 @@ class RoundedState(LatentState):
 
     def _of_step(self, entry: str, rounded: Tensor) -> Tensor:
         """Zero, with the gradient that a learned step has (Esser et al., 2020, arXiv:1902.08153, equation 3)."""
-        latent, method = self._coding.steps()[entry]
+        latent, method = self._steps[entry]
         step = method.step(getattr(self, latent), _TORCH).reshape(())
         with torch.no_grad():
             slope = (rounded - getattr(self, entry)) / step
@@ -123,18 +124,16 @@ class RoundedState(LatentState):
             Entry -> latents, the logarithm of the step, and the method that rounds; empty for other methods and where
             nothing is rounded.
         """
-        return self._unrounded(self.state()) if self.rounds and self._coding.steps() else {}
+        return self._unrounded(self.state()) if self.rounds and self._steps else {}
 
     def _unrounded(self, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Stepped]]:
-        return {
-            entry: (state[entry], state[latent], method) for entry, (latent, method) in self._coding.steps().items()
-        }
+        return {entry: (state[entry], state[latent], method) for entry, (latent, method) in self._steps.items()}
 
     def _has_learned_steps(self, code: Mapping[str, Tensor]) -> bool:
         """Whether a code has just the steps that its latents give: then encoding these gives it again."""
         return all(
             torch.equal(code[latent.removesuffix(LOG_STEP) + "step"], method.step(getattr(self, latent), _TORCH))
-            for latent, method in self._coding.steps().values()
+            for latent, method in self._steps.values()
         )
 
     def log_steps(self) -> list[Tensor]:
@@ -143,7 +142,7 @@ class RoundedState(LatentState):
         Returns:
             Parameters of one entry each; none where nothing is rounded.
         """
-        return [getattr(self, latent) for latent, _ in self._coding.steps().values()] if self.rounds else []
+        return [getattr(self, latent) for latent, _ in self._steps.values()] if self.rounds else []
 
     def _unless_given(self, latents: Mapping[str, Tensor], rounded: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rounded floats, or those of the loaded code while the latents are as they were loaded.

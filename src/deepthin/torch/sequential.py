@@ -8,13 +8,12 @@ from itertools import takewhile
 from typing import Any, cast
 
 import torch
-import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
 
 from deepthin.kernels import products
+from deepthin.torch import native_call
 from deepthin.torch.layers import ThinLinear
 from deepthin.torch.operators import short_ways
-from deepthin.torch.weight import ThinPart, ThinWeight
 
 
 class ThinSequential(nn.Sequential):
@@ -70,29 +69,15 @@ class ThinSequential(nn.Sequential):
             elif isinstance(module, nn.Dropout):
                 links.append((module, None))
             else:
-                thin = cast(Any, module).thin
-                group, part, index = _owner(thin["weight"])
-                bias = _owner(thin["bias"]) if "bias" in thin else (None, None, 0)
-                links.append((module, group.short_way(index), group, part, thin, *bias))
-        return products.native().Chain(links, vars(module_globals)) if len(modules) > 1 else None
+                links.append((module, *cast("tuple[Any, ...]", native_call.links(module))))
+        return products.native().Chain(links) if len(modules) > 1 else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_runs"}
-
-
-def _owner(part: nn.Module) -> tuple[Any, nn.Module, int]:
-    """The group that a thin parameter belongs to, the parameter's module, and its index."""
-    return (part.group, part, part.index) if type(part) is ThinPart else (part, part, 0)
+        return {key: value for key, value in self.__dict__.items() if key not in ("_runs", "_compiled_call_impl")}
 
 
 def _begins(module: nn.Module) -> bool:
-    if type(module) is not ThinLinear or "weight" not in module.thin:
-        return False
-    owners = [_owner(cast(nn.Module, part)) for part in module.thin.values()]
-    if any(type(group) is not ThinWeight for group, _, _ in owners):
-        return False
-    group, _, index = _owner(cast(nn.Module, module.thin["weight"]))
-    return group.short_way(index) is not None  # a product of two factors, in native code
+    return type(module) is ThinLinear and native_call.links(module) is not None
 
 
 def _may_join(module: nn.Module) -> bool:

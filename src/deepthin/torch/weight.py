@@ -78,6 +78,7 @@ class ThinWeight(Operand):
     def _prepare(self) -> None:
         """Compute what follows from the method and the parts, and empty the caches."""
         self._coding = FloatCoding(self.method)
+        self._steps = self._coding.steps()
         self.direct = not self.rounds and not inner_of(self.method)  # the parameters are what ``decoder`` takes
         self.decoder = self.method if self.direct else self._coding.decoder  # takes floats, however they are stored
         ends = list(itertools.accumulate(math.prod(part.shape) for part in self.parts))
@@ -200,9 +201,11 @@ class ThinWeight(Operand):
         derived = (
             "_evaluated",
             "_fast",
+            "_table",
             "_sparse",
             "_windows",
             "_coding",
+            "_steps",
             "_held_tables",
             "_snapshot",
             "decoder",

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -24,9 +24,13 @@ from deepthin.torch.weight import ThinWeight
 Shapes = Sequence[tuple[int, int]]
 """(outputs, inputs) of one linear layer after the other, rectified but for the last."""
 TFKALDI: Shapes = ((2048, 440), *[(2048, 2048)] * 5, (1952, 2048))
+EIGHT_BITS: Mapping[str, Any] = {"method": "uniform", "bits": 8}
+CODED: Mapping[str, Any] = {"method": "coded"}
 
 
-def thin_network(model: nn.Module, ratio: float, rank: int, method: str = "deepthin") -> tuple[Any, int]:
+def thin_network(
+    model: nn.Module, ratio: float, rank: int, method: str = "deepthin", then: Mapping[str, Any] | None = None
+) -> tuple[Any, int]:
     """Compress a network for timing, with fresh factors.
 
     Args:
@@ -34,6 +38,7 @@ def thin_network(model: nn.Module, ratio: float, rank: int, method: str = "deept
         ratio: Bytes of its matrices over those of the dense ones, 0 to 1.
         rank: Rank of DeepThin's factors; other methods ignore it.
         method: Name of the method, as users write it.
+        then: The second method, which stores the factors, with its options; None: they are stored in float32.
 
     Returns:
         The network, and n of its largest matrix; 0 for a method without n.
@@ -41,12 +46,24 @@ def thin_network(model: nn.Module, ratio: float, rank: int, method: str = "deept
     Raises:
         BudgetError: The ratio cannot be reached.
     """
-    rule = {"method": method, **({"rank": rank} if method == "deepthin" else {})}
+    rule = {
+        "method": method,
+        **({"rank": rank} if method == "deepthin" else {}),
+        **({"then": dict(then)} if then else {}),
+    }
     report = dt.compress(model, {"model": {"ratio": ratio}, "rules": {"*": rule}}, init="scratch")
     return model, max(report.rows, key=lambda row: row.dense_bytes).n or 0
 
 
-def _network(shapes: Shapes) -> nn.Sequential:
+def network(shapes: Shapes) -> nn.Sequential:
+    """A dense network of linear layers.
+
+    Args:
+        shapes: (outputs, inputs) of each layer, rectified but for the last.
+
+    Returns:
+        The network, with torch's random weights.
+    """
     layers: list[nn.Module] = []
     for rows, cols in shapes:
         layers += [nn.Linear(cols, rows), nn.ReLU()]
@@ -64,7 +81,7 @@ def dense_competitors(case: str, shapes: Shapes, x: torch.Tensor) -> Iterable[Ti
     Yields:
         What is timed, without a ratio; int8 only where torch has an engine for it.
     """
-    dense = _network(shapes)
+    dense = network(shapes)
     if case == "train":
         yield Timing("dense", None, _step(dense, x))
         return
@@ -108,7 +125,7 @@ def decoded_competitor(shapes: Shapes, x: torch.Tensor, model: nn.Sequential) ->
     Returns:
         What is timed, ``decoded``, without a ratio.
     """
-    dense = _network(shapes)
+    dense = network(shapes)
     with torch.no_grad():
         for layer, thin in zip(dense, model, strict=True):
             if isinstance(layer, nn.Linear):
@@ -133,7 +150,7 @@ def symbol_competitors(shape: tuple[int, int], x: torch.Tensor) -> Iterable[Timi
         kmeans: {"symbols": torch.randint(0, kmeans.levels, shape), "centres": torch.randn(kmeans.levels)},
     }
     for name, method in (("uniform", uniform), ("kmeans", kmeans)):
-        model = _network([shape]).requires_grad_(False)
+        model = network([shape]).requires_grad_(False)
         weight = ThinWeight(name, method, [Part(shape)], codes[method], frozen=True).requires_grad_(False)
         make_thin(model[0], {"weight": weight})
         yield Timing(name, None, _forward(model, x))
@@ -166,7 +183,7 @@ def thin_competitors(
                 yield Timing("operator", ratio, _operator(model, x, threads))
             yield Timing("csr", ratio, _sparse(shapes, x, ratio, threads))
     try:
-        low, _ = thin_network(_network(shapes), ratio, 1, method="rank")
+        low, _ = thin_network(network(shapes), ratio, 1, method="rank")
     except BudgetError:
         return
     if case == "train":

@@ -1,15 +1,17 @@
 """The recurrent networks that `deepthin bench` times whole, as users have them."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from deepthin.lab.tasks import ctc
+import deepthin.torch as dt
+from deepthin.lab.tasks import acoustic, ctc
 
 Work = Callable[[], object]
-WHOLE = ("lstm", "gru", "deepspeech", "train-lstm")
+WHOLE = ("lstm", "gru", "deepspeech", "train-lstm", "train-acoustic")
 UNITS, LAYERS, STEPS = 1024, 5, 100
 
 
@@ -81,6 +83,8 @@ def whole(case: str, shape: tuple[int, int], batch: int) -> Whole:
     """
     if case == "train-lstm":
         return _training_of_ctc(batch)
+    if case == "train-acoustic":
+        return _training_of_acoustic(batch)
     units, inputs = (UNITS, 161) if case == "deepspeech" else shape
     if case == "deepspeech":
         build, x = DeepSpeech, torch.randn(batch, 1, inputs, STEPS)
@@ -112,3 +116,26 @@ def _training_of_ctc(batch: int) -> Whole:
         return step
 
     return Whole(lambda: ctc.build(None, ctc.WIDTH), work, True, (ctc.WIDTH, ctc.INPUTS))
+
+
+def _training_of_acoustic(batch: int) -> Whole:
+    """A step as users write it: the loss of a batch of frames, its gradients, and Adam."""
+    inputs, states = 11 * 39, 102
+    x, targets = torch.randn(batch, inputs), torch.randint(0, states, (batch,))
+
+    def work(model: nn.Module) -> Work:
+        model.train()
+        optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
+
+        def step() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), targets).backward()
+            optimizer.step()
+
+        return step
+
+    def build() -> nn.Module:
+        sizes = (inputs, *[acoustic.WIDTH] * acoustic.DEPTH, states)
+        return nn.Sequential(*[m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())][:-1])
+
+    return Whole(build, work, True, (acoustic.WIDTH, inputs))

@@ -14,22 +14,25 @@ from torch import nn
 from deepthin.errors import BudgetError
 from deepthin.kernels import products
 from deepthin.lab.bench.competitors import (
+    CODED,
     TFKALDI,
     Shapes,
-    _network,
     decoded_competitor,
     dense_competitors,
+    network,
     symbol_competitors,
     thin_competitors,
     thin_network,
 )
+from deepthin.lab.bench.modules import ACOUSTIC, dense_modules, thin_modules
 from deepthin.lab.bench.networks import WHOLE, Whole, whole
 from deepthin.lab.bench.rows import BenchRow
 from deepthin.lab.bench.shown import COLUMNS
 from deepthin.lab.bench.timing import Times, Timing, interleaved
 from deepthin.lab.trial import quantised
 
-CASES = ("linear", "tfkaldi", "train", *WHOLE, "tensorflow")
+MODULES = ("modules", "acoustic")
+CASES = ("linear", *MODULES, "tfkaldi", "train", *WHOLE, "tensorflow")
 
 
 def run(
@@ -45,9 +48,11 @@ def run(
     """Time DeepThin and its competitors: medians of interleaved calls, in microseconds.
 
     Cases: ``linear`` is one layer in evaluation, ``tfkaldi`` the paper's feed-forward network, ``train`` a forward and
-    a backward pass of one layer with the gradients of input and parameters. ``lstm`` and ``gru`` are 5 layers over 100
-    steps, ``deepspeech`` is the paper's recurrent network over one second of speech, ``train-lstm`` a training step of
-    the task ctc. ``tensorflow`` is one layer in evaluation within ``tf.function`` (``deepthin.lab.bench.tensorflow``
+    a backward pass of one layer with the gradients of input and parameters. ``modules`` is one layer as users call it,
+    and ``acoustic`` the network of that task, both beside dense ones in bfloat16 and int8. ``lstm`` and ``gru`` are 5
+    layers over 100 steps, ``deepspeech`` is the paper's recurrent network over one second of speech, ``train-lstm`` a
+    training step of the task ctc without the optimiser, ``train-acoustic`` one of the task acoustic with Adam.
+    ``tensorflow`` is one layer in evaluation within ``tf.function`` (``deepthin.lab.bench.tensorflow``
     lists its competitors).
 
     Columns: ``microseconds`` is the bare operator for ``linear``, the module for other cases; ``layer_microseconds`` is
@@ -56,8 +61,9 @@ def run(
     sparse rows, by kernels of the same library. For ``linear``, ``uniform_8bit`` and ``kmeans_4bit`` are layers with
     one symbol for each weight, at the bytes that these take, and ``kept`` is the latter by its decoded weight, as for
     large batches. For ``linear`` and ``tfkaldi``, ``decoded`` are torch's layers with the weights decoded from DeepThin
-    at the first ratio. Each competitor runs a few times before it is timed; for ``cold_...`` the caches are flushed
-    instead.
+    at the first ratio. ``thin_8bit`` and ``thin_coded`` have about as many factors, in 8 bits and with a learned step;
+    ``bf16`` is the dense network in bfloat16, ``torchao_int8`` torchao's dynamic quantisation. Each competitor runs a
+    few times before it is timed; for ``cold_...`` the caches are flushed instead.
 
     Args:
         case: One of ``CASES``.
@@ -77,7 +83,7 @@ def run(
         ConfigError: ``tensorflow`` without TensorFlow.
     """
     torch.set_num_threads(threads)
-    shapes = TFKALDI if case == "tfkaldi" else [shape]
+    shapes = {"tfkaldi": TFKALDI, "acoustic": ACOUSTIC}.get(case, [shape])
     rows: list[BenchRow] = []
     runs = list(itertools.product(ranks, batches))
     for number, (rank, batch) in enumerate(runs):
@@ -103,7 +109,7 @@ def _measure(
 ) -> list[BenchRow]:
     torch.manual_seed(0)
     x = torch.randn(batch, shapes[0][1])
-    timings = [*dense_competitors(case, shapes, x)]
+    timings = [*(dense_modules(shapes, x) if case in MODULES else dense_competitors(case, shapes, x))]
     if case == "linear":
         timings += symbol_competitors(shapes[0], x)
     shape = shapes[-1][0], shapes[0][1]
@@ -111,16 +117,19 @@ def _measure(
     for ratio in ratios:
         row = _row(case, shape, batch, rank, ratio, threads)
         try:
-            model, n = thin_network(_network(shapes), ratio, rank)
+            model, n = thin_network(network(shapes), ratio, rank)
         except BudgetError as error:
             rows.append(replace(row, smallest_ratio=error.smallest_ratio))
             continue
-        if case != "train" and not any(row.n for row in rows):
+        if case not in ("train", *MODULES) and not any(row.n for row in rows):
             timings.append(decoded_competitor(shapes, x, model))
-        timings += thin_competitors(case, shapes, x, model, ratio, threads)
+        if case in MODULES:
+            timings += thin_modules(shapes, x, model, ratio, rank)
+        else:
+            timings += thin_competitors(case, shapes, x, model, ratio, threads)
         rows.append(replace(row, n=n))
     with torch.set_grad_enabled(case == "train"):
-        warm, cold = interleaved(timings, repeats, cold=case != "train", progress=progress)
+        warm, cold = interleaved(timings, repeats, cold=case not in ("train", *MODULES), progress=progress)
     return [row if row.n is None else replace(row, times=_columns(case, row.ratio, warm, cold)) for row in rows]
 
 
@@ -155,7 +164,7 @@ def _columns(case: str, ratio: float, warm: Times, cold: Times) -> dict[str, flo
 
 def _measure_whole(
     case: str,
-    network: Whole,
+    timed: Whole,
     ratios: Sequence[float],
     batch: int,
     rank: int,
@@ -164,30 +173,34 @@ def _measure_whole(
     progress: Callable[[int, int], None],
 ) -> list[BenchRow]:
     torch.manual_seed(0)
-    dense = network.build()
-    timings = [Timing("dense", None, network.work(dense))]
-    if not network.trains:
-        inside = nn.Sequential(network.build()).eval()  # torch quantises submodules, not the module itself
-        timings.append(Timing("int8", None, network.work(quantised(inside))))
+    dense = timed.build()
+    timings = [Timing("dense", None, timed.work(dense))]
+    if not timed.trains:
+        inside = nn.Sequential(timed.build()).eval()  # torch quantises submodules, not the module itself
+        timings.append(Timing("int8", None, timed.work(quantised(inside))))
     rows: list[BenchRow] = []
     for ratio in ratios:
-        row = _row(case, network.shape, batch, rank, ratio, threads)
+        row = _row(case, timed.shape, batch, rank, ratio, threads)
         try:
-            model, n = thin_network(network.build(), ratio, rank)
+            model, n = thin_network(timed.build(), ratio, rank)
         except BudgetError as error:
             rows.append(replace(row, smallest_ratio=error.smallest_ratio))
             continue
-        timings.append(Timing("thin", ratio, network.work(model)))
+        timings.append(Timing("thin", ratio, timed.work(model)))
         rows.append(replace(row, n=n))
         with suppress(BudgetError):
-            timings.append(Timing("rank", ratio, network.work(thin_network(network.build(), ratio, 1, "rank")[0])))
-    with torch.set_grad_enabled(network.trains):
+            timings.append(Timing("rank", ratio, timed.work(thin_network(timed.build(), ratio, 1, "rank")[0])))
+        with suppress(BudgetError):
+            if timed.trains:
+                coded, _ = thin_network(timed.build(), ratio / 4, rank, then=CODED)
+                timings.append(Timing("thin_coded", ratio, timed.work(coded)))
+    with torch.set_grad_enabled(timed.trains):
         times, _ = interleaved(timings, repeats, cold=False, progress=progress)
     whole_rows: list[BenchRow] = []
     for row in rows:
         columns: dict[str, float | None] = {}
         if row.n is not None:
-            for name in ("dense", "int8", "rank", "thin"):
+            for name in ("dense", "int8", "rank", "thin", "thin_coded"):
                 columns[COLUMNS[name]] = times.get((name, None), times.get((name, row.ratio)))
             columns |= {"microseconds": columns[COLUMNS["thin"]], "best_dense_microseconds": columns[COLUMNS["dense"]]}
         whole_rows.append(replace(row, times=columns))

@@ -33,6 +33,10 @@ COLUMNS = {  # what is timed, and the name of its column
     "kmeans": "kmeans_4bit_microseconds",
     "cached": "cached_microseconds",
     "decoded": "decoded_microseconds",
+    "bf16": "bf16_microseconds",
+    "torchao": "torchao_int8_microseconds",
+    "thin_8bit": "thin_8bit_microseconds",
+    "thin_coded": "thin_coded_microseconds",
     "xla": "xla_microseconds",
     "function": "function_microseconds",
     "generated": "generated_microseconds",
@@ -49,22 +53,33 @@ def summary(rows: Sequence[BenchRow]) -> str:
         Title and table as plain text.
     """
     lines: list[tuple[str, ...]] = []
-    rivals = ("dense", "best_dense", "decoded", "int8", "rank", "csr", "uniform_8bit", "kmeans_4bit", "generated")
-    rivals += ("function",)
+    rivals = ("dense", "best_dense", "decoded", "bf16", "int8", "torchao_int8", "rank", "csr", "uniform_8bit")
+    rivals += ("kmeans_4bit", "generated", "function")
+    fewer_bits = [name for name in ("thin_8bit", "thin_coded") if any(row.times.get(COLUMNS[name]) for row in rows)]
     shown = [rival for rival in rivals if any(row.times.get(f"{rival}_microseconds") for row in rows)]
     cold = any(row.times.get("cold_microseconds") for row in rows)
     for row in rows:
         start = (str(row.rank), str(row.batch), f"{row.ratio:g}")
         if (thin := row.microseconds) is None:
-            lines.append((*start, "", f"smallest ratio {row.smallest_ratio:.5f}", *[""] * (len(shown) + cold + 1)))
+            lines.append(
+                (
+                    *start,
+                    "",
+                    f"smallest ratio {row.smallest_ratio:.5f}",
+                    *[""] * (len(fewer_bits) + len(shown) + cold + 1),
+                )
+            )
             continue
         line = [*start, str(row.n), f"{thin:,.1f}", f"{row.times['layer_microseconds']:,.1f}"]
+        line += [f"{time:,.1f}" if (time := row.times.get(COLUMNS[name])) else "" for name in fewer_bits]
         line += [_times(row.times.get(f"{rival}_microseconds"), thin) for rival in shown]
         if cold:
             line.append(_times(row.times.get("cold_best_dense_microseconds"), row.times.get("cold_microseconds")))
         lines.append(tuple(line))
     first = rows[0]
-    heads = ["rank", "batch", "ratio", "n", "us", "as module", *(rival.replace("_", " ") for rival in shown)]
+    heads = ["rank", "batch", "ratio", "n", "us", "as module"]
+    heads += [f"{name.removeprefix('thin_')}, us" for name in fewer_bits]
+    heads += [rival.replace("_", " ") for rival in shown]
     title = (
         f"{first.case} {first.rows}x{first.cols}, threads {first.threads}, "
         f"instruction set {first.isa}. Times faster than:"
@@ -126,7 +141,7 @@ def draw(rows: Sequence[BenchRow], path: Path) -> Path:
     axes.set_xlabel("size of the weights over dense")
     axes.set_ylabel(
         "times faster than the dense layer"
-        if case in ("linear", "train", "tensorflow")
+        if case in ("linear", "modules", "train", "tensorflow")
         else "times faster than the dense network"
     )
     threads = rows[0].threads
