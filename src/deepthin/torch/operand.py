@@ -193,9 +193,9 @@ class Operand(RoundedState):
         """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
-        fast = self._fast[index]
-        entries = None if fast is None else self._short_entries()
-        return None if entries is None else fast(x, entries.get("xf"), entries.get("wf"), bias)
+        if (fast := self._fast[index]) is None or (entries := self._short_entries()) is None:
+            return None
+        return fast(x, entries.get("xf"), entries.get("wf"), bias)
 
     def _trained_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
         """The native product and its gradients in a training; None where it was not used for this batch before."""
