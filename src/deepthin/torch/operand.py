@@ -170,9 +170,10 @@ class Operand(RoundedState):
             return None
         if self._table is None:
             self._table = tuple(self._rows_of(index) for index in range(len(self.parts)))
-        table: Any = self._table[index]
-        entries = None if table is None else self._short_entries()
-        return None if entries is None else table(places, entries.get("xf"), entries.get("wf"))
+        table = self._table[index]
+        if table is None or (entries := self._short_entries()) is None:
+            return None
+        return table(places, entries.get("xf"), entries.get("wf"))
 
     def _rows_of(self, index: int) -> Any:
         """The native look-up of single rows; None where the tensor has none."""
@@ -195,8 +196,9 @@ class Operand(RoundedState):
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
         fast = self._fast[index]
-        entries = None if fast is None else self._short_entries()
-        return None if entries is None else fast(x, entries.get("xf"), entries.get("wf"), bias)
+        if fast is None or (entries := self._short_entries()) is None:
+            return None
+        return fast(x, entries.get("xf"), entries.get("wf"), bias)
 
     def _trained_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
         """The native product and its gradients in a training; None where it was not used for this batch before."""
