@@ -1,31 +1,50 @@
 """Fit the cost model of deepthin.kernels.costs to timings on this machine, and print its regret.
 
-    python benchmarks/fit_costs.py      (about five minutes, one core)
+    python benchmarks/fit_costs.py [--convolutions]     (about two minutes, one core)
 
 Prints the nanoseconds for each term that `costs.terms` counts, to be copied there, and the regret: the time of the way
 to multiply that the fitted model chooses over that of the fastest one.
 """
 
 import itertools
+import sys
 import time
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
-from torch import nn
+from torch import Tensor, nn
 
 from deepthin import METHODS, BudgetError
+from deepthin.kernels import costs
 from deepthin.kernels.costs import NATIVE, Path, terms
 from deepthin.methods.factor import Factor
 from deepthin.storage.contents import Part
-from deepthin.torch import multiply, operators
+from deepthin.torch import convolution, multiply, operators
 from deepthin.torch.weight import ThinWeight
 
 SHAPES = ((2048, 2048), (1024, 1024), (512, 512), (300, 784), (128, 256), (2048, 440), (64, 64))
 RATIOS = (0.2, 0.05, 0.0195, 0.0099, 0.004, 0.0014)
 RANKS = (1, 4)
 BATCHES = (1, 2, 8, 32, 128, 512)
+CONVOLUTIONS: tuple[tuple[nn.Conv1d | nn.Conv2d, tuple[int, ...]], ...] = (
+    (nn.Conv2d(1, 20, 5), (1, 1, 28, 28)),
+    (nn.Conv2d(20, 50, 5), (1, 20, 12, 12)),
+    (nn.Conv2d(20, 50, 5), (32, 20, 12, 12)),
+    (nn.Conv2d(16, 16, 3, padding=1), (1, 16, 28, 28)),
+    (nn.Conv2d(32, 32, 3, padding=1), (32, 32, 14, 14)),
+    (nn.Conv2d(64, 64, 3, padding=1), (1, 64, 7, 7)),
+    (nn.Conv2d(64, 64, 3, padding=1), (32, 64, 7, 7)),
+    (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 28, 28)),
+    (nn.Conv2d(256, 256, 3, stride=2, padding=1), (8, 256, 14, 14)),
+    (nn.Conv2d(512, 512, 3, padding=1), (1, 512, 7, 7)),
+    (nn.Conv2d(256, 1024, 1), (1, 256, 14, 14)),
+    (nn.Conv1d(64, 64, 9), (1, 64, 100)),
+    (nn.Conv1d(256, 512, 64), (1, 256, 71)),
+    (nn.Conv1d(1024, 128, 64), (1, 1024, 127)),
+)
 
 
 Case = tuple[bool, dict[str, tuple[float, ...]], dict[str, float]]
@@ -80,6 +99,70 @@ def measure(method: Factor, batch: int) -> list[Case]:
     return [(True, counts, judged), (False, counts, trained)]
 
 
+def measure_convolution(
+    layer: nn.Conv1d | nn.Conv2d, images: Tensor, ratio: float, rank: int
+) -> list[tuple[bool, tuple[float, ...], float, Factor, int, float]]:
+    """Both cases of one convolution: the counts of the dense one and its time, the plan, items, and the time by factors."""
+    rows, cols = layer.out_channels, layer.weight[0].numel()
+    method = cast(Factor, METHODS["deepthin"].fit((rows, cols), int(32 * ratio * rows * cols), rank=rank))
+    weight = ThinWeight.draw("w", method, [Part(tuple(layer.weight.shape))], images, np.random.default_rng(0), 1.0)
+    window, made = weight.kernels[0], convolution.geometry(layer)
+    assert window is not None
+    x = images.clone().requires_grad_()
+    grad = torch.randn_like(layer(images))
+    items, area = grad.numel() // rows, rows * cols
+
+    def dense() -> Tensor:
+        return layer._conv_forward(x, weight(), None)
+
+    def factors() -> Tensor:
+        return cast(Tensor, convolution._Convolve.apply(x, weight.xf, weight.wf, None, made, window, 1.0))
+
+    def step(way: Callable[[], Tensor]) -> None:
+        x.grad = weight.xf.grad = weight.wf.grad = None
+        way().backward(grad)
+
+    trained = [median_ns(lambda way=way: step(way)) for way in (dense, factors)]
+    weight.eval().requires_grad_(False)
+    with torch.no_grad():
+        judged = [median_ns(way) for way in (dense, factors)]
+    return [
+        (ready, (1, items * area, area, 0 if ready else area * rank), times[0], method, items, times[1])
+        for ready, times in ((True, judged), (False, trained))
+    ]
+
+
+def fit_convolutions() -> None:
+    """Measure, fit, print: the constants of ``costs.convolution_costs``. Those of products must be up to date."""
+    found = []
+    for (layer, shape), ratio, rank in itertools.product(CONVOLUTIONS, (0.1, 0.02), RANKS):
+        try:
+            found += measure_convolution(layer, torch.randn(shape), ratio, rank)
+        except BudgetError:
+            continue
+    for ready in (True, False):
+        cases = [case[1:] for case in found if case[0] == ready]
+        times = np.array([case[1] for case in cases])
+        dense, _ = nnls(np.array([counts for counts, *_ in cases]) / times[:, None], np.ones(len(times)))
+        moved, rest, by_factors = [], [], []
+        for _, _, plan, items, factors in cases:
+            product = min(cost for path, cost in costs.work(plan, items, ready).items() if path in NATIVE)
+            moved.append((1, items * sum(plan.shape)))
+            rest.append(max(factors - product, 0))
+            by_factors.append(factors)
+        weigh = 1 / np.array(by_factors)
+        windows, _ = nnls(np.array(moved) * weigh[:, None], np.array(rest) * weigh)
+        print(f"convolutions, {'evaluation' if ready else 'training'}:")
+        for name, fitted in (("dense", dense), ("windows", windows)):
+            print(f"  {name:7}", ", ".join(f"{value:.3g}" for value in fitted))
+        regret = []
+        for (counts, dense_time, plan, items, factors), count in zip(cases, moved, strict=True):
+            product = min(cost for path, cost in costs.work(plan, items, ready).items() if path in NATIVE)
+            chosen = factors if product + np.dot(windows, count) < np.dot(dense, counts) else dense_time
+            regret.append(chosen / min(dense_time, factors))
+        print(f"  regret: mean {np.mean(regret):.3f}, worst {max(regret):.1f}")
+
+
 def measure_all() -> list[Case]:
     """Every shape, ratio, rank and batch for which a plan exists."""
     cases: list[Case] = []
@@ -95,6 +178,9 @@ def measure_all() -> list[Case]:
 def main() -> None:
     """Measure, fit each way by non-negative least squares on relative errors, print."""
     torch.set_num_threads(1)
+    if "--convolutions" in sys.argv:
+        fit_convolutions()
+        return
     cases = measure_all()
     for ready in (True, False):
         own = [(counts, times) for is_ready, counts, times in cases if is_ready == ready]

@@ -84,7 +84,7 @@ std::vector<Job> jobs_of(const Convolution& c, const Layout& layout, const float
     std::vector<Job> jobs(c.groups);
     for (int64_t g = 0; g < c.groups; g++) {
         const int64_t entry = c.offset + g * rows * cols;
-        jobs[g].plan = make_plan(rows, cols, c.n, c.rank, entry % c.n);
+        jobs[g].plan = in_pieces(make_plan(rows, cols, c.n, c.rank, entry % c.n), int64_t(layout.taps.size()));
         jobs[g].xf = xf + entry / c.n * c.rank, jobs[g].wf = wf;
         jobs[g].bias = bias ? bias + g * rows : nullptr;
         jobs[g].scale = 1;

@@ -25,7 +25,9 @@ constexpr int FEW = 0;
 
 template <int W>
 int64_t space_of(const Job& job, bool backward) {
-    return Space<W>(job, nullptr, backward).floats;
+    Job part = job;
+    part.plan = piece_of(job.plan, 0);  // none is larger
+    return Space<W>(part, nullptr, backward).floats;
 }
 
 int64_t forward_scratch(const Job& job, [[maybe_unused]] int width) { return DEEPTHIN_BY_WIDTH(space_of)(job, false); }

@@ -19,6 +19,8 @@ struct Plan {
     int64_t phases;  // n / g: outputs this far apart start at the same entry of wf
     int64_t step;    // cols / g: rows of xf between two such outputs
     int64_t blocks;  // rows of xf that an output reads, at most
+    int64_t width;   // inputs that a product takes: cols, or those of a piece
+    int64_t piece;   // inputs at a time of several items: so few that a piece's scratch memory stays in the caches
 };
 
 // Transform of `points` complex numbers; radix by radix, no bit reversal: the inverse undoes the forward order.

@@ -235,7 +235,7 @@ void correlate_gradient(const float* x, int64_t length, const float* p, int64_t 
 constexpr int BUNDLE = 4;
 
 template <int W>
-struct Space {  // scratch memory of a block of items, or of a bundle of them
+struct Space {  // scratch memory of a piece of a block of items, or of a bundle of them; y serves all pieces
     const Plan& plan;
     int64_t count;                         // positions of the correlation
     int64_t least_outputs, more_outputs;  // outputs of each phase; the first `more_outputs` phases have one more
@@ -244,24 +244,24 @@ struct Space {  // scratch memory of a block of items, or of a bundle of them
     float *x, *p, *y, *z, *c, *d, *dx, *panel;
     int64_t floats;
 
-    Space(const Job& job, float* memory, bool backward) : plan(job.plan), count(plan.cols + plan.n - 1) {
+    Space(const Job& job, float* memory, bool backward) : plan(job.plan), count(plan.width + plan.n - 1) {
         Arena arena{memory};
+        y = arena.take(plan.rows * W * (backward ? BUNDLE : 1));
         least_outputs = plan.rows / plan.phases;
         more_outputs = plan.rows % plan.phases;
         fft = job.lanes.points > 0;
         width = round_up(plan.blocks * plan.rank, W);
         const int64_t points = job.lanes.points * 2 * W, edge = TILE * W;
         const int64_t positions = (count + 2 * TILE) * plan.rank * W;
-        x = arena.take((plan.cols + 2 * TILE) * W) + (memory ? edge : 0);
+        x = arena.take((plan.width + 2 * TILE) * W) + (memory ? edge : 0);
         p = arena.take(positions) + (memory ? edge * plan.rank : 0);
-        y = arena.take(plan.rows * W * (backward ? BUNDLE : 1));
         z = arena.take(points);
         // Without FFT it holds a reversed filter or, for plain rank, the items one after the other.
         c = arena.take(larger(points, backward ? round_up(plan.n, W) * (is_plain_rank(plan) ? W : 1) : 0));
         d = dx = panel = nullptr;
         if (backward) {
             d = plan.rank > 1 ? arena.take(points) : nullptr;
-            dx = arena.take(plan.cols * W);
+            dx = arena.take(plan.width * W);
             const int64_t panels = smaller(plan.phases, plan.rows) * BUNDLE * W * width;
             panel = arena.take(panels);
         }
@@ -274,14 +274,14 @@ struct Space {  // scratch memory of a block of items, or of a bundle of them
 };
 
 template <int W>
-void take_items(const Job& job, Space<W>& space, int64_t first, int64_t items) {
-    const int64_t cols = job.plan.cols;
+void take_items(const Job& job, Space<W>& space, int64_t column, int64_t first, int64_t items) {
+    const int64_t cols = job.plan.cols, width = job.plan.width;
     __builtin_memset(space.x - TILE * W, 0, sizeof(float) * TILE * W);
     if (job.patches)
-        take_windows<W>(*job.patches, first, items, cols, space.x);
+        take_windows<W>(*job.patches, first, items, column, width, space.x);
     else
-        rows_to_lanes<W>(job.x + first * cols, cols, items, cols, space.x);
-    __builtin_memset(space.x + cols * W, 0, sizeof(float) * TILE * W);
+        rows_to_lanes<W>(job.x + first * cols + column, cols, items, width, space.x);
+    __builtin_memset(space.x + width * W, 0, sizeof(float) * TILE * W);
 }
 
 // Fills p, and by FFT z with the spectrum of x.
@@ -297,11 +297,11 @@ void correlations(const Job& job, Space<W>& space) {
     }
     if (!space.fft) {
         for (int64_t a = 0; a < rank; a++)
-            correlate<W, false>(space.x, plan.cols, job.wf + a * plan.n, plan.n, plan.n - 1, space.p + a * W, rank * W,
+            correlate<W, false>(space.x, plan.width, job.wf + a * plan.n, plan.n, plan.n - 1, space.p + a * W, rank * W,
                                 W, space.count);
         return;
     }
-    forward_spectrum<W>(job.lanes, space.x, W, plan.cols, space.z);
+    forward_spectrum<W>(job.lanes, space.x, W, plan.width, space.z);
     const float* z = space.z;
     for (int64_t a = 0; a < rank; a++) {
         const float* h = job.spectra + a * job.lanes.points * 2;
@@ -314,53 +314,61 @@ void correlations(const Job& job, Space<W>& space) {
 
 template <int W>
 uint32_t forward_block(const Job& job, int64_t first, int64_t items, float* scratch) {
-    const Plan& plan = job.plan;
-    Space<W> space(job, scratch, false);
-    take_items<W>(job, space, first, items);
-    correlations<W>(job, space);
+    const int64_t rows = job.plan.rows, cols = job.plan.cols;
+    Job part = job;
     Vec<W> odd = {};  // NaN in the lane of each item with an output that is not finite
     Vec<W>* const marked = &odd;
-    Phase phase(plan);
-    for (int64_t i = 0; i < smaller(plan.phases, plan.rows); i++, phase.next()) {
-        float* const y = space.y + i * W;
-        const float* const bias = job.bias ? job.bias + i : nullptr;
-        const int64_t apart = plan.phases;
-        const bool relu = job.relu;
-        const float scale = job.scale;
-        multiply<W>(job.xf + phase.row * plan.rank, plan.step * plan.rank, space.outputs(i), space.columns(phase),
-                    space.p + space.place(phase), [=](int64_t k, Vec<W> sum) DEEPTHIN_INLINED {
-                        sum *= scale;
-                        if (bias) sum += bias[k * apart];
-                        *marked += sum - sum;
-                        if (relu) sum = rectify<W>(sum);
-                        store<W>(y + k * apart * W, sum);
-                    });
+    const float* lanes = nullptr;
+    for (int64_t column = 0; column < cols; column += job.plan.piece) {
+        part.plan = piece_of(job.plan, column);
+        const Plan& plan = part.plan;
+        Space<W> space(part, scratch, false);
+        lanes = space.y;
+        take_items<W>(part, space, column, first, items);
+        correlations<W>(part, space);
+        const bool begins = column == 0, ends = column + plan.width == cols;
+        Phase phase(plan);
+        for (int64_t i = 0; i < smaller(plan.phases, rows); i++, phase.next()) {
+            float* const y = space.y + i * W;
+            const float* const bias = job.bias ? job.bias + i : nullptr;
+            const int64_t apart = plan.phases;
+            const bool relu = job.relu;
+            const float scale = job.scale;
+            multiply<W>(job.xf + phase.row * plan.rank, plan.step * plan.rank, space.outputs(i), space.columns(phase),
+                        space.p + space.place(phase), [=](int64_t k, Vec<W> sum) DEEPTHIN_INLINED {
+                            float* const at = y + k * apart * W;
+                            if (!begins) sum += load<W>(at);
+                            if (ends) {
+                                sum *= scale;
+                                if (bias) sum += bias[k * apart];
+                                *marked += sum - sum;
+                                if (relu) sum = rectify<W>(sum);
+                            }
+                            store<W>(at, sum);
+                        });
+        }
     }
     if (job.patches)
-        put_outputs<W>(*job.patches, space.y, first, items, plan.rows, job.y);
+        put_outputs<W>(*job.patches, lanes, first, items, rows, job.y);
     else
-        lanes_to_rows<W>(space.y, plan.rows, items, plan.rows, job.y + first * plan.rows);
+        lanes_to_rows<W>(lanes, rows, items, rows, job.y + first * rows);
     uint32_t mask = 0;
     for (int64_t b = 0; b < items; b++) mask |= uint32_t(odd[b] != odd[b]) << b;
     return mask;
 }
 
-// One block of a bundle: computes the gradients of x and wf, and fills the panels from which `outer` computes that of xf.
+// A piece of one block of a bundle: computes the gradients of x and wf, and fills the panels from which `outer` computes that of xf.
 template <int W>
-void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t items, float* y, float* panels,
-                    int64_t panel_jump) {
+void backward_block(const Job& job, Space<W>& space, int64_t column, int64_t first, int64_t items, const float* y,
+                    float* panels, int64_t panel_jump) {
     const Plan& plan = job.plan;
-    const int64_t rank = plan.rank, n = plan.n, cols = plan.cols;
-    if (job.grad_xf || job.grad_wf) take_items<W>(job, space, first, items);
+    const int64_t rank = plan.rank, n = plan.n, width = plan.width;
+    if (job.grad_xf || job.grad_wf) take_items<W>(job, space, column, first, items);
     if (job.grad_xf) {
         correlations<W>(job, space);
     } else if (job.grad_wf && space.fft) {
-        forward_spectrum<W>(job.lanes, space.x, W, cols, space.z);
+        forward_spectrum<W>(job.lanes, space.x, W, width, space.z);
     }
-    if (job.patches)
-        take_outputs<W>(*job.patches, job.grad, first, items, plan.rows, y);
-    else
-        rows_to_lanes<W>(job.grad + first * plan.rows, plan.rows, items, plan.rows, y);
     const int64_t phases = smaller(plan.phases, plan.rows);
     Phase phase(plan);
     for (int64_t i = 0; job.grad_xf && i < phases; i++, phase.next())
@@ -383,22 +391,22 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
         const float* reads = dp + (n - 1) * rank * W;
         const Columns columns{1, n, 0};
         if (job.grad_wf) {
-            const int64_t width = round_up(n, W);
-            lay_out<W>(columns, space.x, space.c, width);
-            outer<W>({reads, W, 1, 0}, rank, space.c, width, n, job.grad_wf, job.grad_wf + rank * n, n);
+            const int64_t padded = round_up(n, W);
+            lay_out<W>(columns, space.x, space.c, padded);
+            outer<W>({reads, W, 1, 0}, rank, space.c, padded, n, job.grad_wf, job.grad_wf + rank * n, n);
         }
         if (job.grad_x) spread<W>(job.wf, n, rank, reads, W, columns, space.dx);
     } else if (!space.fft) {
         for (int64_t a = 0; a < rank; a++) {
             const float* gradient = dp + a * W;
-            if (job.grad_wf) correlate_gradient<W>(space.x, cols, gradient, rank * W, n, job.grad_wf + a * n * W);
+            if (job.grad_wf) correlate_gradient<W>(space.x, width, gradient, rank * W, n, job.grad_wf + a * n * W);
             if (job.grad_x) {
                 float* reversed = space.c;
                 for (int64_t t = 0; t < n; t++) reversed[t] = job.wf[a * n + n - 1 - t];
                 if (a == 0)
-                    correlate<W, false>(gradient, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
+                    correlate<W, false>(gradient, space.count, reversed, n, 0, space.dx, W, rank * W, width);
                 else
-                    correlate<W, true>(gradient, space.count, reversed, n, 0, space.dx, W, rank * W, cols);
+                    correlate<W, true>(gradient, space.count, reversed, n, 0, space.dx, W, rank * W, width);
             }
         }
     } else {
@@ -421,29 +429,40 @@ void backward_block(const Job& job, Space<W>& space, int64_t first, int64_t item
                 }
             }
         }
-        if (job.grad_x) inverse_spectrum<W>(job.lanes, InPlace{}, space.c, space.dx, W, cols);
+        if (job.grad_x) inverse_spectrum<W>(job.lanes, InPlace{}, space.c, space.dx, W, width);
     }
     if (!job.grad_x) return;
     if (job.patches)
-        add_windows<W>(*job.patches, first, items, cols, space.dx);
+        add_windows<W>(*job.patches, first, items, column, width, space.dx);
     else
-        lanes_to_rows<W>(space.dx, cols, items, cols, job.grad_x + first * cols);
+        lanes_to_rows<W>(space.dx, plan.cols, items, width, job.grad_x + first * plan.cols + column);
 }
 
 template <int W>
 void backward_bundle(const Job& job, int64_t first, int64_t items, float* scratch) {
-    const Plan& plan = job.plan;
-    Space<W> space(job, scratch, true);
-    const int64_t blocks = divide_up(items, W), panel = W * space.width;
-    for (int64_t g = 0; g < blocks; g++)
-        backward_block<W>(job, space, first + g * W, smaller(W, items - g * W), space.y + g * plan.rows * W,
-                          space.panel + g * panel, blocks * panel);
-    Phase phase(plan);
-    for (int64_t i = 0; job.grad_xf && i < smaller(plan.phases, plan.rows); i++, phase.next()) {
-        const Columns columns = space.columns(phase);
-        outer<W>({space.y + i * W, plan.phases * W, blocks, plan.rows * W}, space.outputs(i),
-                 space.panel + i * blocks * panel, space.width, columns.blocks * columns.rank,
-                 job.grad_xf + phase.row * plan.rank, job.grad_xf + plan.m * plan.rank, plan.step * plan.rank);
+    const int64_t rows = job.plan.rows, cols = job.plan.cols, blocks = divide_up(items, W);
+    Job part = job;
+    for (int64_t column = 0; column < cols; column += job.plan.piece) {
+        part.plan = piece_of(job.plan, column);
+        const Plan& plan = part.plan;
+        Space<W> space(part, scratch, true);
+        const int64_t panel = W * space.width;
+        for (int64_t g = 0; g < blocks; g++) {
+            const int64_t item = first + g * W, some = smaller(W, items - g * W);
+            float* const y = space.y + g * rows * W;
+            if (column == 0 && job.patches)
+                take_outputs<W>(*job.patches, job.grad, item, some, rows, y);
+            else if (column == 0)
+                rows_to_lanes<W>(job.grad + item * rows, rows, some, rows, y);
+            backward_block<W>(part, space, column, item, some, y, space.panel + g * panel, blocks * panel);
+        }
+        Phase phase(plan);
+        for (int64_t i = 0; job.grad_xf && i < smaller(plan.phases, rows); i++, phase.next()) {
+            const Columns columns = space.columns(phase);
+            outer<W>({space.y + i * W, plan.phases * W, blocks, rows * W}, space.outputs(i),
+                     space.panel + i * blocks * panel, space.width, columns.blocks * columns.rank,
+                     job.grad_xf + phase.row * plan.rank, job.grad_xf + plan.m * plan.rank, plan.step * plan.rank);
+        }
     }
 }
 

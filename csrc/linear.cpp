@@ -64,7 +64,9 @@ std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
     return blocks;
 }
 
-const Transform& transform_of_items(const Plan& plan, int64_t lanes) {
+const Transform& transform_of_items(const Plan& plan) { return transform_of((plan.piece + plan.n) / 2); }
+
+const Transform& transform_of_item(const Plan& plan, int64_t lanes) {
     return transform_of((plan.cols + plan.n - 1 + 2 * lanes - 1) / (2 * lanes));
 }
 
@@ -73,12 +75,21 @@ Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offs
     const auto within = [](int64_t value) { return 0 < value && value < LIMIT; };
     if (!within(rows) || !within(cols) || !within(n) || !within(rank) || offset < 0 || offset >= n)
         throw std::invalid_argument("rows, cols, n and rank must be from 1 to 2^31 - 1, and 0 <= offset < n");
-    Plan plan{rows, cols, n, rank, (offset + rows * cols - 1) / n + 1, offset, 0, 0, 0, 0};
+    Plan plan{rows, cols, n, rank, (offset + rows * cols - 1) / n + 1, offset, 0, 0, 0, 0, cols, cols};
     plan.common = std::gcd(n, cols);
     plan.phases = n / plan.common;
     plan.step = cols / plan.common;
     plan.blocks = (n - 1 + cols - 1) / n + 1;
     if (plan.common == n) plan.blocks = (offset + cols - 1) / n + 1;  // all outputs start at the same entry of wf
+    return in_pieces(plan, 1);
+}
+
+Plan in_pieces(Plan plan, int64_t multiple) {
+    constexpr int64_t PIECE = 4096, LEAST = 2048;  // measured
+    const int64_t least = std::max({PIECE / plan.rank, LEAST, 8 * plan.n});  // each piece correlates n positions more
+    if (is_plain_rank(plan) || plan.cols < 2 * least) return plan;
+    const int64_t pieces = plan.cols / least, size = (plan.cols + pieces - 1) / pieces;
+    plan.piece = std::min(plan.cols, (size + multiple - 1) / multiple * multiple);
     return plan;
 }
 
@@ -119,7 +130,7 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
         job_.spectra = spectra_->get();
     }
     if (alone) {
-        job_.single = transform_of_items(plan, kernels.single_width);
+        job_.single = transform_of_item(plan, kernels.single_width);
         spectra1_ = spectra_of(kernels, plan, wf, job_.single, true);
         job_.spectra1 = spectra1_->get();
     }

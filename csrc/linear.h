@@ -37,9 +37,13 @@ void exact(const Job& job, int64_t item);
 // Whether the weight is a plain product of two factors: n is the fan-in, and it begins at entry 0.
 inline bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
 
-// The transform of a product: real sequences as half as many complex points, lane by lane or, of a single item, all of
-// `lanes` positions.
-const Transform& transform_of_items(const Plan& plan, int64_t lanes = 1);
+// Of products of one item per SIMD lane, and of a single item, all of `lanes` positions: real sequences as half as many
+// complex points.
+const Transform& transform_of_items(const Plan& plan);
+const Transform& transform_of_item(const Plan& plan, int64_t lanes);
+
+// The plan with pieces of a multiple of some number of inputs.
+Plan in_pieces(Plan plan, int64_t multiple);
 
 // The fastest transform of at least so many points. Cached for the life of the process.
 const Transform& transform_of(int64_t least);

@@ -35,14 +35,15 @@ DEEPTHIN_INLINE typename Integers<W>::type lanes_from(int64_t first) {
     return number >= float(first);
 }
 
-// The entries of `items` windows -> cols x W; lanes without an item are zero. RUNS: their number as a constant, or 0.
+// Entries of `items` windows, from some channel on -> cols x W; lanes without an item are zero. RUNS: their number as a
+// constant, or 0.
 template <int W, int RUNS>
-void take_runs(const Patches& p, const Runs<W>& runs, int64_t items, int64_t cols, float* to) {
+void take_runs(const Patches& p, const Runs<W>& runs, int64_t items, int64_t first, int64_t cols, float* to) {
     const int count = RUNS ? RUNS : runs.count;
     typename Integers<W>::type from[W];
     for (int i = 1; i < count; i++) from[i] = lanes_from<W>(runs.first[i]);
     const auto empty = lanes_from<W>(items);
-    for (int64_t channel = 0; channel < cols / p.taps; channel++) {
+    for (int64_t channel = first; channel < first + cols / p.taps; channel++) {
         const float* images = p.images + channel * p.channel;
         for (int64_t t = 0; t < p.taps; t++, to += W) {
             const float* entry = images + p.tap[t];
@@ -54,26 +55,27 @@ void take_runs(const Patches& p, const Runs<W>& runs, int64_t items, int64_t col
 }
 
 template <int W>
-void take_windows(const Patches& p, int64_t first, int64_t items, int64_t cols, float* to) {
+void take_windows(const Patches& p, int64_t first, int64_t items, int64_t column, int64_t cols, float* to) {
+    const int64_t channel = column / p.taps;
     const Runs<W> runs(p, first, items);
     switch (runs.count) {
-        case 1: take_runs<W, 1>(p, runs, items, cols, to); break;
-        case 2: take_runs<W, 2>(p, runs, items, cols, to); break;
-        case 3: take_runs<W, 3>(p, runs, items, cols, to); break;
-        default: take_runs<W, 0>(p, runs, items, cols, to);
+        case 1: take_runs<W, 1>(p, runs, items, channel, cols, to); break;
+        case 2: take_runs<W, 2>(p, runs, items, channel, cols, to); break;
+        case 3: take_runs<W, 3>(p, runs, items, channel, cols, to); break;
+        default: take_runs<W, 0>(p, runs, items, channel, cols, to);
     }
 }
 
-// Adds the gradients of the entries of windows, cols x W, to the images. Entries beside a run have a zero added.
+// Adds the gradients of the entries of windows from `column` on, cols x W, to the images. Entries beside a run have a zero added.
 template <int W>
-void add_windows(const Patches& p, int64_t first, int64_t items, int64_t cols, const float* from) {
+void add_windows(const Patches& p, int64_t first, int64_t items, int64_t column, int64_t cols, const float* from) {
     const Runs<W> runs(p, first, items);
     typename Integers<W>::type begin[W], end[W];
     for (int i = 0; i < runs.count; i++) {
         begin[i] = lanes_from<W>(runs.first[i]);
         end[i] = lanes_from<W>(i + 1 < runs.count ? runs.first[i + 1] : items);
     }
-    for (int64_t channel = 0; channel < cols / p.taps; channel++) {
+    for (int64_t channel = column / p.taps; channel < (column + cols) / p.taps; channel++) {
         float* images = p.grad_images + channel * p.channel;
         for (int64_t t = 0; t < p.taps; t++, from += W) {
             const Vec<W> value = load<W>(from);

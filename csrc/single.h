@@ -288,6 +288,13 @@ bool single_item(const Job& job, int64_t item, float* scratch) {
         case 3: inner.template operator()<3>(); break;
         case 4: inner.template operator()<4>(); break;
         case 5: inner.template operator()<5>(); break;
+        case 6: inner.template operator()<6>(); break;
+        case 7: inner.template operator()<7>(); break;
+        case 8: inner.template operator()<8>(); break;
+        case 9: inner.template operator()<9>(); break;
+        case 10: inner.template operator()<10>(); break;
+        case 11: inner.template operator()<11>(); break;
+        case 12: inner.template operator()<12>(); break;
         default: inner.template operator()<0>();
     }
     for (; j < plan.rows; j += W) {

@@ -122,6 +122,45 @@ int main() {
         for (float value : grad_x) size = std::max(size, double(std::fabs(value)));
         worst = std::max(worst, std::fabs(want - grad_x[place]) / size);
     }
+    for (int turn = 0; turn < 200; turn++) {  // convolutions of images with zeros around them
+        const int64_t groups = pick(1, 2), batch = pick(1, 4), inputs = groups * pick(1, 4), outputs = groups * pick(1, 12);
+        deepthin::Convolution c{batch, inputs, outputs, groups, {1, pick(3, 9), pick(3, 9)}, {1, pick(1, 3), pick(1, 3)},
+                                {1, pick(1, 2), pick(1, 3)}, {1, 1, 1}, {0, pick(0, 2), pick(0, 2)}, {0, pick(0, 2), pick(0, 2)},
+                                pick(1, 30), pick(1, 3), 0};
+        c.offset = pick(0, int(c.n) - 1);
+        const int64_t positions = deepthin::check_convolution(c), taps = c.kernel[1] * c.kernel[2], cols = inputs / groups * taps;
+        const int64_t m = (c.offset + outputs * cols + c.n - 1) / c.n, image = c.size[1] * c.size[2];
+        const int64_t across = (c.before[2] + c.size[2] + c.after[2] - c.kernel[2]) / c.stride[2] + 1;
+        const Floats x = draw(batch * inputs * image), xf = draw(m * c.rank), wf = draw(c.rank * c.n);
+        const Floats grad = draw(batch * outputs * positions);
+        Doubles y(grad.size()), grad_x(x.size()), grad_xf(xf.size()), grad_wf(wf.size());
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t j = 0; j < outputs; j++)
+                for (int64_t p = 0; p < positions; p++)
+                    for (int64_t q = 0; q < cols; q++) {
+                        const int64_t channel = j / (outputs / groups) * (inputs / groups) + q / taps;
+                        const int64_t row = p / across * c.stride[1] + q % taps / c.kernel[2] - c.before[1];
+                        const int64_t column = p % across * c.stride[2] + q % c.kernel[2] - c.before[2];
+                        if (row < 0 || row >= c.size[1] || column < 0 || column >= c.size[2]) continue;
+                        const int64_t place = (b * inputs + channel) * image + row * c.size[2] + column;
+                        const int64_t output = (b * outputs + j) * positions + p, entry = c.offset + j * cols + q;
+                        for (int64_t a = 0; a < c.rank; a++) {
+                            const int64_t left_at = entry / c.n * c.rank + a, right_at = a * c.n + entry % c.n;
+                            const double left = xf[left_at], right = wf[right_at], value = x[place], back = grad[output];
+                            y[output] += left * right * value;
+                            grad_x[place] += left * right * back;
+                            grad_xf[left_at] += right * value * back;
+                            grad_wf[right_at] += left * value * back;
+                        }
+                    }
+        for (const bool fft : {false, true}) {
+            Floats out(y.size()), out_x(x.size()), out_xf(xf.size()), out_wf(wf.size());
+            deepthin::convolve(kernels, c, x.data(), xf.data(), wf.data(), nullptr, out.data(), fft, 1, 2);
+            deepthin::convolve_backward(kernels, c, x.data(), xf.data(), wf.data(), grad.data(), out_x.data(), out_xf.data(),
+                                        out_wf.data(), fft, 2);
+            worst = std::max({worst, error(out, y), error(out_x, grad_x), error(out_xf, grad_xf), error(out_wf, grad_wf)});
+        }
+    }
     std::printf("%s: largest error over the largest number %.2g\n", kernels.name, worst);
     return worst < 1e-4 ? 0 : 1;
 }

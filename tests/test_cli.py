@@ -15,8 +15,8 @@ import deepthin
 from deepthin.cli import laboratory
 from deepthin.kernels import products
 from deepthin.lab import trial
+from deepthin.lab.bench import competitors, networks, shown
 from deepthin.lab.bench import modules as bench_modules
-from deepthin.lab.bench import networks, shown
 from deepthin.lab.bench import run as bench_run
 
 FACTORY = """
@@ -115,6 +115,7 @@ def test_convert_shows_an_example(run):
         (["compare", "digits", "--data", "."], "--data must hold MNIST's IDX files"),
         (["bench", "linaer"], "There is no case 'linaer'. Did you mean 'linear'?"),
         (["bench", "linear", "--batch", "x"], "--batch 'x' must be integers >= 1"),
+        (["bench", "linear", "--rank", "2,0"], "--rank '2,0' must be integers >= 1"),
         ("compress --model factories:net --weights factories.py --out o --ratio .1".split(), "cannot be read"),
     ],
 )  # fmt: skip
@@ -190,7 +191,7 @@ def test_bench_writes_its_rows(run, here):
 
 
 def test_bench_of_a_layer_times_every_rival_warm_and_cold():
-    (row,) = bench_run.run("linear", (64, 96), (0.2,), (2,), rank=1, threads=1, repeats=2)
+    (row,) = bench_run.run("linear", (64, 96), (0.2,), (2,), ranks=(1,), threads=1, repeats=2)
     for temperature in ("", "cold_"):
         times = {
             name: row.times[f"{temperature}{name}_microseconds"] for name in ("dense", "packed", "best_dense", "rank")
@@ -207,10 +208,27 @@ def test_bench_of_a_layer_times_every_rival_warm_and_cold():
 
 def test_bench_of_the_papers_network_draws_its_table(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_run, "TFKALDI", ((40, 30), (50, 40), (20, 50)))
-    rows = bench_run.run("tfkaldi", (1, 1), (0.2, 0.1), (1, 3), rank=1, threads=1, repeats=1)
+    rows = bench_run.run("tfkaldi", (1, 1), (0.2, 0.1), (1, 3), ranks=(1,), threads=1, repeats=1)
     assert [(row.batch, row.ratio) for row in rows] == [(1, 0.2), (1, 0.1), (3, 0.2), (3, 0.1)]
     assert all(row.microseconds > 0 and row.rows == 20 and row.cols == 30 for row in rows)
     assert shown.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_of_several_ranks_times_the_decoded_weight(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_run, "TFKALDI", ((40, 30), (50, 40), (20, 50)))
+    rows = bench_run.run("tfkaldi", (1, 1), (0.001, 0.3, 0.2), (1, 2, 3), ranks=(1, 2), threads=1, repeats=1)
+    assert len({(row.rank, row.batch, row.ratio) for row in rows}) == len(rows) == 18
+    assert all(row.times["decoded_microseconds"] > 0 for row in rows if row.ratio > 0.1)
+    assert "decoded" in shown.summary(rows)
+    assert shown.draw(rows, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_decoded_competitor_computes_what_the_thin_network_does():
+    shapes = ((40, 30), (20, 40))
+    model, _ = competitors.thin_network(competitors.network(shapes), 0.3, 2)
+    x = torch.randn(3, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(competitors.decoded_competitor(shapes, x, model).work(), model(x))
 
 
 @pytest.mark.parametrize("case", ["lstm", "gru", "deepspeech", "train-lstm", "train-acoustic"])
@@ -219,7 +237,7 @@ def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
     monkeypatch.setattr(networks, "STEPS", 12)
     monkeypatch.setattr(networks.ctc, "WIDTH", 24)
     monkeypatch.setattr(networks.acoustic, "WIDTH", 24)
-    rows = bench_run.run(case, (32, 24), (0.3, 0.0001), (2,), rank=1, threads=1, repeats=2)
+    rows = bench_run.run(case, (32, 24), (0.3, 0.0001), (2,), ranks=(1,), threads=1, repeats=2)
     assert [row.microseconds is None for row in rows] == [False, True]
     assert rows[0].times["dense_microseconds"] > 0
     assert rows[0].times["rank_microseconds"] > 0
@@ -239,7 +257,7 @@ def test_bench_of_recurrent_networks(case, monkeypatch, tmp_path):
 def test_bench_of_modules_times_every_kind_of_factors(case, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_run, "ACOUSTIC", ((64, 40), (40, 64)))
     monkeypatch.setattr(bench_modules, "_torchao", lambda dense, x: dense)
-    rows = bench_run.run(case, (64, 96), (0.4, 0.0001), (2,), rank=2, threads=1, repeats=2)
+    rows = bench_run.run(case, (64, 96), (0.4, 0.0001), (2,), ranks=(2,), threads=1, repeats=2)
     assert [row.microseconds is None for row in rows] == [False, True]
     kinds = ("layer", "dense", "packed", "best_dense", "torchao_int8", "thin_8bit", "thin_coded")
     assert all(rows[0].times[f"{kind}_microseconds"] > 0 for kind in kinds)

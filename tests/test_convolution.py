@@ -92,6 +92,20 @@ def test_gradients_of_the_factors_are_those_of_autograd(always):
 
 
 @needs_native
+def test_layers_with_one_code_for_all(always):
+    torch.manual_seed(7)
+    network = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 20, 3, groups=2))
+    rules = {"model": {"ratio": 0.6}, "rules": {"*.weight": {"method": "deepthin", "group": "flat"}}}
+    dt.compress(network, rules, init="scratch")
+    assert network[2].thin["weight"].group.kernels[1].first > 0
+    twin = dt.materialize(copy.deepcopy(network)).double()
+    x = torch.randn(2, 3, 9, 9)
+    got, want = network(x), twin(x.double())
+    assert len(always) == 2
+    assert_close(got, want, 400, absolute(twin)(x.double().abs()).max().item() * torch.ones(want.shape))
+
+
+@needs_native
 def test_gradients_of_gradients(always):
     torch.manual_seed(3)
     network, _ = thin(nn.Conv1d(3, 8, 3, padding=1))

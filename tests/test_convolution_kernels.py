@@ -137,6 +137,15 @@ def test_any_geometry_forward_and_backward(data, dims, groups, seed):
 
 
 @pytest.mark.parametrize("fft", [False, True])
+def test_many_channels_are_taken_in_pieces(fft):
+    problem = Problem(2, 1430, 6, 2, (5, 4), (3, 3), (1, 1), (1, 1), (1, 1), 101, 2, 7)
+    operands = problem.draw(np.random.default_rng(0))
+    want, sums = problem.reference(*operands), problem.reference(*map(abs, operands))
+    for got, one, most in zip(problem.run(operands, fft), want, sums, strict=True):
+        assert (abs(got - one) <= bound(problem.cols + 200, most.max())).all()
+
+
+@pytest.mark.parametrize("fft", [False, True])
 def test_results_do_not_depend_on_threads(fft):
     problem = Problem(9, 6, 40, 1, (12, 12), (3, 3), (1, 1), (1, 1), (1, 1), 11, 2, 0)
     operands = problem.draw(np.random.default_rng(0))

@@ -155,6 +155,16 @@ def test_gradients_of_many_items(isa, batch):
 
 
 @pytest.mark.parametrize("correlation", WAYS)
+@pytest.mark.parametrize(("cols", "n", "rank", "offset"), [(4101, 101, 2, 7), (12_300, 64, 1, 0), (8193, 8193, 1, 3)])
+def test_products_of_many_inputs_in_pieces(isa, cols, n, rank, offset, correlation):
+    problem = Problem(np.random.default_rng(0), 5, cols, n, rank, 9, offset)
+    assert (abs(problem.run(correlation) - problem.reference()) <= problem.bound(correlation)).all()
+    grads, bounds = problem.gradients(correlation), problem.gradient_bounds(correlation)
+    for got, want, bound in zip(grads, problem.gradient_references(), bounds, strict=True):
+        assert (abs(got - want) <= bound).all()
+
+
+@pytest.mark.parametrize("correlation", ["direct", "fft"])
 def test_threads_do_not_change_a_bit(isa, correlation):
     """Promise 11."""
     problem = Problem(np.random.default_rng(4), 130, 140, 17, 2, 300)

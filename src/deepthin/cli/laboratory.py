@@ -45,7 +45,7 @@ def bench(
         int | None, typer.Option(min=1, help="Outputs or units of a layer  [default: 2048; lstm, gru: 1024]")
     ] = None,
     cols: Annotated[int | None, typer.Option(min=1, help="Inputs of the layer  [default: as --rows]")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the factors.")] = 1,
+    rank: Annotated[str, typer.Option(help="Ranks of the factors, comma-separated.")] = "1",
     threads: Threads = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; medians are shown.")] = 21,
     out: Annotated[
@@ -70,11 +70,9 @@ def bench(
     known(case, run.CASES, "case")
     usual = {"train": "128", "train-acoustic": "128", "train-lstm": "16"}
     usual |= dict.fromkeys(("lstm", "gru", "deepspeech"), "1,8")
-    parts = [part.strip() for part in (batch or usual.get(case, "1,8,32")).split(",")]
     rows = rows or (1024 if case in ("lstm", "gru") else 2048)
-    batches = tuple(int(part) for part in parts if part.isdecimal())
-    if len(batches) < len(parts) or 0 in batches:
-        raise ConfigError(f"--batch {batch!r} must be integers >= 1, separated by commas, such as 1,8,32.")
+    batches = _integers("--batch", batch or usual.get(case, "1,8,32"), "1,8,32")
+    ranks = _integers("--rank", rank, "2,4,8")
     if not products.native_available:
         notes.print(Text(f"No native kernels ({products.why_not}): products use torch operations.", style="yellow"))
     sizes = _ratios(ratios)
@@ -84,7 +82,7 @@ def bench(
             (rows, cols or rows),
             sizes,
             batches,
-            rank,
+            ranks,
             threads,
             repeats,
             lambda i, total: report_step(case, i, total),
@@ -282,6 +280,14 @@ def _task(task: str | None, own: tuple[str | None, ...]) -> str:
             f"Name a task ({', '.join(TASKS)}), or your own network by all three of --model, --train and --evaluate."
         )
     return known(task, TASKS, "task") if task is not None else ""
+
+
+def _integers(option: str, text: str, example: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    values = tuple(dict.fromkeys(int(part) for part in parts if part.isdecimal()))
+    if not all(part.isdecimal() for part in parts) or 0 in values:
+        raise ConfigError(f"{option} {text!r} must be integers >= 1, separated by commas, such as {example}.")
+    return values
 
 
 def _ratios(text: str) -> tuple[float, ...]:

@@ -91,12 +91,13 @@ def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[P
         multiplies = rank * (rows + cols)
         return {"native-direct": (1, alone * multiplies, 0, moved, blocks * multiplies, 0)}
     window = rank * n * (cols + n)
-    points, points1 = fft_length((cols + 1) // 2 + n - 1), fft_length(-(-(cols // 2 + n) // LANES))
+    padded = rows * LANES * -(-(-(-(cols + n - 1) // n)) * rank // LANES)  # terms of an output, in whole vectors
+    points, points1 = fft_length((cols + n) // 2), fft_length(-(-(cols + n - 1) // (2 * LANES)))
     transforms = (1 + rank) * points * math.log2(points)
-    transforms1 = (1 + rank) * points1 * (LANES + math.log2(points1))
+    transforms1 = points1 * ((1 + rank) * math.log2(points1) + rank * LANES)
     return {
-        "native-direct": (1, alone * window, alone * taps, moved, blocks * window, blocks * taps),
-        "native-fft": (1, alone * transforms1, alone * taps, moved, blocks * transforms, blocks * taps),
+        "native-direct": (1, alone * window, alone * padded, moved, blocks * window, blocks * taps),
+        "native-fft": (1, alone * transforms1, alone * padded, moved, blocks * transforms, blocks * taps),
     }
 
 

@@ -241,7 +241,6 @@ def _by_fft(made: Geometry, window: Window, items: int, training: bool) -> bool:
     return choose_native(_of_group(window, made.groups), items, training) == "native-fft"
 
 
-@lru_cache(maxsize=4096)
 def _of_group(window: Window, groups: int) -> Factor:
     """The kernel of one group of channels."""
     return Factor((window.rows // groups, window.cols), window.n, window.rank)

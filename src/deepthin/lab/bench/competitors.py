@@ -114,6 +114,26 @@ def dense_competitors(case: str, shapes: Shapes, x: torch.Tensor) -> Iterable[Ti
         yield Timing("int8", None, _forward(int8, x))
 
 
+def decoded_competitor(shapes: Shapes, x: torch.Tensor, model: nn.Sequential) -> Timing:
+    """Torch's layers with the weights decoded from thin ones.
+
+    Args:
+        shapes: (outputs, inputs) of each layer.
+        x: The inputs, batch x inputs.
+        model: The network, compressed by DeepThin.
+
+    Returns:
+        What is timed, ``decoded``, without a ratio.
+    """
+    dense = network(shapes)
+    with torch.no_grad():
+        for layer, thin in zip(dense, model, strict=True):
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(cast(Any, thin).thin["weight"]())
+                layer.bias.copy_(cast(Any, thin).bias)
+    return Timing("decoded", None, _forward(dense, x))
+
+
 def symbol_competitors(shape: tuple[int, int], x: torch.Tensor) -> Iterable[Timing]:
     """Layers with one random symbol for each weight, as after loading with ``frozen``.
 

@@ -3,6 +3,7 @@
 Charts of `tfkaldi` and `deepspeech` also show Table 2 of Sotoudeh and Baghsorkhi, 2018, arXiv:1802.06944.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +17,7 @@ from deepthin.lab.bench.competitors import (
     CODED,
     TFKALDI,
     Shapes,
+    decoded_competitor,
     dense_competitors,
     network,
     symbol_competitors,
@@ -38,7 +40,7 @@ def run(
     shape: tuple[int, int],
     ratios: Sequence[float],
     batches: Sequence[int],
-    rank: int,
+    ranks: Sequence[int],
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -58,7 +60,8 @@ def run(
     both, ``int8`` dynamic quantisation. ``rank`` and ``csr`` have as many bytes as DeepThin: a rank factorisation and
     sparse rows, by kernels of the same library. For ``linear``, ``uniform_8bit`` and ``kmeans_4bit`` are layers with
     one symbol for each weight, at the bytes that these take, and ``kept`` is the latter by its decoded weight, as for
-    large batches. ``thin_8bit`` and ``thin_coded`` have about as many factors, in 8 bits and with a learned step;
+    large batches. For ``linear`` and ``tfkaldi``, ``decoded`` are torch's layers with the weights decoded from DeepThin
+    at the first ratio. ``thin_8bit`` and ``thin_coded`` have about as many factors, in 8 bits and with a learned step;
     ``bf16`` is the dense network in bfloat16, ``torchao_int8`` torchao's dynamic quantisation. Each competitor runs a
     few times before it is timed; for ``cold_...`` the caches are flushed instead.
 
@@ -67,13 +70,14 @@ def run(
         shape: (outputs, inputs) of a single layer; (units, inputs) of ``lstm`` and ``gru``.
         ratios: Bytes of the matrices over those of the dense ones, 0 to 1.
         batches: Numbers of items.
-        rank: Rank of DeepThin's factors, >= 1.
+        ranks: Ranks of DeepThin's factors, >= 1.
         threads: Number of threads of torch and of the native kernels; it is set for the whole process.
         repeats: Timed calls of each competitor, >= 1.
         progress: Called with the number of finished rounds and of all rounds.
 
     Returns:
-        One row for each batch and ratio; one without times where the ratio cannot be reached.
+        One row for each rank, batch and ratio; one without times where the ratio cannot be reached. Those of one rank
+        and batch are timed in turn.
 
     Raises:
         ConfigError: ``tensorflow`` without TensorFlow.
@@ -81,8 +85,9 @@ def run(
     torch.set_num_threads(threads)
     shapes = {"tfkaldi": TFKALDI, "acoustic": ACOUSTIC}.get(case, [shape])
     rows: list[BenchRow] = []
-    for number, batch in enumerate(batches):
-        step = lambda done, total, number=number: progress(number * total + done, len(batches) * total)  # noqa: E731
+    runs = list(itertools.product(ranks, batches))
+    for number, (rank, batch) in enumerate(runs):
+        step = lambda done, total, number=number: progress(number * total + done, len(runs) * total)  # noqa: E731
         if case == "tensorflow":
             rows += _measure_tensorflow(shape, ratios, batch, rank, threads, repeats, step)
         elif case in WHOLE:
@@ -116,6 +121,8 @@ def _measure(
         except BudgetError as error:
             rows.append(replace(row, smallest_ratio=error.smallest_ratio))
             continue
+        if case not in ("train", *MODULES) and not any(row.n for row in rows):
+            timings.append(decoded_competitor(shapes, x, model))
         if case in MODULES:
             timings += thin_modules(shapes, x, model, ratio, rank)
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deepthin.lab.bench.rows import BenchRow
 from deepthin.storage.report import table
@@ -35,6 +36,7 @@ COLUMNS = {  # what is timed, and the name of its column
     "torchao": "torchao_int8_microseconds",
     "thin_8bit": "thin_8bit_microseconds",
     "thin_coded": "thin_coded_microseconds",
+    "decoded": "decoded_microseconds",
     "xla": "xla_microseconds",
     "function": "function_microseconds",
     "generated": "generated_microseconds",
@@ -51,13 +53,13 @@ def summary(rows: Sequence[BenchRow]) -> str:
         Title and table as plain text.
     """
     lines: list[tuple[str, ...]] = []
-    rivals = ("dense", "best_dense", "bf16", "int8", "torchao_int8", "rank", "csr", "uniform_8bit", "kmeans_4bit")
-    rivals += ("generated", "function")
+    rivals = ("dense", "best_dense", "decoded", "bf16", "int8", "torchao_int8", "rank", "csr", "uniform_8bit")
+    rivals += ("kmeans_4bit", "generated", "function")
     fewer_bits = [name for name in ("thin_8bit", "thin_coded") if any(row.times.get(COLUMNS[name]) for row in rows)]
     shown = [rival for rival in rivals if any(row.times.get(f"{rival}_microseconds") for row in rows)]
     cold = any(row.times.get("cold_microseconds") for row in rows)
     for row in rows:
-        start = (str(row.batch), f"{row.ratio:g}")
+        start = (str(row.rank), str(row.batch), f"{row.ratio:g}")
         if (thin := row.microseconds) is None:
             lines.append(
                 (
@@ -75,10 +77,11 @@ def summary(rows: Sequence[BenchRow]) -> str:
             line.append(_times(row.times.get("cold_best_dense_microseconds"), row.times.get("cold_microseconds")))
         lines.append(tuple(line))
     first = rows[0]
-    heads = ["batch", "ratio", "n", "us", "as module", *(f"{name.removeprefix('thin_')}, us" for name in fewer_bits)]
+    heads = ["rank", "batch", "ratio", "n", "us", "as module"]
+    heads += [*(f"{name.removeprefix('thin_')}, us" for name in fewer_bits)]
     heads += [rival.replace("_", " ") for rival in shown]
     title = (
-        f"{first.case} {first.rows}x{first.cols}, rank {first.rank}, threads {first.threads}, "
+        f"{first.case} {first.rows}x{first.cols}, threads {first.threads}, "
         f"instruction set {first.isa}. Times faster than:"
     )
     heads += ["best dense, cold"] if cold else []
@@ -110,16 +113,22 @@ def draw(rows: Sequence[BenchRow], path: Path) -> Path:
 
     case, reds = rows[0].case, ("#fcae91", "#fb6a4a", "#cb181d", "#67000d")
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150)
-    series: list[tuple[str, str, dict[float, float]]] = []
+    series: list[tuple[str, Any, dict[float, float]]] = []
     if case in PAPER:
         for (label, values), grey in zip(PAPER[case].items(), ("#d9d9d9", "#bdbdbd", "#969696"), strict=True):
             series.append((label, grey, dict(zip(PAPER_RATIOS, values, strict=True))))
-    for number, batch in enumerate(dict.fromkeys(row.batch for row in rows)):
+    ranks = list(dict.fromkeys(row.rank for row in rows))
+    kinds = list(dict.fromkeys((row.rank, row.batch) for row in rows))
+    colours = reds if len(kinds) <= len(reds) else pyplot.get_cmap("viridis").resampled(len(kinds)).colors
+    for number, (rank, batch) in enumerate(kinds):
         reached = [
-            (row.ratio, row.times.get("dense_microseconds"), row.microseconds) for row in rows if row.batch == batch
+            (row.ratio, row.times.get("dense_microseconds"), row.microseconds)
+            for row in rows
+            if (row.rank, row.batch) == (rank, batch)
         ]
         faster = {ratio: dense / thin for ratio, dense, thin in reached if dense and thin}
-        series.append((f"batch {batch}", reds[number % len(reds)], faster))
+        label = f"batch {batch}" if len(ranks) == 1 else f"rank {rank}, batch {batch}"
+        series.append((label, colours[number], faster))
     ratios = sorted({row.ratio for row in rows}, reverse=True)
     width = 0.8 / len(series)
     for number, (label, colour, values) in enumerate(series):
@@ -137,7 +146,8 @@ def draw(rows: Sequence[BenchRow], path: Path) -> Path:
     )
     threads = rows[0].threads
     cores = "one thread" if threads == 1 else f"{threads} threads"
-    axes.set_title(f"{case}, rank {rows[0].rank}, {cores}, {rows[0].isa}", fontsize=10)
+    title = "rank" if len(ranks) == 1 else "ranks"
+    axes.set_title(f"{case}, {title} {', '.join(map(str, ranks))}, {cores}, {rows[0].isa}", fontsize=10)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
