@@ -15,6 +15,7 @@ Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft
 """Multiply by the decoded weight, its factors in turn, structured in torch or in native code, sparse rows, symbols."""
 
 NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
+PIECE, LEAST_PIECE = 4096, 2048  # inputs that native code takes at a time, as csrc/linear.cpp has them
 LANES, FEW = 8, 3  # native code takes one item per SIMD lane; a remainder of at most FEW items goes one by one
 
 # Nanoseconds for each of `terms`, on one core in single precision, fitted by benchmarks/fit_costs.py to timings: of a
@@ -86,14 +87,17 @@ def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[P
     alone = batch % LANES if batch % LANES <= FEW else 0
     blocks = -(-(batch - alone) // LANES)
     moved = blocks * (rows + cols)
-    taps = rows * (-(-(cols + n - 1) // n)) * rank
+    terms_of_output = -(-(cols + n - 1) // n) * rank
+    taps = rows * terms_of_output
     if n == cols:
         multiplies = rank * (rows + cols)
         return {"native-direct": (1, alone * multiplies, 0, moved, blocks * multiplies, 0)}
     window = rank * n * (cols + n)
-    padded = rows * LANES * -(-(-(-(cols + n - 1) // n)) * rank // LANES)  # terms of an output, in whole vectors
-    points, points1 = fft_length((cols + n) // 2), fft_length(-(-(cols + n - 1) // (2 * LANES)))
-    transforms = (1 + rank) * points * math.log2(points)
+    padded = rows * LANES * -(-terms_of_output // LANES)  # whole vectors
+    least = max(PIECE // rank, LEAST_PIECE, 8 * n)
+    pieces = cols // least if cols >= 2 * least else 1
+    points, points1 = fft_length((-(-cols // pieces) + n) // 2), fft_length(-(-(cols + n - 1) // (2 * LANES)))
+    transforms = (1 + rank) * pieces * points * math.log2(points)
     transforms1 = points1 * ((1 + rank) * math.log2(points1) + rank * LANES)
     return {
         "native-direct": (1, alone * window, alone * padded, moved, blocks * window, blocks * taps),

@@ -141,7 +141,9 @@ def is_decoded(layer: nn.Module, images: Tensor) -> bool:
         True in evaluation without gradients, for images of the last shape.
     """
     known = layer.__dict__.get(_DECODED)
-    return known is not None and known == images.shape and not (layer.training or torch.is_grad_enabled())
+    if known is None or layer.training or torch.is_grad_enabled() or is_recorded():
+        return False  # in a graph, a comparison would fix the sizes of the images
+    return known == images.shape
 
 
 def geometry(layer: nn.Module) -> Geometry:

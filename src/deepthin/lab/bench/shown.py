@@ -32,11 +32,11 @@ COLUMNS = {  # what is timed, and the name of its column
     "uniform": "uniform_8bit_microseconds",
     "kmeans": "kmeans_4bit_microseconds",
     "cached": "cached_microseconds",
+    "decoded": "decoded_microseconds",
     "bf16": "bf16_microseconds",
     "torchao": "torchao_int8_microseconds",
     "thin_8bit": "thin_8bit_microseconds",
     "thin_coded": "thin_coded_microseconds",
-    "decoded": "decoded_microseconds",
     "xla": "xla_microseconds",
     "function": "function_microseconds",
     "generated": "generated_microseconds",
@@ -78,7 +78,7 @@ def summary(rows: Sequence[BenchRow]) -> str:
         lines.append(tuple(line))
     first = rows[0]
     heads = ["rank", "batch", "ratio", "n", "us", "as module"]
-    heads += [*(f"{name.removeprefix('thin_')}, us" for name in fewer_bits)]
+    heads += [f"{name.removeprefix('thin_')}, us" for name in fewer_bits]
     heads += [rival.replace("_", " ") for rival in shown]
     title = (
         f"{first.case} {first.rows}x{first.cols}, threads {first.threads}, "
