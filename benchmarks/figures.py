@@ -2,9 +2,10 @@
 
     python benchmarks/figures.py [--parts linear,ranks,modules,training,recurrent,convolutions] [--repeats N]
 
-Each part runs its cases one after the other, one thread each (`convolutions`: `benchmarks/convolutions.py`), and then replaces its tables in the page, which stand
-between `<!-- figures: NAME -->` and `<!-- end -->`, and its charts in docs/figures. Every table says machine and date.
-`--repeats` takes the place of each part's own number: a small one shows that all runs. Rows stay in `--out`.
+Each part runs its cases one after the other, one thread each (`convolutions`: `benchmarks/convolutions.py`), and then
+replaces its tables in the page, which stand between `<!-- figures: NAME -->` and `<!-- end -->`, and its charts in
+docs/figures. Every table says machine and date. `--repeats` takes the place of each part's own number: a small one
+shows that all runs. Rows stay in `--out`, `runs/figures` unless said.
 """
 
 import argparse
