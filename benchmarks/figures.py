@@ -231,7 +231,11 @@ def measure(run: Run, repeats: int, out: Path) -> Rows:
     words = ["bench", *run.words.split(), "--threads", "1", "--repeats", str(repeats), "--out", str(path)]
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "deepthin", *words], check=True, env=environment, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "deepthin", *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"deepthin {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
     print(f"{run.name}: {time.perf_counter() - start:.0f} s", flush=True)
     return json.loads(path.read_text())
 
