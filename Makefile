@@ -109,7 +109,7 @@ check: .venv/installed  ## formatting, lint, types, import directions
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-FIGURES ?= # --parts linear,ranks,modules,recurrent,training --repeats N
+FIGURES ?= # --parts linear,ranks,modules,training,recurrent,convolutions --repeats N
 
 figures: .venv/installed  ## the tables and charts of docs/performance.md, measured on this machine (half an hour, which should be idle)
 	$(BIN)/python benchmarks/figures.py $(FIGURES)

@@ -1,10 +1,11 @@
 """All tables and charts of docs/performance.md, by `deepthin bench` on this machine (`make figures`).
 
-    python benchmarks/figures.py [--parts linear,ranks,modules,recurrent,training] [--repeats N] [--out runs/figures]
+    python benchmarks/figures.py [--parts linear,ranks,modules,training,recurrent,convolutions] [--repeats N]
 
-Each part runs its cases one after the other, one thread each, and then replaces its tables in the page, which stand
-between `<!-- figures: NAME -->` and `<!-- end -->`, and its charts in docs/figures. Every table says machine and date.
-`--repeats` takes the place of each part's own number: a small one shows that all runs. Rows stay in `--out`.
+Each part runs its cases one after the other, one thread each (`convolutions`: `benchmarks/convolutions.py`), and then
+replaces its tables in the page, which stand between `<!-- figures: NAME -->` and `<!-- end -->`, and its charts in
+docs/figures. Every table says machine and date. `--repeats` takes the place of each part's own number: a small one
+shows that all runs. Rows stay in `--out`, `runs/figures` unless said.
 """
 
 import argparse
@@ -40,10 +41,12 @@ class Run(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Calls, and the tables that follow from their rows."""
+    """Calls, and the tables that follow from their rows; or a script of the same folder that prints a table itself."""
 
     runs: tuple[Run, ...]
     tables: dict[str, Callable[[dict[str, Rows]], str]]
+    script: str = ""
+    repeats: int = 0  # of the script
 
 
 def times(rival: float | None, own: float | None) -> str:
@@ -209,6 +212,7 @@ PARTS = {
         ),
         {"training": of_training},
     ),
+    "convolutions": Part((), {"convolutions": lambda measured: ""}, "convolutions.py --networks", 11),
 }
 
 
@@ -229,9 +233,22 @@ def measure(run: Run, repeats: int, out: Path) -> Rows:
     words = ["bench", *run.words.split(), "--threads", "1", "--repeats", str(repeats), "--out", str(path)]
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "deepthin", *words], check=True, env=environment, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "deepthin", *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"deepthin {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
     print(f"{run.name}: {time.perf_counter() - start:.0f} s", flush=True)
     return json.loads(path.read_text())
+
+
+def printed(script: str, repeats: int) -> str:
+    """The table that a script prints."""
+    name, *words = script.split()
+    command = [sys.executable, str(Path(__file__).parent / name), *words, "--repeats", str(repeats)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
 
 
 def replaced(page: str, name: str, text: str) -> str:
@@ -270,7 +287,8 @@ def main(words: list[str] | None = None) -> None:
         part = PARTS[name]
         measured = {run.name: measure(run, given.repeats or run.repeats, given.out) for run in part.runs}
         for title, made in part.tables.items():
-            text = f"{made(measured)}\n\n*{machine()}.*"
+            measured_table = printed(part.script, given.repeats or part.repeats) if part.script else made(measured)
+            text = f"{measured_table}\n\n*{machine()}.*"
             print(text, flush=True)
             given.page.write_text(replaced(given.page.read_text(), title, text))
         for run in part.runs:

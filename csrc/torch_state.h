@@ -227,7 +227,7 @@ inline PyObject* entry(nb::handle type, const nb::object& name) {
 
 // Whether calling a module runs no more than its hooks and its forward: no hook of all modules, no other nn.Module.__call__.
 inline bool is_usual(const Torch& torch) {
-    return is_empty(torch.hooks, names().all_hooks) && is_empty(torch.hooks, names().all_pre_hooks) &&
+    return torch.module && is_empty(torch.hooks, names().all_hooks) && is_empty(torch.hooks, names().all_pre_hooks) &&
            entry(torch.module, names().called) == torch.module_call.ptr();
 }
 

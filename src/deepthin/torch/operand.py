@@ -170,8 +170,10 @@ class Operand(RoundedState):
             return None
         if self._table is None:
             self._table = tuple(self._rows_of(index) for index in range(len(self.parts)))
-        table, entries = self._table[index], self._short_entries()
-        return None if table is None or entries is None else table(places, entries.get("xf"), entries.get("wf"))
+        table = self._table[index]
+        if table is None or (entries := self._short_entries()) is None:
+            return None
+        return table(places, entries.get("xf"), entries.get("wf"))
 
     def _rows_of(self, index: int) -> Any:
         """The native look-up of single rows; None where the tensor has none."""
