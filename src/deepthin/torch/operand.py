@@ -15,16 +15,17 @@ from deepthin.kernels.costs import Path
 from deepthin.method import Flat
 from deepthin.methods.factor import Factored, Window
 from deepthin.storage.contents import Part
-from deepthin.torch import multiply
+from deepthin.torch import accelerated, multiply
 from deepthin.torch.cache import StateCache
-from deepthin.torch.evaluated import current
+from deepthin.torch.evaluated import Evaluated, current
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, takes
 from deepthin.torch.rounding import RoundedState
 from deepthin.torch.snapshot import is_exported, warn_of_dense
-from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
+from deepthin.torch.tracing import as_leaf, is_plain, is_portable, is_recorded
 
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
+_BATCHES = 1000  # sizes of inputs for which a choice is noted
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
 _TORCH = cast(Any, torch)
 
@@ -40,6 +41,8 @@ class Operand(RoundedState):
     parts: tuple[Part, ...]
     plans: tuple[Window | None, ...]
     _cuts: tuple[tuple[int, int], ...]  # begin and end of each tensor in the flattened matrix
+    _places: "tuple[accelerated.Place | None, ...]"  # of each tensor in the product of factors of any order
+    _decoding_pays: dict[tuple[int, int, bool], bool]  # on an accelerator, by tensor, inputs and whether it is kept
     _windows: tuple[Window | None, ...]
     _operator_pays: tuple[bool, ...]
     _has_symbols: bool
@@ -58,19 +61,25 @@ class Operand(RoundedState):
         """
         if (leaf := as_leaf(self, index)) is not None:
             return cast(Any, leaf)
-        held = None if torch.compiler.is_compiling() else current(self.__dict__)
+        held = None if torch.compiler.is_compiling() else self._held()
         if held is None:
             if not self._keeps():
                 return self._decode(index, self.floats())
             held = self._now()
-        dense, version = held.dense.get(index, (None, 0))
+        return self._dense_of(held, index)
+
+    def _dense_of(self, held: Evaluated, index: int, kind: torch.dtype | None = None) -> Tensor:
+        """A decoded tensor from what evaluation holds, decoded if need be; in another type than the code's if given."""
+        key = index if kind is None else (index, kind)
+        dense, version = held.dense.get(key, (None, 0))
         if dense is not None and dense._version != version:  # a caller wrote to it, and so perhaps to the floats
             self._forget()
             held, dense = self._now(), None
         if dense is None:
             with torch.inference_mode(False), torch.no_grad():  # a gradient of the input may need it later
-                dense = self._decode(index, held.floats)  # of copies: another thread may write to the code
-                held.dense[index] = (dense, dense._version)
+                dense = self._decode(index, held.floats, kind)  # of copies: another thread may write to the code
+                if not accelerated.on_accelerator(dense) or accelerated.may_keep(dense):
+                    held.dense[key] = (dense, dense._version)
         return dense
 
     def decoded(self) -> Iterator[Tensor]:
@@ -101,6 +110,8 @@ class Operand(RoundedState):
             return y
         if not isinstance(x, Tensor):  # a tracer's proxy, or a caller's mistake, which raises
             return multiply.DENSE.run(self, x, index, bias)
+        if accelerated.on_accelerator(x) and (y := self._on_accelerator(x, index, bias)) is not None:
+            return y
         case = self._case(x, index, bias)
         way = multiply.choose(case)
         if way.name in _WAYS and not torch.compiler.is_compiling() and self._keeps():
@@ -111,6 +122,42 @@ class Operand(RoundedState):
             if y is not None:
                 return y
         return way.run(self, x, index, bias)
+
+    def _on_accelerator(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
+        """The product by the decoded matrix with few operations; None where another way is better or someone records."""
+        if torch.compiler.is_compiling():
+            return None
+        held = self._held()  # None where someone records
+        if held is None and is_recorded():
+            return None
+        device = x.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if held is None and self._keeps():
+            held = self._now()
+        if held is not None:
+            if self.parts[index].transposed or not self._decodes(index, x, True):
+                return None
+            return F.linear(x, self._dense_of(held, index, kind), bias)
+        place = self._places[index]
+        if place is None or place.transposed or len(place.shape) != 2 or not self._decodes(index, x, False):
+            return None
+        entries = self.__dict__["_parameters"] if self.direct and self._empty is None else self.floats()
+        xf, wf = entries.get("xf"), entries.get("wf")
+        if xf is None or wf is None or not is_plain(xf, wf) or type(x) is not Tensor:
+            return None
+        if kind is None and not xf.dtype is wf.dtype is x.dtype:
+            return None  # an error, which the linear layer raises
+        return accelerated.linear(x, xf, wf, bias, place, kind or x.dtype)
+
+    def _decodes(self, index: int, x: Tensor, ready: bool) -> bool:
+        """Whether the decoded matrix is predicted to be the faster way; noted, since the prediction takes longer."""
+        key = index, x.shape.numel(), ready
+        pays = self._decoding_pays.get(key)
+        if pays is None:
+            if len(self._decoding_pays) > _BATCHES:
+                self._decoding_pays.clear()
+            pays = self._decoding_pays[key] = multiply.choose(self._case(x, index, None)) is multiply.DENSE
+        return pays
 
     def rows_pay(self, places: Tensor, index: int = 0) -> bool:
         """Whether ``rows`` is predicted to be faster than decoding the whole matrix.
@@ -216,7 +263,8 @@ class Operand(RoundedState):
             if recorded:
                 pays = native and self._operator_pays[index]
                 return Case(self.decoder, window, 0, False, native=True, traced=True) if pays else dense
-            return Case(self.decoder, window, x.numel() // window.plan.shape[1], self._keeps(), native=native)
+            batch, device = x.numel() // window.plan.shape[1], multiply.timed_device(x)
+            return Case(self.decoder, window, batch, self._keeps(), native=native, device=device)
         if recorded or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
             return dense
         gradients = torch.is_grad_enabled()
@@ -231,6 +279,7 @@ class Operand(RoundedState):
             and (bias is None or (takes(bias) and not (gradients and bias.requires_grad))),
             direct=self.direct,
             levels=products.levels() if self._has_symbols else (0, 0),
+            device=multiply.timed_device(x),
         )
 
     def sparse_rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -262,9 +311,20 @@ class Operand(RoundedState):
         rows, cols = self.parts[index].shape
         return (cols, rows) if self.parts[index].transposed else (rows, cols)
 
-    def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
+    def _decode(self, index: int, floats: Mapping[str, Tensor], kind: torch.dtype | None = None) -> Tensor:
         if is_exported() and len(self.parts[index].shape) > 1 and not torch.compiler.is_dynamo_compiling():
             warn_of_dense()
+        place = self._places[index]
+        if place is not None and accelerated.on_accelerator(floats["xf"]):
+            xf, wf = floats["xf"], floats["wf"]
+            if is_recorded() or not is_plain(xf, wf) or xf.dtype is not wf.dtype:
+                dense = accelerated.plain_decode(xf, wf, place)
+                return dense if kind is None else dense.to(kind)
+            return accelerated.decode(xf, wf, place, kind)
+        dense = self._decode_by_method(index, floats)
+        return dense if kind is None else dense.to(kind)
+
+    def _decode_by_method(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
         (start, stop), decoder = self._cuts[index], self.decoder
         code, device = {**self._derived(), **self._wide(floats)}, next(iter(floats.values())).device.type
         # As a dense parameter: its type is the code's, which normalisation and the cache need, and layers cast it.
@@ -277,7 +337,7 @@ class Operand(RoundedState):
             return self.parts[index].cut(flat, _TORCH)
 
     def _keeps(self) -> bool:
-        """Whether the dense weight is cached: on the CPU, in evaluation, where the code needs no gradient."""
-        if self.training or self._wants_gradient() or not self._may_cache():
+        """Whether the dense weight is cached: in evaluation, where the code needs no gradient."""
+        if self.training or self._wants_gradient() or not self._may_cache() or not self._may_hold():
             return False
-        return all(getattr(self, entry).device.type == "cpu" for entry in self._entries)
+        return not any(getattr(self, entry).is_meta for entry in self._entries)
