@@ -86,12 +86,13 @@ def _refined(rows: Array, planes: int, torch: Any) -> tuple[Array, Array]:
 
 
 def _best_scales(rows: Array, signs: Array, torch: Any) -> Array:
-    """Least-squares scales, by the inverse of the Gram matrix in double precision."""
+    """Least-squares scales, by a Cholesky decomposition of the Gram matrix in double precision."""
     turned = signs.transpose(1, 2)
     gram, right = torch.matmul(turned, signs).double(), torch.matmul(turned, rows[:, :, None]).double()
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.inv_ex(torch.add(gram, identity, alpha=_RIDGE * rows.shape[1]))[0]
-    return torch.matmul(inverse, right)[:, :, 0].to(rows.dtype)
+    lower = torch.linalg.cholesky_ex(torch.add(gram, identity, alpha=_RIDGE * rows.shape[1]))[0]  # waits for no error
+    half = torch.linalg.solve_triangular(lower, right, upper=False)
+    return torch.linalg.solve_triangular(lower.transpose(1, 2), half, upper=True)[:, :, 0].to(rows.dtype)
 
 
 def _nearest(rows: Array, scales: Array, sums_of: Array, torch: Any) -> Array:

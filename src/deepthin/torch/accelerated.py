@@ -123,14 +123,10 @@ def place_of(method: Method, part: Part, start: int) -> Place | None:
     shape = part.shape[::-1] if part.transposed else part.shape
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     strides = strides[::-1] if part.transposed else strides
-    return Place(
-        window.first, window.stop, window.offset, window.n, part.shape, part.transposed, part.scale, strides
-    )
+    return Place(window.first, window.stop, window.offset, window.n, part.shape, part.transposed, part.scale, strides)
 
 
-def decode(
-    xf: Float[Tensor, "m r"], wf: Float[Tensor, "r n"], place: Place, kind: torch.dtype | None = None
-) -> Tensor:
+def decode(xf: Float[Tensor, "m r"], wf: Float[Tensor, "r n"], place: Place, kind: torch.dtype | None = None) -> Tensor:
     """Decode a tensor, differentiable to any order, in few operations of the host.
 
     Args:

@@ -110,7 +110,7 @@ def layout_of(layer: nn.RNNBase, weights: Sequence[Tensor]) -> Layout:
             layer.batch_first,
             bool(layer.bidirectional),
         )
-        return Layout(buffer.numel(), tuple(place.storage_offset() for place in places))
+        return Layout(buffer.numel(), tuple(int(place.storage_offset()) for place in places))
 
 
 class _Flat(torch.autograd.Function):
@@ -123,7 +123,7 @@ class _Flat(torch.autograd.Function):
             buffer[offset : offset + weight.numel()].view(weight.shape)
             for offset, weight in zip(layout.offsets, weights, strict=True)
         ]
-        torch._foreach_copy_(copies, [weight.detach() for weight in weights])
+        cast(Any, torch)._foreach_copy_(copies, [weight.detach() for weight in weights])
         return tuple(copies)
 
     @staticmethod

@@ -121,10 +121,9 @@ def _looked_up(attributes: dict[str, Any]) -> Evaluated | None:
     parameters, wanted = attributes["_parameters"], torch.is_grad_enabled()
     for name, tensor, alias, version, copy in held.sources:
         now = parameters.get(name)
-        now = attributes.get(name) if now is None else now
-        if copy is not None or now is not tensor or now._version != version or (wanted and now.requires_grad):
+        if copy is not None or (attributes.get(name) if now is None else now) is not tensor:
             return None
-        if now.data_ptr() != alias.data_ptr():
+        if tensor._version != version or (wanted and tensor.requires_grad) or tensor.data_ptr() != alias.data_ptr():
             return None
     return held
 

@@ -1,5 +1,6 @@
 """A generated weight in use: decoded as a whole or row by row, or multiplied without being decoded."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
@@ -25,6 +26,7 @@ from deepthin.torch.snapshot import is_exported, warn_of_dense
 from deepthin.torch.tracing import as_leaf, is_plain, is_portable, is_recorded
 
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
+_TABLE = 1 << 24  # entries that an accelerator decodes, and whose gradients it sums, as fast as it starts ``rows``
 _BATCHES = 1000  # sizes of inputs for which a choice is noted
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
 _TORCH = cast(Any, torch)
@@ -124,7 +126,7 @@ class Operand(RoundedState):
         return way.run(self, x, index, bias)
 
     def _on_accelerator(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
-        """The product by the decoded matrix with few operations; None where another way is better or someone records."""
+        """The product by the decoded matrix in few operations; None where another way is better or someone records."""
         if torch.compiler.is_compiling():
             return None
         held = self._held()  # None where someone records
@@ -167,15 +169,18 @@ class Operand(RoundedState):
             index: Which of the weight's tensors.
 
         Returns:
-            True for few rows of a matrix in a product of two factors; in graphs always, where their number may be
-            symbolic.
+            True for few rows of a matrix in a product of two factors, on an accelerator of a large one; in graphs
+            always, where their number may be symbolic.
         """
         part = self.parts[index]
         if self._windows[index] is None or part.transposed:
             return False
         if places.dtype not in (torch.int32, torch.int64) or places.is_meta:
             return False
-        return is_recorded() or places.numel() * _GATHER <= part.shape[0]
+        if is_recorded():
+            return True
+        few = places.numel() * _GATHER <= part.shape[0]
+        return few and (not accelerated.on_accelerator(places) or math.prod(part.shape) >= _TABLE)
 
     def rows(self, places: Int[Tensor, "*batch"], index: int = 0) -> Float[Tensor, "*batch cols"]:
         """Decode single rows of a matrix in a product of two factors.
@@ -188,12 +193,15 @@ class Operand(RoundedState):
             One row for each index, in the last dimension; padding rows are 0.
 
         Raises:
-            IndexError: An index is out of range; not checked in graphs.
+            IndexError: An index is out of range; not checked in graphs, and on an accelerator an error of the device.
         """
         part, floats, n = self.parts[index], self.floats(), cast(Window, self._windows[index]).plan.n
         count, cols = part.shape
-        if not is_recorded() and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
-            raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
+        if not is_recorded() and places.numel():
+            if accelerated.on_accelerator(places):
+                _TORCH._assert_async(((places >= 0) & (places < count)).all())
+            elif not 0 <= int(places.min()) <= int(places.max()) < count:
+                raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
         start = self._cuts[index][0] + places.long() * cols
         blocks = (cols + n - 2) // n + 1  # rows of xf that a row of the matrix may touch; it may end before the last
         touched = (start // n)[..., None] + torch.arange(blocks, device=places.device)

@@ -26,7 +26,9 @@ class RoundedState(LatentState):
     """
 
     direct: bool
-    _given_steps: "tuple[Mapping[str, Tensor], bool] | None" = None  # of a loaded code: whether its latents give its steps
+    _given_steps: "tuple[Mapping[str, Tensor], bool] | None" = (
+        None  # of a loaded code: whether its latents give its steps
+    )
 
     def floats(self) -> dict[str, Tensor]:
         """The code that ``decoder`` takes: floats, rounded where the method rounds, and integers.
