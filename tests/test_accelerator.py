@@ -3,8 +3,10 @@
 import copy
 import functools
 import json
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -480,3 +482,111 @@ def test_weights_are_decoded_once_a_call(accelerator, monkeypatch):
         layer(torch.randn(7, 3, 10).double())
     with pytest.raises(RuntimeError, match="input_size"):
         layer(torch.randn(7, 3, 11))
+
+
+# benchmarks/gpu.py -------------------------------------------------------------------------------------------------
+
+
+def benchmark(*words):
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--small", "--seconds", "0.01", *words]
+    environment = {**os.environ, "DEEPTHIN_ISA": "none"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+def test_the_benchmark_prints_a_row_for_every_layer():
+    done = benchmark("--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if " (" in line and line[0] == "|"]
+    assert [row[0].split()[0] for row in rows] == ["Linear"] * 3 + ["LSTM", "Conv2d", "Embedding", "encoder"]
+    for row in rows:
+        assert len(row) == 4
+        assert all(float(cell.split(" / ")[0].replace(",", "")) > 0 for cell in row[1:3])
+        assert all(float(value) < 1e-3 for value in row[3].split(", "))
+
+
+def test_the_benchmark_fits_times_of_every_way():
+    done = benchmark("--device", "cpu", "--fit")
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip().split(": ")[0] for line in done.stdout.splitlines()]
+    assert lines.count('"dense"') == lines.count('"fft"') == 2
+
+
+@pytest.mark.skipif(CARD, reason="there is a CUDA device")
+def test_the_benchmark_says_that_there_is_no_device():
+    done = benchmark()
+    assert done.returncode == 2
+    assert "there is no CUDA device here" in done.stderr
+
+
+# On a card ---------------------------------------------------------------------------------------------------------
+
+
+@needs_card
+@each_rule
+def test_results_on_a_card(rule):
+    network = everything(rule).train()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        here = step_of(network)
+        there = copy.deepcopy(network).cuda()
+        there.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # weights that are not contiguous, for one
+            loss = nn.functional.cross_entropy(there(words().cuda()), torch.arange(6).cuda())
+            loss.backward()
+    for one, other in zip(here, [loss.detach(), *(p.grad for p in there.parameters())], strict=True):
+        assert_close(one, other, 1000 * (PATH + DECODING), largest(one))
+
+
+@needs_card
+@each_rule
+def test_a_training_step_in_a_cuda_graph(rule):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48).cuda()
+    dt.compress(layer, {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
+    x = torch.randn(8, 64, device="cuda")
+
+    def step():
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(0.5)
+    graph.replay()
+    recorded = [parameter.grad.clone() for parameter in layer.parameters()]
+    step()
+    for one, parameter in zip(recorded, layer.parameters(), strict=True):
+        assert_close(one, parameter.grad, 1000, largest(parameter.grad))
+
+
+@needs_card
+def test_no_step_waits_for_a_card():
+    layer = nn.Linear(64, 48).cuda()
+    dt.compress(layer, {"model": {"ratio": 0.4}, "rules": {"*": {"method": "deepthin"}}}, init="scratch")
+    x = torch.randn(8, 64, device="cuda")
+    layer(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_card
+def test_flat_weights_are_where_cudnn_wants_them():
+    layer = thin_recurrent(nn.LSTM).cuda()
+    flat = layer._flat_weights
+    assert len({weight.untyped_storage().data_ptr() for weight in flat}) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.randn(7, 3, 10, device="cuda"))[0].sum().backward()
