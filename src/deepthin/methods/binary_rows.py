@@ -65,7 +65,9 @@ def _sign(left: Array, torch: Any) -> Array:
 
 def _greedy(rows: Array, planes: int, torch: Any) -> tuple[Array, Array]:
     """Each plane has the signs of the remaining error, and its mean magnitude as scale. Signs: rows x cols x planes."""
-    left, signs, scales = rows, [], []
+    left = rows
+    signs: list[Array] = []
+    scales: list[Array] = []
     for k in range(planes):
         signs.append(_sign(left, torch))
         scales.append(left.abs().mean(1, keepdim=True))

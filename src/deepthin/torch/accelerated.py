@@ -196,6 +196,19 @@ def linear(
     return cast(Tensor, _Linear.apply(x, place.rows(xf), wf, bias, place, kind))
 
 
+def straight_through(latents: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded numbers with the gradient of the latents, without a pass over memory.
+
+    Args:
+        latents: Numbers before rounding.
+        rounded: As many, of the same type, without a gradient.
+
+    Returns:
+        A tensor that shares its memory with ``rounded``.
+    """
+    return cast(Tensor, _StraightThrough.apply(latents, rounded))
+
+
 def may_keep(dense: Tensor) -> bool:
     """Whether a decoded weight may stay in an accelerator's memory.
 
@@ -237,6 +250,16 @@ def _of_factors(
     grad = flat.view(xf.shape[0], wf.shape[1])
     grad = grad if grad.dtype is xf.dtype else grad.to(xf.dtype)
     return grad @ wf.t() if wanted[0] else None, xf.t() @ grad if wanted[1] else None
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
 
 
 class _Linear(torch.autograd.Function):

@@ -64,9 +64,9 @@ class RoundedState(LatentState):
             rounded = self._decode_floats(self._coding.encode(latents, _TORCH) if code is None else code)
             if not by_value:
                 rounded = self._unless_given(latents, rounded)
-        # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
+        through = accelerated.straight_through if may_cache and not by_value else _straight_through
         passed = {
-            e: (state[e] - state[e].detach()) + rounded[e] if state[e].is_floating_point() else state[e]
+            e: through(state[e], rounded[e]) if state[e].is_floating_point() else state[e]
             for e in self.decoder.code_shapes()
         }
         return passed | {entry: passed[entry] + self._of_step(entry, rounded[entry]) for entry in self._coding.steps()}
@@ -209,6 +209,11 @@ class RoundedState(LatentState):
     def _may_cache(self) -> bool:
         """Whether values may be looked up and stored: nobody records, and the state is of plain tensors."""
         return not is_recorded() and is_plain(*(getattr(self, entry) for entry in self._entries))
+
+
+def _straight_through(latents: Tensor, rounded: Tensor) -> Tensor:
+    """The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent."""
+    return (latents - latents.detach()) + rounded
 
 
 def _entries_of(decoder: Method, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
