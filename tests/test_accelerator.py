@@ -21,7 +21,7 @@ from deepthin.kernels import costs
 from deepthin.methods import binary, binary_rows
 from deepthin.methods.factor import Factor
 from deepthin.storage.contents import Part
-from deepthin.torch import accelerated, cudnn, evaluated, multiply, operators
+from deepthin.torch import accelerated, code_length, cudnn, evaluated, multiply, operators
 from deepthin.torch.operand import Operand
 from test_all_methods import DECODING, PATH, RULES, everything, loss_of, words
 from tolerance import assert_close
@@ -331,6 +331,22 @@ def test_a_loaded_code_of_learned_steps_is_looked_at_once(accelerator, tmp_path,
     for _ in range(3):
         layer(x).sum().backward()
     assert len(looks) == 1
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 24])
+def test_code_lengths_read_no_value(piece, accelerator, monkeypatch):
+    method = METHODS["coded"].fit((30, 40), 30 * 40 * 32)
+    torch.manual_seed(0)
+    latents, log_step = (3 * torch.randn(30, 40)).requires_grad_(), torch.zeros(1, 1, requires_grad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerated, "on_accelerator", lambda tensor: False)
+        expected = code_length.code_length(latents, log_step, method)
+    monkeypatch.setattr(code_length, "_EXACT", piece)
+    with torch.autograd.profiler.profile() as profile:
+        bits = code_length.code_length(latents, log_step, method)
+        bits.backward()
+    assert bits == expected
+    assert not (WAITS | {"aten::bincount"}) & {event.name for event in profile.function_events}
 
 
 # Costs -------------------------------------------------------------------------------------------------------------
