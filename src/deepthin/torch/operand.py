@@ -29,6 +29,7 @@ _GATHER = 4  # upper bound on the time of a row decoded alone over that of one a
 _TABLE = 1 << 24  # entries that an accelerator decodes, and whose gradients it sums, as fast as it starts ``rows``
 _BATCHES = 1000  # sizes of inputs for which a choice is noted
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_PLAIN = (Tensor, torch.nn.Parameter)
 _TORCH = cast(Any, torch)
 
 
@@ -129,12 +130,12 @@ class Operand(RoundedState):
         """The product by the decoded matrix in few operations; None where another way is better or someone records."""
         if torch.compiler.is_compiling():
             return None
-        held = self._held()  # None where someone records
+        held = None if self.training else self._held()  # None where someone records
         if held is None and is_recorded():
             return None
         device = x.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if held is None and self._keeps():
+        if held is None and not self.training and self._keeps():
             held = self._now()
         if held is not None:
             if self.parts[index].transposed or not self._decodes(index, x, True):
@@ -144,8 +145,8 @@ class Operand(RoundedState):
         if place is None or place.transposed or len(place.shape) != 2 or not self._decodes(index, x, False):
             return None
         entries = self.__dict__["_parameters"] if self.direct and self._empty is None else self.floats()
-        xf, wf = entries.get("xf"), entries.get("wf")
-        if xf is None or wf is None or not is_plain(xf, wf) or type(x) is not Tensor:
+        xf, wf = cast(Tensor, entries.get("xf")), cast(Tensor, entries.get("wf"))  # None where they are gathered before
+        if type(xf) not in _PLAIN or type(wf) not in _PLAIN or type(x) is not Tensor:
             return None
         if kind is None and not xf.dtype is wf.dtype is x.dtype:
             return None  # an error, which the linear layer raises
