@@ -2,6 +2,7 @@
 
     PYTHONPATH=src DEEPTHIN_ISA=none python benchmarks/gpu.py                  (a card; less than two minutes)
     PYTHONPATH=src DEEPTHIN_ISA=none python benchmarks/gpu.py --fit            (times for kernels/costs.py)
+    PYTHONPATH=src DEEPTHIN_ISA=none python benchmarks/gpu.py --host           (operations, without a card)
     PYTHONPATH=src DEEPTHIN_ISA=none python benchmarks/gpu.py --device cpu --small
 
 One file that needs the package and torch, no native code. Prints microseconds, dense / thin, for every layer: inference
@@ -28,8 +29,9 @@ from torch import Tensor, nn
 import deepthin.torch as dt
 from deepthin import METHODS
 from deepthin.kernels import costs
+from deepthin.methods import binary_rows
 from deepthin.storage.contents import Part
-from deepthin.torch import multiply
+from deepthin.torch import accelerated, multiply
 from deepthin.torch.weight import ThinWeight
 
 RATIO, SMALL_RATIO = 0.01, 0.4
@@ -319,22 +321,127 @@ def fit(device: torch.device, small: bool, seconds: float) -> None:
         )
 
 
+# What the host does ------------------------------------------------------------------------------------------------
+
+RULES: dict[str, dict[str, Any]] = {
+    "deepthin": {"method": "deepthin", "ratio": 0.05},
+    "8 bits": {"method": "deepthin", "ratio": 0.05, "then": {"method": "uniform", "bits": 8}},
+    "binary": {"method": "binary", "bits": 2},
+}
+COUNTED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "Linear": (lambda: nn.Linear(1024, 1024), lambda: torch.randn(32, 1024)),
+    "LSTM": (lambda: nn.LSTM(64, 64, 2, bidirectional=True), lambda: torch.randn(5, 4, 64)),
+    "Conv2d": (lambda: nn.Conv2d(32, 64, 3), lambda: torch.randn(2, 32, 8, 8)),
+    "Embedding": (lambda: nn.Embedding(2000, 64), lambda: torch.randint(2000, (8, 16))),
+    "encoder layer": (
+        lambda: nn.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True),
+        lambda: torch.randn(2, 8, 64),
+    ),
+}
+READS = ("aten::_local_scalar_dense", "aten::equal")
+# Operations of torch that neither compute nor copy
+FREE = (
+    "aten::view",
+    "aten::reshape",
+    "aten::slice",
+    "aten::t",
+    "aten::transpose",
+    "aten::permute",
+    "aten::as_strided",
+    "aten::detach",
+    "aten::expand",
+    "aten::unsqueeze",
+    "aten::narrow",
+    "aten::select",
+    "aten::alias",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::result_type",
+    "aten::resolve_conj",
+    "aten::resolve_neg",
+    "aten::_reshape_alias",
+    "aten::unfold",
+    "aten::flatten",
+    "aten::squeeze",
+)
+
+
+def operations(run: Runs, training: bool) -> tuple[int, int]:
+    """How many operations compute or copy, and how many read a value, after the parameters have changed."""
+    work = run.mode(training)
+    for _ in range(3):
+        work()
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.mul_(0.999 if training else 1)
+    if not training:
+        work()
+    with torch.autograd.profiler.profile() as profile:
+        work()
+    events = [event for event in cast(Any, profile).function_events if event.name.startswith("aten::")]
+
+    def counts(event: Any) -> bool:
+        return event.name not in FREE and not any(
+            child.name.startswith("aten::") and child.name not in FREE for child in event.cpu_children
+        )
+
+    return sum(map(counts, events)), sum(event.name in READS for event in events)
+
+
+def host() -> None:
+    """Operations on the CPU by the ways of an accelerator, and the time of the host where they take next to none."""
+    accelerated.on_accelerator = lambda tensor: not tensor.is_meta
+    multiply.timed_device = lambda x: "unknown"
+    binary_rows.is_taken = lambda weight: isinstance(weight, Tensor)
+    print("| layer | mode | dense | " + " | ".join(RULES) + " |\n|" + "---|" * (3 + len(RULES)))
+    for title, (make, inputs) in COUNTED.items():
+        for training in (True, False):
+            cells: list[str] = []
+            for rule in (None, *RULES.values()):
+                torch.manual_seed(0)
+                model = make()
+                if rule is not None:
+                    dt.compress(model, {"rules": {"*": rule}}, init="scratch")
+                count, reads = operations(Runs(Row(title, make, inputs), model, inputs()), training)
+                cells.append(f"{count} + {reads} reads" if reads else str(count))
+            print(f"| {title} | {'training' if training else 'inference'} | " + " | ".join(cells) + " |", flush=True)
+    row = linear(24, 4)
+    dense = row.make()
+    pair = [Runs(row, model, row.inputs()) for model in (dense, thin_of(row, dense, SMALL_RATIO))]
+    for training in (True, False):
+        ratios: list[float] = []
+        works = [run.mode(training) for run in pair]
+        for _ in range(60):
+            taken: list[int] = []
+            for work in works:
+                start = time.process_time_ns()
+                for _ in range(100):
+                    work()
+                taken.append(time.process_time_ns() - start)
+            ratios.append(taken[1] / taken[0])
+        print(f"host, {'training' if training else 'inference'}: thin over dense {np.median(ratios):.2f}")
+
+
 def main() -> None:
     """The table, or the fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="layers of a few units, to try the script")
     parser.add_argument("--fit", action="store_true", help="print times for kernels/costs.py instead")
+    parser.add_argument("--host", action="store_true", help="count the operations that the host starts, on the CPU")
     parser.add_argument("--compile", action="store_true", help="also by torch.compile")
     parser.add_argument("--only", default="", help="rows whose title contains this")
     parser.add_argument("--seconds", type=float, default=0.2, help="for each cell")
     given = parser.parse_args()
-    device = torch.device(given.device)
+    device = torch.device("cpu" if given.host else given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: give --device cpu --small to try the script")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    if given.fit:
+    if given.host:
+        host()
+    elif given.fit:
         fit(device, given.small, given.seconds)
     else:
         table(device, given.small, given.seconds, given.compile, given.only)

@@ -528,6 +528,15 @@ def test_the_benchmark_fits_times_of_every_way():
     assert lines.count('"dense"') == lines.count('"fft"') == 2
 
 
+def test_the_benchmark_counts_what_the_host_starts():
+    done = benchmark("--host")
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "training |" in line]
+    assert len(rows) == 5
+    for _, _, dense, *thin in rows:
+        assert all(int(cell) > int(dense) for cell in thin)  # a number: no reads
+
+
 @pytest.mark.skipif(CARD, reason="there is a CUDA device")
 def test_the_benchmark_says_that_there_is_no_device():
     done = benchmark()

@@ -78,7 +78,8 @@ class RoundedState(LatentState):
 
     def _is_accelerated(self) -> bool:
         """Whether the state is in the memory of an accelerator, where the host should not wait for values."""
-        return any(accelerated.on_accelerator(getattr(self, entry)) for entry in self._entries[:1])
+        floats = (entry for entry in self._entries if entry not in self._exact)  # integers follow at the next use
+        return any(accelerated.on_accelerator(getattr(self, entry)) for entry in floats)
 
     def _may_hold(self) -> bool:
         """Whether what follows from the state, where it may be cached, can be held: on an accelerator by versions."""
