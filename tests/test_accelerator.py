@@ -238,6 +238,15 @@ def test_autocast_decodes_to_its_type_once(grad, accelerator):
             assert [tensor.dtype for tensor, _ in weight._evaluated.dense.values()] == [torch.bfloat16]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_leaves_double_precision_and_integers(training, accelerator):
+    layer = thin_linear().train(training)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+        with pytest.raises(RuntimeError):
+            layer(torch.ones(3, 24, dtype=torch.int64))
+        assert layer.double()(torch.randn(3, 24).double()).dtype is torch.float64
+
+
 # What evaluation keeps ---------------------------------------------------------------------------------------------
 
 

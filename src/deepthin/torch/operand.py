@@ -29,6 +29,7 @@ _GATHER = 4  # upper bound on the time of a row decoded alone over that of one a
 _TABLE = 1 << 24  # entries that an accelerator decodes, and whose gradients it sums, as fast as it starts ``rows``
 _BATCHES = 1000  # sizes of inputs for which a choice is noted
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TORCH = cast(Any, torch)
 
@@ -133,8 +134,11 @@ class Operand(RoundedState):
         held = None if self.training else self._held()  # None where someone records
         if held is None and is_recorded():
             return None
-        device = x.device.type
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        device, kind = x.device.type, None
+        if torch.is_autocast_enabled(device):
+            if x.dtype not in _CAST or self._float_type() not in _CAST:
+                return None
+            kind = torch.get_autocast_dtype(device)
         if held is None and not self.training and self._keeps():
             held = self._now()
         if held is not None:
@@ -151,6 +155,10 @@ class Operand(RoundedState):
         if kind is None and not xf.dtype is wf.dtype is x.dtype:
             return None  # an error, which the linear layer raises
         return accelerated.linear(x, xf, wf, bias, place, kind or x.dtype)
+
+    def _float_type(self) -> torch.dtype:
+        """That of the floats of the state, which is that of the decoded weight."""
+        return next(t.dtype for entry in self._entries if (t := getattr(self, entry)).is_floating_point())
 
     def _decodes(self, index: int, x: Tensor, ready: bool) -> bool:
         """Whether the decoded matrix is predicted to be the faster way; noted, since the prediction takes longer."""
