@@ -238,6 +238,25 @@ def test_autocast_decodes_to_its_type_once(grad, accelerator):
             assert [tensor.dtype for tensor, _ in weight._evaluated.dense.values()] == [torch.bfloat16]
 
 
+@each_rule
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pretends", [True, False], ids=["accelerator", "cpu"])
+def test_codes_are_exact_under_autocast(rule, training, pretends, monkeypatch):
+    if pretends:
+        pretend(monkeypatch)
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 20).train(training)
+    dt.compress(layer, {"model": {"ratio": 0.4}, "rules": {"*": rule}}, init="scratch")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1.5)  # so that the code is another one
+    with torch.set_grad_enabled(training):
+        weight = layer.train(training).weight.detach().clone()
+        layer.train(training)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer.weight, weight)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_autocast_leaves_double_precision_and_integers(training, accelerator):
     layer = thin_linear().train(training)

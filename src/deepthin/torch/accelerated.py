@@ -7,7 +7,6 @@ products read it. Nothing here looks at values, so the host never waits, and CUD
 """
 
 import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from deepthin.method import Method
 from deepthin.methods.factor import Factored
 from deepthin.storage.contents import Part
+from deepthin.torch.tracing import without_autocast
 
 _LONG = 1 << 32  # multiplications that take a device longer than the host takes to start a training step
 _SPARE = 10  # decoded weights are kept while a tenth of the memory is free
@@ -148,7 +148,7 @@ def decode(xf: Float[Tensor, "m r"], wf: Float[Tensor, "r n"], place: Place, kin
             made = torch.mm(rows, wf)
         made = place.strided(made)
         return made if kind is None or kind is made.dtype else made.to(kind)
-    with _without_autocast(xf):
+    with without_autocast(xf):
         return _decoded(rows, wf, place, kind or xf.dtype)
 
 
@@ -163,7 +163,7 @@ def plain_decode(xf: Float[Tensor, "m r"], wf: Float[Tensor, "r n"], place: Plac
     Returns:
         The tensor, of the place's shape and in the factors' type.
     """
-    with _without_autocast(xf):
+    with without_autocast(xf):
         return place.view(_product(place.rows(xf), wf).reshape(-1))
 
 
@@ -237,12 +237,6 @@ def _decoded(xf: Tensor, wf: Tensor, place: Place, kind: torch.dtype) -> Tensor:
     return place.view(torch.mul(xf, wf, out=made).view(-1))
 
 
-def _without_autocast(tensor: Tensor) -> Any:
-    """A context: a backward pass that is called under autocast would round products of float32."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 def _of_factors(
     flat: Float[Tensor, "entries"], xf: Tensor, wf: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -269,7 +263,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.kinds = x.dtype, None if bias is None else bias.dtype
         ctx.place = place
-        with _without_autocast(x):
+        with without_autocast(x):
             weight = _decoded(xf, wf, place, kind)
             items = x if x.dtype is kind else x.to(kind)
             if bias is not None and bias.dtype is not kind:
@@ -285,7 +279,7 @@ class _Linear(torch.autograd.Function):
         of_x, of_xf, of_wf, of_bias = ctx.needs_input_grad[:4]
         grad_x = grad_bias = None
         of_factors: tuple[Tensor | None, Tensor | None] = None, None
-        with _without_autocast(x):
+        with without_autocast(x):
             items = grad.reshape(-1, rows)
             again = torch.is_grad_enabled()  # a gradient of this gradient is wanted
             if of_x:

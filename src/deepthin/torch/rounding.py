@@ -13,7 +13,7 @@ from deepthin.torch.code_length import quantized
 from deepthin.torch.evaluated import Evaluated, current, is_current, is_trusted, last_step, source
 from deepthin.torch.latents import LatentState
 from deepthin.torch.snapshot import are_parameters, is_exported, is_listed, unrecorded
-from deepthin.torch.tracing import is_plain, is_recorded
+from deepthin.torch.tracing import is_plain, is_recorded, without_autocast
 
 _TORCH = cast(Any, torch)
 
@@ -60,7 +60,7 @@ class RoundedState(LatentState):
             code = self._coded.get(latents.values()) if by_value else None
         if may_cache and (coded := self._unrounded(state)) and self._gives_again(code if by_value else self._given):
             return _entries_of(self.decoder, state) | {e: quantized(*entry) for e, entry in coded.items()}
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(next(iter(latents.values()))):
             rounded = self._decode_floats(self._coding.encode(latents, _TORCH) if code is None else code)
             if not by_value:
                 rounded = self._unless_given(latents, rounded)
@@ -106,7 +106,7 @@ class RoundedState(LatentState):
         code = self._code_of(copies)
         if self.direct:
             return code
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(copies[0]):
             return self._decode_floats(code)
 
     @property
