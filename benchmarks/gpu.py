@@ -281,7 +281,7 @@ def times_of(weight: ThinWeight, batch: int, training: bool, device: torch.devic
     x = torch.randn(batch, cols, device=device, requires_grad=training)
     bias = torch.zeros(rows, device=device, requires_grad=training)
     grad = torch.randn(batch, rows, device=device)
-    weight._decoding_pays[0, x.numel(), not training] = True
+    weight._decoding_pays[0, x.numel(), not training, None] = True
     structured = [way for way in multiply.WAYS if way.name == "fft"]
     works: dict[str, Callable[[], Tensor]] = {"dense": lambda: weight.product(x, 0, bias)}
     works |= {way.name: lambda way=way: way.run(cast(Any, weight), x, 0, bias) for way in structured}

@@ -46,7 +46,8 @@ class Operand(RoundedState):
     plans: tuple[Window | None, ...]
     _cuts: tuple[tuple[int, int], ...]  # begin and end of each tensor in the flattened matrix
     _places: "tuple[accelerated.Place | None, ...]"  # of each tensor in the product of factors of any order
-    _decoding_pays: dict[tuple[int, int, bool], bool]  # on an accelerator, by tensor, inputs and whether it is kept
+    # On an accelerator, by tensor, number of inputs, whether it is kept, and the type of autocast
+    _decoding_pays: dict[tuple[int, int, bool, torch.dtype | None], bool]
     _windows: tuple[Window | None, ...]
     _operator_pays: tuple[bool, ...]
     _has_symbols: bool
@@ -142,11 +143,11 @@ class Operand(RoundedState):
         if held is None and not self.training and self._keeps():
             held = self._now()
         if held is not None:
-            if self.parts[index].transposed or not self._decodes(index, x, True):
+            if self.parts[index].transposed or not self._decodes(index, x, True, kind):
                 return None
             return F.linear(x, self._dense_of(held, index, kind), bias)
         place = self._places[index]
-        if place is None or place.transposed or len(place.shape) != 2 or not self._decodes(index, x, False):
+        if place is None or place.transposed or len(place.shape) != 2 or not self._decodes(index, x, False, kind):
             return None
         entries = self.__dict__["_parameters"] if self.direct and self._empty is None else self.floats()
         xf, wf = cast(Tensor, entries.get("xf")), cast(Tensor, entries.get("wf"))  # None where they are gathered before
@@ -160,9 +161,9 @@ class Operand(RoundedState):
         """That of the floats of the state, which is that of the decoded weight."""
         return next(t.dtype for entry in self._entries if (t := getattr(self, entry)).is_floating_point())
 
-    def _decodes(self, index: int, x: Tensor, ready: bool) -> bool:
+    def _decodes(self, index: int, x: Tensor, ready: bool, kind: torch.dtype | None) -> bool:
         """Whether the decoded matrix is predicted to be the faster way; noted, since the prediction takes longer."""
-        key = index, x.shape.numel(), ready
+        key = index, x.shape.numel(), ready, kind
         pays = self._decoding_pays.get(key)
         if pays is None:
             if len(self._decoding_pays) > _BATCHES:

@@ -86,7 +86,7 @@ class ThinWeight(Operand):
             accelerated.place_of(self.decoder, part, start)
             for part, (start, _) in zip(self.parts, self._cuts, strict=True)
         )
-        self._decoding_pays: dict[tuple[int, int, bool], bool] = {}
+        self._decoding_pays = {}
         self._windows = tuple(self._window(index) for index in range(len(self.parts)))
         self.plans = tuple(
             None if window is None or part.zero_row is not None or (window.is_rank and window.offset) else window
