@@ -148,7 +148,9 @@ class Record:
             Rounds whose trials all are complete or pruned.
         """
         running = {
-            trial.user_attrs["round"] for trial in self._study.get_trials(deepcopy=False) if not trial.state.is_finished()
+            trial.user_attrs["round"]
+            for trial in self._study.get_trials(deepcopy=False)
+            if not trial.state.is_finished()
         }
         rounds = {trial.user_attrs["round"] for trial in self._study.get_trials(deepcopy=False)}
         return len(rounds - running)
