@@ -71,23 +71,20 @@ def search(
         BudgetError: No configuration reaches ``file_bytes``; it carries the smallest possible size.
         DeepThinError: All trainings failed, or a process was killed.
     """
-    found = importlib.import_module(_SEARCH)
-    return found.search(
-        build,
-        fit,
-        evaluate,
+    return importlib.import_module(_SEARCH).search(
+        (build, fit, evaluate),
+        out,
+        steps,
+        teacher,
+        told,
         file_bytes=file_bytes,
         budget=budget,
-        out=out,
         microseconds=microseconds,
-        steps=steps,
-        also=also,
+        also=tuple(also),
         space=space,
-        teacher=teacher,
         rounds=rounds,
         seed=seed,
         engine=engine,
         jobs=jobs,
         threads=threads,
-        told=told,
     )

@@ -1,6 +1,5 @@
 """Search the best file of a size: the call of ``deepthin search``, and of ``deepthin.torch.search``."""
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,55 +46,28 @@ def run(
 
 
 def search(
-    build: Named,
-    fit: Named,
-    evaluate: Named,
-    *,
-    file_bytes: int,
-    budget: str | float = "2h",
-    out: str | Path = "runs/search",
-    microseconds: float | None = None,
-    steps: int | None = None,
-    also: Sequence[Named] = (),
-    space: Mapping[str, Any] | str | Path | None = None,
-    teacher: str | Path | Teacher | None = None,
-    rounds: int | None = None,
-    seed: int = 0,
-    engine: str = "local",
-    jobs: int = 1,
-    threads: int = 1,
-    told: Callable[..., None] = lambda *_: None,
+    three: tuple[Named, Named, Named],
+    out: str | Path,
+    steps: int | None,
+    teacher: str | Path | None,
+    told: Told,
+    **wanted: Any,
 ) -> Best:
-    """As ``deepthin.torch.search``.
+    """What ``deepthin.torch.search`` calls.
 
     Args:
-        build: Builds the dense network.
-        fit: Trains it.
-        evaluate: Judges it.
-        file_bytes: Size of the file in bytes.
-        budget: Time for the search.
+        three: The user's factory, training and evaluation.
         out: The folder.
-        microseconds: Upper bound on the time for one item.
-        steps: Steps of the longest trainings.
-        also: Factories of further networks.
-        space: What may be chosen.
-        teacher: A trained network's file.
-        rounds: Upper bound on the rounds.
-        seed: Seed of the proposals and of all trainings.
-        engine: Where trainings run.
-        jobs: Number of trainings at once.
-        threads: Number of threads of each.
-        told: Called with each candidate and its result.
+        steps: Steps of the longest trainings; None: 1,000.
+        teacher: The file of a trained network.
+        told: Called with each result.
+        **wanted: Fields of ``Wanted``.
 
     Returns:
         The best file.
 
     Raises:
-        DeepThinError: As ``deepthin.torch.search``.
+        DeepThinError: As ``run``.
     """
-    taught = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(Path(teacher).absolute())
-    setup = Setup("", steps=steps, own=(build, fit, evaluate), teacher=taught)
-    wanted = Wanted(
-        setup, file_bytes, budget, microseconds, tuple(also), space, rounds, seed, engine, jobs, threads
-    )  # fmt: skip
-    return run(wanted, Path(out), told=told)
+    taught = None if teacher is None else Teacher(Path(teacher).absolute())
+    return run(Wanted(Setup("", steps=steps, own=three, teacher=taught), **wanted), Path(out), told=told)

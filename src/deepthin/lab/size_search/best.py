@@ -107,17 +107,17 @@ def write_best(problem: Problem, candidates: Sequence[Candidate], out: Path, int
     """
     bound = problem.wanted.microseconds
     candidate, result = chosen(candidates, bound)
-    assert result.file is not None and result.value is not None and result.microseconds is not None
     run = prepared(problem.setup(candidate, result.steps))
-    model = dt.load(run.build(run.width), out / result.file).eval()
+    file = out / str(result.file)
+    model = dt.load(run.build(run.width), file).eval()
     test = run.task.evaluate(model, run.data, "test")
     settings, path = candidate.settings, out / FILE
-    body = (out / result.file).read_bytes()
+    body = file.read_bytes()
     best = Best(
         file_bytes=len(body),
-        development=result.value,
+        development=float(next(iter(result.development.values()))),
         test=float(next(iter(test.values()))),
-        microseconds=result.microseconds,
+        microseconds=result.microseconds or 0.0,
         rules=problem.rules(candidate),
         metric=next(iter(test)),
         metrics={"dev": result.development, "test": test},

@@ -22,6 +22,7 @@ class Result:
         microseconds: Median time for one item of the network that was loaded from the file, on one thread.
         seconds: Wall time of the training, the evaluation and the timing.
         step_seconds: Of one training step.
+        rest_seconds: Of what comes before the first step and after the last, but for what a process does only once.
         file: The file, relative to the folder of the search.
         development: Metric -> value on development data.
         at: Seconds of the search at which it ended.
@@ -35,6 +36,7 @@ class Result:
     microseconds: float | None = None
     seconds: float = 0.0
     step_seconds: float = 0.0
+    rest_seconds: float = 0.0
     file: str | None = None
     development: Mapping[str, float] = field(default_factory=dict[str, float])
     at: float = 0.0

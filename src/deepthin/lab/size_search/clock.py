@@ -117,7 +117,7 @@ class Forecast:
         """
         if result.step_seconds:
             self.step_seconds[number] = max(result.step_seconds, self.step_seconds.get(number, 0.0))
-            self.rest = max(self.rest, result.seconds - result.steps * result.step_seconds)
+            self.rest = max(self.rest, result.rest_seconds)
 
     def seconds(self, steps: int, number: int | None = None) -> float | None:
         """How long a training is going to take.

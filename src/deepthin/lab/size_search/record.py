@@ -1,4 +1,4 @@
-"""What a search has done, in an SQLite file: a trial of Optuna for each candidate, which is there whole or not at all."""
+"""What a search has done, in an SQLite file: a trial of Optuna for each candidate, whole or not there."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ CHECKPOINTS = 5  # in a training
 TIMED_CALLS, TIMED_SECONDS = 31, 5.0  # upper bounds
 _SURE = 0.25  # of the steps: by then the time of the training is known
 _MARGIN = 1.1
+_WARM = threading.Event()  # set once a process has begun a training: data are loaded then, and modules imported
 
 
 @dataclass(frozen=True, eq=False)  # engines use jobs as keys
@@ -66,7 +68,13 @@ class Pace:
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._until = now, now() + seconds
         self._first: tuple[int, float] | None = None  # the first step that was seen, and when
+        self.last = now()
         self.step_seconds = 0.0
+
+    @property
+    def first(self) -> float:
+        """When the first step was seen; now, before it."""
+        return self._now() if self._first is None else self._first[1]
 
     def step(self, step: int, steps: int) -> None:
         """Note a step.
@@ -78,7 +86,7 @@ class Pace:
         Raises:
             OutOfTime: The time is over; or, after a quarter of the steps, it will not suffice.
         """
-        now = self._now()
+        self.last = now = self._now()
         if self._first is None:
             self._first = step, now
         elif step > self._first[0]:
@@ -106,7 +114,9 @@ def train_candidate(job: Job, progress: Callable[[int, int], None] | None = None
         ConfigError: The task cannot be trained so.
         DeepThinError: The file does not hold what the trained network does.
     """
-    began, run = time.monotonic(), prepared(job.setup)
+    began, warm = time.monotonic(), _WARM.is_set()
+    _WARM.set()
+    run = prepared(job.setup)
     if not job.taught:
         run = replace(run, teacher=None)
     pace, path, steps = Pace(job.seconds), job.folder / job.file, run.steps
@@ -118,8 +128,10 @@ def train_candidate(job: Job, progress: Callable[[int, int], None] | None = None
         pace.step(step, steps)
 
     def result(**more: Any) -> Result:
-        took = time.monotonic() - began
-        return Result(**{"steps": steps, "value": None, "seconds": took, "step_seconds": pace.step_seconds, **more})
+        now = time.monotonic()
+        rest = now - pace.last + (pace.first - began if warm else 0.0)
+        times = {"seconds": now - began, "step_seconds": pace.step_seconds, "rest_seconds": rest}
+        return Result(**{"steps": steps, "value": None, **times, **more})
 
     try:
         every = max(steps // CHECKPOINTS, 1)

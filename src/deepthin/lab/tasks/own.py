@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
 
-
 Named = str | Callable[..., Any]
 """A function, or its name as ``package.module:function``."""
 
