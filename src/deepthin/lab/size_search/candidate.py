@@ -51,7 +51,9 @@ class Result:
         Returns:
             Microseconds above the bound, 0 if it is kept.
         """
-        return 0.0 if microseconds is None else max((self.microseconds or math.inf) - microseconds, 0.0)
+        if microseconds is None:
+            return 0.0
+        return math.inf if self.microseconds is None else max(self.microseconds - microseconds, 0.0)
 
     def rank(self, microseconds: float | None) -> tuple[float, float]:
         """A key by which better results sort first.

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from deepthin.errors import ConfigError
@@ -57,11 +57,15 @@ class Clock:
     Attributes:
         budget: Seconds of the whole search.
         earlier: Seconds that earlier runs of the same search took.
+        now: Returns the time in seconds.
     """
 
     budget: float
     earlier: float = 0.0
-    began: float = field(default_factory=time.monotonic)
+    now: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._began = self.now()
 
     def spent(self) -> float:
         """Seconds so far.
@@ -69,7 +73,7 @@ class Clock:
         Returns:
             Those of this run and of earlier ones.
         """
-        return self.earlier + time.monotonic() - self.began
+        return self.earlier + self.now() - self._began
 
     def left(self) -> float:
         """Seconds that are left.

@@ -13,7 +13,7 @@ from deepthin.lab.size_search.propose import distributions
 from deepthin.lab.size_search.space import Space
 
 NAME = "size"
-_ABOUT, _SPENT, _RESULTS = "about", "spent", "results"
+_ABOUT, _SPENT, _RESULTS = "about", "spent", "results of candidate {}"
 LEAST_TRIALS = 8  # for importances
 
 
@@ -34,7 +34,7 @@ class Record:
         storage = open_storage(path)
         import optuna
 
-        self._path, self._space, self._storage = path, space, storage
+        self._path, self._space = path, space
         self._study = optuna.create_study(storage=storage, study_name=NAME, load_if_exists=True)
 
     def check(self, about: Mapping[str, Any]) -> None:
@@ -77,7 +77,11 @@ class Record:
         Returns:
             In the order in which they were added.
         """
-        return [_candidate(trial) for trial in self._study.get_trials(deepcopy=False)]
+        results = self._study.user_attrs
+        return [
+            _candidate(trial, results.get(_RESULTS.format(trial.number), []))
+            for trial in self._study.get_trials(deepcopy=False)
+        ]
 
     def add(self, round_: int, place: int, settings: Mapping[str, Value], origin: str) -> Candidate:
         """Add a candidate.
@@ -118,8 +122,7 @@ class Record:
         """
         candidate = replace(candidate, results={**candidate.results, result.steps: result})
         stored = [one.to_json() for one in candidate.results.values()]
-        trial = self._study.get_trials(deepcopy=False)[candidate.number]
-        self._storage.set_trial_user_attr(trial._trial_id, _RESULTS, stored)
+        self._study.set_user_attr(_RESULTS.format(candidate.number), stored)  # trials that have ended take no more
         return candidate
 
     def close(self, candidates: list[Candidate], lengths: tuple[int, ...]) -> None:
@@ -187,9 +190,9 @@ def importances(space: Space, candidates: list[Candidate]) -> dict[str, float]:
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
-def _candidate(trial: Any) -> Candidate:
+def _candidate(trial: Any, stored: list[dict[str, Any]]) -> Candidate:
     told = trial.user_attrs
-    results = {stored["steps"]: Result(**stored) for stored in told.get(_RESULTS, [])}
+    results = {one["steps"]: Result(**one) for one in stored}
     return Candidate(trial.number, told["round"], told["place"], told["settings"], results, told["origin"])
 
 

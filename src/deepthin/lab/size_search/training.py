@@ -22,7 +22,7 @@ from deepthin.storage.read import inspect
 CHECKPOINTS = 5  # in a training
 TIMED_CALLS, TIMED_SECONDS = 31, 5.0  # upper bounds
 _SURE = 0.25  # of the steps: by then the time of the training is known
-_MARGIN = 1.1
+_MARGIN = 1.1  # of the prediction
 _WARM = threading.Event()  # set once a process has begun a training: data are loaded then, and modules imported
 
 
@@ -92,9 +92,8 @@ class Pace:
         elif step > self._first[0]:
             self.step_seconds = (now - self._first[1]) / (step - self._first[0])
         rest = (steps - step) * self.step_seconds
-        if (now > self._until and step < steps) or (
-            step >= _SURE * steps and now + rest > self._until + (_MARGIN - 1) * rest
-        ):
+        late = now > self._until or (step >= _SURE * steps and now + rest / _MARGIN > self._until)
+        if late and step < steps:
             raise OutOfTime
 
 
