@@ -129,7 +129,9 @@ class Search:
 
         def begins(candidate: Candidate) -> bool:
             aim = None if round_seconds is None else highest(self.forecast, self.lengths, round_seconds)
-            later = () if aim is None else self.lengths[place + 1 : aim + 1]
+            later = list(() if aim is None else self.lengths[place + 1 : aim + 1])
+            while later and sum(self.forecast.seconds(length) or 0.0 for length in later) > self._left():
+                later.pop()  # out of reach by now
             return fits(self.forecast, candidate.number, [steps, *later], self._left())
 
         def call(candidate: Candidate) -> Any:

@@ -114,7 +114,7 @@ def _choice(given: Any, name: str, where: str) -> Choice:
     if isinstance(given, Mapping):
         table = cast(Mapping[str, Any], given)
         _known(table, ("low", "high"), where)
-        low, high = table.get("low"), table.get("high")
+        low, high = cast(Any, table.get("low")), cast(Any, table.get("high"))
         if name not in ("lr", "floats", "decay") or not (_number(low) and _number(high) and 0 < low <= high):
             raise ConfigError(f"{where} = {given!r}: ranges are of lr, decay and floats, with 0 < low <= high.")
         choice = Choice(low=float(low), high=float(high))
