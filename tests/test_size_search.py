@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,9 +25,9 @@ from deepthin.lab.size_search.candidate import Candidate, Result
 from deepthin.lab.size_search.clock import Clock, Forecast, fits, highest, seconds_of
 from deepthin.lab.size_search.configuration import rules_of, to_toml
 from deepthin.lab.size_search.groups import matrices_of
-from deepthin.lab.size_search.halving import FIRST, due, ordered, rungs
+from deepthin.lab.size_search.halving import FIRST, due, ordered, ranked, rungs
 from deepthin.lab.size_search.problem import Problem
-from deepthin.lab.size_search.propose import proposed
+from deepthin.lab.size_search.propose import near, proposed
 from deepthin.lab.size_search.record import Record, importances
 from deepthin.lab.size_search.search import run_search
 from deepthin.lab.size_search.settings import Wanted
@@ -356,15 +357,15 @@ def test_names_of_any_characters_survive_toml():
 
 def history(problem, count=18):
     """Candidates of two rounds, with made-up results."""
-    candidates = []
+    candidates, good = [], [settings for _, settings in known(problem.space, problem.usual)]
     for number in range(count):
         round_, place = divmod(number, FIRST)
         earlier = [c for c in candidates if c.round < round_]
-        before = [c for c in candidates if c.round == round_]
-        origin, settings = proposed(problem.space, earlier, before, rungs(STEPS), None, 0, place)
-        value = value_of(settings, 100)
-        results = {100: Result(100, value, None, 1400, 100.0 * (1 + place))}
-        candidates.append(Candidate(number, round_, place, settings, results, origin))
+        tried = {problem.identity(c.settings) for c in candidates}
+        near = [c.settings for c in ranked(earlier, None)[:3]] or good
+        found = proposed(problem, earlier, near, tried, rungs(STEPS), place, f"{round_} {place}")
+        results = {100: Result(100, value_of(found[1], 100), None, 1400, 100.0 * (1 + place))}
+        candidates.append(Candidate(number, round_, place, found[1], results, found[0]))
     return candidates
 
 
@@ -372,11 +373,23 @@ def test_proposals_are_new_and_depend_on_earlier_rounds_only():
     problem = Problem.prepare(wanted())
     one, two = history(problem), history(problem)
     assert untimed(one) == untimed(two)
-    assert len({json.dumps(c.settings) for c in one}) == len(one)
-    assert {c.origin for c in one[:FIRST]} == {"random"}
-    assert {c.origin for c in one[FIRST:]} == {"TPE", "random"}
-    third = [proposed(problem.space, one, [], rungs(STEPS), None, seed, 0) for seed in (0, 0, 1)]
+    assert len({problem.identity(c.settings) for c in one}) == len(one)
+    assert {c.origin for c in one[:FIRST]} == {"near"}
+    assert [c.origin for c in one[FIRST:]] == ["TPE", "near"] * 4 + ["TPE"]
+    third = [proposed(problem, one, [one[0].settings], (), rungs(STEPS), 0, seed) for seed in ("0", "0", "1")]
     assert third[0] == third[1] != third[2]
+
+
+def test_near_settings_differ_in_some_choices_by_little():
+    problem = Problem.prepare(wanted())
+    base = known(problem.space, problem.usual)[0][1]
+    changes = []
+    for seed in range(200):
+        settings = near(problem.space, base, random.Random(seed))
+        changes.append(sum(settings.get(name) != value for name, value in base.items()))
+        assert 0.49 * base["lr"] < settings["lr"] < 2.01 * base["lr"]
+    assert 1 < sum(changes) / len(changes) < len(base) / 2
+    assert changes.count(0) < 20
 
 
 def test_too_slow_networks_steer_proposals_away():
@@ -391,7 +404,8 @@ def test_too_slow_networks_steer_proposals_away():
         earlier.append(Candidate(number, 0, number, settings, {100: result}))
 
     def share(bound):
-        asked = [proposed(problem.space, earlier, [], (100,), bound, seed, 0)[1] for seed in range(20)]
+        bounded = replace(problem, wanted=replace(problem.wanted, microseconds=bound))
+        asked = [proposed(bounded, earlier, [earlier[0].settings], (), (100,), 0, str(seed))[1] for seed in range(20)]
         return sum(settings["first.method"] == "kronecker" for settings in asked)
 
     assert share(100.0) < share(None)

@@ -85,7 +85,7 @@ class Candidate:
         place: Place in the round, from 0.
         settings: The settings.
         results: Steps -> result.
-        origin: Where the settings come from: the name of a known configuration, ``"TPE"`` or ``"random"``.
+        origin: Where the settings come from: the name of a known configuration, ``"TPE"`` or ``"near"``.
     """
 
     number: int

@@ -44,6 +44,25 @@ def ordered(candidates: Iterable[Candidate], steps: int, microseconds: float | N
     return sorted(valued, key=lambda c: (*c.results[steps].rank(microseconds), c.number))
 
 
+def ranked(candidates: Iterable[Candidate], microseconds: float | None) -> list[Candidate]:
+    """All candidates with a value, by their longest training.
+
+    Args:
+        candidates: In any order.
+        microseconds: Upper bound on the time for one item; None: none.
+
+    Returns:
+        Longer trainings first; of equal lengths as ``ordered`` has them.
+    """
+    candidates = list(candidates)
+    lengths = sorted({max(c.results) for c in candidates if c.results}, reverse=True)
+    return [
+        c
+        for n in lengths
+        for c in ordered([c for c in candidates if c.results and max(c.results) == n], n, microseconds)
+    ]
+
+
 def due(candidates: Sequence[Candidate], lengths: Sequence[int], microseconds: float | None) -> list[list[Candidate]]:
     """Whom a round trains, rung by rung, as far as that is known.
 

@@ -1,5 +1,6 @@
 """What all candidates of a search share: the networks with their matrices, and what may be chosen."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from deepthin.errors import ConfigError
 from deepthin.lab.run import Run, Setup
-from deepthin.lab.size_search.candidate import Candidate
+from deepthin.lab.size_search.candidate import Candidate, Settings
 from deepthin.lab.size_search.configuration import rules_of
 from deepthin.lab.size_search.groups import Matrices, matrices_of
 from deepthin.lab.size_search.settings import Wanted
@@ -99,6 +100,18 @@ class Problem:
             A mapping as ``compress`` takes it.
         """
         return rules_of(candidate.settings, self.space, self.networks, self.wanted.file_bytes)
+
+    def identity(self, settings: Settings) -> str:
+        """All that a training depends on: other settings may come to the same, where a matrix is small.
+
+        Args:
+            settings: Settings of a candidate.
+
+        Returns:
+            A text.
+        """
+        rules = rules_of(settings, self.space, self.networks, self.wanted.file_bytes)
+        return json.dumps([rules, *(settings[name] for name in sorted(self.space.training))])
 
     def setup(self, candidate: Candidate, steps: int) -> Setup:
         """The setup of a training.

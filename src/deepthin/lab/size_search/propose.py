@@ -5,58 +5,109 @@ function of the seed, its place, and the results of earlier rounds: however a se
 trainings run, it proposes the same.
 """
 
+import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from deepthin.lab.size_search.candidate import Candidate, Value
+from deepthin.lab.size_search.candidate import Candidate, Settings, Value
+from deepthin.lab.size_search.problem import Problem
 from deepthin.lab.size_search.space import Choice, Space, draw
 
-RANDOM_EVERY = 3  # each third proposal is random, as in BOHB (Falkner et al., 2018, arXiv:1807.01774)
+NEAR_EVERY = 2  # each second proposal is near to a good candidate
+NEAR = 3  # how many candidates count as good
+GOOD = 1 / 4  # of the candidates: those that the estimator imitates
+CHANGED = 1 / 3  # probability with which such a proposal changes a choice
 TRIES = 20  # for settings that were not proposed before
 
 
 def proposed(
-    space: Space,
+    problem: Problem,
     earlier: Sequence[Candidate],
-    before: Sequence[Candidate],
+    good: Sequence[Settings],
+    tried: Collection[str],
     lengths: Sequence[int],
-    microseconds: float | None,
-    seed: int,
     place: int,
+    seed: str,
 ) -> tuple[str, dict[str, Value]] | None:
     """Settings that are new.
 
     Args:
-        space: What may be chosen.
+        problem: What is searched.
         earlier: Candidates of earlier rounds, with their results.
-        before: Candidates of this round that were proposed already.
+        good: Settings to which some proposals are near.
+        tried: Identities of all settings that were proposed before.
         lengths: Steps of each rung, rising.
-        microseconds: Upper bound on the time for one item; None: none.
-        seed: Seed of the search.
         place: Place in the round.
+        seed: What makes this proposal another than the others.
 
     Returns:
-        Their origin, ``"TPE"`` or ``"random"``, and the settings; None if nothing new was found.
+        Their origin, ``"TPE"`` or ``"near"``, and the settings; None if nothing new was found.
     """
     import optuna
 
-    round_ = max((candidate.round for candidate in earlier), default=-1) + 1
-    tried = [candidate.settings for candidate in (*earlier, *before)]
-    origin = "random" if not earlier or place % RANDOM_EVERY == RANDOM_EVERY - 1 else "TPE"
+    by_model = bool(earlier) and place % NEAR_EVERY != NEAR_EVERY - 1
+    bound = problem.wanted.microseconds
+    trials = [_trial(candidate, problem.space, lengths, bound) for candidate in earlier] if by_model else []
     for attempt in range(TRIES):
-        number = zlib.crc32(f"{seed} {round_} {place} {attempt}".encode())
-        by_chance = origin == "random" or attempt >= TRIES // 2
-        samplers = optuna.samplers
-        sampler = samplers.RandomSampler(number) if by_chance else samplers.TPESampler(seed=number, n_startup_trials=0)
-        study = optuna.create_study(sampler=sampler)
-        if origin == "TPE":
-            study.add_trials([_trial(candidate, space, lengths, microseconds) for candidate in earlier])
-        trial = study.ask()
-        settings = draw(space, lambda name, choice, trial=trial: suggested(trial, name, choice))
-        if settings not in tried:
+        number = zlib.crc32(f"{seed} {attempt}".encode())
+        if by_model and attempt < TRIES // 2:
+            sampler = optuna.samplers.TPESampler(seed=number, n_startup_trials=0, gamma=_good)
+            study = optuna.create_study(sampler=sampler)
+            study.add_trials(trials)
+            trial = study.ask()
+            origin = "TPE"
+            settings = draw(problem.space, lambda name, choice, trial=trial: suggested(trial, name, choice))
+        else:
+            origin = "near"
+            settings = near(problem.space, good[(place + attempt) % len(good)], random.Random(number))
+        if problem.identity(settings) not in tried:
             return origin, settings
     return None
+
+
+def near(space: Space, base: Settings, chance: random.Random) -> dict[str, Value]:
+    """Settings that differ from others in some choices.
+
+    Args:
+        space: What may be chosen.
+        base: The others.
+        chance: Random numbers.
+
+    Returns:
+        The settings: each choice is changed with a probability of a third, numbers of ranges by a factor of at most 2.
+    """
+
+    def pick(name: str, choice: Choice) -> Value:
+        draws = chance.random(), chance.random()  # always two, so that one choice does not change the draws of others
+        if name in base and draws[0] >= CHANGED:
+            return choice.nearest(base[name])
+        if choice.values:
+            return choice.values[int(draws[1] * len(choice.values))]
+        low, high = choice.low, choice.high
+        if name in base:
+            low, high = (float(choice.nearest(float(base[name]) * factor)) for factor in (0.5, 2.0))
+        return float(low * (high / low) ** draws[1])
+
+    return draw(space, pick)
+
+
+def different(
+    starts: Sequence[tuple[str, Settings]], identity: Callable[[Settings], str]
+) -> list[tuple[str, Settings]]:
+    """Named settings without those that come to the same as one before them.
+
+    Args:
+        starts: Names and settings.
+        identity: What a training with some settings depends on.
+
+    Returns:
+        The first of each.
+    """
+    first: dict[str, tuple[str, Settings]] = {}
+    for start in starts:
+        first.setdefault(identity(start[1]), start)
+    return list(first.values())
 
 
 def suggested(trial: Any, name: str, choice: Choice) -> Value:
@@ -99,6 +150,10 @@ def distributions(candidate: Candidate, space: Space) -> dict[str, Any]:
 
     draw(space, pick)
     return found
+
+
+def _good(candidates: int) -> int:
+    return max(1, round(GOOD * candidates))
 
 
 def _trial(candidate: Candidate, space: Space, lengths: Sequence[int], microseconds: float | None) -> Any:

@@ -9,9 +9,9 @@ from deepthin.errors import BudgetError, ConfigError, DeepThinError
 from deepthin.lab.engines import ENGINES, Engine
 from deepthin.lab.size_search.candidate import Candidate, Result
 from deepthin.lab.size_search.clock import Clock, Forecast, fits, highest, seconds_of, worded
-from deepthin.lab.size_search.halving import FIRST, due, ordered, rungs
+from deepthin.lab.size_search.halving import FIRST, due, ordered, ranked, rungs
 from deepthin.lab.size_search.problem import Problem
-from deepthin.lab.size_search.propose import proposed
+from deepthin.lab.size_search.propose import NEAR, different, proposed
 from deepthin.lab.size_search.record import Record
 from deepthin.lab.size_search.starts import known
 from deepthin.lab.size_search.training import train_candidate
@@ -50,7 +50,7 @@ class Search:
         self.candidates = self.record.candidates()
         self.forecast = Forecast.of(self.candidates)
         self.lengths = rungs(self.problem.run.steps, wanted.least_steps)
-        self._starts = known(self.problem.space, self.problem.usual)
+        self._starts = different(known(self.problem.space, self.problem.usual), self.problem.identity)
         self._limit = wanted.microseconds
 
     def run(self) -> None:
@@ -107,16 +107,20 @@ class Search:
     def _propose(self, round_: int) -> bool:
         """Add the candidates of a round that are missing; whether it has any."""
         earlier = [c for c in self.candidates if c.round < round_]
-        unused = [(name, s) for name, s in self._starts if all(s != c.settings for c in self.candidates)]
+        tried = {self.problem.identity(c.settings) for c in self.candidates}
+        unused = [(name, s) for name, s in self._starts if self.problem.identity(s) not in tried]
         for place in range(len(self._of(round_)), FIRST):
             if unused:
                 found = unused.pop(0)
             else:
-                wanted, before = self.problem.wanted, self._of(round_)
-                found = proposed(self.problem.space, earlier, before, self.lengths, self._limit, wanted.seed, place)
+                known_to_be_good = [settings for _, settings in self._starts]
+                near = [c.settings for c in ranked(earlier, self._limit)[:NEAR]] or known_to_be_good
+                seed = f"{self.problem.wanted.seed} {round_} {place}"
+                found = proposed(self.problem, earlier, near, tried, self.lengths, place, seed)
             if found is None:  # all settings have been tried
                 break
             self.candidates.append(self.record.add(round_, place, found[1], found[0]))
+            tried.add(self.problem.identity(found[1]))
         return bool(self._of(round_))
 
     def _train(self, candidates: Sequence[Candidate], place: int, round_seconds: float | None = None) -> None:
