@@ -434,7 +434,7 @@ def test_a_round_is_nine_short_trainings_three_longer_ones_and_one_long_one(tmp_
     assert result.value == min(r.value for c in candidates for r in c.results.values())
 
 
-@pytest.mark.parametrize("at", [0, 1, 8, 9, 12, 13, 14, 20, 25])
+@pytest.mark.parametrize("at", [0, 8, 12, 13, 20])
 def test_after_a_kill_between_trainings_the_search_goes_on_with_the_same_proposals(at, tmp_path, monkeypatch):
     problem = Problem.prepare(wanted(rounds=2))
     straight = searched(problem, tmp_path / "a", monkeypatch, Fake())
@@ -470,7 +470,7 @@ def test_two_jobs_run_the_same_trainings_as_one(tmp_path, monkeypatch):
     assert untimed(two) == untimed(straight)
 
 
-@pytest.mark.parametrize("budget", [1.5, 4.0, 29.0, 62.0])
+@pytest.mark.parametrize("budget", [1.5, 4.0, 62.0])
 def test_the_budget_is_kept(budget, tmp_path, monkeypatch):
     """Trainings of 1, 3 and 9 seconds, on a clock that only they move."""
     now = Now()

@@ -16,7 +16,6 @@ from deepthin.lab.size_search.space import Choice, Space, draw
 
 NEAR_EVERY = 2  # each second proposal is near to a good candidate
 NEAR = 3  # how many candidates count as good
-GOOD = 1 / 4  # of the candidates: those that the estimator imitates
 CHANGED = 1 / 3  # probability with which such a proposal changes a choice
 TRIES = 20  # for settings that were not proposed before
 
@@ -52,7 +51,7 @@ def proposed(
     for attempt in range(TRIES):
         number = zlib.crc32(f"{seed} {attempt}".encode())
         if by_model and attempt < TRIES // 2:
-            sampler = optuna.samplers.TPESampler(seed=number, n_startup_trials=0, gamma=_good)
+            sampler = optuna.samplers.TPESampler(seed=number, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
             study.add_trials(trials)
             trial = study.ask()
@@ -150,10 +149,6 @@ def distributions(candidate: Candidate, space: Space) -> dict[str, Any]:
 
     draw(space, pick)
     return found
-
-
-def _good(candidates: int) -> int:
-    return max(1, round(GOOD * candidates))
 
 
 def _trial(candidate: Candidate, space: Space, lengths: Sequence[int], microseconds: float | None) -> Any:
