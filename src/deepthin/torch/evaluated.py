@@ -123,9 +123,18 @@ current: Callable[[dict[str, Any]], Evaluated | None] = _unknown
 """What a ThinWeight with these attributes (its ``__dict__``) holds, looked up in native code; None where it is not
 current, in training mode, where a gradient is needed, where someone observes operations, and without native code."""
 
+
+def _nothing(part: nn.Module, index: int = 0) -> Tensor | None:
+    return None
+
+
+decoded: Callable[..., Tensor | None] = _nothing
+"""The decoded tensor of a ThinWeight, by its index, or of a ThinPart, as calling it returns it. None where nothing
+current is held, where calling it does more, and where someone observes operations."""
+
 if short_ways:
     products.native().use_steps(_last_step)
-    current = products.native().current
+    current, decoded = products.native().current, products.native().decoded
 
 
 def is_trusted(module: nn.Module, name: str) -> bool:
