@@ -97,17 +97,19 @@ def of_network(measured: dict[str, Rows]) -> str:
 
 
 def of_ranks(measured: dict[str, Rows]) -> str:
-    """Higher ranks, layer / network, against the best dense product."""
+    """Higher ranks, layer / network, against the best dense product; the worst case against the decoded weight."""
     lines = []
     for rank in (2, 4, 8):
         for ratio in (0.04, 0.0195, 0.0099):
-            cells = []
+            cells, decoded = [], []
             for batch in (1, 8, 32, 128):
                 rows = [select(measured[f"{case}-{rank}"], ratio=ratio, batch=batch) for case in ("linear", "tfkaldi")]
                 found = [against(row, "best_dense") or "too small" for row in rows]
                 cells.append(" / ".join(found))
-            lines.append([str(rank), f"{ratio:g}"[1:], *cells])
-    return table(["rank", "ratio", "batch 1", "batch 8", "batch 32", "batch 128"], lines)
+                decoded += [row["decoded_microseconds"] / row["layer_microseconds"] for row in rows if row]
+            lines.append([str(rank), f"{ratio:g}"[1:], *cells, times(min(decoded, default=None), 1)])
+    heads = ["rank", "ratio", "batch 1", "batch 8", "batch 32", "batch 128"]
+    return table([*heads, "decoded weight, worst case, as modules"], lines)
 
 
 def of_modules(measured: dict[str, Rows]) -> str:

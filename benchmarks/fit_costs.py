@@ -102,7 +102,7 @@ def measure(method: Factor, batch: int) -> list[Case]:
 def measure_convolution(
     layer: nn.Conv1d | nn.Conv2d, images: Tensor, ratio: float, rank: int
 ) -> list[tuple[bool, tuple[float, ...], float, Factor, int, float]]:
-    """Both cases of one convolution: the counts of the dense one and its time, the plan, items, and the time by factors."""
+    """Both cases of one convolution: counts and time of the dense one, plan, items, time by factors."""
     rows, cols = layer.out_channels, layer.weight[0].numel()
     method = cast(Factor, METHODS["deepthin"].fit((rows, cols), int(32 * ratio * rows * cols), rank=rank))
     weight = ThinWeight.draw("w", method, [Part(tuple(layer.weight.shape))], images, np.random.default_rng(0), 1.0)

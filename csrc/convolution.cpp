@@ -141,14 +141,14 @@ void convolve(const Kernels& kernels, const Convolution& c, const float* x, cons
     const Layout layout(c);
     std::vector<Job> jobs = jobs_of(c, layout, xf, wf, bias);
     CachedSpectra spectra;
-    if (fft && !is_plain_rank(jobs[0].plan)) spectra = spectra_of(kernels, jobs[0].plan, wf, transform_of_items(jobs[0].plan), false);
+    if (fft && !is_plain_rank(jobs[0].plan)) spectra = spectra_of(kernels, jobs[0].plan, wf, transform_of_items(kernels, jobs[0].plan), false);
     const int64_t most = images_at_a_time(c, layout);
     Memory padded = allocate(most * layout.image);
     Patches patches = layout.patches();
     patches.images = padded.get() + PATCH_EDGE;
     for (Job& job : jobs) {
         job.scale = scale;
-        if (spectra) job.lanes = transform_of_items(job.plan), job.spectra = spectra->get();
+        if (spectra) job.lanes = transform_of_items(kernels, job.plan), job.spectra = spectra->get();
     }
     for (int64_t first = 0; first < c.batch; first += most) {
         const int64_t images = std::min(most, c.batch - first);
@@ -176,9 +176,9 @@ void convolve_backward(const Kernels& kernels, const Convolution& c, const float
     const Layout layout(c);
     std::vector<Job> jobs = jobs_of(c, layout, xf, wf, nullptr);
     CachedSpectra spectra;
-    if (fft && !is_plain_rank(jobs[0].plan)) spectra = spectra_of(kernels, jobs[0].plan, wf, transform_of_items(jobs[0].plan), false);
+    if (fft && !is_plain_rank(jobs[0].plan)) spectra = spectra_of(kernels, jobs[0].plan, wf, transform_of_items(kernels, jobs[0].plan), false);
     for (Job& job : jobs)
-        if (spectra) job.lanes = transform_of_items(job.plan), job.spectra = spectra->get();
+        if (spectra) job.lanes = transform_of_items(kernels, job.plan), job.spectra = spectra->get();
     const int64_t items = c.batch * layout.positions;
     const int width = kernels.widths[1] && items <= kernels.widths[1] ? kernels.widths[1] : kernels.widths[0];
     const int64_t bundle = width * kernels.bundle;

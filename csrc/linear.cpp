@@ -64,10 +64,13 @@ std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
     return blocks;
 }
 
-const Transform& transform_of_items(const Plan& plan) { return transform_of((plan.piece + plan.n) / 2); }
+const Transform& transform_of_items(const Kernels& kernels, const Plan& plan) {
+    return transform_of(kernels, (plan.piece + plan.n) / 2);
+}
 
-const Transform& transform_of_item(const Plan& plan, int64_t lanes) {
-    return transform_of((plan.cols + plan.n - 1 + 2 * lanes - 1) / (2 * lanes));
+const Transform& transform_of_item(const Kernels& kernels, const Plan& plan) {
+    const int64_t lanes = kernels.single_width;
+    return transform_of(kernels, (plan.cols + plan.n - 1 + 2 * lanes - 1) / (2 * lanes));
 }
 
 Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset) {
@@ -125,12 +128,12 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
     }
     if (!fft || is_plain_rank(plan) || blocks.empty()) return;
     if (blocks.front().width > 1) {
-        job_.lanes = transform_of_items(plan);
+        job_.lanes = transform_of_items(kernels, plan);
         spectra_ = spectra_of(kernels, plan, wf, job_.lanes, false);
         job_.spectra = spectra_->get();
     }
     if (alone) {
-        job_.single = transform_of_item(plan, kernels.single_width);
+        job_.single = transform_of_item(kernels, plan);
         spectra1_ = spectra_of(kernels, plan, wf, job_.single, true);
         job_.spectra1 = spectra1_->get();
     }
@@ -162,7 +165,7 @@ InputGradient::InputGradient(const Kernels& kernels, const Plan& plan, const flo
     job_.plan = plan;
     job_.xf = xf, job_.wf = wf;
     if (!fft || is_plain_rank(plan) || blocks.empty()) return;
-    job_.lanes = transform_of_items(plan);
+    job_.lanes = transform_of_items(kernels, plan);
     spectra_ = spectra_of(kernels, plan, wf, job_.lanes, false);
     job_.spectra = spectra_->get();
 }
@@ -180,7 +183,7 @@ void backward(const Kernels& kernels, const Plan& plan, const float* x, const fl
     job.x = x, job.xf = xf, job.wf = wf, job.grad = grad, job.grad_x = grad_x;
     CachedSpectra spectra;
     if (fft && !is_plain_rank(plan)) {
-        job.lanes = transform_of_items(plan);
+        job.lanes = transform_of_items(kernels, plan);
         spectra = spectra_of(kernels, plan, wf, job.lanes, false);
         job.spectra = spectra->get();
     }

@@ -39,14 +39,14 @@ inline bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan
 
 // Of products of one item per SIMD lane, and of a single item, all of `lanes` positions: real sequences as half as many
 // complex points.
-const Transform& transform_of_items(const Plan& plan);
-const Transform& transform_of_item(const Plan& plan, int64_t lanes);
+const Transform& transform_of_items(const Kernels&, const Plan&);
+const Transform& transform_of_item(const Kernels&, const Plan&);
 
 // The plan with pieces of a multiple of some number of inputs.
 Plan in_pieces(Plan plan, int64_t multiple);
 
 // The fastest transform of at least so many points. Cached for the life of the process.
-const Transform& transform_of(int64_t least);
+const Transform& transform_of(const Kernels&, int64_t least);
 
 using CachedSpectra = std::shared_ptr<const Memory>;
 

@@ -15,13 +15,14 @@
 namespace deepthin {
 namespace {
 
-// What a level costs a point: its arithmetic, and its loads and stores. Fitted to the times of all factorisations of 36 lengths,
-// with 8 and 16 lanes: the least of these costs takes 4 % longer than the fastest, on average.
+// What a level costs a point: its arithmetic, and its loads and stores; on few registers large radices spill. Fitted to the
+// times of all factorisations of 36 lengths: the cheapest one takes 4 % longer than the fastest, on average.
 struct Radix {
     int radix;
-    double cost;
+    double cost, on_few;  // with 32 vector registers, and with 16
 };
-constexpr Radix RADICES[] = {{2, 4.6}, {3, 5.7}, {4, 5.8}, {5, 7.2}, {6, 6.7}, {8, 7.0}, {10, 8.1}, {12, 7.7}};
+constexpr Radix RADICES[] = {{2, 4.6, 4.6}, {3, 5.7, 5.7}, {4, 5.8, 5.8}, {5, 7.2, 7.4},
+                             {6, 6.7, 6.9}, {8, 7.0, 7.6}, {10, 8.1, 9.0}, {12, 7.7, 9.0}};
 
 struct Factorisation {
     std::vector<int> radices;  // ascending: the first level exceeds the first cache, so that few streams are better
@@ -29,35 +30,36 @@ struct Factorisation {
 };
 
 // Appends the cheapest radices for `length` points to those `chosen` until now; keeps the result in `best` if it is cheaper.
-void factorise(int64_t length, Factorisation& chosen, Factorisation& best) {
+void factorise(int64_t length, bool few, Factorisation& chosen, Factorisation& best) {
     if (length == 1) {
         if (best.radices.empty() || chosen.cost < best.cost) best = chosen;
         return;
     }
     const bool first = chosen.radices.empty();
-    for (auto [radix, cost] : RADICES) {
+    for (auto [radix, usual, on_few] : RADICES) {
         if (length % radix || (!first && radix < chosen.radices.back())) continue;
         const int64_t part = length / radix;
+        double cost = few ? on_few : usual;
         if (first && part == 1) continue;  // there is a first and a last level
-        if (first) cost += 0.5 * std::max(0, radix - 4);
+        if (first) cost += 0.2 * std::max(0, radix - 4);
         if (part % 32 == 0 && radix >= 8) cost += 2;  // all streams in one set of the cache
         if (part == 1 && radix < 5) cost += 1;
         chosen.radices.push_back(radix);
         chosen.cost += cost;
-        factorise(part, chosen, best);
+        factorise(part, few, chosen, best);
         chosen.cost -= cost;
         chosen.radices.pop_back();
     }
 }
 
 // Of at least `least` points, fast to transform.
-std::vector<int> radices_of(int64_t least) {
+std::vector<int> radices_of(int64_t least, bool few) {
     std::vector<int> result;
     double best_cost = 0;
     least = std::max<int64_t>(least, 4);
     for (int64_t points = least; points <= 2 * least; points++) {
         Factorisation chosen, best;
-        factorise(points, chosen, best);
+        factorise(points, few, chosen, best);
         const double cost = (best.cost + 4) * double(points);  // with that of the product of spectra
         if (!best.radices.empty() && (result.empty() || cost < best_cost)) result = best.radices, best_cost = cost;
     }
@@ -67,16 +69,17 @@ std::vector<int> radices_of(int64_t least) {
 }  // namespace
 
 // A transform of `least` points or some more. Cached for the life of the process, which meets few lengths.
-const Transform& transform_of(int64_t least) {
+const Transform& transform_of(const Kernels& kernels, int64_t least) {
     static std::mutex lock;
-    static auto& known = *new std::map<int64_t, std::pair<Transform, std::vector<Memory>>>;
+    static auto& known = *new std::map<std::pair<int64_t, bool>, std::pair<Transform, std::vector<Memory>>>;
+    const bool few = kernels.widths[0] <= 8;  // AVX-512 has twice as many registers
     std::lock_guard<std::mutex> hold(lock);
-    if (auto result = known.find(least); result != known.end()) return result->second.first;
+    if (auto result = known.find({least, few}); result != known.end()) return result->second.first;
     Transform plan;
     plan.points = 1;
     std::vector<Memory> tables;
     std::vector<double> angles{0.25};  // of the blocks' roots c, as parts of a circle: z^points = j
-    for (int radix : radices_of(least)) {
+    for (int radix : radices_of(least, few)) {
         Memory table = allocate(int64_t(angles.size()) * (radix - 1) * 2);
         std::vector<double> parts;
         for (size_t b = 0, i = 0; b < angles.size(); b++)
@@ -93,7 +96,7 @@ const Transform& transform_of(int64_t least) {
         tables.push_back(std::move(table));
         angles = std::move(parts);
     }
-    auto& cached = known[least];
+    auto& cached = known[{least, few}];
     cached = {plan, std::move(tables)};
     return cached.first;
 }

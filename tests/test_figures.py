@@ -55,10 +55,11 @@ def test_tables_say_how_many_times_faster(figures):
     kinds = {name: [] for name in ("modules-4", "acoustic-1", "acoustic-4")}
     text = figures.of_modules({"modules-1": [small, row], **kinds})
     assert text.splitlines()[2:] == ["| a layer, 2048 x 2048 | 1 | .04 | 1 | 10 /  / 12 | 80 | 40 |  | 4.0 |  |"]
+    row |= {"decoded_microseconds": 900.0, "layer_microseconds": 20.0}
     text = figures.of_ranks({f"{case}-{rank}": [row] for case in ("linear", "tfkaldi") for rank in (2, 4, 8)})
     assert text.splitlines()[2:4] == [
-        "| 2 | .04 | 50 / 50 | too small / too small | too small / too small | too small / too small |",
-        f"| 2 | .0195 | {' | '.join(['too small / too small'] * 4)} |",
+        "| 2 | .04 | 50 / 50 | too small / too small | too small / too small | too small / too small | 45 |",
+        f"| 2 | .0195 | {' | '.join(['too small / too small'] * 4)} |  |",
     ]
     trained = {"train-acoustic": [row, small], "train-acoustic-4": [], "train-lstm-4": []}
     assert figures.of_training(trained).splitlines()[2:] == [

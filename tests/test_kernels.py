@@ -154,6 +154,19 @@ def test_gradients_of_many_items(isa, batch):
             assert (abs(got - want) <= bound).all()
 
 
+@pytest.mark.parametrize("batch", [1, 9])
+def test_transforms_of_every_kind_of_length(isa, batch):
+    """Two to four levels, of all radices; no plan so long that it is cut into pieces."""
+    rng = np.random.default_rng(5)
+    for cols in np.unique(np.geomspace(3, 3000, 50).astype(int)):
+        n, rank = int(rng.integers(2, max(4, cols // 2))), int(rng.integers(1, 5))
+        problem = Problem(rng, 6, int(cols), n, rank, batch)
+        assert (abs(problem.run("fft") - problem.reference()) <= problem.bound("fft")).all(), problem.method
+        bounds = problem.gradient_bounds("fft")
+        for got, want, bound in zip(problem.gradients("fft"), problem.gradient_references(), bounds, strict=True):
+            assert (abs(got - want) <= bound).all(), problem.method
+
+
 @pytest.mark.parametrize("correlation", WAYS)
 @pytest.mark.parametrize(("cols", "n", "rank", "offset"), [(4101, 101, 2, 7), (12_300, 64, 1, 0), (8193, 8193, 1, 3)])
 def test_products_of_many_inputs_in_pieces(isa, cols, n, rank, offset, correlation):

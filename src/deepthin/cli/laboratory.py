@@ -6,13 +6,33 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 from rich.text import Text
 
 from deepthin.cli.app import app, known, notes, write_json
-from deepthin.cli.options import Data, Depth, Json, Network, OwnEvaluate, OwnModel, OwnTrain, Task, Threads, Width
+from deepthin.cli.options import (
+    Data,
+    Depth,
+    EngineName,
+    Jobs,
+    Json,
+    Network,
+    OwnEvaluate,
+    OwnModel,
+    OwnTrain,
+    Task,
+    TeacherFile,
+    TeacherKind,
+    TeacherNoise,
+    TeacherWeight,
+    Temperature,
+    Threads,
+    Width,
+    task_name,
+    teacher_of,
+)
 from deepthin.cli.progress import Progress
 from deepthin.errors import ConfigError
 
@@ -108,10 +128,16 @@ def train(
     lr: Annotated[
         float | None, typer.Option(min=0, help="The dense network's learning rate  [default: the task's]")
     ] = None,
+    decay: Annotated[float, typer.Option(min=0, help="Weight decay of matrices and codes (AdamW).")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the batches.")] = 0,
     model: OwnModel = None,
     train: OwnTrain = None,
     evaluate: OwnEvaluate = None,
+    teacher: TeacherFile = None,
+    teacher_kind: TeacherKind = "soft",
+    teacher_weight: TeacherWeight = 0.9,
+    temperature: Temperature = 4.0,
+    teacher_noise: TeacherNoise = 0.0,
     checkpoint: Annotated[
         int | None, typer.Option(min=1, help="Steps between two checkpoints  [default: a fiftieth of --steps]")
     ] = None,
@@ -125,6 +151,8 @@ def train(
     command continues from the last checkpoint, a file beside --out, and writes the same file.
 
     Example: `deepthin train lenet --config deep.toml --data mnist --out lenet.thin`
+
+    Another network for a task's data: `deepthin train digits --model nets:small --config small.toml --out small.thin`
     """
     import torch
 
@@ -133,13 +161,17 @@ def train(
     from deepthin.lab.train import train as train_one
 
     torch.set_num_threads(threads)
-    name = _task(task, (model, train, evaluate))
-    setup = Setup(name, data and data.absolute(), steps, width, depth, network=network)
+    factory = model if task is not None and train is None and evaluate is None else None
+    name = task_name(task, (None if factory else model, train, evaluate))
+    if factory and not (width is depth is network is None):
+        raise ConfigError(f"--model {factory} is the network: leave out --width, --depth and --network.")
+    taught = teacher_of(teacher, teacher_kind, teacher_weight, temperature, teacher_noise)
+    setup = Setup(name, data and data.absolute(), steps, width, depth, None, taught, network, factory)
     if model and train and evaluate:
         setup = replace(setup, own=(model, train, evaluate))
     with Progress("training", "steps") as report_step:
         found = train_one(
-            setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total), checkpoint
+            setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total), checkpoint, decay
         )
     print(found.report)
     print(summary(found, out))
@@ -184,25 +216,13 @@ def compare(
     model: OwnModel = None,
     train: OwnTrain = None,
     evaluate: OwnEvaluate = None,
-    teacher: Annotated[
-        Path | None,
-        typer.Option(
-            help="The .thin file of a trained dense network, such as runs/demo/models/dense-seed0.thin: all networks "
-            "but dense and int8 learn from it too."
-        ),
-    ] = None,
-    teacher_kind: Annotated[
-        str, typer.Option(help="Targets of the distillation: soft (probabilities at a temperature) or logits.")
-    ] = "soft",
-    teacher_weight: Annotated[
-        float, typer.Option(help="Weight of the distance to the teacher in the loss, 0 to 1; the labels have the rest.")
-    ] = 0.9,
-    temperature: Annotated[float, typer.Option(help="Temperature of soft targets.")] = 4.0,
-    teacher_noise: Annotated[
-        float, typer.Option(min=0, help="Standard deviation of the relative noise on the logits of half of the items.")
-    ] = 0.0,
-    engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",
-    jobs: Annotated[int, typer.Option(min=1, max=4096, help="Number of concurrent trials.")] = 1,
+    teacher: TeacherFile = None,
+    teacher_kind: TeacherKind = "soft",
+    teacher_weight: TeacherWeight = 0.9,
+    temperature: Temperature = 4.0,
+    teacher_noise: TeacherNoise = 0.0,
+    engine: EngineName = "local",
+    jobs: Jobs = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each trial.")] = 1,
     json_file: Json = None,
 ) -> None:
@@ -226,27 +246,21 @@ def compare(
     from deepthin.lab.rows import write_rows
     from deepthin.lab.run import Setup
     from deepthin.lab.search import Search
-    from deepthin.lab.teacher import Teacher
     from deepthin.lab.trial import prepared
-    from deepthin.torch import Noise
 
     if find_spec("matplotlib") is None:  # said before the training, not after it
         raise ConfigError("The figures of a comparison need matplotlib: pip install 'deepthin[compare]'.")
     torch.set_num_threads(threads)
     own = (model, train, evaluate)
-    name = _task(task, own)
+    name = task_name(task, own)
     known(engine, ENGINES, "engine")
     names = ",".join(COMPARED) if methods == "all" else methods
     chosen = tuple(dict.fromkeys(known(m.strip(), COMPARED, "method") for m in names.split(",")))
     sizes = _ratios(ratios)
     three = cast(tuple[str, str, str], own) if model else None
     setup = Setup(name, data and data.absolute(), steps, width, depth, three, network=network)
-    if teacher is not None:
-        noise = Noise(teacher_noise) if teacher_noise else None
-        kind = cast(Any, teacher_kind)
-        setup = replace(setup, teacher=Teacher(teacher.absolute(), kind, teacher_weight, temperature, noise))
-    elif (teacher_kind, teacher_weight, temperature, teacher_noise) != ("soft", 0.9, 4.0, 0.0):
-        raise ConfigError("--teacher-kind, --teacher-weight, --temperature and --teacher-noise need --teacher FILE.")
+    taught = teacher_of(teacher, teacher_kind, teacher_weight, temperature, teacher_noise)
+    setup = replace(setup, teacher=taught)
     run = prepared(setup)
     folder = out or Path("runs") / run.task.name
     searched = None
@@ -269,17 +283,6 @@ def compare(
     print(f"Report: {page}")
     if json_file is not None:
         write_rows(rows, json_file)
-
-
-def _task(task: str | None, own: tuple[str | None, ...]) -> str:
-    """The name of a task, or "" if the user's three functions are all named; ConfigError otherwise."""
-    from deepthin.lab.tasks import TASKS
-
-    if (task is None) != all(own) or (task is not None and any(own)):
-        raise ConfigError(
-            f"Name a task ({', '.join(TASKS)}), or your own network by all three of --model, --train and --evaluate."
-        )
-    return known(task, TASKS, "task") if task is not None else ""
 
 
 def _integers(option: str, text: str, example: str) -> tuple[int, ...]:

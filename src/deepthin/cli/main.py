@@ -5,7 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from deepthin.cli import laboratory, library  # noqa: F401 -- their commands register with the application
+from deepthin.cli import laboratory, library, search  # noqa: F401 -- their commands register with the application
 from deepthin.cli.app import app, notes, say
 from deepthin.errors import DeepThinError, ExportError
 
@@ -25,5 +25,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's exit code after Ctrl-C
             raise
-        notes.print("interrupted; run it again: a comparison resumes, other commands start over")
+        notes.print(
+            "interrupted; run it again: a search, a comparison and a training resume, other commands start over"
+        )
         sys.exit(130)

@@ -1,9 +1,12 @@
 """Options that several commands share, each with its help text."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
+
+from deepthin.cli.app import known
+from deepthin.errors import ConfigError
 
 Model = Annotated[
     str, typer.Option(help="The function that builds the dense network: `package.module:function`, without arguments.")
@@ -48,3 +51,46 @@ OwnEvaluate = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=1, max=256, help="Cores to use.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
+TeacherFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--teacher",
+        help="The .thin file of a trained dense network, such as runs/demo/models/dense-seed0.thin: all networks "
+        "but dense and int8 learn from it too.",
+    ),
+]
+TeacherKind = Annotated[
+    str, typer.Option(help="Targets of the distillation: soft (probabilities at a temperature) or logits.")
+]
+TeacherWeight = Annotated[
+    float, typer.Option(help="Weight of the distance to the teacher in the loss, 0 to 1; the labels have the rest.")
+]
+Temperature = Annotated[float, typer.Option(help="Temperature of soft targets.")]
+TeacherNoise = Annotated[
+    float, typer.Option(min=0, help="Standard deviation of the relative noise on the logits of half of the items.")
+]
+EngineName = Annotated[str, typer.Option(help="local, or ray for several machines.")]
+Jobs = Annotated[int, typer.Option(min=1, max=4096, help="Number of concurrent trials.")]
+
+
+def teacher_of(file: Path | None, kind: str, weight: float, temperature: float, noise: float) -> Any:
+    """The teacher of the options, or None; ConfigError for settings of a teacher without its file."""
+    from deepthin.lab.teacher import Teacher
+    from deepthin.torch import Noise
+
+    if file is not None:
+        return Teacher(file.absolute(), cast(Any, kind), weight, temperature, Noise(noise) if noise else None)
+    if (kind, weight, temperature, noise) != ("soft", 0.9, 4.0, 0.0):
+        raise ConfigError("--teacher-kind, --teacher-weight, --temperature and --teacher-noise need --teacher FILE.")
+    return None
+
+
+def task_name(task: str | None, own: tuple[str | None, ...]) -> str:
+    """The name of a task, or "" if the user's three functions are all named; ConfigError otherwise."""
+    from deepthin.lab.tasks import TASKS
+
+    if (task is None) != all(own) or (task is not None and any(own)):
+        raise ConfigError(
+            f"Name a task ({', '.join(TASKS)}), or your own network by all three of --model, --train and --evaluate."
+        )
+    return known(task, TASKS, "task") if task is not None else ""

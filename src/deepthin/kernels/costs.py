@@ -44,11 +44,29 @@ _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
 # of one by factors: a call, and an entry of a window or of outputs that is moved (fit_costs.py).
 _CONVOLUTION = {True: (1.5e4, 0.018, 0.1, 0.0), False: (2.5e5, 0.075, 1.45, 0.34)}
 _WINDOWS = {True: (3e4, 0.02), False: (2.5e5, 0.06)}
+# The same on a CUDA device, in full single precision; `python benchmarks/gpu.py --fit` fits them. These follow from
+# timings on an H100 (docs/performance.md): a call from the smaller layers, a multiplication from 4096 x 4096 by 4096
+# items, an entry from 2048 x 2048 and 4096 x 4096 by one item. What 4096 items took longer than 256 by FFT is divided
+# evenly among its three counts, which one plan cannot tell apart. In training, the passes over a decoded weight are
+# added at the speed of memory. A way that is not listed is not taken there.
+_ON_CUDA: dict[bool, dict[str, tuple[float, ...]]] = {
+    True: {
+        "dense": (1.2e4, 3.96e-5, 0.0012, 0.0),
+        "fft": (4.4e5, 4.3e-4, 2.6e-4, 0.0, 0.0054, 0.0),
+    },
+    False: {
+        "dense": (2.5e5, 1.15e-4, 0.0078, 1.2e-4),
+        "fft": (1.9e6, 4.8e-4, 2.9e-4, 0.0, 0.006, 0.0),
+    },
+}
+
+_BY_DEVICE: dict[str, dict[bool, dict[str, tuple[float, ...]]]] = {"cpu": _NANOSECONDS, "cuda": _ON_CUDA}
+_NO_TIMES: dict[str, tuple[float, ...]] = {"dense": (0.0, 0.0, 0.0, 0.0)}  # elsewhere only the decoded weight is taken
 
 _SYMBOL_ITEMS, _SYMBOL_AREA = 8, 1 << 21
 _IN_TURN = {
-    True: (6e4, 0.05),
-    False: (2.5e5, 0.2),
+    "cpu": {True: (6e4, 0.05), False: (2.5e5, 0.2)},
+    "cuda": {True: (4.4e5, 1.6e-4), False: (1.9e6, 4.6e-4)},  # not measured: calls as by FFT, 4 times a dense product's
 }  # nanoseconds of a call and of a multiplication, for Kronecker sums and tensor trains
 
 
@@ -105,21 +123,29 @@ def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[P
     }
 
 
-def costs(method: Factor, batch: int, dense_ready: bool) -> dict[Path, float]:
+def _times(dense_ready: bool, device: str) -> dict[str, tuple[float, ...]]:
+    by_mode = _BY_DEVICE.get(device)
+    return _NO_TIMES if by_mode is None else by_mode[dense_ready]
+
+
+def costs(method: Factor, batch: int, dense_ready: bool, device: str = "cpu") -> dict[Path, float]:
     """Predicted time of each way to multiply.
 
     Args:
         method: The factored weight.
         batch: Number of items, >= 1.
         dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+        device: Type of the device, as torch calls it: ``cpu`` is one core.
 
     Returns:
-        Nanoseconds on one core, for every way that applies.
+        Nanoseconds, for every way that applies and whose times on the device are known: elsewhere the decoded weight
+        alone, as 0.
     """
-    weights = _NANOSECONDS[dense_ready]
+    weights = _times(dense_ready, device)
     return {
         path: sum(w * c for w, c in zip(weights[path], counts, strict=True))
         for path, counts in terms(method, batch).items()
+        if path in weights
     }
 
 
@@ -171,7 +197,7 @@ def repeated_dense_work(method: Factor, items: int, calls: int, dense_ready: boo
     return math.prod(method.shape) * (calls * (multiplication * items + reading) + made)
 
 
-def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: bool) -> float:
+def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: bool, device: str = "cpu") -> float:
     """Predicted time of a product by the decoded weight.
 
     Args:
@@ -179,13 +205,14 @@ def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: b
         summands: Products that are summed for each weight when it is decoded.
         batch: Number of items.
         dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+        device: Type of the device.
 
     Returns:
-        Nanoseconds on one core.
+        Nanoseconds; 0 where the times of the device are not known.
     """
     area = math.prod(shape)
     counts = (1, batch * area, area, area * summands)
-    return sum(w * c for w, c in zip(_NANOSECONDS[dense_ready]["dense"], counts, strict=True))
+    return sum(w * c for w, c in zip(_times(dense_ready, device)["dense"], counts, strict=True))
 
 
 def convolution_costs(method: Factor, groups: int, items: int, dense_ready: bool) -> tuple[float, float]:
@@ -209,18 +236,21 @@ def convolution_costs(method: Factor, groups: int, items: int, dense_ready: bool
     return dense, call + groups * (product + entry * items * (rows + cols))
 
 
-def in_turn_cost(method: InTurn, batch: int, dense_ready: bool) -> float:
+def in_turn_cost(method: InTurn, batch: int, dense_ready: bool, device: str = "cpu") -> float:
     """Predicted time of a product by the factors one after the other.
 
     Args:
         method: The method, which has factors to multiply by.
         batch: Number of items.
         dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+        device: Type of the device.
 
     Returns:
-        Nanoseconds on one core.
+        Nanoseconds; infinite where the times of the device are not known.
     """
-    delay, each = _IN_TURN[dense_ready]
+    if device not in _IN_TURN:
+        return math.inf
+    delay, each = _IN_TURN[device][dense_ready]
     return delay + each * batch * method.multiplies()
 
 

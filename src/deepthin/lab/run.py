@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from deepthin.errors import BudgetError, ConfigError
 from deepthin.lab.compared import ALWAYS, CODED_OPTIONS, DENSE, PRUNED_CSR, PRUNING, SAME_SIZE, is_coded, split
 from deepthin.lab.search import Choice
 from deepthin.lab.tasks import TASKS
-from deepthin.lab.tasks.own import Own
+from deepthin.lab.tasks.own import Named, Own, built, resolved
 from deepthin.lab.tasks.task import Task
 from deepthin.lab.tasks.training import Training
 from deepthin.lab.teacher import Teacher
@@ -36,9 +36,11 @@ class Setup:
         steps: Number of training steps.
         width: Width of the dense network.
         depth: Depth of the network.
-        own: The user's factory, training and evaluation as ``package.module:function``, instead of ``task``.
+        own: The user's factory, training and evaluation, instead of ``task``: functions, or their names as
+            ``package.module:function``.
         teacher: A network that all but the dense one learn from.
         network: Name of the network, of a task that has several.
+        factory: Another network for the same data and training: a function without arguments, or its name.
     """
 
     task: str
@@ -46,9 +48,10 @@ class Setup:
     steps: int | None = None
     width: int | None = None
     depth: int | None = None
-    own: tuple[str, str, str] | None = None
+    own: tuple[Named, Named, Named] | None = None
     teacher: Teacher | None = None
     network: str | None = None
+    factory: Named | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,22 @@ class Run:
         build = partial(task.build, data, **chosen)
         width, teacher = setup.width or task.width, setup.teacher
         taught = None if teacher is None else (teacher, teacher.load(task, lambda: build(width)))
-        return cls(task, data, setup.steps or task.steps, width, build, taught, network)
+        run = cls(task, data, setup.steps or task.steps, width, build, taught, network)
+        return run if setup.factory is None else run.with_factory(setup.factory)
+
+    def with_factory(self, factory: Named) -> "Run":
+        """Another network for the same data, training and evaluation.
+
+        Args:
+            factory: A function without arguments, or its name as ``package.module:function``.
+
+        Returns:
+            The run with that network, which has one width.
+
+        Raises:
+            ConfigError: The function cannot be found, needs arguments, or returns no module.
+        """
+        return replace(self, build=partial(built, resolved(factory, "--model")), width=1, network=None)
 
     def weight_bytes(self) -> int:
         """Size of the dense network's weight matrices.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import deepthin.torch as dt
 from deepthin.errors import ConfigError, DeepThinError
@@ -59,6 +60,7 @@ def train(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda step, steps: None,
     checkpoint: int | None = None,
+    decay: float = 0.0,
 ) -> Trained:
     """Train the network of a task, or the user's own, by a configuration, and write it to a file.
 
@@ -74,6 +76,7 @@ def train(
         seed: Seed of the start, the batches and everything else that is drawn.
         progress: Called after each step with the number of steps so far and of all steps.
         checkpoint: Steps between two checkpoints; None: a fiftieth of all.
+        decay: AdamW's weight decay of matrices and codes, >= 0.
 
     Returns:
         The sizes of the file, and the metrics of the network in it.
@@ -85,9 +88,43 @@ def train(
         DeepThinError: The file does not hold what the trained network does.
         OSError: The file cannot be written.
     """
-    rules, run = parse_rules(rules), prepared(setup)
+    run, started = prepared(setup), time.perf_counter()
     rate: float = run.task.learning_rate if lr is None else lr
-    started = time.perf_counter()
+    loaded = train_file(run, rules, path, rate, seed, progress, checkpoint, decay)
+    values = {split: run.task.evaluate(loaded, run.data, split) for split in ("dev", "test")}
+    return Trained(inspect(path), values, rate, run.steps, round(time.perf_counter() - started, 1))
+
+
+def train_file(
+    run: Run,
+    rules: Mapping[str, Any] | str | Path | Rules,
+    path: Path,
+    lr: float,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
+    checkpoint: int | None = None,
+    decay: float = 0.0,
+) -> nn.Module:
+    """Train and write as ``train`` does, without evaluating.
+
+    Args:
+        run: The task with its data, network, steps and teacher.
+        rules: The configuration.
+        path: The ``.thin`` file to write.
+        lr: Learning rate of dense parameters, > 0.
+        seed: Seed of everything that is drawn.
+        progress: Called after each step with the number of steps so far and of all steps.
+        checkpoint: Steps between two checkpoints; None: a fiftieth of all.
+        decay: AdamW's weight decay of matrices and codes, >= 0.
+
+    Returns:
+        The network that is loaded from the file, in evaluation.
+
+    Raises:
+        DeepThinError: As ``train``.
+        OSError: The file cannot be written.
+    """
+    rules = parse_rules(rules)
     seeded(seed)
     model = run.build(run.width)
     about = [
@@ -96,17 +133,21 @@ def train(
         f"data {run.data.about}",
         f"steps {run.steps}",
         f"width {run.width}",
-        f"learning rate {rate!r}",
+        f"learning rate {lr!r}",
         f"seed {seed}",
         f"configuration {rules!r}",
         f"network {' '.join(str(model).split())}",
+        *([f"decay {decay!r}"] if decay else []),
+        *([] if run.teacher is None else [f"teacher {run.teacher[0].about()}"]),
     ]
     kept = Checkpoint(checkpoint_of(path), checkpoint or max(run.steps // CHECKPOINTS, 1), "\n".join(about))
     training = Training(
         model=model,
         steps=run.steps,
-        lr=rate,
+        lr=lr,
+        decay=decay,
         seed=seed,
+        distillation=None if run.teacher is None else run.teacher[0].distillation(run.teacher[1], seed),
         progress=lambda step: progress(step, run.steps),
         checkpoint=kept,
     )
@@ -122,8 +163,7 @@ def train(
     if not alike(model.eval(), loaded, run.task.example(run.data)):
         raise DeepThinError(f"{path} does not hold what the trained model does: please report it.")
     kept.remove()
-    values = {split: run.task.evaluate(loaded, run.data, split) for split in ("dev", "test")}
-    return Trained(inspect(path), values, rate, run.steps, round(time.perf_counter() - started, 1))
+    return loaded
 
 
 def checkpoint_of(path: Path) -> Path:

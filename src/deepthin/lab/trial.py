@@ -37,8 +37,9 @@ def prepared(setup: Setup) -> Run:
     Raises:
         ConfigError: As ``Run.prepare``.
     """
-    run = _loaded(replace(setup, steps=None))
-    return replace(run, steps=setup.steps or run.steps)
+    run = _loaded(replace(setup, steps=None, factory=None))
+    run = replace(run, steps=setup.steps or run.steps)
+    return run if setup.factory is None else run.with_factory(setup.factory)
 
 
 _loaded = lru_cache(maxsize=1)(Run.prepare)

@@ -15,6 +15,7 @@ from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.methods import binary_rows
 
 BITS = range(1, 9)
 _USUAL = 40  # binary orders of magnitude, above 1 and below, of weights whose squares can be added up
@@ -189,7 +190,10 @@ class Binary:
         # Weights whose squares could not be added up are divided by the largest
         unusual = xp.where(size > 2.0**_USUAL, size, xp.where(size < 2.0**-_USUAL, size, xp.ones_like(size)))
         size = xp.where(unusual > 0, unusual, xp.ones_like(size))
-        if self.per == "matrix":
+        if binary_rows.is_taken(weight):
+            rows = (weight if self.per == "row" else xp.reshape(weight, (1, -1))) / size
+            symbols, scales = binary_rows.rounded(rows, self.planes, self.rounds, xp)
+        elif self.per == "matrix":
             symbols, scales = self._rounded(xp.reshape(weight, (1, -1)) / size, xp)
         else:
             step = max(_PIECE // self.shape[1], -(-self.shape[0] // _PIECES), 1)  # rows do not depend on each other

@@ -271,7 +271,7 @@ class Coded:
         Returns:
             ``2^(width - 1) - 1``.
         """
-        return self._uniform().top()
+        return (1 << (self.width - 1)) - 1
 
     @property
     def trains(self) -> Trains:

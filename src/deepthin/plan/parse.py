@@ -16,6 +16,7 @@ from deepthin.plan.rules import ALLOCATIONS, BIASES, DENSE, SENSITIVITY, Rule, R
 _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation", "biases")
 _RULE_KEYS = ("method", "ratio", "bytes", "floats", "group", "then", "projection")
 GROUPS = ("flat", "rows")
+AUTO = "auto"
 
 
 def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
@@ -148,6 +149,12 @@ def _parse_rule(pattern: Any, table: Any) -> Rule:
     matcher(pattern)
     settings = dict[str, Any](table)  # pyright: ignore[reportUnknownArgumentType] -- checked key by key below
     method = settings.get("method", "deepthin")
+    if method == AUTO:
+        raise ConfigError(
+            f"{where} method = 'auto': which method is best for a layer is found by trainings. Run `deepthin search` "
+            "with your task and --file-bytes: it writes a configuration, best.toml. Or name a method: "
+            f"{', '.join((*METHODS, DENSE))}."
+        )
     if not isinstance(method, str) or (method != DENSE and method not in METHODS):
         raise ConfigError(f"{where} method = {method!r} is unknown. {did_you_mean(method, (*METHODS, DENSE))}")
     options = METHODS[method].options if method in METHODS else ()

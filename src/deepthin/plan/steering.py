@@ -27,6 +27,7 @@ MOST_CHANGE, MOST_FACTOR = 0.1, 20.0  # upper bounds on these parts: of log(weig
 # that lie just below one half of a step would become symbols all at once. In a step of the training, log(step) falls
 # by FINER for an error of -1, and by MOST_FINER at most.
 SLACK, FINER, MOST_FINER = 0.01, 0.1, 0.002
+_LEAST_SQUARE = 1e-100  # of symbols that are all zero
 LEAST_SAVED = 1e-3  # bits that moving a symbol counts as saving
 MEASUREMENTS = 40  # at most: how often the true size is measured in a training
 PRIOR = 0.5  # added to the count of each symbol, as Krichevsky and Trofimov do
@@ -267,7 +268,7 @@ class Rounded:
         lengths = symbol_lengths(sign * nearest, self.top)
         now = sign * nearest + self.top
         saved = np.maximum(lengths[now] - lengths[now - sign], LEAST_SAVED)
-        grown = ((size - nearest + 1) ** 2 - (size - nearest) ** 2) / max(np.mean(size**2), np.finfo(np.float64).tiny)
+        grown = ((size - nearest + 1) ** 2 - (size - nearest) ** 2) / max(np.mean(size**2), _LEAST_SQUARE)
         return sign * self.step * (nearest - 1.0), np.where(nearest > 0, grown / saved, np.inf)
 
 

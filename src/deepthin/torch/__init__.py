@@ -13,6 +13,7 @@ from deepthin.torch.portable import portable
 from deepthin.torch.rates import parameter_groups
 from deepthin.torch.recipe import Recipe, quantize_codes
 from deepthin.torch.schemes import allocate_pruning
+from deepthin.torch.search import search
 from deepthin.torch.size_target import SizeTarget
 from deepthin.torch.surgeon import optimal_brain_surgeon
 from deepthin.torch.twist import Rising, Twist
@@ -48,5 +49,6 @@ __all__ = [
     "quantize_codes",
     "same_size",
     "save",
+    "search",
     "trim",
 ]

@@ -17,8 +17,10 @@ from torch import Tensor
 from deepthin.kernels import products, rounding
 from deepthin.method import Stepped
 from deepthin.plan.steering import PRIOR
+from deepthin.torch import accelerated
 
 _TORCH = cast(Any, torch)
+_EXACT = 1 << 24
 
 
 def _is_native(latents: Tensor) -> bool:
@@ -97,6 +99,15 @@ def quantized(latents: Tensor, log_step: Tensor, method: Stepped) -> Tensor:
     return cast(Tensor, _Quantized.apply(latents, log_step, method))
 
 
+def _counts(symbols: Tensor, top: int) -> Tensor:
+    """How often each symbol from ``-top`` to ``top`` occurs, in float64."""
+    if not accelerated.on_accelerator(symbols):
+        return torch.bincount((symbols + top).long(), minlength=2 * top + 1).double()
+    # A histogram with given limits, of which a host does not wait for the values; float32 counts exactly so far
+    pieces = [piece.float().histc(2 * top + 1, -top - 0.5, top + 0.5) for piece in symbols.split(_EXACT)]
+    return torch.stack(pieces).double().sum(0)
+
+
 class _CodeLength(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latents: Tensor, log_step: Tensor, method: Stepped) -> Tensor:
@@ -107,7 +118,7 @@ class _CodeLength(torch.autograd.Function):
         else:
             step = method.step(log_step, _TORCH)
             symbols = (latents / step.reshape(())).reshape(-1).clamp(-top, top)
-            counts = torch.bincount((symbols.round() + top).long(), minlength=2 * top + 1).double()
+            counts = _counts(symbols.round(), top)
         lengths = torch.log2(counts.sum() + PRIOR * len(counts)) - torch.log2(counts + PRIOR)
         ctx.save_for_backward(latents, log_step, lengths.diff())
         ctx.step, ctx.top = step, top  # a float where native code counts

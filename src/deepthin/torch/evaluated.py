@@ -3,7 +3,8 @@
 It counts as current while every entry of the state is the same tensor, with the same memory and the same version, and
 no optimiser has taken a step: the time of this check does not depend on sizes. Writes that no version counts, through
 ``.data`` or NumPy, are seen after the next ``train()`` or ``eval()``. Values are compared instead where the parameters
-are what the decoder takes, where an entry has no version or is shared with other processes, and in training mode.
+are what the decoder takes, where an entry has no version or is shared with other processes, and in training mode; but
+never on an accelerator, where the host would have to wait: nothing is cached there where versions do not tell.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deepthin.kernels import products
 from deepthin.torch.operators import same_values, short_ways
+from deepthin.torch.tracing import is_recorded
 
 
 class Source(NamedTuple):
@@ -44,13 +46,13 @@ class Evaluated(NamedTuple):
         sources: The entries of the state.
         step: What ``last_step`` returned before they were read.
         floats: The code that the decoder takes.
-        dense: Index -> decoded tensor, and its version when it was decoded.
+        dense: Index, or index and type, -> decoded tensor, and its version when it was decoded.
     """
 
     sources: tuple[Source, ...]
     step: object
     floats: dict[str, Tensor]
-    dense: dict[int, tuple[Tensor, int]]
+    dense: dict[int | tuple[int, torch.dtype], tuple[Tensor, int]]
 
 
 _last_step: list[object] = [object()]  # native code reads it too
@@ -115,13 +117,24 @@ def _same(old: Source, now: Tensor, in_training: bool) -> bool:
     return now.data_ptr() == old.address
 
 
-def _unknown(attributes: dict[str, Any]) -> Evaluated | None:
-    return None
+def _looked_up(attributes: dict[str, Any]) -> Evaluated | None:
+    held = attributes.get("_evaluated")
+    if held is None or attributes["training"] or held.step is not _last_step[0] or is_recorded():
+        return None
+    parameters, wanted = attributes["_parameters"], torch.is_grad_enabled()
+    for name, tensor, alias, version, copy in held.sources:
+        now = parameters.get(name)
+        if copy is not None or (attributes.get(name) if now is None else now) is not tensor:
+            return None
+        if tensor._version != version or (wanted and tensor.requires_grad) or tensor.data_ptr() != alias.data_ptr():
+            return None
+    return held
 
 
-current: Callable[[dict[str, Any]], Evaluated | None] = _unknown
-"""What a ThinWeight with these attributes (its ``__dict__``) holds, looked up in native code; None where it is not
-current, in training mode, where a gradient is needed, where someone observes operations, and without native code."""
+current: Callable[[dict[str, Any]], Evaluated | None] = _looked_up
+"""What a ThinWeight with these attributes (its ``__dict__``) holds, looked up in native code if there is any; None
+where it is not current, in training mode, where a gradient is needed and where someone observes operations. Without
+native code it is also None where values have to be compared."""
 
 
 def _nothing(part: nn.Module, index: int = 0) -> Tensor | None:

@@ -12,6 +12,7 @@ from deepthin.torch.cache import StateCache
 from deepthin.torch.evaluated import Evaluated
 from deepthin.torch.snapshot import Snapshot, is_listed
 from deepthin.torch.state import CodeState, smallest_type
+from deepthin.torch.tracing import without_autocast
 from deepthin.torch.wrapped import is_sharded
 
 _ROUNDING = 1e-6  # of the largest float: two decodings of one code may differ by that
@@ -160,7 +161,7 @@ class LatentState(CodeState):
         code = self._coded.get(copies)
         if code is not None:
             return code
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(copies[0]):
             return self._coding.encode(state, _TORCH)
 
     def _decode_floats(self, code: Mapping[str, Tensor]) -> dict[str, Tensor]:

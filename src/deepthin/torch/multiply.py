@@ -88,6 +88,8 @@ class Case(NamedTuple):
         direct: The stored symbols are available.
         traced: Recorded as a graph for this machine, in which the operator is predicted to be faster.
         levels: Look-up tables of the instruction set (``kernels.products.levels``), where symbols are stored.
+        device: Type of the device, if ``kernels.costs`` predicts times for this precision there; otherwise another
+            name, and the decoded weight is used.
     """
 
     method: Method
@@ -100,6 +102,7 @@ class Case(NamedTuple):
     direct: bool = False
     traced: bool = False
     levels: tuple[int, int] = (0, 0)
+    device: str = "cpu"
 
 
 class Way(Protocol):
@@ -161,7 +164,7 @@ class DenseWeight:
         if case.window is not None:
             return _factored(case)["dense"]
         summands = case.method.summands() if isinstance(case.method, InTurn) else 1
-        return costs.dense_cost(case.method.shape, summands, case.batch, case.dense_ready)
+        return costs.dense_cost(case.method.shape, summands, case.batch, case.dense_ready, case.device)
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
         """As ``Way.run``, by ``F.linear``; ``x`` may be a proxy of a tracer."""
@@ -251,7 +254,7 @@ class FactorsInTurn:
 
     def cost(self, case: Case) -> float:
         """As ``Way.cost``: fitted to timings."""
-        return costs.in_turn_cost(cast(InTurn, case.method), case.batch, case.dense_ready)
+        return costs.in_turn_cost(cast(InTurn, case.method), case.batch, case.dense_ready, case.device)
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
         """As ``Way.run``."""
@@ -326,6 +329,31 @@ WAYS: tuple[Way, ...] = (
 """Every way; among equal costs the first is chosen."""
 
 
+def timed_device(x: Tensor) -> str:
+    """The device of a product, as a ``Case`` has it.
+
+    Args:
+        x: The inputs.
+
+    Returns:
+        Its type; ``reduced`` on an accelerator whose matrix units multiply in less than single precision, which only
+        the decoded weight can use: by the type of x, by autocast, or by TensorFloat-32.
+    """
+    device = x.device.type
+    if device == "cpu":
+        return device
+    exact = x.dtype is torch.float32 and not torch.is_autocast_enabled(device)
+    return device if exact and _is_exact() else "reduced"
+
+
+def _is_exact() -> bool:
+    """Whether products of float32 are computed in float32 on CUDA devices."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch says so where only the newer setting was made
+        return torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+
+
 def choose(case: Case) -> Way:
     """The way with the least predicted cost.
 
@@ -348,7 +376,7 @@ def _least(case: Case) -> Way:
 @lru_cache(maxsize=4096)
 def _factored(case: Case) -> dict[costs.Path, float]:
     """Predicted nanoseconds of every way for a plan."""
-    return costs.costs(cast(Window, case.window).plan, case.batch, case.dense_ready)
+    return costs.costs(cast(Window, case.window).plan, case.batch, case.dense_ready, case.device)
 
 
 @lru_cache(maxsize=4096)

@@ -16,17 +16,21 @@ from deepthin.kernels.costs import Path, choose_native
 from deepthin.method import Flat
 from deepthin.methods.factor import Factored, Window
 from deepthin.storage.contents import Part
-from deepthin.torch import multiply
+from deepthin.torch import accelerated, multiply
 from deepthin.torch.cache import StateCache
-from deepthin.torch.evaluated import current, decoded
+from deepthin.torch.evaluated import Evaluated, current, decoded
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, short_ways, takes, trained_linear
 from deepthin.torch.rounding import RoundedState
 from deepthin.torch.snapshot import is_exported, warn_of_dense
-from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
+from deepthin.torch.tracing import as_leaf, is_plain, is_portable, is_recorded
 
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
+_TABLE = 1 << 24  # entries that an accelerator decodes, and whose gradients it sums, as fast as it starts ``rows``
+_BATCHES = 1000  # sizes of inputs for which a choice is noted
 _WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
+_PLAIN = (Tensor, torch.nn.Parameter)
 _TORCH = cast(Any, torch)
 
 
@@ -43,6 +47,9 @@ class Operand(RoundedState):
     plans: tuple[Window | None, ...]
     kernels: tuple[Window | None, ...]
     _cuts: tuple[tuple[int, int], ...]  # begin and end of each tensor in the flattened matrix
+    _places: "tuple[accelerated.Place | None, ...]"  # of each tensor in the product of factors of any order
+    # On an accelerator, by tensor, number of inputs, whether it is kept, and the type of autocast
+    _decoding_pays: dict[tuple[int, int, bool, torch.dtype | None], bool]
     _windows: tuple[Window | None, ...]
     _operator_pays: tuple[bool, ...]
     _has_symbols: bool
@@ -63,19 +70,25 @@ class Operand(RoundedState):
         """
         if (leaf := as_leaf(self, index)) is not None:
             return cast(Any, leaf)
-        held = None if torch.compiler.is_compiling() else current(self.__dict__)
+        held = None if torch.compiler.is_compiling() else self._held()
         if held is None:
             if not self.keeps_dense():
                 return self._decode(index, self.floats())
             held = self._now()
-        dense, version = held.dense.get(index, (None, 0))
+        return self._dense_of(held, index)
+
+    def _dense_of(self, held: Evaluated, index: int, kind: torch.dtype | None = None) -> Tensor:
+        """A decoded tensor from what evaluation holds, decoded if need be; in another type than the code's if given."""
+        key = index if kind is None else (index, kind)
+        dense, version = held.dense.get(key, (None, 0))
         if dense is not None and dense._version != version:  # a caller wrote to it, and so perhaps to the floats
             self._forget()
             held, dense = self._now(), None
         if dense is None:
             with torch.inference_mode(False), torch.no_grad():  # a gradient of the input may need it later
-                dense = self._decode(index, held.floats)  # of copies: another thread may write to the code
-                held.dense[index] = (dense, dense._version)
+                dense = self._decode(index, held.floats, kind)  # of copies: another thread may write to the code
+                if not accelerated.on_accelerator(dense) or accelerated.may_keep(dense):
+                    held.dense[key] = (dense, dense._version)
         return dense
 
     def decoded(self) -> Iterator[Tensor]:
@@ -107,6 +120,8 @@ class Operand(RoundedState):
             return y
         if not isinstance(x, Tensor):  # a tracer's proxy, or a caller's mistake, which raises
             return multiply.DENSE.run(self, x, index, bias)
+        if accelerated.on_accelerator(x) and (y := self._on_accelerator(x, index, bias)) is not None:
+            return y
         case = self._case(x, index, bias)
         way = multiply.choose(case)
         if way.name in _WAYS and not torch.compiler.is_compiling() and self.keeps_dense():
@@ -122,6 +137,49 @@ class Operand(RoundedState):
             self._note_way(way, x, index, bias)
         return way.run(self, x, index, bias)
 
+    def _on_accelerator(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
+        """The product by the decoded matrix in few operations; None where another way is better or someone records."""
+        if torch.compiler.is_compiling():
+            return None
+        held = None if self.training else self._held()  # None where someone records
+        if held is None and is_recorded():
+            return None
+        device, kind = x.device.type, None
+        if torch.is_autocast_enabled(device):
+            if x.dtype not in _CAST or self._float_type() not in _CAST:
+                return None
+            kind = torch.get_autocast_dtype(device)
+        if held is None and not self.training and self.keeps_dense():
+            held = self._now()
+        if held is not None:
+            if self.parts[index].transposed or not self._decodes(index, x, True, kind):
+                return None
+            return F.linear(x, self._dense_of(held, index, kind), bias)
+        place = self._places[index]
+        if place is None or place.transposed or len(place.shape) != 2 or not self._decodes(index, x, False, kind):
+            return None
+        entries = self.__dict__["_parameters"] if self.direct and self._empty is None else self.floats()
+        xf, wf = cast(Tensor, entries.get("xf")), cast(Tensor, entries.get("wf"))  # None where they are gathered before
+        if type(xf) not in _PLAIN or type(wf) not in _PLAIN or type(x) is not Tensor:
+            return None
+        if kind is None and not xf.dtype is wf.dtype is x.dtype:
+            return None  # an error, which the linear layer raises
+        return accelerated.linear(x, xf, wf, bias, place, kind or x.dtype)
+
+    def _float_type(self) -> torch.dtype:
+        """That of the floats of the state, which is that of the decoded weight."""
+        return next(t.dtype for entry in self._entries if (t := getattr(self, entry)).is_floating_point())
+
+    def _decodes(self, index: int, x: Tensor, ready: bool, kind: torch.dtype | None) -> bool:
+        """Whether the decoded matrix is predicted to be the faster way; noted, since the prediction takes longer."""
+        key = index, x.shape.numel(), ready, kind
+        pays = self._decoding_pays.get(key)
+        if pays is None:
+            if len(self._decoding_pays) > _BATCHES:
+                self._decoding_pays.clear()
+            pays = self._decoding_pays[key] = multiply.choose(self._case(x, index, None)) is multiply.DENSE
+        return pays
+
     def rows_pay(self, places: Tensor, index: int = 0) -> bool:
         """Whether ``rows`` is predicted to be faster than decoding the whole matrix.
 
@@ -130,15 +188,18 @@ class Operand(RoundedState):
             index: Which of the weight's tensors.
 
         Returns:
-            True for few rows of a matrix in a product of two factors; in graphs always, where their number may be
-            symbolic.
+            True for few rows of a matrix in a product of two factors, on an accelerator of a large one; in graphs
+            always, where their number may be symbolic.
         """
         part = self.parts[index]
         if self._windows[index] is None or part.transposed:
             return False
         if places.dtype not in (torch.int32, torch.int64) or places.is_meta:
             return False
-        return is_recorded() or places.numel() * _GATHER <= part.shape[0]
+        if is_recorded():
+            return True
+        few = places.numel() * _GATHER <= part.shape[0]
+        return few and (not accelerated.on_accelerator(places) or math.prod(part.shape) >= _TABLE)
 
     def rows(self, places: Int[Tensor, "*batch"], index: int = 0) -> Float[Tensor, "*batch cols"]:
         """Decode single rows of a matrix in a product of two factors.
@@ -151,15 +212,18 @@ class Operand(RoundedState):
             One row for each index, in the last dimension; padding rows are 0.
 
         Raises:
-            IndexError: An index is out of range; not checked in graphs.
+            IndexError: An index is out of range; not checked in graphs, and on an accelerator an error of the device.
         """
         rows = self._short_rows(places, index)
         if rows is not None:
             return rows
         part, floats, n = self.parts[index], self.floats(), cast(Window, self._windows[index]).plan.n
         count, cols = part.shape
-        if not is_recorded() and places.numel() and not 0 <= int(places.min()) <= int(places.max()) < count:
-            raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
+        if not is_recorded() and places.numel():
+            if accelerated.on_accelerator(places):
+                _TORCH._assert_async(((places >= 0) & (places < count)).all())
+            elif not 0 <= int(places.min()) <= int(places.max()) < count:
+                raise IndexError(f"Rows go from {int(places.min())} to {int(places.max())}: the table has {count}.")
         start = self._cuts[index][0] + places.long() * cols
         blocks = (cols + n - 2) // n + 1  # rows of xf that a row of the matrix may touch; it may end before the last
         touched = (start // n)[..., None] + torch.arange(blocks, device=places.device)
@@ -199,8 +263,7 @@ class Operand(RoundedState):
         """The native product in a single call; None where it does not apply or was not used for this batch before."""
         if self._fast is None or self.training or torch.compiler.is_compiling():
             return None
-        fast = self._fast[index]
-        if fast is None or (entries := self._short_entries()) is None:
+        if (fast := self._fast[index]) is None or (entries := self._short_entries()) is None:
             return None
         return fast(x, entries.get("xf"), entries.get("wf"), bias)
 
@@ -295,7 +358,8 @@ class Operand(RoundedState):
             if recorded:
                 pays = native and self._operator_pays[index]
                 return Case(self.decoder, window, 0, False, native=True, traced=True) if pays else dense
-            return Case(self.decoder, window, x.numel() // window.plan.shape[1], self.keeps_dense(), native=native)
+            batch, device = x.numel() // window.plan.shape[1], multiply.timed_device(x)
+            return Case(self.decoder, window, batch, self.keeps_dense(), native=native, device=device)
         if recorded or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
             return dense
         gradients = torch.is_grad_enabled()
@@ -310,6 +374,7 @@ class Operand(RoundedState):
             and (bias is None or (takes(bias) and not (gradients and bias.requires_grad))),
             direct=self.direct,
             levels=products.levels() if self._has_symbols else (0, 0),
+            device=multiply.timed_device(x),
         )
 
     def sparse_rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -349,9 +414,20 @@ class Operand(RoundedState):
         rows, cols = self.parts[index].shape
         return (cols, rows) if self.parts[index].transposed else (rows, cols)
 
-    def _decode(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
+    def _decode(self, index: int, floats: Mapping[str, Tensor], kind: torch.dtype | None = None) -> Tensor:
         if is_exported() and len(self.parts[index].shape) > 1 and not torch.compiler.is_dynamo_compiling():
             warn_of_dense()
+        place = self._places[index]
+        if place is not None and accelerated.on_accelerator(floats["xf"]):
+            xf, wf = floats["xf"], floats["wf"]
+            if is_recorded() or not is_plain(xf, wf) or xf.dtype is not wf.dtype:
+                dense = accelerated.plain_decode(xf, wf, place)
+                return dense if kind is None else dense.to(kind)
+            return accelerated.decode(xf, wf, place, kind)
+        dense = self._decode_by_method(index, floats)
+        return dense if kind is None else dense.to(kind)
+
+    def _decode_by_method(self, index: int, floats: Mapping[str, Tensor]) -> Tensor:
         (start, stop), decoder = self._cuts[index], self.decoder
         code, device = {**self._derived(), **self._wide(floats)}, next(iter(floats.values())).device.type
         # As a dense parameter: its type is the code's, which normalisation and the cache need, and layers cast it.
@@ -367,8 +443,8 @@ class Operand(RoundedState):
         """Whether the dense weight is cached.
 
         Returns:
-            True on the CPU, in evaluation, where the code needs no gradient and nobody records.
+            True in evaluation, where the code needs no gradient, nobody records, and there is memory.
         """
-        if self.training or self._wants_gradient() or not self._may_cache():
+        if self.training or self._wants_gradient() or not self._may_cache() or not self._may_hold():
             return False
-        return all(getattr(self, entry).device.type == "cpu" for entry in self._entries)
+        return not any(getattr(self, entry).is_meta for entry in self._entries)

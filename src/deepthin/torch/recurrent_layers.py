@@ -1,6 +1,7 @@
 """Thin RNN, LSTM and GRU layers, whole sequences in one native call."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from deepthin.kernels.products import native_available
 from deepthin.methods.factor import Factor
+from deepthin.torch.cudnn import FlatWeights
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.recurrent import pays, recurrent
 from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
@@ -130,9 +132,28 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
     # Without the list of weights that torch's layer updates: FSDP exchanges parameters often
     __setattr__ = nn.Module.__setattr__  # pyright: ignore[reportAssignmentType] -- names of arguments differ
 
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Refuse an input as torch's layer does, without decoding weights for their type.
+
+        Args:
+            input: Inputs of all steps.
+            batch_sizes: Those of a packed sequence, or None.
+
+        Raises:
+            RuntimeError: The type or the shape does not fit.
+            ValueError: As above; which of the two depends on torch.
+        """
+        like = next(self.parameters(), None)
+        if like is None or torch.compiler.is_compiling():  # none in FullyShardedDataParallel, which sets plain tensors
+            super().check_input(input, batch_sizes)
+            return
+        known = {"_flat_weights": [torch.empty(0, dtype=like.dtype, device="meta")], "input_size": self.input_size}
+        nn.RNNBase.check_input(cast(Any, SimpleNamespace(**known)), input, batch_sizes)
+
     @property
     def _flat_weights(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return [getattr(self, name) for name in self._flat_weights_names]
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        return self.__dict__.setdefault("_flat", FlatWeights()).of(self, weights)
 
     @_flat_weights.setter
     def _flat_weights(self, _: list[Tensor]) -> None:
@@ -144,8 +165,11 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
     def _update_flat_weights(self) -> None:
         """Nothing is cached, so nothing can be stale."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_flat"}
+
     def flatten_parameters(self) -> None:
-        """Does nothing: decoded weights are temporary, so there is no memory to make contiguous."""
+        """Does nothing: decoded weights are copied to contiguous memory at each call, where cuDNN runs the layer."""
 
 
 class ThinRNN(ThinRecurrent, nn.RNN):

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from deepthin.method import Method, Stepped
 from deepthin.methods.float_coding import LOG_STEP
+from deepthin.torch import accelerated
 from deepthin.torch.code_length import quantized
 from deepthin.torch.evaluated import Evaluated, current, is_current, is_trusted, last_step, source
 from deepthin.torch.latents import LatentState
 from deepthin.torch.snapshot import are_parameters, is_exported, is_listed, unrecorded
-from deepthin.torch.tracing import is_plain, is_recorded
+from deepthin.torch.tracing import is_plain, is_recorded, without_autocast
 
 _TORCH = cast(Any, torch)
 
@@ -26,6 +27,9 @@ class RoundedState(LatentState):
 
     direct: bool
     _steps: Mapping[str, tuple[str, Stepped]]  # what ``FloatCoding.steps`` gives
+    _given_steps: "tuple[Mapping[str, Tensor], bool] | None" = (
+        None  # of a loaded code: whether its latents give its steps
+    )
 
     def floats(self) -> dict[str, Tensor]:
         """The code that ``decoder`` takes: floats, rounded where the method rounds, and integers.
@@ -36,7 +40,7 @@ class RoundedState(LatentState):
         Returns:
             Entry -> tensor; cached while the state is unchanged, if no gradient is needed.
         """
-        if not self.direct and not torch.compiler.is_compiling() and (held := current(self.__dict__)) is not None:
+        if not self.direct and not torch.compiler.is_compiling() and (held := self._held()) is not None:
             return held.floats
         if self.training and self._exact:
             self._follow_first_rank()
@@ -46,33 +50,52 @@ class RoundedState(LatentState):
         if self.rounds and not self.training and is_exported() and (code := self._snapshot_of(state)) is not None:
             return self._decode_floats(code)
         may_cache = self._may_cache()
-        if may_cache and not self._wants_gradient():
+        if may_cache and not self._wants_gradient() and self._may_hold():
             return self._now().floats
         if not self.rounds:
             return self._decode_floats(state)
+        by_value = may_cache and not self._is_accelerated()
         with torch.no_grad():
             latents = {entry: t.detach() for entry, t in state.items()}
             # Encoding again may give another code: the present one stays until a latent changes.
-            code = self._coded.get(latents.values()) if may_cache else None
-        if may_cache and (coded := self._unrounded(state)) and (code is None or self._has_learned_steps(code)):
+            code = self._coded.get(latents.values()) if by_value else None
+        if may_cache and (coded := self._unrounded(state)) and self._gives_again(code if by_value else self._given):
             return _entries_of(self.decoder, state) | {e: quantized(*entry) for e, entry in coded.items()}
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(next(iter(latents.values()))):
             rounded = self._decode_floats(self._coding.encode(latents, _TORCH) if code is None else code)
-            if not may_cache:
+            if not by_value:
                 rounded = self._unless_given(latents, rounded)
-        # The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent.
+        through = accelerated.straight_through if may_cache and not by_value else _straight_through
         passed = {
-            e: (state[e] - state[e].detach()) + rounded[e] if state[e].is_floating_point() else state[e]
+            e: through(state[e], rounded[e]) if state[e].is_floating_point() else state[e]
             for e in self.decoder.code_shapes()
         }
         return passed | {entry: passed[entry] + self._of_step(entry, rounded[entry]) for entry in self._steps}
+
+    def _held(self) -> Evaluated | None:
+        """What evaluation holds, where it is current. A CUDA graph must not read it, since it may be freed before."""
+        held = current(self.__dict__)
+        return None if held is not None and accelerated.is_captured(held.sources[0].tensor) else held
+
+    def _is_accelerated(self) -> bool:
+        """Whether the state is in the memory of an accelerator, where the host should not wait for values."""
+        floats = (entry for entry in self._entries if entry not in self._exact)  # integers follow at the next use
+        return any(accelerated.on_accelerator(getattr(self, entry)) for entry in floats)
+
+    def _may_hold(self) -> bool:
+        """Whether what follows from the state, where it may be cached, can be held: on an accelerator by versions."""
+        if not self._is_accelerated():
+            return True
+        if self.training or accelerated.is_captured(getattr(self, self._entries[0])):
+            return False
+        return all(is_trusted(self, entry) and not getattr(self, entry).is_inference() for entry in self._entries)
 
     def _now(self) -> Evaluated:
         """What follows from the present state, computed if need be; where it may be cached and needs no gradient."""
         held, state = self._evaluated, self.state()
         if held is not None and is_current(held, state, self.training):
             return held
-        step, by_value = last_step(), self.direct or self.training
+        step, by_value = last_step(), (self.direct or self.training) and not self._is_accelerated()
         sources = tuple(source(e, t, by_value or not is_trusted(self, e)) for e, t in state.items())
         with torch.inference_mode(False), torch.no_grad():
             floats = self._floats_of([one.alias.clone() if one.copy is None else one.copy for one in sources])
@@ -84,7 +107,7 @@ class RoundedState(LatentState):
         code = self._code_of(copies)
         if self.direct:
             return code
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(copies[0]):
             return self._decode_floats(code)
 
     @property
@@ -129,8 +152,20 @@ class RoundedState(LatentState):
     def _unrounded(self, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Stepped]]:
         return {entry: (state[entry], state[latent], method) for entry, (latent, method) in self._steps.items()}
 
+    def _gives_again(self, code: Mapping[str, Tensor] | None) -> bool:
+        """Whether a code is none, or has just the steps that its latents give: then encoding these gives it again.
+
+        The answer for a code that was loaded is noted, since on an accelerator the host waits for it.
+        """
+        if code is None or any(value.device != self._device() for value in code.values()):
+            return True
+        if code is not self._given or not self._is_accelerated():
+            return self._has_learned_steps(code)
+        if self._given_steps is None or self._given_steps[0] is not code:
+            self._given_steps = code, self._has_learned_steps(code)
+        return self._given_steps[1]
+
     def _has_learned_steps(self, code: Mapping[str, Tensor]) -> bool:
-        """Whether a code has just the steps that its latents give: then encoding these gives it again."""
         return all(
             torch.equal(code[latent.removesuffix(LOG_STEP) + "step"], method.step(getattr(self, latent), _TORCH))
             for latent, method in self._steps.values()
@@ -174,6 +209,11 @@ class RoundedState(LatentState):
     def _may_cache(self) -> bool:
         """Whether values may be looked up and stored: nobody records, and the state is of plain tensors."""
         return not is_recorded() and is_plain(*(getattr(self, entry) for entry in self._entries))
+
+
+def _straight_through(latents: Tensor, rounded: Tensor) -> Tensor:
+    """The difference is 0, so the sum is exactly the rounded value; its gradient is that of the latent."""
+    return (latents - latents.detach()) + rounded
 
 
 def _entries_of(decoder: Method, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

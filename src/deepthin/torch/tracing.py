@@ -5,6 +5,7 @@ All code that caches, calls native kernels directly or looks at values asks here
 torch.fx's symbolic tracer gives proxies instead of tensors; for it a thin layer is a leaf, as torch's own layers are.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -75,6 +76,20 @@ def is_plain(*tensors: Tensor) -> bool:
         True if each is a ``Tensor`` or ``nn.Parameter`` itself.
     """
     return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which products keep their precision: codes are exact, and gradients of factors are float32.
+
+    Args:
+        tensor: A tensor on the device in question.
+
+    Returns:
+        A context that does nothing where autocast is off.
+    """
+    device = tensor.device.type
+    off = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if off else nullcontext()
 
 
 def as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> fx.Proxy | None:

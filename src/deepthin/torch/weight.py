@@ -14,7 +14,7 @@ from deepthin.method import Code, Method, Symbols
 from deepthin.methods.float_coding import FloatCoding, inner_of
 from deepthin.plan.start import Start, drawn, encoded, generator
 from deepthin.storage.contents import Part
-from deepthin.torch import multiply
+from deepthin.torch import accelerated, multiply
 from deepthin.torch.cache import StateCache
 from deepthin.torch.operand import Operand
 from deepthin.torch.snapshot import Snapshot
@@ -83,6 +83,11 @@ class ThinWeight(Operand):
         self.decoder = self.method if self.direct else self._coding.decoder  # takes floats, however they are stored
         ends = list(itertools.accumulate(math.prod(part.shape) for part in self.parts))
         self._cuts = tuple(zip([0, *ends], ends, strict=False))
+        self._places = tuple(
+            accelerated.place_of(self.decoder, part, start)
+            for part, (start, _) in zip(self.parts, self._cuts, strict=True)
+        )
+        self._decoding_pays = {}
         self._windows = tuple(self._window(index) for index in range(len(self.parts)))
         self.plans = tuple(
             None if window is None or part.zero_row is not None or (window.is_rank and window.offset) else window
@@ -215,6 +220,9 @@ class ThinWeight(Operand):
             "kernels",
             "direct",
             "_cuts",
+            "_places",
+            "_decoding_pays",
+            "_given_steps",
         )
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deepthin.lab.bench.rows import BenchRow
 from deepthin.storage.report import table
 
@@ -119,7 +121,7 @@ def draw(rows: Sequence[BenchRow], path: Path) -> Path:
             series.append((label, grey, dict(zip(PAPER_RATIOS, values, strict=True))))
     ranks = list(dict.fromkeys(row.rank for row in rows))
     kinds = list(dict.fromkeys((row.rank, row.batch) for row in rows))
-    colours = reds if len(kinds) <= len(reds) else pyplot.get_cmap("viridis").resampled(len(kinds)).colors
+    colours = reds if len(kinds) <= len(reds) else pyplot.get_cmap("viridis")(np.linspace(0, 1, len(kinds)))
     for number, (rank, batch) in enumerate(kinds):
         reached = [
             (row.ratio, row.times.get("dense_microseconds"), row.microseconds)

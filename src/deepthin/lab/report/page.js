@@ -1,6 +1,6 @@
-// The curves and the sortable table of a comparison; all data is what page.py wrote into the page.
+// The curves and the sortable table of a page; all data is what page.py or search_page.py wrote into it.
 "use strict";
-const { metrics, axes, curves } = JSON.parse(document.getElementById("data").textContent);
+const { metrics, axes, curves, split = "test" } = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 const state = { metric: metrics[0].name, hidden: new Set() };
 const figures = [...document.querySelectorAll("figure")].map(build);
@@ -27,7 +27,7 @@ function build(element) {
     button.dataset.method = curve.method;
     const swatch = make("svg", { viewBox: "0 0 34 14" }, button, svg.namespaceURI);
     const group = make("g", { class: "curve", style: `color: ${curve.colour}` }, swatch);
-    make("path", { d: "M1 7H33", "stroke-dasharray": curve.dashes }, group);
+    if (!curve.loose) make("path", { d: "M1 7H33", "stroke-dasharray": curve.dashes }, group);
     if (!curve.reference || figure.links) mark(curve, 17, 7, group);
     button.append(curve.method);
     button.onclick = () => {
@@ -125,7 +125,7 @@ function draw(figure) {
   }
   text(axes[figure.x].label, (left + right) / 2, height - 6, "middle", svg, "title");
   make("text", { transform: `translate(13 ${(top + bottom) / 2}) rotate(-90)`, "text-anchor": "middle", class: "title" }, svg)
-    .textContent = "test " + metrics.find(metric => metric.name === state.metric).label;
+    .textContent = `${split} ` + metrics.find(metric => metric.name === state.metric).label;
   const levels = visible.filter(curve => curve.level).sort((a, b) => level(b) - level(a));
   for (const curve of visible) {
     const group = make("g", { class: "curve", style: `color: ${curve.colour}`, "data-method": curve.method }, svg);
@@ -139,7 +139,7 @@ function draw(figure) {
     const places = curve.points.map(point => [x.place(point.x[figure.x]), y.place(point.values[state.metric][0]), point]);
     places.sort((a, b) => a[0] - b[0]);
     const d = "M" + places.map(([px, py]) => `${px.toFixed(1)} ${py.toFixed(1)}`).join("L");
-    make("path", { d, class: figure.links ? "link" : "line", "stroke-dasharray": curve.dashes }, group);
+    if (!curve.loose) make("path", { d, class: figure.links ? "link" : "line", "stroke-dasharray": curve.dashes }, group);
     for (const [px, py, point] of places) {
       const [, low, high] = point.values[state.metric];
       if (high > low) make("path", { class: "bar", d: `M${px} ${y.place(low)}V${y.place(high)}m-3 0h6M${px - 3} ${y.place(low)}h6` }, group);

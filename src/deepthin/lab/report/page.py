@@ -4,17 +4,13 @@
 """
 
 import json
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from deepthin.lab.report.figures import draw
+from deepthin.lab.report.parts import Cell, Key, Table, asset, facts, number, plain, template
 from deepthin.lab.report.points import (
     DASHES,
     STYLES,
@@ -38,48 +34,6 @@ AXES = {
     "weights": {"label": "bytes of the weight matrices over dense, %", "divide": 0.01},
     "microseconds": {"label": "microseconds for one item", "divide": 1},
 }
-
-
-@dataclass(frozen=True)
-class Key:
-    """A sample of a method's line, as in the legend of the chart."""
-
-    line: str  # CSS: solid, dashed or dotted
-    colour: str
-
-    @classmethod
-    def of(cls, method: str) -> "Key":
-        """The line style of a method.
-
-        Args:
-            method: Name of the method, such as ``deepthin-8bit``.
-
-        Returns:
-            Solid for 32-bit floats, dotted for 4 bits, else dashed; in the method's colour.
-        """
-        name, bits = base(method)
-        return cls({"": "solid", "4": "dotted"}.get(bits, "dashed"), STYLES.get(name, UNKNOWN)[0])
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table."""
-
-    text: str = ""
-    value: str | None = None  # sort key
-    look: str = ""  # its class in page.css
-    small: str = ""  # small print after the text
-    span: int = 0  # columns, if more than one
-    key: Key | None = None  # of a method: the cell is the heading of a row
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page: column headings, and rows of as many cells."""
-
-    heads: Sequence[str]
-    lines: Sequence[Sequence[Cell]]
-    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,9 +68,7 @@ def render(rows: Rows, run: Mapping[str, Any], plans: Mapping[tuple[str, float],
     about += "biases and headers included" + (
         "; that of int8 is computed." if any(p.method == "int8" for p in points) else "."
     )
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment.from_string(_asset("page.html")).render(
+    return template("page.html").render(
         title=f"deepthin compare {rows[0].task}",
         headlines=list(_headlines(rows, points)),
         about=about,
@@ -126,17 +78,13 @@ def render(rows: Rows, run: Mapping[str, Any], plans: Mapping[tuple[str, float],
         cuts=_cuts(points, metrics, rows[0].task),
         plans=_plans(plans),
         command=command,
-        facts=_facts(run),
+        facts=facts(run),
         network=run.get("network"),
         chosen=_chosen(rows, run.get("chosen") or {}),
         data={"metrics": named, "axes": AXES, "curves": _curves(points, metrics)},
-        css=_asset("page.css"),
-        js=_asset("page.js"),
+        css=asset("page.css"),
+        js=asset("page.js"),
     )
-
-
-def _asset(name: str) -> str:
-    return files("deepthin.lab.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _headlines(rows: Rows, points: Sequence[Point]) -> Iterable[Headline]:
@@ -239,10 +187,10 @@ def _results(points: Sequence[Point], metrics: Sequence[str]) -> Table:
         over_dense = None if point.file_bytes is None else point.file_bytes / point.dense_bytes
         cells = [
             _method(point.method),
-            _number(point.ratio, "g"),
-            _number(point.weight_bytes, ","),
-            _number(point.file_bytes, ","),
-            _number(over_dense, ".4f"),
+            number(point.ratio, "g"),
+            number(point.weight_bytes, ","),
+            number(point.file_bytes, ","),
+            number(over_dense, ".4f"),
         ]
         for metric in metrics:
             if (spread := point.test.get(metric)) is None:
@@ -253,8 +201,8 @@ def _results(points: Sequence[Point], metrics: Sequence[str]) -> Table:
             cells.append(Cell(mean, repr(spread.mean), "best" if leads else "", rest))
         cells += [
             Cell(str(point.seeds), str(point.seeds), small=point.note) if point.seeds else Cell(),
-            _number(point.microseconds, ",.0f"),
-            _number(point.times_faster, ".2f"),
+            number(point.microseconds, ",.0f"),
+            number(point.times_faster, ".2f"),
         ]
         body.append(cells)
     columns = [i for i in range(len(heads)) if any(cells[i].text for cells in body)]
@@ -282,9 +230,9 @@ def _cuts(points: Sequence[Point], metrics: Sequence[str], task: str) -> list[Ta
         lines: list[list[Cell]] = []
         for rival, by in cuts.items():
             parts = [part for v in variants for part in ((by[v].cut, by[v].closed) if v in by else (None, None))]
-            cells = [_number(part and 100 * part, "z.1f", "behind" if part and part < 0 else "") for part in parts]
+            cells = [number(part and 100 * part, "z.1f", "behind" if part and part < 0 else "") for part in parts]
             paper = PAPER.get(rival, (None,) * len(PAPER_COLUMNS))
-            cells += [Cell(sizes(by)), *map(_number, paper, (".1f",) * len(paper), looks)]
+            cells += [Cell(sizes(by)), *map(number, paper, (".1f",) * len(paper), looks)]
             lines.append([_method(rival), *cells])
         tables.append(Table(heads, lines, worded(metric)[0]))
     return tables
@@ -302,28 +250,6 @@ def _plans(plans: Mapping[tuple[str, float], str]) -> list[dict[str, Any]]:
     ]
 
 
-def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is needed to reproduce the comparison, besides the command and the network."""
-    import torch
-
-    versions = ", ".join(f"{name} {version(name)}" for name in ("deepthin", "torch", "numpy"))
-    facts = {
-        "versions": f"{versions}, Python {platform.python_version()}",
-        "processor": f"{_processor()}; threads: {torch.get_num_threads()}",
-    }
-    facts |= {key: _plain(run[key]) for key in run if key not in ("task", "network", "chosen", "command", *facts)}
-    return list(facts.items())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
 def _chosen(rows: Rows, chosen: Mapping[str, Mapping[str, Any]]) -> Table:
     """The settings of each method's training: those that a search chose, else those in the rows."""
     title = "Settings that the search chose on development data" if chosen else "Training settings of each method"
@@ -336,21 +262,9 @@ def _chosen(rows: Rows, chosen: Mapping[str, Mapping[str, Any]]) -> Table:
                     used += [value] if value not in used else []
     keys = list(dict.fromkeys(key for choice in settings.values() for key in choice))
     lines = [
-        [_method(method), *(Cell(_plain(choice.get(key, ""))) for key in keys)] for method, choice in settings.items()
+        [_method(method), *(Cell(plain(choice.get(key, ""))) for key in keys)] for method, choice in settings.items()
     ]
     return Table(["method", *keys], lines, title)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_plain(one)}" for key, one in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: float | None, form: str, look: str = "") -> Cell:
-    return Cell() if value is None else Cell(f"{value:{form}}", repr(value), look)
 
 
 def _method(name: str) -> Cell:

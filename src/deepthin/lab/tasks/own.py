@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from deepthin.errors import ConfigError
 
+Named = str | Callable[..., Any]
+"""A function, or its name as ``package.module:function``."""
+
 
 class _Seen(Exception):
     """Carries the first item that a model was given."""
@@ -66,11 +69,11 @@ class Own:
         self.metrics = tuple(self.evaluate(self.build(None, self.width), None, "dev"))
 
     @classmethod
-    def find(cls, factory: str, train: str, evaluate: str) -> "Own":
+    def find(cls, factory: Named, train: Named, evaluate: Named) -> "Own":
         """Import the three functions.
 
         Args:
-            factory: ``package.module:function`` of ``--model``.
+            factory: ``package.module:function`` of ``--model``, or the function itself.
             train: The same of ``--train``.
             evaluate: The same of ``--evaluate``.
 
@@ -81,10 +84,10 @@ class Own:
             ConfigError: A function cannot be found or used; the message names the option.
         """
         found = [
-            function(spec, option)
+            resolved(spec, option)
             for spec, option in ((factory, "--model"), (train, "--train"), (evaluate, "--evaluate"))
         ]
-        return cls(factory.partition(":")[2], *found)
+        return cls(spelled(factory).partition(":")[2], *found)
 
     def load(self, _: Path | None) -> "Own":
         """The user's functions load their data themselves.
@@ -274,6 +277,54 @@ def _told(values: Sequence[Any], named: Mapping[str, Any]) -> str:
         return f"{named.__module__}:{named.__qualname__}" if hasattr(named, "__qualname__") else type(named).__name__
 
     return f"({', '.join([*map(text, values), *(f'{key}={text(value)}' for key, value in named.items())])})"
+
+
+def spelled(named: Named) -> str:
+    """The name of a function, as a command line has it.
+
+    Args:
+        named: The function, or its name already.
+
+    Returns:
+        ``package.module:function``.
+    """
+    return named if isinstance(named, str) else _name(named)
+
+
+def resolved(named: Named, option: str) -> Callable[..., Any]:
+    """The function that a name stands for.
+
+    Args:
+        named: The function itself, or its name as ``package.module:function``.
+        option: The option that gave it, for messages.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: It cannot be imported, or is no function.
+    """
+    return function(named, option) if isinstance(named, str) else named
+
+
+def built(factory: Callable[..., Any], _: int = 0) -> nn.Module:
+    """Build a network by a function without arguments.
+
+    Args:
+        factory: The function.
+        _: A width, which it does not take.
+
+    Returns:
+        The network.
+
+    Raises:
+        ConfigError: The function needs arguments, or returns no module.
+    """
+    check_no_arguments(factory, f"--model {spelled(factory)}")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"--model {spelled(factory)} returned {type(model).__name__}, not a torch.nn.Module.")
+    return model
 
 
 def function(spec: str, option: str) -> Callable[..., Any]:
