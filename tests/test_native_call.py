@@ -552,3 +552,5 @@ class TestKnownWays:
             assert torch.equal(twin(x), layer(x))
         with pytest.raises(RuntimeError):
             layer(torch.randn(3, 255))
+        with pytest.raises(TypeError):
+            layer(None)

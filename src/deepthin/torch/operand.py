@@ -287,7 +287,7 @@ class Operand(RoundedState):
 
     def _known_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
         """The product by the way that was chosen before for such operands in evaluation; None where one may differ."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not takes(x, bias):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not takes(x, bias):
             return None
         way = self._known.get((index, x.shape, bias is None))
         if way is multiply.DENSE:
