@@ -408,11 +408,12 @@ PyType_Slot collected[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Held::trave
                            {Py_tp_clear, reinterpret_cast<void*>(&Held::clear)},
                            {0, nullptr}};
 
-// The decoded tensor of a ThinWeight or ThinPart, as calling it returns it; None where nothing current is held.
-nb::object decoded_of(nb::handle part) {
+// The decoded tensor of a ThinWeight, by its index, or of a ThinPart, as calling it returns it; None where nothing current
+// is held.
+nb::object decoded_of(nb::handle part, nb::int_ of_weight) {
     const Torch* torch = torch_of_process;
     if (!torch || !is_quiet(*torch) || !is_usual(*torch)) return nb::none();
-    nb::object attributes = dictionary(part.ptr()), index = nb::int_(0), group = attributes;
+    nb::object attributes = dictionary(part.ptr()), index = of_weight, group = attributes;
     if (!is_plain(attributes)) return nb::none();
     if (Py_TYPE(part.ptr()) == torch->part) {
         PyObject* owner = get(get(attributes, names().modules), names().group);
@@ -441,7 +442,7 @@ void deepthin::python::bind_torch(nb::module_& m) {
         torch_of_process->part = reinterpret_cast<PyTypeObject*>(part.ptr());
     });
     m.def("current", &current_of);
-    m.def("decoded", &decoded_of);
+    m.def("decoded", &decoded_of, nb::arg(), nb::arg() = 0);
     bind_rows(m);
     nb::class_<Product>(m, "Product")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())

@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 import deepthin.torch as dt
+from deepthin.torch.evaluated import decoded
 from deepthin.torch.layers import ThinLinear
-from deepthin.torch.native_call import decoded
 from deepthin.torch.operators import short_ways
 
 pytestmark = [
@@ -491,3 +491,66 @@ class TestTraining:
         weight.wf.data = weight.wf.data.double()
         assert way(x) is None
         assert y.shape == (3, 256)
+
+
+OTHERS = {
+    "kronecker": {"method": "kronecker", "ratio": 0.05},
+    "kronecker coded": {"method": "kronecker", "floats": 0.05, "then": {"method": "coded"}},
+    "tensor-train": {"method": "tensor-train", "ratio": 0.1},
+    "hashed": {"method": "hashed", "ratio": 0.05},
+    "kmeans": {"method": "kmeans", "ratio": 0.25},
+}
+
+
+class TestKnownWays:
+    """Ways other than the native product of factors: chosen once for a shape."""
+
+    @pytest.fixture(params=OTHERS.values(), ids=OTHERS)
+    def ready(self, request):
+        layer, x = pair({"*weight": request.param})[1], torch.randn(3, 256)
+        with torch.no_grad():
+            for _ in range(2):
+                layer(x)
+            assert layer.thin["weight"]._known_way(x, 0, layer.bias) is not None
+            yield layer, x
+
+    def test_the_same_bits(self, ready):
+        layer, x = ready
+        for items in (x, torch.randn(40, 256), torch.randn(2, 5, 256), x[::2], torch.randn(256, 3).t()):
+            want = ordinary(layer, items)
+            for _ in range(3):
+                assert torch.equal(layer(items), want)
+
+    def test_changes_are_seen(self, ready):
+        layer, x = ready
+        weight = layer.thin["weight"]
+        before = layer(x)
+        for parameter in weight.parameters():
+            if parameter.numel() > 1:
+                parameter.mul_(2)
+        want = ordinary(layer, x)
+        for _ in range(3):
+            assert torch.equal(layer(x), want)
+        assert not torch.equal(before, want)
+        with torch.enable_grad():
+            assert layer(x).requires_grad
+            assert weight._known_way(x, 0, layer.bias) is None
+        layer.train()
+        assert layer(x).shape == (3, 300)
+        layer.eval()
+        assert torch.equal(layer(x), want)
+
+    def test_it_is_left_where_more_is_wanted(self, ready):
+        layer, x = ready
+        weight = layer.thin["weight"]
+        assert weight._known_way(torch.randn(7, 256), 0, layer.bias) is None
+        assert weight._known_way(x.double(), 0, layer.bias) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert not twin.thin["weight"]._known
+            assert torch.equal(twin(x), layer(x))
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(3, 255))
+        with pytest.raises(TypeError):
+            layer(None)

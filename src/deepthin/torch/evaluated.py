@@ -136,9 +136,18 @@ current: Callable[[dict[str, Any]], Evaluated | None] = _looked_up
 where it is not current, in training mode, where a gradient is needed and where someone observes operations. Without
 native code it is also None where values have to be compared."""
 
+
+def _nothing(part: nn.Module, index: int = 0) -> Tensor | None:
+    return None
+
+
+decoded: Callable[..., Tensor | None] = _nothing
+"""The decoded tensor of a ThinWeight, by its index, or of a ThinPart, as calling it returns it. None where nothing
+current is held, where calling it does more, and where someone observes operations."""
+
 if short_ways:
     products.native().use_steps(_last_step)
-    current = products.native().current
+    current, decoded = products.native().current, products.native().decoded
 
 
 def is_trusted(module: nn.Module, name: str) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from deepthin.errors import ConfigError
-from deepthin.torch.native_call import decoded
+from deepthin.torch.evaluated import decoded
 from deepthin.torch.tracing import as_leaf
 from deepthin.torch.weight import ThinPart, ThinWeight
 from deepthin.torch.wrapped import is_sharded

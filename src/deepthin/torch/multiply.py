@@ -168,7 +168,21 @@ class DenseWeight:
 
     def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
         """As ``Way.run``, by ``F.linear``; ``x`` may be a proxy of a tracer."""
-        dense = weight(index)
+        return self.multiply(weight, x, index, bias, weight(index))
+
+    def multiply(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None, dense: Tensor) -> Tensor:
+        """As ``run``, where the weight is decoded already.
+
+        Args:
+            weight: The thin weight.
+            x: Inputs; the last dimension is the fan-in.
+            index: Which of the weight's tensors is W.
+            bias: One number per output, or None.
+            dense: The decoded tensor.
+
+        Returns:
+            The outputs, with the leading dimensions of x.
+        """
         if weight.parts[index].transposed:
             return x @ dense if bias is None else x @ dense + bias
         return F.linear(x, dense, bias)
@@ -298,7 +312,7 @@ class SymbolLookUp:
         return symbol_linear(x, state["symbols"], bias, **floats)
 
 
-DENSE = DenseWeight()
+DENSE, IN_TURN = DenseWeight(), FactorsInTurn()
 OPERATOR = NativeFactored("native-auto")
 WAYS: tuple[Way, ...] = (
     DENSE,
@@ -308,7 +322,7 @@ WAYS: tuple[Way, ...] = (
     NativeFactored("native-direct"),
     NativeFactored("native-fft"),
     OPERATOR,
-    FactorsInTurn(),
+    IN_TURN,
     SparseRows(),
     SymbolLookUp(),
 )

@@ -18,7 +18,7 @@ from deepthin.methods.factor import Factored, Window
 from deepthin.storage.contents import Part
 from deepthin.torch import accelerated, multiply
 from deepthin.torch.cache import StateCache
-from deepthin.torch.evaluated import Evaluated, current
+from deepthin.torch.evaluated import Evaluated, current, decoded
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, short_ways, takes, trained_linear
 from deepthin.torch.rounding import RoundedState
@@ -56,6 +56,7 @@ class Operand(RoundedState):
     _sparse: StateCache[tuple[np.ndarray, np.ndarray]]
     _fast: "tuple[Any, ...] | None" = None  # native products by tensor, made at their first use
     _table: "tuple[Any, ...] | None" = None  # native look-ups of rows by tensor, likewise
+    _known: "dict[Any, multiply.Way]"  # by tensor, shape of the inputs and whether there is no bias
 
     def forward(self, index: int = 0) -> Float[Tensor, "..."]:
         """Decode a tensor.
@@ -114,6 +115,7 @@ class Operand(RoundedState):
             The outputs, with the leading dimensions of x. Under autocast structured ways compute in float32.
         """
         y = self._trained_way(x, index, bias) if self.training else self._short_way(x, index, bias)
+        y = self._known_way(x, index, bias) if y is None and self._known else y
         if y is not None:
             return y
         if not isinstance(x, Tensor):  # a tracer's proxy, or a caller's mistake, which raises
@@ -131,6 +133,8 @@ class Operand(RoundedState):
                 return y
         elif way.name in _WAYS and not torch.compiler.is_compiling() and self.training:
             self._note_training(case.batch, index)
+        elif case.dense_ready and (way is multiply.DENSE or way is multiply.IN_TURN) and not torch.is_grad_enabled():
+            self._note_way(way, x, index, bias)
         return way.run(self, x, index, bias)
 
     def _on_accelerator(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
@@ -280,6 +284,24 @@ class Operand(RoundedState):
             return trained_linear(fast, ways, x, xf, floats["wf"], bias, *place)
         y = trained_linear(fast, ways, x, xf, floats["wf"], None, *place) * scale
         return y if bias is None else y + bias
+
+    def _known_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
+        """The product by the way that was chosen before for such operands in evaluation; None where one may differ."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not takes(x, bias):
+            return None
+        way = self._known.get((index, x.shape, bias is None))
+        if way is multiply.DENSE:
+            dense = decoded(self, index)
+            return None if dense is None else multiply.DENSE.multiply(self, x, index, bias, dense)
+        return None if way is None or current(self.__dict__) is None else way.run(self, x, index, bias)
+
+    def _note_way(self, way: Any, x: Tensor, index: int, bias: Tensor | None) -> None:
+        """Take this way from now on, for operands of these shapes, while what evaluation holds is current."""
+        if takes(x, bias) and not is_recorded():
+            if len(self._known) > 1000:
+                self._known.clear()
+            self._now()
+            self._known[index, x.shape, bias is None] = way
 
     def _note_training(self, batch: int, index: int) -> None:
         """Use the native product for this batch from now on, by the ways that are predicted to be faster."""

@@ -99,6 +99,7 @@ class ThinWeight(Operand):
         self._indices = frozenset(entry for entry in self.method.integers() if not entry.endswith("symbols"))
         self._coded: StateCache[dict[str, Tensor]] = StateCache()
         self._snapshot = Snapshot()
+        self._known: dict[Any, multiply.Way] = {}
         self._forget()
         self._sparse: StateCache[tuple[np.ndarray, np.ndarray]] = StateCache()
 
@@ -207,6 +208,7 @@ class ThinWeight(Operand):
             "_evaluated",
             "_fast",
             "_table",
+            "_known",
             "_sparse",
             "_windows",
             "_coding",
