@@ -60,7 +60,6 @@ _ON_CUDA: dict[bool, dict[str, tuple[float, ...]]] = {
     },
 }
 
-_BY_DEVICE: dict[str, dict[bool, dict[str, tuple[float, ...]]]] = {"cpu": _NANOSECONDS, "cuda": _ON_CUDA}
 _NO_TIMES: dict[str, tuple[float, ...]] = {"dense": (0.0, 0.0, 0.0, 0.0)}  # elsewhere only the decoded weight is taken
 
 _SYMBOL_ITEMS, _SYMBOL_AREA = 8, 1 << 21
@@ -124,8 +123,9 @@ def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[P
 
 
 def _times(dense_ready: bool, device: str) -> dict[str, tuple[float, ...]]:
-    by_mode = _BY_DEVICE.get(device)
-    return _NO_TIMES if by_mode is None else by_mode[dense_ready]
+    if device == "cpu":
+        return _NANOSECONDS[dense_ready]
+    return _ON_CUDA[dense_ready] if device == "cuda" else _NO_TIMES
 
 
 def costs(method: Factor, batch: int, dense_ready: bool, device: str = "cpu") -> dict[Path, float]:
