@@ -122,7 +122,7 @@ def _looked_up(attributes: dict[str, Any]) -> Evaluated | None:
     if held is None or attributes["training"] or held.step is not _last_step[0] or is_recorded():
         return None
     parameters, wanted = attributes["_parameters"], torch.is_grad_enabled()
-    for name, tensor, alias, version, copy in held.sources:
+    for name, tensor, alias, version, copy, _ in held.sources:
         now = parameters.get(name)
         if copy is not None or (attributes.get(name) if now is None else now) is not tensor:
             return None
