@@ -70,7 +70,7 @@ class Place(NamedTuple):
     scale: float
     strides: tuple[int, ...]
 
-    def view(self, flat: Float[Tensor, "entries"]) -> Tensor:
+    def view(self, flat: Float[Tensor, " entries"]) -> Tensor:
         """The tensor in the flattened product of rows ``first`` to ``stop``.
 
         Args:
@@ -238,7 +238,7 @@ def _decoded(xf: Tensor, wf: Tensor, place: Place, kind: torch.dtype) -> Tensor:
 
 
 def _of_factors(
-    flat: Float[Tensor, "entries"], xf: Tensor, wf: Tensor, wanted: tuple[bool, bool]
+    flat: Float[Tensor, " entries"], xf: Tensor, wf: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of both factors from that of their product."""
     grad = flat.view(xf.shape[0], wf.shape[1])
