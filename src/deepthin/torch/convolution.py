@@ -93,7 +93,12 @@ def product(layer: nn.Module, images: Tensor, bias: Tensor | None) -> Tensor | N
         the decoded kernel.
     """
     part = cast(Any, layer)._modules["thin"]._modules.get("weight")
-    if not isinstance(part, ThinWeight | ThinPart) or is_decoded(layer, images) or is_recorded() or not products.native_available:
+    if (
+        not isinstance(part, ThinWeight | ThinPart)
+        or is_decoded(layer, images)
+        or is_recorded()
+        or not products.native_available
+    ):
         return None
     weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
     window = weight.kernels[index]
