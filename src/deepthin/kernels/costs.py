@@ -20,30 +20,30 @@ LANES, FEW = 8, 3  # native code takes one item per SIMD lane; a remainder of at
 
 # Nanoseconds for each of `terms`, on one core in single precision, fitted by benchmarks/fit_costs.py to timings: of a
 # product with nothing to record, the dense weight at hand, and of a training step, the dense weight to be made.
-# A choice by them takes 1 % longer than the best one with native code, 3 % in torch, on average over its cases.
+# A choice by them takes 1 % longer than the best one with native code (training: 3 %), 3 to 6 % in torch, on average.
 _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
     True: {
-        "dense": (3.17e4, 0.0244, 0.16, 0.0),
+        "dense": (7.43e3, 0.0243, 0.0974, 0.0),
         "factors": (4e4, 0.04, 0.2),
-        "fft": (3.09e5, 0.18, 0.0199, 3.16, 1.6, 111.0),
-        "direct": (1.92e5, 0.0506, 0.0, 0.0321, 3.08, 2.01, 446.0),
-        "native-direct": (5.08e3, 0.0273, 0.114, 3.04, 0.129, 0.26),
-        "native-fft": (4.55e3, 1.39, 0.0985, 1.51, 1.13, 0.258),
+        "fft": (2.14e5, 0.253, 0.0252, 3.41, 1.19, 87.1),
+        "direct": (1.2e5, 0.068, 0.622, 0.0469, 2.89, 1.25, 345.0),
+        "native-direct": (4.78e3, 0.024, 0.0905, 2.11, 0.12, 0.168),
+        "native-fft": (4.75e3, 1.08, 0.076, 1.32, 0.591, 0.16),
     },
     False: {
-        "dense": (2.14e5, 0.0702, 1.33, 0.273),
+        "dense": (1.85e5, 0.0769, 1.28, 0.327),
         "factors": (1.2e5, 0.12, 0.6),
-        "fft": (7.52e5, 0.421, 0.0775, 10.6, 3.96, 254.0),
-        "direct": (5.94e5, 0.151, 0.0, 0.0857, 9.02, 8.8, 2160.0),
-        "native-direct": (2.47e5, 0.279, 0.89, 12.1, 0.552, 1.03),
-        "native-fft": (2.37e5, 13.1, 0.748, 3.8, 4.35, 1.02),
+        "fft": (5.47e5, 0.566, 0.0851, 11.0, 3.53, 172.0),
+        "direct": (4.13e5, 0.198, 1.25, 0.111, 8.2, 7.03, 1560.0),
+        "native-direct": (1.73e5, 0.243, 0.809, 10.4, 0.525, 0.698),
+        "native-fft": (1.61e5, 12.6, 0.651, 3.16, 3.26, 0.636),
     },
 }
 
 # Of torch's convolution: a call, a multiplication, an entry of the kernel, and a summand of an entry that is decoded;
 # of one by factors: a call, and an entry of a window or of outputs that is moved (fit_costs.py).
-_CONVOLUTION = {True: (1.5e4, 0.018, 0.1, 0.0), False: (2.5e5, 0.075, 1.45, 0.34)}
-_WINDOWS = {True: (3e4, 0.02), False: (2.5e5, 0.06)}
+_CONVOLUTION = {True: (3.4e4, 0.0191, 0.98, 0.0), False: (1.74e5, 0.0605, 7.91, 0.591)}
+_WINDOWS = {True: (3.06e4, 0.0931), False: (1.48e5, 0.771)}
 # The same on a CUDA device, in full single precision; `python benchmarks/gpu.py --fit` fits them. These follow from
 # timings on an H100 (docs/performance.md): a call from the smaller layers, a multiplication from 4096 x 4096 by 4096
 # items, an entry from 2048 x 2048 and 4096 x 4096 by one item. What 4096 items took longer than 256 by FFT is divided
