@@ -35,6 +35,8 @@ CONVOLUTIONS: tuple[tuple[nn.Conv1d | nn.Conv2d, tuple[int, ...]], ...] = (
     (nn.Conv2d(20, 50, 5), (32, 20, 12, 12)),
     (nn.Conv2d(16, 16, 3, padding=1), (1, 16, 28, 28)),
     (nn.Conv2d(32, 32, 3, padding=1), (32, 32, 14, 14)),
+    (nn.Conv2d(32, 64, 3, stride=2, padding=1), (1, 32, 14, 14)),
+    (nn.Conv2d(32, 64, 3, stride=2, padding=1), (32, 32, 14, 14)),
     (nn.Conv2d(64, 64, 3, padding=1), (1, 64, 7, 7)),
     (nn.Conv2d(64, 64, 3, padding=1), (32, 64, 7, 7)),
     (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 28, 28)),
@@ -146,7 +148,7 @@ def fit_convolutions() -> None:
         dense, _ = nnls(np.array([counts for counts, *_ in cases]) / times[:, None], np.ones(len(times)))
         moved, rest, by_factors = [], [], []
         for _, _, plan, items, factors in cases:
-            product = min(cost for path, cost in costs.work(plan, items, ready).items() if path in NATIVE)
+            product = costs.windows_work(plan, items, ready)
             moved.append((1, items * sum(plan.shape)))
             rest.append(max(factors - product, 0))
             by_factors.append(factors)
@@ -157,7 +159,7 @@ def fit_convolutions() -> None:
             print(f"  {name:7}", ", ".join(f"{value:.3g}" for value in fitted))
         regret = []
         for (counts, dense_time, plan, items, factors), count in zip(cases, moved, strict=True):
-            product = min(cost for path, cost in costs.work(plan, items, ready).items() if path in NATIVE)
+            product = costs.windows_work(plan, items, ready)
             chosen = factors if product + np.dot(windows, count) < np.dot(dense, counts) else dense_time
             regret.append(chosen / min(dense_time, factors))
         print(f"  regret: mean {np.mean(regret):.3f}, worst {max(regret):.1f}")

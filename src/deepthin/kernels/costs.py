@@ -41,9 +41,10 @@ _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
 }
 
 # Of torch's convolution: a call, a multiplication, an entry of the kernel, and a summand of an entry that is decoded;
-# of one by factors: a call, and an entry of a window or of outputs that is moved (fit_costs.py).
-_CONVOLUTION = {True: (3.4e4, 0.0191, 0.98, 0.0), False: (1.74e5, 0.0605, 7.91, 0.591)}
-_WINDOWS = {True: (3.06e4, 0.0931), False: (1.48e5, 0.771)}
+# of one by factors: a call of the module, and an entry of a window or of outputs that is moved (fit_costs.py).
+_CONVOLUTION = {True: (2.77e4, 0.0199, 1.06, 0.0), False: (1.27e5, 0.0675, 8.83, 0.345)}
+_WIDEST = 16  # lanes of the widest instruction set
+_WINDOWS = {True: (6e4, 0.136), False: (1.5e5, 1.19)}
 # The same on a CUDA device, in full single precision; `python benchmarks/gpu.py --fit` fits them. These follow from
 # timings on an H100 (docs/performance.md): a call from the smaller layers, a multiplication from 4096 x 4096 by 4096
 # items, an entry from 2048 x 2048 and 4096 x 4096 by one item. What 4096 items took longer than 256 by FFT is divided
@@ -231,9 +232,22 @@ def convolution_costs(method: Factor, groups: int, items: int, dense_ready: bool
     counts = (1, items * area, area, 0 if dense_ready else area * method.rank)
     dense = sum(w * c for w, c in zip(_CONVOLUTION[dense_ready], counts, strict=True))
     call, entry = _WINDOWS[dense_ready]
-    predicted = work(method, items, dense_ready)
-    product = min(cost for path, cost in predicted.items() if path in NATIVE)
-    return dense, call + groups * (product + entry * items * (rows + cols))
+    return dense, call + groups * (windows_work(method, items, dense_ready) + entry * items * (rows + cols))
+
+
+def windows_work(method: Factor, items: int, dense_ready: bool) -> float:
+    """Predicted time of the native product of windows, without the call and what is moved: its last lanes may be empty.
+
+    Args:
+        method: The factors of one group's kernel.
+        items: Positions of all images of outputs.
+        dense_ready: Whether the dense weight is cached, and no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core.
+    """
+    predicted = work(method, -(-items // _WIDEST) * _WIDEST, dense_ready)
+    return min(cost for path, cost in predicted.items() if path in NATIVE)
 
 
 def in_turn_cost(method: InTurn, batch: int, dense_ready: bool, device: str = "cpu") -> float:

@@ -22,7 +22,7 @@ from deepthin.torch.tracing import is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 _DECODED = "_decoded_for"  # attribute of a layer: the shape of images for which its kernel is decoded in evaluation
-_GAIN = 0.9  # upper bound on the fraction of the dense time: predictions for convolutions are off by 6 % on average
+_GAIN = 0.8  # upper bound on the fraction of the dense time: predictions for convolutions are off by 6 % on average
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
