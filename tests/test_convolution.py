@@ -119,6 +119,18 @@ def test_gradients_of_gradients(always):
 
 
 @needs_native
+def test_many_gradients_at_once(always):
+    torch.manual_seed(8)
+    network, twin = thin(nn.Conv1d(3, 8, 3, padding=1))
+    x, grads = torch.randn(2, 3, 7, requires_grad=True), torch.randn(4, 2, 8, 7)
+    (got,) = torch.autograd.grad(network(x), x, grads, is_grads_batched=True)
+    twice = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(twin(twice), twice, grads.double(), is_grads_batched=True)
+    assert len(always) == 1
+    assert_close(got, want, 300, largest(want) * torch.ones(got.shape))
+
+
+@needs_native
 def test_what_is_not_finite_comes_out_as_from_the_decoded_kernel(always):
     torch.manual_seed(4)
     network, twin = thin(nn.Conv2d(3, 16, 3, padding=1))

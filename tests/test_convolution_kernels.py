@@ -169,26 +169,12 @@ def test_a_lack_of_memory_and_impossible_sizes_are_exceptions():
 
 
 GUARDED = """
-import ctypes, itertools, mmap, sys
+import itertools, sys
 sys.path.insert(0, sys.argv[2])
 import numpy as np
 from deepthin.kernels import products
+from guard_pages import guarded
 from test_convolution_kernels import Problem
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-PAGE, kept = mmap.PAGESIZE, []
-
-def guarded(array, at_end):
-    pages = -(-max(array.nbytes, 1) // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    kept.append(memory)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for page in (0, pages + 1):
-        assert libc.mprotect(base + page * PAGE, PAGE, 0) == 0
-    start = (pages + 1) * PAGE - array.nbytes if at_end else PAGE
-    copy = np.frombuffer(memory, array.dtype, array.size, start).reshape(array.shape)
-    copy[:] = array
-    return copy
 
 products.native().select(sys.argv[1])
 count = 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,26 +294,14 @@ def test_spectra_follow_the_filter():
     assert (abs(problem.run("fft") - problem.reference()) <= problem.bound("fft")).all()
 
 
+TESTS = str(Path(__file__).parent)
 GUARDED = """
-import ctypes, mmap, sys
+import itertools, sys
+sys.path.insert(0, sys.argv[2])
 import numpy as np
 from deepthin.kernels import products
 from deepthin.methods.factor import Factor
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-PAGE, kept = mmap.PAGESIZE, []
-
-def guarded(array, at_end):  # a copy that ends where a page begins that nobody may touch, or begins where one ends
-    pages = -(-max(array.nbytes, 1) // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    kept.append(memory)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for page in (0, pages + 1):
-        assert libc.mprotect(base + page * PAGE, PAGE, 0) == 0
-    start = (pages + 1) * PAGE - array.nbytes if at_end else PAGE
-    copy = np.frombuffer(memory, array.dtype, array.size, start).reshape(array.shape)
-    copy[:] = array
-    return copy
+from guard_pages import guarded
 
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.standard_normal(shape).astype("f4")
@@ -356,7 +345,7 @@ print("untouched", count)
 @pytest.mark.parametrize("name", products.isas())
 def test_nothing_is_touched_outside_the_arrays(name):
     """Promise 10: every array between pages that may be neither read nor written."""
-    shown = subprocess.run([sys.executable, "-c", GUARDED, name], capture_output=True, text=True, check=False)
+    shown = subprocess.run([sys.executable, "-c", GUARDED, name, TESTS], capture_output=True, text=True, check=False)
     assert shown.stdout.strip() == "untouched 440", shown.stderr
 
 
@@ -364,7 +353,7 @@ def test_the_guard_pages_do_guard():
     """The test above can fail: a plan with one row more reads past xf."""
     broken = GUARDED.replace("plan = rows,", "plan = rows + 1,")
     shown = subprocess.run(
-        [sys.executable, "-c", broken, products.isas()[0]], capture_output=True, text=True, check=False
+        [sys.executable, "-c", broken, products.isas()[0], TESTS], capture_output=True, text=True, check=False
     )
     assert shown.returncode < 0
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 
 from deepthin.kernels import products
 from deepthin.kernels.costs import choose_native, convolution_costs
@@ -229,7 +230,7 @@ class _Convolve(torch.autograd.Function):
         made, window, scale = ctx.of
         wanted, grad = ctx.needs_input_grad, grads[0]
         bias = grad.sum([0, *range(2, grad.dim())]) if ctx.biased and wanted[3] else None
-        if torch.is_grad_enabled() or is_recorded() or not takes(grad, x, xf, wf):
+        if torch.is_grad_enabled() or is_recorded() or is_legacy_batchedtensor(grad) or not takes(grad, x, xf, wf):
             found = iter(_gradients_in_torch(grad, x, xf, wf, wanted[:3], *ctx.of))
             return *(next(found) if want else None for want in wanted[:3]), bias, None, None, None
         grad = grad if scale == 1.0 else grad * scale
