@@ -1,6 +1,7 @@
 """What `deepthin bench modules` and `acoustic` time: modules as users call them, dense, in fewer bits, and thin."""
 
 import copy
+import importlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -43,10 +44,9 @@ def dense_modules(shapes: Shapes, x: torch.Tensor) -> Iterator[Timing]:
 
 
 def _torchao(dense: nn.Module, x: torch.Tensor) -> Any:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
+    quantization: Any = importlib.import_module("torchao.quantization")  # no dependency: timed where it is installed
     eager = copy.deepcopy(dense)
-    quantize_(eager, Int8DynamicActivationInt8WeightConfig())
+    quantization.quantize_(eager, quantization.Int8DynamicActivationInt8WeightConfig())
     compiled = torch.compile(eager, dynamic=False)
     try:
         with torch.inference_mode():
