@@ -8,14 +8,14 @@ import numpy as np
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_kept: list[mmap.mmap] = []
+KEPT: list[mmap.mmap] = []  # the memory of all copies
 
 
 def guarded(array, at_end):
     """A copy that ends where a forbidden page begins, or begins where one ends."""
     pages = -(-max(array.nbytes, 1) // PAGE)
     memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    _kept.append(memory)
+    KEPT.append(memory)
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for page in (0, pages + 1):
         assert _libc.mprotect(base + page * PAGE, PAGE, 0) == 0

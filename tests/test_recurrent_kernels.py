@@ -230,9 +230,10 @@ def test_operands_that_do_not_go_together():
 GUARDED = """
 import sys
 sys.path.insert(0, sys.argv[2])
+import numpy as np
 import test_recurrent_kernels as own
-from test_kernels import GUARDED
-exec(GUARDED.split("rng = np.random")[0])
+from deepthin.kernels import products
+from guard_pages import KEPT, guarded
 from deepthin.kernels.recurrent import _at, _numbers, _parts
 products.native().select(sys.argv[1])
 count = 0
@@ -255,7 +256,7 @@ for problem in own.problems(60, seed=9):
             products.native().recurrent_backward(*numbers, *_parts(gates, way, grads),
                                                 *_at(x, h, c, y, reserve, grad_y, grad_x, grad_h, grad_c), 1)
             count += 1
-    kept.clear()
+    KEPT.clear()
 print("untouched", count)
 """
 
