@@ -15,6 +15,7 @@ Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft
 """Multiply by the decoded weight, its factors in turn, structured in torch or in native code, sparse rows, symbols."""
 
 NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
+NEAR, FAR = 1 << 15, 2.5  # correlations of so many positions and filters stay in the caches; others take times as long
 PIECE, LEAST_PIECE = 4096, 2048  # inputs that native code takes at a time, as csrc/linear.cpp has them
 LANES, FEW = 8, 3  # native code takes one item per SIMD lane; a remainder of at most FEW items goes one by one
 
@@ -116,6 +117,8 @@ def _native_terms(rows: int, cols: int, n: int, rank: int, batch: int) -> dict[P
     pieces = cols // least if cols >= 2 * least else 1
     points, points1 = fft_length((-(-cols // pieces) + n) // 2), fft_length(-(-(cols + n - 1) // (2 * LANES)))
     transforms = (1 + rank) * pieces * points * math.log2(points)
+    if rank * (-(-cols // pieces) + n) > NEAR:
+        transforms *= FAR
     transforms1 = points1 * ((1 + rank) * math.log2(points1) + rank * LANES)
     return {
         "native-direct": (1, alone * window, alone * padded, moved, blocks * window, blocks * taps),
