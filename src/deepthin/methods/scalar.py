@@ -390,11 +390,11 @@ class Coded:
         share = xp.sqrt(xp.mean((flat / most) ** 2, -1))[:, None] / STEPS_OF_SPREAD
         return xp.log(most * xp.where(share > 0, share, xp.ones_like(share)))
 
-    def step(self, log_step: Float[Array, "..."], xp: Namespace) -> Float[Array, "..."]:
+    def step(self, log_step: Float[Array, "1 1"], xp: Namespace) -> Float[Array, "1 1"]:
         """The learned step, rounded to eight significant bits by Veltkamp's splitting (Dekker, 1971).
 
         Args:
-            log_step: Its natural logarithm: 1 x 1, as the code has it, or a number.
+            log_step: Its natural logarithm.
             xp: The namespace of ``log_step``.
 
         Returns:

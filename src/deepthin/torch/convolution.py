@@ -22,7 +22,7 @@ from deepthin.torch.operators import takes
 from deepthin.torch.tracing import is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
 
-_DECODED = "_decoded_for"  # attribute of a layer: the shape of images for which its kernel is decoded in evaluation
+_KNOWN = "_known"  # attribute of a layer: a shape of images, and whether evaluation takes the factors for it
 _GAIN = 0.8  # upper bound on the fraction of the dense time: predictions for convolutions are off by 6 % on average
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -94,13 +94,8 @@ def product(layer: nn.Module, images: Tensor, bias: Tensor | None) -> Tensor | N
         The outputs, in the layout of the input; None where native code cannot compute them, or not faster than with
         the decoded kernel.
     """
-    part = cast(Any, layer)._modules["thin"]._modules.get("weight")
-    if (
-        not isinstance(part, ThinWeight | ThinPart)
-        or is_decoded(layer, images)
-        or is_recorded()
-        or not products.native_available
-    ):
+    part, known = cast(Any, layer)._modules["thin"]._modules.get("weight"), _known(layer, images)
+    if known is False or is_recorded() or not isinstance(part, ThinWeight | ThinPart) or not products.native_available:
         return None
     weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
     window = weight.kernels[index]
@@ -124,21 +119,23 @@ def product(layer: nn.Module, images: Tensor, bias: Tensor | None) -> Tensor | N
     wanted = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (images, bias, floats["xf"], floats["wf"])
     )
-    dense_ready = weight.keeps_dense() and not wanted
-    by_spectra = dense_ready and isinstance(layer, nn.Conv2d) and spectral.pays(layer, images.shape)
-    if not pays(window, made.groups, items, dense_ready):
-        if not by_spectra:
-            layer.__dict__[_DECODED] = shape
-        return None
-    if by_spectra and _spectra_pay(window, cast(nn.Conv2d, layer), images.shape, items):
-        return None
+    if known is None:
+        dense_ready = weight.keeps_dense() and not wanted
+        by_spectra = dense_ready and isinstance(layer, nn.Conv2d) and spectral.pays(layer, images.shape)
+        by_factors = pays(window, made.groups, items, dense_ready)
+        if by_factors and by_spectra:
+            by_factors = not _spectra_pay(window, cast(nn.Conv2d, layer), images.shape, items)
+        if dense_ready and (by_factors or not by_spectra):
+            layer.__dict__[_KNOWN] = shape, by_factors
+        if not by_factors:
+            return None
     rows = floats["xf"][window.first : window.stop]
     y = cast(Tensor, _Convolve.apply(images, rows, floats["wf"], bias, made, window, weight.parts[index].scale))
     return y if is_batch else y[0]
 
 
 def is_decoded(layer: nn.Module, images: Tensor) -> bool:
-    """Whether the last choice holds, and was the decoded kernel: what evaluation asks first.
+    """Whether the last choice holds, and was torch's convolution with the decoded kernel.
 
     Args:
         layer: A thin convolution.
@@ -147,10 +144,15 @@ def is_decoded(layer: nn.Module, images: Tensor) -> bool:
     Returns:
         True in evaluation without gradients, for images of the last shape.
     """
-    known = layer.__dict__.get(_DECODED)
-    if known is None or layer.training or torch.is_grad_enabled() or is_recorded():
-        return False  # in a graph, a comparison would fix the sizes of the images
-    return known == images.shape
+    return _known(layer, images) is False
+
+
+def _known(layer: nn.Module, images: Tensor) -> bool | None:
+    """Whether the factors were chosen for images of this shape, in evaluation without gradients; None if not known."""
+    shape, by_factors = layer.__dict__.get(_KNOWN, (None, False))
+    if shape is None or layer.training or torch.is_grad_enabled() or is_recorded():
+        return None  # in a graph, a comparison would fix the sizes of the images
+    return by_factors if shape == images.shape else None
 
 
 def geometry(layer: nn.Module) -> Geometry:

@@ -93,7 +93,11 @@ class _ThinConvolution(ThinLayer):
             leaf = as_leaf(self, input)
             return super().forward(input) if leaf is None else leaf
         y = convolution.product(self, input, self.bias)
-        return super().forward(input) if y is None else y
+        return self._by_kernel(input) if y is None else y
+
+    def _by_kernel(self, input: Tensor) -> Tensor:
+        """With the decoded kernel, as torch's layer."""
+        return super().forward(input)
 
 
 class ThinConv1d(_ThinConvolution, nn.Conv1d):
@@ -102,29 +106,18 @@ class ThinConv1d(_ThinConvolution, nn.Conv1d):
     weight, bias = generated("weight"), generated("bias")
 
 
-class ThinConv2d(ThinLayer, nn.Conv2d):
-    """A thin convolution of images: by its factors, with the decoded kernel or, in evaluation, by FFT."""
+class ThinConv2d(_ThinConvolution, nn.Conv2d):
+    """A thin convolution of images: by its factors, with the decoded kernel or, in evaluation, by FFT.
+
+    By FFT, errors are relative to the largest output of a tile.
+    """
 
     weight, bias = generated("weight"), generated("bias")
     _spectrum: tuple[Tensor, int, Tensor] | None = None  # a weight, its version, and its spectrum
 
-    def forward(self, input: Float[Tensor, "*batch channels h w"]) -> Float[Tensor, "*batch outputs rows cols"]:
-        """Convolve images.
-
-        Args:
-            input: Images, batch x channels x height x width, or one without the batch.
-
-        Returns:
-            The outputs, in the layout of the input. By FFT, errors are relative to the largest output of a tile.
-        """
-        if not isinstance(input, Tensor):
-            leaf = as_leaf(self, input)
-            return super().forward(input) if leaf is None else leaf
-        images = input if input.dim() == 4 else input[None]
-        y = convolution.product(self, input, self.bias)
-        if y is not None:
-            return y
-        weight = self.weight
+    def _by_kernel(self, input: Tensor) -> Tensor:
+        """By its spectrum, where that is predicted to be faster."""
+        weight, images = self.weight, input if input.dim() == 4 else input[None]
         if convolution.is_decoded(self, input) or not self._by_spectra(images, weight):
             return self._conv_forward(input, weight, self.bias)
         cached = self._spectrum

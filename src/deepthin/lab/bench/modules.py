@@ -3,6 +3,7 @@
 import copy
 import importlib
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -57,8 +58,6 @@ def _torchao(dense: nn.Module, x: torch.Tensor) -> Any:
 
 
 def _seconds(model: Any, x: torch.Tensor) -> float:
-    import time
-
     start = time.perf_counter()
     model(x)
     return time.perf_counter() - start
