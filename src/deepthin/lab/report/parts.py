@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from deepthin.lab.report.points import STYLES, UNKNOWN, base
 
@@ -57,7 +57,7 @@ class Table:
 
 
 def template(name: str) -> Template:
-    """A page's template, with the macros that the pages have in common.
+    """A page's template, within the frame and with the macros that the pages have in common.
 
     Args:
         name: Its file in this package.
@@ -65,9 +65,11 @@ def template(name: str) -> Template:
     Returns:
         The template; every value that is filled in is escaped.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(asset)
+    )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment.from_string(asset("parts.html") + asset(name))
+    return environment.get_template(name)
 
 
 def asset(name: str) -> str:
