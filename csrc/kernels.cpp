@@ -1,14 +1,14 @@
 // The kernels of one instruction set: compiled once for each, with DEEPTHIN_TABLE naming the table that it fills.
 //
-// Batches are laid out as [position][lane], one item per SIMD lane (lanes.h); a single item has one position per lane
-// (single.h).
+// Batches are laid out as [position][lane], one item per SIMD lane (lanes.h, lane_gradients.h); a single item has one
+// position per lane (single.h).
 // Nothing here may come from the C++ library's templates: an inline function of theirs, compiled for this instruction set,
 // could be the one copy that the linker keeps for all.
 #include "kernels.h"
 
 #include "filters.h"
 #include "gates.h"
-#include "lanes.h"
+#include "lane_gradients.h"
 #include "single.h"
 #include "sparse.h"
 #include "symbols.h"
