@@ -76,7 +76,8 @@ inline bool read_input(const Torch& torch, nb::handle x, bool grad, deepthin::dl
 struct Names {
     nb::object forward = intern("forward"), hooks = intern("_forward_hooks"), pre_hooks = intern("_forward_pre_hooks"),
                called = intern("__call__"), compiled = intern("_compiled_call_impl"), training = intern("training"),
-               modules = intern("_modules"), parameters = intern("_parameters"), index = intern("index"), thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
+               modules = intern("_modules"), parameters = intern("_parameters"), index = intern("index"),
+               thin = intern("thin"), weight = intern("weight"), bias = intern("bias"), group = intern("group"),
                product = intern("product"), xf = intern("xf"), wf = intern("wf"), direct = intern("direct"),
                evaluated = intern("_evaluated"), all_hooks = intern("_global_forward_hooks"),
                all_pre_hooks = intern("_global_forward_pre_hooks");
