@@ -78,19 +78,26 @@ class Layout {
 
 int64_t image_floats(const Convolution& c) { return c.channels * c.size[0] * c.size[1] * c.size[2]; }
 
-// The product of each group of channels.
-std::vector<Job> jobs_of(const Convolution& c, const Layout& layout, const float* xf, const float* wf, const float* bias) {
-    const int64_t rows = c.outputs / c.groups, cols = c.channels / c.groups * int64_t(layout.taps.size());
-    std::vector<Job> jobs(c.groups);
-    for (int64_t g = 0; g < c.groups; g++) {
-        const int64_t entry = c.offset + g * rows * cols;
-        jobs[g].plan = in_pieces(make_plan(rows, cols, c.n, c.rank, entry % c.n), int64_t(layout.taps.size()));
-        jobs[g].xf = xf + entry / c.n * c.rank, jobs[g].wf = wf;
-        jobs[g].bias = bias ? bias + g * rows : nullptr;
-        jobs[g].scale = 1;
+// The product of each group of channels, and the spectra to which they refer.
+struct Groups {
+    std::vector<Job> jobs;
+    CachedSpectra spectra;  // the same for all
+
+    Groups(const Kernels& kernels, const Convolution& c, const Layout& layout, const float* xf, const float* wf, bool fft) {
+        const int64_t rows = c.outputs / c.groups, cols = c.channels / c.groups * int64_t(layout.taps.size());
+        for (int64_t g = 0; g < c.groups; g++) {
+            const int64_t entry = c.offset + g * rows * cols;
+            Job job{};
+            job.plan = in_pieces(make_plan(rows, cols, c.n, c.rank, entry % c.n), int64_t(layout.taps.size()));
+            job.xf = xf + entry / c.n * c.rank, job.wf = wf;
+            if (fft && g == 0)
+                spectra = go_by_fft(kernels, job);
+            else if (spectra)
+                job.lanes = jobs[0].lanes, job.spectra = jobs[0].spectra;
+            jobs.push_back(job);
+        }
     }
-    return jobs;
-}
+};
 
 // Images that are padded at a time: enough positions to fill lanes and threads, few enough for the caches.
 int64_t images_at_a_time(const Convolution& c, const Layout& layout) {
@@ -139,17 +146,11 @@ int64_t check_convolution(const Convolution& c) {
 void convolve(const Kernels& kernels, const Convolution& c, const float* x, const float* xf, const float* wf, const float* bias,
               float* y, bool fft, float scale, int threads) {
     const Layout layout(c);
-    std::vector<Job> jobs = jobs_of(c, layout, xf, wf, bias);
-    CachedSpectra spectra;
-    if (fft && !is_plain_rank(jobs[0].plan)) spectra = spectra_of(kernels, jobs[0].plan, wf, transform_of_items(kernels, jobs[0].plan), false);
+    const Groups groups(kernels, c, layout, xf, wf, fft);
     const int64_t most = images_at_a_time(c, layout);
     Memory padded = allocate(most * layout.image);
     Patches patches = layout.patches();
     patches.images = padded.get() + PATCH_EDGE;
-    for (Job& job : jobs) {
-        job.scale = scale;
-        if (spectra) job.lanes = transform_of_items(kernels, job.plan), job.spectra = spectra->get();
-    }
     for (int64_t first = 0; first < c.batch; first += most) {
         const int64_t images = std::min(most, c.batch - first);
         in_parallel(images, threads, [&](int64_t i) {
@@ -158,11 +159,12 @@ void convolve(const Kernels& kernels, const Convolution& c, const float* x, cons
         const auto blocks = split(kernels, images * layout.positions, false);
         in_parallel(int64_t(blocks.size()) * c.groups, threads, [&](int64_t task) {
             const Block& block = blocks[task / c.groups];
-            Job job = jobs[task % c.groups];
+            const int64_t g = task % c.groups;
+            Job job = groups.jobs[g];
             Patches group = patches;
-            group.images += task % c.groups * (c.channels / c.groups) * layout.channel;
-            job.patches = &group;
-            job.y = y + first * patches.outputs + task % c.groups * job.plan.rows * layout.positions;
+            group.images += g * (c.channels / c.groups) * layout.channel;
+            job.patches = &group, job.scale = scale, job.bias = bias ? bias + g * job.plan.rows : nullptr;
+            job.y = y + first * patches.outputs + g * job.plan.rows * layout.positions;
             uint32_t odd =
                 kernels.forward(job, block.width, block.first, block.items, scratch(kernels.forward_scratch(job, block.width)));
             for (int64_t i = block.first; odd; i++, odd >>= 1)
@@ -174,29 +176,18 @@ void convolve(const Kernels& kernels, const Convolution& c, const float* x, cons
 void convolve_backward(const Kernels& kernels, const Convolution& c, const float* x, const float* xf, const float* wf,
                        const float* grad, float* grad_x, float* grad_xf, float* grad_wf, bool fft, int threads) {
     const Layout layout(c);
-    std::vector<Job> jobs = jobs_of(c, layout, xf, wf, nullptr);
-    CachedSpectra spectra;
-    if (fft && !is_plain_rank(jobs[0].plan)) spectra = spectra_of(kernels, jobs[0].plan, wf, transform_of_items(kernels, jobs[0].plan), false);
-    for (Job& job : jobs)
-        if (spectra) job.lanes = transform_of_items(kernels, job.plan), job.spectra = spectra->get();
+    const Groups groups(kernels, c, layout, xf, wf, fft);
+    const Plan& plan = groups.jobs[0].plan;
     const int64_t items = c.batch * layout.positions;
     const int width = kernels.widths[1] && items <= kernels.widths[1] ? kernels.widths[1] : kernels.widths[0];
     const int64_t bundle = width * kernels.bundle;
-    // Slices of the images, each with separate sums, by the batch alone: the result does not depend on threads.
+    // Of whole images; their number depends on the batch alone, as the result does.
     const int64_t slices = std::clamp<int64_t>(std::min(c.batch, items / (2 * bundle)), 1, 8);
-    const int64_t weights = c.offset + c.outputs / c.groups * jobs[0].plan.cols * c.groups;
-    const int64_t xf_floats = (weights + c.n - 1) / c.n * c.rank, wf_floats = grad_wf ? gradient_floats(jobs[0], width) : 0;
-    Memory sums_xf = allocate(grad_xf ? (slices - 1) * xf_floats : 0), sums_wf = allocate(slices * wf_floats);
+    const int64_t xf_rows = (c.offset + c.outputs * plan.cols + c.n - 1) / c.n;
+    FactorGradients sums(groups.jobs[0], width, slices, grad_xf, xf_rows * c.rank, grad_wf);
     in_parallel(slices, threads, [&](int64_t slice) {
-        float *sum_xf = nullptr, *sum_wf = nullptr;
-        if (grad_xf) {
-            sum_xf = slice == 0 ? grad_xf : sums_xf.get() + (slice - 1) * xf_floats;
-            std::memset(sum_xf, 0, sizeof(float) * xf_floats);
-        }
-        if (grad_wf) {
-            sum_wf = sums_wf.get() + slice * wf_floats;
-            std::memset(sum_wf, 0, sizeof(float) * wf_floats);
-        }
+        Job part{};
+        sums.begin(slice, part);
         const int64_t stop = c.batch * (slice + 1) / slices, most = images_at_a_time(c, layout);
         Memory padded = allocate(grad_xf || grad_wf ? most * layout.image : 0), back = allocate(grad_x ? most * layout.image : 0);
         Patches patches = layout.patches();
@@ -207,15 +198,15 @@ void convolve_backward(const Kernels& kernels, const Convolution& c, const float
                 layout.pad(x + (first + i) * image_floats(c), padded.get() + i * layout.image + PATCH_EDGE);
             if (grad_x) std::memset(back.get(), 0, sizeof(float) * images * layout.image);
             for (int64_t g = 0; g < c.groups; g++) {
-                Job job = jobs[g];
+                Job job = groups.jobs[g];
                 Patches group = patches;
                 const int64_t skipped = g * (c.channels / c.groups) * layout.channel;
                 group.images += skipped, group.grad_images += skipped;
                 job.patches = &group;
                 job.grad = grad + first * patches.outputs + g * job.plan.rows * layout.positions;
                 job.grad_x = grad_x ? group.grad_images : nullptr;
-                job.grad_xf = grad_xf ? sum_xf + (job.xf - xf) : nullptr;
-                job.grad_wf = sum_wf;
+                job.grad_xf = grad_xf ? part.grad_xf + (job.xf - xf) : nullptr;
+                job.grad_wf = part.grad_wf;
                 float* memory = scratch(kernels.backward_scratch(job, width));
                 for (int64_t i = 0; i < images * layout.positions; i += bundle)
                     kernels.backward(job, width, i, std::min(bundle, images * layout.positions - i), memory);
@@ -224,13 +215,7 @@ void convolve_backward(const Kernels& kernels, const Convolution& c, const float
                 layout.crop(back.get() + i * layout.image + PATCH_EDGE, grad_x + (first + i) * image_floats(c));
         }
     });
-    for (int64_t slice = 1; slice < slices; slice++) {
-        const float* from = sums_xf.get() + (slice - 1) * xf_floats;
-        for (int64_t i = 0; grad_xf && i < xf_floats; i++) grad_xf[i] += from[i];
-        const float* lanes = sums_wf.get() + slice * wf_floats;
-        for (int64_t i = 0; i < wf_floats; i++) sums_wf[i] += lanes[i];
-    }
-    if (grad_wf) kernels.finish_grad_wf(jobs[0], width, sums_wf.get(), grad_wf);
+    sums.finish(kernels);
 }
 
 }  // namespace deepthin

@@ -64,13 +64,45 @@ std::vector<Block> split(const Kernels& kernels, int64_t batch, bool alone) {
     return blocks;
 }
 
-const Transform& transform_of_items(const Kernels& kernels, const Plan& plan) {
-    return transform_of(kernels, (plan.piece + plan.n) / 2);
+CachedSpectra go_by_fft(const Kernels& kernels, Job& job) {
+    const Plan& plan = job.plan;
+    if (is_plain_rank(plan)) return nullptr;
+    job.lanes = transform_of(kernels, (plan.piece + plan.n) / 2);  // real sequences as half as many complex points
+    CachedSpectra spectra = spectra_of(kernels, plan, job.wf, job.lanes, false);
+    job.spectra = spectra->get();
+    return spectra;
 }
 
-const Transform& transform_of_item(const Kernels& kernels, const Plan& plan) {
-    const int64_t lanes = kernels.single_width;
-    return transform_of(kernels, (plan.cols + plan.n - 1 + 2 * lanes - 1) / (2 * lanes));
+FactorGradients::FactorGradients(const Job& job, int width, int64_t slices, float* grad_xf, int64_t xf_floats, float* grad_wf)
+    : job_(job),
+      width_(width),
+      slices_(slices),
+      xf_floats_(grad_xf ? xf_floats : 0),
+      wf_floats_(grad_wf ? gradient_floats(job, width) : 0),
+      grad_xf_(grad_xf),
+      grad_wf_(grad_wf),
+      sums_xf_(allocate((slices - 1) * xf_floats_)),
+      sums_wf_(allocate(slices * wf_floats_)) {}
+
+void FactorGradients::begin(int64_t slice, Job& job) {
+    if (grad_xf_) {
+        job.grad_xf = slice == 0 ? grad_xf_ : sums_xf_.get() + (slice - 1) * xf_floats_;
+        std::memset(job.grad_xf, 0, sizeof(float) * xf_floats_);
+    }
+    if (grad_wf_) {
+        job.grad_wf = sums_wf_.get() + slice * wf_floats_;
+        std::memset(job.grad_wf, 0, sizeof(float) * wf_floats_);
+    }
+}
+
+void FactorGradients::finish(const Kernels& kernels) {
+    for (int64_t slice = 1; slice < slices_; slice++) {
+        const float* from = sums_xf_.get() + (slice - 1) * xf_floats_;
+        for (int64_t i = 0; i < xf_floats_; i++) grad_xf_[i] += from[i];
+        const float* lanes = sums_wf_.get() + slice * wf_floats_;
+        for (int64_t i = 0; i < wf_floats_; i++) sums_wf_[i] += lanes[i];
+    }
+    if (grad_wf_) kernels.finish_grad_wf(job_, width_, sums_wf_.get(), grad_wf_);
 }
 
 Plan make_plan(int64_t rows, int64_t cols, int64_t n, int64_t rank, int64_t offset) {
@@ -127,13 +159,10 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
         job_.packed = packed_.get();
     }
     if (!fft || is_plain_rank(plan) || blocks.empty()) return;
-    if (blocks.front().width > 1) {
-        job_.lanes = transform_of_items(kernels, plan);
-        spectra_ = spectra_of(kernels, plan, wf, job_.lanes, false);
-        job_.spectra = spectra_->get();
-    }
+    if (blocks.front().width > 1) spectra_ = go_by_fft(kernels, job_);
     if (alone) {
-        job_.single = transform_of_item(kernels, plan);
+        const int64_t lanes = 2 * kernels.single_width;  // each lane has as many positions
+        job_.single = transform_of(kernels, (plan.cols + plan.n - 1 + lanes - 1) / lanes);
         spectra1_ = spectra_of(kernels, plan, wf, job_.single, true);
         job_.spectra1 = spectra1_->get();
     }
@@ -164,10 +193,7 @@ InputGradient::InputGradient(const Kernels& kernels, const Plan& plan, const flo
     : kernels_(&kernels) {
     job_.plan = plan;
     job_.xf = xf, job_.wf = wf;
-    if (!fft || is_plain_rank(plan) || blocks.empty()) return;
-    job_.lanes = transform_of_items(kernels, plan);
-    spectra_ = spectra_of(kernels, plan, wf, job_.lanes, false);
-    job_.spectra = spectra_->get();
+    if (fft && !blocks.empty()) spectra_ = go_by_fft(kernels, job_);
 }
 
 void InputGradient::operator()(const Block& block, const float* grad, float* grad_x) const {
@@ -181,40 +207,20 @@ void backward(const Kernels& kernels, const Plan& plan, const float* x, const fl
     Job job{};
     job.plan = plan;
     job.x = x, job.xf = xf, job.wf = wf, job.grad = grad, job.grad_x = grad_x;
-    CachedSpectra spectra;
-    if (fft && !is_plain_rank(plan)) {
-        job.lanes = transform_of_items(kernels, plan);
-        spectra = spectra_of(kernels, plan, wf, job.lanes, false);
-        job.spectra = spectra->get();
-    }
+    const CachedSpectra spectra = fft ? go_by_fft(kernels, job) : nullptr;
     const int width = kernels.widths[1] && batch <= kernels.widths[1] ? kernels.widths[1] : kernels.widths[0];
     const int64_t bundle = width * kernels.bundle, bundles = (batch + bundle - 1) / bundle;
-    // Slices of the batch, each with separate sums. Their number depends on the batch alone, so that the
-    // result does not depend on threads.
+    // Their number depends on the batch alone, as the result does.
     const int64_t slices = std::max<int64_t>(1, std::min<int64_t>(8, bundles / 2));
-    const int64_t xf_floats = plan.m * plan.rank, wf_floats = grad_wf ? gradient_floats(job, width) : 0;
-    Memory sums_xf = allocate(grad_xf ? (slices - 1) * xf_floats : 0), sums_wf = allocate(slices * wf_floats);
+    FactorGradients sums(job, width, slices, grad_xf, plan.m * plan.rank, grad_wf);
     in_parallel(slices, threads, [&](int64_t slice) {
         Job part = job;
-        if (grad_xf) {
-            part.grad_xf = slice == 0 ? grad_xf : sums_xf.get() + (slice - 1) * xf_floats;
-            std::memset(part.grad_xf, 0, sizeof(float) * xf_floats);
-        }
-        if (grad_wf) {
-            part.grad_wf = sums_wf.get() + slice * wf_floats;
-            std::memset(part.grad_wf, 0, sizeof(float) * wf_floats);
-        }
+        sums.begin(slice, part);
         float* memory = scratch(kernels.backward_scratch(part, width));
         for (int64_t i = bundles * slice / slices; i < bundles * (slice + 1) / slices; i++)
             kernels.backward(part, width, i * bundle, std::min<int64_t>(bundle, batch - i * bundle), memory);
     });
-    for (int64_t slice = 1; slice < slices; slice++) {
-        const float* from = sums_xf.get() + (slice - 1) * xf_floats;
-        for (int64_t i = 0; grad_xf && i < xf_floats; i++) grad_xf[i] += from[i];
-        const float* lanes = sums_wf.get() + slice * wf_floats;
-        for (int64_t i = 0; i < wf_floats; i++) sums_wf[i] += lanes[i];
-    }
-    if (grad_wf) kernels.finish_grad_wf(job, width, sums_wf.get(), grad_wf);
+    sums.finish(kernels);
 }
 
 void csr(const Kernels& kernels, const float* values, const int32_t* columns, const int64_t* starts, int64_t rows,

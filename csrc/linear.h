@@ -37,11 +37,6 @@ void exact(const Job& job, int64_t item);
 // Whether the weight is a plain product of two factors: n is the fan-in, and it begins at entry 0.
 inline bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
 
-// Of products of one item per SIMD lane, and of a single item, all of `lanes` positions: real sequences as half as many
-// complex points.
-const Transform& transform_of_items(const Kernels&, const Plan&);
-const Transform& transform_of_item(const Kernels&, const Plan&);
-
 // The plan with pieces of a multiple of some number of inputs.
 Plan in_pieces(Plan plan, int64_t multiple);
 
@@ -52,6 +47,27 @@ using CachedSpectra = std::shared_ptr<const Memory>;
 
 // The spectra of wf in a layout of Job: for one item per SIMD lane, or for a `single` item. Cached; the key is the value of wf.
 CachedSpectra spectra_of(const Kernels&, const Plan&, const float* wf, const Transform&, bool single);
+
+// Sets a job, of one item per SIMD lane, to go by FFT, unless the weight is a plain product of two factors. The job refers to
+// the result.
+CachedSpectra go_by_fft(const Kernels&, Job&);
+
+// The gradients of xf and wf, summed over slices of a batch in memory of their own, then over the slices in their order: the
+// result does not depend on threads. Those that are null are left out.
+class FactorGradients {
+  public:
+    FactorGradients(const Job&, int width, int64_t slices, float* grad_xf, int64_t xf_floats, float* grad_wf);
+    // Lets a job add to the sums of a slice, which are zero.
+    void begin(int64_t slice, Job&);
+    void finish(const Kernels&);
+
+  private:
+    const Job& job_;
+    int width_;
+    int64_t slices_, xf_floats_, wf_floats_;
+    float *grad_xf_, *grad_wf_;
+    Memory sums_xf_, sums_wf_;  // those of the first slice of xf are in grad_xf itself
+};
 
 // y = scale x W^T + bias, rectified if asked, prepared for the given blocks. `often`: the weight is used so often that packing
 // it pays.
