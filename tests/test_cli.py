@@ -190,6 +190,17 @@ def test_bench_writes_its_rows(run, here):
     assert (here / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("case", ["linear", "train", "modules", "gru"])
+def test_bench_of_other_methods(case, run, here, monkeypatch):
+    monkeypatch.setattr(networks, "STEPS", 5)
+    options = "--rows 48 --cols 40 --ratios 0.2 --batch 2 --repeats 1 --methods kronecker,tensor-train --out b.json"
+    _, out, _ = run("bench", case, *options.split())
+    (row,) = json.loads((here / "b.json").read_text())
+    assert all(row[f"{name}_microseconds"] > 0 for name in ("kronecker", "tensor_train"))
+    assert "kronecker, us" in out
+    assert "tensor-train, us" in out
+
+
 def test_bench_of_a_layer_times_every_rival_warm_and_cold():
     (row,) = bench_run.run("linear", (64, 96), (0.2,), (2,), ranks=(1,), threads=1, repeats=2)
     for temperature in ("", "cold_"):

@@ -68,6 +68,9 @@ def bench(
     rank: Annotated[str, typer.Option(help="Ranks of the factors, comma-separated.")] = "1",
     threads: Threads = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each competitor; medians are shown.")] = 21,
+    methods: Annotated[
+        str, typer.Option(help="Methods to time beside, comma-separated: kronecker,tensor-train  [default: none]")
+    ] = "",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -93,6 +96,9 @@ def bench(
     rows = rows or (1024 if case in ("lstm", "gru") else 2048)
     batches = _integers("--batch", batch or usual.get(case, "1,8,32"), "1,8,32")
     ranks = _integers("--rank", rank, "2,4,8")
+    beside = [name.strip() for name in methods.split(",") if name.strip()]
+    for name in beside:
+        known(name, run.METHODS, "method")
     if not products.native_available:
         notes.print(Text(f"No native kernels ({products.why_not}): products use torch operations.", style="yellow"))
     sizes = _ratios(ratios)
@@ -106,6 +112,7 @@ def bench(
             threads,
             repeats,
             lambda i, total: report_step(case, i, total),
+            beside,
         )
     print(shown.summary(measured))
     out = out or Path("runs") / "bench" / f"{case}.json"

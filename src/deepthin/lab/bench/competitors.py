@@ -52,7 +52,7 @@ def thin_network(
         **({"then": dict(then)} if then else {}),
     }
     report = dt.compress(model, {"model": {"ratio": ratio}, "rules": {"*": rule}}, init="scratch")
-    return model, max(report.rows, key=lambda row: row.dense_bytes).n or 0
+    return model, getattr(max(report.rows, key=lambda row: row.dense_bytes), "n", None) or 0
 
 
 def network(shapes: Shapes) -> nn.Sequential:
@@ -192,6 +192,26 @@ def thin_competitors(
         yield Timing("rank", ratio, _operator(low, x, threads))
     else:
         yield Timing("rank", ratio, _forward(low, x))
+
+
+def method_competitor(case: str, shapes: Shapes, x: torch.Tensor, ratio: float, method: str) -> Timing:
+    """Another method with as many bytes, as a module.
+
+    Args:
+        case: Name of the case; ``"train"`` times a training step.
+        shapes: (outputs, inputs) of each layer.
+        x: The inputs, batch x inputs.
+        ratio: Bytes of its matrices over those of the dense ones.
+        method: Its name, as users write it.
+
+    Returns:
+        What is timed, by the name of the method.
+
+    Raises:
+        BudgetError: The ratio cannot be reached.
+    """
+    model, _ = thin_network(network(shapes), ratio, 1, method=method)
+    return Timing(method, ratio, _step(model, x) if case == "train" else _forward(model, x))
 
 
 def _forward(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Work:

@@ -19,6 +19,7 @@ from deepthin.lab.bench.competitors import (
     Shapes,
     decoded_competitor,
     dense_competitors,
+    method_competitor,
     network,
     symbol_competitors,
     thin_competitors,
@@ -32,6 +33,7 @@ from deepthin.lab.bench.timing import Times, Timing, interleaved
 from deepthin.lab.trial import quantised
 
 MODULES = ("modules", "acoustic")
+METHODS = ("kronecker", "tensor-train")  # that can be timed beside
 CASES = ("linear", *MODULES, "tfkaldi", "train", *WHOLE, "tensorflow")
 
 
@@ -44,6 +46,7 @@ def run(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    methods: Sequence[str] = (),
 ) -> list[BenchRow]:
     """Time DeepThin and its competitors: medians of interleaved calls, in microseconds.
 
@@ -74,6 +77,7 @@ def run(
         threads: Number of threads of torch and of the native kernels; it is set for the whole process.
         repeats: Timed calls of each competitor, >= 1.
         progress: Called with the number of finished rounds and of all rounds.
+        methods: Of ``METHODS``, those that are timed beside, as modules at the same ratios; not for ``tensorflow``.
 
     Returns:
         One row for each rank, batch and ratio; one without times where the ratio cannot be reached. Those of one rank
@@ -91,9 +95,10 @@ def run(
         if case == "tensorflow":
             rows += _measure_tensorflow(shape, ratios, batch, rank, threads, repeats, step)
         elif case in WHOLE:
-            rows += _measure_whole(case, whole(case, shape, batch), ratios, batch, rank, threads, repeats, step)
+            timed = whole(case, shape, batch)
+            rows += _measure_whole(case, timed, ratios, batch, rank, threads, repeats, step, methods)
         else:
-            rows += _measure(case, shapes, ratios, batch, rank, threads, repeats, step)
+            rows += _measure(case, shapes, ratios, batch, rank, threads, repeats, step, methods)
     return rows
 
 
@@ -106,6 +111,7 @@ def _measure(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None],
+    methods: Sequence[str],
 ) -> list[BenchRow]:
     torch.manual_seed(0)
     x = torch.randn(batch, shapes[0][1])
@@ -127,6 +133,9 @@ def _measure(
             timings += thin_modules(shapes, x, model, ratio, rank)
         else:
             timings += thin_competitors(case, shapes, x, model, ratio, threads)
+        for method in methods:
+            with suppress(BudgetError):
+                timings.append(method_competitor(case, shapes, x, ratio, method))
         rows.append(replace(row, n=n))
     with torch.set_grad_enabled(case == "train"):
         warm, cold = interleaved(timings, repeats, cold=case not in ("train", *MODULES), progress=progress)
@@ -171,6 +180,7 @@ def _measure_whole(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None],
+    methods: Sequence[str],
 ) -> list[BenchRow]:
     torch.manual_seed(0)
     dense = timed.build()
@@ -190,6 +200,9 @@ def _measure_whole(
         rows.append(replace(row, n=n))
         with suppress(BudgetError):
             timings.append(Timing("rank", ratio, timed.work(thin_network(timed.build(), ratio, 1, "rank")[0])))
+        for method in methods:
+            with suppress(BudgetError):
+                timings.append(Timing(method, ratio, timed.work(thin_network(timed.build(), ratio, 1, method)[0])))
         with suppress(BudgetError):
             if timed.trains:
                 coded, _ = thin_network(timed.build(), ratio / 4, rank, then=CODED)
@@ -200,7 +213,7 @@ def _measure_whole(
     for row in rows:
         columns: dict[str, float | None] = {}
         if row.n is not None:
-            for name in ("dense", "int8", "rank", "thin", "thin_coded"):
+            for name in ("dense", "int8", "rank", "thin", "thin_coded", *methods):
                 columns[COLUMNS[name]] = times.get((name, None), times.get((name, row.ratio)))
             columns |= {"microseconds": columns[COLUMNS["thin"]], "best_dense_microseconds": columns[COLUMNS["dense"]]}
         whole_rows.append(replace(row, times=columns))

@@ -39,6 +39,8 @@ COLUMNS = {  # what is timed, and the name of its column
     "torchao": "torchao_int8_microseconds",
     "thin_8bit": "thin_8bit_microseconds",
     "thin_coded": "thin_coded_microseconds",
+    "kronecker": "kronecker_microseconds",
+    "tensor-train": "tensor_train_microseconds",
     "xla": "xla_microseconds",
     "function": "function_microseconds",
     "generated": "generated_microseconds",
@@ -57,7 +59,8 @@ def summary(rows: Sequence[BenchRow]) -> str:
     lines: list[tuple[str, ...]] = []
     rivals = ("dense", "best_dense", "decoded", "bf16", "int8", "torchao_int8", "rank", "csr", "uniform_8bit")
     rivals += ("kmeans_4bit", "generated", "function")
-    fewer_bits = [name for name in ("thin_8bit", "thin_coded") if any(row.times.get(COLUMNS[name]) for row in rows)]
+    besides = ("thin_8bit", "thin_coded", "kronecker", "tensor-train")
+    besides = [name for name in besides if any(row.times.get(COLUMNS[name]) for row in rows)]
     shown = [rival for rival in rivals if any(row.times.get(f"{rival}_microseconds") for row in rows)]
     cold = any(row.times.get("cold_microseconds") for row in rows)
     for row in rows:
@@ -68,19 +71,19 @@ def summary(rows: Sequence[BenchRow]) -> str:
                     *start,
                     "",
                     f"smallest ratio {row.smallest_ratio:.5f}",
-                    *[""] * (len(fewer_bits) + len(shown) + cold + 1),
+                    *[""] * (len(besides) + len(shown) + cold + 1),
                 )
             )
             continue
         line = [*start, str(row.n), f"{thin:,.1f}", f"{row.times['layer_microseconds']:,.1f}"]
-        line += [f"{time:,.1f}" if (time := row.times.get(COLUMNS[name])) else "" for name in fewer_bits]
+        line += [f"{time:,.1f}" if (time := row.times.get(COLUMNS[name])) else "" for name in besides]
         line += [_times(row.times.get(f"{rival}_microseconds"), thin) for rival in shown]
         if cold:
             line.append(_times(row.times.get("cold_best_dense_microseconds"), row.times.get("cold_microseconds")))
         lines.append(tuple(line))
     first = rows[0]
     heads = ["rank", "batch", "ratio", "n", "us", "as module"]
-    heads += [f"{name.removeprefix('thin_')}, us" for name in fewer_bits]
+    heads += [f"{name.removeprefix('thin_')}, us" for name in besides]
     heads += [rival.replace("_", " ") for rival in shown]
     title = (
         f"{first.case} {first.rows}x{first.cols}, threads {first.threads}, "
