@@ -90,17 +90,17 @@ sanitize: .venv/installed  ## kernels compiled with sanitizers, 16 lanes wide co
 	done
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OPENBLAS_NUM_THREADS=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		$(BIN)/python tests/sanitized.py build/sanitize-address,undefined -q -p no:cacheprovider tests/test_kernels.py tests/test_recurrent_kernels.py tests/test_huffman.py tests/test_arithmetic.py tests/test_symbol_kernels.py tests/test_convolution_kernels.py \
+		$(BIN)/python tests/sanitized.py build/sanitize-address,undefined -q -p no:cacheprovider tests/test_kernels.py tests/test_core_kernels.py tests/test_recurrent_kernels.py tests/test_huffman.py tests/test_arithmetic.py tests/test_symbol_kernels.py tests/test_convolution_kernels.py \
 		-k "not guard and not touched and not memory and not forced"
 	OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 suppressions=$$PWD/tests/tsan.supp" LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) \
-		$(BIN)/python tests/sanitized.py build/sanitize-thread -q -p no:cacheprovider tests/test_kernels.py tests/test_recurrent_kernels.py tests/test_symbol_kernels.py tests/test_convolution_kernels.py \
+		$(BIN)/python tests/sanitized.py build/sanitize-thread -q -p no:cacheprovider tests/test_kernels.py tests/test_core_kernels.py tests/test_recurrent_kernels.py tests/test_symbol_kernels.py tests/test_convolution_kernels.py \
 		-k "(threads or callers) and not forked"
 	$(NATIVE_SOURCES) > .ci/sanitized
 
 portable:  ## the kernels on 64-bit ARM, emulated (Debian: g++-aarch64-linux-gnu, qemu-user)
 	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++20 -O3 -Wno-psabi -static -DDEEPTHIN_TABLE=baseline -DDEEPTHIN_WIDTH=8 \
-		-DDEEPTHIN_TILE=12 csrc/convolution.cpp csrc/kernels.cpp csrc/linear.cpp csrc/recurrent.cpp csrc/spectra.cpp csrc/threads.cpp tests/portable.cpp -o build/portable-arm
+		-DDEEPTHIN_TILE=12 csrc/convolution.cpp csrc/cores.cpp csrc/kernels.cpp csrc/linear.cpp csrc/recurrent.cpp csrc/spectra.cpp csrc/threads.cpp tests/portable.cpp -o build/portable-arm
 	qemu-aarch64 build/portable-arm
 
 check: .venv/installed  ## formatting, lint, types, import directions
