@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from deepthin.errors import ConfigError
 from deepthin.plan import start
@@ -90,15 +89,14 @@ def merge(model: nn.Module) -> nn.Module:
     held = updates(model)
     if not held:
         raise ConfigError("The model has no updates to merge: deepthin.torch.delta or load makes them.")
-    for layer, name, update in list(held.values()):
-        if not parametrize.is_parametrized(layer, name):
-            continue  # of a shared layer, by another of its names
-        with torch.no_grad():
-            merged = getattr(layer, name).detach().clone()
-        parameter = uninstall(layer, name)
-        layer.__dict__.setdefault(_MERGED, {})[name] = (parameter.detach().clone(), update)
-        with torch.no_grad():
-            parameter.copy_(merged)
+    placed = {(layer, name): update for layer, name, update in held.values()}  # layers with several names once
+    with torch.no_grad():
+        merged = {place: getattr(*place).detach().clone() for place in placed}
+        for (layer, name), update in placed.items():
+            parameter = uninstall(layer, name)
+            layer.__dict__.setdefault(_MERGED, {})[name] = (parameter.detach().clone(), update)
+        for (layer, name), value in merged.items():  # after all are apart: shared parameters have one base
+            cast(nn.Parameter, layer._parameters[name]).copy_(value)
     return model
 
 
@@ -121,7 +119,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         for name, (original, update) in layer.__dict__.pop(_MERGED).items():
             with torch.no_grad():
                 cast(nn.Parameter, layer._parameters[name]).copy_(original)
-            install(layer, name, update)
+            install(layer, name, update)  # of a shared parameter: both layers add the update to the same base
     return model
 
 
