@@ -1,6 +1,8 @@
 """Thin updates of a frozen base: they begin at zero, train, are saved without the base, and fit this base alone."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,3 +257,13 @@ def test_names_and_values_of_the_base_stay(tmp_path):
     dt.delta(model, rules("rank", 0.5))
     assert base_tensors(model).keys() == base.state_dict().keys()
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in base_tensors(model).items())
+
+
+def test_the_page(tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "delta.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec("\n".join(blocks), names := {})
+    assert (tmp_path / "speaker.thin").stat().st_size <= 2000
+    assert torch.allclose(names["model"](names["inputs"]), names["base"](names["inputs"]), atol=1e-5)
