@@ -35,7 +35,7 @@ BATCH, SPEAKERS, BASE_STEPS = 128, 8, 1800
 CODED: dict[str, Any] = {"method": "coded"}
 DELTAS = [
     {"method": method, "floats": floats, "lr": lr}
-    for method, floats in (("deepthin", 0.005), ("deepthin", 0.015), ("kronecker", 0.01))
+    for method, floats in (("deepthin", 0.0075), ("deepthin", 0.02), ("kronecker", 0.01))
     for lr in (1e-3, 3e-3)
 ]
 LORAS = [{"layers": layers, "lr": lr} for layers in (["8"], ["0"], ["0", "8"]) for lr in (1e-3, 5e-3)]
