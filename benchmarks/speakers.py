@@ -35,8 +35,14 @@ BATCH, SPEAKERS, BASE_STEPS = 128, 8, 1800
 CODED: dict[str, Any] = {"method": "coded"}
 DELTAS = [
     {"method": method, "floats": floats, "lr": lr}
-    for method, floats in (("deepthin", 0.0075), ("deepthin", 0.02), ("kronecker", 0.01))
-    for lr in (1e-3, 3e-3)
+    for method, floats, lr in (
+        ("deepthin", 0.0075, 1e-4),
+        ("deepthin", 0.0075, 4e-4),
+        ("deepthin", 0.02, 2e-4),
+        ("kronecker", 0.01, 1e-3),
+        ("kronecker", 0.01, 3e-3),
+        ("rank", 0.01, 1e-3),
+    )
 ]
 LORAS = [{"layers": layers, "lr": lr} for layers in (["8"], ["0"], ["0", "8"]) for lr in (1e-3, 5e-3)]
 SETTINGS = {"delta": DELTAS, "lora": LORAS}
@@ -171,7 +177,7 @@ def main() -> None:
     def mean(kind: str, place: int, most: int, split: str, seed: int) -> tuple[float, float] | None:
         values = []
         for speaker in people[split]:
-            key = (kind, place, most, split, speaker.name, seed)
+            key = (kind, json.dumps(SETTINGS[kind][place]), most, split, speaker.name, seed)
             if key not in done:
                 done[key] = WAYS[kind](base, speaker, SETTINGS[kind][place], most, given.steps, seed)
                 with kept.open("a") as file:

@@ -318,7 +318,7 @@ def contents(model: nn.Module) -> Contents:
         }
         base = Raw("U8", (HASH_BYTES,), next(iter(held.values()))[2].base)
         return contents_of(places, {BASE: (BASE, base)}, as_thin)
-    dense = {name: (id(tensor), _raw(name, whole(tensor))) for name, tensor in _dense_tensors(model).items()}
+    dense = {name: (id(tensor), raw_of(name, whole(tensor))) for name, tensor in _dense_tensors(model).items()}
     return contents_of({named(name): place for name, place in thin_tensors(model).items()}, dense, as_thin)
 
 
@@ -335,7 +335,7 @@ def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
     Raises:
         TypeError: An entry has a dtype or layout that the file cannot hold.
     """
-    code = {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
+    code = {entry: raw_of(entry, tensor) for entry, tensor in weight.code().items()}
     return Thin(weight.name, weight.method, dict(zip(names, weight.parts, strict=True)), code)
 
 
@@ -356,7 +356,19 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _raw(name: str, tensor: Tensor) -> Raw:
+def raw_of(name: str, tensor: Tensor) -> Raw:
+    """A tensor as a file stores it, without a copy.
+
+    Args:
+        name: Its name, for the message.
+        tensor: The tensor; on the meta device it counts as zeros.
+
+    Returns:
+        Its type, its shape, and where its bytes are.
+
+    Raises:
+        TypeError: A file cannot hold its dtype or layout.
+    """
     if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} is {tensor.dtype}, {tensor.layout}: a .thin file holds dense {', '.join(_TYPES)} only."
@@ -397,10 +409,10 @@ def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tenso
         if name in known:
             continue
         if parameter == "num_batches_tracked" and isinstance(layer, nn.modules.batchnorm._NormBase):
-            added[name] = _raw(name, tensor)
+            added[name] = raw_of(name, tensor)
         twin = name.replace("bias_hh", "bias_ih")
         if parameter.startswith("bias_hh") and isinstance(layer, nn.LSTM | nn.RNN) and twin in known:
-            added[name] = _raw(name, torch.zeros_like(tensor))
+            added[name] = raw_of(name, torch.zeros_like(tensor))
     return Contents(stored.thin, {**stored.dense, **added}, stored.aliases)
 
 
