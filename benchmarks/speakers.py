@@ -41,7 +41,7 @@ DELTAS = [
         ("deepthin", 0.02, 2e-4),
         ("kronecker", 0.01, 1e-3),
         ("kronecker", 0.01, 3e-3),
-        ("rank", 0.01, 1e-3),
+        ("rank", 0.012, 1e-3),
     )
 ]
 LORAS = [{"layers": layers, "lr": lr} for layers in (["8"], ["0"], ["0", "8"]) for lr in (1e-3, 5e-3)]
