@@ -17,6 +17,7 @@ import importlib
 import itertools
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -122,7 +123,7 @@ def by_lora(base: nn.Module, speaker: Speaker, setting: dict[str, Any], most: in
     return wrong(model, speaker), stored[1]
 
 
-def _stored(factors: dict[str, Tensor], most: int) -> tuple[dict[str, Tensor], int] | None:
+def _stored(factors: Mapping[str, Tensor], most: int) -> tuple[dict[str, Tensor], int] | None:
     """The factors as the best file within a size gives them, and its bytes."""
     for bits in (16, 8, 6, 4):
         layers = [nn.Linear(f.shape[1], f.shape[0], bias=False) for f in factors.values()]
