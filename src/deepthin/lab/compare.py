@@ -17,11 +17,12 @@ import torch
 
 from deepthin.errors import BudgetError, ConfigError, FormatError
 from deepthin.lab.compared import ALWAYS, DENSE, INT8, SAME_SIZE, split
+from deepthin.lab.calls import Resources, TrialTimeout
 from deepthin.lab.engines import ENGINES, Chain, Engine, run_chains
 from deepthin.lab.rows import Row, read_json, read_rows, write_rows
 from deepthin.lab.run import Run, Setup, Trial
 from deepthin.lab.search import Choice, Search, open_storage, search
-from deepthin.lab.trial import INT8_RATIO, judge, prepared, quantised, run_trial
+from deepthin.lab.trial import INT8_RATIO, first_row, hold, judge, prepared, quantised, run_trial
 from deepthin.storage.atomic import write_atomically
 from deepthin.storage.read import inspect
 
@@ -45,6 +46,7 @@ class Settings:
         engine: Where trials run, a key of ``ENGINES``.
         jobs: Number of trials at once.
         threads: Number of threads of each job.
+        resources: What each trial needs beside its threads: cores, GPUs and memory of a cluster, and a time limit.
     """
 
     setup: Setup
@@ -55,6 +57,7 @@ class Settings:
     engine: str = "local"
     jobs: int = 1
     threads: int = 1
+    resources: Resources = Resources()
 
 
 def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[Row]:
@@ -87,8 +90,9 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
     rows = read_rows(results) if results.exists() else []
     gone = {row.key for row in rows if not _still_there(row, out)}
     rows = [row for row in rows if row.key not in gone]
-    engine = ENGINES[settings.engine](settings.jobs, settings.threads)
+    engine = ENGINES[settings.engine](settings.jobs, replace(settings.resources, threads=settings.threads), out)
     try:
+        engine.share((hold, settings.setup, run))
         choices = _search_all(settings, settings.search, methods, engine, out, progress) if settings.search else {}
         done = {row.key for row in rows}
         wanted = _trials(settings, methods, choices)
