@@ -18,6 +18,7 @@ import pytest
 
 from deepthin import BudgetError, ConfigError
 from deepthin.errors import DeepThinError
+from deepthin.lab.calls import Resources
 from deepthin.lab.compare import Settings, compare, searched_ratio
 from deepthin.lab.engines import Inline, Processes, Ray, run_chains
 from deepthin.lab.search import Choice, Search, open_storage, search
@@ -78,7 +79,7 @@ def test_a_process_that_is_killed_is_told():
         yield os._exit, 1
 
     engine = Processes(2, 1)
-    with pytest.raises(DeepThinError, match="A process was ended from outside.*The same command goes on"):
+    with pytest.raises(DeepThinError, match="A process was ended from outside.*the same command goes on"):
         run_chains(engine, [chain()])
     engine.close()
 
@@ -93,9 +94,9 @@ def test_several_processes_give_the_same_rows(straight, tmp_path):
 
 
 def test_ray_that_is_not_installed_is_told(monkeypatch):
-    monkeypatch.setattr("deepthin.lab.engines.find_spec", lambda _: None)
+    monkeypatch.setattr("deepthin.lab.on_ray.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'deepthin\[ray\]'"):
-        Ray(1, 1)
+        Ray(1, Resources())
 
 
 class RayError(Exception):
@@ -112,12 +113,18 @@ class OutOfMemoryError(RayError):
     pass
 
 
+class NodeDiedError(RayError):
+    pass
+
+
 class Cluster(types.ModuleType):
     """Ray as far as the engine knows it: calls run when they are waited for, and fail as they are told to."""
 
     def __init__(self, cores=(4,), refuses=None, fails=()):
         super().__init__("ray")
-        self.exceptions = types.SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+        self.exceptions = types.SimpleNamespace(
+            RayError=RayError, RayTaskError=RayTaskError, NodeDiedError=NodeDiedError
+        )
         self.cores, self.refuses, self.fails = list(cores), refuses, list(fails)
         self.asked, self.begun, self.looks, self.stopped = {}, [], 0, 0
 
@@ -162,7 +169,7 @@ def cluster(monkeypatch):
     def installed(**how):
         made = Cluster(**how)
         monkeypatch.setitem(sys.modules, "ray", made)
-        monkeypatch.setattr("deepthin.lab.engines.find_spec", lambda _: True)
+        monkeypatch.setattr("deepthin.lab.on_ray.find_spec", lambda _: True)
         return made
 
     return installed
@@ -174,7 +181,7 @@ def one(*call, into):
 
 def test_a_worker_that_dies_is_begun_again(cluster):
     made, got = cluster(fails=[RayError("gone"), OutOfMemoryError("full")]), []
-    engine = Ray(2, 1)
+    engine = Ray(2, Resources())
     run_chains(engine, [one(max, 1, 2, into=got), one(max, 3, 4, into=got)])
     assert sorted(got) == [2, 4]
     assert len(made.begun) == 4
@@ -186,7 +193,7 @@ def test_a_worker_that_dies_every_time_ends_with_what_to_do(cluster, kind):
     made, got = cluster(fails=[kind("Task was killed\ndetails")] * 4), []
     why = "for want of memory" if kind is OutOfMemoryError else "perhaps for want of memory"
     with pytest.raises(DeepThinError) as raised:
-        run_chains(Ray(2, 1), [one(max, 1, 2, into=got), one(max, 3, 4, into=got), one(max, 5, 6, into=got)])
+        run_chains(Ray(2, Resources()), [one(max, 1, 2, into=got), one(max, 3, 4, into=got), one(max, 5, 6, into=got)])
     assert str(raised.value) == (
         f"A worker of Ray died 4 times in the same trial, {why} ({kind.__name__}: Task was killed). Use fewer --jobs, "
         "more --threads for each, or machines with more memory. What is done is kept; the same command goes on where "
@@ -199,16 +206,16 @@ def test_a_worker_that_dies_every_time_ends_with_what_to_do(cluster, kind):
 def test_an_exception_of_a_call_on_ray_reaches_the_caller(cluster):
     cluster(fails=[RayTaskError(BudgetError("small", smallest_bits=8, smallest_ratio=0.1))])
     with pytest.raises(BudgetError, match="small"):
-        run_chains(Ray(1, 1), [one(max, 1, 2, into=[])])
+        run_chains(Ray(1, Resources()), [one(max, 1, 2, into=[])])
 
 
 def test_more_threads_than_any_machine_has_are_refused(cluster, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     made = cluster(cores=(4, 8))
-    Ray(3, 8)
+    Ray(3, Resources(8))
     assert made.asked == {"log_to_driver": False, "logging_level": "error"}
     with pytest.raises(ConfigError) as raised:
-        Ray(3, 9)
+        Ray(3, Resources(9))
     assert str(raised.value) == (
         "--threads 9: the largest machine of the cluster has 8 cores, so that no trial would ever begin. Use --threads "
         "8 or fewer."
@@ -218,7 +225,7 @@ def test_more_threads_than_any_machine_has_are_refused(cluster, monkeypatch):
 
 def test_machines_that_go_away_are_told(cluster):
     made = cluster(cores=(4,))
-    engine = Ray(1, 4)
+    engine = Ray(1, Resources(4))
     made.cores.clear()
     with pytest.raises(DeepThinError, match=r"No machine of the cluster has 4 cores any more: .* What is done is kept"):
         run_chains(engine, [one(max, 1, 2, into=[])])
@@ -233,7 +240,7 @@ def test_a_start_that_fails_is_told(cluster, monkeypatch, address, error):
     made = cluster(refuses=error)
     reason = (str(error) or "ConnectionError").splitlines()[0]
     with pytest.raises(DeepThinError) as raised:
-        Ray(1, 1)
+        Ray(1, Resources())
     told = str(raised.value)
     assert told.startswith(
         f"No cluster answers at RAY_ADDRESS = {address} ({reason}): start it with `ray start --head`, or unset "
@@ -247,7 +254,7 @@ def test_a_start_that_fails_is_told(cluster, monkeypatch, address, error):
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_of_ray_itself_that_dies_every_time(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    engine, got = Ray(2, 1), []
+    engine, got = Ray(2, Resources()), []
     try:
         with pytest.raises(DeepThinError, match="A worker of Ray died 4 times in the same trial, perhaps for want of"):
             run_chains(engine, [one(os._exit, 1, into=got), one(max, 3, 4, into=got)])

@@ -1,5 +1,6 @@
 """Calls that an engine runs, what each of them needs, and how long it may take."""
 
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -7,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deepthin.errors import DeepThinError
+from deepthin.errors import ConfigError, DeepThinError
+from deepthin.lab.size_search.clock import seconds_of
 
 RETRIES = 3  # of a call whose worker died
 GOES_ON = "What is done is kept; the same command goes on where it stopped."
 _REPEATED_SECONDS = 1.0  # between two attempts to stop a call
+
+_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 Call = tuple[Any, ...]
 """A function that can be pickled, and its arguments."""
@@ -19,6 +23,18 @@ Call = tuple[Any, ...]
 
 class TrialTimeout(DeepThinError):
     """A call that took longer than its time limit."""
+
+
+def time_over(seconds: float | None) -> str:
+    """Why a call was stopped.
+
+    Args:
+        seconds: Its time limit; None: none.
+
+    Returns:
+        The message.
+    """
+    return f"It was stopped after the time limit of {seconds or 0:g} s (--trial-time)."
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,34 @@ class Resources:
     def cores(self) -> float:
         """Cores to reserve."""
         return self.threads if self.cpus is None else self.cpus
+
+
+def resources_of(
+    cpus: float | None = None, gpus: float = 0.0, memory: str | None = None, trial_time: str | float | None = None
+) -> Resources:
+    """What each trial needs, as users write it.
+
+    Args:
+        cpus: Cores that a cluster reserves; None: as many as threads.
+        gpus: GPUs that a cluster reserves.
+        memory: Memory that a cluster reserves, such as ``500MB`` or ``4GB``.
+        trial_time: Time limit: seconds, or such as ``90s`` or ``2h``.
+
+    Returns:
+        The resources.
+
+    Raises:
+        ConfigError: ``memory`` is no size, or ``trial_time`` no duration.
+    """
+    bytes_ = None
+    if memory is not None:
+        parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", memory.strip().upper())
+        if not parts or not float(parts[1]):
+            raise ConfigError(f"--memory {memory!r} is no size: write such as 500MB or 4GB.")
+        bytes_ = int(float(parts[1]) * _BYTES.get(parts[2], 1))
+    return Resources(
+        cpus=cpus, gpus=gpus, memory_bytes=bytes_, seconds=None if trial_time is None else seconds_of(trial_time)
+    )
 
 
 class Engine(Protocol):
@@ -106,7 +150,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
     def stop(*_: Any) -> None:
         if armed:
-            raise TrialTimeout(f"It was stopped after the time limit of {seconds:g} s (--trial-time).")
+            raise TrialTimeout(time_over(seconds))
 
     earlier = signal.signal(signal.SIGALRM, stop)
     try:

@@ -135,7 +135,9 @@ class Processes:
 
 def _local(jobs: int, resources: Resources, folder: Path) -> Engine:
     if resources.cpus is not None or resources.gpus or resources.memory_bytes:
-        raise ConfigError("--cpus, --gpus and --memory reserve parts of a cluster: leave them out, or use --engine ray or slurm.")
+        raise ConfigError(
+            "--cpus, --gpus and --memory reserve parts of a cluster: leave them out, or use --engine ray or slurm."
+        )
     return Inline(resources.seconds) if jobs == 1 else Processes(jobs, resources.threads, resources.seconds)
 
 

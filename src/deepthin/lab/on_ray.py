@@ -158,8 +158,7 @@ class Ray:
         asking.join(_ANSWER_SECONDS)
         if not answers:
             raise DeepThinError(
-                "The head of the cluster does not answer any more: start it again with `ray start --head`. "
-                f"{GOES_ON}"
+                f"The head of the cluster does not answer any more: start it again with `ray start --head`. {GOES_ON}"
             )
         return answers[0]
 
@@ -195,7 +194,9 @@ class Ray:
 _MADE: set[Any] = set()  # references of shared calls that this worker has made
 
 
-def _on_ray(shared: list[Any], threads: int, seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
+def _on_ray(
+    shared: list[Any], threads: int, seconds: float | None, function: Callable[..., Any], *arguments: Any
+) -> Any:
     """What a worker of Ray does."""
     import torch
 

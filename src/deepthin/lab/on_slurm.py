@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepthin.errors import ConfigError
 from deepthin.lab.calls import RETRIES, Call, Resources, died, limited
 
@@ -31,9 +29,9 @@ class _Job:
 class Slurm:
     """Jobs of Slurm; where there is no Slurm, submitit runs them as processes of this machine.
 
-    Every job needs the library, and the data and the folder of the results under the same path. A job that Slurm preempts
-    is queued again by submitit, one that dies is submitted again ``RETRIES`` times. Jobs go on when this process is
-    killed; ``close`` cancels them. Partition and account are read by Slurm from ``SBATCH_PARTITION`` and
+    Every job needs the library, and the data and the folder of the results under the same path. A job that Slurm
+    preempts is queued again by submitit, one that dies is submitted again ``RETRIES`` times. Jobs go on when this
+    process is killed; ``close`` cancels them. Slurm reads partition and account from ``SBATCH_PARTITION`` and
     ``SBATCH_ACCOUNT``.
 
     Args:
@@ -134,6 +132,8 @@ class _Requeued:
 
     def __call__(self, call: Call) -> Any:
         """Its result, or the exception that it raised."""
+        import torch
+
         torch.set_num_threads(self.threads)
         function: Callable[..., Any]
         function, *arguments = call
