@@ -145,7 +145,10 @@ def _chain(settings: Settings, trial: Trial, results: Results, progress: Progres
 
 def _kept_trial(setup: Setup, trial: Trial, results: Results, progress: Callable[[int], None] | None) -> None:
     """Run a trial and write its rows, so that they are kept even if the driver is gone by then."""
-    with results.claim(trial.name):
+    held = results.claim_free(trial.name)
+    if held is None:  # another process runs it
+        return
+    with held:
         if not results.file(trial).exists():
             results.put(run_trial(setup, trial, results.out, progress))
 

@@ -84,10 +84,7 @@ class Record:
             In the order in which they were added.
         """
         results = self._study.user_attrs
-        return [
-            _candidate(trial, results.get(_RESULTS.format(trial.number), []))
-            for trial in self._study.get_trials(deepcopy=False)
-        ]
+        return [_candidate(trial, _results(results, trial.number)) for trial in self._study.get_trials(deepcopy=False)]
 
     def add(self, round_: int, place: int, settings: Mapping[str, Value], origin: str) -> Candidate:
         """Add a candidate, unless another driver has added one in its place.
@@ -102,13 +99,13 @@ class Record:
             The candidate.
         """
         with claim(self._lock):
-            there = [one for one in self.candidates() if (one.round, one.place) == (round_, place)]
-            return there[0] if there else self._added(round_, place, settings, origin)
+            there = self.candidates()
+            same = [one for one in there if (one.round, one.place) == (round_, place)]
+            return same[0] if same else self._added(len(there), round_, place, settings, origin)
 
-    def _added(self, round_: int, place: int, settings: Mapping[str, Value], origin: str) -> Candidate:
+    def _added(self, number: int, round_: int, place: int, settings: Mapping[str, Value], origin: str) -> Candidate:
         from optuna.trial import TrialState, create_trial
 
-        number = len(self._study.get_trials(deepcopy=False))
         candidate = Candidate(number, round_, place, dict(settings), {}, origin)
         ranges = distributions(candidate, self._space)
         about = {"round": round_, "place": place, "settings": dict(settings), "origin": origin}
@@ -132,7 +129,7 @@ class Record:
             The candidate with the result.
         """
         with claim(self._lock):
-            there = self.candidates()[candidate.number].results
+            there = _results(self._study.user_attrs, candidate.number)
             candidate = replace(candidate, results={**candidate.results, **there, result.steps: result})
             stored = [one.to_json() for one in candidate.results.values()]
             self._study.set_user_attr(_RESULTS.format(candidate.number), stored)  # trials that have ended take no more
@@ -204,9 +201,12 @@ def importances(space: Space, candidates: list[Candidate]) -> dict[str, float]:
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
-def _candidate(trial: Any, stored: list[dict[str, Any]]) -> Candidate:
+def _results(stored: Mapping[str, Any], number: int) -> dict[int, Result]:
+    return {one["steps"]: Result(**one) for one in stored.get(_RESULTS.format(number), [])}
+
+
+def _candidate(trial: Any, results: dict[int, Result]) -> Candidate:
     told = trial.user_attrs
-    results = {one["steps"]: Result(**one) for one in stored}
     return Candidate(trial.number, told["round"], told["place"], told["settings"], results, told["origin"])
 
 

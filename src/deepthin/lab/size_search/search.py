@@ -143,7 +143,7 @@ class Search:
         round can reach. Returns whether other drivers train some of them.
         """
         steps = self.lengths[place]
-        ours = [c for c in candidates if not claimed(self.problem.job(c, steps, self.out, 0.0).claim)]
+        others = False
 
         def begins(candidate: Candidate) -> bool:
             aim = None if round_seconds is None else highest(self.forecast, self.lengths, round_seconds)
@@ -153,13 +153,21 @@ class Search:
             return fits(self.forecast, candidate.number, [steps, *later], self._left())
 
         def call(candidate: Candidate) -> Any:
+            nonlocal others
             # after the training this network is judged, and in the end the best one on test data
             job = self.problem.job(candidate, steps, self.out, self._left() - self.forecast.rest)
+            if claimed(job.claim):
+                others = True
+                return None
             inline = self.engine.jobs == 1 and self.problem.wanted.engine == "local"
             report = (lambda *_: self.progress(self.clock.spent(), self.clock.budget)) if inline else None
             return train_candidate, job, report
 
-        def ended(candidate: Candidate, result: Result | TrialTimeout) -> None:
+        def ended(candidate: Candidate, result: Result | TrialTimeout | None) -> None:
+            nonlocal others
+            if result is None:
+                others = True
+                return
             if isinstance(result, TrialTimeout):
                 result = Result(steps, None, str(result))
             self.forecast.learn(candidate.number, result)
@@ -171,8 +179,8 @@ class Search:
             self.candidates[candidate.number] = self.record.note(self.candidates[candidate.number], result)
             self.told(candidate, result)
 
-        run_calls(self.engine, ours, begins, call, ended)
-        return len(ours) < len(candidates)
+        run_calls(self.engine, list(candidates), begins, call, ended)
+        return others
 
 
 def run_calls(
@@ -188,7 +196,7 @@ def run_calls(
         engine: Where they run.
         waiting: The candidates; emptied as they begin.
         begins: Whether the next one may begin now; if not, no more do.
-        call: The call of a candidate.
+        call: The call of a candidate; None if another driver trains it.
         ended: Takes each result, or that the call took too long.
 
     Raises:
@@ -199,7 +207,8 @@ def run_calls(
     while True:
         while waiting and failure is None and len(running) < engine.jobs and begins(waiting[0]):
             candidate = waiting.pop(0)
-            running[engine.start(call(candidate))] = candidate
+            if (wanted := call(candidate)) is not None:
+                running[engine.start(wanted)] = candidate
         if not running:
             break
         handle, result = engine.done(list(running))

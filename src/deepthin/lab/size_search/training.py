@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from deepthin.errors import BudgetError, ConfigError, NonFiniteError
-from deepthin.lab.claims import claim
+from deepthin.lab.claims import claim_free
 from deepthin.lab.run import Setup
 from deepthin.lab.size_search.candidate import Result
 from deepthin.lab.train import checkpoint_of, train_file
@@ -107,7 +107,7 @@ class Pace:
             raise OutOfTime
 
 
-def train_candidate(job: Job, progress: Callable[[int, int], None] | None = None) -> Result:
+def train_candidate(job: Job, progress: Callable[[int, int], None] | None = None) -> Result | None:
     """Train, write, load, judge and time one network, unless that was done before: the result has a file of its own.
 
     A training that was interrupted goes on from its last checkpoint.
@@ -117,13 +117,17 @@ def train_candidate(job: Job, progress: Callable[[int, int], None] | None = None
         progress: Called after each step with the number of steps so far and of all steps.
 
     Returns:
-        The result; without a value and without ``failed`` where the training was stopped because of the time.
+        The result; without a value and without ``failed`` where the training was stopped because of the time. None if
+        another process trains it now.
 
     Raises:
         ConfigError: The task cannot be trained so.
         DeepThinError: The file does not hold what the trained network does.
     """
-    with claim(job.claim):
+    held = claim_free(job.claim)
+    if held is None:
+        return None
+    with held:
         kept = (job.folder / job.file).with_suffix(".json")
         if (earlier := _read(kept, job.identity)) is not None:
             return earlier
