@@ -94,9 +94,12 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
     _check_same_run(about, out)
     results = Results(out)
     results.adopt()
-    for row in results.rows():
-        if not _still_there(row, out) or _stopped_earlier(row, settings.resources.seconds):
-            results.file(Trial(*row.key)).unlink(missing_ok=True)
+    again = {
+        row.key for row in results.rows() if not _still_there(row, out) or _stopped(row, settings.resources.seconds)
+    }
+    again |= {(INT8, INT8_RATIO, seed) for method, _, seed in again if method == DENSE}
+    for key in again:
+        results.file(Trial(*key)).unlink(missing_ok=True)
     engine = ENGINES[settings.engine](settings.jobs, replace(settings.resources, threads=settings.threads), out)
     try:
         engine.share((hold, settings.setup, run))
@@ -281,7 +284,7 @@ def _still_there(row: Row, out: Path) -> bool:
     return _is_whole(out / model) and (bytes_ is None or (out / model).stat().st_size == bytes_)
 
 
-def _stopped_earlier(row: Row, seconds: float | None) -> bool:
+def _stopped(row: Row, seconds: float | None) -> bool:
     """Whether a trial was stopped after another time limit than the present one; then it runs again."""
     return bool(row.failed and "(--trial-time)" in row.failed) and row.failed != time_over(seconds)
 
