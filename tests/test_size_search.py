@@ -117,6 +117,9 @@ class Reversed:
 
     jobs = 2
 
+    def share(self, call):
+        pass
+
     def start(self, call):
         return call
 
@@ -477,7 +480,7 @@ def test_a_kill_between_two_proposals(straight, tmp_path, monkeypatch):
 
 
 def test_two_jobs_run_the_same_trainings_as_one(straight, tmp_path, monkeypatch):
-    monkeypatch.setitem(module.ENGINES, "local", lambda jobs, threads: Reversed())
+    monkeypatch.setitem(module.ENGINES, "local", lambda *_: Reversed())
     two = searched(Problem.prepare(wanted(rounds=2, jobs=2)), tmp_path / "b", monkeypatch, Fake())
     assert untimed(two) == untimed(straight)
 
