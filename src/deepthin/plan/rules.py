@@ -249,6 +249,32 @@ def _reached(names: Names, pattern: str, where: str) -> list[Tensor]:
     raise ConfigError(f"{where} pattern {pattern!r} matches nothing. {did_you_mean(pattern, valid)}")
 
 
+def refuse_twice(rules: Rules, tensors: Sequence[Tensor], thin: Mapping[str, str], framework: str) -> None:
+    """Refuse rules that match only what is compressed already.
+
+    Args:
+        rules: The configuration.
+        tensors: The dense tensors of the model.
+        thin: Name of each thin tensor -> name of its method.
+        framework: ``torch`` or ``keras``, for the message.
+
+    Raises:
+        ConfigError: A rule matches thin tensors, and no dense one that is not ignored.
+    """
+    if not thin:
+        return
+    dense, held = Names(tensors), Names([Tensor(name, (1, 1)) for name in thin])
+    ignored = {tensor.name for pattern in rules.ignore for tensor in dense.reached(pattern)}
+    for rule in rules.rules:
+        again = [tensor.name for tensor in held.reached(rule.pattern)]
+        if again and all(tensor.name in ignored for tensor in dense.reached(rule.pattern)):
+            more = f" and {len(again) - 1} more" if len(again) > 1 else ""
+            raise ConfigError(
+                f"{again[0]}{more} cannot be compressed again: stored by {thin[again[0]]} already. For another size "
+                f"or method call deepthin.{framework}.materialize(model) first, or compress the dense model."
+            )
+
+
 def _shadowed(rule: Rule, earlier: Sequence[Rule]) -> str:
     """The message for a rule whose tensors earlier rules have all matched."""
     patterns = list(dict.fromkeys(repr(other.pattern) for other in earlier))
