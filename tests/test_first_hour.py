@@ -1,6 +1,8 @@
 """What a new user types in the first hour works, or says what to write instead."""
 
+import copy
 import json
+import pickle
 import warnings
 
 import pytest
@@ -94,7 +96,8 @@ def test_compressing_twice_says_so(rules):
     with pytest.raises(ConfigError) as raised:
         dt.compress(model, rules)
     message = str(raised.value)
-    assert message.startswith("0.weight") and "cannot be compressed again: stored by deepthin already." in message
+    assert message.startswith("0.weight")
+    assert "cannot be compressed again: stored by deepthin already." in message
     assert "call deepthin.torch.materialize(model) first" in message
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     dt.compress(dt.materialize(model), rules, init="scratch")
@@ -106,3 +109,104 @@ def test_the_rest_of_a_model_can_be_compressed_later():
         "0.weight",
         "2.weight",
     ]
+
+
+# ---- Writes to generated weights ------------------------------------------------------------------------------------
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(32, 32), "weight"),
+    "conv1d": (lambda: nn.Conv1d(16, 16, 3), "weight"),
+    "conv2d": (lambda: nn.Conv2d(16, 16, 3), "weight"),
+    "transposed": (lambda: nn.ConvTranspose1d(16, 16, 3), "weight"),
+    "embedding": (lambda: nn.Embedding(64, 32), "weight"),
+    "bag": (lambda: nn.EmbeddingBag(64, 32), "weight"),
+    "rnn": (lambda: nn.RNN(32, 32), "weight_hh_l0"),
+    "lstm": (lambda: nn.LSTM(32, 32), "weight_ih_l0"),
+    "gru": (lambda: nn.GRU(32, 32), "weight_hh_l0"),
+    "attention": (lambda: nn.MultiheadAttention(32, 4), "in_proj_weight"),
+}
+WRITES = {
+    "init": lambda layer, name: nn.init.xavier_uniform_(getattr(layer, name)),
+    "zeros": lambda layer, name: nn.init.zeros_(getattr(layer, name)),
+    "normal": lambda layer, name: nn.init.normal_(getattr(layer, name)),
+    "orthogonal": lambda layer, name: nn.init.orthogonal_(getattr(layer, name)),
+    "data": lambda layer, name: getattr(layer, name).data.clamp_(-0.01, 0.01),
+    "data item": lambda layer, name: getattr(layer, name).data.__setitem__(0, 1.0),
+    "data assigned": lambda layer, name: setattr(getattr(layer, name), "data", torch.zeros(1)),
+    "multiplied": lambda layer, name: getattr(layer, name).__imul__(0.5),
+    "copied": lambda layer, name: getattr(layer, name).copy_(torch.zeros(())),
+    "assigned": lambda layer, name: setattr(layer, name, torch.zeros_like(getattr(layer, name))),
+    "parameter": lambda layer, name: setattr(layer, name, nn.Parameter(torch.zeros(4, 4))),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_writes_to_a_generated_weight_are_refused(kind, training):
+    make, name = LAYERS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(make())
+    dt.compress(model, 0.2, init="scratch")
+    layer = model.train(training)[0]
+    assert torch.is_grad_enabled()
+    before = getattr(layer, name).detach().clone()
+    for write in WRITES.values():
+        with torch.no_grad(), warnings.catch_warnings(), pytest.raises(ConfigError, match="is lost: it is generated"):
+            warnings.simplefilter("ignore")  # the view through which nn.init.orthogonal_ writes first
+            write(layer, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(getattr(layer, name), before)
+    assert name not in layer.__dict__
+
+
+def test_the_message_has_the_way_out():
+    with pytest.raises(ConfigError) as raised:
+        nn.init.kaiming_uniform_(thin()[0].weight)
+    assert str(raised.value) == (
+        "uniform_() on the weight of a ThinLinear is lost: it is generated from its code. Initialise the dense model "
+        "before compress, or draw the code anew by the layer's reset_parameters(). To write weights, call "
+        "deepthin.torch.materialize(model) first, and compress again."
+    )
+
+
+def test_apply_of_an_initialisation_is_refused():
+    def init(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+
+    with pytest.raises(ConfigError, match=r"uniform_\(\) on the weight of a ThinLinear is lost"):
+        thin().apply(init)
+
+
+@pytest.mark.parametrize("write", [nn.init.eye_, lambda w: w[0].zero_(), lambda w: torch.clamp_(w, 0, 0)])
+def test_writes_that_python_does_not_see_are_warned_of(write):
+    layer = thin()[0]
+    with torch.no_grad(), pytest.warns(UserWarning, match="A write on the weight of a ThinLinear is lost"):
+        write(layer.weight)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_reset_parameters_draws_anew(kind):
+    make, name = LAYERS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(make())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dt.compress(model, 0.2)
+    layer = model[0]
+    before = getattr(layer, name).detach().clone()
+    (layer._reset_parameters if kind == "attention" else layer.reset_parameters)()
+    after = getattr(layer, name).detach()
+    assert not torch.equal(after, before)
+    assert 0.3 < after.std() / before.std() < 4
+
+
+def test_what_is_computed_from_a_generated_weight_is_plain():
+    weight = thin()[0].weight
+    assert isinstance(weight, torch.Tensor)
+    for other in (weight * 2, weight.detach(), weight.t(), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert type(other) is torch.Tensor
+    copied = weight.detach().clone()
+    copied.zero_()  # as users do who want to change it
+    assert weight.any()
