@@ -210,3 +210,87 @@ def test_what_is_computed_from_a_generated_weight_is_plain():
     copied = weight.detach().clone()
     copied.zero_()  # as users do who want to change it
     assert weight.any()
+
+
+# ---- Optimisers that train codes wrongly ----------------------------------------------------------------------------
+
+
+def steps(model, optimizer, count=4, accumulate=1):
+    for index in range(count * accumulate):
+        model(torch.randn(8, 64)).square().mean().backward()
+        if (index + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_codes_at_the_dense_rate_are_told_once(kind):
+    model = thin()
+    optimizer = kind(model.parameters(), 1e-3)
+    with pytest.warns(UserWarning, match="trains the codes") as told:
+        steps(model, optimizer)
+    assert [str(one.message) for one in told] == [
+        f"{kind.__name__} trains the codes of thin layers at the rate of dense weights, 0.001, but they need 20 times "
+        f"that. Write optimizer = torch.optim.{kind.__name__}(deepthin.torch.parameter_groups(model, lr=0.001)); the "
+        "rate given there is that of the dense network."
+    ]
+    steps(model, kind(model.parameters(), 1e-3))  # said once
+
+
+def test_codes_that_no_optimiser_has_are_told_once():
+    model, other = thin(), nn.Linear(64, 64)
+    both, optimizer = nn.Sequential(other, model), torch.optim.Adam(other.parameters())
+    steps(both, optimizer, 8)
+    with pytest.warns(UserWarning, match="none of the optimisers that took 9 steps has them: they are not trained"):
+        steps(both, optimizer, 1)
+    steps(both, optimizer, 20)
+
+
+def test_an_optimiser_from_before_compress_is_refused():
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    dt.compress(model, 0.1, init="scratch")
+    with pytest.raises(ConfigError, match="the optimizer still has the old ones: it trains nothing"):
+        steps(model, optimizer, 2)
+
+
+def test_right_optimisers_hear_nothing():
+    """Warnings are errors here."""
+    steps(model := thin(), torch.optim.Adam(dt.parameter_groups(model, 1e-4)))
+    steps(model := thin(), torch.optim.Adam(dt.parameter_groups(model, 1e-4)), accumulate=3)
+    steps(model := thin(), torch.optim.SGD(model.parameters(), 1e-3))
+    steps(model := thin(), torch.optim.Adam(model.parameters(), 2e-2))  # chosen for codes
+    model = thin()
+    codes = [p for name, p in model.named_parameters() if ".thin." in name]
+    rest = [p for name, p in model.named_parameters() if ".thin." not in name]
+    steps(model, torch.optim.Adam([{"params": codes, "lr": 2e-3}, {"params": rest}], 1e-4))
+    optimizer = torch.optim.Adam(dt.parameter_groups(model := thin(), 1e-4))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)  # warm-up
+    steps(model, optimizer)
+    steps(model := thin({"rules": {"*": {"method": "uniform", "bits": 8}}}), torch.optim.Adam(model.parameters(), 1e-3))
+    frozen, head = thin().requires_grad_(False), nn.Linear(10, 4)
+    steps(nn.Sequential(frozen, head), torch.optim.Adam(head.parameters()), 20)
+    teacher = thin()
+    teacher(torch.randn(8, 64)).sum().backward()  # once, for some analysis
+    steps(other := network(), torch.optim.Adam(other.parameters()), 20)
+    assert teacher[0].thin["weight"].xf.grad is not None
+    generator, critic = thin(), nn.Linear(10, 1)
+    optimizers = torch.optim.Adam(dt.parameter_groups(generator, 1e-3)), torch.optim.Adam(critic.parameters(), 1e-3)
+    for step in range(24):
+        critic(generator(torch.randn(8, 64))).mean().backward()
+        optimizers[(step + 1) % 6 > 0].step()
+
+
+def test_nothing_is_watched_once_an_optimiser_is_right():
+    from deepthin.torch import replaced
+
+    replaced._watches.clear()
+    model = thin()
+    assert len(replaced._watches) == 1
+    steps(model, torch.optim.Adam(dt.parameter_groups(model, 1e-3)), 1)
+    assert not replaced._watches
+    assert not replaced._hooks
+    model = thin()
+    del model
+    steps(other := network(), torch.optim.Adam(other.parameters()), 1)
+    assert not replaced._watches

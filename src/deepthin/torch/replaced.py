@@ -1,7 +1,7 @@
 """Notice an optimiser that trains nothing, or codes far too slowly.
 
-Either it goes on with parameters that the model no longer has; or it has the codes, but at the rate of dense weights; or
-codes get gradients, and no optimiser has them.
+Either it goes on with parameters that the model no longer has; or it has the codes, but at the rate of dense weights;
+or codes get gradients, and no optimiser has them.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from deepthin.errors import ConfigError
-from deepthin.torch.rates import parameter_groups
+from deepthin.torch.rates import STEPS, parameter_groups
+from deepthin.torch.weight import ThinWeight
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Rest = ParamSpec("_Rest")
@@ -69,7 +70,9 @@ class Rates:
 
     multipliers: "Sequence[tuple[ref[Any], float]]"  # of the learning rate, for each parameter
     without: "WeakKeyDictionary[Optimizer, int]" = field(default_factory=WeakKeyDictionary)  # and their groups
-    steps: int = 0  # of optimisers without any of the codes, although these have gradients
+    steps: int = 0  # of optimisers without any of the codes, although these have new gradients
+    last: tuple[int, int] = (0, 0)  # the gradient at the step before
+    told: bool = False
 
     def saw(self, optimizer: Optimizer) -> bool:
         """Look at an optimiser that is about to step, warn; whether there is nothing more to watch."""
@@ -78,19 +81,25 @@ class Rates:
             codes = {id(p): times for reference, times in self.multipliers if (p := reference()) is not None}
             held = [group for group in groups if any(id(p) in codes for p in group["params"])]
             if held or not codes:
-                _check_rates(optimizer, held, codes)
+                if not self.told:
+                    self.told = True
+                    _check_rates(optimizer, held, codes)
                 return True
             self.without[optimizer] = len(groups)
         first = next((p for reference, _ in self.multipliers if (p := reference()) is not None), None)
-        self.steps += first is not None and first.requires_grad and first.grad is not None
+        if first is None or self.told:
+            return True
+        mark, self.last = self.last, _mark(first)
+        self.steps += first.requires_grad and first.grad is not None and mark != self.last
         if self.steps > _STEPS:
+            self.told = True
             warnings.warn(
                 f"The codes of thin layers get gradients, but none of the optimisers that took {self.steps} steps has "
                 f"them: they are not trained. Write optimizer = torch.optim.{type(optimizer).__name__}("
                 "deepthin.torch.parameter_groups(model, lr)) after compress; or freeze them, requires_grad_(False).",
                 stacklevel=5,
             )
-        return first is None or self.steps > _STEPS
+        return self.told
 
 
 def _check_rates(optimizer: Optimizer, held: list[dict[str, Any]], codes: dict[int, float]) -> None:
@@ -156,8 +165,9 @@ def replacing(model: nn.Module, what: str) -> Iterator[list[Watch]]:
 
 def _watch_rates(model: nn.Module) -> None:
     """Watch the optimisers of a model whose codes are new."""
-    fast = [group for group in parameter_groups(model, 1.0) if group["lr"] >= _FAST and "weight_decay" not in group]
-    codes = {id(p): (p, group["lr"]) for group in fast for p in group["params"]}
+    own = {id(p) for module in model.modules() if isinstance(module, ThinWeight) for p in module.parameters()}
+    fast = [group for group in parameter_groups(model, 1.0) if group["lr"] >= _FAST and group["name"] != STEPS]
+    codes = {id(p): (p, group["lr"]) for group in fast for p in group["params"] if id(p) in own}
     for watch in [watch for watch in _watches if isinstance(watch, Rates)]:  # one warning is enough
         if any(id(reference()) in codes for reference, _ in watch.multipliers):
             _watches.remove(watch)
