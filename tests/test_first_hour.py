@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import warnings
 
@@ -294,3 +295,103 @@ def test_nothing_is_watched_once_an_optimiser_is_right():
     del model
     steps(other := network(), torch.optim.Adam(other.parameters()), 1)
     assert not replaced._watches
+
+
+# ---- Recurrent factors ----------------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(16, 32, num_layers=2, bidirectional=True, batch_first=True)
+        self.out = nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.out(self.lstm(x)[0])
+
+
+def train_tagger(weight_decay) -> tuple[float, float]:
+    """The recipe of the README with a large rate; the largest norm of the gradient, and the mean of the last losses."""
+    torch.manual_seed(0)
+    model = Tagger()
+    dt.compress(model, {"model": {"ratio": 0.1}}, init="scratch")
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, 4e-3, weight_decay=weight_decay))
+    generator, norms, losses = torch.Generator().manual_seed(1), [], []
+    for _ in range(225):
+        x = torch.randn(16, 40, 16, generator=generator)
+        loss = nn.functional.cross_entropy(model(x).transpose(1, 2), x[..., :8].cumsum(1).argmax(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+        losses.append(loss.item())
+        optimizer.step()
+    return max(norms), sum(losses[-25:]) / 25
+
+
+def test_a_bidirectional_lstm_of_two_layers_converges():
+    norm, loss = train_tagger(None)
+    assert norm < 20
+    assert loss < 1.5 < math.log(8)
+
+
+@pytest.mark.slow
+def test_it_explodes_without_decay():
+    norm, _ = train_tagger(0)
+    assert norm > 1e4
+
+
+def groups_of(model, **options):
+    return {group["name"]: group for group in dt.parameter_groups(model, 1e-3, **options)}
+
+
+def test_decay_of_recurrent_factors():
+    model = Tagger()
+    dt.compress(model, 0.2, init="scratch")
+    groups = groups_of(model)
+    assert set(groups) == {"recurrent deepthin", "deepthin"}
+    recurrent = groups["recurrent deepthin"]
+    assert recurrent["weight_decay"] == 0.3
+    assert recurrent["decoupled_weight_decay"] is True
+    assert recurrent["lr"] == groups["deepthin"]["lr"] == pytest.approx(0.02)
+    assert {id(p) for p in recurrent["params"]} == {
+        id(p) for name, p in model.named_parameters() if name.startswith("lstm.thin.weight")
+    }
+    assert "weight_decay" not in groups["deepthin"]
+    optimizer = torch.optim.Adam(dt.parameter_groups(model, 1e-3))
+    before = recurrent["params"][0].detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(recurrent["params"][0], before * (1 - 0.02 * 0.3))
+
+
+def test_decay_that_is_given():
+    model = Tagger()
+    dt.compress(model, 0.2, init="scratch")
+    assert all(not group.get("weight_decay") for group in dt.parameter_groups(model, 1e-3, weight_decay=0))
+    groups = dt.parameter_groups(model, 1e-3, weight_decay=0.5)
+    for group in groups:
+        vectors = group["name"] == "deepthin" and all(p.dim() < 2 for p in group["params"])
+        assert group["weight_decay"] == (0.0 if vectors else 0.5)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert groups_of(model, weight_decay=0.1)["recurrent deepthin"]["weight_decay"] == 0.3
+    assert "recurrent deepthin" not in groups_of(model, learning_rate_multiplier=1.0)
+    rank = Tagger()
+    dt.compress(rank, {"model": {"ratio": 0.2}, "rules": {"*": {"method": "rank"}}}, init="scratch")
+    assert set(groups_of(rank)) == {"rank"}
+    coded = {"*": {"method": "deepthin", "rank": 2, "floats": 0.2, "then": {"method": "coded"}}}
+    dt.compress(coded_model := Tagger(), {"model": {"file_bytes": 9_000}, "rules": coded}, init="scratch")
+    assert groups_of(coded_model)["recurrent deepthin then coded"]["weight_decay"] == pytest.approx(0.1)
+    assert groups_of(coded_model)["learned steps"]["weight_decay"] == 0
+    with pytest.raises(ConfigError, match=r"weight_decay = -1 must be 0 or more"):
+        dt.parameter_groups(model, 1e-3, weight_decay=-1)
+
+
+def test_an_optimiser_whose_decay_is_not_decoupled_is_told():
+    model = Tagger()
+    dt.compress(model, 0.2, init="scratch")
+    optimizer = torch.optim.SGD(dt.parameter_groups(model, 1e-3))
+    model(torch.randn(2, 5, 16)).sum().backward()
+    with pytest.warns(UserWarning, match="SGD adds weight decay to gradients"):
+        optimizer.step()
+    optimizer.step()

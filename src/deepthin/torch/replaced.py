@@ -105,6 +105,14 @@ class Rates:
 def _check_rates(optimizer: Optimizer, held: list[dict[str, Any]], codes: dict[int, float]) -> None:
     """Warn if an adaptive optimiser trains codes at the rate of dense weights."""
     kind = type(optimizer).__name__
+    coupled = "weight_decay" in optimizer.defaults and "decoupled_weight_decay" not in optimizer.defaults
+    if coupled and any("decoupled_weight_decay" in group and group["weight_decay"] for group in held):
+        warnings.warn(
+            f"{kind} adds weight decay to gradients, but that of recurrent factors is meant to be decoupled. Use Adam "
+            "or AdamW, or write deepthin.torch.parameter_groups(model, lr, weight_decay=0).",
+            stacklevel=6,
+        )
+        return
     if kind in ("SGD", "ASGD", "LBFGS", "Rprop") or any(group.get("name") for group in held):
         return  # the multipliers were found with Adam; parameter_groups names its groups
 
