@@ -261,7 +261,9 @@ def named(held: Mapping[str, Held]) -> list[Tensor]:
         reasons = [reason for p in tensor.places if (reason := why_not(p.layer, p.weight, tensor.variable))]
         shape = tensor.layout.shape(tensor.shape)
         std = fresh_std(tensor.places[0].layer, shape) if not reasons and len(shape) > 1 else 1.0
-        as_named.append(Tensor(first, shape, "; ".join(dict.fromkeys(reasons)), tuple(also), std=std))
+        as_named.append(
+            Tensor(first, shape, "; ".join(dict.fromkeys(reasons)), tuple(also), std=std, layers="layers of Keras")
+        )
     return as_named
 
 
