@@ -97,6 +97,7 @@ def load(
     frozen: bool = False,
     max_bytes: int | None = None,
     finite: bool = True,
+    device: str | torch.device | None = None,
 ) -> nn.Module:
     """Load a ``.thin`` file into a model, in place; layers whose matrices are stored compressed become thin.
 
@@ -116,6 +117,8 @@ def load(
             for each number that the model has, and 64 MiB at least (docs/format.md).
         finite: Whether to refuse NaN and infinity in tensors that are stored as they are. In compressed ones they are
             refused in any case.
+        device: Where the model is afterwards, ``"cuda"`` say, all of it; None: where it is, and what is on the meta
+            device in main memory.
 
     Returns:
         The same model.
@@ -125,7 +128,9 @@ def load(
             is unchanged.
         FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
+        RuntimeError: There is no such device.
     """
+    place = None if device is None else torch.empty(0, device=device).device  # raises before the model changes
     check_plain(model, "load(MODEL, path)", replaces=False)
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
     have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
@@ -191,7 +196,7 @@ def load(
             f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
             stacklevel=3,
         )
-    return model
+    return model if place is None else model.to(place)
 
 
 def _check_updates(model: nn.Module, only: Literal["delta"] | None) -> None:
