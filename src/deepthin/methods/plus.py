@@ -196,8 +196,8 @@ class Plus:
         if one + other > max_bits:
             ratio = (one + other) / FLOAT_BITS / math.prod(rest.shape)
             raise BudgetError(
-                f"A sum of two codes cannot store {rest.shape[0]}x{rest.shape[1]} in {max_bits} bits: the smallest "
-                f"need {one} and {other}. "
+                f"A sum of two codes cannot store {rest.shape[0]}x{rest.shape[1]} in {max_bits} bits: the smallest, "
+                f"of {one} and {other}, need {one + other}. "
                 + (f"Use ratio >= {round_up(ratio)}." if ratio <= 1 else "That is more than dense: keep it dense."),
                 smallest_bits=one + other,
                 smallest_ratio=ratio,

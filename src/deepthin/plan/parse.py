@@ -58,8 +58,8 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
     stages = _parse_stages(_table(source, "stages")) if "stages" in source else None
     if stages is not None and (rule := next((rule for rule in rules if rule.has_rest), None)):
         raise ConfigError(
-            f'[rules."{rule.pattern}"] plus = {{ method = {REST!r} }}: a sum with all weights is trained from its start '
-            "on: leave [stages] out, or add another method."
+            f'[rules."{rule.pattern}"] plus = {{ method = {REST!r} }}: a sum with all weights is trained from its '
+            "start on: leave [stages] out, or add another method."
         )
     allocation = _parse_allocation(model.get("allocation", "flat"))
     biases = _parse_biases(model["biases"]) if "biases" in model else "default"
@@ -177,14 +177,24 @@ def _parse_rule(pattern: Any, table: Any) -> Rule:
     given = {key: settings[key] for key in options if key in settings}
     then = None if settings.get("then") is None else parse_then(method, settings["then"], where)
     plus = None if settings.get("plus") is None else _parse_plus(method, settings["plus"], where)
-    if plus is not None and plus[0] == REST and (then is None or not METHODS[then[0]].learns_step or ratio or max_bytes):
+    if (
+        plus is not None
+        and plus[0] == REST
+        and (then is None or not METHODS[then[0]].learns_step or ratio or max_bytes)
+    ):
         raise ConfigError(
             f"{where} plus = {{ method = {REST!r} }}: how many bytes these weights take is known only after training. "
             f"Give it beside then = {{ method = {REST!r} }} and [model] file_bytes, without ratio and bytes."
         )
     projection = settings.get("projection")
     if projection is not None:
-        if not isinstance(projection, str) or method != "rank" or group != "rows" or then is not None or plus is not None:
+        if (
+            not isinstance(projection, str)
+            or method != "rank"
+            or group != "rows"
+            or then is not None
+            or plus is not None
+        ):
             raise ConfigError(
                 f"{where} projection = {projection!r}: give a pattern, as '*weight_hh*', beside method = 'rank' and "
                 "group = 'rows', and without then and plus."
@@ -214,7 +224,11 @@ def _parse_plus(method: str, table: Any, where: str) -> tuple[str, Mapping[str, 
         )
     settings = dict[str, Any](table)  # pyright: ignore[reportUnknownArgumentType] -- checked key by key below
     name = settings.pop("method")
-    _check_keys(settings, () if name == REST else ("share", *METHODS[name].options), f"{where} plus, method {name}")
+    _check_keys(
+        settings,
+        ("method", *(() if name == REST else ("share", *METHODS[name].options))),
+        f"{where} plus, method {name}",
+    )
     if "share" in settings:
         check_share(settings["share"], f"{where} plus")
     return name, settings
