@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, Stepped, Trains
-from deepthin.methods.plus import Plus
+from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, StartsSteps, Stepped, Trains
 from deepthin.methods.then import Then
 
 LOG_STEP = "log_step"
@@ -179,7 +178,7 @@ class FloatCoding:
         """
         learned = self.steps().items()
         like = floats
-        if learned and isinstance(self.decoder, Plus):
+        if learned and isinstance(self.decoder, StartsSteps):
             tables = {entry: xp.asarray(table) for entry, table in self.decoder.derived().items()}
             like = floats | self.decoder.start_of_steps({**floats, **tables}, xp)
         return floats | {latent: m.start(xp.reshape(like[e], m.shape), xp) for e, (latent, m) in learned}

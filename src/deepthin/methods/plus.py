@@ -14,8 +14,17 @@ from jaxtyping import Float
 from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
-from deepthin.method import FLOAT_BITS, Array, Bounded, Code, Integers, Method, Namespace, Trains
-from deepthin.methods.scalar import STEPS_OF_SPREAD
+from deepthin.method import (
+    FLOAT_BITS,
+    STEPS_OF_SPREAD,
+    Array,
+    Bounded,
+    Code,
+    Integers,
+    Method,
+    Namespace,
+    Trains,
+)
 
 NO_LIMIT = 1 << 62
 _Value = TypeVar("_Value")
