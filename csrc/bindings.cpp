@@ -65,6 +65,20 @@ deepthin::Convolution convolution(const std::vector<int64_t>& numbers) {
     return c;
 }
 
+// Addresses of as many cores as a chain has.
+template <class T>
+std::vector<T*> of_cores(const deepthin::Cores& cores, const std::vector<std::uintptr_t>& addresses) {
+    if (addresses.size() != std::size_t(cores.count)) throw std::invalid_argument("a chain needs all of its cores");
+    std::vector<T*> pointers;
+    for (const std::uintptr_t address : addresses) pointers.push_back(at<T>(address));
+    return pointers;
+}
+
+void check_items(const deepthin::Cores& cores, int64_t batch) {
+    if (batch < 0 || batch > (int64_t(1) << 58) / (cores.rows > cores.cols ? cores.rows : cores.cols))
+        throw std::invalid_argument("the batch is negative or too large");
+}
+
 void check_code(int kind, int64_t bytes, int64_t count, int64_t parameter) {
     if (kind < 0 || kind > 2 || bytes < 0 || count < 0 || parameter < 0 || (kind == 1 && (parameter < 1 || parameter > 12)))
         throw std::invalid_argument("integers of no possible number, stride or width");
@@ -115,6 +129,34 @@ NB_MODULE(_native, m) {
         deepthin::backward(set, plan, at<const float>(x), at<const float>(xf), at<const float>(wf), at<const float>(grad),
                            at<float>(grad_x), at<float>(grad_xf), at<float>(grad_wf), batch, fft, threads);
     });
+    // `numbers`: for each core its rank, rows, cols and next rank, and the distances of entries along these axes.
+    nb::class_<deepthin::Cores>(m, "Cores")
+        .def("__init__",
+             [](deepthin::Cores* self, int64_t rows, int64_t cols, const std::vector<int64_t>& numbers) {
+                 if (numbers.size() % 8) throw std::invalid_argument("a core has 8 numbers");
+                 new (self) deepthin::Cores(deepthin::make_cores(rows, cols, numbers.data(), int64_t(numbers.size() / 8)));
+             })
+        .def("forward",
+             [](const deepthin::Cores& cores, const std::vector<std::uintptr_t>& addresses, std::uintptr_t x, std::uintptr_t bias,
+                std::uintptr_t y, int64_t batch, float scale, int threads) {
+                 check_items(cores, batch);
+                 const auto from = of_cores<const float>(cores, addresses);
+                 const Kernels& set = kernels();
+                 nb::gil_scoped_release unlocked;
+                 deepthin::cores_forward(set, cores, from.data(), at<const float>(x), at<const float>(bias), at<float>(y), batch,
+                                         scale, false, threads);
+             })
+        .def("backward", [](const deepthin::Cores& cores, const std::vector<std::uintptr_t>& addresses, std::uintptr_t x,
+                            std::uintptr_t grad, std::uintptr_t grad_x, const std::vector<std::uintptr_t>& grads, int64_t batch,
+                            float scale, int threads) {
+            check_items(cores, batch);
+            const auto from = of_cores<const float>(cores, addresses);
+            const auto to = grads.empty() ? std::vector<float*>() : of_cores<float>(cores, grads);
+            const Kernels& set = kernels();
+            nb::gil_scoped_release unlocked;
+            deepthin::cores_backward(set, cores, from.data(), at<const float>(x), at<const float>(grad), at<float>(grad_x),
+                                     to.empty() ? nullptr : to.data(), batch, scale, threads);
+        });
     m.def("convolve", [](const std::vector<int64_t>& numbers, std::uintptr_t x, std::uintptr_t xf, std::uintptr_t wf,
                          std::uintptr_t bias, std::uintptr_t y, bool fft, float scale, int threads) {
         const deepthin::Convolution c = convolution(numbers);

@@ -20,12 +20,16 @@ GROUPS = ("flat", "rows")
 AUTO = "auto"
 
 
-def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
+Source = Mapping[str, Any] | str | Path | Rules | float
+"""What users give as rules: a mapping, the path of a TOML file, ``Rules``, or a ratio for the whole model."""
+
+
+def parse_rules(source: Source) -> Rules:
     """Parse and check a configuration (docs/configuration.md).
 
     Args:
         source: A mapping with the tables ``model``, ``rules`` and ``stages``, the path of a TOML file with the same
-            tables, or ``Rules``, which are returned unchanged.
+            tables, or ``Rules``, which are returned unchanged. A number is ``{"model": {"ratio": number}}``.
 
     Returns:
         The configuration. Without ``[rules]``, one rule stores every matrix by ``deepthin``.
@@ -38,10 +42,17 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
         return source
     if isinstance(source, str | Path):
         source = _read(Path(source))
+    if isinstance(source, int | float) and source is not True and source is not False:
+        if source > 1:
+            raise ConfigError(
+                f"{source!r} is no ratio, which is above 0 and at most 1. For a size in bytes write "
+                f"file_bytes={source!r}."
+            )
+        source = {"model": {"ratio": float(source)}}
     if not isinstance(source, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] -- what users give
         raise ConfigError(
-            f"The configuration is {type(source).__name__}: give a mapping such as {{'model': {{'ratio': 0.02}}}}, the "
-            "path of a TOML file, or Rules."
+            f"The configuration is {type(source).__name__}: give a ratio such as 0.02, a mapping such as "
+            "{'model': {'ratio': 0.02}}, the path of a TOML file, or Rules."
         )
     _check_whole_numbers(source, "the configuration")
     _check_keys(source, ("model", "rules", "stages"), "the configuration")
@@ -65,6 +76,32 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
     biases = _parse_biases(model["biases"]) if "biases" in model else "default"
     patterns = tuple(cast(list[str], ignore))
     return Rules(rules or (Rule("*"),), ratio, file_bytes, patterns, allocation, stages, biases)
+
+
+def with_target(source: Source | None, ratio: float | None, file_bytes: int | None) -> Rules:
+    """Parse a configuration whose target may be given beside it.
+
+    Args:
+        source: As in ``parse_rules``; None: one rule stores every matrix by ``deepthin``.
+        ratio: ``[model] ratio``, or None.
+        file_bytes: ``[model] file_bytes``, or None.
+
+    Returns:
+        The configuration, with the target.
+
+    Raises:
+        ConfigError: As for ``parse_rules``; or there are two targets, or neither a configuration nor a target.
+    """
+    given = {key: value for key, value in (("ratio", ratio), ("file_bytes", file_bytes)) if value is not None}
+    if source is None and not given:
+        raise ConfigError("No size is given: add a ratio such as 0.02, file_bytes=60_000, or rules with a target.")
+    rules = Rules() if source is None else parse_rules(source)
+    if not given:
+        return rules
+    target = parse_rules({"model": given})  # which refuses invalid numbers, and two targets
+    if rules.ratio is not None or rules.file_bytes is not None:
+        raise ConfigError(f"The rules have a target for the whole model, and {next(iter(given))} is another: give one.")
+    return dataclasses.replace(rules, ratio=target.ratio, file_bytes=target.file_bytes)
 
 
 def _parse_biases(biases: Any) -> Rule | None:
