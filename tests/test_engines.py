@@ -268,6 +268,7 @@ def test_a_start_that_fails_is_told(cluster, monkeypatch, address, error):
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_of_ray_itself_that_dies_every_time(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else its workers wait for whatever runs beside the tests
     engine, got = Ray(2, Resources()), []
     try:
         with pytest.raises(DeepThinError, match="A worker of Ray died 4 times in the same trial, perhaps for want of"):
