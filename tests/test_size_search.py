@@ -847,7 +847,7 @@ def evaluate(model, split):
 
 @pytest.mark.slow
 def test_the_command_goes_on_after_kill_9_to_the_same_best_file(tmp_path):
-    """The process is killed in the middle of trainings, three times, and at random, five times; two jobs give the same."""
+    """Killed in the middle of trainings, three times, and at random, five times; two jobs give the same too."""
     (tmp_path / "nets.py").write_text(SOURCE)
     words = (
         "search --model nets:build --train nets:fit --evaluate nets:evaluate --file-bytes 1500 --steps 300 --rounds 1"
