@@ -499,7 +499,7 @@ def test_a_head_that_is_gone_is_told(cluster, monkeypatch):
     engine = Ray(1, Resources())
     made.cores.clear()
     monkeypatch.setattr("deepthin.lab.on_ray._ANSWER_SECONDS", 0.05)
-    made.nodes = lambda: time.sleep(1)
+    made.nodes = lambda: time.sleep(1) or []
     with pytest.raises(DeepThinError, match=r"The head of the cluster does not answer any more: start it again with"):
         run_chains(engine, [one(max, 1, 2, into=[])])
 
