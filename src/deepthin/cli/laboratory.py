@@ -1,5 +1,6 @@
 """The commands for experiments: bench, train, compare."""
 
+import glob
 import json
 import shlex
 import sys
@@ -11,17 +12,21 @@ from typing import Annotated, cast
 import typer
 from rich.text import Text
 
-from deepthin.cli.app import app, known, notes, write_json
+from deepthin.cli.app import app, known, notes, resumes, write_json
 from deepthin.cli.options import (
+    Cpus,
     Data,
     Depth,
     EngineName,
+    Gpus,
     Jobs,
     Json,
+    Memory,
     Network,
     OwnEvaluate,
     OwnModel,
     OwnTrain,
+    Storage,
     Task,
     TeacherFile,
     TeacherKind,
@@ -29,6 +34,7 @@ from deepthin.cli.options import (
     TeacherWeight,
     Temperature,
     Threads,
+    TrialTime,
     Width,
     task_name,
     teacher_of,
@@ -176,6 +182,7 @@ def train(
     setup = Setup(name, data and data.absolute(), steps, width, depth, None, taught, network, factory)
     if model and train and evaluate:
         setup = replace(setup, own=(model, train, evaluate))
+    resumes(out.parent, glob.escape(f"{out.name}.checkpoint"))
     with Progress("training", "steps") as report_step:
         found = train_one(
             setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total), checkpoint, decay
@@ -231,6 +238,11 @@ def compare(
     engine: EngineName = "local",
     jobs: Jobs = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each trial.")] = 1,
+    cpus: Cpus = None,
+    gpus: Gpus = 0,
+    memory: Memory = None,
+    trial_time: TrialTime = None,
+    storage: Storage = None,
     json_file: Json = None,
 ) -> None:
     """Train one network with several methods at equal bytes, and report error against size.
@@ -245,6 +257,7 @@ def compare(
     import torch
 
     from deepthin.lab import compare
+    from deepthin.lab.calls import resources_of
     from deepthin.lab.compared import COMPARED
     from deepthin.lab.engines import ENGINES
     from deepthin.lab.report import tables
@@ -262,6 +275,7 @@ def compare(
     name = task_name(task, own)
     known(engine, ENGINES, "engine")
     names = ",".join(COMPARED) if methods == "all" else methods
+    needs = resources_of(cpus, gpus, memory, trial_time)
     chosen = tuple(dict.fromkeys(known(m.strip(), COMPARED, "method") for m in names.split(",")))
     sizes = _ratios(ratios)
     three = cast(tuple[str, str, str], own) if model else None
@@ -276,7 +290,8 @@ def compare(
             raise ConfigError(f"--search-ratio {search_ratio:g} must lie between 0 and 1.")
         at = search_ratio or compare.searched_ratio(folder) or sorted(sizes)[len(sizes) // 2]
         searched = Search(search, at, search_steps or max(run.steps // 3, 1))
-    settings = compare.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads)
+    settings = compare.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads, needs, storage)
+    resumes(folder, "results.json", "search.db", "models/*.thin")
     with Progress("running", "steps") as report_step:
         rows = compare.compare(settings, folder, report_step)
     page = write_page(rows, folder, shlex.join(["deepthin", *sys.argv[1:]]))

@@ -29,7 +29,7 @@ LANES, FEW = 8, 3  # native code takes one item per SIMD lane; a remainder of at
 _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
     True: {
         "dense": (7.43e3, 0.0243, 0.0974, 0.0),
-        "factors": (4e4, 0.04, 0.2),
+        "factors": (1.3e4, 0.04, 0.2),
         "fft": (2.14e5, 0.253, 0.0252, 3.41, 1.19, 87.1),
         "direct": (1.2e5, 0.068, 0.622, 0.0469, 2.89, 1.25, 345.0),
         "native-direct": (4.78e3, 0.024, 0.0905, 2.11, 0.12, 0.168),

@@ -98,7 +98,7 @@ def _within(
             f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more "
             "tensors.",
             smallest_bits=8 * least,
-            smallest_ratio=least / base.dense_bytes,
+            smallest_ratio=least / max(base.dense_bytes, 1),
         )
     high = 8 * limit
     while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
@@ -141,7 +141,7 @@ def _trained(limit: int, rules: Rules, tensors: Sequence[Tensor], base: Contents
             f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more "
             "tensors.",
             smallest_bits=8 * least,
-            smallest_ratio=least / base.dense_bytes,
+            smallest_ratio=least / max(base.dense_bytes, 1),
         )
     return planned
 

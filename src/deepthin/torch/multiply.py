@@ -19,6 +19,7 @@ from deepthin.kernels.chains import Layout
 from deepthin.method import Chain, InTurn, Method, Sparse, Symbols
 from deepthin.methods.factor import Window
 from deepthin.torch.core_operators import core_linear, eager_core_linear
+from deepthin.torch.host import array_of
 from deepthin.torch.operators import eager_linear, linear, symbol_linear
 from deepthin.torch.product import factor_linear, multiply_in_turn
 from deepthin.torch.tracing import is_recorded
@@ -312,9 +313,11 @@ class SparseRows:
         columns, starts = weight.sparse_rows()
         values = weight.floats()["values"].detach() * weight.parts[index].scale
         items = x.detach().resolve_neg().reshape(-1, cols).contiguous()
-        shift = None if bias is None else bias.detach().resolve_neg().contiguous().numpy()
+        shift = None if bias is None else array_of(bias.resolve_neg().contiguous())
         threads = torch.get_num_threads()
-        y = products.csr_linear((rows, cols), values.numpy(), columns, starts, items.numpy(), shift, threads=threads)
+        y = products.csr_linear(
+            (rows, cols), array_of(values), columns, starts, array_of(items), shift, threads=threads
+        )
         return torch.from_numpy(y).view(*x.shape[:-1], rows)
 
 

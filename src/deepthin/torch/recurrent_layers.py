@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepthin.errors import ConfigError
 from deepthin.kernels.chains import Layout
 from deepthin.kernels.products import native_available
 from deepthin.method import Chain
 from deepthin.methods.factor import Factor, Window
 from deepthin.torch.cudnn import FlatWeights
-from deepthin.torch.generated import ThinLayer
+from deepthin.torch.generated import ThinLayer, handed_out, lost
 from deepthin.torch.recurrent import pays, recurrent
 from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
@@ -104,7 +105,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
                 rest = [floats["wf"]]
                 offsets.append(plan.offset)
             factors += [first if scale == 1.0 else first * scale, *rest]
-        biases = [getattr(self, name) for name in self._flat_weights_names if name.startswith("bias")]
+        biases = [self._value(name) for name in self._flat_weights_names if name.startswith("bias")]
         return factors, biases, offsets
 
     def _run(self, input: Tensor, hx: Any, factors: list[Tensor], biases: list[Tensor], offsets: list[int]) -> Any:
@@ -145,12 +146,23 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         last = [(state.squeeze(1) if alone else state).to(kind) for state in last]
         return y, tuple(last) if lstm else last[0]
 
+    def _value(self, name: str) -> Tensor:
+        """A parameter for the layer's own products, which do not write to it."""
+        thin = cast(nn.Module, self._modules["thin"])._modules
+        return cast(nn.Module, thin[name])() if name in thin else getattr(self, name)
+
     def __getattr__(self, name: str) -> Any:
         thin = self.__dict__.get("_modules", {}).get("thin")
-        return thin[name]() if thin is not None and name in thin else super().__getattr__(name)
+        if thin is not None and name in thin:
+            return handed_out(self, name, thin[name](), shared=True)
+        return super().__getattr__(name)
 
-    # Without the list of weights that torch's layer updates: FSDP exchanges parameters often
-    __setattr__ = nn.Module.__setattr__  # pyright: ignore[reportAssignmentType] -- names of arguments differ
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Without the list of weights that torch's layer updates: FSDP exchanges parameters often."""
+        thin = self.__dict__.get("_modules", {}).get("thin")
+        if thin is not None and name in thin:
+            raise ConfigError(lost("An assignment", f"the {name} of a {type(self).__name__}"))
+        nn.Module.__setattr__(self, name, value)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Refuse an input as torch's layer does, without decoding weights for their type.
@@ -172,7 +184,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [self._value(name) for name in self._flat_weights_names]
         return self.__dict__.setdefault("_flat", FlatWeights()).of(self, weights)
 
     @_flat_weights.setter
