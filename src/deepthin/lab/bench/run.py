@@ -111,7 +111,7 @@ def _measure(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None],
-    methods: Sequence[str],
+    methods: Sequence[str] = (),
 ) -> list[BenchRow]:
     torch.manual_seed(0)
     x = torch.randn(batch, shapes[0][1])
@@ -180,7 +180,7 @@ def _measure_whole(
     threads: int,
     repeats: int,
     progress: Callable[[int, int], None],
-    methods: Sequence[str],
+    methods: Sequence[str] = (),
 ) -> list[BenchRow]:
     torch.manual_seed(0)
     dense = timed.build()
