@@ -33,7 +33,9 @@ def tie_first(model: nn.Module) -> None:
     """
     for module in _pretrained(model):
         if _ALL not in module.__dict__:
-            module.tie_weights()
+            for target, source in module.get_expanded_tied_weights_keys(all_submodels=True).items():
+                path, _, name = target.rpartition(".")  # not by tie_weights, which from_pretrained turns off
+                setattr(module.get_submodule(path), name, module.get_parameter(source))
 
 
 def follow(model: nn.Module) -> None:
