@@ -11,7 +11,9 @@ from deepthin import ConfigError  # noqa: E402
 
 def network():
     keras.utils.set_random_seed(0)
-    return keras.Sequential([keras.Input((64,)), keras.layers.Dense(96, "relu"), keras.layers.Dense(10)])
+    return keras.Sequential(
+        [keras.Input((64,)), keras.layers.Dense(96, "relu", name="one"), keras.layers.Dense(10, name="two")]
+    )
 
 
 def test_a_ratio_or_a_size_is_enough(tmp_path):
