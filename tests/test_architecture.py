@@ -23,7 +23,7 @@ OUTSIDE = {
     "tensorflow": CORE | {"keras", "tensorflow"},
     "torch": CORE
     | {"torch", "transformers", "lightning", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "executorch"}
-    | {"litert_torch", "ai_edge_litert"},
+    | {"litert_torch", "ai_edge_litert", "safetensors"},
     "huggingface": CORE | {"torch", "transformers"},
     "testing": CORE | {"torch"},
     "lab": CORE

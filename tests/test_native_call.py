@@ -502,8 +502,14 @@ OTHERS = {
 }
 
 
+def taken(weight, x, bias):
+    """The product by the way that is taken at once, in a native call or as it was chosen before; or None."""
+    y = weight._short_way(x, 0, bias)
+    return weight._known_way(x, 0, bias) if y is None else y
+
+
 class TestKnownWays:
-    """Ways other than the native product of factors: chosen once for a shape."""
+    """Ways other than the native product of two factors: chosen once for a shape."""
 
     @pytest.fixture(params=OTHERS.values(), ids=OTHERS)
     def ready(self, request):
@@ -511,7 +517,7 @@ class TestKnownWays:
         with torch.no_grad():
             for _ in range(2):
                 layer(x)
-            assert layer.thin["weight"]._known_way(x, 0, layer.bias) is not None
+            assert taken(layer.thin["weight"], x, layer.bias) is not None
             yield layer, x
 
     def test_the_same_bits(self, ready):
@@ -534,7 +540,7 @@ class TestKnownWays:
         assert not torch.equal(before, want)
         with torch.enable_grad():
             assert layer(x).requires_grad
-            assert weight._known_way(x, 0, layer.bias) is None
+            assert taken(weight, x, layer.bias) is None
         layer.train()
         assert layer(x).shape == (3, 300)
         layer.eval()
@@ -543,8 +549,8 @@ class TestKnownWays:
     def test_it_is_left_where_more_is_wanted(self, ready):
         layer, x = ready
         weight = layer.thin["weight"]
-        assert weight._known_way(torch.randn(7, 256), 0, layer.bias) is None
-        assert weight._known_way(x.double(), 0, layer.bias) is None
+        assert taken(weight, torch.randn(7, 256), layer.bias) is None
+        assert taken(weight, x.double(), layer.bias) is None
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

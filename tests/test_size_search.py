@@ -18,8 +18,11 @@ import deepthin
 import deepthin.torch as dt
 from deepthin import BudgetError, ConfigError, DeepThinError
 from deepthin.cli.main import main
+from deepthin.lab.calls import Resources
+from deepthin.lab.claims import claim
 from deepthin.lab.run import Setup
 from deepthin.lab.size_search import search as module
+from deepthin.lab.size_search import training as trainings
 from deepthin.lab.size_search.best import chosen, command, write_best
 from deepthin.lab.size_search.candidate import Candidate, Result
 from deepthin.lab.size_search.clock import Clock, Forecast, fits, highest, seconds_of
@@ -67,8 +70,8 @@ def evaluate(model, split):
     return {"loss": float(loss), "error": 100 * float((model(IMAGES[part]).argmax(1) != CLASSES[part]).float().mean())}
 
 
-def wanted(steps=STEPS, file_bytes=1500, **more):
-    return Wanted(Setup("", steps=steps, own=(build, fit, evaluate)), file_bytes, **more)
+def wanted(steps=STEPS, file_bytes=1500, least_steps=100, **more):
+    return Wanted(Setup("", steps=steps, own=(build, fit, evaluate)), file_bytes, least_steps=least_steps, **more)
 
 
 def value_of(settings, steps):
@@ -117,6 +120,9 @@ class Reversed:
 
     jobs = 2
 
+    def share(self, call):
+        pass
+
     def start(self, call):
         return call
 
@@ -151,7 +157,8 @@ def candidate(number, values, microseconds=10.0, settings=None, round_=0):
 
 def test_rungs_are_thirds_but_none_is_too_short():
     assert rungs(3000) == (333, 1000, 3000)
-    assert rungs(600) == (200, 600)
+    assert rungs(900) == (300, 900)
+    assert rungs(600) == (600,)
     assert rungs(50) == (50,)
     assert rungs(18, least=2) == (2, 6, 18)
 
@@ -164,6 +171,9 @@ def test_the_best_third_is_promoted_and_slow_networks_come_last():
     assert third == []
     assert [c.number for c in due(round_, (100, 300), 30.0)[1]] == [3, 2, 1]
     assert [c.number for c in ordered(round_, 100, 30.0)][-1] == 8
+    known = [replace(c, origin="DeepThin" if c.number in (1, 5) else c.origin) for c in round_]
+    assert [c.number for c in due(known, (100, 300, 900), None)[1]] == [8, 7, 6, 1]  # a known start is trained in full
+    assert [c.number for c in due(known, (100, 300), 5.0)[1]] == [0, 1, 2]  # unless it is too slow
     failed = [*round_, candidate(9, {100: None})]
     assert 9 not in [c.number for c in ordered(failed, 100, None)]
 
@@ -363,7 +373,7 @@ def history(problem, count=18):
         earlier = [c for c in candidates if c.round < round_]
         tried = {problem.identity(c.settings) for c in candidates}
         near = [c.settings for c in ranked(earlier, None)[:3]] or good
-        found = proposed(problem, earlier, near, tried, rungs(STEPS), place, f"{round_} {place}")
+        found = proposed(problem, earlier, near, tried, rungs(STEPS, 100), place, f"{round_} {place}")
         results = {100: Result(100, value_of(found[1], 100), None, 1400, 100.0 * (1 + place))}
         candidates.append(Candidate(number, round_, place, found[1], results, found[0]))
     return candidates
@@ -376,7 +386,7 @@ def test_proposals_are_new_and_depend_on_earlier_rounds_only():
     assert len({problem.identity(c.settings) for c in one}) == len(one)
     assert {c.origin for c in one[:FIRST]} == {"near"}
     assert [c.origin for c in one[FIRST:]] == ["TPE", "near"] * 4 + ["TPE"]
-    third = [proposed(problem, one, [one[0].settings], (), rungs(STEPS), 0, seed) for seed in ("0", "0", "1")]
+    third = [proposed(problem, one, [one[0].settings], (), rungs(STEPS, 100), 0, seed) for seed in ("0", "0", "1")]
     assert third[0] == third[1] != third[2]
 
 
@@ -425,10 +435,14 @@ def test_a_space_that_is_used_up_ends_the_search(tmp_path, monkeypatch):
 def test_a_round_is_nine_short_trainings_three_longer_ones_and_one_long_one(tmp_path, monkeypatch):
     fake = Fake()
     candidates = searched(Problem.prepare(wanted(rounds=2)), tmp_path, monkeypatch, fake)
-    for round_ in range(2):
-        counts = [sum(c.round == round_ and steps in c.results for c in candidates) for steps in (100, 300, 900)]
-        assert counts == [9, 3, 1]
-    assert len({file for file, *_ in fake.jobs}) == len(fake.jobs) == 26
+    counts = [sum(c.round == 1 and steps in c.results for c in candidates) for steps in (100, 300, 900)]
+    assert counts == [9, 3, 1]
+    begun = [[c for c in candidates if c.round == 0 and steps in c.results] for steps in (100, 300, 900)]
+    first = ordered(begun[0], 100, None)[:3]
+    assert {c.number for c in begun[1]} == {0, 1, *(c.number for c in first)}  # two known ones are trained in full
+    second = ordered(begun[1], 300, None)[: -(-len(begun[1]) // 3)]
+    assert {c.number for c in begun[2]} == {0, 1, *(c.number for c in second)}
+    assert len({file for file, *_ in fake.jobs}) == len(fake.jobs) == 13 + sum(map(len, begun))
     assert candidates[0].origin == "Kronecker outside"
     _, result = chosen(candidates, None)
     assert result.value == min(r.value for c in candidates for r in c.results.values())
@@ -449,7 +463,7 @@ def test_after_a_kill_between_trainings_the_search_goes_on_with_the_same_proposa
     rest = Fake()
     again = searched(Problem.prepare(wanted(rounds=2)), tmp_path / "b", monkeypatch, rest)
     assert untimed(again) == untimed(straight)
-    assert len(rest.jobs) == 26 - at  # nothing twice
+    assert len(rest.jobs) == sum(len(c.results) for c in straight) - at  # nothing twice
 
 
 def test_a_kill_between_two_proposals(straight, tmp_path, monkeypatch):
@@ -469,7 +483,7 @@ def test_a_kill_between_two_proposals(straight, tmp_path, monkeypatch):
 
 
 def test_two_jobs_run_the_same_trainings_as_one(straight, tmp_path, monkeypatch):
-    monkeypatch.setitem(module.ENGINES, "local", lambda jobs, threads: Reversed())
+    monkeypatch.setitem(module.ENGINES, "local", lambda *_: Reversed())
     two = searched(Problem.prepare(wanted(rounds=2, jobs=2)), tmp_path / "b", monkeypatch, Fake())
     assert untimed(two) == untimed(straight)
 
@@ -532,7 +546,7 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path, monkeypatch):
 
 def test_what_each_choice_was_worth(straight):
     problem, candidates = Problem.prepare(wanted(rounds=2)), straight
-    rows = worth(problem.space, candidates, rungs(STEPS))
+    rows = worth(problem.space, candidates, rungs(STEPS, 100))
     for steps in (100, 300, 900):
         lowest = min(r.value for c in candidates if (r := c.at(steps)))
         for choice in ("first.method", "decay", "lr"):
@@ -651,6 +665,80 @@ def test_a_training_that_is_stopped_goes_on_later(tmp_path):
     assert went_on.value == whole.value
 
 
+def job_of(tmp_path, **more):
+    problem = Problem.prepare(wanted(6))
+    settings = known(problem.space, problem.usual)[1][1]
+    return replace(problem.job(Candidate(0, 0, 0, settings), 6, tmp_path, 600.0), **more)
+
+
+def test_the_result_of_a_training_is_kept_by_whoever_trained_it(tmp_path, monkeypatch):
+    job = job_of(tmp_path)
+    first = train_candidate(job)
+    assert first is not None
+    trained = []
+    monkeypatch.setattr(trainings, "train_file", lambda *_: trained.append(1) or pytest.skip("trained again"))
+    assert train_candidate(job) == first
+    (tmp_path / "trials" / "000-6.json").write_text("{")
+    for other in (job, job_of(tmp_path, identity="another search")):
+        with pytest.raises(pytest.skip.Exception):
+            train_candidate(other)
+    assert trained == [1, 1]
+
+
+def test_a_training_that_another_process_runs_is_left_to_it(straight, tmp_path, monkeypatch):
+    """Whose result comes while the others are trained."""
+    fake, held = Fake(), []
+
+    def train(job, report=None):
+        if job.file.startswith("trials/003-100") and not held:
+            held.append(claim(job.claim))
+            return None
+        if held and not held[0].closed:
+            held[0].close()
+        return fake(job, report)
+
+    monkeypatch.setattr(module.time, "sleep", lambda _: pytest.fail("it is free by then"))
+    again = searched(Problem.prepare(wanted(rounds=2)), tmp_path / "b", monkeypatch, train)
+    assert untimed(again) == untimed(straight)
+
+
+def test_a_candidate_is_added_once(tmp_path):
+    space = Problem.prepare(wanted()).space
+    settings = known(space, Problem.prepare(wanted()).usual)[0][1]
+    one, other = (Record(tmp_path / "search.db", space) for _ in range(2))
+    first = one.add(0, 0, settings, "one")
+    assert other.add(0, 0, settings, "other") == first
+    one.note(first, Result(100, 2.0))
+    assert set(other.note(first, Result(300, 1.0)).results) == {100, 300}
+    assert set(one.candidates()[0].results) == {100, 300}
+    one.spend(5.0)
+    other.spend(3.0)
+    assert one.spent == 5.0
+
+
+def test_a_study_in_a_journal(straight, tmp_path, monkeypatch):
+    problem = Problem.prepare(wanted(rounds=2, storage=str(tmp_path / "study.log")))
+    assert untimed(searched(problem, tmp_path / "b", monkeypatch, Fake())) == untimed(straight)
+    assert not (tmp_path / "b" / "search.db").exists()
+    rest = Fake()
+    searched(problem, tmp_path / "b", monkeypatch, rest)
+    assert rest.jobs == []
+
+
+def test_a_training_that_takes_too_long_counts_as_failed(tmp_path, monkeypatch):
+    fake = Fake()
+
+    def train(job, report=None):
+        if "004-" in job.file:
+            time.sleep(30)
+        return fake(job, report)
+
+    limit = Resources(seconds=0.2)
+    candidates = searched(Problem.prepare(wanted(rounds=1, resources=limit)), tmp_path, monkeypatch, train)
+    late = {c.number: r.failed for c in candidates for r in c.results.values() if r.failed}
+    assert late == {4: "It was stopped after the time limit of 0.2 s (--trial-time)."}
+
+
 def test_a_size_out_of_reach_names_the_smallest(tmp_path):
     with pytest.raises(BudgetError) as caught:
         dt.search(build, fit, evaluate, file_bytes=60, budget=60, out=tmp_path, steps=9, rounds=1)
@@ -767,7 +855,7 @@ def evaluate(model, split):
 
 @pytest.mark.slow
 def test_the_command_goes_on_after_kill_9_to_the_same_best_file(tmp_path):
-    """The process is killed in the middle of trainings, three times; two jobs give the same too."""
+    """Killed in the middle of trainings, three times, and at random, five times; two jobs give the same too."""
     (tmp_path / "nets.py").write_text(SOURCE)
     words = (
         "search --model nets:build --train nets:fit --evaluate nets:evaluate --file-bytes 1500 --steps 300 --rounds 1"
@@ -775,14 +863,16 @@ def test_the_command_goes_on_after_kill_9_to_the_same_best_file(tmp_path):
     one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
     def begin(out, *more):
-        line = [sys.executable, "-m", "deepthin", *words.split(), "--budget", "1h", "--out", out, *more]
+        line = [sys.executable, "-m", "deepthin", *words.split(), "--budget", "2h", "--out", out, *more]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(line, cwd=tmp_path, env={**os.environ, **one}, **quiet)
 
-    assert begin("whole").wait(500) == 0
+    began = time.monotonic()
+    assert begin("whole").wait(1500) == 0
+    took = time.monotonic() - began
     trials, seen, statuses = tmp_path / "killed" / "trials", set(), []
     for _ in range(3):
-        process, until = begin("killed"), time.monotonic() + 300
+        process, until = begin("killed"), time.monotonic() + 600
         while process.poll() is None and time.monotonic() < until:
             under_way = {path.name for path in trials.glob("*.checkpoint")}
             if under_way - seen:  # of a training that was not killed before
@@ -792,11 +882,18 @@ def test_the_command_goes_on_after_kill_9_to_the_same_best_file(tmp_path):
         process.kill()
         statuses.append(process.wait())
     assert statuses == [-signal.SIGKILL] * 3
-    assert begin("killed").wait(500) == 0
-    assert begin("two", "--jobs", "2").wait(500) == 0
+    chance, statuses = random.Random(0), []
+    for _ in range(5):  # from its start, in which it reads the study, to a good part of its work
+        process = begin("random")
+        time.sleep(chance.uniform(0.05, 0.5) * took)
+        process.kill()
+        statuses.append(process.wait())
+    assert -signal.SIGKILL in statuses
+    for out, more in (("killed", ()), ("random", ()), ("two", ("--jobs", "2"))):
+        assert begin(out, *more).wait(1500) == 0
     whole = (tmp_path / "whole" / "best.thin").read_bytes()
-    assert (tmp_path / "killed" / "best.thin").read_bytes() == whole
-    assert (tmp_path / "two" / "best.thin").read_bytes() == whole
-    files = [sorted((p.name, p.read_bytes()) for p in (tmp_path / out / "trials").glob("*.thin"))
-             for out in ("whole", "killed", "two")]  # fmt: skip
-    assert files[0] == files[1] == files[2]
+    files = {}
+    for out in ("whole", "killed", "random", "two"):
+        assert (tmp_path / out / "best.thin").read_bytes() == whole
+        files[out] = sorted((path.name, path.read_bytes()) for path in (tmp_path / out / "trials").glob("*.thin"))
+        assert files[out] == files["whole"]

@@ -14,15 +14,19 @@ from rich.text import Text
 
 from deepthin.cli.app import app, known, notes, resumes, write_json
 from deepthin.cli.options import (
+    Cpus,
     Data,
     Depth,
     EngineName,
+    Gpus,
     Jobs,
     Json,
+    Memory,
     Network,
     OwnEvaluate,
     OwnModel,
     OwnTrain,
+    Storage,
     Task,
     TeacherFile,
     TeacherKind,
@@ -30,6 +34,7 @@ from deepthin.cli.options import (
     TeacherWeight,
     Temperature,
     Threads,
+    TrialTime,
     Width,
     task_name,
     teacher_of,
@@ -226,6 +231,11 @@ def compare(
     engine: EngineName = "local",
     jobs: Jobs = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Cores for each trial.")] = 1,
+    cpus: Cpus = None,
+    gpus: Gpus = 0,
+    memory: Memory = None,
+    trial_time: TrialTime = None,
+    storage: Storage = None,
     json_file: Json = None,
 ) -> None:
     """Train one network with several methods at equal bytes, and report error against size.
@@ -240,6 +250,7 @@ def compare(
     import torch
 
     from deepthin.lab import compare
+    from deepthin.lab.calls import resources_of
     from deepthin.lab.compared import COMPARED
     from deepthin.lab.engines import ENGINES
     from deepthin.lab.report import tables
@@ -257,6 +268,7 @@ def compare(
     name = task_name(task, own)
     known(engine, ENGINES, "engine")
     names = ",".join(COMPARED) if methods == "all" else methods
+    needs = resources_of(cpus, gpus, memory, trial_time)
     chosen = tuple(dict.fromkeys(known(m.strip(), COMPARED, "method") for m in names.split(",")))
     sizes = _ratios(ratios)
     three = cast(tuple[str, str, str], own) if model else None
@@ -271,7 +283,7 @@ def compare(
             raise ConfigError(f"--search-ratio {search_ratio:g} must lie between 0 and 1.")
         at = search_ratio or compare.searched_ratio(folder) or sorted(sizes)[len(sizes) // 2]
         searched = Search(search, at, search_steps or max(run.steps // 3, 1))
-    settings = compare.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads)
+    settings = compare.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads, needs, storage)
     resumes(folder, "results.json", "search.db", "models/*.thin")
     with Progress("running", "steps") as report_step:
         rows = compare.compare(settings, folder, report_step)

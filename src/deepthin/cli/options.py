@@ -69,8 +69,33 @@ Temperature = Annotated[float, typer.Option(help="Temperature of soft targets.")
 TeacherNoise = Annotated[
     float, typer.Option(min=0, help="Standard deviation of the relative noise on the logits of half of the items.")
 ]
-EngineName = Annotated[str, typer.Option(help="local, or ray for several machines.")]
+EngineName = Annotated[
+    str,
+    typer.Option(help="local; ray: machines of a Ray cluster; slurm: jobs of Slurm (docs/distributed.md)."),
+]
 Jobs = Annotated[int, typer.Option(min=1, max=4096, help="Number of concurrent trials.")]
+Cpus = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Cores that Ray or Slurm reserves for each trial  [default: --threads]", show_default=False
+    ),
+]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs that Ray or Slurm reserves for each trial.")]
+Memory = Annotated[
+    str | None, typer.Option(help="Memory that Ray or Slurm reserves for each trial: such as 500MB or 4GB.")
+]
+TrialTime = Annotated[
+    str | None,
+    typer.Option(help="Time limit of each trial: such as 90s, 30m or 2h; one that takes longer counts as failed."),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Where Optuna's studies are, for several drivers: a journal file in a shared folder, or the URL of a "
+        "database  [default: search.db in --out]",
+        show_default=False,
+    ),
+]
 
 
 def teacher_of(file: Path | None, kind: str, weight: float, temperature: float, noise: float) -> Any:

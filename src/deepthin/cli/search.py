@@ -13,15 +13,19 @@ from rich.text import Text
 
 from deepthin.cli.app import app, known, notes, resumes, write_json
 from deepthin.cli.options import (
+    Cpus,
     Data,
     Depth,
     EngineName,
+    Gpus,
     Jobs,
     Json,
+    Memory,
     Network,
     OwnEvaluate,
     OwnModel,
     OwnTrain,
+    Storage,
     Task,
     TeacherFile,
     TeacherKind,
@@ -29,6 +33,7 @@ from deepthin.cli.options import (
     TeacherWeight,
     Temperature,
     Threads,
+    TrialTime,
     Width,
     task_name,
     teacher_of,
@@ -82,6 +87,11 @@ def search(
     engine: EngineName = "local",
     jobs: Jobs = 1,
     threads: Threads = 1,
+    cpus: Cpus = None,
+    gpus: Gpus = 0,
+    memory: Memory = None,
+    trial_time: TrialTime = None,
+    storage: Storage = None,
     json_file: Json = None,
 ) -> None:
     """Search the best file of a size, in a given time: methods, floats, ranks, rates, decay, with a teacher or not.
@@ -102,6 +112,7 @@ def search(
     """
     import torch
 
+    from deepthin.lab.calls import resources_of
     from deepthin.lab.engines import ENGINES
     from deepthin.lab.run import Setup
     from deepthin.lab.size_search.api import run
@@ -115,8 +126,9 @@ def search(
     taught = teacher_of(teacher, teacher_kind, teacher_weight, temperature, teacher_noise)
     setup = Setup(name, data and data.absolute(), steps, width, depth, own, taught, network)
     bound = microseconds
+    needs = resources_of(cpus, gpus, memory, trial_time)
     wanted = Wanted(
-        setup, file_bytes, budget, bound, tuple(also or ()), space, rounds, seed, engine, jobs, threads
+        setup, file_bytes, budget, bound, tuple(also or ()), space, rounds, seed, engine, jobs, threads, needs, storage
     )  # fmt: skip
     folder = out or Path("runs") / "search" / f"{name or (model or '').partition(':')[2]}-{file_bytes}"
     if folder.exists() and not folder.is_dir():

@@ -7,26 +7,30 @@ at once, so that an interrupted comparison resumes.
 import json
 import statistics
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepthin.errors import BudgetError, ConfigError, FormatError
+from deepthin.lab.calls import Resources, TrialTimeout, time_over
 from deepthin.lab.compared import ALWAYS, DENSE, INT8, SAME_SIZE, split
 from deepthin.lab.engines import ENGINES, Chain, Engine, run_chains
-from deepthin.lab.rows import Row, read_json, read_rows, write_rows
+from deepthin.lab.results import Results
+from deepthin.lab.rows import Row, read_json
 from deepthin.lab.run import Run, Setup, Trial
 from deepthin.lab.search import Choice, Search, open_storage, search
-from deepthin.lab.trial import INT8_RATIO, judge, prepared, quantised, run_trial
+from deepthin.lab.trial import INT8_RATIO, first_row, hold, judge, prepared, quantised, run_trial
 from deepthin.storage.atomic import write_atomically
 from deepthin.storage.read import inspect
 
 LATENCY_ROUNDS, LATENCY_SECONDS = 15, 120.0  # upper bounds on the timing
 _ABOUT = {"search": dict, "chosen": dict}  # types of the values in run.json
+_LOOK_SECONDS = 0.5  # between two looks at the work of other drivers
 SEARCH_SEED = 1000  # seed of the search's trainings; trials have seeds from 0
 Progress = Callable[[str, int, int], None]
 """Called with the name of what runs, the number of finished units, and of all."""
@@ -45,6 +49,9 @@ class Settings:
         engine: Where trials run, a key of ``ENGINES``.
         jobs: Number of trials at once.
         threads: Number of threads of each job.
+        resources: What each trial needs beside its threads: cores, GPUs and memory of a cluster, and a time limit.
+        storage: Where the studies of ``search`` are: the URL of a database, or a journal file in a folder that several
+            machines share; None: ``search.db`` in the folder of the comparison.
     """
 
     setup: Setup
@@ -55,6 +62,8 @@ class Settings:
     engine: str = "local"
     jobs: int = 1
     threads: int = 1
+    resources: Resources = field(default_factory=Resources)
+    storage: str | None = None
 
 
 def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None) -> list[Row]:
@@ -83,31 +92,31 @@ def compare(settings: Settings, out: Path, progress: Progress = lambda *_: None)
         about["search"] = asdict(settings.search)
     _check_widths(run, methods, settings.ratios)
     _check_same_run(about, out)
-    results = out / "results.json"
-    rows = read_rows(results) if results.exists() else []
-    gone = {row.key for row in rows if not _still_there(row, out)}
-    rows = [row for row in rows if row.key not in gone]
-    engine = ENGINES[settings.engine](settings.jobs, settings.threads)
+    results = Results(out)
+    results.adopt()
+    again = {
+        row.key for row in results.rows() if not _still_there(row, out) or _stopped(row, settings.resources.seconds)
+    }
+    again |= {(INT8, INT8_RATIO, seed) for method, _, seed in again if method == DENSE}
+    for key in again:
+        results.file(Trial(*key)).unlink(missing_ok=True)
+    engine = ENGINES[settings.engine](settings.jobs, replace(settings.resources, threads=settings.threads), out)
     try:
-        choices = _search_all(settings, settings.search, methods, engine, out, progress) if settings.search else {}
-        done = {row.key for row in rows}
+        engine.share((hold, settings.setup, run))
+        choices = _search_all(settings, settings.search, methods, engine, results, progress) if settings.search else {}
         wanted = _trials(settings, methods, choices)
-        trials = [trial for trial in wanted if trial.key not in done]
-        count = [len(wanted) - len(trials), len(wanted)]
         for quantising in (False, True):  # int8 needs the file of the dense network
-            chains = [
-                _chain(settings, trial, out, progress, rows, count)
-                for trial in trials
-                if (trial.method == INT8) is quantising
-            ]
-            run_chains(engine, chains)
+            trials = [trial for trial in wanted if (trial.method == INT8) is quantising]
+            while missing := [trial for trial in trials if not results.file(trial).exists()]:
+                run_chains(engine, [_chain(settings, trial, results, progress, wanted) for trial in missing])
+                if any(map(results.claimed, missing)):  # other drivers run them
+                    time.sleep(_LOOK_SECONDS)
     finally:
         engine.close()
-    order = {name: place for place, name in enumerate(methods)}
-    rows.sort(key=lambda row: (row.seed, order.get(row.method, len(order)), -row.ratio))
+    rows = results.merge(methods)
     if any(row.value is not None and row.microseconds is None for row in rows):
-        rows = _time_all(run, rows, out, progress)
-    write_rows(rows, results)
+        results.put(_time_all(run, rows, out, progress))
+        rows = results.merge(methods)
     return rows
 
 
@@ -121,31 +130,51 @@ def _trials(settings: Settings, methods: tuple[str, ...], choices: dict[str, Cho
     ]
 
 
-def _chain(settings: Settings, trial: Trial, out: Path, progress: Progress, rows: list[Row], count: list[int]) -> Chain:
-    """One trial; in this process its steps are told, else how many trials are done: ``count``, of how many."""
-    if settings.engine == "local" and settings.jobs == 1:
-        steps = prepared(settings.setup).steps
-        result = yield run_trial, settings.setup, trial, out, lambda step: progress(trial.name, step, steps)
-    else:
-        result = yield run_trial, settings.setup, trial, out
-    rows += result
-    write_rows(rows, out / "results.json")
-    count[0] += 1
-    if settings.jobs > 1 or settings.engine != "local":
-        progress("trials", *count)
+def _chain(settings: Settings, trial: Trial, results: Results, progress: Progress, wanted: Sequence[Trial]) -> Chain:
+    """One trial, unless another driver runs it; in this process its steps are told, else how many of all are done."""
+    if results.file(trial).exists() or results.claimed(trial):
+        return
+    inline = settings.engine == "local" and settings.jobs == 1
+    run = prepared(settings.setup)
+    report = (lambda step: progress(trial.name, step, run.steps)) if inline else None
+    try:
+        yield _kept_trial, settings.setup, trial, results, report
+    except TrialTimeout as error:
+        results.put([replace(first_row(run, trial), failed=str(error))])
+    results.merge()
+    if not inline:
+        progress("trials", sum(results.file(one).exists() for one in wanted), len(wanted))
+
+
+def _kept_trial(setup: Setup, trial: Trial, results: Results, progress: Callable[[int], None] | None) -> None:
+    """Run a trial and write its rows, so that they are kept even if the driver is gone by then."""
+    held = results.claim_free(trial.name)
+    if held is None:  # another process runs it
+        return
+    with held:
+        if not results.file(trial).exists():
+            results.put(run_trial(setup, trial, results.out, progress))
 
 
 def _search_all(
-    settings: Settings, wanted: Search, methods: tuple[str, ...], engine: Engine, out: Path, progress: Progress
+    settings: Settings, wanted: Search, methods: tuple[str, ...], engine: Engine, results: Results, progress: Progress
 ) -> dict[str, Choice]:
     """The choice for each method, and how it was found, in ``run.json``."""
-    storage, run = open_storage(out / "search.db"), prepared(settings.setup)
+    path, run = results.out / "run.json", prepared(settings.setup)
+    storage = open_storage(results.out / "search.db", settings.storage)
+    prefix = _study(read_json(path, dict, _ABOUT)) if settings.storage else ""
     setup = replace(settings.setup, steps=wanted.steps)
     choices: dict[str, tuple[Choice, float | None]] = {}
     searched = [method for method in methods if method != INT8]
     told = 0
 
     def chain(method: str) -> Chain:
+        held = results.claim_free(f"search-{method}")
+        if held is not None:
+            with held:
+                yield from searching(method)
+
+    def searching(method: str) -> Chain:
         nonlocal told
         ratio = 1.0 if method == DENSE else wanted.ratio
 
@@ -153,24 +182,37 @@ def _search_all(
             return judge, setup, Trial(method, ratio, SEARCH_SEED, choice)
 
         allocates = method != DENSE and split(method)[0] != SAME_SIZE
-        steps = search(storage, method, run.choice(method), allocates, wanted.trials, call)
+        steps = search(storage, prefix + method, run.choice(method), allocates, wanted.trials, call)
         value: float | None = None
         while True:
             try:
-                value = yield steps.send(value)
+                call_ = steps.send(value)
             except StopIteration as end:
                 choices[method] = end.value
                 return
+            try:
+                value = yield call_
+            except TrialTimeout:
+                value = None
             told += 1
             progress("searching", told, wanted.trials * len(searched))
 
-    run_chains(engine, map(chain, searched))
+    while missing := [method for method in searched if method not in choices]:
+        run_chains(engine, map(chain, missing))
+        if not choices.keys() >= set(missing):  # other drivers search them
+            time.sleep(_LOOK_SECONDS)
     chosen = {name: {**asdict(choice), "value": value} for name, (choice, value) in choices.items()}
-    path = out / "run.json"
-    earlier = read_json(path, dict, _ABOUT)
-    whole = {**earlier, "chosen": {**earlier.get("chosen", {}), **chosen}}
-    write_atomically(path, json.dumps(whole, indent=1).encode())
+    with results.claim("run.json"):
+        earlier = read_json(path, dict, _ABOUT)
+        whole = {**earlier, "chosen": {**earlier.get("chosen", {}), **chosen}}
+        write_atomically(path, json.dumps(whole, indent=1).encode())
     return {name: choice for name, (choice, _) in choices.items()}
+
+
+def _study(about: Mapping[str, Any]) -> str:
+    """What the studies of a comparison are called in a storage that several may share."""
+    same = {name: value for name, value in about.items() if name != "chosen"}
+    return f"{about['task']}-{zlib.crc32(json.dumps(same, sort_keys=True).encode()):08x}-"
 
 
 def _time_all(run: Run, rows: list[Row], out: Path, progress: Progress) -> list[Row]:
@@ -242,6 +284,11 @@ def _still_there(row: Row, out: Path) -> bool:
     return _is_whole(out / model) and (bytes_ is None or (out / model).stat().st_size == bytes_)
 
 
+def _stopped(row: Row, seconds: float | None) -> bool:
+    """Whether a trial was stopped after another time limit than the present one; then it runs again."""
+    return bool(row.failed and "(--trial-time)" in row.failed) and row.failed != time_over(seconds)
+
+
 def _is_whole(path: Path) -> bool:
     """Whether a file's checksums match."""
     try:
@@ -253,7 +300,11 @@ def _is_whole(path: Path) -> bool:
 
 def _check_same_run(about: dict[str, Any], out: Path) -> None:
     """Results of different runs must not mix in one folder."""
-    out.mkdir(parents=True, exist_ok=True)
+    with Results(out).claim("run.json"):
+        _compare_about(about, out)
+
+
+def _compare_about(about: dict[str, Any], out: Path) -> None:
     path = out / "run.json"
     begun = (out / "results.json").exists() or (out / "search.db").exists()
     earlier = read_json(path, dict, _ABOUT) if begun and path.exists() else {}

@@ -46,17 +46,18 @@ class Search:
     steps: int
 
 
-def open_storage(path: Path) -> Any:
-    """Open the SQLite file of all studies; it is created if missing.
+def open_storage(path: Path, storage: str | None = None) -> Any:
+    """Open what holds all studies; it is created if missing.
 
     Args:
-        path: The file.
+        path: An SQLite file.
+        storage: What to use instead: the URL of a database, or a journal file, which several machines can share.
 
     Returns:
         Optuna's storage.
 
     Raises:
-        ConfigError: Optuna is not installed, or the file is damaged.
+        ConfigError: Optuna is not installed, or the storage cannot be opened.
     """
     if find_spec("optuna") is None:
         raise ConfigError("--search needs Optuna: pip install 'deepthin[compare]', or leave --search out.")
@@ -64,10 +65,21 @@ def open_storage(path: Path) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        return optuna.storages.RDBStorage(f"sqlite:///{path}")
-    except Exception as error:  # SQLAlchemy has no single class for a damaged file
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} cannot be read ({reason}): remove it to search anew.") from None
+        if storage is None:
+            return optuna.storages.RDBStorage(f"sqlite:///{path}")
+        if "://" in storage:
+            return optuna.storages.RDBStorage(storage)
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(storage))
+    except Exception as error:  # SQLAlchemy and Optuna have no single class for what cannot be opened
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if storage is None:
+            raise ConfigError(f"{path} cannot be read ({reason}): remove it to search anew.") from None
+        raise ConfigError(
+            f"--storage {storage} cannot be opened ({reason}): name a journal file in a folder that exists, or the URL "
+            "of a database, such as postgresql://user@host/name."
+        ) from None
 
 
 def search(

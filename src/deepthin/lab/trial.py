@@ -26,7 +26,7 @@ QUANTISED = {nn.Linear, nn.LSTM, nn.GRU}  # exact types: torch quantises by type
 
 
 def prepared(setup: Setup) -> Run:
-    """``Run.prepare``, cached, so that each process loads the data only once.
+    """``Run.prepare``, cached, so that each process loads the data only once, or not at all after ``hold``.
 
     Args:
         setup: The task, its data, steps and sizes.
@@ -37,11 +37,29 @@ def prepared(setup: Setup) -> Run:
     Raises:
         ConfigError: As ``Run.prepare``.
     """
-    run = _loaded(replace(setup, steps=None, factory=None))
+    common = _common(setup)
+    run = _HELD.get(common) or _loaded(common)
     run = replace(run, steps=setup.steps or run.steps)
     return run if setup.factory is None else run.with_factory(setup.factory)
 
 
+def hold(setup: Setup, run: Run) -> None:
+    """Have ``prepared`` take a run that another process has loaded.
+
+    Args:
+        setup: The setup of the run.
+        run: The run.
+    """
+    _HELD.clear()
+    _HELD[_common(setup)] = replace(run, steps=run.task.steps)
+
+
+def _common(setup: Setup) -> Setup:
+    """What all trainings of a setup have in common."""
+    return replace(setup, steps=None, factory=None)
+
+
+_HELD: dict[Setup, Run] = {}
 _loaded = lru_cache(maxsize=1)(Run.prepare)
 
 

@@ -96,7 +96,7 @@ def _within(
             f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}"
             f"{_beside(smallest, tensors, rules)}. Use [model] file_bytes >= {least}, or name more tensors.",
             smallest_bits=8 * least,
-            smallest_ratio=least / base.dense_bytes,
+            smallest_ratio=least / max(base.dense_bytes, 1),
         )
     high = 8 * limit
     while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
@@ -137,7 +137,7 @@ def _trained(limit: int, rules: Rules, tensors: Sequence[Tensor], base: Contents
             f"The file cannot be trained to {limit} bytes: with every symbol zero it has {least}"
             f"{_beside(smallest, tensors, rules)}. Use [model] file_bytes >= {least}, or name more tensors.",
             smallest_bits=8 * least,
-            smallest_ratio=least / base.dense_bytes,
+            smallest_ratio=least / max(base.dense_bytes, 1),
         )
     return planned
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deepthin.errors import ConfigError, did_you_mean
-from deepthin.methods import METHODS, THEN
+from deepthin.methods import METHODS, PLUS, REST, THEN
 from deepthin.plan.patterns import Names, reaches
 from deepthin.plan.tensor import Tensor
 
@@ -35,6 +35,7 @@ class Rule:
         projection: Of a group in rows by ``rank``: a pattern for the members whose projection all share.
         floats: With a ``then`` that learns its step: numbers of the first method's code over the weights, in (0, 1].
         apart: Whether the tensors do not count towards the model's ratio: ``[model] biases``.
+        plus: The method, and its options and ``share``, whose code is added to that of ``method``.
     """
 
     pattern: str
@@ -47,6 +48,17 @@ class Rule:
     projection: str | None = None  # a pattern: of a group in rows by rank, the members whose projection all share
     floats: float | None = None
     apart: bool = False
+    plus: tuple[str, Mapping[str, Any]] | None = None
+
+    @property
+    def summed(self) -> str:
+        """Name of the method, with that of the one whose code is added."""
+        return f"{self.method}{PLUS}{self.plus[0]}" if self.plus else self.method
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether all weights are added, whose size is known only after training."""
+        return self.plus is not None and self.plus[0] == REST
 
     @property
     def learns_step(self) -> bool:
@@ -57,12 +69,12 @@ class Rule:
     @property
     def name(self) -> str:
         """Name of the method, with that of the one that quantises its floats, as files and reports show it."""
-        return f"{self.method}{THEN}{self.then[0]}" if self.then else self.method
+        return f"{self.summed}{THEN}{self.then[0]}" if self.then else self.summed
 
     @property
     def own_target(self) -> bool:
         """Whether the rule itself fixes the size of each of its matrices, independent of the model's target."""
-        sizes = METHODS[self.method].sized_by if self.method in METHODS and not self.then else ()
+        sizes = METHODS[self.method].sized_by if self.method in METHODS and not self.then and not self.plus else ()
         sized = any(isinstance(self.options.get(option), int | float) for option in sizes)
         return self.ratio is not None or self.bytes is not None or sized
 

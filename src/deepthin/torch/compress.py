@@ -144,7 +144,7 @@ def carry_out(
             weight = encoded(planned)
             with torch.no_grad():
                 for name, tensor, decoded in zip(names, dense, weight.decoded(), strict=True):
-                    errors[name] = start.relative_error(name, _compared(tensor, decoded))
+                    errors[name] = start.relative_error(name, compared(tensor, decoded))
                     del decoded  # before the next is decoded
         weight.origin = (names[0], seed, planned.tensors[0].std)
         weights.append((planned, weight.requires_grad_(dense[0].requires_grad)))
@@ -166,8 +166,16 @@ def carry_out(
     return report_of(contents(model), errors)
 
 
-def _compared(dense: Tensor, decoded: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ranges of two tensors of one shape, on the host."""
+def compared(dense: Tensor, decoded: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ranges of two tensors, as ``plan.start.relative_error`` takes them.
+
+    Args:
+        dense: A tensor as it was.
+        decoded: The same, decoded: of the same shape.
+
+    Yields:
+        Ranges of both, in double precision in main memory.
+    """
     flat = dense.detach().reshape(-1), decoded.detach().reshape(-1)
     for first in range(0, dense.numel(), start.PIECE):
         one, other = (tensor[first : first + start.PIECE].double().cpu().numpy() for tensor in flat)

@@ -31,6 +31,11 @@ def search(
     engine: str = "local",
     jobs: int = 1,
     threads: int = 1,
+    cpus: float | None = None,
+    gpus: float = 0.0,
+    memory: str | None = None,
+    trial_time: str | float | None = None,
+    storage: str | None = None,
     told: Callable[..., None] = lambda *_: None,
 ) -> Any:
     """Search methods, floats, ranks, rates and decay for the best file of a size, in a given time (docs/search.md).
@@ -57,9 +62,15 @@ def search(
         teacher: The ``.thin`` file of a trained network of ``build``; learning from it is then one of the choices.
         rounds: Upper bound on the rounds of nine candidates; None: as many as fit in the time.
         seed: Seed of the proposals and of all trainings.
-        engine: ``"local"`` or ``"ray"``.
-        jobs: Number of trainings at once. With more than one, or Ray, the functions must be importable.
+        engine: ``"local"``, ``"ray"`` or ``"slurm"`` (docs/distributed.md).
+        jobs: Number of trainings at once. With more than one, Ray or Slurm, the functions must be importable.
         threads: Number of threads of each training.
+        cpus: Cores that Ray or Slurm reserves for each training; None: as many as ``threads``.
+        gpus: GPUs that Ray or Slurm reserves for each.
+        memory: Memory that Ray or Slurm reserves for each, such as ``"4GB"``.
+        trial_time: Time limit of each training: seconds, or such as ``"30m"``.
+        storage: Where the study is, if several processes search together: a journal file in a shared folder, or the URL
+            of a database; None: ``search.db`` in ``out``.
         told: Called with each candidate and its result.
 
     Returns:
@@ -87,4 +98,6 @@ def search(
         engine=engine,
         jobs=jobs,
         threads=threads,
+        resources=(cpus, gpus, memory, trial_time),
+        storage=storage,
     )

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from deepthin.lab.calls import resources_of
 from deepthin.lab.report.search_page import write_search_page
 from deepthin.lab.run import Setup
 from deepthin.lab.size_search.best import Best, write_best
@@ -51,6 +52,7 @@ def search(
     steps: int | None,
     teacher: str | Path | None,
     told: Told,
+    resources: tuple[float | None, float, str | None, str | float | None] = (None, 0.0, None, None),
     **wanted: Any,
 ) -> Best:
     """What ``deepthin.torch.search`` calls.
@@ -61,6 +63,7 @@ def search(
         steps: Steps of the longest trainings; None: 1,000.
         teacher: The file of a trained network.
         told: Called with each result.
+        resources: The arguments of ``resources_of``.
         **wanted: Fields of ``Wanted``.
 
     Returns:
@@ -70,4 +73,5 @@ def search(
         DeepThinError: As ``run``.
     """
     taught = None if teacher is None else Teacher(Path(teacher).absolute())
-    return run(Wanted(Setup("", steps=steps, own=three, teacher=taught), **wanted), Path(out), told=told)
+    setup = Setup("", steps=steps, own=three, teacher=taught)
+    return run(Wanted(setup, resources=resources_of(*resources), **wanted), Path(out), told=told)

@@ -149,6 +149,7 @@ class Problem:
             folder=out,
             file=f"trials/{candidate.number:03}-{steps}.thin",
             seconds=seconds,
+            identity=json.dumps([self.about(), self.identity(settings)]),
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepthin.errors import ConfigError
+from deepthin.lab.claims import claim
 from deepthin.lab.search import open_storage
 from deepthin.lab.size_search.candidate import Candidate, Result, Value
 from deepthin.lab.size_search.propose import distributions
@@ -18,24 +19,27 @@ LEAST_TRIALS = 8  # for importances
 
 
 class Record:
-    """The file of a search.
+    """The file of a search, which several drivers may share.
 
     Args:
-        path: The file; created if missing.
+        path: The file; created if missing. Claims on it are in the folder ``locks`` beside it.
         space: What may be chosen.
+        storage: What to use instead of the file: the URL of a database, or a journal file.
+        name: Name of the study.
 
     Raises:
         ConfigError: Optuna is not installed, or the file is damaged.
     """
 
-    def __init__(self, path: Path, space: Space) -> None:
+    def __init__(self, path: Path, space: Space, storage: str | None = None, name: str = NAME) -> None:
         if find_spec("optuna") is None:
             raise ConfigError("deepthin search needs Optuna: pip install 'deepthin[compare]'.")
-        storage = open_storage(path)
+        opened = open_storage(path, storage)
         import optuna
 
-        self._path, self._space = path, space
-        self._study = optuna.create_study(storage=storage, study_name=NAME, load_if_exists=True)
+        self._path, self._space, self._lock = path, space, path.parent / "locks" / "study.lock"
+        with claim(self._lock):
+            self._study = optuna.create_study(storage=opened, study_name=name, load_if_exists=True)
 
     def check(self, about: Mapping[str, Any]) -> None:
         """Refuse to go on with another search.
@@ -46,10 +50,11 @@ class Record:
         Raises:
             ConfigError: The file is of a search with another value of one of them.
         """
-        earlier = self._study.user_attrs.get(_ABOUT)
-        if earlier is None:
-            self._study.set_user_attr(_ABOUT, dict(about))
-            return
+        with claim(self._lock):
+            earlier = self._study.user_attrs.get(_ABOUT)
+            if earlier is None:
+                self._study.set_user_attr(_ABOUT, dict(about))
+                return
         changed = [k for k in sorted({*earlier, *about}) if earlier.get(k) != about.get(k)]
         if changed:
             key = changed[0]
@@ -67,9 +72,10 @@ class Record:
         """Note how many seconds the search has taken.
 
         Args:
-            seconds: All of them.
+            seconds: All of them; of several drivers, the largest number counts.
         """
-        self._study.set_user_attr(_SPENT, seconds)
+        with claim(self._lock):
+            self._study.set_user_attr(_SPENT, max(seconds, self.spent))
 
     def candidates(self) -> list[Candidate]:
         """All candidates with their results.
@@ -78,13 +84,10 @@ class Record:
             In the order in which they were added.
         """
         results = self._study.user_attrs
-        return [
-            _candidate(trial, results.get(_RESULTS.format(trial.number), []))
-            for trial in self._study.get_trials(deepcopy=False)
-        ]
+        return [_candidate(trial, _results(results, trial.number)) for trial in self._study.get_trials(deepcopy=False)]
 
     def add(self, round_: int, place: int, settings: Mapping[str, Value], origin: str) -> Candidate:
-        """Add a candidate.
+        """Add a candidate, unless another driver has added one in its place.
 
         Args:
             round_: Its round.
@@ -95,9 +98,14 @@ class Record:
         Returns:
             The candidate.
         """
+        with claim(self._lock):
+            there = self.candidates()
+            same = [one for one in there if (one.round, one.place) == (round_, place)]
+            return same[0] if same else self._added(len(there), round_, place, settings, origin)
+
+    def _added(self, number: int, round_: int, place: int, settings: Mapping[str, Value], origin: str) -> Candidate:
         from optuna.trial import TrialState, create_trial
 
-        number = len(self._study.get_trials(deepcopy=False))
         candidate = Candidate(number, round_, place, dict(settings), {}, origin)
         ranges = distributions(candidate, self._space)
         about = {"round": round_, "place": place, "settings": dict(settings), "origin": origin}
@@ -120,9 +128,11 @@ class Record:
         Returns:
             The candidate with the result.
         """
-        candidate = replace(candidate, results={**candidate.results, result.steps: result})
-        stored = [one.to_json() for one in candidate.results.values()]
-        self._study.set_user_attr(_RESULTS.format(candidate.number), stored)  # trials that have ended take no more
+        with claim(self._lock):
+            there = _results(self._study.user_attrs, candidate.number)
+            candidate = replace(candidate, results={**candidate.results, **there, result.steps: result})
+            stored = [one.to_json() for one in candidate.results.values()]
+            self._study.set_user_attr(_RESULTS.format(candidate.number), stored)  # trials that have ended take no more
         return candidate
 
     def close(self, candidates: list[Candidate], lengths: tuple[int, ...]) -> None:
@@ -134,15 +144,16 @@ class Record:
         """
         from optuna.trial import TrialState
 
-        trials = self._study.get_trials(deepcopy=False)
-        for candidate in candidates:
-            if trials[candidate.number].state != TrialState.RUNNING:
-                continue
-            top = candidate.at(lengths[-1])
-            if top is None or top.value is None:
-                self._study.tell(candidate.number, state=TrialState.PRUNED)
-            else:
-                self._study.tell(candidate.number, top.value)
+        with claim(self._lock):
+            trials = self._study.get_trials(deepcopy=False)
+            for candidate in candidates:
+                if trials[candidate.number].state != TrialState.RUNNING:
+                    continue
+                top = candidate.at(lengths[-1])
+                if top is None or top.value is None:
+                    self._study.tell(candidate.number, state=TrialState.PRUNED)
+                else:
+                    self._study.tell(candidate.number, top.value)
 
     def closed(self) -> int:
         """How many rounds have ended.
@@ -190,9 +201,12 @@ def importances(space: Space, candidates: list[Candidate]) -> dict[str, float]:
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
-def _candidate(trial: Any, stored: list[dict[str, Any]]) -> Candidate:
+def _results(stored: Mapping[str, Any], number: int) -> dict[int, Result]:
+    return {one["steps"]: Result(**one) for one in stored.get(_RESULTS.format(number), [])}
+
+
+def _candidate(trial: Any, results: dict[int, Result]) -> Candidate:
     told = trial.user_attrs
-    results = {one["steps"]: Result(**one) for one in stored}
     return Candidate(trial.number, told["round"], told["place"], told["settings"], results, told["origin"])
 
 

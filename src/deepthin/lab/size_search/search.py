@@ -1,21 +1,28 @@
 """The search: rounds of successive halving within the time, each result written at once (docs/search.md)."""
 
+import json
+import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deepthin.errors import BudgetError, ConfigError, DeepThinError
-from deepthin.lab.engines import ENGINES, Engine
+from deepthin.lab.calls import Engine, TrialTimeout
+from deepthin.lab.claims import claimed
+from deepthin.lab.engines import ENGINES
 from deepthin.lab.size_search.candidate import Candidate, Result
 from deepthin.lab.size_search.clock import Clock, Forecast, fits, highest, seconds_of, worded
 from deepthin.lab.size_search.halving import FIRST, due, ordered, ranked, rungs
 from deepthin.lab.size_search.problem import Problem
 from deepthin.lab.size_search.propose import NEAR, different, proposed
-from deepthin.lab.size_search.record import Record
+from deepthin.lab.size_search.record import NAME, Record
 from deepthin.lab.size_search.starts import known
 from deepthin.lab.size_search.training import train_candidate
+from deepthin.lab.trial import hold
 
+_LOOK_SECONDS = 0.5  # between two looks at the work of other drivers
 Told = Callable[[Candidate, Result], None]
 """Called with each result."""
 Progress = Callable[[float, float], None]
@@ -80,8 +87,12 @@ class Search:
             return False
         complete = True
         for place, steps in enumerate(self.lengths):
-            wanted = [c for c in due(self._of(round_), self.lengths, self._limit)[place] if c.at(steps) is None]
-            self._train(wanted, place, left)
+            while True:
+                self.candidates = self.record.candidates()  # with what other drivers have found
+                wanted = [c for c in due(self._of(round_), self.lengths, self._limit)[place] if c.at(steps) is None]
+                if not self._train(wanted, place, left) or self._left() <= 0:
+                    break
+                time.sleep(_LOOK_SECONDS)
             complete = complete and all(self.candidates[c.number].at(steps) is not None for c in wanted)
         if complete:
             self.record.close(self._of(round_), self.lengths)
@@ -106,6 +117,7 @@ class Search:
 
     def _propose(self, round_: int) -> bool:
         """Add the candidates of a round that are missing; whether it has any."""
+        self.candidates = self.record.candidates()
         earlier = [c for c in self.candidates if c.round < round_]
         tried = {self.problem.identity(c.settings) for c in self.candidates}
         unused = [(name, s) for name, s in self._starts if self.problem.identity(s) not in tried]
@@ -119,17 +131,19 @@ class Search:
                 found = proposed(self.problem, earlier, near, tried, self.lengths, place, seed)
             if found is None:  # all settings have been tried
                 break
-            self.candidates.append(self.record.add(round_, place, found[1], found[0]))
+            self.record.add(round_, place, found[1], found[0])
             tried.add(self.problem.identity(found[1]))
+        self.candidates = self.record.candidates()
         return bool(self._of(round_))
 
-    def _train(self, candidates: Sequence[Candidate], place: int, round_seconds: float | None = None) -> None:
+    def _train(self, candidates: Sequence[Candidate], place: int, round_seconds: float | None = None) -> bool:
         """Train candidates for the steps of a rung, as long as that is predicted to end in time.
 
         In a round, which had so many seconds when it began, time is kept for one training of each longer rung that the
-        round can reach.
+        round can reach. Returns whether other drivers train some of them.
         """
         steps = self.lengths[place]
+        others = False
 
         def begins(candidate: Candidate) -> bool:
             aim = None if round_seconds is None else highest(self.forecast, self.lengths, round_seconds)
@@ -139,13 +153,23 @@ class Search:
             return fits(self.forecast, candidate.number, [steps, *later], self._left())
 
         def call(candidate: Candidate) -> Any:
+            nonlocal others
             # after the training this network is judged, and in the end the best one on test data
             job = self.problem.job(candidate, steps, self.out, self._left() - self.forecast.rest)
+            if claimed(job.claim):
+                others = True
+                return None
             inline = self.engine.jobs == 1 and self.problem.wanted.engine == "local"
             report = (lambda *_: self.progress(self.clock.spent(), self.clock.budget)) if inline else None
             return train_candidate, job, report
 
-        def ended(candidate: Candidate, result: Result) -> None:
+        def ended(candidate: Candidate, result: Result | TrialTimeout | None) -> None:
+            nonlocal others
+            if result is None:
+                others = True
+                return
+            if isinstance(result, TrialTimeout):
+                result = Result(steps, None, str(result))
             self.forecast.learn(candidate.number, result)
             self.record.spend(self.clock.spent())
             self.progress(self.clock.spent(), self.clock.budget)
@@ -156,6 +180,7 @@ class Search:
             self.told(candidate, result)
 
         run_calls(self.engine, list(candidates), begins, call, ended)
+        return others
 
 
 def run_calls(
@@ -163,7 +188,7 @@ def run_calls(
     waiting: list[Candidate],
     begins: Callable[[Candidate], bool],
     call: Callable[[Candidate], Any],
-    ended: Callable[[Candidate, Result], None],
+    ended: Callable[[Candidate, Any], None],
 ) -> None:
     """Run a call for each candidate in order, as many at once as the engine has jobs.
 
@@ -171,8 +196,8 @@ def run_calls(
         engine: Where they run.
         waiting: The candidates; emptied as they begin.
         begins: Whether the next one may begin now; if not, no more do.
-        call: The call of a candidate.
-        ended: Takes each result.
+        call: The call of a candidate; None if another driver trains it.
+        ended: Takes each result, or that the call took too long.
 
     Raises:
         Exception: The first one that a call raised; those that run may end before it is raised.
@@ -182,12 +207,13 @@ def run_calls(
     while True:
         while waiting and failure is None and len(running) < engine.jobs and begins(waiting[0]):
             candidate = waiting.pop(0)
-            running[engine.start(call(candidate))] = candidate
+            if (wanted := call(candidate)) is not None:
+                running[engine.start(wanted)] = candidate
         if not running:
             break
         handle, result = engine.done(list(running))
         candidate = running.pop(handle)
-        if isinstance(result, Exception):
+        if isinstance(result, Exception) and not isinstance(result, TrialTimeout):
             failure = failure or result
         else:
             ended(candidate, result)
@@ -214,13 +240,16 @@ def run_search(problem: Problem, out: Path, told: Told, progress: Progress) -> t
     """
     wanted = problem.wanted
     out.mkdir(parents=True, exist_ok=True)
-    record = Record(out / "search.db", problem.space)
-    record.check(problem.about())
+    about = problem.about()
+    of_all = f"{about['task']}-{zlib.crc32(json.dumps(about, sort_keys=True).encode()):08x}-{NAME}"
+    record = Record(out / "search.db", problem.space, wanted.storage, of_all if wanted.storage else NAME)
+    record.check(about)
     clock = Clock(seconds_of(wanted.budget), record.spent)
-    engine = ENGINES[wanted.engine](wanted.jobs, wanted.threads)
+    engine = ENGINES[wanted.engine](wanted.jobs, replace(wanted.resources, threads=wanted.threads), out)
     search = Search(problem, record, out, engine, clock, told, progress)
     interrupted = False
     try:
+        engine.share((hold, wanted.setup, problem.run))
         search.run()
     except KeyboardInterrupt:
         interrupted = True

@@ -1,11 +1,12 @@
 """What a user asks a search for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepthin.errors import ConfigError
+from deepthin.lab.calls import Resources
 from deepthin.lab.run import Setup
 from deepthin.lab.size_search.clock import seconds_of
 from deepthin.lab.size_search.halving import LEAST_STEPS
@@ -28,6 +29,9 @@ class Wanted:
         engine: Where trainings run, a key of ``ENGINES``.
         jobs: Number of trainings at once.
         threads: Number of threads of each.
+        resources: What each training needs beside its threads: cores, GPUs and memory of a cluster, and a time limit.
+        storage: Where the study is: the URL of a database, or a journal file in a folder that several machines share;
+            None: ``search.db`` in the folder of the search.
         least_steps: Steps of the shortest training, at least.
 
     Raises:
@@ -45,6 +49,8 @@ class Wanted:
     engine: str = "local"
     jobs: int = 1
     threads: int = 1
+    resources: Resources = field(default_factory=Resources)
+    storage: str | None = None
     least_steps: int = LEAST_STEPS
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """One training of a candidate: train to the size, write the file, judge and time the network that is loaded from it."""
 
+import json
 import math
 import statistics
 import threading
@@ -13,10 +14,12 @@ import torch
 from torch import nn
 
 from deepthin.errors import BudgetError, ConfigError, NonFiniteError
+from deepthin.lab.claims import claim_free
 from deepthin.lab.run import Setup
 from deepthin.lab.size_search.candidate import Result
 from deepthin.lab.train import checkpoint_of, train_file
 from deepthin.lab.trial import prepared
+from deepthin.storage.atomic import write_atomically
 from deepthin.storage.read import inspect
 
 CHECKPOINTS = 5  # in a training
@@ -40,6 +43,7 @@ class Job:
         folder: The folder of the search.
         file: The file to write, relative to it.
         seconds: Time for the training; it is stopped when it would overrun.
+        identity: All that the result depends on, as text.
     """
 
     setup: Setup
@@ -51,6 +55,12 @@ class Job:
     folder: Path
     file: str
     seconds: float
+    identity: str = ""
+
+    @property
+    def claim(self) -> Path:
+        """What the process that trains it holds."""
+        return self.folder / "locks" / f"{Path(self.file).stem}.lock"
 
 
 class OutOfTime(Exception):
@@ -97,8 +107,8 @@ class Pace:
             raise OutOfTime
 
 
-def train_candidate(job: Job, progress: Callable[[int, int], None] | None = None) -> Result:
-    """Train, write, load, judge and time one network.
+def train_candidate(job: Job, progress: Callable[[int, int], None] | None = None) -> Result | None:
+    """Train, write, load, judge and time one network, unless that was done before: the result has a file of its own.
 
     A training that was interrupted goes on from its last checkpoint.
 
@@ -107,12 +117,36 @@ def train_candidate(job: Job, progress: Callable[[int, int], None] | None = None
         progress: Called after each step with the number of steps so far and of all steps.
 
     Returns:
-        The result; without a value and without ``failed`` where the training was stopped because of the time.
+        The result; without a value and without ``failed`` where the training was stopped because of the time. None if
+        another process trains it now.
 
     Raises:
         ConfigError: The task cannot be trained so.
         DeepThinError: The file does not hold what the trained network does.
     """
+    held = claim_free(job.claim)
+    if held is None:
+        return None
+    with held:
+        kept = (job.folder / job.file).with_suffix(".json")
+        if (earlier := _read(kept, job.identity)) is not None:
+            return earlier
+        result = _trained(job, progress)
+        if result.value is not None or result.failed is not None:
+            write_atomically(kept, json.dumps({"identity": job.identity, "result": result.to_json()}).encode())
+    return result
+
+
+def _read(path: Path, identity: str) -> Result | None:
+    """The result that a file has; None without one of the same identity."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Result(**stored["result"]) if stored["identity"] == identity else None
+    except (OSError, ValueError, TypeError, KeyError):  # missing, or of no use: it is trained again
+        return None
+
+
+def _trained(job: Job, progress: Callable[[int, int], None] | None) -> Result:
     began, warm = time.monotonic(), _WARM.is_set()
     _WARM.set()
     run = prepared(job.setup)
