@@ -162,7 +162,10 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
         thin = self.__dict__.get("_modules", {}).get("thin")
         if thin is not None and name in thin:
             raise ConfigError(lost("An assignment", f"the {name} of a {type(self).__name__}"))
-        nn.Module.__setattr__(self, name, value)
+        if isinstance(value, nn.Parameter) and name in self._parameters:
+            self._parameters[name] = value
+        else:
+            nn.Module.__setattr__(self, name, value)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Refuse an input as torch's layer does, without decoding weights for their type.
