@@ -36,7 +36,9 @@ Cores mirror(const Cores& cores) {
 
 Cores in_order(const Cores& cores) { return cores.mirrored ? mirror(cores) : cores; }
 
-// One item in plain loops: each row of the matrix is the product of slices of the cores.
+}  // namespace
+
+// In plain loops: each row of the matrix is the product of slices of the cores.
 void exact(const Cores& given, const float* const* from, const float* x, const float* bias, float scale, bool relu, float* y) {
     const Cores cores = in_order(given);
     int64_t widest = 1, across = 1;
@@ -74,6 +76,8 @@ void exact(const Cores& given, const float* const* from, const float* x, const f
         y[row] = relu && sum < 0 ? 0 : sum;
     }
 }
+
+namespace {
 
 // Memory of the calling thread for what all threads read, reused from call to call.
 float* shared_scratch(int64_t floats) {

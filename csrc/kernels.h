@@ -239,12 +239,16 @@ void convolve(const Kernels&, const Convolution&, const float* x, const float* x
 void convolve_backward(const Kernels&, const Convolution&, const float* x, const float* xf, const float* wf,
                        const float* grad, float* grad_x, float* grad_xf, float* grad_wf, bool fft, int threads);
 
-// A matrix of a recurrent layer, and the arrays for its gradients: null where they are not wanted.
+// A matrix of a recurrent layer, two factors or a chain of cores, and the arrays for its gradients: null where they are not
+// wanted.
 struct Gate {
-    Plan plan;  // gates * hidden x inputs or hidden
+    Plan plan;  // gates * hidden x inputs or hidden; of a chain its rows and cols alone
     const float *xf, *wf, *bias;  // bias: may be null
     bool fft, fft_gradient;
     float *grad_xf, *grad_wf, *grad_bias;
+    const Cores* cores;  // null: two factors
+    const float* core[MOST_CORES];
+    float* grad_core[MOST_CORES];
 };
 
 // Layers over whole sequences: x is steps x batch x inputs, y steps x batch x directions * hidden, states are

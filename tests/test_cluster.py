@@ -149,7 +149,7 @@ def test_nodes_that_come_and_go_a_killed_driver_and_a_restarted_head(straight, t
         driver = begin(words, out, nodes.environment, log)
         wait_for(driver, out, 9)
         nodes.kill(head)
-        assert driver.wait(300) == 1
+        assert driver.wait(300) == 2
         assert "The head of the cluster does not answer any more: start it again" in " ".join(log.read_text().split())
         nodes.kill(node)
         assert len(list((out / "rows").glob("*.json"))) < TRIALS

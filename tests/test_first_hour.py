@@ -4,12 +4,14 @@ import copy
 import json
 import math
 import pickle
+import sys
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
+import deepthin
 import deepthin.torch as dt
 from deepthin import ConfigError
 
@@ -395,3 +397,129 @@ def test_an_optimiser_whose_decay_is_not_decoupled_is_told():
     with pytest.warns(UserWarning, match="SGD adds weight decay to gradients"):
         optimizer.step()
     optimizer.step()
+
+
+# ---- Biases, uncovered parameters, messages -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["*bias*", "re:.*bias.*", "lstm.bias*", "*bias_[ih]h_l0"])
+def test_patterns_that_name_biases_reach_them(pattern):
+    model = Tagger()
+    report = dt.compress(model, {"rules": {pattern: {"method": "uniform", "bits": 4}}}, init="scratch")
+    named = {row.name for row in report.rows if row.method == "uniform"}
+    everywhere = {name for name, p in Tagger().named_parameters() if "bias" in name}
+    if pattern in ("*bias*", "re:.*bias.*"):
+        assert named == everywhere
+    else:
+        assert named == {name for name in everywhere if name.startswith("lstm.")} - (
+            {name for name in everywhere if not name.endswith("_l0")} if pattern.endswith("l0") else set()
+        )
+
+
+def test_other_patterns_leave_vectors_alone():
+    model = nn.ModuleDict({"debias": nn.Linear(30, 30), "norm": nn.LayerNorm(30)})
+    for pattern in ("*", "debias*", "re:debias.*"):
+        copied = copy.deepcopy(model)
+        report = dt.compress(copied, {"rules": {pattern: {"method": "uniform", "bits": 8}}}, init="scratch")
+        assert {row.name for row in report.rows if row.method == "uniform"} == {"debias.weight"}
+
+
+def test_a_budget_that_biases_exceed_names_the_way_out():
+    model = nn.Sequential(nn.Linear(64, 4000), nn.ReLU(), nn.Linear(4000, 10))
+    with pytest.raises(deepthin.BudgetError) as raised:
+        dt.plan(model, file_bytes=8_000)
+    assert "8096 are biases and scales of normalisation: [model] biases = 4 stores them in 4 bits" in str(raised.value)
+    with pytest.raises(deepthin.BudgetError) as raised:
+        dt.plan(model, {"model": {"file_bytes": 3_000, "biases": 4}})
+    assert "[model] biases" not in str(raised.value)
+    smallest = dt.plan(model, {"model": {"file_bytes": 10_500, "biases": 4}})
+    assert smallest.total_bytes <= 10_500
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(16, 16))
+        self.inner = nn.Linear(16, 16)
+
+
+def test_one_message_has_all_uncovered_parameters():
+    def build():
+        return nn.ModuleDict({"a": Custom(), "b": nn.Bilinear(8, 8, 8), "c": nn.Linear(16, 16)})
+
+    with pytest.raises(ConfigError) as raised:
+        dt.compress(build(), 0.3)
+    assert str(raised.value) == (
+        "rule '*' reaches a.table: Custom has no thin version; b.weight: Bilinear has no thin version. Covered are the "
+        "parameters of linear, convolution, embedding, recurrent and attention layers of torch.nn. Add 'a.table', 'b' "
+        "to [model] ignore to keep them dense."
+    )
+    report = dt.compress(build(), {"model": {"ratio": 0.3, "ignore": ["a.table", "b"]}}, init="scratch")
+    assert {row.name for row in report.rows if row.method == "deepthin"} == {"a.inner.weight", "c.weight"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (nn.utils.parametrizations.weight_norm, "weight_norm computes a weight from it; first call torch.nn.utils"),
+        (nn.utils.parametrizations.spectral_norm, "spectral_norm computes a weight from it; first call torch.nn.utils"),
+        (nn.utils.weight_norm, "weight_norm of a Linear computes its weight; first call torch.nn.utils.remove_weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_parametrisations_have_their_names(make, message):
+    with pytest.raises(ConfigError, match=message):
+        dt.compress(nn.Sequential(make(nn.Linear(30, 30))), 0.3)
+
+
+def test_load_places_the_model(tmp_path):
+    model = thin()
+    dt.save(model, tmp_path / "m.thin")
+    with torch.device("meta"):
+        empty = network()
+    again = dt.load(empty, tmp_path / "m.thin", device="cpu")
+    assert {p.device.type for p in again.parameters()} == {"cpu"}
+    x = torch.randn(3, 64)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    assert {p.device.type for p in dt.load(network(), tmp_path / "m.thin", device="meta").parameters()} == {"meta"}
+    untouched = network()
+    with pytest.raises(RuntimeError, match="nowhere"):
+        dt.load(untouched, tmp_path / "m.thin", device="nowhere")
+    assert type(untouched[0]) is nn.Linear
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def test_version(capsys, monkeypatch):
+    from deepthin.cli.main import main
+
+    monkeypatch.setattr(sys, "argv", ["deepthin", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert capsys.readouterr().out.strip() == f"deepthin {deepthin.__version__}"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_ctrl_c_promises_only_what_is_kept(written, capsys, monkeypatch, tmp_path):
+    from deepthin.cli import app, main
+
+    def stop():
+        app.resumes(tmp_path, "results.json", "models/*.thin")
+        if written:
+            (tmp_path / "models").mkdir()
+            (tmp_path / "models" / "dense-seed0.thin").write_bytes(b"x")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "_kept", [])
+    monkeypatch.setattr(main, "app", stop)
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130
+    told = " ".join(capsys.readouterr().err.split())
+    assert told == (
+        f"interrupted; what is done is kept in {tmp_path}: the same command goes on"
+        if written
+        else "interrupted before anything was kept: the same command starts over"
+    )

@@ -18,8 +18,11 @@ import deepthin
 import deepthin.torch as dt
 from deepthin import BudgetError, ConfigError, DeepThinError
 from deepthin.cli.main import main
+from deepthin.lab.calls import Resources
+from deepthin.lab.claims import claim
 from deepthin.lab.run import Setup
 from deepthin.lab.size_search import search as module
+from deepthin.lab.size_search import training as trainings
 from deepthin.lab.size_search.best import chosen, command, write_best
 from deepthin.lab.size_search.candidate import Candidate, Result
 from deepthin.lab.size_search.clock import Clock, Forecast, fits, highest, seconds_of
@@ -662,6 +665,80 @@ def test_a_training_that_is_stopped_goes_on_later(tmp_path):
     assert went_on.value == whole.value
 
 
+def job_of(tmp_path, **more):
+    problem = Problem.prepare(wanted(6))
+    settings = known(problem.space, problem.usual)[1][1]
+    return replace(problem.job(Candidate(0, 0, 0, settings), 6, tmp_path, 600.0), **more)
+
+
+def test_the_result_of_a_training_is_kept_by_whoever_trained_it(tmp_path, monkeypatch):
+    job = job_of(tmp_path)
+    first = train_candidate(job)
+    assert first is not None
+    trained = []
+    monkeypatch.setattr(trainings, "train_file", lambda *_: trained.append(1) or pytest.skip("trained again"))
+    assert train_candidate(job) == first
+    (tmp_path / "trials" / "000-6.json").write_text("{")
+    for other in (job, job_of(tmp_path, identity="another search")):
+        with pytest.raises(pytest.skip.Exception):
+            train_candidate(other)
+    assert trained == [1, 1]
+
+
+def test_a_training_that_another_process_runs_is_left_to_it(straight, tmp_path, monkeypatch):
+    """Whose result comes while the others are trained."""
+    fake, held = Fake(), []
+
+    def train(job, report=None):
+        if job.file.startswith("trials/003-100") and not held:
+            held.append(claim(job.claim))
+            return None
+        if held and not held[0].closed:
+            held[0].close()
+        return fake(job, report)
+
+    monkeypatch.setattr(module.time, "sleep", lambda _: pytest.fail("it is free by then"))
+    again = searched(Problem.prepare(wanted(rounds=2)), tmp_path / "b", monkeypatch, train)
+    assert untimed(again) == untimed(straight)
+
+
+def test_a_candidate_is_added_once(tmp_path):
+    space = Problem.prepare(wanted()).space
+    settings = known(space, Problem.prepare(wanted()).usual)[0][1]
+    one, other = (Record(tmp_path / "search.db", space) for _ in range(2))
+    first = one.add(0, 0, settings, "one")
+    assert other.add(0, 0, settings, "other") == first
+    one.note(first, Result(100, 2.0))
+    assert set(other.note(first, Result(300, 1.0)).results) == {100, 300}
+    assert set(one.candidates()[0].results) == {100, 300}
+    one.spend(5.0)
+    other.spend(3.0)
+    assert one.spent == 5.0
+
+
+def test_a_study_in_a_journal(straight, tmp_path, monkeypatch):
+    problem = Problem.prepare(wanted(rounds=2, storage=str(tmp_path / "study.log")))
+    assert untimed(searched(problem, tmp_path / "b", monkeypatch, Fake())) == untimed(straight)
+    assert not (tmp_path / "b" / "search.db").exists()
+    rest = Fake()
+    searched(problem, tmp_path / "b", monkeypatch, rest)
+    assert rest.jobs == []
+
+
+def test_a_training_that_takes_too_long_counts_as_failed(tmp_path, monkeypatch):
+    fake = Fake()
+
+    def train(job, report=None):
+        if "004-" in job.file:
+            time.sleep(30)
+        return fake(job, report)
+
+    limit = Resources(seconds=0.2)
+    candidates = searched(Problem.prepare(wanted(rounds=1, resources=limit)), tmp_path, monkeypatch, train)
+    late = {c.number: r.failed for c in candidates for r in c.results.values() if r.failed}
+    assert late == {4: "It was stopped after the time limit of 0.2 s (--trial-time)."}
+
+
 def test_a_size_out_of_reach_names_the_smallest(tmp_path):
     with pytest.raises(BudgetError) as caught:
         dt.search(build, fit, evaluate, file_bytes=60, budget=60, out=tmp_path, steps=9, rounds=1)
@@ -778,7 +855,7 @@ def evaluate(model, split):
 
 @pytest.mark.slow
 def test_the_command_goes_on_after_kill_9_to_the_same_best_file(tmp_path):
-    """The process is killed in the middle of trainings, three times; two jobs give the same too."""
+    """Killed in the middle of trainings, three times, and at random, five times; two jobs give the same too."""
     (tmp_path / "nets.py").write_text(SOURCE)
     words = (
         "search --model nets:build --train nets:fit --evaluate nets:evaluate --file-bytes 1500 --steps 300 --rounds 1"
@@ -786,14 +863,16 @@ def test_the_command_goes_on_after_kill_9_to_the_same_best_file(tmp_path):
     one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
     def begin(out, *more):
-        line = [sys.executable, "-m", "deepthin", *words.split(), "--budget", "1h", "--out", out, *more]
+        line = [sys.executable, "-m", "deepthin", *words.split(), "--budget", "2h", "--out", out, *more]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(line, cwd=tmp_path, env={**os.environ, **one}, **quiet)
 
-    assert begin("whole").wait(500) == 0
+    began = time.monotonic()
+    assert begin("whole").wait(1500) == 0
+    took = time.monotonic() - began
     trials, seen, statuses = tmp_path / "killed" / "trials", set(), []
     for _ in range(3):
-        process, until = begin("killed"), time.monotonic() + 300
+        process, until = begin("killed"), time.monotonic() + 600
         while process.poll() is None and time.monotonic() < until:
             under_way = {path.name for path in trials.glob("*.checkpoint")}
             if under_way - seen:  # of a training that was not killed before
@@ -803,11 +882,18 @@ def test_the_command_goes_on_after_kill_9_to_the_same_best_file(tmp_path):
         process.kill()
         statuses.append(process.wait())
     assert statuses == [-signal.SIGKILL] * 3
-    assert begin("killed").wait(500) == 0
-    assert begin("two", "--jobs", "2").wait(500) == 0
+    chance, statuses = random.Random(0), []
+    for _ in range(5):  # from its start, in which it reads the study, to a good part of its work
+        process = begin("random")
+        time.sleep(chance.uniform(0.05, 0.5) * took)
+        process.kill()
+        statuses.append(process.wait())
+    assert -signal.SIGKILL in statuses
+    for out, more in (("killed", ()), ("random", ()), ("two", ("--jobs", "2"))):
+        assert begin(out, *more).wait(1500) == 0
     whole = (tmp_path / "whole" / "best.thin").read_bytes()
-    assert (tmp_path / "killed" / "best.thin").read_bytes() == whole
-    assert (tmp_path / "two" / "best.thin").read_bytes() == whole
-    files = [sorted((p.name, p.read_bytes()) for p in (tmp_path / out / "trials").glob("*.thin"))
-             for out in ("whole", "killed", "two")]  # fmt: skip
-    assert files[0] == files[1] == files[2]
+    files = {}
+    for out in ("whole", "killed", "random", "two"):
+        assert (tmp_path / out / "best.thin").read_bytes() == whole
+        files[out] = sorted((path.name, path.read_bytes()) for path in (tmp_path / out / "trials").glob("*.thin"))
+        assert files[out] == files["whole"]

@@ -9,6 +9,7 @@ import sys
 import time
 
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT["RAY_worker_niceness"] = "0"  # else workers wait for whatever runs beside the tests
 START = ["-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--object-store-memory=100000000"]
 
 

@@ -1,5 +1,6 @@
 """The application that commands register with, and their output functions."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from deepthin import __version__
 from deepthin.errors import ConfigError
 from deepthin.storage.atomic import write_atomically
 from deepthin.storage.report import Report
@@ -45,7 +45,7 @@ def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        print(f"deepthin {__version__}")
+        print(f"deepthin {import_module('deepthin').__version__}")
         raise typer.Exit
 
 

@@ -201,15 +201,15 @@ def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) 
     )
 
 
-def repeated_dense_work(method: Factor, items: int, calls: int, dense_ready: bool) -> float:
+def repeated_dense_work(shape: tuple[int, int], summands: int, items: int, calls: int, dense_ready: bool) -> float:
     """Predicted nanoseconds of so many products of ``items`` each by one decoded weight, made once if it is not ready.
 
     Without what each call takes, as ``work``. Every product reads the weight, whoever made it.
     """
     _, multiplication, entry, summand = _NANOSECONDS[dense_ready]["dense"]
     reading = _NANOSECONDS[True]["dense"][2]
-    made = 0.0 if dense_ready else entry + summand * method.rank
-    return math.prod(method.shape) * (calls * (multiplication * items + reading) + made)
+    made = 0.0 if dense_ready else entry + summand * summands
+    return math.prod(shape) * (calls * (multiplication * items + reading) + made)
 
 
 def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: bool, device: str = "cpu") -> float:
@@ -338,6 +338,23 @@ def chain_cost(layout: Layout, batch: int, dense_ready: bool) -> float:
         Nanoseconds on one core.
     """
     return sum(w * c for w, c in zip(_CHAIN[dense_ready], chain_terms(layout, batch), strict=True))
+
+
+def chain_work(layout: Layout, items: int, calls: int, dense_ready: bool) -> float:
+    """Predicted time of so many native products with a chain of cores, which are packed once.
+
+    Args:
+        layout: The cores.
+        items: Items of each product, >= 1.
+        calls: Number of products.
+        dense_ready: Whether no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core, without what each call takes.
+    """
+    _, multiplication, moved, packed = _CHAIN[dense_ready]
+    _, multiplies, entries, floats = chain_terms(layout, items)
+    return calls * (multiplication * multiplies + moved * entries) + packed * floats
 
 
 def symbols_pay(method: Symbols, batch: int, levels: tuple[int, int]) -> bool:

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,8 +151,9 @@ class Ray:
         answers: list[list[dict[str, float]]] = []
 
         def ask() -> None:
-            alive = [node for node in self._ray.nodes() if node.get("Alive")]
-            answers.append([node.get("Resources", {}) for node in alive])
+            with suppress(Exception):  # Ray has no type of its own for what it raises then
+                alive = [node for node in self._ray.nodes() if node.get("Alive")]
+                answers.append([node.get("Resources", {}) for node in alive])
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()

@@ -25,6 +25,7 @@ from deepthin.torch.exchange import make_plain, make_thin, thin_tensors
 from deepthin.torch.files import contents
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import check_importance
+from deepthin.torch.pretrained import follow, tie_first
 from deepthin.torch.replaced import replacing
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.tensors import Encoded, Owners, tensors_of
@@ -78,6 +79,7 @@ def compress(
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     check_plain(model, "compress(MODEL, rules)")
+    tie_first(model)
     tensors, owners = tensors_of(model)
     check_importance(model, importance := importance or {})
     contents(model)  # raises TypeError for what no file can hold, before the model changes
@@ -152,6 +154,7 @@ def carry_out(
             for layer, parameter in owners[tensor.name]:
                 make_thin(layer, {parameter: generated})
     make_sequential(model)
+    follow(model)
     worst = max(errors, key=lambda name: errors[name], default="")
     if init == "trained" and errors and errors[worst] > 0.5:
         warnings.warn(
@@ -251,6 +254,7 @@ def _materialize(model: nn.Module) -> None:
                 dense[name] = done[key]
             make_plain(layer, dense)
     make_plain_sequential(model)
+    follow(model)
 
 
 def plan_of(model: nn.Module, rules: Rules, tensors: list[Named], encoded: Encoded | None = None) -> list[Planned]:

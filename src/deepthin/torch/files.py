@@ -24,6 +24,7 @@ from deepthin.storage.write import Version, write
 from deepthin.torch.exchange import fresh_std, is_transposed, make_plain, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.initialise import WithoutValues, fill_buffers
+from deepthin.torch.pretrained import _WRITE, follow
 from deepthin.torch.replaced import replaces
 from deepthin.torch.sequential import make_sequential
 from deepthin.torch.update import BASE, HASH_BYTES, Update, base_hash, base_tensors, install, uninstall, updates
@@ -86,6 +87,9 @@ def save(
     with gathered(model) as by_first:
         held = contents(model)
         return by_first(lambda: write(held, path, max_bytes, finite=finite, version=format))
+
+
+_WRITE.append(save)
 
 
 @replaces("load()")
@@ -189,6 +193,7 @@ def load(
         if isinstance(layer, ThinLayer) and not layer.thin:
             make_plain(layer, {})
     make_sequential(model)
+    follow(model)
     fill_buffers(model)
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
         model.register_forward_pre_hook(WithoutValues(left, str(path)))

@@ -42,11 +42,13 @@ class Operand(RoundedState):
     Attributes:
         parts: Shape and scale of each tensor, in the order in which they are cut from the flattened matrix.
         plans: For each tensor its window in the factors' product; None where it must be decoded.
-        kernels: The same for each kernel of a convolution, of outputs x (inputs * taps).
+        chains: For each tensor the chain of cores that it is; None where it is none, or not alone in the code.
+        kernels: As ``plans``, for each kernel of a convolution, of outputs x (inputs * taps).
     """
 
     parts: tuple[Part, ...]
     plans: tuple[Window | None, ...]
+    chains: tuple[Layout | None, ...]
     kernels: tuple[Window | None, ...]
     _cuts: tuple[tuple[int, int], ...]  # begin and end of each tensor in the flattened matrix
     _places: "tuple[accelerated.Place | None, ...]"  # of each tensor in the product of factors of any order
@@ -282,7 +284,7 @@ class Operand(RoundedState):
         fused = bias if scale == 1.0 else None
         if window is None:
             entries = [floats[entry] for entry in self.decoder.code_shapes()]
-            y = trained_core_linear(cast(Layout, chains.layout_of(self.decoder)), fast, entries, x, fused)
+            y = trained_core_linear(cast(Layout, self.chains[index]), fast, entries, x, fused)
         else:
             xf = floats["xf"]
             xf = xf if len(xf) == window.stop - window.first else xf[window.first : window.stop]
@@ -336,10 +338,14 @@ class Operand(RoundedState):
         plan, part = self.plans[index], self.parts[index]
         if plan is not None:
             return product(plan[0], plan[1], plan[3], part.scale)
+        return None if self.chains[index] is None else chain_product(self.decoder, part.scale)
+
+    def _chain(self, index: int) -> Layout | None:
+        """The chain of cores that a matrix is; None where it is none, or the code holds more than this matrix."""
+        part = self.parts[index]
         alone = len(self.parts) == 1 and len(part.shape) == 2
-        if not alone or part.transposed or part.zero_row is not None:
-            return None
-        return chain_product(self.decoder, part.scale)
+        whole = alone and not part.transposed and part.zero_row is None
+        return chains.layout_of(self.decoder) if whole else None
 
     def path(self, x: Tensor, index: int = 0) -> Path:
         """The way by which ``product`` would multiply ``x`` now.

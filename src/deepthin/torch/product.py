@@ -73,6 +73,24 @@ def chain_linear(
     return y.reshape(y.shape[0], y.shape[2])[:, :rows].reshape(*x.shape[:-1], rows)
 
 
+def decoded_chain(cores: Sequence[Float[Tensor, "before rows cols after"]]) -> Float[Tensor, "rows cols"]:
+    """The matrix of a chain of cores.
+
+    Args:
+        cores: As ``chain_linear`` takes them.
+
+    Returns:
+        The matrix, of as many rows and columns as the products of those of the cores.
+    """
+    whole = cores[0][0]  # rows x cols x rank
+    for core in cores[1:]:
+        (down, across, rank), (_, r, q, after) = whole.shape, core.shape
+        product = whole.reshape(down * across, rank) @ core.reshape(rank, r * q * after)
+        product = product.reshape(down, across, r, q, after).permute(0, 2, 1, 3, 4)
+        whole = product.reshape(down * r, across * q, after)
+    return whole[..., 0]
+
+
 def chain_gradients(
     cores: Sequence[Float[Tensor, "before rows cols after"]],
     x: Float[Tensor, "*batch cols"],

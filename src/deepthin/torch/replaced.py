@@ -183,6 +183,18 @@ def _watch_rates(model: nn.Module) -> None:
         _watches.append(Rates([(ref(p), times) for p, times in codes.values()]))
 
 
+def rates_are_right(model: nn.Module) -> None:
+    """Watch no optimiser of a model for the rates of its codes: somebody else sees to them.
+
+    Args:
+        model: The network.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    for watch in [watch for watch in _watches if isinstance(watch, Rates)]:
+        if any(id(reference()) in own for reference, _ in watch.multipliers):
+            _watches.remove(watch)
+
+
 def replaces(
     what: str,
 ) -> Callable[[Callable[Concatenate[_Model, _Rest], _Result]], Callable[Concatenate[_Model, _Rest], _Result]]:

@@ -94,6 +94,7 @@ class ThinWeight(Operand):
             for window, part in zip(self._windows, self.parts, strict=True)
         )
         self.kernels = tuple(self._kernel(index) for index in range(len(self.parts)))
+        self.chains = tuple(self._chain(index) for index in range(len(self.parts)))
         self._operator_pays = tuple(
             multiply.operator_pays(plan) if plan else multiply.chain_pays(self.decoder) for plan in self.plans
         )
