@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import deepthin.torch as dt
 from deepthin.errors import ExportError
 from deepthin.lab.tasks import keyword_networks
-from deepthin.methods.scalar import STEPS_OF_SPREAD
+from deepthin.method import STEPS_OF_SPREAD
 from deepthin.torch.export.measure import measured
 from deepthin.torch.export.targets import TARGETS
 

@@ -1,16 +1,18 @@
 """Fit the cost model of deepthin.kernels.costs to timings on this machine, and print its regret.
 
-    python benchmarks/fit_costs.py [--convolutions]     (about two minutes, one core)
+    python benchmarks/fit_costs.py [--convolutions | --chains]     (about two minutes, one core)
 
 Prints the nanoseconds for each term that `costs.terms` counts, to be copied there, and the regret: the time of the way
 to multiply that the fitted model chooses over that of the fastest one.
 """
 
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable
-from typing import cast
+from contextlib import suppress
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,10 +21,13 @@ from torch import Tensor, nn
 
 from deepthin import METHODS, BudgetError
 from deepthin.kernels import costs
+from deepthin.kernels.chains import Layout, layout_of
 from deepthin.kernels.costs import NATIVE, Path, terms
+from deepthin.method import InTurn, Method
 from deepthin.methods.factor import Factor
 from deepthin.storage.contents import Part
 from deepthin.torch import convolution, multiply, operators
+from deepthin.torch.core_operators import trained_core_linear
 from deepthin.torch.weight import ThinWeight
 
 SHAPES = ((2048, 2048), (1024, 1024), (512, 512), (300, 784), (128, 256), (2048, 440), (64, 64))
@@ -79,7 +84,7 @@ def measure(method: Factor, batch: int) -> list[Case]:
 
     def judge(path: Path) -> None:
         if path in NATIVE:
-            fast(x, weight.xf, weight.wf, bias)
+            fast(x, {"xf": weight.xf, "wf": weight.wf}, bias)
         else:
             ways[path].run(weight, x, 0, bias)
 
@@ -165,6 +170,61 @@ def fit_convolutions() -> None:
         print(f"  regret: mean {np.mean(regret):.3f}, worst {max(regret):.1f}")
 
 
+def measure_chain(
+    method: Method, batch: int
+) -> list[tuple[bool, tuple[int, ...], float, float, float, tuple[int, ...], float]]:
+    """Both cases of a chain of cores: its counts and times in native code and in torch; those of the decoded weight."""
+    rows, cols = method.shape
+    weight = ThinWeight.draw("w", method, [Part(method.shape)], torch.zeros(0), np.random.default_rng(0), 1.0)
+    x, bias = torch.randn(batch, cols, requires_grad=True), nn.Parameter(torch.zeros(rows))
+    grad, layout = torch.randn(batch, rows), cast(Layout, layout_of(method))
+    fast, entries = cast(Any, weight.short_way(0)), weight.floats()
+    fast.choose(batch, 1)
+
+    def step(run: Callable[[], Tensor]) -> None:
+        x.grad = bias.grad = None
+        weight.zero_grad()
+        run().backward(grad)
+
+    native = lambda: trained_core_linear(layout, fast, list(entries.values()), x, bias)  # noqa: E731
+    dense = lambda: multiply.DENSE.run(weight, x, 0, bias)  # noqa: E731
+    in_turn = lambda: multiply.IN_TURN.run(weight, x, 0, bias)  # noqa: E731
+    times = [median_ns(lambda run=run: step(run)) for run in (native, dense, in_turn)]
+    weight.eval().requires_grad_(False)
+    with torch.no_grad():
+        judged = [median_ns(run) for run in (lambda: fast(x, entries, bias), dense, in_turn)]
+    found = []
+    for ready, (own, other, torchs) in ((True, judged), (False, times)):
+        counts = costs.in_turn_terms(cast(InTurn, method), batch)
+        predicted = multiply.DENSE.cost(multiply.Case(method, None, batch, ready))
+        found.append((ready, costs.chain_terms(layout, batch), own, other, predicted, counts, torchs))
+    return found
+
+
+def fit_chains() -> None:
+    """Measure, fit, print the constants of chains. Those of the decoded weight must be up to date."""
+    found = []
+    names, shapes = ("kronecker", "tensor-train"), (*SHAPES, (1024, 429), (429, 1024), (102, 1024))
+    for name, shape, ratio, batch in itertools.product(names, shapes, (0.05, 0.0195, 0.0099, 0.004), BATCHES):
+        with suppress(BudgetError):
+            found += measure_chain(METHODS[name].fit(shape, int(32 * ratio * math.prod(shape))), batch)
+    for ready in (True, False):
+        cases = [case[1:] for case in found if case[0] == ready]
+        title = f"chains, {'evaluation' if ready else 'training'}"
+        for name, place, at in (("native", 0, 1), ("in torch", 4, 5)):
+            times = np.array([case[at] for case in cases])
+            fitted, _ = nnls(np.array([case[place] for case in cases]) / times[:, None], np.ones(len(times)))
+            print(f"{title}, {name}:", ", ".join(f"{value:.3g}" for value in fitted))
+            regret = []
+            for case in cases:
+                own, other = case[at], case[2]
+                regret.append((own if np.dot(fitted, case[place]) < case[3] else other) / min(own, other))
+            print(
+                f"  regret: mean {np.mean(regret):.3f}, 95th percentile {np.percentile(regret, 95):.2f}, "
+                f"worst {max(regret):.1f}"
+            )
+
+
 def measure_all() -> list[Case]:
     """Every shape, ratio, rank and batch for which a plan exists."""
     cases: list[Case] = []
@@ -180,6 +240,9 @@ def measure_all() -> list[Case]:
 def main() -> None:
     """Measure, fit each way by non-negative least squares on relative errors, print."""
     torch.set_num_threads(1)
+    if "--chains" in sys.argv:
+        fit_chains()
+        return
     if "--convolutions" in sys.argv:
         fit_convolutions()
         return

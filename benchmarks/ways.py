@@ -1,24 +1,28 @@
-"""The way that is chosen to multiply by factors, over the fastest one, on a grid of sizes, ranks and batches.
+"""A call of a linear layer, over the fastest way to multiply by its factors, on a grid of sizes, ranks and batches.
 
     python benchmarks/ways.py [--sizes 128,512,2048,8192] [--ranks 1,4,max] [--batches 1,32,256,1024] [--repeats 5]
 
-In evaluation, with the dense weight cached, in native code and without. Runs of all ways are interleaved, and the least
-time of each counts, since other load only adds to it. Ways that are predicted to take 8 times as long as the least are
-not run. One thread. Prints every case above the limit, the worst first, and how many there are.
+In evaluation, with the dense weight cached, in native code and without. With native code the layer is called as users
+call it; without, the chosen way is run. Runs of all ways are interleaved, and the least time of each counts, since
+other load only adds to it. Ways that are predicted to take 8 times as long as the least are not run. One thread. Prints
+every case above the limit, the worst first, and how many there are.
 """
 
 import argparse
+import functools
 import itertools
 import time
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from deepthin import METHODS, BudgetError
 from deepthin.kernels import products
 from deepthin.storage.contents import Part
 from deepthin.torch import multiply
+from deepthin.torch.exchange import make_thin
 from deepthin.torch.multiply import Case
 from deepthin.torch.weight import ThinWeight
 
@@ -34,14 +38,28 @@ def measure(weight: ThinWeight, batch: int, native: bool, repeats: int) -> tuple
     costs = {way.name: way.cost(case) for way in ways}
     ways = [way for way in ways if costs[way.name] <= HOPELESS * min(costs.values())]
     x = torch.randn(batch, weight.decoder.shape[1])
+    calls: dict[str, Any] = {way.name: functools.partial(way.run, cast(Any, weight), x, 0, None) for way in ways}
+    chosen: str = multiply.choose(case).name
+    if native:
+        calls["layer"] = functools.partial(_layer(weight), x)
     seconds: dict[str, float] = {}
     for _ in range(repeats + 1):  # the first run fills caches
-        for way in ways:
+        for name, call in calls.items():
             start = time.perf_counter()
-            way.run(cast(Any, weight), x, 0, None)
+            call()
             took = time.perf_counter() - start
-            seconds[way.name] = min(seconds.get(way.name, took), took)
-    return multiply.choose(case).name, cast("dict[str, float]", seconds)
+            seconds[name] = min(seconds.get(name, took), took)
+    if native:
+        seconds[chosen] = seconds.pop("layer")
+    return chosen, seconds
+
+
+def _layer(weight: ThinWeight) -> nn.Module:
+    """A linear layer of this weight, in evaluation."""
+    rows, cols = weight.decoder.shape
+    layer = nn.Linear(cols, rows, bias=False, device="meta")
+    make_thin(layer, {"weight": weight})
+    return layer.eval()
 
 
 def main() -> None:

@@ -25,11 +25,13 @@ namespace {
 // The layers of a recurrent network, from numbers and addresses.
 struct Layers {
     Layers(int cell, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t layers, int64_t directions,
-           const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts) {
+           const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts, nb::list chains,
+           const std::vector<std::vector<std::uintptr_t>>& cores) {
         const auto within = [](int64_t value) { return 0 < value && value < int64_t(1) << 31; };
         if (cell < 0 || cell > 3 || !within(steps) || !within(batch) || !within(inputs) || !within(hidden) || !within(layers) ||
             directions < 1 || directions > 2 || plans.size() != std::size_t(14 * layers * directions) ||
-            parts.size() != std::size_t(12 * layers * directions))
+            parts.size() != std::size_t(12 * layers * directions) || nb::len(chains) != cores.size() ||
+            (!cores.empty() && cores.size() != std::size_t(2 * layers * directions)))
             throw std::invalid_argument("the layers are empty or too large, or not all of their matrices are given");
         shape = {deepthin::Cell(cell), steps, batch, inputs, hidden, layers, directions, nullptr};
         const int64_t rows = deepthin::gates_of(shape.cell) * hidden;
@@ -41,7 +43,15 @@ struct Layers {
             if (numbers[0] != rows || numbers[1] != cols) throw std::invalid_argument("a matrix has another shape than its layer");
             gates.push_back({deepthin::make_plan(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]),
                              at<const float>(part[0]), at<const float>(part[1]), at<const float>(part[2]), numbers[5] != 0,
-                             numbers[6] != 0, at<float>(part[3]), at<float>(part[4]), at<float>(part[5])});
+                             numbers[6] != 0, at<float>(part[3]), at<float>(part[4]), at<float>(part[5]), nullptr, {}, {}});
+            if (cores.empty() || chains[i].is_none()) continue;
+            deepthin::Gate& gate = gates.back();
+            gate.cores = nb::cast<const deepthin::Cores*>(chains[i]);
+            const std::size_t count = gate.cores->count;
+            if (gate.cores->rows != rows || gate.cores->cols != cols || (cores[i].size() != count && cores[i].size() != 2 * count))
+                throw std::invalid_argument("a chain has another shape than its matrix, or not all of its cores are given");
+            for (std::size_t k = 0; k < count; k++) gate.core[k] = at<const float>(cores[i][k]);
+            for (std::size_t k = count; k < cores[i].size(); k++) gate.grad_core[k - count] = at<float>(cores[i][k]);
         }
         shape.gates = gates.data();
     }
@@ -63,6 +73,20 @@ deepthin::Convolution convolution(const std::vector<int64_t>& numbers) {
     }
     deepthin::check_convolution(c);
     return c;
+}
+
+// Addresses of as many cores as a chain has.
+template <class T>
+std::vector<T*> of_cores(const deepthin::Cores& cores, const std::vector<std::uintptr_t>& addresses) {
+    if (addresses.size() != std::size_t(cores.count)) throw std::invalid_argument("a chain needs all of its cores");
+    std::vector<T*> pointers;
+    for (const std::uintptr_t address : addresses) pointers.push_back(at<T>(address));
+    return pointers;
+}
+
+void check_items(const deepthin::Cores& cores, int64_t batch) {
+    if (batch < 0 || batch > (int64_t(1) << 58) / (cores.rows > cores.cols ? cores.rows : cores.cols))
+        throw std::invalid_argument("the batch is negative or too large");
 }
 
 void check_code(int kind, int64_t bytes, int64_t count, int64_t parameter) {
@@ -115,6 +139,34 @@ NB_MODULE(_native, m) {
         deepthin::backward(set, plan, at<const float>(x), at<const float>(xf), at<const float>(wf), at<const float>(grad),
                            at<float>(grad_x), at<float>(grad_xf), at<float>(grad_wf), batch, fft, threads);
     });
+    // `numbers`: for each core its rank, rows, cols and next rank, and the distances of entries along these axes.
+    nb::class_<deepthin::Cores>(m, "Cores")
+        .def("__init__",
+             [](deepthin::Cores* self, int64_t rows, int64_t cols, const std::vector<int64_t>& numbers) {
+                 if (numbers.size() % 8) throw std::invalid_argument("a core has 8 numbers");
+                 new (self) deepthin::Cores(deepthin::make_cores(rows, cols, numbers.data(), int64_t(numbers.size() / 8)));
+             })
+        .def("forward",
+             [](const deepthin::Cores& cores, const std::vector<std::uintptr_t>& addresses, std::uintptr_t x, std::uintptr_t bias,
+                std::uintptr_t y, int64_t batch, float scale, int threads) {
+                 check_items(cores, batch);
+                 const auto from = of_cores<const float>(cores, addresses);
+                 const Kernels& set = kernels();
+                 nb::gil_scoped_release unlocked;
+                 deepthin::cores_forward(set, cores, from.data(), at<const float>(x), at<const float>(bias), at<float>(y), batch,
+                                         scale, false, threads);
+             })
+        .def("backward", [](const deepthin::Cores& cores, const std::vector<std::uintptr_t>& addresses, std::uintptr_t x,
+                            std::uintptr_t grad, std::uintptr_t grad_x, const std::vector<std::uintptr_t>& grads, int64_t batch,
+                            float scale, int threads) {
+            check_items(cores, batch);
+            const auto from = of_cores<const float>(cores, addresses);
+            const auto to = grads.empty() ? std::vector<float*>() : of_cores<float>(cores, grads);
+            const Kernels& set = kernels();
+            nb::gil_scoped_release unlocked;
+            deepthin::cores_backward(set, cores, from.data(), at<const float>(x), at<const float>(grad), at<float>(grad_x),
+                                     to.empty() ? nullptr : to.data(), batch, scale, threads);
+        });
     m.def("convolve", [](const std::vector<int64_t>& numbers, std::uintptr_t x, std::uintptr_t xf, std::uintptr_t wf,
                          std::uintptr_t bias, std::uintptr_t y, bool fft, float scale, int threads) {
         const deepthin::Convolution c = convolution(numbers);
@@ -133,12 +185,13 @@ NB_MODULE(_native, m) {
                                     at<float>(grad_x), at<float>(grad_xf), at<float>(grad_wf), fft, threads);
     });
     // `plans`: for each matrix rows, cols, n, rank, offset, and whether the product and the gradients go by FFT; `parts`:
-    // for each the addresses of xf, wf, bias and of their gradients; 0 for none. In the order of Recurrent::gates.
+    // for each the addresses of xf, wf, bias and of their gradients; 0 for none. `chains`: for each None or its chain, `cores`
+    // the addresses of the cores and of their gradients; both empty where there is no chain. In the order of Recurrent::gates.
     m.def("recurrent", [](int cell, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t layers,
                           int64_t directions, const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts,
-                          std::uintptr_t x, std::uintptr_t h, std::uintptr_t c, std::uintptr_t y, std::uintptr_t reserve,
+                          nb::list chains, const std::vector<std::vector<std::uintptr_t>>& cores, std::uintptr_t x, std::uintptr_t h, std::uintptr_t c, std::uintptr_t y, std::uintptr_t reserve,
                           int threads) {
-        const Layers made(cell, steps, batch, inputs, hidden, layers, directions, plans, parts);
+        const Layers made(cell, steps, batch, inputs, hidden, layers, directions, plans, parts, chains, cores);
         const Kernels& set = kernels();
         nb::gil_scoped_release unlocked;
         deepthin::recurrent(set, made.shape, at<const float>(x), at<float>(h), at<float>(c), at<float>(y), at<float>(reserve),
@@ -149,10 +202,11 @@ NB_MODULE(_native, m) {
     });
     m.def("recurrent_backward",
           [](int cell, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t layers, int64_t directions,
-             const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts, std::uintptr_t x, std::uintptr_t h,
+             const std::vector<int64_t>& plans, const std::vector<std::uintptr_t>& parts, nb::list chains,
+             const std::vector<std::vector<std::uintptr_t>>& cores, std::uintptr_t x, std::uintptr_t h,
              std::uintptr_t c, std::uintptr_t y, std::uintptr_t reserve, std::uintptr_t grad_y, std::uintptr_t grad_x,
              std::uintptr_t grad_h, std::uintptr_t grad_c, int threads) {
-              const Layers made(cell, steps, batch, inputs, hidden, layers, directions, plans, parts);
+              const Layers made(cell, steps, batch, inputs, hidden, layers, directions, plans, parts, chains, cores);
               const Kernels& set = kernels();
               nb::gil_scoped_release unlocked;
               deepthin::recurrent_backward(set, made.shape, at<const float>(x), at<const float>(h), at<const float>(c),

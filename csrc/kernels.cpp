@@ -6,6 +6,7 @@
 // could be the one copy that the linker keeps for all.
 #include "kernels.h"
 
+#include "cores.h"
 #include "filters.h"
 #include "gates.h"
 #include "lane_gradients.h"
@@ -79,5 +80,6 @@ const Kernels DEEPTHIN_SYMBOL(DEEPTHIN_TABLE) = {
     ::backward,
     ::single_scratch, ::single_item, ::packed_floats, ::pack, ::spectra, ::spectra1, ::finish_grad_wf, ::csr_scratch, ::csr,
     {MOST_BITS ? 1 << FEW_BITS : 0, MOST_BITS ? 1 << MOST_BITS : 0}, ::symbols_scratch, ::symbols,
-    ::one_step, ::one_step_gradient};
+    ::one_step, ::one_step_gradient, ::cores_floats, ::pack_cores, ::cores_scratch, ::cores_item, ::cores_sums, ::cores_gradient,
+    ::finish_cores};
 }  // namespace deepthin

@@ -112,6 +112,22 @@ struct Symbols {
 constexpr int SYMBOL_LEVELS = 64;  // allocated length of a table for the kernels, whatever `levels` is
 constexpr int SYMBOL_ITEMS = 8;    // upper bound on the items of one call
 
+// A chain of cores: W[(i1..id), (j1..jd)] = g1[:, i1, j1, :] .. gd[:, id, jd, :], cut to rows x cols.
+constexpr int MOST_CORES = 8;
+struct Core {
+    int64_t rank, rows, cols, next;  // r_(k-1) x R_k x Q_k x r_k; ranks are 1 at both ends
+    int64_t step[4];                 // floats from one entry to the next, of each axis
+};
+struct Cores {
+    int64_t rows, cols;  // outputs, inputs
+    int count;
+    Core core[MOST_CORES];
+    // Whether `core` holds the mirrored chain, from the last core to the first, of less work: its inputs and outputs are
+    // arrays with the axes in reverse order. Arrays of pointers are in the order of the chain in any case.
+    bool mirrored;
+    int place(int k) const { return mirrored ? count - 1 - k : k; }  // of core k in such an array
+};
+
 // The kernels of one instruction set. `width` is the number of lanes, one item per lane: widths[0], or widths[1]
 // where it is not 0.
 struct Kernels {
@@ -142,6 +158,16 @@ struct Kernels {
     uint32_t (*symbols)(const Symbols&, const float* x, float* y, int64_t items, int64_t first, int64_t stop, float* scratch);
     void (*step)(const Step&);
     void (*step_gradient)(const StepGradient&);
+    // Of a chain of cores, one item at a time. Cores are packed once for many items; with `gradients`, their transposes too.
+    int64_t (*cores_floats)(const Cores&, bool gradients);
+    void (*pack_cores)(const Cores&, const float* const* cores, bool gradients, float* to);
+    int64_t (*cores_scratch)(const Cores&, bool gradients);
+    bool (*cores_item)(const Cores&, const float* packed, const float* x, const float* bias, float scale, bool relu, float* y,
+                       float* scratch);  // whether all outputs are finite
+    int64_t (*cores_sums)(const Cores&);  // floats
+    void (*cores_gradient)(const Cores&, const float* packed, const float* x, const float* grad, float scale, float* grad_x,
+                           float* sums, float* scratch);  // `grad_x` is written, `sums` added to; either may be null
+    void (*finish_cores)(const Cores&, const float* sums, float* const* grads);
 };
 
 // Size of `Job::grad_wf`: W partial sums of each entry of wf or, by FFT, of its spectrum; just wf's entries if n = cols.
@@ -181,6 +207,18 @@ void csr(const Kernels&, const float* values, const int32_t* columns, const int6
 // instruction set has. The result does not depend on `threads`.
 void symbols(const Kernels&, const Symbols&, const float* x, float* y, int64_t batch, int threads);
 
+// A chain from the size of the matrix and, for each core, eight numbers as in `Core`; throws std::invalid_argument.
+Cores make_cores(int64_t rows, int64_t cols, const int64_t* numbers, int64_t count);
+
+// y = scale x W^T + bias for a chain of cores, rectified if asked. Items whose outputs are not all finite are computed again
+// with the weights themselves, as in `forward`. The result depends neither on `threads` nor on the batch.
+void cores_forward(const Kernels&, const Cores&, const float* const* cores, const float* x, const float* bias, float* y,
+                   int64_t batch, float scale, bool relu, int threads);
+
+// Gradients of x and of each core, laid out as the core; those that are null are left out, and `grads` may be.
+void cores_backward(const Kernels&, const Cores&, const float* const* cores, const float* x, const float* grad, float* grad_x,
+                    float* const* grads, int64_t batch, float scale, int threads);
+
 // A convolution of one to three dimensions (depth, height, width; sizes of 1 where there are fewer) as torch has it: its
 // matrix is outputs x (channels / groups * taps). The factors' product holds it from entry `offset` on.
 struct Convolution {
@@ -201,12 +239,16 @@ void convolve(const Kernels&, const Convolution&, const float* x, const float* x
 void convolve_backward(const Kernels&, const Convolution&, const float* x, const float* xf, const float* wf,
                        const float* grad, float* grad_x, float* grad_xf, float* grad_wf, bool fft, int threads);
 
-// A matrix of a recurrent layer, and the arrays for its gradients: null where they are not wanted.
+// A matrix of a recurrent layer, two factors or a chain of cores, and the arrays for its gradients: null where they are not
+// wanted.
 struct Gate {
-    Plan plan;  // gates * hidden x inputs or hidden
+    Plan plan;  // gates * hidden x inputs or hidden; of a chain its rows and cols alone
     const float *xf, *wf, *bias;  // bias: may be null
     bool fft, fft_gradient;
     float *grad_xf, *grad_wf, *grad_bias;
+    const Cores* cores;  // null: two factors
+    const float* core[MOST_CORES];
+    float* grad_core[MOST_CORES];
 };
 
 // Layers over whole sequences: x is steps x batch x inputs, y steps x batch x directions * hidden, states are

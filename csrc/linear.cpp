@@ -169,6 +169,17 @@ Product::Product(const Kernels& kernels, const Plan& plan, const float* xf, cons
 }
 
 void Product::operator()(const Block& block, const float* x, float* y) const {
+    if (cores_) {
+        float* memory = scratch(kernels_->cores_scratch(*cores_, false));
+        for (int64_t i = block.first; i < block.first + block.items; i++) {
+            const float* item = x + i * cores_->cols;
+            float* to = y + i * cores_->rows;
+            if (kernels_->cores_item(*cores_, packed_.get(), item, job_.bias, job_.scale, job_.relu, to, memory)) continue;
+            exact(*cores_, from_, item, job_.bias, job_.scale, job_.relu, to);
+            memory = scratch(kernels_->cores_scratch(*cores_, false));
+        }
+        return;
+    }
     Job job = job_;
     job.x = x, job.y = y;
     uint32_t odd;
@@ -181,11 +192,22 @@ void Product::operator()(const Block& block, const float* x, float* y) const {
         if (odd & 1) exact(job, block.first + b);
 }
 
+Product::Product(const Kernels& kernels, const Cores& cores, const float* const* from, const float* bias, float scale, bool relu)
+    : kernels_(&kernels), packed_(allocate(kernels.cores_floats(cores, false))), cores_(&cores), from_(from) {
+    job_.bias = bias, job_.scale = scale, job_.relu = relu;
+    kernels.pack_cores(cores, from, false, packed_.get());
+}
+
 void forward(const Kernels& kernels, const Plan& plan, const float* x, const float* xf, const float* wf,
              const float* bias, float* y, int64_t batch, bool fft, float scale, bool relu, int threads) {
     const auto blocks = split(kernels, batch, true);
     const Product product(kernels, plan, xf, wf, bias, fft, scale, relu, blocks, false);
     in_parallel(int64_t(blocks.size()), threads, [&](int64_t i) { product(blocks[i], x, y); });
+}
+
+InputGradient::InputGradient(const Kernels& kernels, const Cores& cores, const float* const* from)
+    : kernels_(&kernels), cores_(&cores), packed_(allocate(kernels.cores_floats(cores, true))) {
+    kernels.pack_cores(cores, from, true, packed_.get());
 }
 
 InputGradient::InputGradient(const Kernels& kernels, const Plan& plan, const float* xf, const float* wf, bool fft,
@@ -197,6 +219,13 @@ InputGradient::InputGradient(const Kernels& kernels, const Plan& plan, const flo
 }
 
 void InputGradient::operator()(const Block& block, const float* grad, float* grad_x) const {
+    if (cores_) {
+        float* memory = scratch(kernels_->cores_scratch(*cores_, true));
+        for (int64_t i = block.first; i < block.first + block.items; i++)
+            kernels_->cores_gradient(*cores_, packed_.get(), nullptr, grad + i * cores_->rows, 1, grad_x + i * cores_->cols,
+                                     nullptr, memory);
+        return;
+    }
     Job job = job_;
     job.grad = grad, job.grad_x = grad_x;
     kernels_->backward(job, block.width, block.first, block.items, scratch(kernels_->backward_scratch(job, block.width)));

@@ -37,6 +37,9 @@ void exact(const Job& job, int64_t item);
 // Whether the weight is a plain product of two factors: n is the fan-in, and it begins at entry 0.
 inline bool is_plain_rank(const Plan& plan) { return plan.n == plan.cols && plan.offset == 0; }
 
+// The same of a chain of cores.
+void exact(const Cores&, const float* const* cores, const float* x, const float* bias, float scale, bool relu, float* y);
+
 // The plan with pieces of a multiple of some number of inputs.
 Plan in_pieces(Plan plan, int64_t multiple);
 
@@ -75,6 +78,8 @@ class Product {
   public:
     Product(const Kernels&, const Plan&, const float* xf, const float* wf, const float* bias, bool fft, float scale,
             bool relu, const std::vector<Block>& blocks, bool often);
+    // scale x W^T + bias by a chain of cores.
+    Product(const Kernels&, const Cores&, const float* const* from, const float* bias, float scale, bool relu);
     // x and y are those of the whole batch. May be called from several threads.
     void operator()(const Block& block, const float* x, float* y) const;
 
@@ -83,18 +88,23 @@ class Product {
     Job job_{};
     CachedSpectra spectra_, spectra1_;
     Memory packed_;
+    const Cores* cores_ = nullptr;
+    const float* const* from_ = nullptr;
 };
 
 // Gradients of the inputs of one product after another: grad W.
 class InputGradient {
   public:
     InputGradient(const Kernels&, const Plan&, const float* xf, const float* wf, bool fft, const std::vector<Block>& blocks);
+    InputGradient(const Kernels&, const Cores&, const float* const* from);
     void operator()(const Block& block, const float* grad, float* grad_x) const;
 
   private:
     const Kernels* kernels_;
     Job job_{};
     CachedSpectra spectra_;
+    const Cores* cores_ = nullptr;
+    Memory packed_;
 };
 
 }  // namespace deepthin

@@ -55,6 +55,22 @@ void add(float* to, const float* from, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] += from[i];
 }
 
+// Whether the gradient of any factor or core is wanted.
+bool is_wanted(const Gate& gate) {
+    if (!gate.cores) return gate.grad_xf || gate.grad_wf;
+    return std::any_of(gate.grad_core, gate.grad_core + gate.cores->count, [](const float* grad) { return grad != nullptr; });
+}
+
+void gradients(const Kernels& kernels, const Gate& gate, const float* x, const float* grad, float* grad_x, int64_t items,
+               int threads) {
+    if (gate.cores)
+        cores_backward(kernels, *gate.cores, gate.core, x, grad, grad_x, is_wanted(gate) ? gate.grad_core : nullptr, items, 1.0f,
+                       threads);
+    else
+        backward(kernels, gate.plan, x, gate.xf, gate.wf, grad, grad_x, gate.grad_xf, gate.grad_wf, items, gate.fft_gradient,
+                 threads);
+}
+
 }  // namespace
 
 int64_t recurrent_reserve(const Recurrent& shape) { return Layout(shape).total(); }
@@ -78,6 +94,7 @@ void recurrent(const Kernels& kernels, const Recurrent& shape, const float* x, f
         for (int64_t d = 0; d < shape.directions; d++) {
             const Direction one = layout.direction(reserve, layer, d);
             const auto product = [&](const Gate& gate, const std::vector<Block>& blocks, bool often) {
+                if (gate.cores) return Product(kernels, *gate.cores, gate.core, gate.bias, 1.0f, false);
                 return Product(kernels, gate.plan, gate.xf, gate.wf, gate.bias, gate.fft, 1.0f, false, blocks, often);
             };
             directions.push_back(one);
@@ -146,7 +163,10 @@ void recurrent_backward(const Kernels& kernels, const Recurrent& shape, const fl
         for (int64_t d = 0; d < number; d++) {
             directions.push_back(layout.direction(const_cast<float*>(reserve), layer, d));
             const Gate& gate = *directions.back().state;
-            of_states.emplace_back(kernels, gate.plan, gate.xf, gate.wf, gate.fft_gradient, blocks);
+            if (gate.cores)
+                of_states.emplace_back(kernels, *gate.cores, gate.core);
+            else
+                of_states.emplace_back(kernels, gate.plan, gate.xf, gate.wf, gate.fft_gradient, blocks);
         }
         const auto of_gates = [&](int64_t d) { return grads.get() + d * items * width; };
         const auto of_products = [&](int64_t d) { return apart ? grads_apart.get() + d * items * width : of_gates(d); };
@@ -188,7 +208,7 @@ void recurrent_backward(const Kernels& kernels, const Recurrent& shape, const fl
             };
             sum_of(of_products(d), state.grad_bias);
             sum_of(of_gates(d), input.grad_bias);
-            if (state.grad_xf || state.grad_wf) {
+            if (is_wanted(state)) {
                 const float* first = h + one.place * batch * hidden;
                 for (int64_t t = 0; t < steps; t++)
                     for (int64_t b = 0; b < batch; b++) {
@@ -198,13 +218,10 @@ void recurrent_backward(const Kernels& kernels, const Recurrent& shape, const fl
                                                         ((one.turned ? t + 1 : t - 1) * batch + b) * out + d * hidden;
                         std::memcpy(before.get() + (t * batch + b) * hidden, from, sizeof(float) * hidden);
                     }
-                backward(kernels, state.plan, before.get(), state.xf, state.wf, of_products(d), nullptr, state.grad_xf,
-                         state.grad_wf, items, state.fft_gradient, threads);
+                gradients(kernels, state, before.get(), of_products(d), nullptr, items, threads);
             }
             float* const to = !below ? nullptr : d ? second.get() : below;
-            if (to || input.grad_xf || input.grad_wf)
-                backward(kernels, input.plan, in, input.xf, input.wf, of_gates(d), to, input.grad_xf, input.grad_wf, items,
-                         input.fft_gradient, threads);
+            if (to || is_wanted(input)) gradients(kernels, input, in, of_gates(d), to, items, threads);
             if (d && below) add(below, second.get(), items * input.plan.cols);
         }
     }

@@ -96,7 +96,7 @@ class Layer {
             shift = decoded(torch, current(torch, of_bias, grad), at(link, 7));
         }
         if (!shift) return not_now;  // a bias that is no parameter, or not decoded yet
-        const bool reads = step.product->read(torch, get(code, names.xf), get(code, names.wf), shift.ptr(), grad, step.operands);
+        const bool reads = step.product->read(torch, code, shift.ptr(), grad, step.operands);
         return reads ? ready : not_now;
     }
 
@@ -280,12 +280,13 @@ void deepthin::python::bind_torch(nb::module_& m) {
     bind_rows(m);
     nb::class_<Product>(m, "Product")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float>())
+        .def(nb::init<const deepthin::Cores&, nb::list, float>())
         .def("choose", &Product::choose)
         .def("choose_training", &Product::choose_training)
-        .def("trained", &Product::trained, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none())
-        .def("forward", &Product::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+        .def("trained", &Product::trained, nb::arg(), nb::arg().none(), nb::arg().none())
+        .def("forward", &Product::forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
         .def("backward", &Product::backward)
-        .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+        .def("__call__", &Product::operator(), nb::arg(), nb::arg().none(), nb::arg().none());
     nb::class_<Single>(m, "Single", nb::type_slots(collected<Single>))
         .def(nb::init<nb::tuple, nb::type_object>())
         .def("__call__", &Single::operator());

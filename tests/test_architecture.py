@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "deepthin"
 
 # docs/architecture.md, "Who may import whom": a room imports its own files and those of the rooms before it.
 ROOMS = (
-    "errors", "coding", "method", "methods", "kernels", "storage", "plan", "keras", "tensorflow", "torch", "testing",
-    "lab", "tasks", "cli", "__main__",
+    "errors", "coding", "method", "methods", "kernels", "storage", "plan", "keras", "tensorflow", "torch",
+    "huggingface", "testing", "lab", "tasks", "cli", "__main__",
 )  # fmt: skip
 # What a room may import from outside, besides the standard library; and rooms before it that it must not import.
 CORE = {"numpy", "jaxtyping"}
@@ -23,7 +23,8 @@ OUTSIDE = {
     "tensorflow": CORE | {"keras", "tensorflow"},
     "torch": CORE
     | {"torch", "transformers", "lightning", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "executorch"}
-    | {"litert_torch", "ai_edge_litert"},
+    | {"litert_torch", "ai_edge_litert", "safetensors"},
+    "huggingface": CORE | {"torch", "transformers"},
     "testing": CORE | {"torch"},
     "lab": CORE
     | {"torch", "tensorflow", "matplotlib", "mlxtend", "optuna", "ray", "jiwer", "jinja2", "rdata", "torchao"}

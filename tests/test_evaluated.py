@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deepthin.torch as dt
+from deepthin import ConfigError
 from deepthin.kernels import products
 from deepthin.torch import evaluated
 from deepthin.torch.cache import StateCache
@@ -278,7 +279,9 @@ def test_a_decoded_bias_that_is_written_to_is_decoded_again():
     with torch.no_grad():
         want = model(x)
         model(x)
-        model[0].bias.add_(1)
+        with pytest.raises(ConfigError, match="bias of a ThinLinear is lost"):
+            model[0].bias.add_(1)
+        model[0].thin["bias"]().add_(1)
         assert model._runs[1][0][1](x) is None
         assert torch.equal(model(x), want)
 

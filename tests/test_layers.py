@@ -405,7 +405,7 @@ def test_an_embedding_tied_to_the_output_layer(tmp_path):
         (nn.EmbeddingBag(50, 20, sparse=True), "changed in place"),
         (nn.LayerNorm((8, 8)), "drawn anew"),
         (nn.Bilinear(8, 8, 8), "Bilinear has no thin version"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(30, 30)), "has no thin version"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(30, 30)), "weight_norm computes a weight from it"),
     ],
 )
 def test_what_cannot_be_thin_says_why(layer, reason):

@@ -424,9 +424,9 @@ def test_optimisers_that_are_right_are_left_alone(how, tmp_path):
         step(model, optimizer)
         exchange(model, str(tmp_path / "x.thin") if how == "load" else how)
         new = [p for p in model.parameters() if all(p is not q for g in optimizer.param_groups for q in g["params"])]
-        fresh = torch.optim.Adam(model.parameters() if case == "new" else new)
+        fresh = torch.optim.Adam(model.parameters() if case == "new" else new, lr=0.02)
         if case == "added":
-            optimizer.add_param_group({"params": new})
+            optimizer.add_param_group({"params": new, "lr": 0.02})
         for _ in range(4):
             if case == "new":
                 step(model, fresh)
@@ -449,7 +449,7 @@ def test_nothing_is_watched_when_nobody_holds_old_parameters():
     replaced._watches.clear()
     model = network()
     dt.compress(model, {"model": {"ratio": 0.3}})
-    step(model, torch.optim.Adam(model.parameters()))
+    step(model, torch.optim.Adam(model.parameters(), lr=0.02))
     assert not replaced._watches
     assert not replaced._hooks
 

@@ -207,7 +207,7 @@ def test_infeasible_rule_names_the_matrix():
         (
             {"rules": {"*": {"metod": "rank"}}},
             "[rules.\"*\"], method deepthin has no key 'metod'. Did you mean 'method'? "
-            "Valid: method, ratio, bytes, floats, group, then, projection, rank, n, seed.",
+            "Valid: method, ratio, bytes, floats, group, then, projection, plus, rank, n, seed.",
         ),
         ({"model": {"ratio": "0.1"}}, "[model] ratio = '0.1' must be a number."),
         ({"model": {"ratio": True}}, "[model] ratio = True must be a number."),

@@ -70,8 +70,8 @@ def evaluate(model, split):
     return {"loss": float(loss), "error": 100 * float((model(IMAGES[part]).argmax(1) != CLASSES[part]).float().mean())}
 
 
-def wanted(steps=STEPS, file_bytes=1500, **more):
-    return Wanted(Setup("", steps=steps, own=(build, fit, evaluate)), file_bytes, **more)
+def wanted(steps=STEPS, file_bytes=1500, least_steps=100, **more):
+    return Wanted(Setup("", steps=steps, own=(build, fit, evaluate)), file_bytes, least_steps=least_steps, **more)
 
 
 def value_of(settings, steps):
@@ -157,7 +157,8 @@ def candidate(number, values, microseconds=10.0, settings=None, round_=0):
 
 def test_rungs_are_thirds_but_none_is_too_short():
     assert rungs(3000) == (333, 1000, 3000)
-    assert rungs(600) == (200, 600)
+    assert rungs(900) == (300, 900)
+    assert rungs(600) == (600,)
     assert rungs(50) == (50,)
     assert rungs(18, least=2) == (2, 6, 18)
 
@@ -170,6 +171,9 @@ def test_the_best_third_is_promoted_and_slow_networks_come_last():
     assert third == []
     assert [c.number for c in due(round_, (100, 300), 30.0)[1]] == [3, 2, 1]
     assert [c.number for c in ordered(round_, 100, 30.0)][-1] == 8
+    known = [replace(c, origin="DeepThin" if c.number in (1, 5) else c.origin) for c in round_]
+    assert [c.number for c in due(known, (100, 300, 900), None)[1]] == [8, 7, 6, 1]  # a known start is trained in full
+    assert [c.number for c in due(known, (100, 300), 5.0)[1]] == [0, 1, 2]  # unless it is too slow
     failed = [*round_, candidate(9, {100: None})]
     assert 9 not in [c.number for c in ordered(failed, 100, None)]
 
@@ -369,7 +373,7 @@ def history(problem, count=18):
         earlier = [c for c in candidates if c.round < round_]
         tried = {problem.identity(c.settings) for c in candidates}
         near = [c.settings for c in ranked(earlier, None)[:3]] or good
-        found = proposed(problem, earlier, near, tried, rungs(STEPS), place, f"{round_} {place}")
+        found = proposed(problem, earlier, near, tried, rungs(STEPS, 100), place, f"{round_} {place}")
         results = {100: Result(100, value_of(found[1], 100), None, 1400, 100.0 * (1 + place))}
         candidates.append(Candidate(number, round_, place, found[1], results, found[0]))
     return candidates
@@ -382,7 +386,7 @@ def test_proposals_are_new_and_depend_on_earlier_rounds_only():
     assert len({problem.identity(c.settings) for c in one}) == len(one)
     assert {c.origin for c in one[:FIRST]} == {"near"}
     assert [c.origin for c in one[FIRST:]] == ["TPE", "near"] * 4 + ["TPE"]
-    third = [proposed(problem, one, [one[0].settings], (), rungs(STEPS), 0, seed) for seed in ("0", "0", "1")]
+    third = [proposed(problem, one, [one[0].settings], (), rungs(STEPS, 100), 0, seed) for seed in ("0", "0", "1")]
     assert third[0] == third[1] != third[2]
 
 
@@ -431,10 +435,14 @@ def test_a_space_that_is_used_up_ends_the_search(tmp_path, monkeypatch):
 def test_a_round_is_nine_short_trainings_three_longer_ones_and_one_long_one(tmp_path, monkeypatch):
     fake = Fake()
     candidates = searched(Problem.prepare(wanted(rounds=2)), tmp_path, monkeypatch, fake)
-    for round_ in range(2):
-        counts = [sum(c.round == round_ and steps in c.results for c in candidates) for steps in (100, 300, 900)]
-        assert counts == [9, 3, 1]
-    assert len({file for file, *_ in fake.jobs}) == len(fake.jobs) == 26
+    counts = [sum(c.round == 1 and steps in c.results for c in candidates) for steps in (100, 300, 900)]
+    assert counts == [9, 3, 1]
+    begun = [[c for c in candidates if c.round == 0 and steps in c.results] for steps in (100, 300, 900)]
+    first = ordered(begun[0], 100, None)[:3]
+    assert {c.number for c in begun[1]} == {0, 1, *(c.number for c in first)}  # two known ones are trained in full
+    second = ordered(begun[1], 300, None)[: -(-len(begun[1]) // 3)]
+    assert {c.number for c in begun[2]} == {0, 1, *(c.number for c in second)}
+    assert len({file for file, *_ in fake.jobs}) == len(fake.jobs) == 13 + sum(map(len, begun))
     assert candidates[0].origin == "Kronecker outside"
     _, result = chosen(candidates, None)
     assert result.value == min(r.value for c in candidates for r in c.results.values())
@@ -455,7 +463,7 @@ def test_after_a_kill_between_trainings_the_search_goes_on_with_the_same_proposa
     rest = Fake()
     again = searched(Problem.prepare(wanted(rounds=2)), tmp_path / "b", monkeypatch, rest)
     assert untimed(again) == untimed(straight)
-    assert len(rest.jobs) == 26 - at  # nothing twice
+    assert len(rest.jobs) == sum(len(c.results) for c in straight) - at  # nothing twice
 
 
 def test_a_kill_between_two_proposals(straight, tmp_path, monkeypatch):
@@ -538,7 +546,7 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path, monkeypatch):
 
 def test_what_each_choice_was_worth(straight):
     problem, candidates = Problem.prepare(wanted(rounds=2)), straight
-    rows = worth(problem.space, candidates, rungs(STEPS))
+    rows = worth(problem.space, candidates, rungs(STEPS, 100))
     for steps in (100, 300, 900):
         lowest = min(r.value for c in candidates if (r := c.at(steps)))
         for choice in ("first.method", "decay", "lr"):

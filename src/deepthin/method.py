@@ -40,6 +40,7 @@ Code = dict[str, Array]
 
 
 FLOAT_BITS = 32
+STEPS_OF_SPREAD = 4  # root mean square of the numbers over a learned step at the start of a training
 
 
 @dataclass(frozen=True, slots=True)
@@ -739,6 +740,23 @@ class Bounded(Method, Protocol):
 
         Returns:
             Upper bound on the magnitude of every weight, and of every number that ``decode`` computes on its way.
+        """
+        ...
+
+
+@runtime_checkable
+class StartsSteps(Method, Protocol):
+    """A method that says how large floats of zeros will become, so that their learned step can begin as large."""
+
+    def start_of_steps(self, code: Code, xp: Namespace) -> Code:
+        """Numbers by which the first steps of some entries are chosen, instead of the entries themselves.
+
+        Args:
+            code: Stored entries and those of ``derived``.
+            xp: The namespace of the arrays.
+
+        Returns:
+            Entry name -> array of its shape; entries that are left out speak for themselves.
         """
         ...
 

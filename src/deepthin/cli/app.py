@@ -1,7 +1,8 @@
 """The application that commands register with, and their output functions."""
 
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +20,33 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 notes = Console(stderr=True, highlight=False)
+_kept: list[tuple[Path, str]] = []
+
+
+def resumes(folder: Path, *patterns: str) -> None:
+    """Say from which files the command goes on after an interruption.
+
+    Args:
+        folder: Where they are.
+        patterns: Globs of their names.
+    """
+    _kept.extend((folder, pattern) for pattern in patterns)
+
+
+def interrupted() -> str:
+    """What running the command again will do: it goes on if it has written something to go on from."""
+    if found := next((folder for folder, pattern in _kept if any(folder.glob(pattern))), None):
+        return f"interrupted; what is done is kept in {found}: the same command goes on"
+    return "interrupted before anything was kept: the same command starts over"
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"deepthin {import_module('deepthin').__version__}")
+        raise typer.Exit
 
 
 def say(kind: str, message: str) -> None:

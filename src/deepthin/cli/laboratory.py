@@ -1,5 +1,6 @@
 """The commands for experiments: bench, train, compare."""
 
+import glob
 import json
 import shlex
 import sys
@@ -11,7 +12,7 @@ from typing import Annotated, cast
 import typer
 from rich.text import Text
 
-from deepthin.cli.app import app, known, notes, write_json
+from deepthin.cli.app import app, known, notes, resumes, write_json
 from deepthin.cli.options import (
     Cpus,
     Data,
@@ -174,6 +175,7 @@ def train(
     setup = Setup(name, data and data.absolute(), steps, width, depth, None, taught, network, factory)
     if model and train and evaluate:
         setup = replace(setup, own=(model, train, evaluate))
+    resumes(out.parent, glob.escape(f"{out.name}.checkpoint"))
     with Progress("training", "steps") as report_step:
         found = train_one(
             setup, config, out, lr, seed, lambda step, total: report_step(str(out), step, total), checkpoint, decay
@@ -282,6 +284,7 @@ def compare(
         at = search_ratio or compare.searched_ratio(folder) or sorted(sizes)[len(sizes) // 2]
         searched = Search(search, at, search_steps or max(run.steps // 3, 1))
     settings = compare.Settings(setup, chosen, sizes, seeds, searched, engine, jobs, threads, needs, storage)
+    resumes(folder, "results.json", "search.db", "models/*.thin")
     with Progress("running", "steps") as report_step:
         rows = compare.compare(settings, folder, report_step)
     page = write_page(rows, folder, shlex.join(["deepthin", *sys.argv[1:]]))

@@ -36,9 +36,16 @@ def plan(model: Model, config: Config = None, ratio: Ratio = None, json_file: Js
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="The .thin file to write.")],
-    weights: Annotated[Path, typer.Option(help="The trained state dict: .safetensors, or a torch file (.pt, .pth).")],
+    weights: Annotated[
+        Path,
+        typer.Option(
+            help="The trained state dict: .safetensors, a torch file (.pt, .pth), or a folder of .safetensors files, "
+            "which is compressed one matrix at a time."
+        ),
+    ],
     config: Config = None,
     ratio: Ratio = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Of a folder: matrices that are encoded at once.")] = 1,
     json_file: Json = None,
 ) -> None:
     """Compress trained weights: encode the matrices that the configuration names and write one small file.
@@ -47,7 +54,13 @@ def compress(
     `file_bytes`, integers are made smaller until the file fits; training to the size (`deepthin train`) is better.
 
     Example: `deepthin compress --model nets:lenet --weights dense.safetensors --ratio 0.02 --out lenet.thin`
+
+    A model that does not fit into memory: `deepthin compress --model nets:large --weights shards/ --ratio 0.01 --jobs 2
+    --out large.thin`. If interrupted, the same command goes on.
     """
+    if weights.is_dir():
+        _compress_folder(model, weights, _rules(config, ratio), out, jobs, json_file)
+        return
     from deepthin.torch import compress as compress_model
     from deepthin.torch import save
     from deepthin.torch.size_target import coded_weights, fit_to
@@ -170,6 +183,23 @@ def _build(spec: str) -> "nn.Module":
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--model {spec} returned {type(network).__name__}, not a torch.nn.Module.")
     return network
+
+
+def _compress_folder(model: str, weights: Path, rules: Any, out: Path, jobs: int, json_file: Path | None) -> None:
+    """Compress the shards of a folder, with a bar."""
+    import torch
+
+    from deepthin.cli.progress import Progress
+    from deepthin.torch.streamed import compress_weights
+
+    with torch.device("meta"):
+        network = _build(model)
+    with Progress("encoding", "matrices") as step:
+        report = compress_weights(
+            network, weights, rules, out, jobs, lambda _, done, all_: step("matrices", done, all_)
+        )
+    show(report, json_file)
+    print(f"wrote {out}: {out.stat().st_size:,} bytes")
 
 
 def _rules(config: Path | None, ratio: float | None) -> Any:

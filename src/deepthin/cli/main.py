@@ -5,8 +5,10 @@ import sys
 import warnings
 from pathlib import Path
 
+from rich.text import Text
+
 from deepthin.cli import laboratory, library, search  # noqa: F401 -- their commands register with the application
-from deepthin.cli.app import app, notes, say
+from deepthin.cli.app import app, interrupted, notes, say
 from deepthin.errors import DeepThinError, ExportError
 
 
@@ -25,7 +27,5 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's exit code after Ctrl-C
             raise
-        notes.print(
-            "interrupted; run it again: a search, a comparison and a training resume, other commands start over"
-        )
+        notes.print(Text(interrupted()), soft_wrap=True)
         sys.exit(130)

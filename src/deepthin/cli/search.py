@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from deepthin.cli.app import app, known, notes, write_json
+from deepthin.cli.app import app, known, notes, resumes, write_json
 from deepthin.cli.options import (
     Cpus,
     Data,
@@ -133,6 +133,7 @@ def search(
     folder = out or Path("runs") / "search" / f"{name or (model or '').partition(':')[2]}-{file_bytes}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file: name a folder.")
+    resumes(folder, "search.db")
     with _shown(seconds_of(budget)) as (told, progress):
         best = run(wanted, folder, shlex.join(["deepthin", *sys.argv[1:]]), told, progress)
     unit = best.metric.replace("_", " ")

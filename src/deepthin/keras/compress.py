@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import keras
@@ -19,8 +18,8 @@ from deepthin.keras.weight import ThinWeight
 from deepthin.method import Method
 from deepthin.plan.encoded import EncodedOnce
 from deepthin.plan.file_limit import parts_of, planned_contents, projecting, within
-from deepthin.plan.parse import parse_rules
-from deepthin.plan.rules import Rules
+from deepthin.plan.parse import Source, with_target
+from deepthin.plan.rules import Rules, refuse_twice
 from deepthin.plan.shares import Planned, plan_tensors
 from deepthin.plan.start import generator, pieces_of, relative_error
 from deepthin.plan.tensor import Tensor
@@ -97,9 +96,12 @@ class Encoded(EncodedOnce[np.ndarray, ThinWeight]):
 
 def compress(
     model: keras.Model,
-    rules: Mapping[str, Any] | str | Path | Rules,
+    rules: Source | None = None,
     init: Literal["trained", "scratch"] = "trained",
     seed: int = 0,
+    *,
+    ratio: float | None = None,
+    file_bytes: int | None = None,
 ) -> Report:
     """Replace the matrices that ``rules`` match by compressed ones, in place.
 
@@ -110,18 +112,23 @@ def compress(
 
     Args:
         model: A built dense model.
-        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``.
+        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``; or a ratio:
+            ``compress(model, 0.02)``. None stores every matrix by ``deepthin``, at ``ratio`` or ``file_bytes``.
         init: ``"trained"`` encodes the present weights. ``"scratch"`` draws new codes for matrices, whose decoded
             weights have mean 0 and a tenth of He's variance (gates: torch's default spread; embeddings: Keras's).
             Biases keep their present values either way.
         seed: Seed of ``"scratch"``; each matrix draws from a generator that depends on this seed and on its name.
+        ratio: ``[model] ratio``: all matched matrices together over 32 bits a weight, in (0, 1].
+        file_bytes: ``[model] file_bytes``: the whole file, in bytes. Without ``then = { method = "coded" }`` in the
+            rules the file keeps it however the model is trained; with it, ``SizeTarget`` trains to it (docs/rate.md).
 
     Returns:
         One row for each matrix, with its bytes in the file and, if it was encoded, its relative error in the
         Frobenius norm; and the totals of the file.
 
     Raises:
-        ConfigError: ``rules`` or ``init`` do not fit the model, or no target is given.
+        ConfigError: ``rules`` or ``init`` do not fit the model, no target or two are given, or the matrices
+            are compressed already.
         BudgetError: The target is smaller than the smallest plan.
         NonFiniteError: A weight to be encoded has a NaN or an infinity.
     """
@@ -129,8 +136,8 @@ def compress(
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     held = tensors(model)
     encoded = Encoded(held)
-    rules = parse_rules(rules)
-    planned = plan_of(model, rules, held, encoded if init == "trained" else None)
+    parsed = with_target(rules, ratio, file_bytes)
+    planned = plan_of(model, parsed, held, encoded if init == "trained" else None)
     weights: list[tuple[Planned, ThinWeight]] = []
     errors: dict[str, float] = {}
     for chosen in planned:
@@ -148,7 +155,7 @@ def compress(
         weights.append((chosen, weight))
     restart = Restart(model)
     for chosen, weight in weights:
-        weight.file_bytes = rules.file_bytes
+        weight.file_bytes = parsed.file_bytes
         for index, tensor in enumerate(chosen.tensors):
             for place in held[tensor.name].places:
                 variables = {place.weight: held[tensor.name].variable}
@@ -165,12 +172,16 @@ def compress(
     return report_of(contents(model), errors)
 
 
-def plan(model: keras.Model, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
+def plan(
+    model: keras.Model, rules: Source | None = None, *, ratio: float | None = None, file_bytes: int | None = None
+) -> Report:
     """Predict what ``compress`` would do, from shapes alone; the model is left unchanged.
 
     Args:
         model: A built dense model.
-        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``.
+        rules: The configuration, as in ``compress``.
+        ratio: As in ``compress``.
+        file_bytes: As in ``compress``.
 
     Returns:
         One row for each matrix, without errors. Sizes of entries whose coded size depends on the weights are upper
@@ -180,7 +191,7 @@ def plan(model: keras.Model, rules: Mapping[str, Any] | str | Path | Rules) -> R
         ConfigError: ``rules`` do not fit the model, or no target is given.
         BudgetError: The target is smaller than the smallest plan.
     """
-    planned = plan_of(model, parse_rules(rules), tensors(model))
+    planned = plan_of(model, with_target(rules, ratio, file_bytes), tensors(model))
     return report_of(planned_contents(contents(model), planned))
 
 
@@ -223,6 +234,8 @@ def plan_of(
         BudgetError: The target is smaller than the smallest plan.
     """
     named_tensors = named(held)
+    thin = {name: tensor.thin.method_name for name, tensor in held.items() if tensor.thin is not None}
+    refuse_twice(rules, named_tensors, thin, "keras")
     if rules.file_bytes is None:
         return plan_tensors(rules, named_tensors)
     return within(rules.file_bytes, rules, named_tensors, contents(model), None if encoded is None else encoded.thin)
@@ -248,7 +261,9 @@ def named(held: Mapping[str, Held]) -> list[Tensor]:
         reasons = [reason for p in tensor.places if (reason := why_not(p.layer, p.weight, tensor.variable))]
         shape = tensor.layout.shape(tensor.shape)
         std = fresh_std(tensor.places[0].layer, shape) if not reasons and len(shape) > 1 else 1.0
-        as_named.append(Tensor(first, shape, "; ".join(dict.fromkeys(reasons)), tuple(also), std=std))
+        as_named.append(
+            Tensor(first, shape, "; ".join(dict.fromkeys(reasons)), tuple(also), std=std, layers="layers of Keras")
+        )
     return as_named
 
 

@@ -5,13 +5,17 @@ calls.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
+from deepthin.kernels.chains import Layout, Sizes, layout_of
 from deepthin.method import InTurn, Symbols
 from deepthin.methods.factor import Factor
 
-Path = Literal["dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "csr", "symbols"]
+Path = Literal[
+    "dense", "factors", "direct", "fft", "native-direct", "native-fft", "native-auto", "native-cores", "csr", "symbols"
+]
 """Multiply by the decoded weight, its factors in turn, structured in torch or in native code, sparse rows, symbols."""
 
 NATIVE: tuple[Path, ...] = ("native-direct", "native-fft", "native-auto")
@@ -25,7 +29,7 @@ LANES, FEW = 8, 3  # native code takes one item per SIMD lane; a remainder of at
 _NANOSECONDS: dict[bool, dict[str, tuple[float, ...]]] = {
     True: {
         "dense": (7.43e3, 0.0243, 0.0974, 0.0),
-        "factors": (4e4, 0.04, 0.2),
+        "factors": (1.3e4, 0.04, 0.2),
         "fft": (2.14e5, 0.253, 0.0252, 3.41, 1.19, 87.1),
         "direct": (1.2e5, 0.068, 0.622, 0.0469, 2.89, 1.25, 345.0),
         "native-direct": (4.78e3, 0.024, 0.0905, 2.11, 0.12, 0.168),
@@ -66,9 +70,16 @@ _NO_TIMES: dict[str, tuple[float, ...]] = {"dense": (0.0, 0.0, 0.0, 0.0)}  # els
 
 _SYMBOL_ITEMS, _SYMBOL_AREA = 8, 1 << 21
 _IN_TURN = {
-    "cpu": {True: (6e4, 0.05), False: (2.5e5, 0.2)},
-    "cuda": {True: (4.4e5, 1.6e-4), False: (1.9e6, 4.6e-4)},  # not measured: calls as by FFT, 4 times a dense product's
-}  # nanoseconds of a call and of a multiplication, for Kronecker sums and tensor trains
+    "cpu": {True: (2.68e4, 0.0345, 0.83), False: (1.18e5, 0.153, 4.57)},
+    "cuda": {
+        True: (2.2e5, 1.6e-4, 0.0),
+        False: (9.5e5, 4.6e-4, 0.0),
+    },  # not measured: as by FFT, 4 times a dense product's
+}  # of Kronecker sums and tensor trains in a framework's operations, for `in_turn_terms`
+_CHAIN = {
+    True: (2.81e3, 0.0192, 0.239, 0.0795),
+    False: (1.04e5, 0.102, 1.05, 1.17),
+}  # of the same in native code: `chain_terms`
 
 
 def terms(method: Factor, batch: int) -> dict[Path, tuple[int | float, ...]]:
@@ -190,15 +201,15 @@ def choose(method: Factor, batch: int, dense_ready: bool, native: bool = False) 
     )
 
 
-def repeated_dense_work(method: Factor, items: int, calls: int, dense_ready: bool) -> float:
+def repeated_dense_work(shape: tuple[int, int], summands: int, items: int, calls: int, dense_ready: bool) -> float:
     """Predicted nanoseconds of so many products of ``items`` each by one decoded weight, made once if it is not ready.
 
     Without what each call takes, as ``work``. Every product reads the weight, whoever made it.
     """
     _, multiplication, entry, summand = _NANOSECONDS[dense_ready]["dense"]
     reading = _NANOSECONDS[True]["dense"][2]
-    made = 0.0 if dense_ready else entry + summand * method.rank
-    return math.prod(method.shape) * (calls * (multiplication * items + reading) + made)
+    made = 0.0 if dense_ready else entry + summand * summands
+    return math.prod(shape) * (calls * (multiplication * items + reading) + made)
 
 
 def dense_cost(shape: tuple[int, int], summands: int, batch: int, dense_ready: bool, device: str = "cpu") -> float:
@@ -267,8 +278,83 @@ def in_turn_cost(method: InTurn, batch: int, dense_ready: bool, device: str = "c
     """
     if device not in _IN_TURN:
         return math.inf
-    delay, each = _IN_TURN[device][dense_ready]
-    return delay + each * batch * method.multiplies()
+    return sum(w * c for w, c in zip(_IN_TURN[device][dense_ready], in_turn_terms(method, batch), strict=True))
+
+
+def in_turn_terms(method: InTurn, batch: int) -> tuple[int, int, int]:
+    """The counts that the time of a product by one factor after the other depends on, in operations of a framework.
+
+    Args:
+        method: The method, which has factors to multiply by.
+        batch: Number of items.
+
+    Returns:
+        Factors, multiplications, and entries of the arrays between them.
+    """
+    layout = layout_of(method)
+    moved = min(_chain_work(layout.sizes), _chain_work(_mirrored(layout.sizes)))[1] if layout else method.inputs()
+    return len(method.code_shapes()), batch * method.multiplies(), batch * moved
+
+
+def chain_terms(layout: Layout, batch: int) -> tuple[int, int, int, int]:
+    """The counts that the time of the native product with a chain of cores depends on.
+
+    Args:
+        layout: Its cores.
+        batch: Number of items, >= 1.
+
+    Returns:
+        1 for the call, multiplications of whole vectors, entries of the arrays between steps, entries of the cores.
+    """
+    multiplies, moved = min(_chain_work(layout.sizes), _chain_work(_mirrored(layout.sizes)))
+    return 1, batch * multiplies, batch * moved, sum(math.prod(sizes) for sizes in layout.sizes)
+
+
+def _mirrored(sizes: Sequence[Sizes]) -> list[Sizes]:
+    return [(after, rows, cols, rank) for rank, rows, cols, after in sizes[::-1]]
+
+
+def _chain_work(sizes: Sequence[Sizes]) -> tuple[int, int]:
+    """Multiplications of whole vectors and entries of the arrays between steps, from the first core to the last."""
+    rest, done = math.prod(cols for _, _, cols, _ in sizes), 1
+    multiplies, moved = 0, rest
+    for rank, rows, cols, after in sizes:
+        multiplies += done * rest * rank * -(-rows * after // LANES) * LANES
+        rest, done = rest // cols, done * rows
+        moved += rest * done * after
+    return multiplies, moved
+
+
+@lru_cache(maxsize=4096)
+def chain_cost(layout: Layout, batch: int, dense_ready: bool) -> float:
+    """Predicted time of the native product with a chain of cores.
+
+    Args:
+        layout: Its cores.
+        batch: Number of items, >= 1.
+        dense_ready: Whether no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core.
+    """
+    return sum(w * c for w, c in zip(_CHAIN[dense_ready], chain_terms(layout, batch), strict=True))
+
+
+def chain_work(layout: Layout, items: int, calls: int, dense_ready: bool) -> float:
+    """Predicted time of so many native products with a chain of cores, which are packed once.
+
+    Args:
+        layout: The cores.
+        items: Items of each product, >= 1.
+        calls: Number of products.
+        dense_ready: Whether no gradient is wanted.
+
+    Returns:
+        Nanoseconds on one core, without what each call takes.
+    """
+    _, multiplication, moved, packed = _CHAIN[dense_ready]
+    _, multiplies, entries, floats = chain_terms(layout, items)
+    return calls * (multiplication * multiplies + moved * entries) + packed * floats
 
 
 def symbols_pay(method: Symbols, batch: int, levels: tuple[int, int]) -> bool:

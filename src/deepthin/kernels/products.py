@@ -161,7 +161,7 @@ def linear_gradients(
         RuntimeError: There is no native code.
     """
     x, xf, wf, _ = _checked(method, offset, correlation, x=x, xf=xf, wf=wf, bias=None)
-    grad = _array("grad", grad, (len(x), method.shape[0]))
+    grad = checked("grad", grad, (len(x), method.shape[0]))
     grads = np.empty_like(x), np.empty_like(xf), np.empty_like(wf)
     native().backward(
         *_plan(method, offset), *map(_address, (x, xf, wf, grad, *grads)), len(x), correlation == "fft", threads
@@ -200,8 +200,8 @@ def csr_linear(
         ValueError: Shapes do not fit, or an index lies outside the matrix.
         RuntimeError: There is no native code.
     """
-    x = _array("x", x, (len(x), shape[1]))
-    values = _array("values", values, (len(values),))
+    x = checked("x", x, (len(x), shape[1]))
+    values = checked("values", values, (len(values),))
     if columns.shape != values.shape or starts.shape != (shape[0] + 1,):
         raise ValueError(
             f"{len(values)} values need as many columns, and {shape[0]} rows one start more; "
@@ -212,7 +212,7 @@ def csr_linear(
     if columns.size and not 0 <= int(columns.min()) <= int(columns.max()) < shape[1]:
         raise ValueError(f"Columns go from {columns.min()} to {columns.max()}; the matrix has {shape[1]}.")
     columns, starts = np.ascontiguousarray(columns, np.int32), np.ascontiguousarray(starts, np.int64)
-    bias = None if bias is None else _array("bias", bias, shape[:1])
+    bias = None if bias is None else checked("bias", bias, shape[:1])
     y = np.empty((len(x), shape[0]), np.float32)
     arrays = map(_address, (bias, x, y))
     native().csr(*map(_address, (values, columns, starts)), *shape, len(values), *arrays, len(x), threads)
@@ -296,18 +296,18 @@ def symbol_linear(
         raise TypeError(f"symbols are {symbols.dtype}: these weights have {np.dtype(kind)}.")
     (rows, cols), counts = symbols.shape, [a for a in (step, least) if a is not None]
     shape = (rows if step is not None and len(step) > 1 else 1, 1)
-    steps = [_array(name, a, shape) for name, a in zip(("step", "least"), counts, strict=False)]
+    steps = [checked(name, a, shape) for name, a in zip(("step", "least"), counts, strict=False)]
     steps += [None] * (2 - len(steps))
     if centres is not None:
-        centres = _array("centres", centres, (centres.size,))
+        centres = checked("centres", centres, (centres.size,))
         if not 0 < len(centres) <= levels()[1]:
             raise ValueError(
                 f"There are {len(centres)} centres: {isa()} looks up 1 to {levels()[1]}. Decode the weight."
             )
         if symbols.size and symbols.max() >= len(centres):
             raise ValueError(f"Symbols go up to {symbols.max()}; there are {len(centres)} centres.")
-    symbols, x = np.ascontiguousarray(symbols), _array("x", x, (len(x), cols))
-    bias = None if bias is None else _array("bias", bias, (rows,))
+    symbols, x = np.ascontiguousarray(symbols), checked("x", x, (len(x), cols))
+    bias = None if bias is None else checked("bias", bias, (rows,))
     y = np.empty((len(x), rows), np.float32)
     table = (_address(centres), 0 if centres is None else len(centres))
     arrays = map(_address, (bias, x, y))
@@ -404,14 +404,28 @@ def _checked(
         raise ValueError(f"The offset {offset} must be at least 0 and below n = {method.n}.")
     m = -(-(offset + rows * cols) // method.n)
     return (
-        _array("x", x, (len(x), cols)),
-        _array("xf", xf, (m, method.rank)),
-        _array("wf", wf, (method.rank, method.n)),
-        None if bias is None else _array("bias", bias, (rows,)),
+        checked("x", x, (len(x), cols)),
+        checked("xf", xf, (m, method.rank)),
+        checked("wf", wf, (method.rank, method.n)),
+        None if bias is None else checked("bias", bias, (rows,)),
     )
 
 
-def _array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def checked(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An operand as native code reads it.
+
+    Args:
+        name: What it is called in messages.
+        array: The operand.
+        shape: Its shape.
+
+    Returns:
+        The array, row-major.
+
+    Raises:
+        TypeError: It is not float32, or is masked.
+        ValueError: It has another shape.
+    """
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array: fill it first.")
     if array.dtype != np.float32:

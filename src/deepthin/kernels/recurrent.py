@@ -233,13 +233,13 @@ def _numbers(cell: str, x: np.ndarray, h: np.ndarray, directions: int) -> tuple[
 
 def _parts(
     gates: Sequence[Gate], correlation: Correlation, grads: Sequence[tuple[np.ndarray, ...]] = ()
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[int], list[None], list[list[int]]]:
     fft = int(correlation == "fft")
     plans = [v for g in gates for v in (*g.method.shape, g.method.n, g.method.rank, g.offset, fft, fft)]
     parts: list[int] = []
     for number, gate in enumerate(gates):
         parts += [*_at(gate.xf, gate.wf, gate.bias), *(_at(*grads[number]) if grads else (0, 0, 0))]
-    return plans, parts
+    return plans, parts, [], []  # and no chains of cores
 
 
 def _at(*arrays: np.ndarray | None) -> list[int]:

@@ -17,6 +17,7 @@ from deepthin.methods.factor import Factor
 from deepthin.methods.hashed import Hashed
 from deepthin.methods.kmeans import KMeans
 from deepthin.methods.kronecker import Kronecker
+from deepthin.methods.plus import SHARE, Plus, Rest
 from deepthin.methods.pruned import Pruned
 from deepthin.methods.scalar import Coded, Uniform
 from deepthin.methods.tensor_train import TensorTrain
@@ -149,13 +150,131 @@ METHODS: dict[str, Named] = {
 HIGH_RANK = 8  # quantised factors of this rank and above diverge at 20 times the dense rate (docs/training.md)
 THEN = " then "
 """Between the names of a method and of the one that stores its floats: ``deepthin then uniform``."""
+PLUS = " plus "
+"""Between the names of two methods whose codes are added: ``deepthin plus pruned``."""
+REST = "coded"
+"""Second name of a sum with all weights, whose floats are then coded: ``deepthin plus coded then coded``."""
+
+
+@dataclass(frozen=True)
+class NamedSum(Named):
+    """Two methods whose codes are added, under their names joined by ``PLUS``.
+
+    Attributes:
+        first: The method of the first summand.
+        second: That of the second; None: all weights, which a method that learns its step then codes.
+    """
+
+    first: Named | None = None
+    second: Named | None = None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of the first method; ``share``; and ``plus``, a mapping with those of the second."""
+        return (*(self.first.options if self.first else ()), "share", "plus")
+
+    def fit(self, shape: tuple[int, int], max_bits: int, **options: Any) -> Method:
+        """Choose the fields of both methods for a budget.
+
+        Args:
+            shape: (rows, cols) of the dense matrix.
+            max_bits: Upper bound on ``bits()``; of a sum with all weights, on those of the first code.
+            **options: Options of the first method; ``share`` and ``plus`` as in ``options``.
+
+        Returns:
+            The sum.
+
+        Raises:
+            BudgetError: No fields fit; it carries the smallest possible size.
+            ConfigError: An option is invalid.
+        """
+        own = dict(options)
+        share, of_second = own.pop("share", SHARE), dict(own.pop("plus", {}))
+        first, second = self.first or METHODS["deepthin"], self.second
+        return Plus.fit(
+            lambda bits: first.fit(shape, bits, **own),
+            lambda bits: Rest(shape) if second is None else second.fit(shape, bits, **of_second),
+            max_bits,
+            share,
+        )
+
+    def __call__(self, **fields: Any) -> Method:
+        """Make the sum from the fields of both methods, as a file stores them.
+
+        Args:
+            **fields: ``first`` and ``second``: mappings with the fields of each.
+
+        Returns:
+            The sum.
+
+        Raises:
+            TypeError: Another field, or one is missing.
+            ValueError: A field has an invalid value.
+        """
+        if fields.keys() != {"first", "second"} or not all(isinstance(own, Mapping) for own in fields.values()):
+            raise TypeError(f"{self.name} has the fields first and second, not {sorted(fields)}")
+        first, second = self.first or METHODS["deepthin"], self.second or Rest
+        return Plus(first(**_tuples(fields["first"])), second(**_tuples(fields["second"])))
+
+
+def method_named(name: str) -> Named:
+    """Look up a method, or two whose codes are added.
+
+    Args:
+        name: A key of ``METHODS``, or two joined by ``PLUS``; the second may be ``REST``, all weights.
+
+    Returns:
+        The method.
+
+    Raises:
+        KeyError: There is no such method, or two that cannot be added.
+    """
+    first, separator, second = name.partition(PLUS)
+    if name in METHODS or not separator:
+        return METHODS[name]
+    if not addable(first) or not (second == REST or addable(second)):
+        raise KeyError(name)
+    one, other = METHODS[first], None if second == REST else METHODS[second]
+    rate = one.learning_rate_multiplier
+    about = f"{one.about}, and a second code that is added"
+    # Any: mypy and pyright take ``Plus.fit`` for that of a ``Fitted``, which NamedSum does not call
+    cls: Any = Plus
+    return NamedSum(name, cls, learning_rate_multiplier=rate, about=about, first=one, second=other)
+
+
+def is_known(name: str) -> bool:
+    """Whether ``method_named`` knows a name.
+
+    Args:
+        name: Any text.
+
+    Returns:
+        True if it names a method, or two that can be added.
+    """
+    try:
+        method_named(name)
+    except KeyError:
+        return False
+    return True
+
+
+def addable(name: str) -> bool:
+    """Whether a method may be a summand: it must not quantise, which ``then`` is for.
+
+    Args:
+        name: Any text.
+
+    Returns:
+        True for the methods of ``METHODS`` without ``bits``.
+    """
+    return name in METHODS and "bits" not in METHODS[name].options
 
 
 def named(name: str) -> tuple[Named, Named | None]:
     """Look up a method by name.
 
     Args:
-        name: A key of ``METHODS``, or two joined by ``THEN``.
+        name: A key of ``METHODS``, or two joined by ``THEN``; the first may be two joined by ``PLUS``.
 
     Returns:
         The method, and the one that quantises its floats, or None.
@@ -164,7 +283,7 @@ def named(name: str) -> tuple[Named, Named | None]:
         KeyError: There is no such method.
     """
     outer, separator, inner = name.partition(THEN)
-    return METHODS[outer], METHODS[inner] if separator else None
+    return method_named(outer), METHODS[inner] if separator else None
 
 
 def learning_rate_multiplier(name: str, method: Method) -> float:
@@ -182,10 +301,13 @@ def learning_rate_multiplier(name: str, method: Method) -> float:
         KeyError: There is no such method.
     """
     rate = named(name)[0].learning_rate_multiplier
-    if not isinstance(method, Then) or not isinstance(method.outer, Factor):
+    if not isinstance(method, Then):
+        return rate
+    factors = method.outer.first if isinstance(method.outer, Plus) else method.outer
+    if not isinstance(factors, Factor):
         return rate
     learned = any(isinstance(inner, Coded) for _, inner in method.inner)
-    return min(rate, 10.0) if learned or method.outer.rank >= HIGH_RANK else rate
+    return min(rate, 10.0) if learned or factors.rank >= HIGH_RANK else rate
 
 
 def fields(method: Method) -> dict[str, Any]:
@@ -203,6 +325,8 @@ def fields(method: Method) -> dict[str, Any]:
             "outer": _unusual(method.outer),
             "inner": {e: _without(inner_fields, "shape") for e, inner_fields in inner.items()},
         }
+    if isinstance(method, Plus):
+        return {"first": _unusual(method.first), "second": _unusual(method.second)}
     return dataclasses.asdict(method)  # pyright: ignore[reportArgumentType]
 
 

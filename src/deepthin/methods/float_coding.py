@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, Stepped, Trains
+from deepthin.method import FLOAT_BITS, Array, Code, Drifting, Integers, Method, Namespace, StartsSteps, Stepped, Trains
 from deepthin.methods.then import Then
 
 LOG_STEP = "log_step"
@@ -177,7 +177,11 @@ class FloatCoding:
             The floats, and learned steps that suit them.
         """
         learned = self.steps().items()
-        return floats | {latent: m.start(xp.reshape(floats[e], m.shape), xp) for e, (latent, m) in learned}
+        like = floats
+        if learned and isinstance(self.decoder, StartsSteps):
+            tables = {entry: xp.asarray(table) for entry, table in self.decoder.derived().items()}
+            like = floats | self.decoder.start_of_steps({**floats, **tables}, xp)
+        return floats | {latent: m.start(xp.reshape(like[e], m.shape), xp) for e, (latent, m) in learned}
 
     def encode(self, floats: Code, xp: Namespace, importance: Mapping[str, Array] | None = None) -> Code:
         """Encode the floats.

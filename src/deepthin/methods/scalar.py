@@ -15,10 +15,9 @@ from jaxtyping import Float
 from numpy.random import Generator
 
 from deepthin.errors import BudgetError, ConfigError, round_up
-from deepthin.method import FLOAT_BITS, Array, Code, Integers, Namespace, Trains
+from deepthin.method import FLOAT_BITS, STEPS_OF_SPREAD, Array, Code, Integers, Namespace, Trains
 
 BITS = range(2, 17)
-STEPS_OF_SPREAD = 4  # root mean square of the numbers over the step at the start of a training
 MANTISSA_BITS = 8  # of a learned step, as in bfloat16, so that a file stores it in two bytes
 
 

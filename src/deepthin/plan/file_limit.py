@@ -92,13 +92,11 @@ def _within(
         best = plan_tensors(rules, tensors, low)
     smallest = planned_contents(base, best)
     if (least := size_of(smallest, bound=True)) > limit:
-        dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
-            f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}, of which "
-            f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more "
-            "tensors.",
+            f"The file cannot be written in {limit} bytes: with the smallest plans it has {least}"
+            f"{_beside(smallest, tensors, rules)}. Use [model] file_bytes >= {least}, or name more tensors.",
             smallest_bits=8 * least,
-            smallest_ratio=least / base.dense_bytes,
+            smallest_ratio=least / max(base.dense_bytes, 1),
         )
     high = 8 * limit
     while high - low > 1:  # the file grows with the payload, headers and unnamed tensors being nearly constant
@@ -135,15 +133,27 @@ def _trained(limit: int, rules: Rules, tensors: Sequence[Tensor], base: Contents
     planned = plan_tensors(rules, tensors)
     smallest = of_zeros(planned_contents(base, planned))
     if (least := size_of(smallest)) > limit:
-        dense_bytes = sum(raw.bytes for raw in smallest.dense.values())
         raise BudgetError(
-            f"The file cannot be trained to {limit} bytes: with every symbol zero it has {least}, of which "
-            f"{dense_bytes} are tensors that no rule makes thin. Use [model] file_bytes >= {least}, or name more "
-            "tensors.",
+            f"The file cannot be trained to {limit} bytes: with every symbol zero it has {least}"
+            f"{_beside(smallest, tensors, rules)}. Use [model] file_bytes >= {least}, or name more tensors.",
             smallest_bits=8 * least,
-            smallest_ratio=least / base.dense_bytes,
+            smallest_ratio=least / max(base.dense_bytes, 1),
         )
     return planned
+
+
+def _beside(contents: Contents, tensors: Sequence[Tensor], rules: Rules) -> str:
+    """What the smallest file has besides matrices' codes, and what makes that smaller, for messages."""
+    dense_bytes = sum(raw.bytes for raw in contents.dense.values())
+    told = f", of which {dense_bytes} are tensors that no rule makes thin"
+    vectors = {t.name: 32 * t.shape[0] for t in tensors if len(t.shape) == 1 and not t.uncovered}  # in bits
+    taken = sum(raw.bytes for name, raw in contents.dense.items() if name in vectors)
+    for name, thin in contents.thin.items():
+        if name in vectors and 4 * thin.method.bits() > vectors[name]:  # of more than 8 bits
+            taken += thin.method.bits() // 8
+    if not taken or rules.biases not in ("default", None, IN_16_BITS):
+        return told
+    return f"{told}; {taken} are biases and scales of normalisation: [model] biases = 4 stores them in 4 bits"
 
 
 def of_zeros(contents: Contents) -> Contents:

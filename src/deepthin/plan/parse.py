@@ -9,22 +9,27 @@ from typing import Any, cast
 
 from deepthin.errors import ConfigError, did_you_mean
 from deepthin.method import FLOAT_BITS
-from deepthin.methods import METHODS
+from deepthin.methods import METHODS, REST, addable
+from deepthin.methods.plus import check_share
 from deepthin.plan.patterns import matcher
 from deepthin.plan.rules import ALLOCATIONS, BIASES, DENSE, SENSITIVITY, Rule, Rules, Stages
 
 _MODEL_KEYS = ("ratio", "file_bytes", "ignore", "allocation", "biases")
-_RULE_KEYS = ("method", "ratio", "bytes", "floats", "group", "then", "projection")
+_RULE_KEYS = ("method", "ratio", "bytes", "floats", "group", "then", "projection", "plus")
 GROUPS = ("flat", "rows")
 AUTO = "auto"
 
 
-def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
+Source = Mapping[str, Any] | str | Path | Rules | float
+"""What users give as rules: a mapping, the path of a TOML file, ``Rules``, or a ratio for the whole model."""
+
+
+def parse_rules(source: Source) -> Rules:
     """Parse and check a configuration (docs/configuration.md).
 
     Args:
         source: A mapping with the tables ``model``, ``rules`` and ``stages``, the path of a TOML file with the same
-            tables, or ``Rules``, which are returned unchanged.
+            tables, or ``Rules``, which are returned unchanged. A number is ``{"model": {"ratio": number}}``.
 
     Returns:
         The configuration. Without ``[rules]``, one rule stores every matrix by ``deepthin``.
@@ -37,10 +42,17 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
         return source
     if isinstance(source, str | Path):
         source = _read(Path(source))
+    if isinstance(source, int | float) and source is not True and source is not False:
+        if source > 1:
+            raise ConfigError(
+                f"{source!r} is no ratio, which is above 0 and at most 1. For a size in bytes write "
+                f"file_bytes={source!r}."
+            )
+        source = {"model": {"ratio": float(source)}}
     if not isinstance(source, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] -- what users give
         raise ConfigError(
-            f"The configuration is {type(source).__name__}: give a mapping such as {{'model': {{'ratio': 0.02}}}}, the "
-            "path of a TOML file, or Rules."
+            f"The configuration is {type(source).__name__}: give a ratio such as 0.02, a mapping such as "
+            "{'model': {'ratio': 0.02}}, the path of a TOML file, or Rules."
         )
     _check_whole_numbers(source, "the configuration")
     _check_keys(source, ("model", "rules", "stages"), "the configuration")
@@ -55,10 +67,41 @@ def parse_rules(source: Mapping[str, Any] | str | Path | Rules) -> Rules:
         raise ConfigError(f"[model] ignore = {ignore!r} must be a list of patterns, such as ['output'].")
     rules = tuple(_parse_rule(pattern, table) for pattern, table in _table(source, "rules").items())
     stages = _parse_stages(_table(source, "stages")) if "stages" in source else None
+    if stages is not None and (rule := next((rule for rule in rules if rule.has_rest), None)):
+        raise ConfigError(
+            f'[rules."{rule.pattern}"] plus = {{ method = {REST!r} }}: a sum with all weights is trained from its '
+            "start on: leave [stages] out, or add another method."
+        )
     allocation = _parse_allocation(model.get("allocation", "flat"))
     biases = _parse_biases(model["biases"]) if "biases" in model else "default"
     patterns = tuple(cast(list[str], ignore))
     return Rules(rules or (Rule("*"),), ratio, file_bytes, patterns, allocation, stages, biases)
+
+
+def with_target(source: Source | None, ratio: float | None, file_bytes: int | None) -> Rules:
+    """Parse a configuration whose target may be given beside it.
+
+    Args:
+        source: As in ``parse_rules``; None: one rule stores every matrix by ``deepthin``.
+        ratio: ``[model] ratio``, or None.
+        file_bytes: ``[model] file_bytes``, or None.
+
+    Returns:
+        The configuration, with the target.
+
+    Raises:
+        ConfigError: As for ``parse_rules``; or there are two targets, or neither a configuration nor a target.
+    """
+    given = {key: value for key, value in (("ratio", ratio), ("file_bytes", file_bytes)) if value is not None}
+    if source is None and not given:
+        raise ConfigError("No size is given: add a ratio such as 0.02, file_bytes=60_000, or rules with a target.")
+    rules = Rules() if source is None else parse_rules(source)
+    if not given:
+        return rules
+    target = parse_rules({"model": given})  # which refuses invalid numbers, and two targets
+    if rules.ratio is not None or rules.file_bytes is not None:
+        raise ConfigError(f"The rules have a target for the whole model, and {next(iter(given))} is another: give one.")
+    return dataclasses.replace(rules, ratio=target.ratio, file_bytes=target.file_bytes)
 
 
 def _parse_biases(biases: Any) -> Rule | None:
@@ -170,12 +213,28 @@ def _parse_rule(pattern: Any, table: Any) -> Rule:
         raise ConfigError(f"{where} group = {group!r} is unknown. {did_you_mean(group, GROUPS)}")
     given = {key: settings[key] for key in options if key in settings}
     then = None if settings.get("then") is None else parse_then(method, settings["then"], where)
+    plus = None if settings.get("plus") is None else _parse_plus(method, settings["plus"], where)
+    if (
+        plus is not None
+        and plus[0] == REST
+        and (then is None or not METHODS[then[0]].learns_step or ratio or max_bytes)
+    ):
+        raise ConfigError(
+            f"{where} plus = {{ method = {REST!r} }}: how many bytes these weights take is known only after training. "
+            f"Give it beside then = {{ method = {REST!r} }} and [model] file_bytes, without ratio and bytes."
+        )
     projection = settings.get("projection")
     if projection is not None:
-        if not isinstance(projection, str) or method != "rank" or group != "rows" or then is not None:
+        if (
+            not isinstance(projection, str)
+            or method != "rank"
+            or group != "rows"
+            or then is not None
+            or plus is not None
+        ):
             raise ConfigError(
                 f"{where} projection = {projection!r}: give a pattern, as '*weight_hh*', beside method = 'rank' and "
-                "group = 'rows', and without then."
+                "group = 'rows', and without then and plus."
             )
         matcher(projection)
     floats = _number(settings, "floats", float, where)
@@ -184,7 +243,32 @@ def _parse_rule(pattern: Any, table: Any) -> Rule:
             f"{where} floats = {floats:g}: it says how many numbers {method} gets where their bytes are known only "
             "after training. Give it beside then = { method = 'coded' }, without ratio and bytes."
         )
-    return Rule(pattern, method, ratio, max_bytes, given, group, then, projection, floats)
+    return Rule(pattern, method, ratio, max_bytes, given, group, then, projection, floats, plus=plus)
+
+
+def _parse_plus(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:
+    """Parse ``plus``: the method whose code is added; name, and options with ``share``."""
+    if not addable(method):
+        raise ConfigError(
+            f"{where} plus = {table!r}: to the code of method = {method!r} none can be added. Valid: "
+            f"{', '.join(filter(addable, METHODS))}."
+        )
+    valid = (*filter(addable, METHODS), REST)
+    if not isinstance(table, Mapping) or table.get("method") not in valid:  # pyright: ignore[reportUnknownMemberType]
+        raise ConfigError(
+            f"{where} plus = {table!r}: give the method whose code is added, such as {{ method = {REST!r} }}. Valid: "
+            f"{', '.join(valid)}."
+        )
+    settings = dict[str, Any](table)  # pyright: ignore[reportUnknownArgumentType] -- checked key by key below
+    name = settings.pop("method")
+    _check_keys(
+        settings,
+        ("method", *(() if name == REST else ("share", *METHODS[name].options))),
+        f"{where} plus, method {name}",
+    )
+    if "share" in settings:
+        check_share(settings["share"], f"{where} plus")
+    return name, settings
 
 
 def parse_then(method: str, table: Any, where: str) -> tuple[str, Mapping[str, Any]]:

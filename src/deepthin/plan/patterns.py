@@ -9,6 +9,7 @@ from typing import Any
 from deepthin.errors import ConfigError
 from deepthin.plan.tensor import Tensor
 
+_BIAS = re.compile("(?<![A-Za-z])bias")
 EVERYTHING = "*"  # this pattern reaches every matrix, even in a model with a layer of that name
 
 
@@ -45,7 +46,8 @@ class Names:
         Args:
             pattern: The exact name of a module or tensor; otherwise a glob or a regular expression. A matrix is
                 matched by its name or by that of a module around it, a vector by its name, and by a glob or regular
-                expression only if that ends in ``bias``.
+                expression only if that ends in ``bias``, or names ``bias`` within and the vector does too
+                (``*bias*`` for ``lstm.bias_ih_l0``).
 
         Returns:
             The tensors, in the model's order.
@@ -84,7 +86,9 @@ def matcher(pattern: str) -> Any:
 def _matched(hits: Any, pattern: str, tensor: Tensor) -> bool:
     if len(tensor.shape) > 1:
         return any(hits(p) for name in names_of(tensor) for p in itertools.accumulate(name.split("."), _dotted))
-    return pattern.endswith("bias") and any(map(hits, names_of(tensor)))
+    if not pattern.endswith("bias") and not (_BIAS.search(pattern) and _BIAS.search(tensor.name.rpartition(".")[2])):
+        return False
+    return any(map(hits, names_of(tensor)))
 
 
 def _dotted(path: str, part: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deepthin.errors import ConfigError, did_you_mean
-from deepthin.methods import METHODS, THEN
+from deepthin.methods import METHODS, PLUS, REST, THEN
 from deepthin.plan.patterns import Names, reaches
 from deepthin.plan.tensor import Tensor
 
@@ -35,6 +35,7 @@ class Rule:
         projection: Of a group in rows by ``rank``: a pattern for the members whose projection all share.
         floats: With a ``then`` that learns its step: numbers of the first method's code over the weights, in (0, 1].
         apart: Whether the tensors do not count towards the model's ratio: ``[model] biases``.
+        plus: The method, and its options and ``share``, whose code is added to that of ``method``.
     """
 
     pattern: str
@@ -47,6 +48,17 @@ class Rule:
     projection: str | None = None  # a pattern: of a group in rows by rank, the members whose projection all share
     floats: float | None = None
     apart: bool = False
+    plus: tuple[str, Mapping[str, Any]] | None = None
+
+    @property
+    def summed(self) -> str:
+        """Name of the method, with that of the one whose code is added."""
+        return f"{self.method}{PLUS}{self.plus[0]}" if self.plus else self.method
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether all weights are added, whose size is known only after training."""
+        return self.plus is not None and self.plus[0] == REST
 
     @property
     def learns_step(self) -> bool:
@@ -57,12 +69,12 @@ class Rule:
     @property
     def name(self) -> str:
         """Name of the method, with that of the one that quantises its floats, as files and reports show it."""
-        return f"{self.method}{THEN}{self.then[0]}" if self.then else self.method
+        return f"{self.summed}{THEN}{self.then[0]}" if self.then else self.summed
 
     @property
     def own_target(self) -> bool:
         """Whether the rule itself fixes the size of each of its matrices, independent of the model's target."""
-        sizes = METHODS[self.method].sized_by if self.method in METHODS and not self.then else ()
+        sizes = METHODS[self.method].sized_by if self.method in METHODS and not self.then and not self.plus else ()
         sized = any(isinstance(self.options.get(option), int | float) for option in sizes)
         return self.ratio is not None or self.bytes is not None or sized
 
@@ -172,14 +184,9 @@ class Rules:
             free = [tensor for tensor in reached if tensor.name not in matched]
             if reached and not free:
                 raise ConfigError(_shadowed(rule, [matched[tensor.name] for tensor in reached]))
-            for tensor in free:
-                if tensor.uncovered and rule.method != DENSE:
-                    raise ConfigError(
-                        f"rule {rule.pattern!r} reaches {tensor.name}: {tensor.uncovered}. Covered are the parameters "
-                        "of linear, convolution, embedding, recurrent and attention layers of torch.nn. Add "
-                        f"{_to_ignore(tensor)!r} to [model] ignore to keep it dense."
-                    )
-                matched[tensor.name] = rule
+            if rule.method != DENSE and (uncovered := [tensor for tensor in free if tensor.uncovered]):
+                raise ConfigError(_uncovered(rule, uncovered, names))
+            matched |= {tensor.name: rule for tensor in free}
         if (vectors := self.bias_rule(tensors)) is not None:
             free = (t for t in tensors if len(t.shape) == 1 and not t.uncovered and t.name not in ignored)
             matched = {tensor.name: vectors for tensor in free} | matched
@@ -243,10 +250,36 @@ def _reached(names: Names, pattern: str, where: str) -> list[Tensor]:
     if names.named(pattern):
         raise ConfigError(
             f"{where} pattern {pattern!r} matches no matrix, only tensors of one dimension. "
-            "Name those exactly, or by a pattern that ends in 'bias'."
+            "Name those exactly, or biases by a pattern such as '*bias*'."
         )
     valid = sorted(names.modules | names.tensors)
     raise ConfigError(f"{where} pattern {pattern!r} matches nothing. {did_you_mean(pattern, valid)}")
+
+
+def refuse_twice(rules: Rules, tensors: Sequence[Tensor], thin: Mapping[str, str], framework: str) -> None:
+    """Refuse rules that match only what is compressed already.
+
+    Args:
+        rules: The configuration.
+        tensors: The dense tensors of the model.
+        thin: Name of each thin tensor -> name of its method.
+        framework: ``torch`` or ``keras``, for the message.
+
+    Raises:
+        ConfigError: A rule matches thin tensors, and no dense one that is not ignored.
+    """
+    if not thin:
+        return
+    dense, held = Names(tensors), Names([Tensor(name, (1, 1)) for name in thin])
+    ignored = {tensor.name for pattern in rules.ignore for tensor in dense.reached(pattern)}
+    for rule in rules.rules:
+        again = [tensor.name for tensor in held.reached(rule.pattern)]
+        if again and all(tensor.name in ignored for tensor in dense.reached(rule.pattern)):
+            more = f" and {len(again) - 1} more" if len(again) > 1 else ""
+            raise ConfigError(
+                f"{again[0]}{more} cannot be compressed again: stored by {thin[again[0]]} already. For another size "
+                f"or method call deepthin.{framework}.materialize(model) first, or compress the dense model."
+            )
 
 
 def _shadowed(rule: Rule, earlier: Sequence[Rule]) -> str:
@@ -272,6 +305,31 @@ def bits_at(ratio: float, bits: int) -> int:
     return math.floor(ratio * bits + 1e-6)
 
 
-def _to_ignore(tensor: Tensor) -> str:
-    """What to add to [model] ignore: the layer's name, or for a vector its own, which layer patterns do not match."""
-    return (tensor.name.rpartition(".")[0] or tensor.name) if len(tensor.shape) > 1 else tensor.name
+def _uncovered(rule: Rule, uncovered: Sequence[Tensor], names: Names) -> str:
+    """The message for a rule that matches tensors which cannot be thin."""
+    ignore = _to_ignore(uncovered, names)
+    reasons: dict[str, list[str]] = {}
+    for tensor in uncovered:
+        reasons.setdefault(tensor.uncovered, []).append(tensor.name)
+    told = "; ".join(f"{', '.join(held)}: {reason}" for reason, held in reasons.items())
+    add = repr(ignore[0]) if len(ignore) == 1 else ", ".join(map(repr, ignore))
+    return (
+        f"rule {rule.pattern!r} reaches {told}. Covered are the parameters of linear, convolution, embedding, "
+        f"recurrent and attention {uncovered[0].layers}. Add {add} to [model] ignore to keep "
+        f"{'it' if len(uncovered) == 1 else 'them'} dense."
+    )
+
+
+def _to_ignore(uncovered: Sequence[Tensor], names: Names) -> list[str]:
+    """Patterns for [model] ignore that match these tensors and no others: names of layers where these suffice."""
+    wanted, patterns = {tensor.name for tensor in uncovered}, dict[str, None]()
+    covered: set[str] = set()
+    for tensor in uncovered:
+        if tensor.name in covered:
+            continue
+        layer = tensor.name.rpartition(".")[0]
+        reached = {other.name for other in names.reached(layer)} if layer and len(tensor.shape) > 1 else set[str]()
+        pattern = layer if tensor.name in reached and reached <= wanted else tensor.name
+        patterns[pattern] = None
+        covered |= reached if pattern == layer else {tensor.name}
+    return list(patterns)

@@ -5,16 +5,18 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deepthin.errors import BudgetError, ConfigError, round_up
 from deepthin.method import FLOAT_BITS, Method, as_matrix, matrix_shape
-from deepthin.methods import METHODS
+from deepthin.methods import METHODS, PLUS, method_named
 from deepthin.methods.then import Then
 from deepthin.plan.patterns import Names
 from deepthin.plan.rules import DENSE, NO_LIMIT, Rule, Rules, bits_at
 from deepthin.plan.tensor import Tensor, matrix_of
 
 BITS_OF_FLOAT = 2.0  # of a file trained to its size, for each number of the codes (docs/rate.md)
+BESIDE_REST = 2.0  # times as many beside all weights, which take about half of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +83,14 @@ class Unit:
             BudgetError: No setting fits; the message names the tensor.
             ConfigError: An option of the rule is invalid.
         """
-        named = METHODS[self.rule.method]
-        options = dict(self.rule.options)
-        if "seed" in named.preset:
-            options.setdefault(
-                "seed", zlib.crc32(self.name.encode(errors="surrogatepass"))
-            )  # no two matrices share a table
+        named = method_named(self.rule.summed)
+        options = self._options(self.rule.method, self.rule.options, self.name)
+        if self.rule.plus:
+            of_second = dict(self.rule.plus[1])
+            if "share" in of_second:
+                options["share"] = of_second.pop("share")
+            if not self.rule.has_rest:
+                options["plus"] = self._options(self.rule.plus[0], of_second, f"{self.name}{PLUS}")
         then = self.rule.then
 
         def outer(bits: int) -> Method:
@@ -102,6 +106,12 @@ class Unit:
             ) from None
         except ConfigError as error:
             raise ConfigError(f"rule {self.rule.pattern!r}: {error}") from None
+
+    @staticmethod
+    def _options(method: str, given: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Options of a method, with a seed of its own where it takes one: no two matrices share a table."""
+        seed = {"seed": zlib.crc32(name.encode(errors="surrogatepass"))} if "seed" in METHODS[method].preset else {}
+        return {**seed, **given}
 
     def trained(self, floats: float) -> "tuple[Unit, Method]":
         """The plan of a matrix whose size is known only after training.
@@ -126,7 +136,7 @@ class Unit:
         if rule.floats is None:
             wanted = max(wanted, least)
             if wanted >= self.dense_bits:
-                alone = dataclasses.replace(rule, method=rule.then[0], options=rule.then[1], then=None)
+                alone = dataclasses.replace(rule, method=rule.then[0], options=rule.then[1], then=None, plus=None)
                 return dataclasses.replace(self, rule=alone).trained(floats)
         inner = METHODS[rule.then[0]]
         shapes = first.fit(wanted)
@@ -329,7 +339,8 @@ def default_floats(rules: Rules, units: Sequence[Unit]) -> float | None:
             if isinstance(first, Then):
                 shapes = first.outer.code_shapes()
                 total += sum(8 * kind.bytes(math.prod(shapes[e])) for e, kind in first.outer.integers().items())
-            total += BITS_OF_FLOAT * floats * unit.dense_bits / FLOAT_BITS
+            for_each = BITS_OF_FLOAT * (BESIDE_REST if unit.rule.has_rest else 1)
+            total += for_each * floats * unit.dense_bits / FLOAT_BITS
         return total
 
     low, high = 0.0, 1.0

@@ -16,6 +16,7 @@ class Tensor:
     transposed: bool = False  # the model holds it as (inputs, outputs)
     std: float = 1.0  # the standard deviation of a from-scratch start
     zero_row: int | None = None  # a row that stays zero: the padding of an embedding
+    layers: str = "layers of torch.nn"  # of which the covered kinds are, for messages
 
 
 def matrix_of(tensor: Tensor) -> tuple[int, int]:

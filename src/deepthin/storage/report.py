@@ -9,6 +9,7 @@ from typing import Any
 
 from deepthin.method import Method
 from deepthin.methods.float_coding import inner_of, outer_of
+from deepthin.methods.plus import Plus
 from deepthin.storage.codings import is_short
 from deepthin.storage.contents import VERSION, Contents, Thin
 from deepthin.storage.write import size_of
@@ -193,6 +194,8 @@ def describe(method: Method | None) -> dict[str, Any]:
         return {}
     if inner := inner_of(method):
         return {**describe(inner[0]), **describe(outer_of(method))}
+    if isinstance(method, Plus):
+        return {**{f"plus_{name}": value for name, value in describe(method.second).items()}, **describe(method.first)}
     declared = dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
     fields = {f.name: value for f in declared if (value := getattr(method, f.name)) != f.default}
     properties = {name: getattr(method, name) for name, value in vars(type(method)).items() if type(value) is property}

@@ -6,7 +6,8 @@ from typing import Any, Literal, cast
 
 from deepthin.errors import ConfigError
 from deepthin.method import Method, as_matrix
-from deepthin.methods import METHODS, THEN, fields, with_fields
+from deepthin.methods import METHODS, PLUS, REST, THEN, addable, fields, is_known, method_named, with_fields
+from deepthin.methods.plus import Plus
 from deepthin.methods.then import Then
 from deepthin.storage.varints import Reader, Writer
 
@@ -117,7 +118,8 @@ SCHEMAS: dict[str, Schema] = {
     "binary": Schema(11, "planes", options=(Field("rounds", usual=2), Field("per", "words", "row", _PER))),
     "coded": Schema(12, "width"),
 }
-"""The methods that have a number, 1 to 15."""
+"""The methods that have a number, 1 to 12."""
+SUM = 13  # two methods whose codes are added: the number of each (the second: 0 for all weights) before its fields
 SECONDS = {"uniform": 1, "kmeans": 2, "ecsq": 3, "binary": 4, "coded": 5}
 """Numbers of the methods that may store the floats of another, 1 to 7; 0: none does."""
 _NAMES = {schema.number: name for name, schema in SCHEMAS.items()}
@@ -134,9 +136,10 @@ def numbers_of(name: str) -> tuple[int, int]:
         The two numbers.
     """
     outer, then, inner = name.partition(THEN)
-    if outer not in SCHEMAS or (then and inner not in SECONDS):
+    first, plus, second = outer.partition(PLUS)
+    if first not in SCHEMAS or (then and inner not in SECONDS) or (plus and second != REST and second not in SCHEMAS):
         return 0, 0
-    return SCHEMAS[outer].number, SECONDS[inner] if then else 0
+    return SUM if plus else SCHEMAS[outer].number, SECONDS[inner] if then else 0
 
 
 def write_method(to: Writer, name: str, method: Method) -> bool:
@@ -159,7 +162,7 @@ def write_method(to: Writer, name: str, method: Method) -> bool:
             to.text(name)
             _write_value(to, fields(method))
         elif isinstance(method, Then):
-            SCHEMAS[outer].write(to, method.outer)
+            _write_outer(to, outer, method.outer)
             written: list[bytes] = []
             for _, stored in method.inner:
                 own = Writer()
@@ -169,10 +172,44 @@ def write_method(to: Writer, name: str, method: Method) -> bool:
             to.data += b"".join(written[:1] if alike else written)
             return alike
         else:
-            SCHEMAS[outer].write(to, method)
+            _write_outer(to, outer, method)
     except (ValueError, OverflowError, AttributeError) as error:
         raise ConfigError(f"A file cannot hold the fields of {name}, {fields(method)}: {error}.") from None
     return False
+
+
+def _write_outer(to: Writer, name: str, method: Method) -> None:
+    """Append the fields of one method, or of two whose codes are added."""
+    if not isinstance(method, Plus):
+        SCHEMAS[name].write(to, method)
+        return
+    first, _, second = name.partition(PLUS)
+    to.number(SCHEMAS[first].number)
+    SCHEMAS[first].write(to, method.first)
+    to.number(0 if second == REST else SCHEMAS[second].number)
+    if second != REST:
+        SCHEMAS[second].write(to, method.second)
+
+
+def _read_outer(source: Reader, number: int, shape: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """Take what ``_write_outer`` wrote: the name, and the fields."""
+    if number != SUM:
+        name = _NAMES[number]
+        return name, SCHEMAS[name].read(source, shape, source.number())
+    first = _addable(source.number())
+    one = SCHEMAS[first].read(source, shape, source.number())
+    number = source.number()
+    second = _addable(number) if number else REST
+    other = SCHEMAS[second].read(source, shape, source.number()) if number else {"shape": shape}
+    return first + PLUS + second, {"first": one, "second": other}
+
+
+def _addable(number: int) -> str:
+    """The name of a method whose code may be a summand; ValueError for any other number."""
+    name = _NAMES.get(number, "")
+    if not addable(name):
+        raise ValueError(f"there is no method of number {number} whose code could be added")
+    return name
 
 
 def read_method(source: Reader, numbers: tuple[int, int], shape: tuple[int, int], alike: bool) -> tuple[str, Method]:
@@ -195,17 +232,17 @@ def read_method(source: Reader, numbers: tuple[int, int], shape: tuple[int, int]
         name, stored = source.text(), _read_value(source)
         if not isinstance(stored, dict):
             raise ValueError(f"the fields of {name} are {stored!r}")
-        if any(part not in METHODS for part in name.split(THEN, 1)):
+        outer_name, _, inner_name = name.partition(THEN)
+        if not is_known(outer_name) or (inner_name and inner_name not in METHODS):
             raise ValueError(f"the method is {name!r}; known are {', '.join(METHODS)}")
         return name, with_fields(name, cast(dict[str, Any], stored))
-    if numbers[0] not in _NAMES or (numbers[1] and numbers[1] not in _SECOND_NAMES):
+    if numbers[0] not in (*_NAMES, SUM) or (numbers[1] and numbers[1] not in _SECOND_NAMES):
         raise ValueError(f"there is no method of number {numbers}")
-    name = _NAMES[numbers[0]]
-    outer = SCHEMAS[name].read(source, shape, source.number())
+    name, outer = _read_outer(source, numbers[0], shape)
     if not numbers[1]:
         return name, with_fields(name, outer)
     inner = _SECOND_NAMES[numbers[1]]
-    plan = METHODS[name](**outer)
+    plan = method_named(name)(**outer)
     shapes, integers = plan.code_shapes(), plan.integers()
     found: dict[str, dict[str, Any]] = {}
     at = source.at

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from deepthin.method import Code, Method
+from deepthin.methods.plus import PREFIX, SMALL
 
 _NUMPY: Any = np
 
@@ -225,6 +226,43 @@ CLAIMS: dict[str, Claims] = {
     ),
 }
 """The claims of every method of ``METHODS``."""
+
+
+def claims_of_sum(first: Claims, second: Claims) -> Claims:
+    """The claims of a sum of two codes (``deepthin.methods.plus``).
+
+    Encoding a sum again first encodes all of it by the first method, which leaves at most what it was if it projects;
+    the second one lowers that. The mean square of ``F + S`` has the variances of both, in proportion to their fourth
+    powers, and four times that of the mean of ``F S``: of uncorrelated entries ``F``, the squares of both spreads over
+    the number of weights.
+
+    Args:
+        first: Claims of the first method.
+        second: Claims of the second.
+
+    Returns:
+        Those of their sum, with the options that both have by default.
+    """
+
+    def sizes(method: Any, code: Code) -> np.ndarray:
+        own = {entry: array for entry, array in code.items() if not entry.startswith(PREFIX)}
+        added = {e.removeprefix(PREFIX): array for e, array in code.items() if e.startswith(PREFIX)}
+        return first.magnitudes(method.first, own) + second.magnitudes(method.second, added)
+
+    def spread(method: Any) -> float:
+        small, weights = SMALL**2, math.prod(method.shape)
+        one, other = first.spread(method.first), second.spread(method.second)
+        return (1 - small) ** 2 * one + small**2 * other + 4 * small * (1 - small) / weights
+
+    return Claims(
+        roundings=lambda m: first.roundings(m.first) + second.roundings(m.second) + 1,
+        magnitudes=sizes,
+        distance=lambda m, weight: 1 + 1e-6,
+        spread=spread,
+        agreement=lambda m: max(first.agreement(m.first), second.agreement(m.second)),
+        largest=min(first.largest, second.largest),
+    )
+
 
 INNER: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("uniform", {"bits": 8}),

@@ -2,6 +2,7 @@
 
 from deepthin.torch.allocation import allocate
 from deepthin.torch.compress import compress, materialize, plan
+from deepthin.torch.delta import delta, merge, unmerge
 from deepthin.torch.distill import Distillation, Noise
 from deepthin.torch.export.run import Exported, export
 from deepthin.torch.files import load, save
@@ -37,11 +38,13 @@ __all__ = [
     "allocate_pruning",
     "apoz",
     "compress",
+    "delta",
     "export",
     "hessian_diagonal",
     "initialise",
     "load",
     "materialize",
+    "merge",
     "optimal_brain_surgeon",
     "parameter_groups",
     "plan",
@@ -51,4 +54,5 @@ __all__ = [
     "save",
     "search",
     "trim",
+    "unmerge",
 ]

@@ -8,15 +8,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepthin.method import Method
 from deepthin.plan.file_limit import coded_bytes
-from deepthin.plan.parse import parse_rules
+from deepthin.plan.parse import Source, parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, Unit, shared_budget, spend, split_units, with_targets
 from deepthin.torch.compress import plan_of
@@ -45,7 +43,7 @@ class Point:
 
 def allocate(
     model: nn.Module,
-    rules: Mapping[str, Any] | str | Path | Rules,
+    rules: Source,
     loss: Callable[[nn.Module], float],
     importance: Mapping[str, Tensor] | None = None,
     sizes: int = SIZES,

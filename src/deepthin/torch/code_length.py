@@ -18,6 +18,7 @@ from deepthin.kernels import products, rounding
 from deepthin.method import Stepped
 from deepthin.plan.steering import PRIOR
 from deepthin.torch import accelerated
+from deepthin.torch.host import array_of
 
 _TORCH = cast(Any, torch)
 _EXACT = 1 << 24
@@ -58,7 +59,7 @@ _SCALARS = cast(Any, _Scalars())
 def _step(log_step: Tensor, method: Stepped) -> float:
     """``method.step`` of a float32 tensor, to the last bit."""
     with np.errstate(all="ignore"):  # as torch
-        return float(method.step(cast(Any, log_step.detach().numpy()), _SCALARS)[0, 0])
+        return float(method.step(cast(Any, array_of(log_step)), _SCALARS)[0, 0])
 
 
 class _Quantized(torch.autograd.Function):
@@ -67,7 +68,7 @@ class _Quantized(torch.autograd.Function):
         top = method.top()
         if _is_native(latents) and _is_native(log_step):
             step = _step(log_step, method)
-            values, residual = map(torch.from_numpy, rounding.quantize(latents.detach().numpy(), step, top))
+            values, residual = map(torch.from_numpy, rounding.quantize(array_of(latents), step, top))
         else:
             step = method.step(log_step, _TORCH)
             symbols = latents / step.reshape(())
@@ -115,7 +116,7 @@ class _CodeLength(torch.autograd.Function):
         top = method.top()
         if _is_native(latents) and _is_native(log_step):
             step = _step(log_step, method)
-            counts = torch.from_numpy(rounding.count_symbols(latents.detach().numpy(), step, top)).double()
+            counts = torch.from_numpy(rounding.count_symbols(array_of(latents), step, top)).double()
         else:
             step = method.step(log_step, _TORCH)
             symbols = (latents / step.reshape(())).reshape(-1).clamp(-top, top)
@@ -130,9 +131,9 @@ class _CodeLength(torch.autograd.Function):
         latents, log_step, rises = ctx.saved_tensors
         step, top = ctx.step, ctx.top
         if isinstance(step, float):
-            rise = rises.numpy().astype(np.float32)
+            rise = array_of(rises).astype(np.float32)
             scale = float(gradients[0])
-            slopes, total = rounding.code_slopes(latents.detach().numpy(), step, top, rise, scale)
+            slopes, total = rounding.code_slopes(array_of(latents), step, top, rise, scale)
             return torch.from_numpy(slopes), total * log_step.exp() / step, None
         symbols = latents / step.reshape(())
         below = symbols.floor().clamp(-top, top - 1)

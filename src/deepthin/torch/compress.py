@@ -3,7 +3,6 @@
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,15 +16,16 @@ from deepthin.methods.factor import Factor, Factored
 from deepthin.methods.float_coding import outer_of
 from deepthin.plan import start
 from deepthin.plan.file_limit import parts_of, planned_contents, within
-from deepthin.plan.parse import parse_rules
-from deepthin.plan.rules import Rules
+from deepthin.plan.parse import Source, with_target
+from deepthin.plan.rules import Rules, refuse_twice
 from deepthin.plan.shares import Planned, plan_tensors
 from deepthin.plan.tensor import Tensor as Named
 from deepthin.storage.report import Report, report_of
-from deepthin.torch.exchange import make_plain, make_thin
+from deepthin.torch.exchange import make_plain, make_thin, thin_tensors
 from deepthin.torch.files import contents
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.importance import check_importance
+from deepthin.torch.pretrained import follow, tie_first
 from deepthin.torch.replaced import replacing
 from deepthin.torch.sequential import make_plain_sequential, make_sequential
 from deepthin.torch.tensors import Encoded, Owners, tensors_of
@@ -35,10 +35,13 @@ from deepthin.torch.wrapped import check_plain
 
 def compress(
     model: nn.Module,
-    rules: Mapping[str, Any] | str | Path | Rules,
+    rules: Source | None = None,
     init: Literal["trained", "scratch"] = "trained",
     seed: int = 0,
     importance: Mapping[str, Tensor] | None = None,
+    *,
+    ratio: float | None = None,
+    file_bytes: int | None = None,
 ) -> Report:
     """Replace the matrices that ``rules`` match by compressed ones, in place.
 
@@ -47,7 +50,8 @@ def compress(
 
     Args:
         model: The dense network. It may be on the meta device with ``init="scratch"``; codes then have no values yet.
-        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``.
+        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``; or a ratio:
+            ``compress(model, 0.02)``. None stores every matrix by ``deepthin``, at ``ratio`` or ``file_bytes``.
         init: ``"trained"`` encodes the present weights. ``"scratch"`` draws new codes for matrices, whose decoded
             weights have mean 0 and a tenth of He's variance (embeddings and recurrent layers: torch's default spread).
             Biases keep their present values either way.
@@ -55,14 +59,18 @@ def compress(
         importance: Parameter name -> tensor of the parameter's shape, entries >= 0: the weight of each squared error,
             for methods that use it (docs/importance.md). Matrices without an entry weigh all errors equally. In a
             group, either all members have one or none has.
+        ratio: ``[model] ratio``: all matched matrices together over 32 bits a weight, in (0, 1].
+        file_bytes: ``[model] file_bytes``: the whole file, in bytes. Without ``then = { method = "coded" }`` in the
+            rules the file keeps it however the model is trained; with it, ``SizeTarget`` trains to it (docs/rate.md).
 
     Returns:
         One row for each matrix, with its bytes in the file and, if it was encoded, its relative error in the
         Frobenius norm; and the totals of the file.
 
     Raises:
-        ConfigError: ``rules``, ``init`` or ``importance`` do not fit the model, no target is given, or the model is
-            wrapped (DistributedDataParallel, FSDP, DataParallel, ``torch.compile``).
+        ConfigError: ``rules``, ``init`` or ``importance`` do not fit the model, no target or two are given, the
+            matrices are compressed already, or the model is wrapped (DistributedDataParallel, FSDP, DataParallel,
+            ``torch.compile``).
         BudgetError: The target is smaller than the smallest plan.
         NonFiniteError: A weight to be encoded, or its importance, has a NaN or an infinity; or so has what would be
             decoded, since weights near the largest float overflow.
@@ -71,10 +79,11 @@ def compress(
     if init not in ("trained", "scratch"):
         raise ConfigError(f"init = {init!r} is unknown. Valid: trained, scratch.")
     check_plain(model, "compress(MODEL, rules)")
+    tie_first(model)
     tensors, owners = tensors_of(model)
     check_importance(model, importance := importance or {})
     contents(model)  # raises TypeError for what no file can hold, before the model changes
-    encoded, parsed = Encoded(owners, importance), parse_rules(rules)
+    encoded, parsed = Encoded(owners, importance), with_target(rules, ratio, file_bytes)
     planned = plan_of(model, parsed, tensors, encoded if init == "trained" else None)
     with replacing(model, "compress()"):
         report = carry_out(model, planned, owners, init, seed, encoded)
@@ -135,7 +144,7 @@ def carry_out(
             weight = encoded(planned)
             with torch.no_grad():
                 for name, tensor, decoded in zip(names, dense, weight.decoded(), strict=True):
-                    errors[name] = start.relative_error(name, _compared(tensor, decoded))
+                    errors[name] = start.relative_error(name, compared(tensor, decoded))
                     del decoded  # before the next is decoded
         weight.origin = (names[0], seed, planned.tensors[0].std)
         weights.append((planned, weight.requires_grad_(dense[0].requires_grad)))
@@ -145,6 +154,7 @@ def carry_out(
             for layer, parameter in owners[tensor.name]:
                 make_thin(layer, {parameter: generated})
     make_sequential(model)
+    follow(model)
     worst = max(errors, key=lambda name: errors[name], default="")
     if init == "trained" and errors and errors[worst] > 0.5:
         warnings.warn(
@@ -156,20 +166,32 @@ def carry_out(
     return report_of(contents(model), errors)
 
 
-def _compared(dense: Tensor, decoded: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ranges of two tensors of one shape, on the host."""
+def compared(dense: Tensor, decoded: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ranges of two tensors, as ``plan.start.relative_error`` takes them.
+
+    Args:
+        dense: A tensor as it was.
+        decoded: The same, decoded: of the same shape.
+
+    Yields:
+        Ranges of both, in double precision in main memory.
+    """
     flat = dense.detach().reshape(-1), decoded.detach().reshape(-1)
     for first in range(0, dense.numel(), start.PIECE):
         one, other = (tensor[first : first + start.PIECE].double().cpu().numpy() for tensor in flat)
         yield one, other
 
 
-def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Report:
+def plan(
+    model: nn.Module, rules: Source | None = None, *, ratio: float | None = None, file_bytes: int | None = None
+) -> Report:
     """Predict what ``compress`` would do, from shapes alone; the model is left unchanged.
 
     Args:
         model: The dense network. It may be on the meta device, where no memory is allocated.
-        rules: The configuration (docs/configuration.md): a mapping, the path of a TOML file, or ``Rules``.
+        rules: The configuration, as in ``compress``.
+        ratio: As in ``compress``.
+        file_bytes: As in ``compress``.
 
     Returns:
         One row for each matrix, without errors. Rows of linear layers that are stored by factors also have the fields
@@ -182,7 +204,7 @@ def plan(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules) -> Rep
         TypeError: The model has a tensor that a ``.thin`` file cannot hold.
     """
     tensors, owners = tensors_of(model)
-    planned = plan_of(model, parse_rules(rules), tensors)
+    planned = plan_of(model, with_target(rules, ratio, file_bytes), tensors)
     report = report_of(planned_contents(contents(model), planned))
     layers = {name: type(held[0][0]) for name, held in owners.items()}
     methods = {tensor.name: p.method for p in planned for tensor in p.tensors if len(p.tensors) == 1}
@@ -232,6 +254,7 @@ def _materialize(model: nn.Module) -> None:
                 dense[name] = done[key]
             make_plain(layer, dense)
     make_plain_sequential(model)
+    follow(model)
 
 
 def plan_of(model: nn.Module, rules: Rules, tensors: list[Named], encoded: Encoded | None = None) -> list[Planned]:
@@ -251,6 +274,7 @@ def plan_of(model: nn.Module, rules: Rules, tensors: list[Named], encoded: Encod
         ConfigError: ``rules`` do not fit the tensors, or no target is given.
         BudgetError: The target is smaller than the smallest plan.
     """
+    refuse_twice(rules, tensors, {name: weight.name for name, (weight, _) in thin_tensors(model).items()}, "torch")
     if rules.file_bytes is None:
         return plan_tensors(rules, tensors)
     return within(rules.file_bytes, rules, tensors, contents(model), None if encoded is None else encoded.thin)

@@ -1,12 +1,14 @@
 """A layer becomes thin, and plain again, by exchanging its class in place."""
 
 import math
+import re
 import sys
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from deepthin.torch.generated import Generated, ThinLayer
 from deepthin.torch.layers import (
@@ -70,6 +72,8 @@ def why_not(layer: nn.Module, name: str) -> str:
         from deepthin.torch import huggingface
 
         THIN.setdefault(huggingface.Conv1D, huggingface.ThinConv1D)
+    if parametrised := _parametrised(layer):
+        return parametrised
     if not isinstance(layer, ThinLayer) and type(layer) not in THIN:
         return f"{type(layer).__name__} has no thin version"
     if added := sorted(layer._parameters.keys() - parameter_names(layer)):
@@ -84,6 +88,29 @@ def why_not(layer: nn.Module, name: str) -> str:
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm) and len(layer.normalized_shape) > 1:
         return "a scale of several dimensions is no matrix whose values may be drawn anew"
     return ""
+
+
+def _parametrised(layer: nn.Module) -> str:
+    """What to write where weight_norm, spectral_norm or another parametrisation computes a weight."""
+    kind = type(layer).__name__
+    if isinstance(layer, ParametrizationList):
+        how = ", ".join(_plain(type(one).__name__) for one in layer)
+        return f"{how} computes a weight from it; first call torch.nn.utils.parametrize.remove_parametrizations"
+    if is_parametrized(layer):
+        kinds = (type(one).__name__ for held in cast(Any, layer).parametrizations.values() for one in held)
+        return (
+            f"{', '.join(map(_plain, kinds))} of a {kind.removeprefix('Parametrized')}; first call "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    for name, hook in (("weight_norm", "WeightNorm"), ("spectral_norm", "SpectralNorm")):
+        if any(type(held).__name__ == hook for held in layer._forward_pre_hooks.values()):
+            return f"{name} of a {kind} computes its weight; first call torch.nn.utils.remove_{name}"
+    return ""
+
+
+def _plain(kind: str) -> str:
+    """A parametrisation as its function is called: ``weight_norm`` for ``_WeightNorm``."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", kind.lstrip("_")).lower() if kind.startswith("_") else kind
 
 
 def parameter_names(layer: nn.Module) -> list[str]:

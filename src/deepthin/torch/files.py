@@ -4,11 +4,13 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from deepthin.errors import ConfigError
 from deepthin.storage.arrays import Buffer, Raw, pieces_of
@@ -22,8 +24,10 @@ from deepthin.storage.write import Version, write
 from deepthin.torch.exchange import fresh_std, is_transposed, make_plain, make_thin, padding_row, thin_tensors, why_not
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.initialise import WithoutValues, fill_buffers
+from deepthin.torch.pretrained import _WRITE, follow
 from deepthin.torch.replaced import replaces
 from deepthin.torch.sequential import make_sequential
+from deepthin.torch.update import BASE, HASH_BYTES, Update, base_hash, base_tensors, install, uninstall, updates
 from deepthin.torch.weight import ThinPart, ThinWeight
 from deepthin.torch.wrapped import check_plain, gathered, plain_name, whole
 
@@ -42,6 +46,7 @@ def save(
     *,
     finite: bool = True,
     format: Version = 2,
+    only: Literal["delta"] | None = None,
 ) -> int:
     """Write all parameters and all saved buffers to a ``.thin`` file.
 
@@ -57,18 +62,22 @@ def save(
         max_bytes: Upper bound on the size of the file in bytes; None for no bound.
         finite: Whether to refuse NaN and infinity, as ``load`` does.
         format: Version of the file's format. Version 1, which is larger, is for readers that know no other.
+        only: ``"delta"`` writes the updates of a model that ``delta`` made, and a hash of their base, which is not
+            written. Such a model has to be merged before it can be saved as a whole.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
         BudgetError: The file would exceed ``max_bytes``. Nothing is written.
-        ConfigError: The model has tensors without values: on the meta device, or allocated by ``to_empty``.
+        ConfigError: The model has tensors without values: on the meta device, or allocated by ``to_empty``. Or it has
+            updates and ``only`` is not "delta", or the reverse; or the base of the updates has changed.
         NonFiniteError: A tensor holds NaN or infinity, and ``finite``. Nothing is written.
         TypeError: A tensor has a dtype or layout that the file cannot hold.
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
     """
+    _check_updates(model, only)
     tensors = [*model.named_parameters(), *_dense_tensors(model).items()]
     if left := [name for name, tensor in tensors if tensor.is_meta]:
         raise ConfigError(
@@ -80,6 +89,9 @@ def save(
         return by_first(lambda: write(held, path, max_bytes, finite=finite, version=format))
 
 
+_WRITE.append(save)
+
+
 @replaces("load()")
 def load(
     model: nn.Module,
@@ -89,6 +101,7 @@ def load(
     frozen: bool = False,
     max_bytes: int | None = None,
     finite: bool = True,
+    device: str | torch.device | None = None,
 ) -> nn.Module:
     """Load a ``.thin`` file into a model, in place; layers whose matrices are stored compressed become thin.
 
@@ -108,6 +121,8 @@ def load(
             for each number that the model has, and 64 MiB at least (docs/format.md).
         finite: Whether to refuse NaN and infinity in tensors that are stored as they are. In compressed ones they are
             refused in any case.
+        device: Where the model is afterwards, ``"cuda"`` say, all of it; None: where it is, and what is on the meta
+            device in main memory.
 
     Returns:
         The same model.
@@ -117,13 +132,22 @@ def load(
             is unchanged.
         FormatError: The file is damaged, is not a ``.thin`` file, takes more than ``max_bytes``, or is not finite.
         OSError: The file cannot be read.
+        RuntimeError: There is no such device.
     """
+    place = None if device is None else torch.empty(0, device=device).device  # raises before the model changes
     check_plain(model, "load(MODEL, path)", replaces=False)
     thin_now, dense_now = thin_tensors(model), _dense_tensors(model)
     have = {name: weight.parts[index].shape for name, (weight, index) in thin_now.items()}
     have |= {name: tuple(tensor.shape) for name, tensor in dense_now.items()}
     limit = model_bytes(sum(map(math.prod, have.values()))) if max_bytes is None else max_bytes
-    stored = renamed(read(path, limit, finite=finite, decoded=True), names or {}, str(path))
+    stored = read(path, limit, finite=finite, decoded=True)
+    if BASE in stored.dense:
+        return _put_updates(model, stored, names or {}, frozen, str(path))
+    if updates(model):
+        raise ConfigError(
+            f"{path} is a whole network, but the model has updates: merge them, or load into a plain one."
+        )
+    stored = renamed(stored, names or {}, str(path))
     stored = _completed(model, stored, dense_now)
     check_names(shapes_of(stored), have, str(path))
     _check_places(model, stored, thin_now, dense_now, str(path))
@@ -169,6 +193,7 @@ def load(
         if isinstance(layer, ThinLayer) and not layer.thin:
             make_plain(layer, {})
     make_sequential(model)
+    follow(model)
     fill_buffers(model)
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
         model.register_forward_pre_hook(WithoutValues(left, str(path)))
@@ -176,6 +201,60 @@ def load(
             f"{', '.join(left)}: not saved in {path} and still on the meta device. Fill them before using the model.",
             stacklevel=3,
         )
+    return model if place is None else model.to(place)
+
+
+def _check_updates(model: nn.Module, only: Literal["delta"] | None) -> None:
+    """Refuse to save updates without saying so, those that are not there, and those whose base has changed."""
+    held = updates(model)
+    if only not in (None, "delta"):
+        raise ConfigError(f"only = {only!r} is unknown: leave it out, or write only='delta'.")
+    if held and only is None:
+        raise ConfigError(
+            "The model has updates: save(model, path, only='delta') writes these, merge(model) adds them to the base."
+        )
+    if only == "delta" and not held:
+        raise ConfigError("The model has no updates: deepthin.torch.delta(model, rules) makes them.")
+    if held and next(iter(held.values()))[2].base != base_hash(model):
+        raise ConfigError(
+            "The base has changed since delta(model, rules): the file would fit no base. Layers with running "
+            "statistics change in training mode: keep them in eval()."
+        )
+
+
+def _put_updates(model: nn.Module, stored: Contents, names: Mapping[str, str], frozen: bool, path: str) -> nn.Module:
+    """Put the updates of a file on a model, instead of those that it has; the model is unchanged if they do not fit."""
+    check_plain(model, "load(MODEL, path)")
+    base = bytes(stored.dense[BASE].data)
+    stored = renamed(replace(stored, dense={}), names, path)
+    held = updates(model)
+    if base != base_hash(model):
+        raise ConfigError(
+            f"{path} has updates of another base: load the weights that they were trained on into the model first. "
+            "Names, types, shapes and every value must be the same."
+        )
+    now = base_tensors(model)
+    parts = {name: part for thin in stored.thin.values() for name, part in thin.parts.items()}
+    for name in names_of(stored, parts):
+        part = parts[stored.aliases.get(name, name)]
+        if name not in now or tuple(now[name].shape) != part.shape:
+            raise ConfigError(f"{path} has an update of {name}, {part.shape}, which does not fit the model.")
+    for layer, own, _ in held.values():
+        if parametrize.is_parametrized(layer, own):
+            uninstall(layer, own)
+    model.requires_grad_(False)
+    for thin in stored.thin.values():
+        like = now[next(iter(thin.parts))]
+        code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
+        code = {e: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype) for e, t in code.items()}
+        weight = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code, frozen=frozen)
+        weight.requires_grad_(not frozen)
+        for index, name in enumerate(thin.parts):
+            update = Update(weight if len(thin.parts) == 1 else ThinPart(weight, index), base)
+            for alias in (name, *(alias for alias, target in stored.aliases.items() if target == name)):
+                layer, own = _owner(model, alias)
+                if not parametrize.is_parametrized(layer, own):
+                    install(layer, own, update)
     return model
 
 
@@ -235,13 +314,21 @@ def contents(model: nn.Module) -> Contents:
         model: A dense or thin network; on the meta device values are zeros.
 
     Returns:
-        References to the model's tensors, without copies: valid until the model changes.
+        References to the model's tensors, without copies: valid until the model changes. Of a model with updates, these
+        and the hash of their base.
 
     Raises:
         TypeError: A tensor has a dtype or layout that the file cannot hold.
     """
     named = plain_name(model)
-    dense = {name: (id(tensor), _raw(name, whole(tensor))) for name, tensor in _dense_tensors(model).items()}
+    if held := updates(model):
+        places = {
+            named(name): (thin.group, thin.index) if isinstance(thin := update.thin, ThinPart) else (thin, 0)
+            for name, (_, _, update) in held.items()
+        }
+        base = Raw("U8", (HASH_BYTES,), next(iter(held.values()))[2].base)
+        return contents_of(places, {BASE: (BASE, base)}, as_thin)
+    dense = {name: (id(tensor), raw_of(name, whole(tensor))) for name, tensor in _dense_tensors(model).items()}
     return contents_of({named(name): place for name, place in thin_tensors(model).items()}, dense, as_thin)
 
 
@@ -258,7 +345,7 @@ def as_thin(weight: ThinWeight, names: Sequence[str]) -> Thin:
     Raises:
         TypeError: An entry has a dtype or layout that the file cannot hold.
     """
-    code = {entry: _raw(entry, tensor) for entry, tensor in weight.code().items()}
+    code = {entry: raw_of(entry, tensor) for entry, tensor in weight.code().items()}
     return Thin(weight.name, weight.method, dict(zip(names, weight.parts, strict=True)), code)
 
 
@@ -279,7 +366,19 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _raw(name: str, tensor: Tensor) -> Raw:
+def raw_of(name: str, tensor: Tensor) -> Raw:
+    """A tensor as a file stores it, without a copy.
+
+    Args:
+        name: Its name, for the message.
+        tensor: The tensor; on the meta device it counts as zeros.
+
+    Returns:
+        Its type, its shape, and where its bytes are.
+
+    Raises:
+        TypeError: A file cannot hold its dtype or layout.
+    """
     if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} is {tensor.dtype}, {tensor.layout}: a .thin file holds dense {', '.join(_TYPES)} only."
@@ -320,10 +419,10 @@ def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tenso
         if name in known:
             continue
         if parameter == "num_batches_tracked" and isinstance(layer, nn.modules.batchnorm._NormBase):
-            added[name] = _raw(name, tensor)
+            added[name] = raw_of(name, tensor)
         twin = name.replace("bias_hh", "bias_ih")
         if parameter.startswith("bias_hh") and isinstance(layer, nn.LSTM | nn.RNN) and twin in known:
-            added[name] = _raw(name, torch.zeros_like(tensor))
+            added[name] = raw_of(name, torch.zeros_like(tensor))
     return Contents(stored.thin, {**stored.dense, **added}, stored.aliases)
 
 

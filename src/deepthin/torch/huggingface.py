@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from deepthin.torch.generated import ThinLayer, generated
+from deepthin.torch.generated import ThinLayer, generated, value_of
 from deepthin.torch.tracing import as_leaf
 
 
@@ -24,4 +24,6 @@ class ThinConv1D(ThinLayer, Conv1D):
         """
         if not isinstance(x, Tensor) and (leaf := as_leaf(self, x)) is not None:
             return leaf
-        return self.thin["weight"].product(x, bias=self.bias) if "weight" in self.thin else super().forward(x)
+        return (
+            self.thin["weight"].product(x, bias=value_of(self, "bias")) if "weight" in self.thin else super().forward(x)
+        )

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepthin.torch import convolution, spectral
-from deepthin.torch.generated import ThinLayer, generated
+from deepthin.torch.generated import ThinLayer, generated, value_of
 from deepthin.torch.native_call import single_call
 from deepthin.torch.operators import short_ways
 from deepthin.torch.recurrent_layers import ThinGRU, ThinLSTM, ThinRNN  # noqa: F401 -- pickles of version 0.1 name them here
@@ -68,7 +68,7 @@ class ThinLinear(ThinLayer, nn.Linear):
         weight = cast(nn.Module, self._modules["thin"])._modules.get("weight")  # nn.Module.__getattr__ is slow
         if weight is None:
             return super().forward(input)
-        return cast(ThinWeight, weight).product(input, bias=self.bias)
+        return cast(ThinWeight, weight).product(input, bias=value_of(self, "bias"))
 
 
 class ThinOutProjection(ThinLinear, NonDynamicallyQuantizableLinear):
@@ -92,7 +92,7 @@ class _ThinConvolution(ThinLayer):
         if not isinstance(input, Tensor):
             leaf = as_leaf(self, input)
             return super().forward(input) if leaf is None else leaf
-        y = convolution.product(self, input, self.bias)
+        y = convolution.product(self, input, value_of(self, "bias"))
         return self._by_kernel(input) if y is None else y
 
     def _by_kernel(self, input: Tensor) -> Tensor:
@@ -117,20 +117,22 @@ class ThinConv2d(_ThinConvolution, nn.Conv2d):
 
     def _by_kernel(self, input: Tensor) -> Tensor:
         """By its spectrum, where that is predicted to be faster."""
-        weight, images = self.weight, input if input.dim() == 4 else input[None]
+        weight, images = cast(Tensor, value_of(self, "weight")), input if input.dim() == 4 else input[None]
         if convolution.is_decoded(self, input) or not self._by_spectra(images, weight):
-            return self._conv_forward(input, weight, self.bias)
+            return self._conv_forward(input, weight, value_of(self, "bias"))
         cached = self._spectrum
         if cached is None or cached[0] is not weight or cached[1] != weight._version:
             with torch.inference_mode(False), torch.no_grad():
                 self._spectrum = cached = (weight, weight._version, spectral.spectrum(self, weight))
         with torch.no_grad():
-            y = spectral.convolve(self, images, cached[2], self.bias)
+            y = spectral.convolve(self, images, cached[2], value_of(self, "bias"))
         return y if input.dim() == 4 else y[0]
 
     def _by_spectra(self, images: Tensor, weight: Tensor) -> bool:
         """Whether the weight is cached, and the product by FFT is predicted to be faster."""
-        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, self.bias))
+        wanted = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (images, value_of(self, "bias"))
+        )
         return (
             "weight" in self.thin
             and not (self.training or weight.requires_grad or wanted or is_recorded() or weight.is_inference())
@@ -256,3 +258,7 @@ class ThinMultiheadAttention(ThinLayer, nn.MultiheadAttention):
     in_proj_weight, in_proj_bias = generated("in_proj_weight"), generated("in_proj_bias")
     q_proj_weight, k_proj_weight = generated("q_proj_weight"), generated("k_proj_weight")
     v_proj_weight = generated("v_proj_weight")
+
+    def _reset_parameters(self) -> None:
+        """As torch's layer names it."""
+        self.reset_parameters()

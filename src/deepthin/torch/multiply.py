@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepthin.kernels import costs, products
-from deepthin.method import InTurn, Method, Sparse, Symbols
+from deepthin.kernels import chains, costs, products
+from deepthin.kernels.chains import Layout
+from deepthin.method import Chain, InTurn, Method, Sparse, Symbols
 from deepthin.methods.factor import Window
+from deepthin.torch.core_operators import core_linear, eager_core_linear
+from deepthin.torch.host import array_of
 from deepthin.torch.operators import eager_linear, linear, symbol_linear
 from deepthin.torch.product import factor_linear, multiply_in_turn
 from deepthin.torch.tracing import is_recorded
@@ -249,8 +252,10 @@ class FactorsInTurn:
     name: costs.Path = "factors"
 
     def applies(self, case: Case) -> bool:
-        """As ``Way.applies``: where the code holds one matrix alone; no empty batches."""
-        return case.window is None and case.whole and case.batch > 0 and isinstance(case.method, InTurn)
+        """As ``Way.applies``: one matrix alone in the code, which native code cannot take; no empty batches."""
+        if case.window is not None or not case.whole or case.batch == 0 or not isinstance(case.method, InTurn):
+            return False
+        return not (case.native and chains.layout_of(case.method))
 
     def cost(self, case: Case) -> float:
         """As ``Way.cost``: fitted to timings."""
@@ -260,6 +265,30 @@ class FactorsInTurn:
         """As ``Way.run``."""
         y = multiply_in_turn(cast(Any, weight.decoder), weight.floats(), x) * weight.parts[index].scale
         return y if bias is None else y + bias
+
+
+class NativeCores:
+    """The product with a chain of cores in native code, float32 on the CPU; the operator in a compiled graph."""
+
+    name: costs.Path = "native-cores"
+
+    def applies(self, case: Case) -> bool:
+        """As ``Way.applies``: where the code holds one matrix alone, and native code can read it; no empty batches."""
+        fits = case.window is None and case.whole and case.native and case.batch > 0
+        return fits and chains.layout_of(case.method) is not None
+
+    def cost(self, case: Case) -> float:
+        """As ``Way.cost``: fitted to timings."""
+        return costs.chain_cost(cast(Layout, chains.layout_of(case.method)), case.batch, case.dense_ready)
+
+    def run(self, weight: Weight, x: Tensor, index: int, bias: Tensor | None) -> Tensor:
+        """As ``Way.run``."""
+        method, floats, scale = cast(Chain, weight.decoder), weight.floats(), weight.parts[index].scale
+        if is_recorded() or type(x) is not Tensor:
+            cores = method.cores(dict(floats), cast(Any, torch))
+            return core_linear(x, cores, bias, rows=method.shape[0], scale=scale)
+        layout = cast(Layout, chains.layout_of(method))
+        return eager_core_linear(layout, [floats[entry] for entry in method.code_shapes()], x, bias, scale)
 
 
 class SparseRows:
@@ -284,9 +313,11 @@ class SparseRows:
         columns, starts = weight.sparse_rows()
         values = weight.floats()["values"].detach() * weight.parts[index].scale
         items = x.detach().resolve_neg().reshape(-1, cols).contiguous()
-        shift = None if bias is None else bias.detach().resolve_neg().contiguous().numpy()
+        shift = None if bias is None else array_of(bias.resolve_neg().contiguous())
         threads = torch.get_num_threads()
-        y = products.csr_linear((rows, cols), values.numpy(), columns, starts, items.numpy(), shift, threads=threads)
+        y = products.csr_linear(
+            (rows, cols), array_of(values), columns, starts, array_of(items), shift, threads=threads
+        )
         return torch.from_numpy(y).view(*x.shape[:-1], rows)
 
 
@@ -313,7 +344,7 @@ class SymbolLookUp:
 
 
 DENSE, IN_TURN = DenseWeight(), FactorsInTurn()
-OPERATOR = NativeFactored("native-auto")
+OPERATOR, CORES = NativeFactored("native-auto"), NativeCores()
 WAYS: tuple[Way, ...] = (
     DENSE,
     Factored("factors"),
@@ -323,6 +354,7 @@ WAYS: tuple[Way, ...] = (
     NativeFactored("native-fft"),
     OPERATOR,
     IN_TURN,
+    CORES,
     SparseRows(),
     SymbolLookUp(),
 )
@@ -364,7 +396,7 @@ def choose(case: Case) -> Way:
         The first of the cheapest ways in ``WAYS`` that apply; the operator in a compiled graph.
     """
     if case.traced:  # the batch may be symbolic, so the choice depends on the plan alone
-        return OPERATOR
+        return CORES if case.window is None else OPERATOR
     return DENSE if case.window is None and not case.whole else _least(case)
 
 
@@ -390,3 +422,19 @@ def operator_pays(window: Window) -> bool:
         Whether the operator is predicted to be faster for 32 items.
     """
     return costs.choose(window.plan, TYPICAL_BATCH, False, native=True) != "dense"
+
+
+@lru_cache(maxsize=4096)
+def chain_pays(method: Method) -> bool:
+    """Whether a compiled graph uses the operator of chains instead of the decoded weight: one choice for all batches.
+
+    Args:
+        method: The method that decodes the weight.
+
+    Returns:
+        Whether it is a chain, for which the operator is predicted to be faster for 32 items.
+    """
+    layout = chains.layout_of(method)
+    if layout is None:
+        return False
+    return CORES.cost(case := Case(method, None, TYPICAL_BATCH, False)) < DENSE.cost(case)

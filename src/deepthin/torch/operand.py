@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from deepthin.kernels import products
+from deepthin.kernels import chains, products
+from deepthin.kernels.chains import Layout
 from deepthin.kernels.costs import Path, choose_native
 from deepthin.method import Flat
 from deepthin.methods.factor import Factored, Window
 from deepthin.storage.contents import Part
 from deepthin.torch import accelerated, multiply
 from deepthin.torch.cache import StateCache
+from deepthin.torch.core_operators import chain_product, trained_core_linear
 from deepthin.torch.evaluated import Evaluated, current, decoded
 from deepthin.torch.multiply import Case
 from deepthin.torch.operators import product, short_ways, takes, trained_linear
@@ -28,7 +30,7 @@ from deepthin.torch.tracing import as_leaf, is_plain, is_portable, is_recorded
 _GATHER = 4  # upper bound on the time of a row decoded alone over that of one among all (a training step)
 _TABLE = 1 << 24  # entries that an accelerator decodes, and whose gradients it sums, as fast as it starts ``rows``
 _BATCHES = 1000  # sizes of inputs for which a choice is noted
-_WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2}
+_WAYS: dict[Path, int] = {"native-direct": 1, "native-fft": 2, "native-cores": 1}
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TORCH = cast(Any, torch)
@@ -40,11 +42,13 @@ class Operand(RoundedState):
     Attributes:
         parts: Shape and scale of each tensor, in the order in which they are cut from the flattened matrix.
         plans: For each tensor its window in the factors' product; None where it must be decoded.
-        kernels: The same for each kernel of a convolution, of outputs x (inputs * taps).
+        chains: For each tensor the chain of cores that it is; None where it is none, or not alone in the code.
+        kernels: As ``plans``, for each kernel of a convolution, of outputs x (inputs * taps).
     """
 
     parts: tuple[Part, ...]
     plans: tuple[Window | None, ...]
+    chains: tuple[Layout | None, ...]
     kernels: tuple[Window | None, ...]
     _cuts: tuple[tuple[int, int], ...]  # begin and end of each tensor in the flattened matrix
     _places: "tuple[accelerated.Place | None, ...]"  # of each tensor in the product of factors of any order
@@ -265,25 +269,29 @@ class Operand(RoundedState):
             return None
         if (fast := self._fast[index]) is None or (entries := self._short_entries()) is None:
             return None
-        return fast(x, entries.get("xf"), entries.get("wf"), bias)
+        return fast(x, entries, bias)
 
     def _trained_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
         """The native product and its gradients in a training; None where it was not used for this batch before."""
         if self._fast is None or torch.compiler.is_compiling() or (fast := self._fast[index]) is None:
             return None
         own = self.__dict__["_parameters"]
-        ways = fast.trained(x, own.get("xf"), own.get("wf"), bias)
+        ways = fast.trained(x, own, bias)
         if not ways:
             return None
         floats = own if self.direct and not self._exact and self._empty is None else self.floats()
-        window = cast(Window, self.plans[index])
-        xf = floats["xf"]
-        xf = xf if len(xf) == window.stop - window.first else xf[window.first : window.stop]
-        scale, place = self.parts[index].scale, (window.plan.shape[0], window.offset)
+        scale, window = self.parts[index].scale, self.plans[index]
+        fused = bias if scale == 1.0 else None
+        if window is None:
+            entries = [floats[entry] for entry in self.decoder.code_shapes()]
+            y = trained_core_linear(cast(Layout, self.chains[index]), fast, entries, x, fused)
+        else:
+            xf = floats["xf"]
+            xf = xf if len(xf) == window.stop - window.first else xf[window.first : window.stop]
+            y = trained_linear(fast, ways, x, xf, floats["wf"], fused, window.plan.shape[0], window.offset)
         if scale == 1.0:
-            return trained_linear(fast, ways, x, xf, floats["wf"], bias, *place)
-        y = trained_linear(fast, ways, x, xf, floats["wf"], None, *place) * scale
-        return y if bias is None else y + bias
+            return y
+        return y * scale if bias is None else y * scale + bias
 
     def _known_way(self, x: Tensor, index: int, bias: Tensor | None) -> Tensor | None:
         """The product by the way that was chosen before for such operands in evaluation; None where one may differ."""
@@ -306,7 +314,9 @@ class Operand(RoundedState):
     def _note_training(self, batch: int, index: int) -> None:
         """Use the native product for this batch from now on, by the ways that are predicted to be faster."""
         fast = self.short_way(index)
-        if fast is not None:
+        if fast is not None and self.plans[index] is None:
+            fast.choose_training(batch, 1)
+        elif fast is not None:
             plan = cast(Window, self.plans[index]).plan
             forward, backward = (choose_native(plan, batch, training) == "native-fft" for training in (False, True))
             fast.choose_training(batch, 1 + 2 * forward + 4 * backward)
@@ -321,11 +331,21 @@ class Operand(RoundedState):
             A callable as ``operators.product`` returns it; None without native code or a structured product.
         """
         if self._fast is None:
-            self._fast = tuple(
-                plan and product(plan[0], plan[1], plan[3], part.scale)
-                for plan, part in zip(self.plans, self.parts, strict=True)
-            )
+            self._fast = tuple(self._product_of(index) for index in range(len(self.parts)))
         return self._fast[index]
+
+    def _product_of(self, index: int) -> Any:
+        plan, part = self.plans[index], self.parts[index]
+        if plan is not None:
+            return product(plan[0], plan[1], plan[3], part.scale)
+        return None if self.chains[index] is None else chain_product(self.decoder, part.scale)
+
+    def _chain(self, index: int) -> Layout | None:
+        """The chain of cores that a matrix is; None where it is none, or the code holds more than this matrix."""
+        part = self.parts[index]
+        alone = len(self.parts) == 1 and len(part.shape) == 2
+        whole = alone and not part.transposed and part.zero_row is None
+        return chains.layout_of(self.decoder) if whole else None
 
     def path(self, x: Tensor, index: int = 0) -> Path:
         """The way by which ``product`` would multiply ``x`` now.
@@ -360,15 +380,18 @@ class Operand(RoundedState):
                 return Case(self.decoder, window, 0, False, native=True, traced=True) if pays else dense
             batch, device = x.numel() // window.plan.shape[1], multiply.timed_device(x)
             return Case(self.decoder, window, batch, self.keeps_dense(), native=native, device=device)
-        if recorded or autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
+        if autocast or len(self.parts) > 1 or part.transposed or part.zero_row is not None:
             return dense
+        if recorded:
+            pays = not is_portable() and self._operator_pays[index] and takes(x, *latents)
+            return Case(self.decoder, None, 0, False, native=True, whole=True, traced=True) if pays else dense
         gradients = torch.is_grad_enabled()
         return Case(
             self.decoder,
             None,
             x.numel() // part.shape[1],
             self.keeps_dense(),
-            native=takes(x, like),
+            native=takes(x, *latents),
             whole=True,
             detached=not (gradients and x.requires_grad)
             and (bias is None or (takes(bias) and not (gradients and bias.requires_grad))),

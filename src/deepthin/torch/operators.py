@@ -84,9 +84,9 @@ def product(method: Factor, first: int, offset: int, scale: float) -> Any:
         scale: What the product is multiplied by before the bias is added.
 
     Returns:
-        A callable of x, xf, wf and the bias or None; or None without native code. It returns None where an operand is
-        not a plain float32 tensor on the CPU, a gradient is needed, a tracer or mode observes operations, or ``choose``
-        was not called for this batch. For trainings it has ``trained``, ``forward`` and ``backward``.
+        A callable of x, the code by entry, and the bias or None; or None without native code. It returns None where an
+        operand is not a plain float32 tensor on the CPU, a gradient is needed, a tracer or mode observes operations, or
+        ``choose`` was not called for this batch. For trainings it has ``trained``, ``forward`` and ``backward``.
     """
     if not short_ways:
         return None
@@ -421,7 +421,7 @@ class _Trained(torch.autograd.Function):
         x, xf, wf, bias, ctx.product, ctx.ways, rows, offset = inputs
         ctx.plan, ctx.relu = (rows, offset, "auto"), False
         ctx.save_for_backward(x, xf, wf)
-        y = ctx.product.forward(x, xf, wf, bias, bool(ctx.ways & 2))
+        y = ctx.product.forward(x, (xf, wf), bias, bool(ctx.ways & 2))
         return _forward(x, xf, wf, bias, *ctx.plan, False) if y is None else y
 
     @staticmethod
@@ -429,7 +429,8 @@ class _Trained(torch.autograd.Function):
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or is_legacy_batchedtensor(grads[0]):
             return _Eager.backward(ctx, *grads)
         wanted, rows = ctx.needs_input_grad, ctx.plan[0]
-        made = ctx.product.backward(grads[0], *ctx.saved_tensors, bool(ctx.ways & 4), *wanted[:3])
+        x, *factors = ctx.saved_tensors
+        made = ctx.product.backward(grads[0], x, tuple(factors), bool(ctx.ways & 4), list(wanted[:3]))
         if made is None:
             return _Eager.backward(ctx, *grads)
         bias = grads[0].reshape(-1, rows).sum(0) if wanted[3] else None

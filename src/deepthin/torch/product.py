@@ -5,7 +5,8 @@ output; here the same reuse is one correlation of the input with each row of ``w
 one for every phase at which an output may start. docs/theory.md derives it. Everything has gradients, of any order.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
@@ -53,6 +54,87 @@ def multiply_in_turn(
     """
     items = F.pad(x.reshape(-1, x.shape[-1]), (0, method.inputs() - x.shape[-1]))
     return method.multiply(dict(floats), items, cast(Any, torch)).reshape(*x.shape[:-1], method.shape[0])
+
+
+def chain_linear(
+    cores: Sequence[Float[Tensor, "before rows cols after"]], x: Float[Tensor, "*batch cols"], rows: int
+) -> Float[Tensor, "*batch rows"]:
+    """``x @ W.T`` by a chain of cores, one after the other.
+
+    Args:
+        cores: r_(k-1) x R_k x Q_k x r_k each, with ranks of 1 at both ends.
+        x: Inputs, any number of leading dimensions.
+        rows: Outputs; the chain may have more.
+
+    Returns:
+        The outputs, with the leading dimensions of x.
+    """
+    y = _states(cores, x)[-1]
+    return y.reshape(y.shape[0], y.shape[2])[:, :rows].reshape(*x.shape[:-1], rows)
+
+
+def decoded_chain(cores: Sequence[Float[Tensor, "before rows cols after"]]) -> Float[Tensor, "rows cols"]:
+    """The matrix of a chain of cores.
+
+    Args:
+        cores: As ``chain_linear`` takes them.
+
+    Returns:
+        The matrix, of as many rows and columns as the products of those of the cores.
+    """
+    whole = cores[0][0]  # rows x cols x rank
+    for core in cores[1:]:
+        (down, across, rank), (_, r, q, after) = whole.shape, core.shape
+        product = whole.reshape(down * across, rank) @ core.reshape(rank, r * q * after)
+        product = product.reshape(down, across, r, q, after).permute(0, 2, 1, 3, 4)
+        whole = product.reshape(down * r, across * q, after)
+    return whole[..., 0]
+
+
+def chain_gradients(
+    cores: Sequence[Float[Tensor, "before rows cols after"]],
+    x: Float[Tensor, "*batch cols"],
+    grad: Float[Tensor, "*batch rows"],
+) -> tuple[Float[Tensor, "*batch cols"], list[Float[Tensor, "before rows cols after"]]]:
+    """The gradients of ``chain_linear``, in differentiable operations.
+
+    Args:
+        cores: As ``chain_linear`` takes them.
+        x: Inputs.
+        grad: Gradient of the outputs.
+
+    Returns:
+        The gradient of x, and that of each core.
+    """
+    states, of_cores = _states(cores, x), list(cores)
+    height = math.prod(core.shape[1] for core in cores)
+    back = grad.reshape(states[0].shape[0], grad.shape[-1])
+    back = F.pad(back, (0, height - grad.shape[-1])) if height > grad.shape[-1] else back
+    for k in reversed(range(len(cores))):
+        (rank, down, across, after), (items, _, places, _) = cores[k].shape, states[k].shape
+        back = back.reshape(items * places, down * after)
+        rows = states[k].permute(0, 2, 1, 3).reshape(items * places, across * rank)
+        of_cores[k] = (rows.t() @ back).reshape(across, rank, down, after).permute(1, 2, 0, 3)
+        matrix = cores[k].permute(1, 3, 2, 0).reshape(down * after, across * rank)
+        back = (back @ matrix).reshape(items, places, across, rank).permute(0, 2, 1, 3)
+    back = back.reshape(states[0].shape[0], math.prod(core.shape[2] for core in cores))
+    if back.shape[1] > x.shape[-1]:  # batched gradients know no slice of everything
+        back = back[:, : x.shape[-1]]
+    return back.reshape(x.shape), of_cores
+
+
+def _states(cores: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """The input and the result of each step, items x Q_k x places x rank; the last one items x 1 x R x 1."""
+    widths = [core.shape[2] for core in cores]
+    state = F.pad(x.reshape(-1, x.shape[-1]), (0, math.prod(widths) - x.shape[-1]))
+    states = [state.reshape(len(state), widths[0], math.prod(widths[1:]), 1)]
+    for core, width in zip(cores, [*widths[1:], 1], strict=True):
+        rank, down, across, after = core.shape
+        items, _, places, _ = states[-1].shape
+        rows = states[-1].permute(0, 2, 1, 3).reshape(items * places, across * rank)
+        y = rows @ core.permute(2, 0, 1, 3).reshape(across * rank, down * after)
+        states.append(y.reshape(items, width, places * down // width, after))
+    return states
 
 
 def factor_linear(

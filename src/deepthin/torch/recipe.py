@@ -6,7 +6,6 @@ The thinning is DeepTwist's (``deepthin.torch.twist``); ``save`` codes what is s
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from deepthin.methods import METHODS, THEN, fields, with_fields
 from deepthin.methods.float_coding import FloatCoding, inner_of, outer_of
 from deepthin.methods.then import Then
 from deepthin.plan.file_limit import coded_bytes
-from deepthin.plan.parse import parse_rules, parse_then
-from deepthin.plan.rules import NO_LIMIT, Rules, Stages
+from deepthin.plan.parse import Source, parse_rules, parse_then
+from deepthin.plan.rules import NO_LIMIT, Stages
 from deepthin.plan.shares import Planned, units_of
 from deepthin.plan.tensor import Tensor as Named
 from deepthin.storage.report import Report, report_of
@@ -63,7 +62,7 @@ class Recipe:
     def __init__(
         self,
         model: nn.Module,
-        rules: Mapping[str, Any] | str | Path | Rules,
+        rules: Source,
         steps: int,
         loss: Callable[[nn.Module], float] | None = None,
         importance: Callable[[], Mapping[str, Tensor]] = dict,

@@ -8,16 +8,19 @@ torch's own layers. Single precision on the CPU runs native code, all else torch
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from deepthin.kernels import products
-from deepthin.kernels.costs import NATIVE, choose_native, repeated_dense_work, work
+from deepthin.kernels import chains, products
+from deepthin.kernels.chains import Layout
+from deepthin.kernels.costs import NATIVE, chain_work, choose_native, repeated_dense_work, work
 from deepthin.kernels.recurrent import CELLS, gates_of
 from deepthin.methods.factor import Factor
 from deepthin.torch.operators import takes
+from deepthin.torch.product import decoded_chain
 from deepthin.torch.tracing import is_recorded
 
 _STEPS = 100  # of a typical sequence
@@ -37,7 +40,7 @@ _library.define(
 
 
 class _Layers(NamedTuple):
-    """The sizes of a call. ``plans``: for each matrix its factors' method and the entry where it begins."""
+    """The sizes of a call. ``plans``: for each matrix its factors' method and where it begins, or its chain."""
 
     cell: str
     steps: int
@@ -46,7 +49,13 @@ class _Layers(NamedTuple):
     hidden: int
     layers: int
     directions: int
-    plans: list[tuple[Factor, int]]
+    plans: list[tuple[Factor, int] | Layout]
+
+    def split(self, factors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """The factors or cores of each matrix."""
+        counts = [len(plan.sizes) if isinstance(plan, Layout) else 2 for plan in self.plans]
+        ends = list(accumulate(counts))
+        return [factors[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
     def numbers(self) -> tuple[int, ...]:
         """The seven sizes in the order of the native function's arguments; the cell as its index in ``CELLS``."""
@@ -54,14 +63,15 @@ class _Layers(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def pays(matrices: tuple[Factor, ...], batch: int, training: bool) -> bool:
+def pays(matrices: tuple[Factor | Layout, ...], batch: int, training: bool) -> bool:
     """Whether the native layers are predicted to be faster than torch's with decoded weights.
 
     The prediction sums costs of products over a hundred steps, whatever the length, so that a sequence in pieces is
     computed like the whole. The overhead of a call is left out.
 
     Args:
-        matrices: Plans of the matrix of the inputs and of that of the states, for each direction of each layer.
+        matrices: Plans, or chains of cores, of the matrix of the inputs and of that of the states, for each direction
+            of each layer.
         batch: Sequences at a time, from 1.
         training: Whether gradients of all factors are needed; if not, the decoded weights are taken to be cached.
 
@@ -72,8 +82,13 @@ def pays(matrices: tuple[Factor, ...], batch: int, training: bool) -> bool:
     for number, method in enumerate(matrices):
         calls = _STEPS if number % 2 else 1
         items = batch if number % 2 else _STEPS * batch
-        native += calls * min(cost for path, cost in work(method, items, not training).items() if path in NATIVE)
-        dense += repeated_dense_work(method, items, calls, not training)
+        if isinstance(method, Layout):
+            native += chain_work(method, items, calls, not training)
+            summands = max(after for _, _, _, after in method.sizes)
+        else:
+            native += calls * min(cost for path, cost in work(method, items, not training).items() if path in NATIVE)
+            summands = method.rank
+        dense += repeated_dense_work(method.shape, summands, items, calls, not training)
     return native < dense
 
 
@@ -93,9 +108,11 @@ def recurrent(
         x: Inputs, steps x batch x inputs, not empty.
         h: States before the first step, layers * directions x batch x hidden.
         c: The same of an LSTM's cells; None for every other cell.
-        factors: xf and wf of the matrix of the inputs, then of that of the states, for each direction of each layer.
+        factors: xf and wf, or the cores of a chain, of the matrix of the inputs, then of that of the states, for each
+            direction of each layer.
         biases: One bias of gates * hidden entries for each matrix, in the same order; or empty.
-        offsets: For each matrix, the entry of its factors' product at which it begins, from 0 to n - 1.
+        offsets: For each matrix, the entry of its factors' product at which it begins, from 0 to n - 1; of a chain of
+            cores minus their number.
         cell: ``tanh``, ``relu``, ``lstm`` or ``gru``.
         directions: 1, or 2 for bidirectional layers.
 
@@ -133,10 +150,12 @@ def _layers(
     if x.dim() != 3 or h.dim() != 3 or directions not in (1, 2) or len(h) % directions or not len(h):
         raise ValueError(f"x and h need three dimensions, and h all directions; they are {x.shape} and {h.shape}.")
     (steps, batch, inputs), (places, _, hidden) = x.shape, h.shape
-    if h.shape[1] != batch or len(factors) != 4 * places or len(offsets) != 2 * places:
+    need = sum(2 if offset >= 0 else -offset for offset in offsets)
+    if h.shape[1] != batch or len(offsets) != 2 * places or len(factors) != need:
         raise ValueError(
             f"{places} states of {h.shape[1]} sequences need {4 * places} factors and as many sequences: there are "
             f"{len(factors)} and {batch}."
+            + (f" With {len(offsets)} offsets {list(offsets)} they are {need} factors and cores." if need else "")
         )
     if (c is not None) != (cell == "lstm") or (c is not None and c.shape != h.shape):
         raise ValueError(
@@ -147,11 +166,15 @@ def _layers(
         raise ValueError(f"{2 * places} matrices need as many biases of {rows}, or none: {[b.shape for b in biases]}.")
     if 0 in x.shape or 0 in h.shape:
         raise ValueError(f"Sequences and states may not be empty; they are {tuple(x.shape)} and {tuple(h.shape)}.")
-    plans: list[tuple[Factor, int]] = []
+    plans: list[tuple[Factor, int] | Layout] = []
+    rest = iter(factors)
     for number, offset in enumerate(offsets):
-        xf, wf = factors[2 * number], factors[2 * number + 1]
         cols = hidden if number % 2 else inputs if number < 2 * directions else directions * hidden
         shape = (rows, cols)
+        if offset < 0:
+            plans.append(_chain(shape, [next(rest) for _ in range(-offset)]))
+            continue
+        xf, wf = next(rest), next(rest)
         if xf.dim() != 2 or wf.dim() != 2 or 0 in wf.shape or not 0 <= offset < wf.shape[1]:
             raise ValueError(f"Factors are matrices; {number} has {tuple(xf.shape)} and {tuple(wf.shape)}.")
         (rank, n), need = wf.shape, -(-(offset + math.prod(shape)) // wf.shape[1])
@@ -188,7 +211,7 @@ def _forward(
     held = [_plain(t) for t in (x, *factors, *biases)]
     products.native().recurrent(
         *layers.numbers(),
-        *_operands(layers, held[1 : 1 + len(factors)], held[1 + len(factors) :], keep),
+        *_operands(layers, held[1 : 1 + len(factors)], held[1 + len(factors) :]),
         held[0].data_ptr(),
         last.data_ptr(),
         last_c.data_ptr() if c is not None else 0,
@@ -208,25 +231,50 @@ def _reserve(layers: _Layers) -> int:
 
 
 def _operands(
-    layers: _Layers,
-    factors: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    training: bool,
-    grads: Sequence[Tensor] = (),
-) -> tuple[list[int], list[int]]:
-    """Plans and addresses, as the native code takes them. How a product is made does not depend on the steps."""
+    layers: _Layers, factors: Sequence[Tensor], biases: Sequence[Tensor], grads: Sequence[Tensor] = ()
+) -> tuple[list[int], list[int], list[Any], list[list[int]]]:
+    """Plans, chains and addresses for native code. How a product is made does not depend on the steps."""
     plans: list[int] = []
     parts: list[int] = []
-    for number, (method, offset) in enumerate(layers.plans):
+    found: list[Any] = []
+    cores: list[list[int]] = []
+    into = layers.split(grads[: len(factors)]) if grads else None
+    for number, (plan, own) in enumerate(zip(layers.plans, layers.split(factors), strict=True)):
+        bias = _address(biases[number]) if biases else 0
+        of_bias = _address(grads[len(factors) + number]) if grads and biases else 0
+        addresses = [_address(t) for t in own]
+        of_own = [_address(t) for t in into[number]] if into else []
+        if isinstance(plan, Layout):
+            plans += [*plan.shape, plan.shape[1], 1, 0, 0, 0]
+            parts += [0, 0, bias, 0, 0, of_bias]
+            found.append(chains.native_chain(plan))
+            cores.append([*addresses, *of_own])
+            continue
+        method, offset = plan
         batch = layers.batch if number % 2 else _INPUT_ITEMS
         ways = [choose_native(method, batch, which) == "native-fft" for which in (False, True)]
         plans += [*method.shape, method.n, method.rank, offset, *ways]
-        operands = [factors[2 * number], factors[2 * number + 1], biases[number] if biases else None]
-        into = [None] * 3  # gradients are written to
-        if grads:
-            into = [grads[2 * number], grads[2 * number + 1], grads[len(factors) + number] if biases else None]
-        parts += [0 if t is None or not t.numel() else t.data_ptr() for t in (*operands, *into)]
-    return plans, parts
+        parts += [*addresses, bias, *(of_own or [0, 0]), of_bias]
+        found.append(None)
+        cores.append([])
+    return plans, parts, found, cores
+
+
+def _address(t: Tensor) -> int:
+    """Of its memory; 0 for an empty one, a gradient that is not wanted."""
+    return t.data_ptr() if t.numel() else 0
+
+
+def _chain(shape: tuple[int, int], cores: Sequence[Tensor]) -> Layout:
+    """Of cores in row-major memory, checked against each other and the matrix."""
+    ranks = [1, *(core.shape[-1] for core in cores)]
+    fine = all(core.dim() == 4 and 0 not in core.shape for core in cores) and ranks[-1] == 1
+    fine = fine and all(core.shape[0] == rank for core, rank in zip(cores, ranks, strict=False))
+    if not fine or any(math.prod(core.shape[1 + k] for core in cores) < shape[k] for k in (0, 1)):
+        raise ValueError(f"Cores of {[tuple(core.shape) for core in cores]} are no chain for a matrix of {shape}.")
+    sizes = tuple(tuple(core.shape) for core in cores)
+    steps = tuple((r * q * b, q * b, b, 1) for _, r, q, b in sizes)
+    return Layout(shape, cast(Any, sizes), steps)
 
 
 def _plain(t: Tensor) -> Tensor:
@@ -277,7 +325,7 @@ def _backward(
     addresses = [t.data_ptr() for t in held]
     products.native().recurrent_backward(
         *layers.numbers(),
-        *_operands(layers, factors, biases, True, made[first:]),
+        *_operands(layers, factors, biases, made[first:]),
         addresses[0],
         addresses[1],
         addresses[2] if c is not None else 0,
@@ -300,9 +348,13 @@ def _in_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Torch's layers with decoded weights: any dtype, any device, differentiable to any order."""
     weights: list[Tensor] = []
-    for number, (method, offset) in enumerate(layers.plans):
-        flat = (factors[2 * number] @ factors[2 * number + 1]).reshape(-1)
-        matrix = flat[offset : offset + math.prod(method.shape)].view(method.shape)
+    for number, (plan, own) in enumerate(zip(layers.plans, layers.split(factors), strict=True)):
+        if isinstance(plan, Layout):
+            matrix = decoded_chain(own)[: plan.shape[0], : plan.shape[1]]
+        else:
+            method, offset = plan
+            flat = (own[0] @ own[1]).reshape(-1)
+            matrix = flat[offset : offset + math.prod(method.shape)].view(method.shape)
         weights.append(matrix)
         if number % 2 and biases:  # torch's order: both matrices of a direction, then both biases
             weights += [biases[number - 1], biases[number]]

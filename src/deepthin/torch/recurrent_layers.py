@@ -8,15 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepthin.errors import ConfigError
+from deepthin.kernels.chains import Layout
 from deepthin.kernels.products import native_available
-from deepthin.methods.factor import Factor
+from deepthin.method import Chain
+from deepthin.methods.factor import Factor, Window
 from deepthin.torch.cudnn import FlatWeights
-from deepthin.torch.generated import ThinLayer
+from deepthin.torch.generated import ThinLayer, handed_out, lost
 from deepthin.torch.recurrent import pays, recurrent
 from deepthin.torch.tracing import as_leaf, is_portable, is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
 
 _TYPICAL_BATCH = 8  # of a graph, whose batch may be unknown
+
+
+def _plan(weight: ThinWeight, index: int) -> Window | Layout | None:
+    """Where a matrix lies in a product of two factors, or its chain of cores; None where it must be decoded."""
+    return weight.plans[index] or weight.chains[index]
+
+
+def _method(plan: Window | Layout) -> Factor | Layout:
+    return plan if isinstance(plan, Layout) else plan.plan
 
 
 class ThinRecurrent(ThinLayer, nn.RNNBase):
@@ -64,7 +76,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
             if name.startswith("weight"):
                 part = thin.get(name)
                 weight, index = (part.group, part.index) if isinstance(part, ThinPart) else (part, 0)
-                if not isinstance(weight, ThinWeight) or weight.plans[index] is None:
+                if not isinstance(weight, ThinWeight) or _plan(weight, index) is None:
                     return []
                 parts.append((weight, index))
         return parts
@@ -72,21 +84,29 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
     def _factors(self, input: Tensor) -> "tuple[list[Tensor], list[Tensor], list[int]] | None":
         """Factors of all matrices, biases, and offsets of the matrices; None where decoded weights are preferred."""
         parts = self._parts()
-        plans = [cast(tuple[Factor, int, int, int], weight.plans[index]) for weight, index in parts]
+        plans = [cast(Window | Layout, _plan(weight, index)) for weight, index in parts]
         alone, axis = input.dim() == 2, 0 if self.batch_first else 1
         batch = _TYPICAL_BATCH if is_recorded() else 1 if alone else input.shape[axis]
         training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        if not parts or not pays(tuple(plan[0] for plan in plans), batch, training):
+        if not parts or not pays(tuple(_method(plan) for plan in plans), batch, training):
             return None
         factors: list[Tensor] = []
         known: dict[int, dict[str, Tensor]] = {}  # a group's floats are taken once
-        for (weight, index), (_, first, stop, _) in zip(parts, plans, strict=True):
+        offsets: list[int] = []
+        for (weight, index), plan in zip(parts, plans, strict=True):
             floats = known[id(weight)] = known.get(id(weight)) or weight.floats()
-            scale, rows = weight.parts[index].scale, floats["xf"]
-            rows = rows if len(rows) == stop - first else rows[first:stop]
-            factors += [rows if scale == 1.0 else rows * scale, floats["wf"]]
-        biases = [getattr(self, name) for name in self._flat_weights_names if name.startswith("bias")]
-        return factors, biases, [plan[3] for plan in plans]
+            scale = weight.parts[index].scale
+            if isinstance(plan, Layout):
+                first, *rest = cast(Chain, weight.decoder).cores(dict(floats), cast(Any, torch))
+                offsets.append(-1 - len(rest))
+            else:
+                first = floats["xf"]
+                first = first if len(first) == plan.stop - plan.first else first[plan.first : plan.stop]
+                rest = [floats["wf"]]
+                offsets.append(plan.offset)
+            factors += [first if scale == 1.0 else first * scale, *rest]
+        biases = [self._value(name) for name in self._flat_weights_names if name.startswith("bias")]
+        return factors, biases, offsets
 
     def _run(self, input: Tensor, hx: Any, factors: list[Tensor], biases: list[Tensor], offsets: list[int]) -> Any:
         """Run the operator, in single precision also under autocast; with torch's layouts and errors."""
@@ -109,28 +129,43 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
             h, c = states[0], states[1] if lstm else None
             # All layers in one call, unless there is dropout between them
             layers = 1 if self.training and self.dropout else self.num_layers
-            ends: list[tuple[Tensor, Tensor | None]] = []
+            states_after: list[tuple[Tensor, Tensor | None]] = []
             for first in range(0, self.num_layers, layers):
                 x = F.dropout(x, self.dropout) if first else x
-                # For each layer and direction there are a state, two matrices and four factors
+                # For each layer and direction there are a state and two matrices
                 of_states, of_matrices = (slice(k * places * first, k * places * (first + layers)) for k in (1, 2))
-                of_factors = slice(2 * of_matrices.start, 2 * of_matrices.stop)
-                rest = factors[of_factors], biases[of_matrices], offsets[of_matrices], cell, places
+                ends = [sum(2 if n >= 0 else -n for n in offsets[:k]) for k in (of_matrices.start, of_matrices.stop)]
+                rest = factors[slice(*ends)], biases[of_matrices], offsets[of_matrices], cell, places
                 x, last, last_c = recurrent(x, h[of_states], None if c is None else c[of_states], *rest)
-                ends.append((last, last_c))
+                states_after.append((last, last_c))
         y = (x.squeeze(1) if alone else x.transpose(0, 1) if self.batch_first else x).to(kind)
         last = [
-            torch.cat(parts) if len(ends) > 1 else parts[0] for parts in list(zip(*ends, strict=True))[: len(states)]
+            torch.cat(parts) if len(states_after) > 1 else parts[0]
+            for parts in list(zip(*states_after, strict=True))[: len(states)]
         ]
         last = [(state.squeeze(1) if alone else state).to(kind) for state in last]
         return y, tuple(last) if lstm else last[0]
 
+    def _value(self, name: str) -> Tensor:
+        """A parameter for the layer's own products, which do not write to it."""
+        thin = cast(nn.Module, self._modules["thin"])._modules
+        return cast(nn.Module, thin[name])() if name in thin else getattr(self, name)
+
     def __getattr__(self, name: str) -> Any:
         thin = self.__dict__.get("_modules", {}).get("thin")
-        return thin[name]() if thin is not None and name in thin else super().__getattr__(name)
+        if thin is not None and name in thin:
+            return handed_out(self, name, thin[name](), shared=True)
+        return super().__getattr__(name)
 
-    # Without the list of weights that torch's layer updates: FSDP exchanges parameters often
-    __setattr__ = nn.Module.__setattr__  # pyright: ignore[reportAssignmentType] -- names of arguments differ
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Without the list of weights that torch's layer updates: FSDP exchanges parameters often."""
+        thin = self.__dict__.get("_modules", {}).get("thin")
+        if thin is not None and name in thin:
+            raise ConfigError(lost("An assignment", f"the {name} of a {type(self).__name__}"))
+        if isinstance(value, nn.Parameter) and name in self._parameters:
+            self._parameters[name] = value
+        else:
+            nn.Module.__setattr__(self, name, value)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Refuse an input as torch's layer does, without decoding weights for their type.
@@ -152,7 +187,7 @@ class ThinRecurrent(ThinLayer, nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [self._value(name) for name in self._flat_weights_names]
         return self.__dict__.setdefault("_flat", FlatWeights()).of(self, weights)
 
     @_flat_weights.setter

@@ -6,8 +6,7 @@ See, Luong and Manning, 2016, arXiv:1606.09274, section 3.2. A class is all matr
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from deepthin.errors import ConfigError
 from deepthin.method import Method, Sparse
 from deepthin.methods.float_coding import inner_of, outer_of
-from deepthin.plan.parse import parse_rules
+from deepthin.plan.parse import Source, parse_rules
 from deepthin.plan.rules import Rules
 from deepthin.plan.shares import Planned, Unit, shared_budget, split_units, with_targets
 from deepthin.torch.compress import plan_of
@@ -27,7 +26,7 @@ SCHEMES = ("class-blind", "class-uniform", "class-distribution")
 _HALVINGS = 60  # of the range of the threshold
 
 
-def allocate_pruning(model: nn.Module, rules: Mapping[str, Any] | str | Path | Rules, scheme: str) -> Rules:
+def allocate_pruning(model: nn.Module, rules: Source, scheme: str) -> Rules:
     """Divide ``[model] ratio`` among pruned matrices by the magnitudes of a dense model's weights.
 
     Pruning schemes of See, Luong and Manning (2016, arXiv:1606.09274). A class is all matrices of one rule.

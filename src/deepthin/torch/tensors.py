@@ -15,6 +15,7 @@ from deepthin.storage.contents import Thin
 from deepthin.torch.exchange import fresh_std, is_transposed, padding_row, why_not
 from deepthin.torch.files import as_thin
 from deepthin.torch.importance import importance_for
+from deepthin.torch.update import updates
 from deepthin.torch.weight import ThinWeight
 
 Owners = dict[str, list[tuple[nn.Module, str]]]
@@ -91,8 +92,10 @@ def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:
         ``uncovered`` says why a parameter cannot be thin.
 
     Raises:
-        ConfigError: A lazy parameter has no shape yet.
+        ConfigError: A lazy parameter has no shape yet, or the model has updates.
     """
+    if updates(model):
+        raise ConfigError("The model has updates (deepthin.torch.delta): deepthin.torch.merge(model) adds them first.")
     names: dict[int, list[str]] = {}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     parameters: dict[int, nn.Parameter] = {}

@@ -8,8 +8,6 @@ arXiv:1710.01878), except that a pruned weight may become non-zero again.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +15,7 @@ from torch import Tensor, nn
 from deepthin.errors import ConfigError
 from deepthin.method import Method, Sparse
 from deepthin.plan.file_limit import parts_of
-from deepthin.plan.parse import parse_rules
-from deepthin.plan.rules import Rules
+from deepthin.plan.parse import Source, parse_rules
 from deepthin.plan.shares import Planned
 from deepthin.storage.report import Report
 from deepthin.torch.compress import carry_out, plan_of
@@ -103,7 +100,7 @@ class Twist:
     def __init__(
         self,
         model: nn.Module,
-        rules: Mapping[str, Any] | str | Path | Rules | list[Planned],
+        rules: Source | list[Planned],
         every: int = 100,
         schedule: Rising | None = None,
         importance: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None = None,

@@ -94,7 +94,10 @@ class ThinWeight(Operand):
             for window, part in zip(self._windows, self.parts, strict=True)
         )
         self.kernels = tuple(self._kernel(index) for index in range(len(self.parts)))
-        self._operator_pays = tuple(plan is not None and multiply.operator_pays(plan) for plan in self.plans)
+        self.chains = tuple(self._chain(index) for index in range(len(self.parts)))
+        self._operator_pays = tuple(
+            multiply.operator_pays(plan) if plan else multiply.chain_pays(self.decoder) for plan in self.plans
+        )
         self._has_symbols = self.direct and isinstance(self.decoder, Symbols)
         self._indices = frozenset(entry for entry in self.method.integers() if not entry.endswith("symbols"))
         self._coded: StateCache[dict[str, Tensor]] = StateCache()

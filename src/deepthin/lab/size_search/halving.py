@@ -11,7 +11,8 @@ from deepthin.lab.size_search.candidate import Candidate
 FACTOR = 3  # between the steps of two rungs, and of candidates that are promoted
 RUNGS = 3
 FIRST = FACTOR ** (RUNGS - 1)  # new candidates of a round
-LEAST_STEPS = 100  # of the shortest training: twice the warm-up
+LEAST_STEPS = 300  # of the shortest training: six times the warm-up
+TRUSTED = 2  # known starts that are trained in full, whatever their short trainings say
 
 
 def rungs(steps: int, least: int = LEAST_STEPS) -> tuple[int, ...]:
@@ -73,10 +74,18 @@ def due(candidates: Sequence[Candidate], lengths: Sequence[int], microseconds: f
 
     Returns:
         For each rung its candidates, the most promising first: all in the first rung; then the best third, rounded up,
-        of those that have a result in the rung before.
+        of those that have a result in the rung before, and after them the first two known starts: which configuration
+        is the best of long trainings, a short one may not tell.
     """
     chosen = [list(candidates)]
     for steps in lengths[:-1]:
         best = ordered(chosen[-1], steps, microseconds)
-        chosen.append(best[: -(-len(best) // FACTOR)])
+        third = -(-len(best) // FACTOR)
+        chosen.append([c for place, c in enumerate(best) if place < third or _is_trusted(c, steps, microseconds)])
     return chosen
+
+
+def _is_trusted(candidate: Candidate, steps: int, microseconds: float | None) -> bool:
+    """Whether it is one of the first known starts, and as fast as it has to be."""
+    known = candidate.round == 0 and candidate.place < TRUSTED and candidate.origin not in ("", "TPE", "near")
+    return known and not candidate.results[steps].over(microseconds)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepthin.errors import ConfigError, NonFiniteError
 from deepthin.lab.checkpoint import Checkpoint, restore_random
 from deepthin.torch import Distillation, Recipe, SizeTarget, adam_importance, parameter_groups
+from deepthin.torch.rates import STEPS
 from deepthin.torch.size_target import coded_weights
 from deepthin.torch.weight import ThinWeight
 
@@ -229,9 +230,10 @@ class Training:
             done = first + step
             return min((done + 1) / self._warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
-        groups = parameter_groups(self.model, self.lr, self.learning_rate_multiplier)
+        groups = parameter_groups(self.model, self.lr, self.learning_rate_multiplier, weight_decay=0.0)
         if self.decay:
-            groups = [part for group in groups for part in _by_decay(self.model, {"weight_decay": self.decay, **group})]
+            decays = [{**group, "weight_decay": 0.0 if group["name"] == STEPS else self.decay} for group in groups]
+            groups = [part for group in decays for part in _by_decay(self.model, group)]
         # fused AdamW saves a third of a dense step's time
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, rate)
