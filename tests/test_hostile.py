@@ -270,7 +270,9 @@ def test_a_layer_that_is_more_than_its_type_is_refused(change):
         model[0].lora_A = nn.Parameter(torch.zeros(4, 40))
     else:
         change(model[0])
-    with pytest.raises(ConfigError, match=r"the Linear has extra parameters \("):
+    with pytest.raises(
+        ConfigError, match=r"the Linear has extra parameters \(|_norm of a Linear computes its weight; first call torch"
+    ):
         dt.compress(model, R, init="scratch")
     assert type(model[0]) is type(model[2]) is nn.Linear
     model(torch.randn(2, 40))
@@ -391,12 +393,13 @@ def test_a_transposed_matrix_does_not_fit_a_linear_layer(tmp_path):
         dt.load(net(), tmp_path / "m.thin")
 
 
-def test_writing_to_the_kept_weight_has_no_effect():
+def test_writing_to_the_kept_weight_is_refused():
     model = thin().eval()
     x = torch.randn(3, 40)
     with torch.no_grad():
         y = model(x)
-        nn.init.zeros_(model[0].weight)
+        with pytest.raises(ConfigError, match="lost"):
+            nn.init.zeros_(model[0].weight)
         assert torch.equal(model(x), y)
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deepthin
 import deepthin.torch as dt
+from deepthin.errors import ConfigError
 from deepthin.kernels import products
 from deepthin.methods.factor import Factor
 from deepthin.torch.operators import linear
@@ -524,7 +525,7 @@ def test_replicas_of_data_parallel():
     replica._modules = dict(layer._modules)
     replica.bias = layer.bias.detach() * 1
     assert_close(replica(x), layer(x), 1024 + 8, absolute(layer)(x.abs().double()))
-    with pytest.raises(AttributeError, match="generated"):
+    with pytest.raises(ConfigError, match="generated"):
         replica.weight = layer.weight
 
 

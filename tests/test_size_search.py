@@ -812,7 +812,7 @@ def test_method_auto_names_the_command(where, tmp_path):
     ("words", "message"),
     [
         ("digits --file-bytes 6000 --budget soon", "The budget 'soon' is no duration: write such as 90s"),
-        ("digits --file-bytes 6000 --engine cloud", "There is no engine 'cloud'. Did you mean 'local'?"),
+        ("digits --file-bytes 6000 --engine locale", "There is no engine 'locale'. Did you mean 'local'?"),
         ("digits --file-bytes 6000 --microseconds -1", "microseconds = -1.0 must be above 0"),
         ("digits --file-bytes 6000 --also nets", "--model nets: write package.module:function."),
         ("digits --file-bytes 6000 --space no.toml", "--space no.toml cannot be read: No such file or directory."),

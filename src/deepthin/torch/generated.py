@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from deepthin.errors import ConfigError
 from deepthin.torch.evaluated import decoded
-from deepthin.torch.tracing import as_leaf
+from deepthin.torch.tracing import as_leaf, is_recorded
 from deepthin.torch.weight import ThinPart, ThinWeight
 from deepthin.torch.wrapped import is_sharded
 
@@ -98,7 +98,7 @@ def handed_out(layer: nn.Module, name: str, dense: Tensor, shared: bool = False)
         The same tensor, whose class is changed; of a shared one an alias. What is no plain tensor, a tracer's say, is
         returned as it is.
     """
-    if type(dense) is not Tensor or is_compiling():
+    if type(dense) is not Tensor or is_compiling() or is_recorded():
         return dense
     if shared:
         made = dense.as_subclass(GeneratedTensor)
