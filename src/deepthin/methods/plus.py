@@ -99,7 +99,7 @@ class Rest:
         return item_bytes * math.prod(self.shape)
 
     def largest_weight(self, largest: Mapping[str, float]) -> float:
-        """The largest number times ``GAIN``.
+        """The largest number, of which a weight is the tenth part (``GAIN``).
 
         Args:
             largest: Entry of the code -> the largest magnitude of its floats.

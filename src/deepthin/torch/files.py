@@ -1,19 +1,16 @@
 """Models to ``.thin`` files and back, under the names of the dense model's state dict."""
 
-import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from deepthin.errors import ConfigError
-from deepthin.storage.arrays import Buffer, Raw, pieces_of
+from deepthin.storage.arrays import Raw
 from deepthin.storage.budget import model_bytes
 from deepthin.storage.contents import Contents, Thin
 from deepthin.storage.decoding import check_weights
@@ -25,18 +22,13 @@ from deepthin.torch.exchange import fresh_std, is_transposed, make_plain, make_t
 from deepthin.torch.generated import ThinLayer
 from deepthin.torch.initialise import WithoutValues, fill_buffers
 from deepthin.torch.pretrained import _WRITE, follow
+from deepthin.torch.raws import raw_of, tensor_of
 from deepthin.torch.replaced import replaces
 from deepthin.torch.sequential import make_sequential
-from deepthin.torch.update import BASE, HASH_BYTES, Update, base_hash, base_tensors, install, uninstall, updates
+from deepthin.torch.update import BASE, HASH_BYTES, updates
+from deepthin.torch.update_files import check_updates, put_updates
 from deepthin.torch.weight import ThinPart, ThinWeight
 from deepthin.torch.wrapped import check_plain, gathered, plain_name, whole
-
-_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-}  # fmt: skip
-_NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
 def save(
@@ -77,7 +69,7 @@ def save(
         ValueError: A tensor's name is reserved or ambiguous in the file, or a tensor changed during the call.
         OSError: The file cannot be written.
     """
-    _check_updates(model, only)
+    check_updates(model, only)
     tensors = [*model.named_parameters(), *_dense_tensors(model).items()]
     if left := [name for name, tensor in tensors if tensor.is_meta]:
         raise ConfigError(
@@ -142,7 +134,7 @@ def load(
     limit = model_bytes(sum(map(math.prod, have.values()))) if max_bytes is None else max_bytes
     stored = read(path, limit, finite=finite, decoded=True)
     if BASE in stored.dense:
-        return _put_updates(model, stored, names or {}, frozen, str(path))
+        return put_updates(model, stored, names or {}, frozen, str(path))
     if updates(model):
         raise ConfigError(
             f"{path} is a whole network, but the model has updates: merge them, or load into a plain one."
@@ -162,7 +154,7 @@ def load(
     for thin in stored.thin.values():
         name = next(iter(thin.parts))
         old = next(thin_now[name][0].parameters()) if name in thin_now else dense_now[name]
-        code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
+        code = {entry: tensor_of(raw) for entry, raw in thin.code.items()}
         if not old.is_meta:
             code = {e: t.to(old.device, old.dtype if t.is_floating_point() else t.dtype) for e, t in code.items()}
         places = [
@@ -187,7 +179,7 @@ def load(
             make_thin(layer, {parameter: fresh if len(thin.parts) == 1 else ThinPart(fresh, index)})
     replaced: dict[object, Tensor] = {}
     for name in names_of(stored, stored.dense):
-        tensor = _tensor(stored.dense[stored.aliases.get(name, name)])
+        tensor = tensor_of(stored.dense[stored.aliases.get(name, name)])
         _put(model, name, tensor.clone() if name in stored.aliases else tensor, replaced)
     for layer in list(model.modules()):
         if isinstance(layer, ThinLayer) and not layer.thin:
@@ -202,60 +194,6 @@ def load(
             stacklevel=3,
         )
     return model if place is None else model.to(place)
-
-
-def _check_updates(model: nn.Module, only: Literal["delta"] | None) -> None:
-    """Refuse to save updates without saying so, those that are not there, and those whose base has changed."""
-    held = updates(model)
-    if only not in (None, "delta"):
-        raise ConfigError(f"only = {only!r} is unknown: leave it out, or write only='delta'.")
-    if held and only is None:
-        raise ConfigError(
-            "The model has updates: save(model, path, only='delta') writes these, merge(model) adds them to the base."
-        )
-    if only == "delta" and not held:
-        raise ConfigError("The model has no updates: deepthin.torch.delta(model, rules) makes them.")
-    if held and next(iter(held.values()))[2].base != base_hash(model):
-        raise ConfigError(
-            "The base has changed since delta(model, rules): the file would fit no base. Layers with running "
-            "statistics change in training mode: keep them in eval()."
-        )
-
-
-def _put_updates(model: nn.Module, stored: Contents, names: Mapping[str, str], frozen: bool, path: str) -> nn.Module:
-    """Put the updates of a file on a model, instead of those that it has; the model is unchanged if they do not fit."""
-    check_plain(model, "load(MODEL, path)")
-    base = bytes(stored.dense[BASE].data)
-    stored = renamed(replace(stored, dense={}), names, path)
-    held = updates(model)
-    if base != base_hash(model):
-        raise ConfigError(
-            f"{path} has updates of another base: load the weights that they were trained on into the model first. "
-            "Names, types, shapes and every value must be the same."
-        )
-    now = base_tensors(model)
-    parts = {name: part for thin in stored.thin.values() for name, part in thin.parts.items()}
-    for name in names_of(stored, parts):
-        part = parts[stored.aliases.get(name, name)]
-        if name not in now or tuple(now[name].shape) != part.shape:
-            raise ConfigError(f"{path} has an update of {name}, {part.shape}, which does not fit the model.")
-    for layer, own, _ in held.values():
-        if parametrize.is_parametrized(layer, own):
-            uninstall(layer, own)
-    model.requires_grad_(False)
-    for thin in stored.thin.values():
-        like = now[next(iter(thin.parts))]
-        code = {entry: _tensor(raw) for entry, raw in thin.code.items()}
-        code = {e: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype) for e, t in code.items()}
-        weight = ThinWeight(thin.name, thin.method, list(thin.parts.values()), code, frozen=frozen)
-        weight.requires_grad_(not frozen)
-        for index, name in enumerate(thin.parts):
-            update = Update(weight if len(thin.parts) == 1 else ThinPart(weight, index), base)
-            for alias in (name, *(alias for alias, target in stored.aliases.items() if target == name)):
-                layer, own = _owner(model, alias)
-                if not parametrize.is_parametrized(layer, own):
-                    install(layer, own, update)
-    return model
 
 
 def _float_of(
@@ -364,48 +302,6 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
         if not (plain := named(name)).startswith(inside):
             tensors[plain] = tensor
     return tensors
-
-
-def raw_of(name: str, tensor: Tensor) -> Raw:
-    """A tensor as a file stores it, without a copy.
-
-    Args:
-        name: Its name, for the message.
-        tensor: The tensor; on the meta device it counts as zeros.
-
-    Returns:
-        Its type, its shape, and where its bytes are.
-
-    Raises:
-        TypeError: A file cannot hold its dtype or layout.
-    """
-    if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
-        raise TypeError(
-            f"{name} is {tensor.dtype}, {tensor.layout}: a .thin file holds dense {', '.join(_TYPES)} only."
-        )
-    kind, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
-    if tensor.is_meta:  # the size of a file can be told before there are values
-        return Raw.zeros(kind, shape)
-    tensor = tensor.detach()
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-        return Raw(kind, shape, _bytes(tensor))
-    return Raw(kind, shape, functools.partial(pieces_of, tensor, tensor.element_size(), _bytes))
-
-
-def _bytes(tensor: Tensor) -> Buffer:
-    """The tensor's bytes: a view where it is contiguous in main memory, otherwise of a copy."""
-    row_by_row = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return row_by_row.view(torch.uint8).numpy().data
-
-
-def _tensor(raw: Raw) -> Tensor:
-    """A tensor that uses the stored bytes, without a copy where these are writable."""
-    if not raw.bytes:
-        return torch.empty(raw.shape, dtype=_TYPES[raw.dtype])
-    data = raw.data  # of a large file, a copy that was made now
-    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=_TYPES[raw.dtype]).view(
-        raw.shape
-    )
 
 
 def _completed(model: nn.Module, stored: Contents, dense_now: Mapping[str, Tensor]) -> Contents:

@@ -4,13 +4,12 @@ Each matrix is encoded for itself, by as many processes as wanted, into a file b
 goes on with those that are missing. What stays dense goes from the weights' files to the output piece by piece.
 """
 
-import functools
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,9 +30,9 @@ from deepthin.storage.contents import Contents, Thin
 from deepthin.storage.report import Report, report_of
 from deepthin.storage.write import write
 from deepthin.torch.compress import compared, plan_of
-from deepthin.torch.files import contents, raw_of
-from deepthin.torch.tensors import check_finite, tensors_of
-from deepthin.torch.weight import ThinWeight
+from deepthin.torch.files import contents
+from deepthin.torch.raws import raw_of
+from deepthin.torch.tensors import encode, tensors_of
 
 Told = Callable[[str, int, int], None]
 """Called with the name of a matrix that is encoded, how many are, and how many there are."""
@@ -178,10 +177,10 @@ def compress_weights(
     folder = out.with_name(f"{out.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     parts = [(plan, folder / f"{place:05d}-{_key(plan, found)}.safetensors") for place, plan in enumerate(planned)]
-    with _encoding(jobs) as run:
-        missing = [(found, plan, path) for plan, path in parts if not path.exists()]
-        for done, name in enumerate(run(missing, parts)):
-            told(name, done + 1, len(parts))
+    missing = [(found, plan, path) for plan, path in parts if not path.exists()]
+    there = [plan.tensors[0].name for plan, path in parts if path.exists()]
+    for done, name in enumerate(itertools.chain(there, _encoded(jobs, missing)), 1):
+        told(name, done, len(parts))
     errors: dict[str, float] = {}
     thin: dict[str, Thin] = {}
     for plan, path in parts:
@@ -210,15 +209,11 @@ def _key(plan: Planned, found: Renamed) -> str:
 def _encode(job: tuple[Weights, Planned, Path]) -> str:
     """Encode the tensors of a plan, and write the code with its errors; the name of the first."""
     found, plan, path = job
-    names, parts = [tensor.name for tensor in plan.tensors], parts_of(plan)
+    names = [tensor.name for tensor in plan.tensors]
     tensors = [found[name] for name in names]
-    for name, tensor, part in zip(names, tensors, parts, strict=True):
-        check_finite(name, tensor)
-        if part.zero_row is not None and tensor[part.zero_row].any():
-            raise ConfigError(f"Row {part.zero_row} of {name} is padding, but it is not zero in the weights.")
     assert plan.method is not None
     with torch.no_grad():
-        weight = ThinWeight.encode(plan.name, plan.method, parts, tensors)
+        weight = encode(plan, plan.method, tensors)
         errors = {
             name: relative_error(name, compared(tensor, decoded))
             for name, tensor, decoded in zip(names, tensors, weight.decoded(), strict=True)
@@ -230,26 +225,14 @@ def _encode(job: tuple[Weights, Planned, Path]) -> str:
     return names[0]
 
 
-@contextmanager
-def _encoding(jobs: int) -> Iterator[Any]:
-    """A function that encodes what is missing, and yields the name of every part as it is there."""
+def _encoded(jobs: int, missing: Sequence[tuple[Weights, Planned, Path]]) -> Iterator[str]:
+    """Encode what is missing, in so many processes; the name of each as it is there."""
     if jobs == 1:
-        yield functools.partial(_run, map_=lambda missing: map(_encode, missing))
+        yield from map(_encode, missing)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-
-        def abreast(missing: Sequence[Any]) -> Iterator[str]:
-            waiting = [pool.submit(_encode, job) for job in missing]
-            try:
-                for future in as_completed(waiting):
-                    yield future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-        yield functools.partial(_run, map_=abreast)
-
-
-def _run(missing: Sequence[Any], parts: Sequence[tuple[Planned, Path]], map_: Any) -> Iterator[str]:
-    new = {path for _, _, path in missing}
-    yield from (plan.tensors[0].name for plan, path in parts if path not in new)
-    yield from map_(missing)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,))
+    try:
+        for future in as_completed([pool.submit(_encode, job) for job in missing]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,6 +1,6 @@
 """The dense parameters of a model as rules see them, and their codes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,16 +69,38 @@ class Encoded(EncodedOnce[Tensor, ThinWeight]):
                 device, or a padding row is not zero.
             NonFiniteError: A weight has a NaN or an infinity.
         """
-        names, dense, parts = [t.name for t in planned.tensors], self.dense(planned), parts_of(planned)
-        for name, tensor, part in zip(names, dense, parts, strict=True):
-            check_finite(name, tensor)
-            if part.zero_row is not None and tensor[part.zero_row].any():
-                raise ConfigError(
-                    f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not "
-                    "zero: set it to zero, or the layer's padding_idx to None."
-                )
-        weight = ThinWeight.encode(planned.name, method, parts, dense, importance_for(planned, self.importance))
-        return weight, as_thin(weight, names)
+        dense, importance = self.dense(planned), importance_for(planned, self.importance)
+        weight = encode(planned, method, dense, importance)
+        return weight, as_thin(weight, [tensor.name for tensor in planned.tensors])
+
+
+def encode(
+    planned: Planned, method: Method, dense: Sequence[Tensor], importance: Sequence[Tensor] | None = None
+) -> ThinWeight:
+    """Encode the dense values of a plan's tensors.
+
+    Args:
+        planned: A tensor or a group.
+        method: The method to encode by, of the plan's shape.
+        dense: The values of each tensor.
+        importance: As in ``ThinWeight.encode``.
+
+    Returns:
+        The weight with the nearest code that the method finds.
+
+    Raises:
+        ConfigError: A tensor is on the meta device, or a padding row is not zero.
+        NonFiniteError: A weight has a NaN or an infinity.
+    """
+    names, parts = [tensor.name for tensor in planned.tensors], parts_of(planned)
+    for name, tensor, part in zip(names, dense, parts, strict=True):
+        check_finite(name, tensor)
+        if part.zero_row is not None and tensor[part.zero_row].any():
+            raise ConfigError(
+                f"Row {part.zero_row} of {name} is padding, which a thin table keeps at zero, but it is not zero: set "
+                "it to zero, or the layer's padding_idx to None."
+            )
+    return ThinWeight.encode(planned.name, method, parts, dense, importance)
 
 
 def tensors_of(model: nn.Module) -> tuple[list[Named], Owners]:

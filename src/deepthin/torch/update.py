@@ -73,12 +73,8 @@ def uninstall(layer: nn.Module, name: str) -> nn.Parameter:
     Returns:
         The base's parameter.
     """
-    original = cast(nn.Parameter, cast(Any, layer).parametrizations[name].original)
-    with torch.no_grad():
-        kept = original.detach().clone()
-        parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
-        parameter = cast(nn.Parameter, layer._parameters[name])
-        parameter.copy_(kept)
+    parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
+    parameter = cast(nn.Parameter, layer._parameters[name])
     if parametrize.is_parametrized(layer):
         return parameter
     for own in parameter_names(layer):  # optimiser states go by the order
